@@ -1,0 +1,1 @@
+"""The built-in plugins, one small file each. They import the public names of sftx and the kernels, nothing else."""

@@ -1,0 +1,183 @@
+"""The layers of LoRA, and how they are saved, loaded and merged: in PEFT's files, under PEFT's names.
+
+Dimensions: R rank, K in, O out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from sftx_kernels import lora_linear
+from torch import Tensor, nn
+
+from sftx import Adapter, LanguageModel, ModelError
+
+if TYPE_CHECKING:
+    from sftx_plugins.lora import Lora
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_PREFIX = "base_model.model."
+# Layers of one forward draw from seeds this far apart: 2^63 divided by the golden ratio, the usual odd step.
+_SEED_STEP = 5700357409661598953
+
+
+class LoraLinear(nn.Linear):
+    """A linear layer and its low-rank update, in the linear layer's place: `weight` and `bias` keep their names."""
+
+    def __init__(self, linear: nn.Linear, options: Lora, *, run_seed: Tensor, layer: int) -> None:
+        nn.Module.__init__(self)  # not nn.Linear's own, which would make a weight
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.scaling = options.lora_alpha / options.r
+        self.dropout_p = options.lora_dropout
+        self.enabled = True
+        self._run_seed = run_seed
+        self._layer = layer
+        device = linear.weight.device
+        self.lora_A = nn.Parameter(torch.empty(options.r, self.in_features, dtype=torch.float32, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, options.r, dtype=torch.float32, device=device))
+        # PEFT's choice: A as nn.Linear is initialised, B zero, so that the update begins as nothing.
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.enabled:
+            return super().forward(input)
+        dropout_p = self.dropout_p if self.training else 0.0
+        return lora_linear(
+            input,
+            self.weight,
+            self.lora_A,
+            self.lora_B,
+            scaling=self.scaling,
+            dropout_p=dropout_p,
+            seed=self._run_seed + self._layer * _SEED_STEP if dropout_p else None,
+            bias=self.bias,
+        )
+
+    @torch.no_grad()
+    def merged(self) -> nn.Linear:
+        """A plain linear layer that computes the same; the product is formed in fp32."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        update_OK = self.scaling * (self.lora_B @ self.lora_A)
+        linear.weight = nn.Parameter((self.weight + update_OK).to(self.weight.dtype), requires_grad=False)
+        linear.bias = self.bias
+        return linear
+
+
+class LoraAdapter(Adapter):
+    """The LoRA layers of one model, and the modules that are trained in full beside them."""
+
+    def __init__(self, options: Lora, base: str, targets: Sequence[str], saved: Sequence[str]) -> None:
+        self.options = options
+        self._base = base
+        self._targets = list(targets)
+        self._saved = list(saved)
+        self._layers: dict[str, LoraLinear] = {}
+        self._full: dict[str, nn.Parameter] = {}
+        self._originals: dict[str, Tensor] = {}
+
+    def attach(self, lm: LanguageModel) -> None:
+        model = lm.model
+        for layer, name in enumerate(self._targets):
+            linear = model.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            self._layers[name] = LoraLinear(linear, self.options, run_seed=lm.seed, layer=layer)
+            model.set_submodule(name, self._layers[name])
+        for name in self._saved:
+            module = model.get_submodule(name)
+            for key, parameter in module.named_parameters():
+                # Tied weights are one parameter under two names, and stay one.
+                if not parameter.requires_grad:
+                    self._originals[f"{name}.{key}"] = parameter.data
+                    parameter.data = parameter.data.to(torch.float32, copy=True)
+                    parameter.requires_grad_()
+                self._full[f"{name}.{key}"] = parameter
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        trained = {name: self._full[name].data for name in self._originals}
+        try:
+            for layer in self._layers.values():
+                layer.enabled = False
+            for name, original in self._originals.items():
+                self._full[name].data = original
+            yield
+        finally:
+            for layer in self._layers.values():
+                layer.enabled = True
+            for name, value in trained.items():
+                self._full[name].data = value
+
+    def save(self, directory: Path) -> None:
+        tensors = {f"{_PREFIX}{name}": t.detach().contiguous().cpu() for name, t in self._named().items()}
+        # safetensors refuses two names of one memory: tied weights are written twice, as PEFT expects them.
+        seen: set[int] = set()
+        for name, tensor in tensors.items():
+            if tensor.data_ptr() in seen:
+                tensors[name] = tensor.clone()
+            seen.add(tensor.data_ptr())
+        save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+        (directory / CONFIG).write_text(json.dumps(self._config(), indent=2) + "\n", encoding="utf-8")
+
+    @torch.no_grad()
+    def load(self, directory: Path) -> None:
+        own = {f"{_PREFIX}{name}": tensor for name, tensor in self._named().items()}
+        with safe_open(directory / WEIGHTS, framework="pt") as file:
+            names = set(file.keys())
+            if names != set(own):
+                missing, extra = sorted(set(own) - names), sorted(names - set(own))
+                raise ModelError(
+                    f"{directory / WEIGHTS}: {len(missing)} tensors of this adapter are missing and {len(extra)} are "
+                    f"not of it (first: {(missing + extra)[0]}); it was made for other target_modules or another model"
+                )
+            for name, tensor in own.items():
+                value = file.get_tensor(name)
+                if value.shape != tensor.shape:
+                    got, expected = list(value.shape), list(tensor.shape)
+                    raise ModelError(f"{directory / WEIGHTS}: {name} has the shape {got}, expected {expected}")
+                tensor.copy_(value)
+
+    def merge(self, lm: LanguageModel) -> None:
+        for name, layer in self._layers.items():
+            lm.model.set_submodule(name, layer.merged())
+        for name, original in self._originals.items():
+            self._full[name].data = self._full[name].data.to(original.dtype)
+            self._full[name].requires_grad_(False)
+        self._layers, self._full, self._originals = {}, {}, {}
+
+    def _named(self) -> dict[str, Tensor]:
+        """What is trained, under PEFT's names without their prefix."""
+        lora = {
+            f"{name}.{which}.weight": getattr(layer, which)
+            for name, layer in self._layers.items()
+            for which in ("lora_A", "lora_B")
+        }
+        return lora | self._full
+
+    def _config(self) -> dict[str, Any]:
+        """adapter_config.json, as far as PEFT does not take its default."""
+        return {
+            "base_model_name_or_path": self._base,
+            "bias": "none",
+            "inference_mode": True,
+            "lora_alpha": _whole(self.options.lora_alpha),
+            "lora_dropout": self.options.lora_dropout,
+            "modules_to_save": self._saved or None,
+            "peft_type": "LORA",
+            "r": self.options.r,
+            # Full paths: PEFT matches endings, and an ending could match more than was chosen here.
+            "target_modules": self._targets,
+            "task_type": "CAUSAL_LM",
+        }
+
+
+def _whole(value: float) -> float | int:
+    return int(value) if value == int(value) else value

@@ -1,0 +1,96 @@
+"""What a plugin author imports, and nothing else.
+
+Importing this package imports neither torch nor transformers.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from sftx.errors import ConfigError, DataError, ModelError, OutputError, PluginError, SftxError, TrainingError
+from sftx.hookspecs import hookimpl
+from sftx.types import (
+    IGNORE_INDEX,
+    Adapter,
+    Batch,
+    Collator,
+    Conversation,
+    EvalReport,
+    Example,
+    HiddenOut,
+    Location,
+    Loss,
+    LossSum,
+    Message,
+    Metric,
+    ModelSpec,
+    Observer,
+    Parsed,
+    Parser,
+    PlainText,
+    Provider,
+    Record,
+    Row,
+    RunInfo,
+    Sample,
+    Segment,
+    StartReport,
+    Step,
+    StepReport,
+    Template,
+    Tokens,
+)
+
+if TYPE_CHECKING:
+    from sftx.model.language_model import LanguageModel
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """`sftx.LanguageModel`, which needs torch, is imported when asked for."""
+    if name == "LanguageModel":
+        from sftx.model.language_model import LanguageModel
+
+        return LanguageModel
+    raise AttributeError(f"module 'sftx' has no attribute {name!r}")
+
+
+__all__ = [
+    "IGNORE_INDEX",
+    "Adapter",
+    "Batch",
+    "Collator",
+    "ConfigError",
+    "Conversation",
+    "DataError",
+    "EvalReport",
+    "Example",
+    "HiddenOut",
+    "LanguageModel",
+    "Location",
+    "Loss",
+    "LossSum",
+    "Message",
+    "Metric",
+    "ModelError",
+    "ModelSpec",
+    "Observer",
+    "OutputError",
+    "Parsed",
+    "Parser",
+    "PlainText",
+    "PluginError",
+    "Provider",
+    "Record",
+    "Row",
+    "RunInfo",
+    "Sample",
+    "Segment",
+    "SftxError",
+    "StartReport",
+    "Step",
+    "StepReport",
+    "Template",
+    "Tokens",
+    "TrainingError",
+    "hookimpl",
+]

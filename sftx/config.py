@@ -1,0 +1,253 @@
+"""A run file and a command line become one frozen RunConfig.
+
+Every option is a dataclass field with its type, bounds and help in `Annotated[...]`; the same function validates the
+sections of a run file and the options of a plugin. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, cast
+
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
+
+from sftx import run_file
+from sftx.errors import ConfigError, did_you_mean
+
+T = TypeVar("T")
+
+
+def _as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+Paths = Annotated[tuple[str, ...], BeforeValidator(_as_tuple, json_schema_input_type=str | list[str])]
+"""One path or several."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is trained on."""
+
+    train: Annotated[Paths, Field(description="Files of training rows: jsonl, json, parquet or csv.")] = ()
+    eval: Annotated[Paths, Field(description="Files of held-out rows.")] = ()
+    format: Annotated[
+        str | None,
+        Field(description="Parser plugin that reads every row; by default each row's fields decide."),
+    ] = None
+    max_length: Annotated[int, Field(ge=2, description="Longest example, in tokens.")] = 2048
+    long_rows: Annotated[
+        Literal["cut", "drop", "error"],
+        Field(description="A row of more than max_length tokens: cut its end off, drop it, or stop."),
+    ] = "cut"
+    max_dropped: Annotated[
+        float,
+        Field(ge=0, le=1, description="Largest share of rows that may be dropped before the run stops."),
+    ] = 0.05
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How it is trained. The names are those of transformers' TrainingArguments."""
+
+    learning_rate: Annotated[float, Field(gt=0, description="Peak learning rate.")] = 2e-4
+    num_train_epochs: Annotated[float, Field(gt=0, description="Passes over the data; max_steps wins.")] = 1.0
+    max_steps: Annotated[int | None, Field(ge=1, description="Optimizer steps in all.")] = None
+    per_device_train_batch_size: Annotated[int, Field(ge=1, description="Rows of a micro-batch.")] = 8
+    gradient_accumulation_steps: Annotated[int, Field(ge=1, description="Micro-batches of a step.")] = 1
+    per_device_eval_batch_size: Annotated[int, Field(ge=1, description="Rows evaluated at once.")] = 16
+    lr_scheduler_type: Annotated[
+        Literal["cosine", "linear", "constant"],
+        Field(description="Shape of the learning rate after warm-up."),
+    ] = "cosine"
+    warmup_steps: Annotated[
+        float, Field(ge=0, description="Steps of linear warm-up; below 1 it is a share of all steps.")
+    ] = 0.0
+    weight_decay: Annotated[float, Field(ge=0, description="Of AdamW; not on norms and biases.")] = 0.0
+    adam_beta1: Annotated[float, Field(ge=0, lt=1, description="AdamW's first decay rate.")] = 0.9
+    adam_beta2: Annotated[float, Field(ge=0, lt=1, description="AdamW's second decay rate.")] = 0.999
+    adam_epsilon: Annotated[float, Field(gt=0, description="AdamW's epsilon.")] = 1e-8
+    max_grad_norm: Annotated[float, Field(ge=0, description="Clip the global norm to this; 0 does not clip.")] = 1.0
+    bf16: Annotated[
+        bool | None, Field(description="Compute in bfloat16; by default on a GPU that can, not on a CPU.")
+    ] = None
+    gradient_checkpointing: Annotated[
+        bool,
+        Field(description="Recompute each layer in the backward pass: less memory, about a third more time."),
+    ] = False
+    use_cpu: Annotated[bool, Field(description="Stay on the CPU even where there is a GPU.")] = False
+    seed: Annotated[int, Field(ge=0, lt=2**32, description="Of data order, initialisation and dropout.")] = 42
+    logging_steps: Annotated[int, Field(ge=1, description="Steps between two lines on the terminal.")] = 10
+    save_steps: Annotated[int | None, Field(ge=1, description="Steps between two checkpoints.")] = None
+    save_total_limit: Annotated[int | None, Field(ge=1, description="Checkpoints kept; the oldest goes.")] = None
+    eval_steps: Annotated[
+        int | None,
+        Field(ge=1, description="Steps between two evaluations; the first and last state always are."),
+    ] = None
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How held-out rows are answered when a metric is in the run."""
+
+    max_new_tokens: Annotated[int, Field(ge=1, description="Longest answer, in tokens.")] = 256
+    num_samples: Annotated[int, Field(ge=0, description="Answers shown before and after training.")] = 3
+
+
+EMBEDDED_MODEL = "sftx:smollm2-135m-instruct"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All that a run is."""
+
+    model: Annotated[str, Field(min_length=1, description="Directory or hub id of a causal language model.")] = (
+        EMBEDDED_MODEL
+    )
+    data: DataConfig = DataConfig()
+    plugins: Annotated[
+        dict[str, dict[str, Any]],
+        Field(description="Plugins in the order of their application, with options."),
+    ] = field(default_factory=dict)
+    train: TrainConfig = TrainConfig()
+    generation: GenerationConfig = GenerationConfig()
+    output_dir: Annotated[
+        str | None, Field(min_length=1, description="Directory of this run; by default runs/<name>-<n>.")
+    ] = None
+    without: Annotated[
+        tuple[str, ...], Field(description="Default plugins that this run does without (`--no-plugin`).")
+    ] = ()
+
+
+SECTIONS = frozenset(f.name for f in dataclasses.fields(RunConfig))
+"""The first words of dotted names that no plugin may be called."""
+
+
+def as_dict(config: RunConfig) -> dict[str, Any]:
+    """The run file that says the same: plain JSON values, every default written out."""
+    values: dict[str, Any] = json.loads(_adapter(RunConfig).dump_json(config))
+    return values
+
+
+@lru_cache
+def _adapter(cls: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(cls)
+
+
+def validate(
+    cls: type[T], values: Mapping[str, Any], *, who: str = "", prefix: str = "", origins: run_file.Origins
+) -> T:
+    """An instance of the dataclass `cls` from JSON values, strictly: no unknown key, no bool or text for a number.
+
+    Raises ConfigError: one line that names `who` (a plugin), the option and where it was set, what was got, and what
+    would do. `prefix` is the dotted name under which `origins` knows these options.
+    """
+    try:
+        # JSON mode is the strict one that still takes a list for a tuple and an int for a float.
+        built: T = _adapter(cast(Any, cls)).validate_json(json.dumps(values), strict=True, extra="forbid")
+        return built
+    except ValidationError as error:
+        raise ConfigError(_explain(error.errors(), cls, who, prefix, origins)) from None
+    except TypeError as error:
+        raise ConfigError(f"{who or 'run file'}: {error}") from None
+
+
+def _explain(errors: Sequence[ErrorDetails], cls: type, who: str, prefix: str, origins: run_file.Origins) -> str:
+    """One line on the first wrong option; what a union would take is joined by 'or'."""
+    schema = _adapter(cls).json_schema()
+    path = _option_path([str(part) for part in errors[0]["loc"]], schema)
+    same = [e for e in errors if [str(part) for part in e["loc"]][: len(path)] == path]
+    name = ".".join(path)
+    start = ": ".join(part for part in (origins.of(prefix + name), who, f"option {name!r}") if part)
+    if same[0]["type"] == "unexpected_keyword_argument":
+        names = _names_at(path[:-1], schema)
+        hint = did_you_mean(path[-1], names) or ("; known are " + ", ".join(names) if names else "; it takes none")
+        return f"{start} does not exist{hint}"
+    wanted = " or ".join(dict.fromkeys(_expectation(e) for e in same))
+    return f"{start}: got {json.dumps(same[0]['input'], ensure_ascii=False)}, expected {wanted}"
+
+
+def _expectation(error: ErrorDetails) -> str:
+    message = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    return f"a number {message}" if message.startswith(("greater", "less")) else message
+
+
+def _option_path(location: Sequence[str], schema: Mapping[str, Any]) -> list[str]:
+    """The leading parts of pydantic's location that name options; the rest are union members and indices."""
+    depth = 1
+    while depth < len(location) and _names_at(location[:depth], schema):
+        depth += 1
+    return list(location[:depth])
+
+
+def _schema_at(path: Sequence[str], schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    node: Mapping[str, Any] = schema
+    for part in path:
+        node = node.get("properties", {}).get(part, {})
+        if "$ref" in node:
+            node = schema["$defs"][node["$ref"].rsplit("/", 1)[1]]
+    return node
+
+
+def _names_at(path: Sequence[str], schema: Mapping[str, Any]) -> list[str]:
+    return list(_schema_at(path, schema).get("properties", {}))
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A run, and where each of its values was set, for errors that can only be seen later."""
+
+    config: RunConfig
+    origins: run_file.Origins
+
+
+def load(
+    path: Path | None,
+    *,
+    add: Sequence[str] = (),
+    remove: Sequence[str] = (),
+    assignments: Sequence[tuple[str, Any, str]] = (),
+) -> Loaded:
+    """The run that a file and a command line describe together; the command line wins.
+
+    `add` and `remove` are the names after `--plugin` and `--no-plugin`; `assignments` are (dotted name, JSON value,
+    what the user typed). With neither a file nor `data.train` it is the embedded default, `sftx/demo/run.yaml`.
+    Raises ConfigError.
+    """
+    if path is None and not any(name == "data.train" for name, _, _ in assignments):
+        path = run_file.EMBEDDED
+    values, origins = run_file.read(path) if path is not None else ({}, run_file.Origins())
+    values["plugins"] = plugins = _plugin_table(values, origins)
+    for name in add:
+        plugins.setdefault(name, {})
+    for name, value, typed in assignments:
+        dotted = name if name.split(".")[0] in SECTIONS else f"plugins.{name}"
+        run_file.assign(values, dotted, value, typed)
+        origins.set(dotted, typed)
+    for name in remove:
+        typed = f"--plugin {name}" if name in add else origins.of(f"plugins.{name}")
+        if typed.startswith("--"):
+            raise ConfigError(f"--no-plugin {name}: contradicts {typed}; leave one of them out")
+        plugins.pop(name, None)
+    values["without"] = list(dict.fromkeys([*values.get("without", ()), *remove]))
+    return Loaded(validate(RunConfig, values, origins=origins), origins)
+
+
+def _plugin_table(values: Mapping[str, Any], origins: run_file.Origins) -> dict[str, Any]:
+    """`plugins:` as a mapping; a list of names and an empty entry are the same without options."""
+    table = values.get("plugins") or {}
+    if isinstance(table, list) and all(isinstance(name, str) for name in table):
+        return {name: {} for name in table}
+    if not isinstance(table, dict):
+        raise ConfigError(
+            f"{origins.of('plugins') or 'plugins'}: got {json.dumps(table, default=str)}, expected a mapping of "
+            "plugin names to options, such as {chatml: {}, lora: {r: 16}}"
+        )
+    return {name: {} if options is None else options for name, options in table.items()}

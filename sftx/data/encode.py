@@ -1,0 +1,321 @@
+"""Segments become token ids and a loss mask; rows become examples, and the ledger tells of those that do not.
+
+Segments are encoded one by one and their ids concatenated, never the joined string, so that the mask needs no search
+and no prefix. Control text is taken by its id. Everything else goes through a second tokenizer that knows no control
+token at all: what a user writes can look like one, and can never become one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import TYPE_CHECKING, Final
+
+from sftx.data import sources
+from sftx.data.ledger import Ledger
+from sftx.errors import DataError, ModelError, PluginError
+from sftx.types import (
+    Conversation,
+    Example,
+    Location,
+    Message,
+    Parsed,
+    Parser,
+    PlainText,
+    Record,
+    Segment,
+    Template,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from sftx.config import DataConfig
+
+NOTHING_TRAINED: Final = "no trained token"
+NO_TURN: Final = "no assistant turn, so nothing to train"
+PROMPT_TOO_LONG: Final = "nothing trained is left within max_length"
+TOO_LONG: Final = "longer than max_length"
+
+
+def check_controls(template: Template, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The id of each control token of the template. Raises PluginError naming those that the tokenizer lacks."""
+    vocabulary = tokenizer.get_vocab()
+    missing = sorted(token for token in template.controls if token not in vocabulary)
+    if missing:
+        raise PluginError(
+            f"the template needs the control tokens {', '.join(missing)}, which the tokenizer of "
+            f"{tokenizer.name_or_path} lacks; choose a template made for this model"
+        )
+    stray = sorted(set(template.stop) - template.controls)
+    if stray:
+        raise PluginError(f"the template's stop tokens {', '.join(stray)} are not among its controls")
+    return {token: vocabulary[token] for token in template.controls}
+
+
+class Encoder:
+    """Encodes segments with one tokenizer and one template.
+
+    `stop_ids` are the ids of the template's stop tokens (without a template: the tokenizer's eos).
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template | None) -> None:
+        from tokenizers import Tokenizer
+
+        if not tokenizer.is_fast:
+            raise ModelError(f"the tokenizer of {tokenizer.name_or_path} has no tokenizer.json; convert it first")
+        self.tokenizer = tokenizer
+        self.template = template
+        self._control_ids = check_controls(template, tokenizer) if template is not None else {}
+        self._reserved = {*self._control_ids.values(), *tokenizer.all_special_ids}
+        # Special tokens, and those that the template declares without their being special (Qwen3's <tool_call>), must
+        # be unknown to it: `split_special_tokens=True` leaves the latter in.
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        state["added_tokens"] = [
+            token for token in state["added_tokens"] if not token["special"] and token["id"] not in self._reserved
+        ]
+        state["post_processor"] = state["truncation"] = state["padding"] = None
+        self._plain = Tokenizer.from_str(json.dumps(state))
+        eos = tokenizer.eos_token_id
+        if template is not None:
+            self.stop_ids = tuple(self._control_ids[token] for token in template.stop)
+        else:
+            self.stop_ids = (eos,) if isinstance(eos, int) else ()
+
+    def plain(self, text: str) -> list[int]:
+        """Ids of text that a user wrote. Raises DataError when it cannot be encoded without a control token."""
+        try:
+            ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
+        except UnicodeEncodeError:
+            raise DataError("text holds a lone surrogate, which no tokenizer can read") from None
+        if not self._reserved.isdisjoint(ids):
+            token = self.tokenizer.convert_ids_to_tokens(next(i for i in ids if i in self._reserved))
+            raise DataError(f"this tokenizer makes the control token {token!r} of plain text")
+        return ids
+
+    def segments(self, segments: Iterable[Segment]) -> tuple[list[int], list[bool], list[float]]:
+        """Ids, loss mask and loss weights. Neighbouring plain segments that agree are encoded as one text."""
+        token_ids: list[int] = []
+        loss_mask: list[bool] = []
+        weights: list[float] = []
+        for (control, trainable, weight), run in groupby(
+            segments, key=lambda s: (s.control, s.trainable, s.weight if s.trainable else 1.0)
+        ):
+            texts = [segment.text for segment in run]
+            ids = [self._control(text) for text in texts] if control else self.plain("".join(texts))
+            token_ids += ids
+            loss_mask += [trainable] * len(ids)
+            weights += [weight] * len(ids)
+        return token_ids, loss_mask, weights
+
+    def _control(self, text: str) -> int:
+        try:
+            return self._control_ids[text]
+        except KeyError:
+            raise PluginError(f"the template wrote the control text {text!r}, which is not in its controls") from None
+
+    def encode(self, parsed: Parsed) -> tuple[list[int], list[bool], list[float]]:
+        """Ids, loss mask and loss weights of what a parser found in a record."""
+        if isinstance(parsed, Conversation):
+            assert self.template is not None
+            return self.segments(self.template.render(parsed))
+        if isinstance(parsed, PlainText):
+            ids = [*self.plain(parsed.text), *self.stop_ids[:1]]
+            return ids, [True] * len(ids), [1.0] * len(ids)
+        num, size = len(parsed.token_ids), len(self.tokenizer)
+        if num != len(parsed.loss_mask):
+            raise DataError(f"{num} token ids and {len(parsed.loss_mask)} values of the loss mask; give one each")
+        if not all(0 <= token < size for token in parsed.token_ids):
+            raise DataError(f"a token id is outside of the tokenizer's 0..{size - 1}")
+        return list(parsed.token_ids), list(parsed.loss_mask), [1.0] * num
+
+    def prompt(self, conversation: Conversation) -> list[int]:
+        """Ids after which the model is to answer: the same template's, so that inference cannot differ."""
+        assert self.template is not None
+        return self.segments(self.template.generation_prompt(conversation))[0]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A held-out conversation without its last turn, and that turn as the right answer."""
+
+    row_id: str
+    prompt: str
+    """The last turn before the answer, as a person reads it."""
+    prompt_ids: list[int]
+    reference: str
+
+
+@dataclass
+class Dataset:
+    """The examples of one split, and the account of the rows they came from."""
+
+    examples: list[Example] = field(default_factory=list)
+    questions: list[Question] = field(default_factory=list)
+    ledger: Ledger = field(default_factory=Ledger)
+    formats: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(example.num_tokens for example in self.examples)
+
+    @property
+    def num_real_tokens(self) -> int:
+        return sum(len(example.token_ids) for example in self.examples)
+
+
+def prepare(
+    paths: Sequence[str],
+    config: DataConfig,
+    parsers: Mapping[str, Parser],
+    encoder: Encoder,
+    *,
+    questions: bool = False,
+) -> Dataset:
+    """Reads, parses and encodes every row of `paths`; with `questions`, also keeps what can be asked of it.
+
+    Raises DataError, naming file and line: a row that cannot be read, more dropped rows than `config.max_dropped`
+    allows, or a stop token that no row trains.
+    """
+    data = Dataset()
+    for path in paths:
+        for where, record in sources.read(path):
+            data.ledger.num_rows += 1
+            name, parser = _parser_of(record, where, config.format, parsers)
+            data.formats[name] += 1
+            parsed = parser.parse(record, where)
+            try:
+                data.examples += _encode_row(
+                    parsed, where, config, encoder, data.ledger, first_group=len(data.examples)
+                )
+                if questions:
+                    data.questions += _questions(parsed, where, encoder)
+            except DataError as error:
+                raise DataError(f"{where}: {error}" if str(where) not in str(error) else str(error)) from None
+    data.ledger.check(config.max_dropped)
+    _check_stop(data, encoder)
+    return data
+
+
+def _parser_of(
+    record: Record, where: Location, wanted: str | None, parsers: Mapping[str, Parser]
+) -> tuple[str, Parser]:
+    if wanted is not None:
+        if wanted not in parsers:
+            raise DataError(f"data.format: no parser {wanted!r} in this run; it has {', '.join(parsers)}")
+        return wanted, parsers[wanted]
+    for name, parser in parsers.items():
+        if parser.accepts(record):
+            return name, parser
+    known = "; ".join(f"{name}: {parser.fields}" for name, parser in parsers.items())
+    raise DataError(f"{where}: no format has the fields {sorted(map(str, record))}; known are {known}")
+
+
+def _encode_row(
+    parsed: Sequence[Parsed],
+    where: Location,
+    config: DataConfig,
+    encoder: Encoder,
+    ledger: Ledger,
+    *,
+    first_group: int,
+) -> list[Example]:
+    """The examples of one record, one group each unless they belong together; none when the ledger has it."""
+    units = [unit for one in parsed for unit in _units(one, where, encoder)]
+    paired = len(parsed) > 1
+    examples: list[Example] = []
+    for number, unit in enumerate(units):
+        token_ids, loss_mask, weights = encoder.encode(unit)
+        length = len(token_ids)
+        if not any(loss_mask[1:]):
+            ledger.drop(where, _why_nothing_is_trained(unit), length=length)
+            return []
+        if length > config.max_length:
+            if config.long_rows == "error":
+                raise DataError(f"{where}: {length} tokens, more than data.max_length={config.max_length}")
+            token_ids, loss_mask = token_ids[: config.max_length], loss_mask[: config.max_length]
+            if not any(loss_mask[1:]):
+                ledger.drop(where, PROMPT_TOO_LONG, length=length)
+                return []
+            if config.long_rows == "drop":
+                ledger.drop(where, TOO_LONG, length=length)
+                return []
+            ledger.cut(where, TOO_LONG, length=length, kept=config.max_length)
+        weights = weights[: len(token_ids)]
+        examples.append(
+            Example(
+                token_ids=token_ids,
+                loss_mask=loss_mask,
+                row_id=str(where) if len(units) == 1 else f"{where}#{number + 1}",
+                group=first_group if paired else first_group + number,
+                weights=weights if any(weight != 1 for weight in weights) else None,
+                extras=unit.extras,
+            )
+        )
+    return examples
+
+
+def _units(parsed: Parsed, where: Location, encoder: Encoder) -> Iterator[Parsed]:
+    """What becomes one example each: where a template rewrites history, every trained turn with what led to it."""
+    template = encoder.template
+    if not isinstance(parsed, Conversation):
+        yield parsed
+    elif template is None:
+        from sftx.plugins import templates_that_fit
+
+        fitting = templates_that_fit(encoder.tokenizer)
+        raise DataError(
+            f"{where}: a conversation needs a template and the run has none; "
+            + (f"add --plugin {fitting[0]}" if fitting else "no built-in template fits this tokenizer")
+            + (f" (these fit the tokenizer: {', '.join(fitting)})" if fitting else "")
+        )
+    elif not template.rewrites_history:
+        yield parsed
+    else:
+        for end, message in enumerate(parsed.messages, 1):
+            if message.trained:
+                earlier = tuple(dataclasses.replace(m, trainable=False) for m in parsed.messages[: end - 1])
+                yield dataclasses.replace(parsed, messages=(*earlier, message))
+
+
+def _why_nothing_is_trained(unit: Parsed) -> str:
+    if not isinstance(unit, Conversation):
+        return NOTHING_TRAINED
+    if not any(message.role == "assistant" for message in unit.messages):
+        return NO_TURN
+    return NOTHING_TRAINED
+
+
+def _questions(parsed: Sequence[Parsed], where: Location, encoder: Encoder) -> Iterator[Question]:
+    for one in parsed:
+        if isinstance(one, Conversation) and one.messages and one.messages[-1].role == "assistant":
+            *before, answer = one.messages
+            asked = dataclasses.replace(one, messages=tuple(before))
+            yield Question(
+                row_id=str(where),
+                prompt=_last_content(before),
+                prompt_ids=encoder.prompt(asked),
+                reference=answer.content,
+            )
+
+
+def _last_content(messages: Sequence[Message]) -> str:
+    return messages[-1].content if messages else ""
+
+
+def _check_stop(data: Dataset, encoder: Encoder) -> None:
+    """A model whose stop token is never trained does not stop. Rows that were cut cannot count."""
+    if not encoder.stop_ids or encoder.template is None or not data.examples:
+        return
+    stop = set(encoder.stop_ids)
+    for example in data.examples:
+        if any(trained and token in stop for token, trained in zip(example.token_ids, example.loss_mask, strict=True)):
+            return
+    raise DataError(
+        f"{data.examples[0].row_id}: no row trains the stop token {', '.join(encoder.template.stop)}, so the model "
+        "would never end its answer; raise data.max_length if every row was cut, or mend the template"
+    )

@@ -1,0 +1,46 @@
+"""The errors a user can cause. Each message is one line: who, what was got, what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SftxError(Exception):
+    """Root of them all: the command line prints the message and exits with 1."""
+
+
+class ConfigError(SftxError):
+    """The run file or the command line says something that cannot be."""
+
+
+class PluginError(SftxError):
+    """A plugin is missing, broken, made for another host, or returned what its hook does not allow."""
+
+
+class DataError(SftxError):
+    """A source cannot be read, or a row of it cannot be trained on."""
+
+
+class ModelError(SftxError):
+    """A model or tokenizer cannot be loaded, or does not compute what sftx expects of it."""
+
+
+class TrainingError(SftxError):
+    """A run cannot go on: the loss is not finite, memory ran out."""
+
+
+class OutputError(SftxError):
+    """A result cannot be written."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`"; did you mean 'lora'?"`, or nothing when no name comes close."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def one_line(error: BaseException, *, max_chars: int = 300) -> str:
+    """The message of a foreign exception, folded onto one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= max_chars else text[: max_chars - 3] + "..."

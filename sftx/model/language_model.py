@@ -1,0 +1,208 @@
+"""A transformers model as the two parts that a loss needs: hidden states, and a head that is never multiplied out.
+
+Dimensions: B rows, T tokens, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from sftx.errors import ModelError
+from sftx.types import Adapter, Batch, HiddenOut
+
+_PROBE_TOKENS = 8
+
+
+class LanguageModel(nn.Module):
+    """The model of a run, with its adapters attached.
+
+    `seed` is a 0-d int64 tensor on the CPU: the seed of the coming forward, a pure function of (run seed, step,
+    micro-batch). The engine sets it before each forward; whatever is random in a module derives from it, so that a
+    recomputation under gradient checkpointing sees the same numbers.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.config = model.config.get_text_config()
+        self.adapters: dict[str, Adapter] = {}
+        self.seed = torch.zeros((), dtype=torch.int64)
+        self._head = model.get_output_embeddings()
+        if not isinstance(self._head, nn.Module) or not hasattr(self._head, "weight"):
+            raise ModelError(f"{type(model).__name__} has no output head; sftx trains causal language models")
+
+    @property
+    def device(self) -> torch.device:
+        return self.head_weight.device
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, D]; requires grad when the head is trained."""
+        return cast(Tensor, self.model.get_output_embeddings().weight)
+
+    @property
+    def head_bias(self) -> Tensor | None:
+        """[V]"""
+        return cast("Tensor | None", getattr(self.model.get_output_embeddings(), "bias", None))
+
+    @property
+    def logit_scale(self) -> float:
+        """What the head's product is multiplied with: Cohere's logit_scale, Granite's 1/logits_scaling."""
+        if getattr(self.config, "logits_scaling", None) is not None:
+            return 1.0 / float(self.config.logits_scaling)
+        for name in ("logit_scale", "lm_head_multiplier"):
+            if getattr(self.config, name, None) is not None:
+                return float(getattr(self.config, name))
+        return 1.0
+
+    @property
+    def softcap(self) -> float | None:
+        """softcap * tanh(logits / softcap), after the scale: Gemma-2's final_logit_softcapping."""
+        value = getattr(self.config, "final_logit_softcapping", None)
+        return None if value is None else float(value)
+
+    def attach(self, adapters: Mapping[str, Adapter]) -> None:
+        """Freezes the model and adds what trains, in the order given. Without adapters all of it trains."""
+        if adapters:
+            self.requires_grad_(False)
+        for name, adapter in adapters.items():
+            adapter.attach(self)
+            self.adapters[name] = adapter
+
+    @contextlib.contextmanager
+    def without_adapters(self) -> Iterator[None]:
+        """Within it the model computes what it did before training (the reference of a preference loss)."""
+        with contextlib.ExitStack() as stack:
+            for adapter in self.adapters.values():
+                stack.enter_context(adapter.disabled())
+            yield
+
+    def hidden(self, batch: Batch) -> HiddenOut:
+        """The decoder's last states, [B, T, D], as the head reads them, and a router's auxiliary loss."""
+        # Rows of one length need no mask, and the causal kernels that take none are faster.
+        padded = batch.lengths_B is not None and batch.num_real_tokens < batch.input_ids_BT.numel()
+        mask_BT = _length_mask(batch.lengths_B, batch.input_ids_BT) if padded and batch.lengths_B is not None else None
+        arguments: dict[str, Any] = {"output_router_logits": True} if self._routes else {}
+        out = self.model.get_decoder()(
+            input_ids=batch.input_ids_BT,
+            attention_mask=mask_BT,
+            position_ids=batch.position_ids_BT if padded or batch.lengths_B is None else None,
+            use_cache=False,
+            **arguments,
+        )
+        aux_loss = self._aux_loss(out.router_logits, mask_BT) if self._routes else None
+        return HiddenOut(out.last_hidden_state, aux_loss)
+
+    def logits(self, hidden_BTD: Tensor) -> Tensor:
+        """[B, T, V] in full: for probes and tests, never for training."""
+        logits_BTV = nn.functional.linear(hidden_BTD, self.head_weight, self.head_bias)
+        if self.logit_scale != 1:
+            logits_BTV = logits_BTV * self.logit_scale
+        if self.softcap is not None:
+            logits_BTV = self.softcap * torch.tanh(logits_BTV / self.softcap)
+        return logits_BTV
+
+    @property
+    def _routes(self) -> bool:
+        """Whether the architecture adds a router's loss to its own, as its configuration asks."""
+        return bool(getattr(self.config, "output_router_logits", False))
+
+    def _aux_loss(self, router_logits: tuple[Tensor, ...], mask_BT: Tensor | None) -> Tensor:
+        """The load-balancing loss of the model's own module, with its own coefficient."""
+        model = self.model
+        balance = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
+        if balance is None:
+            raise ModelError(
+                f"{type(model).__name__} asks for a router loss (output_router_logits) that sftx does not know; "
+                "set output_router_logits to false in its config.json"
+            )
+        loss = balance(router_logits, model.num_experts, model.num_experts_per_tok, mask_BT)
+        return cast(Tensor, model.router_aux_loss_coef * loss.float())
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Sends a few tokens both ways. Raises ModelError when our logits are not the model's own."""
+        ids = torch.arange(_PROBE_TOKENS, device=self.device) * 97 % self.head_weight.shape[0]
+        batch = Batch(
+            input_ids_BT=ids[None],
+            labels_BT=ids[None],
+            position_ids_BT=torch.arange(_PROBE_TOKENS, device=self.device)[None],
+            lengths_B=torch.tensor([_PROBE_TOKENS], device=self.device),
+            cu_seqlens=None,
+            max_seqlen=_PROBE_TOKENS,
+            row_ids=("probe",),
+            num_tokens=_PROBE_TOKENS,
+            num_real_tokens=_PROBE_TOKENS,
+        )
+        training = self.training
+        self.eval()
+        ours = self.logits(self.hidden(batch).hidden_BTD).float()
+        theirs = self.model(input_ids=ids[None], use_cache=False).logits.float()
+        self.train(training)
+        scale = theirs.abs().max().clamp(min=1e-6)
+        worst = ((ours - theirs).abs().max() / scale).item()
+        # The same matrix products in the same dtype: what differs is the order of additions.
+        tolerance = 1e-5 if self.head_weight.dtype == torch.float32 else 2e-2
+        if not worst <= tolerance:
+            raise ModelError(
+                f"{type(self.model).__name__}: its logits are not head(hidden) as sftx computes them "
+                f"(relative difference {worst:.1e}); this architecture is not supported"
+            )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        stop_ids: Sequence[int],
+        batch_size: int,
+    ) -> list[list[int]]:
+        """Greedy answers, in the order of the prompts, without the stop token that ended them.
+
+        Batches of prompts of similar length, padded at the left, with the model's own cache.
+        """
+        answers: list[list[int]] = [[] for _ in prompts]
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        settings = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=list(stop_ids) or None,
+            pad_token_id=0,  # never seen: the mask hides it
+        )
+        training = self.training
+        self.eval()
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            length = max(len(prompts[i]) for i in chosen)
+            ids_BT = torch.zeros(len(chosen), length, dtype=torch.int64)
+            mask_BT = torch.zeros_like(ids_BT)
+            for row, i in enumerate(chosen):
+                ids_BT[row, length - len(prompts[i]) :] = torch.tensor(prompts[i])
+                mask_BT[row, length - len(prompts[i]) :] = 1
+            out_BT = cast(Any, self.model).generate(
+                input_ids=ids_BT.to(self.device),
+                attention_mask=mask_BT.to(self.device),
+                generation_config=settings,
+            )
+            for row, i in enumerate(chosen):
+                answers[i] = _until_stop(out_BT[row, length:].tolist(), stop_ids)
+        self.train(training)
+        return answers
+
+
+def _length_mask(lengths_B: Tensor, ids_BT: Tensor) -> Tensor:
+    return (torch.arange(ids_BT.shape[1], device=ids_BT.device) < lengths_B[:, None]).long()
+
+
+def _until_stop(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
+    end = next((at for at, token in enumerate(ids) if token in stop_ids), len(ids))
+    return ids[:end]

@@ -1,0 +1,112 @@
+"""A model's name becomes its tokenizer, its skeleton on the meta device, and the model with its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from sftx.errors import ModelError, one_line
+from sftx.types import Adapter, ModelSpec
+
+log = logging.getLogger(__name__)
+
+# Code that a model directory brings along is never run.
+_TRUST = {"trust_remote_code": False}
+
+
+@contextmanager
+def _explained(name: str, what: str) -> Iterator[None]:
+    """transformers' many ways to fail, as one ModelError; its progress bars are ours to draw."""
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
+        raise ModelError(f"model {name}: cannot load its {what}: {one_line(error)}") from error
+    finally:
+        transformers_logging.enable_progress_bar()
+
+
+def check_name(name: str) -> None:
+    """Raises ModelError when `name` looks like a path and is no model directory; a hub id is tried later."""
+    directory = Path(name).expanduser()
+    if directory.is_dir():
+        if not (directory / "config.json").exists():
+            raise ModelError(f"model {name}: has no config.json; name the directory that save_pretrained wrote")
+    elif name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise ModelError(f"model {name}: no such directory, and no hub id (owner/name)")
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the model. Raises ModelError."""
+    check_name(name)
+    directory = Path(name).expanduser()
+    if directory.is_dir() and not (directory / "tokenizer.json").exists():
+        has_other = any(directory.glob("tokenizer*")) or any(directory.glob("vocab*"))
+        if not has_other:
+            raise ModelError(f"model {name}: has no tokenizer (tokenizer.json); copy that of the base model beside it")
+    with _explained(name, "tokenizer"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, **_TRUST)
+    return tokenizer
+
+
+def load_spec(name: str) -> ModelSpec:
+    """The model's configuration and its modules without values. Raises ModelError."""
+    check_name(name)
+    with _explained(name, "configuration"):
+        config = AutoConfig.from_pretrained(name, **_TRUST)
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config, **_TRUST)
+    return ModelSpec(name=name, config=config, skeleton=skeleton)
+
+
+def load_model(
+    spec: ModelSpec, adapters: Sequence[Adapter], *, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """The model with its weights in `dtype` on `device`; what an adapter quantises is replaced. Raises ModelError."""
+    with _explained(spec.name, "weights"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(spec.name, dtype=dtype, output_loading_info=True, **_TRUST)
+    model, report = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
+    missing, wrong = sorted(report["missing_keys"]), sorted(map(str, report["mismatched_keys"]))
+    if missing or wrong:
+        raise ModelError(
+            f"model {spec.name}: {len(missing)} tensors are missing and {len(wrong)} have another shape "
+            f"(first: {(missing + wrong)[0]}); the files do not fit its config.json"
+        )
+    for name, module in list(model.named_modules()):
+        for adapter in adapters:
+            replacement = adapter.quantize(name, module)
+            if replacement is not None:
+                model.set_submodule(name, replacement)
+                break
+    try:
+        cast(torch.nn.Module, model).to(device)
+    except torch.OutOfMemoryError as error:
+        raise ModelError(f"model {spec.name}: does not fit {device}: {one_line(error)}") from error
+    return model
+
+
+def fingerprint(name: str) -> str:
+    """SHA-256 over the names and bytes of a model directory's weights and configuration; empty for a hub id."""
+    directory = Path(name).expanduser()
+    if not directory.is_dir():
+        return ""
+    digest = hashlib.sha256()
+    for file in sorted([*directory.glob("*.safetensors"), *directory.glob("*.bin"), directory / "config.json"]):
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()

@@ -1,0 +1,339 @@
+"""Names become plugins, and plugins become the stages of a run.
+
+discover: read what is installed, from metadata alone. activate: import the named plugins, check their hosts and
+options. assemble: call their hooks, once each. Every registration lives in the entry-point group `sftx.plugins`;
+the built-in plugins stand there as anybody else's do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import inspect
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
+
+import pluggy
+
+from sftx import hookspecs
+from sftx.errors import ConfigError, PluginError, SftxError, did_you_mean, one_line
+from sftx.hookspecs import ONE_PROVIDER, PROJECT, RETURNS
+from sftx.types import (
+    Adapter,
+    Collator,
+    Loss,
+    Metric,
+    ModelSpec,
+    Observer,
+    Parser,
+    Provider,
+    RunInfo,
+    Template,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from sftx.config import Loaded
+    from sftx.run_file import Origins
+
+GROUP: Final = "sftx.plugins"
+
+DEFAULTS: Final[Mapping[str, tuple[str, ...]]] = {
+    "sftx_parser": ("messages", "prompt-completion", "alpaca", "sharegpt"),
+    "sftx_collator": ("padded",),
+    "sftx_loss": ("masked-ce",),
+    "sftx_observer": ("progress", "jsonl"),
+}
+"""The plugins of a run that names none for a hook. Where a hook takes many, they come after those that are named."""
+
+TEMPLATES: Final = ("chatml",)
+"""The built-in templates: tried on the tokenizer when a run has none, to say which would fit."""
+
+
+# --- discover: metadata only -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PluginInfo:
+    """One entry point of the group: known without importing anything of the plugin."""
+
+    name: str
+    value: str
+    """`package.module:Class`"""
+    distribution: importlib.metadata.Distribution
+
+    @cached_property
+    def package(self) -> str:
+        """Name of the distribution."""
+        return self.distribution.metadata["Name"]
+
+    @property
+    def version(self) -> str:
+        return self.distribution.version
+
+    def __str__(self) -> str:
+        return f"plugin {self.name!r} ({self.package} {self.version})"
+
+
+def discover() -> list[PluginInfo]:
+    """Every installed plugin, by name. A name may stand twice; that is an error only when it is used."""
+    found: dict[tuple[str, str, str], PluginInfo] = {}
+    for distribution in importlib.metadata.distributions():
+        for entry in distribution.entry_points:
+            if entry.group == GROUP:
+                info = PluginInfo(entry.name, entry.value, distribution)
+                found.setdefault((info.name, info.value, info.package), info)  # one path entry may stand twice
+    return sorted(found.values(), key=lambda info: (info.name, info.package))
+
+
+def find(name: str, installed: Sequence[PluginInfo], *, origin: str = "") -> PluginInfo:
+    """The one installed plugin of that name. Raises PluginError when there is none, or more than one."""
+    matches = [info for info in installed if info.name == name]
+    if len(matches) == 1:
+        return matches[0]
+    start = f"{origin}: " if origin else ""
+    if matches:
+        owners = " and ".join(f"{info.package} {info.version}" for info in matches)
+        raise PluginError(f"{start}plugin {name!r} is provided by {owners}; uninstall one of them")
+    names = [info.name for info in installed]
+    hint = did_you_mean(name, names) or f"; installed are {', '.join(names)}"
+    raise PluginError(f"{start}plugin {name!r} is not installed{hint}")
+
+
+# --- activate: import what is named ------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Active:
+    """A plugin of this run: where it comes from, and the instance that holds its options."""
+
+    info: PluginInfo
+    plugin: Any
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Its options as JSON values, defaults written out."""
+        from pydantic import TypeAdapter
+
+        values: dict[str, Any] = json.loads(TypeAdapter(type(self.plugin)).dump_json(self.plugin))
+        return values
+
+
+def load_class(info: PluginInfo) -> type:
+    """Imports the plugin's class, after checking that it asks for this version of sftx. Raises PluginError."""
+    _check_host(info)
+    try:
+        cls = importlib.metadata.EntryPoint(info.name, info.value, GROUP).load()
+    except SftxError:
+        raise
+    except Exception as error:
+        raise PluginError(
+            f"{info}: cannot be imported from {info.value!r}: {type(error).__name__}: {one_line(error)}; "
+            f"reinstall {info.package}, or leave the plugin out"
+        ) from error
+    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
+        raise PluginError(f"{info}: {info.value!r} is no dataclass; a plugin is a frozen dataclass of its options")
+    if cls.__hash__ is None:
+        raise PluginError(f"{info}: declare it as @dataclass(frozen=True, eq=False); it cannot be hashed")
+    return cls
+
+
+def _check_host(info: PluginInfo) -> None:
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    version = _host_version()
+    for text in info.distribution.requires or ():
+        try:
+            requirement = Requirement(text)
+        except InvalidRequirement:
+            continue
+        wanted = requirement.name.lower() == PROJECT and (requirement.marker is None or requirement.marker.evaluate())
+        if wanted and not requirement.specifier.contains(version, prereleases=True):
+            raise PluginError(
+                f"{info}: is made for sftx {requirement.specifier}, this is sftx {version}; "
+                f"install another version of {info.package} or of sftx"
+            )
+
+
+def hooks_of(info: PluginInfo, cls: type) -> list[str]:
+    """The hooks that a plugin's class fills, in the order of the stages.
+
+    Raises PluginError when a marked method is no hook of this host, or asks for what it does not pass.
+    """
+    marked = [name for name in dir(cls) if hasattr(getattr(cls, name), _MARK)]
+    if not marked:
+        raise PluginError(f"{info}: fills no hook; mark at least one method with @sftx.hookimpl")
+    for name in marked:
+        if name not in RETURNS:
+            hint = did_you_mean(name, RETURNS) or f"; hooks are {', '.join(RETURNS)}"
+            raise PluginError(f"{info}: {name} is no hook of sftx {_host_version()}{hint}")
+        options = getattr(getattr(cls, name), _MARK)
+        if options["wrapper"] or options["hookwrapper"]:
+            raise PluginError(f"{info}: {name} is a wrapper; hooks of sftx are not wrapped")
+        passed = _arguments(getattr(hookspecs, name))
+        unknown = [argument for argument in _arguments(getattr(cls, name))[1:] if argument not in passed]
+        if unknown:
+            raise PluginError(
+                f"{info}: {name} asks for {', '.join(unknown)}, which sftx {_host_version()} does not pass; "
+                f"it passes {', '.join(passed) or 'nothing'}"
+            )
+    return [hook for hook in RETURNS if hook in marked]
+
+
+_MARK: Final = f"{PROJECT}_impl"  # the attribute in which pluggy keeps a marker's options
+
+
+def _arguments(function: Callable[..., object]) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def _host_version() -> str:
+    from sftx import __version__
+
+    return __version__
+
+
+def activate(loaded: Loaded) -> Assembly:
+    """The plugins of a run: the named ones in their order, then the defaults of what they leave open.
+
+    Raises PluginError, ConfigError.
+    """
+    config, origins = loaded.config, loaded.origins
+    installed = discover()
+    for name in config.without:
+        find(name, installed, origin=origins.of("without") or f"--no-plugin {name}")
+    assembly = Assembly(origins)
+    for name, options in config.plugins.items():
+        assembly.add(find(name, installed, origin=origins.of(f"plugins.{name}") or f"--plugin {name}"), options)
+    for hook, names in DEFAULTS.items():
+        if hook in ONE_PROVIDER and assembly.providers(hook):
+            continue
+        for name in names:
+            if name not in config.without and name not in config.plugins:
+                assembly.add(find(name, installed), {})
+    assembly.check()
+    return assembly
+
+
+# --- assemble: call each hook once -------------------------------------------------------------
+
+H = TypeVar("H")
+
+
+class Assembly:
+    """The active plugins of one run and the stages that their hooks fill.
+
+    A fresh manager each: pluggy's `register` is not atomic, so one that failed is thrown away whole.
+    """
+
+    def __init__(self, origins: Origins) -> None:
+        self._origins = origins
+        self._manager = pluggy.PluginManager(PROJECT)
+        self._manager.add_hookspecs(hookspecs)
+        self._active: dict[str, Active] = {}
+
+    def add(self, info: PluginInfo, options: Mapping[str, Any]) -> None:
+        """Imports one plugin, gives it its options and registers its hooks. Raises PluginError, ConfigError."""
+        from sftx.config import SECTIONS, validate
+
+        if info.name in SECTIONS:
+            raise PluginError(f"{info}: the name {info.name!r} is a section of the run file; rename the plugin")
+        cls = load_class(info)
+        hooks_of(info, cls)
+        plugin: object = validate(cls, options, who=str(info), prefix=f"plugins.{info.name}.", origins=self._origins)
+        self._manager.register(plugin, info.name)
+        self._active[info.name] = Active(info, plugin)
+
+    def check(self) -> None:
+        """Raises PluginError when two plugins fill a hook that takes one, or none fills one that is needed."""
+        for hook in sorted(ONE_PROVIDER):
+            providers = self.providers(hook)
+            if len(providers) > 1:
+                both = " and ".join(str(active.info) for active in providers)
+                raise PluginError(f"{both} both fill {hook}, which takes one; leave one of them out")
+            if not providers and hook in DEFAULTS:
+                default = DEFAULTS[hook][0]
+                raise PluginError(f"no plugin fills {hook}; name one with --plugin, by default it is {default!r}")
+
+    @property
+    def active(self) -> tuple[Active, ...]:
+        return tuple(self._active.values())
+
+    def providers(self, hook: str) -> list[Active]:
+        """The plugins that fill `hook`, in the order in which they were named."""
+        plugins = [impl.plugin for impl in getattr(self._manager.hook, hook).get_hookimpls()]
+        return [active for active in self._active.values() if active.plugin in plugins]
+
+    def table(self) -> tuple[Provider, ...]:
+        """The assembled table: one line a stage and plugin."""
+        return tuple(
+            Provider(hook.removeprefix("sftx_"), a.info.name, a.info.package, a.info.version, a.options)
+            for hook in RETURNS
+            for a in self.providers(hook)
+        )
+
+    def parsers(self) -> dict[str, Parser]:
+        return {a.info.name: cast(Parser, made) for a, made in self._call("sftx_parser")}
+
+    def template(self, tokenizer: PreTrainedTokenizerBase) -> Template | None:
+        return next((cast(Template, made) for _, made in self._call("sftx_template", tokenizer=tokenizer)), None)
+
+    def collator(self) -> Collator:
+        return next(cast(Collator, made) for _, made in self._call("sftx_collator"))
+
+    def loss(self) -> Loss:
+        return next(cast(Loss, made) for _, made in self._call("sftx_loss"))
+
+    def adapters(self, spec: ModelSpec) -> dict[str, Adapter]:
+        return {a.info.name: cast(Adapter, made) for a, made in self._call("sftx_adapter", spec=spec)}
+
+    def metrics(self) -> dict[str, Metric]:
+        return {a.info.name: cast(Metric, made) for a, made in self._call("sftx_metric")}
+
+    def observers(self, run: RunInfo) -> list[tuple[PluginInfo, Observer]]:
+        return [(a.info, cast(Observer, made)) for a, made in self._call("sftx_observer", run=run)]
+
+    def _call(self, hook: str, **arguments: Any) -> Iterator[tuple[Active, object]]:
+        """What each provider returns. Not by pluggy's own call: that is last-in first-out and forgets who answered."""
+        for active in self.providers(hook):
+            implementation = getattr(active.plugin, hook)
+            try:
+                made = implementation(**{name: arguments[name] for name in _arguments(implementation)})
+            except SftxError as error:
+                # A plugin need not know its own name and version.
+                prefix = "" if str(active.info) in str(error) else f"{active.info}: "
+                raise type(error)(f"{prefix}{error}") from error
+            if not isinstance(made, RETURNS[hook]):
+                raise PluginError(
+                    f"{active.info}: {hook} returned {type(made).__name__}, expected a {RETURNS[hook].__name__}"
+                    f"{_missing(made, RETURNS[hook])}"
+                )
+            yield active, made
+
+
+def _missing(made: object, protocol: type) -> str:
+    names = [name for name in sorted(vars(protocol)) if not name.startswith("_") and not hasattr(made, name)]
+    return f", which has also {', '.join(names)}" if names else ""
+
+
+def templates_that_fit(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The built-in templates whose control tokens this tokenizer has."""
+    from sftx.data.encode import check_controls
+    from sftx.run_file import Origins
+
+    fitting = []
+    for name in TEMPLATES:
+        assembly = Assembly(Origins())
+        try:
+            assembly.add(find(name, discover()), {})
+            template = assembly.template(tokenizer)
+            assert template is not None
+            check_controls(template, tokenizer)
+        except (PluginError, ConfigError):
+            continue
+        fitting.append(name)
+    return fitting

@@ -1,0 +1,331 @@
+"""A run file and a command line, loaded, become a run directory: the whole way, from top to bottom.
+
+options -> plugins -> tokenizer -> data -> model -> steps -> artefact. What can fail early does: plugins and their
+options before torch is imported, data before weights are read; the run directory appears when all of that stands.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import itertools
+import json
+import logging
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from sftx import run_file
+from sftx.config import Loaded, RunConfig, as_dict
+from sftx.data import sources
+from sftx.errors import ConfigError, OutputError, one_line
+from sftx.plugins import Assembly, activate
+from sftx.types import EvalReport, RunInfo, StartReport, StepReport
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from sftx.data.encode import Dataset
+    from sftx.model.language_model import LanguageModel
+    from sftx.training.evaluate import Evaluator
+    from sftx.training.loop import Plan, Trainer
+    from sftx.training.observers import Observers
+    from sftx.training.precision import Precision
+
+log = logging.getLogger(__name__)
+
+_LIBRARIES: Final = (
+    "torch",
+    "triton",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "datasets",
+    "pluggy",
+    "pydantic",
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """Where a run lies, and what its summary.json says."""
+
+    output_dir: Path
+    summary: Mapping[str, Any]
+
+
+def run(loaded: Loaded, *, name: str = "run") -> Result:
+    """Trains as `loaded` says; `name` begins the name of the default output directory. Raises SftxError."""
+    started = time.perf_counter()
+    return assemble(loaded, name=name).run(started)
+
+
+def assemble(loaded: Loaded, *, name: str = "run") -> Session:
+    """Everything before the first step: all that can be wrong is found here, and nothing is written."""
+    config = loaded.config
+    _check_data(config)
+    output_dir = _output_dir(config.output_dir, name)
+    assembly = activate(loaded)
+
+    # From here on torch and transformers are needed: seconds of imports, after everything that is quick to check.
+    from sftx.data.encode import Encoder, prepare
+    from sftx.model import embedded
+    from sftx.model.load import load_tokenizer
+    from sftx.training import precision as precisions
+    from sftx.training.evaluate import Evaluator
+    from sftx.training.loop import Plan, Trainer
+    from sftx.training.observers import Observers
+
+    precision = precisions.choose(config.train)
+    model_name = embedded.resolve(config.model)
+    tokenizer = load_tokenizer(model_name)
+    encoder = Encoder(tokenizer, assembly.template(tokenizer))
+    parsers, collator, loss, metrics = (
+        assembly.parsers(),
+        assembly.collator(),
+        assembly.loss(),
+        assembly.metrics(),
+    )
+    data = prepare(config.data.train, config.data, parsers, encoder)
+    held_out = prepare(config.data.eval, config.data, parsers, encoder, questions=bool(metrics))
+    if metrics and not held_out.questions:
+        raise ConfigError(
+            f"the metric {', '.join(metrics)} needs held-out conversations that end with an assistant's turn; "
+            "give some with --eval-data, or leave the metric out"
+        )
+    plan = Plan(data.examples, collator, config.train)
+    lm = _load(model_name, assembly, tokenizer, precision, config.train.seed)
+    resolved = as_dict(config) | {"plugins": {active.info.name: active.options for active in assembly.active}}
+    return Session(
+        config=config,
+        resolved=resolved,
+        assembly=assembly,
+        output_dir=output_dir,
+        model_dir=model_name,
+        data=data,
+        held_out=held_out,
+        plan=plan,
+        lm=lm,
+        trainer=Trainer(lm, loss, collator, config.train, precision, plan.num_steps),
+        evaluator=Evaluator(
+            held_out,
+            collator=collator,
+            loss=loss,
+            metrics=metrics,
+            precision=precision,
+            stop_ids=encoder.stop_ids,
+            batch_size=config.train.per_device_eval_batch_size,
+            max_new_tokens=config.generation.max_new_tokens,
+        ),
+        observers=Observers(assembly.observers(RunInfo(output_dir, resolved))),
+    )
+
+
+def _check_data(config: RunConfig) -> None:
+    """Raises ConfigError or DataError when there is no training data, or a file is not there."""
+    if not config.data.train:
+        raise ConfigError("option 'data.train': no training data; give a file with --data")
+    for path in (*config.data.train, *config.data.eval):
+        sources.resolve(path)
+
+
+def _output_dir(wanted: str | None, name: str) -> Path:
+    """The directory that this run will make. Raises OutputError when it holds something already."""
+    if wanted is None:
+        return next(path for n in itertools.count(1) if not (path := Path("runs") / f"{name}-{n}").exists())
+    path = Path(wanted).expanduser()
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"output_dir {wanted}: is a file; name a directory that does not exist yet")
+    if path.is_dir() and any(path.iterdir()):
+        what = "a run" if (path / "run.yaml").exists() else "files"
+        raise OutputError(f"output_dir {wanted}: holds {what} already, which is never written over; choose another")
+    return path
+
+
+def _load(
+    name: str, assembly: Assembly, tokenizer: PreTrainedTokenizerBase, precision: Precision, seed: int
+) -> LanguageModel:
+    """The model with its adapters, checked to compute what its own forward computes."""
+    import torch
+
+    from sftx.model.language_model import LanguageModel
+    from sftx.model.load import load_model, load_spec
+
+    spec = load_spec(name)
+    adapters = assembly.adapters(spec)
+    dtype = precision.base_dtype(frozen=bool(adapters))
+    model = load_model(spec, list(adapters.values()), dtype=dtype, device=precision.device)
+    lm = LanguageModel(model, tokenizer)
+    torch.manual_seed(seed)
+    lm.attach(adapters)
+    with precision.autocast():
+        lm.check()
+    return lm
+
+
+@dataclass
+class Session:
+    """A run that is assembled: what it stands on, and what it does."""
+
+    config: RunConfig
+    resolved: Mapping[str, Any]
+    """The run file, every default and every plugin's options written out."""
+    assembly: Assembly
+    output_dir: Path
+    model_dir: str
+    data: Dataset
+    held_out: Dataset
+    plan: Plan
+    lm: LanguageModel
+    trainer: Trainer
+    evaluator: Evaluator
+    observers: Observers
+    _steps: list[StepReport] = field(default_factory=list)
+
+    def run(self, started: float) -> Result:
+        """Trains, evaluates and saves. `started`: time.perf_counter() when the run began. Raises SftxError."""
+        from sftx.training.loop import train
+
+        report = self.report()
+        self._write_start()
+        try:
+            self.observers.on_start(report)
+            before = self.evaluate(0)
+            train(self.trainer, self.plan, self.data.examples, self.after_step)
+            after = self.evaluate(self.plan.num_steps)
+            artefact = self.output_dir / ("adapter" if self.lm.adapters else "model")
+            self.save(artefact, self.plan.num_steps)
+            summary = self.summary(before, after, artefact, time.perf_counter() - started)
+            _write_json(self.output_dir / "summary.json", summary)
+            self.observers.on_end(summary)
+        finally:
+            self.observers.close()
+        return Result(self.output_dir, summary)
+
+    def after_step(self, report: StepReport) -> None:
+        """Reports a step, and saves and evaluates where the options ask for it."""
+        from sftx.training import checkpoint
+
+        self._steps.append(report)
+        self.observers.on_step(report)
+        options, is_last = self.config.train, report.step == report.num_steps
+        if options.save_steps and report.step % options.save_steps == 0:
+            checkpoints = self.output_dir / "checkpoints"
+            self.save(checkpoints / f"step-{report.step}", report.step)
+            checkpoint.prune(checkpoints, options.save_total_limit)
+        if options.eval_steps and report.step % options.eval_steps == 0 and not is_last:
+            self.evaluate(report.step)
+
+    def evaluate(self, step: int) -> EvalReport | None:
+        """The held-out rows, if there are any."""
+        if not self.held_out.examples:
+            return None
+        report = self.evaluator(self.lm, step)
+        self.observers.on_evaluate(report)
+        return report
+
+    def save(self, directory: Path, step: int) -> None:
+        from sftx.training import checkpoint
+
+        checkpoint.save(self.lm, directory)
+        self.trainer.last_saved = str(directory)
+        self.observers.on_save(step, directory)
+
+    def report(self) -> StartReport:
+        """What was derived from options, data and model."""
+        data, plan = self.data, self.plan
+        parameters = {id(p): p for p in self.lm.parameters()}.values()
+        return StartReport(
+            providers=self.assembly.table(),
+            model=self.config.model,
+            device=str(self.lm.device),
+            dtype=str(self.trainer.precision),
+            num_parameters=sum(p.numel() for p in parameters),
+            num_trainable=sum(p.numel() for p in parameters if p.requires_grad),
+            num_rows=data.ledger.num_rows,
+            num_examples=len(data.examples),
+            num_tokens=data.num_tokens,
+            num_real_tokens=data.num_real_tokens,
+            num_eval_rows=self.held_out.ledger.num_rows,
+            formats=dict(data.formats),
+            ledger=(*data.ledger.summary(), *self.held_out.ledger.summary()),
+            num_steps=plan.num_steps,
+            tokens_per_step=data.num_tokens / plan.steps_per_epoch,
+        )
+
+    def summary(
+        self, before: EvalReport | None, after: EvalReport | None, artefact: Path, wall_seconds: float
+    ) -> dict[str, Any]:
+        """What summary.json holds: JSON values only."""
+        steps = self._steps
+        summary: dict[str, Any] = {
+            "num_steps": len(steps),
+            "loss": {"first": steps[0].loss, "last": steps[-1].loss},
+            "num_tokens": sum(step.num_tokens for step in steps),
+            "tokens_per_second": sum(s.num_real_tokens for s in steps) / sum(s.seconds for s in steps),
+            "peak_bytes": steps[-1].peak_bytes,
+            "wall_seconds": wall_seconds,
+            "artefact": str(artefact),
+        }
+        if before is not None and after is not None:
+            summary["held_out"] = {"before": dict(before.metrics), "after": dict(after.metrics)}
+            pairs = zip(before.samples, after.samples, strict=True)
+            shown = itertools.islice(pairs, self.config.generation.num_samples)
+            summary["samples"] = [
+                {
+                    "row": then.row_id,
+                    "prompt": then.prompt,
+                    "reference": then.reference,
+                    "before": then.prediction,
+                    "after": now.prediction,
+                }
+                for then, now in shown
+            ]
+        return summary
+
+    def _write_start(self) -> None:
+        """Makes the run directory with all that is known before the first step. Raises OutputError."""
+        try:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            for name, data in (("ledger.jsonl", self.data), ("ledger-held-out.jsonl", self.held_out)):
+                if data.ledger.num_rows:
+                    data.ledger.write(self.output_dir / name)
+        except OSError as error:
+            raise OutputError(f"output_dir {self.output_dir}: cannot be written: {one_line(error)}") from error
+        run_file.write(dict(self.resolved), self.output_dir / "run.yaml")
+        _write_json(self.output_dir / "manifest.json", self._manifest())
+
+    def _manifest(self) -> dict[str, Any]:
+        from sftx import __version__
+        from sftx.model.load import fingerprint
+
+        return {
+            "sftx": __version__,
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "libraries": {name: _version(name) for name in _LIBRARIES},
+            "plugins": [dataclasses.asdict(provider) for provider in self.assembly.table()],
+            "model": {
+                "name": self.config.model,
+                "files": self.model_dir,
+                "sha256": fingerprint(self.model_dir),
+            },
+            "data": {path: sources.sha256(path) for path in (*self.config.data.train, *self.config.data.eval)},
+        }
+
+
+def _version(library: str) -> str | None:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    try:
+        path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {one_line(error)}") from error

@@ -1,0 +1,57 @@
+"""What was trained becomes a directory that others load: whole, or not there at all."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from sftx.errors import OutputError, one_line
+from sftx.model.language_model import LanguageModel
+
+_CHECKPOINT = re.compile(r"step-(\d+)")
+
+
+def save(lm: LanguageModel, directory: Path) -> None:
+    """Writes adapters in PEFT's form, or the whole model in transformers', and the tokenizer beside it.
+
+    The files are written to a neighbour of `directory` that is then renamed. Raises OutputError; nothing is left then.
+    """
+    part = directory.with_name(f".{directory.name}.part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        if not lm.adapters:
+            lm.model.save_pretrained(part)
+        for name, adapter in lm.adapters.items():
+            # One adapter is the artefact; several lie side by side in it.
+            place = part if len(lm.adapters) == 1 else part / name
+            place.mkdir(exist_ok=True)
+            adapter.save(place)
+        lm.tokenizer.save_pretrained(part)
+        part.rename(directory)
+    except (OSError, SafetensorError) as error:
+        free = shutil.disk_usage(_existing(directory)).free
+        raise OutputError(
+            f"{directory}: cannot be written: {one_line(error)} ({free / 1e6:.0f} MB free there); "
+            "make room or choose another output_dir"
+        ) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _existing(path: Path) -> Path:
+    return next(parent for parent in path.absolute().parents if parent.exists())
+
+
+def prune(checkpoints: Path, limit: int | None) -> None:
+    """Removes the oldest checkpoints beyond `limit`."""
+    if limit is None:
+        return
+    found = sorted(
+        (int(match[1]), path) for path in checkpoints.iterdir() if (match := _CHECKPOINT.fullmatch(path.name))
+    )
+    for _, path in found[:-limit]:
+        shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,94 @@
+"""Held-out rows become a loss, and answers that metrics score."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from sftx.data.encode import Dataset, Question
+from sftx.model.language_model import LanguageModel
+from sftx.training.precision import Precision
+from sftx.types import Collator, EvalReport, Example, Loss, Metric, Sample
+
+
+class Evaluator:
+    """Evaluates one model on one held-out set; logits are never kept."""
+
+    def __init__(
+        self,
+        data: Dataset,
+        *,
+        collator: Collator,
+        loss: Loss,
+        metrics: Mapping[str, Metric],
+        precision: Precision,
+        stop_ids: Sequence[int],
+        batch_size: int,
+        max_new_tokens: int,
+    ) -> None:
+        self._data = data
+        self._collator = collator
+        self._loss = loss
+        self._metrics = metrics
+        self._precision = precision
+        self._stop_ids = stop_ids
+        self._batch_size = batch_size
+        self._max_new_tokens = max_new_tokens
+
+    def __call__(self, lm: LanguageModel, step: int) -> EvalReport:
+        start = time.perf_counter()
+        training = lm.training
+        lm.eval()
+        with torch.no_grad(), self._precision.autocast():
+            metrics = self._losses(lm, self._data.examples)
+            samples = self._answers(lm, self._data.questions) if self._metrics else ()
+        lm.train(training)
+        for name, metric in self._metrics.items():
+            scores = [metric(sample.prediction, sample.reference) for sample in samples]
+            metrics[name] = sum(scores) / len(scores) if scores else math.nan
+        return EvalReport(step, metrics, samples, time.perf_counter() - start)
+
+    def _losses(self, lm: LanguageModel, examples: Sequence[Example]) -> dict[str, float]:
+        """The loss, its exponential, and what else the loss counts, over the whole set's denominator."""
+        sums: defaultdict[str, float] = defaultdict(float)
+        total = 0.0
+        for chosen in _batches(examples, self._batch_size):
+            batch = self._collator.collate(chosen).to(lm.device)
+            out = self._loss(lm, batch)
+            total += self._loss.denominator(batch)
+            sums["loss"] += out.sum.item()
+            for name, value in out.metrics.items():
+                sums[name] += value.item()
+        means = {name: value / total for name, value in sums.items()}
+        return {"loss": means["loss"], "perplexity": _exp(means["loss"]), **means}
+
+    def _answers(self, lm: LanguageModel, questions: Sequence[Question]) -> tuple[Sample, ...]:
+        answers = lm.generate(
+            [question.prompt_ids for question in questions],
+            max_new_tokens=self._max_new_tokens,
+            stop_ids=self._stop_ids,
+            batch_size=self._batch_size,
+        )
+        return tuple(
+            Sample(q.row_id, q.prompt, q.reference, str(lm.tokenizer.decode(ids, skip_special_tokens=True)))
+            for q, ids in zip(questions, answers, strict=True)
+        )
+
+
+def _batches(examples: Sequence[Example], batch_size: int) -> list[list[Example]]:
+    """Examples of similar length together; those of one group are never parted."""
+    groups: defaultdict[int, list[Example]] = defaultdict(list)
+    for example in examples:
+        groups[example.group].append(example)
+    rows = sorted(groups.values(), key=lambda row: max(len(example.token_ids) for example in row))
+    return [
+        [example for row in rows[at : at + batch_size] for example in row] for at in range(0, len(rows), batch_size)
+    ]
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf

@@ -1,0 +1,187 @@
+"""Steps of examples become optimizer updates.
+
+Each micro-batch's loss is a sum; the whole step's denominator is known on the host before the first forward, so the
+same examples give the same update however they are split into micro-batches.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sftx.config import TrainConfig
+from sftx.errors import PluginError, TrainingError
+from sftx.model.language_model import LanguageModel
+from sftx.training.optimizer import make_optimizer
+from sftx.training.precision import Precision, peak_bytes
+from sftx.training.schedule import learning_rate
+from sftx.types import Batch, Collator, Example, Loss, LossSum, Step, StepReport
+
+
+class TrainStep(nn.Module):
+    """One forward from a batch to its loss sum: what a wrapper for several devices wraps, the loss inside."""
+
+    def __init__(self, lm: LanguageModel, loss: Loss) -> None:
+        super().__init__()
+        self.lm = lm
+        self.loss = loss
+
+    def forward(self, batch: Batch) -> LossSum:
+        return self.loss(self.lm, batch)
+
+
+class Plan:
+    """Which examples each step of a run takes: pure in the seed and the epoch."""
+
+    def __init__(self, examples: Sequence[Example], collator: Collator, config: TrainConfig) -> None:
+        self._lengths = [len(example.token_ids) for example in examples]
+        self._groups = [example.group for example in examples]
+        self._collator = collator
+        self._config = config
+        self.steps_per_epoch = len(self.epoch(0))
+        self.num_steps = config.max_steps or max(1, round(config.num_train_epochs * self.steps_per_epoch))
+
+    def epoch(self, epoch: int) -> list[Step]:
+        """The steps of one epoch. Raises PluginError when the collator loses or repeats an example."""
+        config = self._config
+        steps, carried = self._collator.plan(
+            self._lengths,
+            self._groups,
+            seed=config.seed,
+            epoch=epoch,
+            window=0,
+            examples_per_step=config.per_device_train_batch_size * config.gradient_accumulation_steps,
+            final=True,
+        )
+        planned = sorted(index for step in steps for row in step for index in row)
+        if carried or planned != list(range(len(self._lengths))):
+            raise PluginError(
+                f"{type(self._collator).__name__}.plan lost or repeated examples: {len(planned)} planned and "
+                f"{len(carried)} carried over of {len(self._lengths)}"
+            )
+        return steps
+
+    def __iter__(self) -> Iterator[tuple[float, Step]]:
+        """Every step of the run, with the epochs done after it."""
+        epoch, done = 0, 0
+        while True:
+            steps = self.epoch(epoch)
+            for number, step in enumerate(steps, 1):
+                yield epoch + number / len(steps), step
+                done += 1
+                if done == self.num_steps:
+                    return
+            epoch += 1
+
+
+@dataclass
+class Trainer:
+    """Runs steps on one model. `last_saved` is what an error tells the user to fall back on."""
+
+    lm: LanguageModel
+    loss: Loss
+    collator: Collator
+    config: TrainConfig
+    precision: Precision
+    num_steps: int
+    last_saved: str = "none"
+    optimizer: Optimizer = field(init=False)
+    module: nn.Module = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.module = TrainStep(self.lm, self.loss)
+        self.optimizer = make_optimizer(self.lm, self.config)
+        self.parameters = [p for p in self.lm.parameters() if p.requires_grad]
+        if self.config.gradient_checkpointing:
+            self.lm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.lm.train()
+
+    def micro_batches(self, step: Step, examples: Sequence[Example]) -> list[Batch]:
+        """The rows of a step, `per_device_train_batch_size` at a time, on the host."""
+        size = self.config.per_device_train_batch_size
+        return [
+            self.collator.collate([examples[index] for row in step[at : at + size] for index in row])
+            for at in range(0, len(step), size)
+        ]
+
+    def accumulate(self, batches: Sequence[Batch], number: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Adds the gradients of one step (counted from 0); returns its mean loss and what else was counted."""
+        denominators = [self.loss.denominator(batch) for batch in batches]
+        total = sum(denominators)
+        loss = torch.zeros((), device=self.lm.device)
+        metrics: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.lm.device))
+        for micro, (batch, share) in enumerate(zip(batches, denominators, strict=True)):
+            self._seed(number, micro)
+            with self.precision.autocast():
+                out: LossSum = self.module(batch.to(self.lm.device))
+            objective = out.sum / total
+            if out.aux_loss is not None:
+                objective = objective + out.aux_loss * (share / total)
+                metrics["aux_loss"] += out.aux_loss.detach() * (share / total)
+            objective.backward()
+            loss += out.sum.detach() / total
+            for name, value in out.metrics.items():
+                metrics[name] += value.detach() / total
+        return loss, metrics
+
+    def step(self, number: int, epoch: float, batches: Sequence[Batch]) -> StepReport:
+        """One optimizer step, counted from 1. Raises TrainingError when the loss or its gradient is not finite."""
+        start = time.perf_counter()
+        rate = learning_rate(self.config, number - 1, self.num_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, metrics = self.accumulate(batches, number - 1)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf)
+        # The one wait for the device in a step: an update by a gradient that is not finite cannot be undone.
+        loss_value, norm_value = torch.stack((loss, norm.to(loss))).tolist()
+        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+            raise TrainingError(self._not_finite(number, loss_value, norm_value, batches))
+        self.optimizer.step()
+        return StepReport(
+            step=number,
+            num_steps=self.num_steps,
+            epoch=epoch,
+            loss=loss_value,
+            grad_norm=norm_value,
+            learning_rate=rate,
+            num_tokens=sum(batch.num_tokens for batch in batches),
+            num_real_tokens=sum(batch.num_real_tokens for batch in batches),
+            seconds=time.perf_counter() - start,
+            peak_bytes=peak_bytes(self.lm.device),
+            metrics={name: value.item() for name, value in metrics.items()},
+        )
+
+    def _seed(self, number: int, micro: int) -> None:
+        """Makes whatever is random in the coming forward a pure function of the run's seed and its place."""
+        seed = random.Random(f"forward {self.config.seed} {number} {micro}").getrandbits(63)
+        self.lm.seed.fill_(seed)
+        torch.manual_seed(seed)
+
+    def _not_finite(self, number: int, loss: float, norm: float, batches: Sequence[Batch]) -> str:
+        rows = [row for batch in batches for row in batch.row_ids]
+        shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+        return (
+            f"step {number}: the loss is {loss:g} and the gradient's norm {norm:g}; no update was made; rows: {shown}; "
+            f"last saved: {self.last_saved}; lower learning_rate, or look at these rows"
+        )
+
+
+def train(
+    trainer: Trainer, plan: Plan, examples: Sequence[Example], after_step: Callable[[StepReport], None]
+) -> StepReport:
+    """Runs the whole plan; `after_step` reports, saves and evaluates. Returns the last step's report."""
+    report: StepReport | None = None
+    for number, (epoch, step) in enumerate(plan, 1):
+        report = trainer.step(number, epoch, trainer.micro_batches(step, examples))
+        after_step(report)
+    assert report is not None
+    return report

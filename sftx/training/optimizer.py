@@ -1,0 +1,26 @@
+"""The parameters that train become AdamW with its groups."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.optim import AdamW
+
+from sftx.config import TrainConfig
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
+    """AdamW (Loshchilov & Hutter 2019) over what requires grad; norms and biases do not decay."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # Norm weights and biases are the vectors of a transformer, everything else is a matrix.
+    decayed = [parameter for parameter in trained if parameter.ndim >= 2]
+    others = [parameter for parameter in trained if parameter.ndim < 2]
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+    )
