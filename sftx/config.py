@@ -79,7 +79,7 @@ class TrainConfig:
     ] = None
     gradient_checkpointing: Annotated[
         bool,
-        Field(description="Recompute each layer in the backward pass: less memory, about a third more time."),
+        Field(description="Recompute each layer in the backward pass: less memory, more time."),
     ] = False
     use_cpu: Annotated[bool, Field(description="Stay on the CPU even where there is a GPU.")] = False
     seed: Annotated[int, Field(ge=0, lt=2**32, description="Of data order, initialisation and dropout.")] = 42
@@ -154,7 +154,7 @@ def validate(
         return built
     except ValidationError as error:
         raise ConfigError(_explain(error.errors(), cls, who, prefix, origins)) from None
-    except TypeError as error:
+    except (TypeError, ValueError) as error:  # not JSON: a YAML tag's own type, a number out of range, a cycle
         raise ConfigError(f"{who or 'run file'}: {error}") from None
 
 
@@ -163,8 +163,14 @@ def _explain(errors: Sequence[ErrorDetails], cls: type, who: str, prefix: str, o
     schema = _adapter(cls).json_schema()
     path = _option_path([str(part) for part in errors[0]["loc"]], schema)
     same = [e for e in errors if [str(part) for part in e["loc"]][: len(path)] == path]
+    # Of a list, the item that is wrong; not also that the list is no text.
+    same = [e for e in same if len(e["loc"]) == max(len(e["loc"]) for e in same)]
     name = ".".join(path)
+    if not name:  # a dataclass's own check of its options together
+        return ": ".join(part for part in (origins.of(prefix.rstrip(".")), who, _expectation(same[0])) if part)
     start = ": ".join(part for part in (origins.of(prefix + name), who, f"option {name!r}") if part)
+    if same[0]["type"] == "missing":
+        return f"{start} is missing; it has no default"
     if same[0]["type"] == "unexpected_keyword_argument":
         names = _names_at(path[:-1], schema)
         hint = did_you_mean(path[-1], names) or ("; known are " + ", ".join(names) if names else "; it takes none")
@@ -175,6 +181,7 @@ def _explain(errors: Sequence[ErrorDetails], cls: type, who: str, prefix: str, o
 
 def _expectation(error: ErrorDetails) -> str:
     message = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    message = message.replace("String should have ", "a string of ")
     message = message[:1].lower() + message[1:]
     return f"a number {message}" if message.startswith(("greater", "less")) else message
 
@@ -225,18 +232,21 @@ def load(
         path = run_file.EMBEDDED
     values, origins = run_file.read(path) if path is not None else ({}, run_file.Origins())
     values["plugins"] = plugins = _plugin_table(values, origins)
+    wanted = {name: f"--plugin {name}" for name in add}
     for name in add:
         plugins.setdefault(name, {})
     for name, value, typed in assignments:
         dotted = name if name.split(".")[0] in SECTIONS else f"plugins.{name}"
         run_file.assign(values, dotted, value, typed)
         origins.set(dotted, typed)
+        if dotted.startswith("plugins."):
+            wanted.setdefault(dotted.split(".")[1], typed)
     for name in remove:
-        typed = f"--plugin {name}" if name in add else origins.of(f"plugins.{name}")
-        if typed.startswith("--"):
-            raise ConfigError(f"--no-plugin {name}: contradicts {typed}; leave one of them out")
+        if name in wanted:
+            raise ConfigError(f"--no-plugin {name}: contradicts {wanted[name]}; leave one of them out")
         plugins.pop(name, None)
-    values["without"] = list(dict.fromkeys([*values.get("without", ()), *remove]))
+    if isinstance(without := values.setdefault("without", []), list):
+        values["without"] = [*without, *(name for name in dict.fromkeys(remove) if name not in without)]
     return Loaded(validate(RunConfig, values, origins=origins), origins)
 
 

@@ -12,6 +12,7 @@ import importlib.metadata
 import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
@@ -128,8 +129,6 @@ def load_class(info: PluginInfo) -> type:
     _check_host(info)
     try:
         cls = importlib.metadata.EntryPoint(info.name, info.value, GROUP).load()
-    except SftxError:
-        raise
     except Exception as error:
         raise PluginError(
             f"{info}: cannot be imported from {info.value!r}: {type(error).__name__}: {one_line(error)}; "
@@ -137,8 +136,10 @@ def load_class(info: PluginInfo) -> type:
         ) from error
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
         raise PluginError(f"{info}: {info.value!r} is no dataclass; a plugin is a frozen dataclass of its options")
-    if cls.__hash__ is None:
-        raise PluginError(f"{info}: declare it as @dataclass(frozen=True, eq=False); it cannot be hashed")
+    if cls.__eq__ is not object.__eq__:
+        raise PluginError(
+            f"{info}: declare it as @dataclass(frozen=True, eq=False); pluggy compares and hashes plugins"
+        )
     return cls
 
 
@@ -157,6 +158,19 @@ def _check_host(info: PluginInfo) -> None:
                 f"{info}: is made for sftx {requirement.specifier}, this is sftx {version}; "
                 f"install another version of {info.package} or of sftx"
             )
+
+
+@contextmanager
+def _named(info: PluginInfo, what: str) -> Iterator[None]:
+    """Puts the plugin's name in front of the errors of its own code, which need not know its name and version."""
+    try:
+        yield
+    except SftxError as error:
+        if str(info) not in str(error):
+            error.args = (f"{info}: {error}",)
+        raise
+    except Exception as error:
+        raise PluginError(f"{info}: {what} failed: {type(error).__name__}: {one_line(error)}") from error
 
 
 def hooks_of(info: PluginInfo, cls: type) -> list[str]:
@@ -244,7 +258,9 @@ class Assembly:
             raise PluginError(f"{info}: the name {info.name!r} is a section of the run file; rename the plugin")
         cls = load_class(info)
         hooks_of(info, cls)
-        plugin: object = validate(cls, options, who=str(info), prefix=f"plugins.{info.name}.", origins=self._origins)
+        prefix = f"plugins.{info.name}."
+        with _named(info, "reading its options"):
+            plugin: object = validate(cls, options, who=str(info), prefix=prefix, origins=self._origins)
         self._manager.register(plugin, info.name)
         self._active[info.name] = Active(info, plugin)
 
@@ -301,12 +317,8 @@ class Assembly:
         """What each provider returns. Not by pluggy's own call: that is last-in first-out and forgets who answered."""
         for active in self.providers(hook):
             implementation = getattr(active.plugin, hook)
-            try:
+            with _named(active.info, hook):
                 made = implementation(**{name: arguments[name] for name in _arguments(implementation)})
-            except SftxError as error:
-                # A plugin need not know its own name and version.
-                prefix = "" if str(active.info) in str(error) else f"{active.info}: "
-                raise type(error)(f"{prefix}{error}") from error
             if not isinstance(made, RETURNS[hook]):
                 raise PluginError(
                     f"{active.info}: {hook} returned {type(made).__name__}, expected a {RETURNS[hook].__name__}"

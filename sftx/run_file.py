@@ -33,8 +33,18 @@ class Origins:
         return ""
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes what YAML 1.1 or 1.2 would read as something else than text."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's core schema: `1e-4` is a number, `yes` and `2024-01-01` are text, a key stands once."""
+    """YAML 1.2's core schema: `1e-4` is a number, `yes` and `2024-01-01` are text, a key stands once.
+
+    `.inf` and `.nan` are text here: JSON, in which runs are recorded, has no such numbers.
+    """
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
 
@@ -58,9 +68,10 @@ for _tag, _pattern in (
     ("null", r"~|null|Null|NULL|"),
     ("bool", r"true|True|TRUE|false|False|FALSE"),
     ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+"),
-    ("float", rf"{_FLOAT}|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"),
+    ("float", _FLOAT),
 ):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), None)
+    for _side in (_Loader, _Dumper):  # the dumper has YAML 1.1's already
+        _side.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), None)
 _Loader.add_constructor("tag:yaml.org,2002:int", _int)
 
 
@@ -122,18 +133,11 @@ def write(values: dict[str, Any], path: Path) -> None:
         raise OutputError(f"{path}: cannot be written: {one_line(error)}") from None
 
 
-class _Dumper(yaml.SafeDumper):
-    """Quotes what YAML 1.1 or 1.2 would read as something else than text."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
 def _float(dumper: _Dumper, value: float) -> yaml.ScalarNode:
     text = repr(value)
     mantissa, e, exponent = text.partition("e")
     text = f"{mantissa}.0{e}{exponent}" if e and "." not in mantissa else text  # YAML 1.1 reads 1e-4 as text
-    return dumper.represent_scalar("tag:yaml.org,2002:float", {"inf": ".inf", "nan": ".nan"}.get(text, text))
+    return dumper.represent_scalar("tag:yaml.org,2002:float", text)
 
 
 _Dumper.add_representer(float, _float)

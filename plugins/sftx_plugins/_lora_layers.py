@@ -40,7 +40,7 @@ class LoraLinear(nn.Linear):
         self.dropout_p = options.lora_dropout
         self.enabled = True
         self._run_seed = run_seed
-        self._layer = layer
+        self._seed_offset = layer * _SEED_STEP % 2**63
         device = linear.weight.device
         self.lora_A = nn.Parameter(torch.empty(options.r, self.in_features, dtype=torch.float32, device=device))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, options.r, dtype=torch.float32, device=device))
@@ -58,7 +58,7 @@ class LoraLinear(nn.Linear):
             self.lora_B,
             scaling=self.scaling,
             dropout_p=dropout_p,
-            seed=self._run_seed + self._layer * _SEED_STEP if dropout_p else None,
+            seed=self._run_seed + self._seed_offset if dropout_p else None,
             bias=self.bias,
         )
 
@@ -167,6 +167,7 @@ class LoraAdapter(Adapter):
         return {
             "base_model_name_or_path": self._base,
             "bias": "none",
+            "ensure_weight_tying": len(self._full) > len(self._originals),
             "inference_mode": True,
             "lora_alpha": _whole(self.options.lora_alpha),
             "lora_dropout": self.options.lora_dropout,

@@ -32,14 +32,14 @@ def _section_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _option(name: str, flag: str, hint: Any, default: Any, description: str) -> Callable[..., Any]:
     plain = get_args(hint)[0] if get_origin(hint) is Annotated else hint
-    kinds = {kind for kind in (get_args(plain) or (plain,)) if kind is not type(None)}
+    kinds = [kind for kind in (get_args(plain) or (plain,)) if kind is not type(None)]
     shown = "" if default in (None, ()) else f"  [default: {default}]"
-    if kinds == {bool}:
+    if kinds == [bool]:
         return click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=description + shown)
     many = default == ()
     metavar = "FILE" if many else "|".join(map(str, kinds)) if all(isinstance(k, str) for k in kinds) else None
     if metavar is None:
-        metavar = next(iter(kinds)).__name__.upper() if len(kinds) == 1 else "VALUE"
+        metavar = kinds[0].__name__.upper() if len(kinds) == 1 else "VALUE"
     return click.option(flag, name, metavar=metavar, multiple=many, default=None, help=description + shown)
 
 

@@ -90,7 +90,7 @@ class Encoder:
         """Ids of text that a user wrote. Raises DataError when it cannot be encoded without a control token."""
         try:
             ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
-        except UnicodeEncodeError:
+        except (TypeError, UnicodeEncodeError):  # what the Rust side says of a str that is not UTF-8
             raise DataError("text holds a lone surrogate, which no tokenizer can read") from None
         if not self._reserved.isdisjoint(ids):
             token = self.tokenizer.convert_ids_to_tokens(next(i for i in ids if i in self._reserved))

@@ -43,16 +43,19 @@ class Ledger:
         return sum(entry.action == action for entry in self.entries)
 
     def check(self, max_dropped: float) -> None:
-        """Raises DataError when more than the share `max_dropped` of all rows was dropped."""
+        """Raises DataError when more than the share `max_dropped` of all rows was dropped, or every one."""
         dropped = [entry for entry in self.entries if entry.action == "dropped"]
-        if not dropped or len(dropped) <= max_dropped * self.num_rows:
+        if not dropped or (len(dropped) <= max_dropped * self.num_rows and len(dropped) < self.num_rows):
             return
         first = dropped[0]
         reasons = Counter(entry.reason for entry in dropped)
         others = f" (reasons: {'; '.join(f'{n}x {reason}' for reason, n in reasons.most_common(3))})"
+        shown = f"{first.where}: {first.reason}; {len(dropped)} of {self.num_rows} rows train nothing or were dropped"
+        others = others if len(reasons) > 1 else ""
+        if len(dropped) == self.num_rows:
+            raise DataError(f"{shown}{others}; mend the rows")
         raise DataError(
-            f"{first.where}: {first.reason}; {len(dropped)} of {self.num_rows} rows train nothing or were dropped, "
-            f"more than data.max_dropped={max_dropped:g} allows{others if len(reasons) > 1 else ''}; "
+            f"{shown}, more than data.max_dropped={max_dropped:g} allows{others}; "
             "mend the rows, or raise data.max_dropped"
         )
 

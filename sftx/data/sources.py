@@ -1,11 +1,12 @@
 """A file becomes records, each with its place.
 
-JSON lines and JSON are read row by row in plain Python, so that rows of different shapes may stand side by side and an
-error knows its line (Arrow's type inference rejects such files as a whole). parquet and CSV are read by `datasets`.
+JSON lines, JSON and CSV are read row by row in plain Python, so that rows of different shapes may stand side by side
+and an error knows its line (Arrow's type inference rejects such files as a whole). parquet is read by `datasets`.
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import re
@@ -67,26 +68,38 @@ def _loads(text: str, where: Location) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from None
-    except RecursionError:
-        raise DataError(f"{where}: not valid JSON: nested too deeply") from None
+    except (RecursionError, ValueError) as error:
+        raise DataError(f"{where}: not readable JSON: {_limit(error)}") from None
+
+
+def _limit(error: RecursionError | ValueError) -> str:
+    """What valid JSON was too much for Python's reader."""
+    return "nested too deeply" if isinstance(error, RecursionError) else "a number of too many digits"
 
 
 def _read_lines(file: Path, path: str) -> Iterator[tuple[Location, Any]]:
-    with file.open(encoding="utf-8-sig", newline="\n") as lines:
+    with file.open("rb") as lines:  # decoded line by line, so that a wrong byte has its line too
         for number, line in enumerate(lines, 1):
-            if line.strip():
-                where = Location(path, number)
-                yield where, _loads(line, where)
+            where = Location(path, number)
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(f"{where}: is not UTF-8: {error.reason} at byte {error.start + 1}") from None
+            if text.strip():
+                yield where, _loads(text, where)
 
 
 def _read_json(file: Path, path: str) -> Iterator[tuple[Location, Any]]:
     """A list of rows, decoded one by one; a file of this name that holds JSON lines is read as such."""
     text = file.read_text(encoding="utf-8-sig")
     start = _skip_space(text, 0)
+    decoder = json.JSONDecoder()
     if not text.startswith("[", start):
+        if text.startswith("{", start) and "\n" in text[start : _end_of_value(decoder, text, start)]:
+            where = Location(path, text.count("\n", 0, start) + 1)
+            raise DataError(f"{where}: got one object over several lines, expected a list of objects or one a line")
         yield from _read_lines(file, path)
         return
-    decoder = json.JSONDecoder()
     at, line, counted = _skip_space(text, start + 1), 1, 0
     while not text.startswith("]", at):
         line, counted = line + text.count("\n", counted, at), at
@@ -97,8 +110,8 @@ def _read_json(file: Path, path: str) -> Iterator[tuple[Location, Any]]:
             raise DataError(
                 f"{Location(path, error.lineno)}: not valid JSON: {error.msg} at column {error.colno}"
             ) from None
-        except RecursionError:
-            raise DataError(f"{where}: not valid JSON: nested too deeply") from None
+        except (RecursionError, ValueError) as error:
+            raise DataError(f"{where}: not readable JSON: {_limit(error)}") from None
         yield where, row
         at = _skip_space(text, at)
         if text.startswith(",", at):
@@ -107,6 +120,18 @@ def _read_json(file: Path, path: str) -> Iterator[tuple[Location, Any]]:
             raise DataError(
                 f"{Location(path, text.count(chr(10), 0, at) + 1)}: not valid JSON: expected ',' or ']' after a row"
             )
+    at = _skip_space(text, at + 1)
+    if at < len(text):
+        where = Location(path, text.count("\n", 0, at) + 1)
+        raise DataError(f"{where}: not valid JSON: text follows the list")
+
+
+def _end_of_value(decoder: json.JSONDecoder, text: str, start: int) -> int:
+    """Where the JSON value ends that begins at `start`; at `start` when it is not valid."""
+    try:
+        return decoder.raw_decode(text, start)[1]
+    except (ValueError, RecursionError):
+        return start
 
 
 def _skip_space(text: str, at: int) -> int:
@@ -117,30 +142,45 @@ def _skip_space(text: str, at: int) -> int:
 
 def _read_parquet(file: Path, path: str) -> Iterator[tuple[Location, Any]]:
     from datasets import Dataset
+    from datasets.utils import logging
 
-    yield from _rows(lambda: Dataset.from_parquet(str(file)), path)
-
-
-def _read_csv(file: Path, path: str) -> Iterator[tuple[Location, Any]]:
-    from datasets import Dataset
-
-    # As text: pandas would make a number of the answer "042" and nothing of the answer "NA".
-    yield from _rows(lambda: Dataset.from_csv(str(file), dtype=str, keep_default_na=False), path)
-
-
-def _rows(open_dataset: Callable[[], Any], path: str) -> Iterator[tuple[Location, Any]]:
-    from datasets.utils.logging import disable_progress_bar, enable_progress_bar
-
-    disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)  # it would log the error that is raised below
+    logging.disable_progress_bar()
     try:
-        dataset = open_dataset()
-    except Exception as error:  # a reader of somebody else's: pyarrow, pandas and datasets have roots of their own
+        dataset = Dataset.from_parquet(str(file))
+    except Exception as error:  # a reader of somebody else's: pyarrow and datasets have roots of their own
         cause = error.__cause__ or error
         raise DataError(f"{path}: cannot be read: {type(cause).__name__}: {one_line(cause)}") from error
     finally:
-        enable_progress_bar()
+        logging.enable_progress_bar()
+        logging.set_verbosity(verbosity)
     for number, row in enumerate(dataset, 1):
         yield Location(path, number, "row"), row
+
+
+def _read_csv(file: Path, path: str) -> Iterator[tuple[Location, Any]]:
+    """Every field is text: "042" and "NA" stay as they are. Blank lines are skipped."""
+    # Not by datasets: pandas takes the first field for an index, in silence, when the rows have one more than the
+    # header, and drops the second of two columns of one name.
+    csv.field_size_limit(2**31 - 1)  # of the whole process; a document may be longer than the 128 KiB of the default
+    with file.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.reader(lines, strict=True)
+        names: list[str] | None = None
+        where = Location(path, 1)
+        try:
+            for row in reader:
+                if names is None:
+                    names = row
+                    if len(set(names)) < len(names):
+                        raise DataError(f"{where}: two columns have the same name: {', '.join(names)}")
+                elif row and len(row) != len(names):
+                    raise DataError(f"{where}: got {len(row)} fields, expected the {len(names)} of the first line")
+                elif row:
+                    yield where, dict(zip(names, row, strict=True))
+                where = Location(path, reader.line_num + 1)
+        except csv.Error as error:
+            raise DataError(f"{where}: not valid CSV: {error}") from None
 
 
 _READERS: Final[dict[str, Callable[[Path, str], Iterator[tuple[Location, Any]]]]] = {

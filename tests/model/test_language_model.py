@@ -1,0 +1,165 @@
+"""Hidden states and head give what the architecture's own forward gives: losses, logits, answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from sftx_plugins.masked_ce import MaskedCE
+from sftx_plugins.padded import Padded
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GraniteConfig,
+    LlamaConfig,
+    MixtralConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen2MoeConfig,
+)
+
+from sftx import Batch, Example, ModelError
+from sftx.model.language_model import LanguageModel
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 211,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+EXPERTS = {"output_router_logits": True, "router_aux_loss_coef": 0.1}
+CONFIGS = {
+    "llama": LlamaConfig(**SHAPE),
+    "tied": LlamaConfig(**SHAPE, tie_word_embeddings=True),
+    "qwen2": Qwen2Config(**SHAPE),
+    "phi3": Phi3Config(**SHAPE),
+    "gemma2 (soft cap)": Gemma2Config(**SHAPE, final_logit_softcapping=0.5),
+    "gemma3": Gemma3TextConfig(**SHAPE, sliding_window=4, layer_types=["sliding_attention", "full_attention"]),
+    "cohere (logit scale)": CohereConfig(**SHAPE, logit_scale=0.25),
+    "granite (logit scaling)": GraniteConfig(**SHAPE, logits_scaling=4.0),
+    "gpt2": GPT2Config(vocab_size=211, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2),
+    "mixtral (router loss)": MixtralConfig(**SHAPE, **EXPERTS, num_local_experts=4),
+    "qwen2-moe (router loss)": Qwen2MoeConfig(
+        **SHAPE, **EXPERTS, num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=16
+    ),
+}
+
+
+def examples(lengths: tuple[int, ...] = (9, 5, 13)) -> list[Example]:
+    generator = torch.Generator().manual_seed(5)
+    return [
+        Example(
+            token_ids=torch.randint(3, 211, (length,), generator=generator).tolist(),
+            loss_mask=[at > length // 3 and at % 4 != 0 for at in range(length)],
+            row_id=f"row {number}",
+            group=number,
+        )
+        for number, length in enumerate(lengths)
+    ]
+
+
+def model_of(name: str) -> Any:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name]).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)  # so that caps and scales bite
+    return model
+
+
+def their_inputs(rows: list[Example]) -> dict[str, torch.Tensor]:
+    length = max(len(e.token_ids) for e in rows)
+    ids, labels, mask = (torch.full((len(rows), length), fill) for fill in (0, -100, 0))
+    for b, example in enumerate(rows):
+        for t, (token, trained) in enumerate(zip(example.token_ids, example.loss_mask, strict=True)):
+            ids[b, t], mask[b, t], labels[b, t] = token, 1, token if trained else -100
+    return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_loss_is_the_architectures_own(name: str) -> None:
+    """Soft caps, scales and router losses included, on padded rows."""
+    model = model_of(name)
+    lm = LanguageModel(model, tokenizer=None).eval()  # type: ignore[arg-type]
+    lm.check()
+    rows = examples()
+    batch = Padded().collate(rows)
+    out = MaskedCE()(lm, batch)
+    ours = out.sum / batch.num_tokens + (0 if out.aux_loss is None else out.aux_loss)
+    theirs = model(**their_inputs(rows), use_cache=False).loss
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert (out.aux_loss is not None) == ("router" in name)
+    trained = [p for p in lm.parameters() if p.requires_grad]
+    own = torch.autograd.grad(ours, trained, allow_unused=True)
+    expected = torch.autograd.grad(theirs, trained, allow_unused=True)
+    for mine, other in zip(own, expected, strict=True):
+        assert (mine is None) == (other is None)
+        if mine is not None:
+            torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
+
+
+def test_what_lies_under_the_padding_is_never_seen() -> None:
+    """Other ids there change nothing: neither the loss nor any gradient."""
+    lm = LanguageModel(model_of("tied"), tokenizer=None)  # type: ignore[arg-type]
+    batch = Padded().collate(examples())
+    assert batch.lengths_B is not None
+    outside = torch.arange(batch.input_ids_BT.shape[1]) >= batch.lengths_B[:, None]
+    assert outside.any()
+    results = []
+    for fill in (0, 2, 77):
+        batch.input_ids_BT = batch.input_ids_BT.masked_fill(outside, fill)
+        lm.zero_grad()
+        out = MaskedCE()(lm, batch)
+        out.sum.backward()
+        results.append((out.sum.detach(), [p.grad.clone() for p in lm.parameters() if p.grad is not None]))
+    for loss, gradients in results[1:]:
+        assert torch.equal(loss, results[0][0])
+        assert all(torch.equal(a, b) for a, b in zip(gradients, results[0][1], strict=True))
+
+
+def test_padding_a_batch_changes_no_loss() -> None:
+    lm = LanguageModel(model_of("gemma3"), tokenizer=None)  # type: ignore[arg-type]
+    rows = examples()
+    alone = sum(MaskedCE()(lm, Padded().collate([row])).sum for row in rows)
+    together = MaskedCE()(lm, Padded(pad_to_multiple_of=16).collate(rows)).sum
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_an_architecture_that_computes_its_logits_otherwise_is_refused_by_name() -> None:
+    model = model_of("llama")
+    model.lm_head.register_forward_hook(lambda module, args, out: out * 1.01)
+    lm = LanguageModel(model, tokenizer=None).eval()  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match=r"LlamaForCausalLM: its logits are not head\(hidden\)"):
+        lm.check()
+
+
+def test_answers_of_a_batch_are_those_of_single_rows_and_end_at_the_stop_token() -> None:
+    model = model_of("qwen2")
+    lm = LanguageModel(model, tokenizer=None).eval()  # type: ignore[arg-type]
+    prompts = [e.token_ids for e in examples((3, 11, 6, 4))]
+    together = lm.generate(prompts, max_new_tokens=12, stop_ids=(), batch_size=4)
+    alone = [lm.generate([p], max_new_tokens=12, stop_ids=(), batch_size=1)[0] for p in prompts]
+    assert together == alone
+    assert all(len(answer) == 12 for answer in together)
+    stop = together[0][5]
+    stopped = lm.generate(prompts, max_new_tokens=12, stop_ids=(stop,), batch_size=2)
+    assert stopped == [answer[: answer.index(stop)] if stop in answer else answer for answer in together]
+
+
+def test_a_batch_moves_with_all_its_tensors() -> None:
+    batch = Padded().collate(examples())
+    batch.extras["scores"] = torch.ones(2)
+    moved: Batch = batch.to(torch.device("meta"))
+    assert moved.input_ids_BT.device.type == moved.labels_BT.device.type == moved.extras["scores"].device.type == "meta"
+    assert moved.num_tokens == batch.num_tokens
+    assert batch.input_ids_BT.device.type == "cpu"

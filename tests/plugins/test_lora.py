@@ -1,0 +1,181 @@
+"""LoRA: begins as the identity, trains what it says, saves and loads strictly, merges to the same logits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sftx.config import load
+from sftx.errors import ConfigError, ModelError
+from sftx.run import Session, assemble
+
+ROWS = [{"prompt": f"what is {n} plus one", "completion": f"{n + 1} " * (n % 5 + 1)} for n in range(24)]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("lora") / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+def session_of(model: Path, data: Path, **options: Any) -> Session:
+    given = {"model": str(model), "data.train": str(data), "output_dir": str(data.parent / "never-written")}
+    given |= {name.replace("__", "."): value for name, value in options.items()}
+    return assemble(
+        load(
+            None, add=["chatml", "lora"], assignments=[(name, value, f"--set {name}") for name, value in given.items()]
+        )
+    )
+
+
+def logits(session: Session) -> Any:
+    import torch
+
+    batch = session.trainer.collator.collate(session.data.examples[:4])
+    session.lm.eval()
+    with torch.no_grad():
+        return session.lm.logits(session.lm.hidden(batch).hidden_BTD)
+
+
+def take_steps(session: Session, count: int = 3) -> list[float]:
+    losses = []
+    for number, (epoch, step) in zip(range(1, count + 1), session.plan, strict=False):
+        session.lm.train()
+        batches = session.trainer.micro_batches(step, session.data.examples)
+        losses.append(session.trainer.step(number, epoch, batches).loss)
+    return losses
+
+
+def test_it_begins_as_the_identity_and_trains_only_what_it_says(tiny_model_dir: Path, data: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    session = session_of(tiny_model_dir, data, train__learning_rate=1e-2)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    batch = session.trainer.collator.collate(session.data.examples[:4])
+    before = logits(session)
+    length = len(session.data.examples[0].token_ids)
+    theirs = base(batch.input_ids_BT[:1, :length]).logits
+    torch.testing.assert_close(before[:1, :length], theirs, rtol=1e-5, atol=1e-5)
+    frozen = {n: p.detach().clone() for n, p in session.lm.named_parameters() if not p.requires_grad}
+    trained = {n for n, p in session.lm.named_parameters() if p.requires_grad}
+    assert {name.rsplit(".", 1)[1] for name in trained} == {"lora_A", "lora_B"}
+    assert len(trained) == 2 * 2 * 7  # A and B of seven linear layers in two blocks; not the head
+    losses = take_steps(session)
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(p, frozen[n]) for n, p in session.lm.named_parameters() if n in frozen)
+    assert (logits(session) - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("saved", [[], ["lm_head", "embed_tokens"]])
+def test_it_round_trips_merges_and_steps_aside(
+    tiny_model_dir: Path, data: Path, tmp_path: Path, saved: list[str]
+) -> None:
+    import torch
+
+    session = session_of(tiny_model_dir, data, train__learning_rate=1e-2, lora__modules_to_save=saved)
+    before = logits(session)
+    take_steps(session)
+    after = logits(session)
+    assert (after - before).abs().max() > 1e-3
+    with session.lm.without_adapters():
+        assert torch.equal(logits(session), before)
+    assert torch.equal(logits(session), after)
+
+    adapter = session.lm.adapters["lora"]
+    adapter.save(tmp_path)
+    other = session_of(tiny_model_dir, data, lora__modules_to_save=saved)
+    assert not torch.equal(logits(other), after)
+    other.lm.adapters["lora"].load(tmp_path)
+    assert torch.equal(logits(other), after)
+
+    adapter.merge(session.lm)
+    torch.testing.assert_close(logits(session), after, rtol=1e-5, atol=1e-5)
+    assert not [name for name, _ in session.lm.named_parameters() if "lora" in name]
+
+
+def test_peft_loads_modules_trained_in_full(tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
+    """Tied weights are trained as the one tensor that they are, and saved under both names for PEFT."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    session = session_of(
+        tiny_model_dir, data, train__learning_rate=1e-2, lora__modules_to_save=["lm_head", "embed_tokens"]
+    )
+    lm = session.lm
+    assert lm.head_weight is lm.model.get_input_embeddings().weight
+    assert lm.head_weight.requires_grad
+    take_steps(session)
+    lm.adapters["lora"].save(tmp_path)
+    batch = session.trainer.collator.collate(session.data.examples[:1])
+    oracle = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_dir), tmp_path)
+    with torch.no_grad():
+        theirs = oracle.eval()(batch.input_ids_BT).logits
+        lm.eval()
+        ours = lm.logits(lm.hidden(batch).hidden_BTD)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("alone", ["lm_head", "embed_tokens"])
+def test_tied_weights_are_never_split(tiny_model_dir: Path, data: Path, alone: str) -> None:
+    with pytest.raises(ConfigError, match=r"would split tied weights: lm_head and model\.embed_tokens"):
+        session_of(tiny_model_dir, data, lora__modules_to_save=[alone])
+
+
+def test_target_modules_are_endings_or_a_regular_expression_of_the_whole_path(tiny_model_dir: Path, data: Path) -> None:
+    def adapted(targets: Any) -> set[str]:
+        session = session_of(tiny_model_dir, data, lora__target_modules=targets)
+        return {
+            name.removeprefix("model.model.layers.").removesuffix(".lora_A")
+            for name, _ in session.lm.named_parameters()
+            if name.endswith("lora_A")
+        }
+
+    queries = {"0.self_attn.q_proj", "1.self_attn.q_proj"}
+    assert adapted(["q_proj"]) == queries
+    assert adapted(["q_proj", "layers.1.mlp.up_proj"]) == queries | {"1.mlp.up_proj"}
+    assert adapted(r"model\.layers\.1\.self_attn\.(q|v)_proj") == {"1.self_attn.q_proj", "1.self_attn.v_proj"}
+    with pytest.raises(ConfigError, match=r"\['wq'\] match no linear layer; this model has q_proj, k_proj"):
+        adapted(["wq"])
+    with pytest.raises(ConfigError, match=r"\['wq'\] match no linear layer"):
+        adapted(["q_proj", "wq"])
+    with pytest.raises(ConfigError, match="no regular expression"):
+        adapted("(")
+    with pytest.raises(ConfigError, match=r"match the output head 'lm_head'.*modules_to_save: \[lm_head\]"):
+        adapted(["lm_head"])
+
+
+def test_loading_is_strict(tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
+    narrow = session_of(tiny_model_dir, data, lora__target_modules=["q_proj"])
+    narrow.lm.adapters["lora"].save(tmp_path)
+    wide = session_of(tiny_model_dir, data)
+    with pytest.raises(ModelError, match="24 tensors of this adapter are missing and 0 are not of it"):
+        wide.lm.adapters["lora"].load(tmp_path)
+    other_rank = session_of(tiny_model_dir, data, lora__target_modules=["q_proj"], lora__r=4)
+    with pytest.raises(ModelError, match=r"has the shape \[16, 32\], expected \[4, 32\]"):
+        other_rank.lm.adapters["lora"].load(tmp_path)
+
+
+def test_dropout_is_the_same_when_checkpointing_recomputes_it(tiny_model_dir: Path, data: Path) -> None:
+    import torch
+
+    gradients = {}
+    for checkpointing in (False, True):
+        session = session_of(tiny_model_dir, data, lora__lora_dropout=0.3, train__gradient_checkpointing=checkpointing)
+        with torch.no_grad():
+            for name, parameter in session.lm.named_parameters():
+                if name.endswith("lora_B"):
+                    parameter.normal_(0, 0.05, generator=torch.Generator().manual_seed(len(name)))
+        batches = session.trainer.micro_batches(session.plan.epoch(0)[0], session.data.examples)
+        session.trainer.accumulate(batches, 0)
+        gradients[checkpointing] = torch.cat([p.grad.flatten() for p in session.trainer.parameters])
+    torch.testing.assert_close(gradients[True], gradients[False], rtol=1e-6, atol=1e-7)
+    session.trainer.optimizer.zero_grad()
+    session.trainer.accumulate(batches, 1)
+    other = torch.cat([p.grad.flatten() for p in session.trainer.parameters])
+    assert not torch.allclose(other, gradients[True], rtol=1e-2), "another step must draw another mask"
