@@ -22,6 +22,7 @@ from sftx import run_file
 from sftx.config import Loaded, RunConfig, as_dict
 from sftx.data import sources
 from sftx.errors import ConfigError, OutputError, one_line
+from sftx.model import names
 from sftx.plugins import Assembly, activate
 from sftx.types import EvalReport, RunInfo, StartReport, StepReport
 
@@ -66,13 +67,13 @@ def run(loaded: Loaded, *, name: str = "run") -> Result:
 def assemble(loaded: Loaded, *, name: str = "run") -> Session:
     """Everything before the first step: all that can be wrong is found here, and nothing is written."""
     config = loaded.config
+    names.check(config.model)
     _check_data(config)
     output_dir = _output_dir(config.output_dir, name)
     assembly = activate(loaded)
 
     # From here on torch and transformers are needed: seconds of imports, after everything that is quick to check.
     from sftx.data.encode import Encoder, prepare
-    from sftx.model import embedded
     from sftx.model.load import load_tokenizer
     from sftx.training import precision as precisions
     from sftx.training.evaluate import Evaluator
@@ -80,7 +81,7 @@ def assemble(loaded: Loaded, *, name: str = "run") -> Session:
     from sftx.training.observers import Observers
 
     precision = precisions.choose(config.train)
-    model_name = embedded.resolve(config.model)
+    model_name = names.resolve(config.model)
     tokenizer = load_tokenizer(model_name)
     encoder = Encoder(tokenizer, assembly.template(tokenizer))
     parsers, collator, loss, metrics = (

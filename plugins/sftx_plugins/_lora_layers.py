@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from sftx_kernels import lora_linear
 from torch import Tensor, nn
 
 from sftx import Adapter, LanguageModel, ModelError
+from sftx_kernels import lora_linear
 
 if TYPE_CHECKING:
     from sftx_plugins.lora import Lora

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from sftx import Batch, LanguageModel, Loss, LossSum, hookimpl
+from sftx import Batch, Loss, LossSum, hookimpl
+
+if TYPE_CHECKING:
+    from sftx import LanguageModel  # needs torch, which options are checked before
 
 
 @dataclass(frozen=True, eq=False)
@@ -15,14 +18,15 @@ class MaskedCE:
     """Next-token cross-entropy over the trained tokens: head and loss in one pass, chunk by chunk."""
 
     label_smoothing: Annotated[
-        float, Field(ge=0, lt=1, description="Share of the target that is spread over the vocabulary.")
+        float,
+        Field(ge=0, lt=1, description="Share of the target that is spread over the vocabulary, in training only."),
     ] = 0.0
     z_loss: Annotated[
-        float, Field(ge=0, description="Weight of log(sum(exp(logits)))^2, which keeps logits small.")
+        float, Field(ge=0, description="Weight of log(sum(exp(logits)))^2, which keeps logits small, in training only.")
     ] = 0.0
     workspace_mb: Annotated[
         int | None,
-        Field(ge=1, description="Most MiB that one chunk of logits may take; by default it is measured rows."),
+        Field(ge=1, description="Most MiB that one chunk of logits may take; by default a chunk is 256 rows on a CPU."),
     ] = None
 
     @hookimpl
@@ -34,10 +38,12 @@ class MaskedCE:
 
     def __call__(self, lm: LanguageModel, batch: Batch) -> LossSum:
         import torch
+
         from sftx_kernels import linear_cross_entropy
 
         hidden = lm.hidden(batch)
         weights_BT = batch.token_weights_BT
+        # What regularises training is no part of a held-out loss, whose exponential is the perplexity.
         evaluating = not torch.is_grad_enabled()
         out = linear_cross_entropy(
             hidden.hidden_BTD.flatten(0, 1),
@@ -46,8 +52,8 @@ class MaskedCE:
             bias_V=lm.head_bias,
             token_weights_N=None if weights_BT is None else weights_BT.flatten(),
             num_valid=batch.num_tokens,
-            label_smoothing=self.label_smoothing,
-            z_loss=self.z_loss,
+            label_smoothing=0.0 if evaluating else self.label_smoothing,
+            z_loss=0.0 if evaluating else self.z_loss,
             softcap=lm.softcap,
             logit_scale=lm.logit_scale,
             workspace_bytes=None if self.workspace_mb is None else self.workspace_mb * 2**20,

