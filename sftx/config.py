@@ -231,16 +231,19 @@ def load(
     if path is None and not any(name == "data.train" for name, _, _ in assignments):
         path = run_file.EMBEDDED
     values, origins = run_file.read(path) if path is not None else ({}, run_file.Origins())
+    values = {name: value for name, value in values.items() if value is not None}  # a section without a line in it
     values["plugins"] = plugins = _plugin_table(values, origins)
     wanted = {name: f"--plugin {name}" for name in add}
     for name in add:
         plugins.setdefault(name, {})
+    named = set(plugins)
     for name, value, typed in assignments:
         dotted = name if name.split(".")[0] in SECTIONS else f"plugins.{name}"
         run_file.assign(values, dotted, value, typed)
         origins.set(dotted, typed)
         if dotted.startswith("plugins."):
             wanted.setdefault(dotted.split(".")[1], typed)
+    _refuse_strangers({name: typed for name, typed in wanted.items() if name not in named})
     for name in remove:
         if name in wanted:
             raise ConfigError(f"--no-plugin {name}: contradicts {wanted[name]}; leave one of them out")
@@ -248,6 +251,15 @@ def load(
     if isinstance(without := values.setdefault("without", []), list):
         values["without"] = [*without, *(name for name in dict.fromkeys(remove) if name not in without)]
     return Loaded(validate(RunConfig, values, origins=origins), origins)
+
+
+def _refuse_strangers(wanted: Mapping[str, str]) -> None:
+    """An option alone brings no plugin in: it would turn full fine-tuning into LoRA. The defaults are there already."""
+    from sftx.plugins import DEFAULTS
+
+    for name, typed in wanted.items():
+        if not any(name in names for names in DEFAULTS.values()):
+            raise ConfigError(f"{typed}: plugin {name!r} is not in this run; add --plugin {name}")
 
 
 def _plugin_table(values: Mapping[str, Any], origins: run_file.Origins) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import pluggy
 
@@ -82,13 +82,13 @@ class PluginInfo:
 
 def discover() -> list[PluginInfo]:
     """Every installed plugin, by name. A name may stand twice; that is an error only when it is used."""
-    found: dict[tuple[str, str, str], PluginInfo] = {}
+    found: dict[str, list[PluginInfo]] = {}
     for distribution in importlib.metadata.distributions():
-        for entry in distribution.entry_points:
-            if entry.group == GROUP:
-                info = PluginInfo(entry.name, entry.value, distribution)
-                found.setdefault((info.name, info.value, info.package), info)  # one path entry may stand twice
-    return sorted(found.values(), key=lambda info: (info.name, info.package))
+        # Of a distribution that stands on the path twice, Python imports the first.
+        if any(entry.group == GROUP for entry in distribution.entry_points):
+            infos = [PluginInfo(e.name, e.value, distribution) for e in distribution.entry_points if e.group == GROUP]
+            found.setdefault(infos[0].package.lower().replace("_", "-"), infos)
+    return sorted((info for infos in found.values() for info in infos), key=lambda info: (info.name, info.package))
 
 
 def find(name: str, installed: Sequence[PluginInfo], *, origin: str = "") -> PluginInfo:
@@ -179,8 +179,10 @@ def hooks_of(info: PluginInfo, cls: type) -> list[str]:
     Raises PluginError when a marked method is no hook of this host, or asks for what it does not pass.
     """
     marked = [name for name in dir(cls) if hasattr(getattr(cls, name), _MARK)]
-    if not marked:
-        raise PluginError(f"{info}: fills no hook; mark at least one method with @sftx.hookimpl")
+    unmarked = [name for name in RETURNS if hasattr(cls, name) and name not in marked]
+    if unmarked or not marked:
+        what = f"{', '.join(unmarked)} is not marked as a hook" if unmarked else "fills no hook"
+        raise PluginError(f"{info}: {what}; put @sftx.hookimpl above the method")
     for name in marked:
         if name not in RETURNS:
             hint = did_you_mean(name, RETURNS) or f"; hooks are {', '.join(RETURNS)}"
@@ -234,8 +236,6 @@ def activate(loaded: Loaded) -> Assembly:
 
 
 # --- assemble: call each hook once -------------------------------------------------------------
-
-H = TypeVar("H")
 
 
 class Assembly:

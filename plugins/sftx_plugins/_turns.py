@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -14,7 +15,7 @@ ROLES: Final = ("system", "user", "assistant", "tool")
 def text(value: Any, name: str, where: Location) -> str:
     """`value`, which must be text. Raises DataError."""
     if not isinstance(value, str):
-        raise DataError(f"{where}: {name} is {_kind(value)}, expected text")
+        raise DataError(f"{where}: {name} is {kind(value)}, expected text")
     return value
 
 
@@ -27,7 +28,7 @@ def optional_text(record: Record, field: str, where: Location) -> str:
 def list_of(value: Any, name: str, where: Location) -> list[Any]:
     """`value`, which must be a list. Raises DataError."""
     if not isinstance(value, list):
-        raise DataError(f"{where}: {name} is {_kind(value)}, expected a list")
+        raise DataError(f"{where}: {name} is {kind(value)}, expected a list")
     return value
 
 
@@ -46,15 +47,36 @@ def messages(value: Any, name: str, where: Location) -> tuple[Message, ...]:
     for number, turn in enumerate(list_of(value, name, where)):
         at = f"{name}[{number}]"
         if not isinstance(turn, dict):
-            raise DataError(f"{where}: {at} is {_kind(turn)}, expected an object with role and content")
-        turns.append(
-            Message(
-                role(turn.get("role"), f"{at}.role", where, {r: r for r in ROLES}),
-                text(turn.get("content"), f"{at}.content", where),
-            )
-        )
+            raise DataError(f"{where}: {at} is {kind(turn)}, expected an object with role and content")
+        if turn.get("tool_calls"):
+            raise DataError(f"{where}: {at}.tool_calls cannot be trained on yet; write the call as the content")
+        speaker = role(turn.get("role"), f"{at}.role", where, {r: r for r in ROLES})
+        content = text(turn.get("content"), f"{at}.content", where)
+        weight = _weight(turn.get("weight"), f"{at}.weight", where)
+        turns.append(Message(speaker, content, trainable=False if weight == 0 else None, weight=weight or 1.0))
     return tuple(turns)
 
 
-def _kind(value: Any) -> str:
-    return "missing or null" if value is None else f"a {type(value).__name__}"
+def _weight(value: Any, name: str, where: Location) -> float:
+    """OpenAI's weight of a message in the loss: 0 trains nothing of it; 1 when it is missing."""
+    if value is None:
+        return 1.0
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise DataError(f"{where}: {name} is {value!r}, expected a number of at least 0")
+    return float(value)
+
+
+_KINDS: Final[dict[type, str]] = {
+    type(None): "missing or null",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    dict: "an object",
+}
+
+
+def kind(value: Any) -> str:
+    """What a JSON value is, in words."""
+    return _KINDS.get(type(value), type(value).__name__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from sftx import Conversation, Location, Parser, Record, hookimpl
+from sftx import Conversation, DataError, Location, Parser, Record, hookimpl
 from sftx_plugins import _turns
 
 
@@ -23,4 +23,6 @@ class Messages:
         return "messages" in record
 
     def parse(self, record: Record, where: Location) -> tuple[Conversation, ...]:
+        if record.get("tools"):
+            raise DataError(f"{where}: tools cannot be trained on yet; write them into the system message")
         return (Conversation(_turns.messages(record.get("messages"), "messages", where)),)

@@ -127,5 +127,6 @@ def _samples(samples: list[Mapping[str, str]]) -> Table:
 def _scores(before: Mapping[str, float], after: Mapping[str, float]) -> Table:
     table = Table("held-out", "before", "after", box=None, header_style="bold", pad_edge=False)
     for name in before:
-        table.add_row(escape(name), f"{before[name]:.4g}", f"{after[name]:.4g}")
+        if name in after:
+            table.add_row(escape(name), f"{before[name]:.4g}", f"{after[name]:.4g}")
     return table

@@ -38,7 +38,7 @@ class ShareGPT:
         for number, turn in enumerate(_turns.list_of(record.get("conversations"), "conversations", where)):
             at = f"conversations[{number}]"
             if not isinstance(turn, dict):
-                raise DataError(f"{where}: {at} is a {type(turn).__name__}, expected an object with from and value")
+                raise DataError(f"{where}: {at} is {_turns.kind(turn)}, expected an object with from and value")
             role = _turns.role(turn.get("from"), f"{at}.from", where, self.roles)
             messages.append(Message(role, _turns.text(turn.get("value"), f"{at}.value", where)))
         return (Conversation(tuple(messages)),)

@@ -97,7 +97,9 @@ def _assignments(settings: tuple[str, ...], options: dict[str, Any]) -> list[tup
         name, equals, text = setting.partition("=")
         if not (name and equals) or name.strip() != name or ("." not in name and name not in config.SECTIONS):
             raise click.BadParameter(
-                f"{setting!r} is not of the form NAME=VALUE, such as lora.r=32", param_hint="--set"
+                f"{setting!r} is not of the form PLUGIN.OPTION=VALUE or SECTION.OPTION=VALUE, such as lora.r=32 or "
+                "train.seed=1",
+                param_hint="--set",
             )
         given.append((name, run_file.parse_value(text), f"--set {setting}"))
     return given

@@ -38,8 +38,6 @@ if TYPE_CHECKING:
 
 NOTHING_TRAINED: Final = "no trained token"
 NO_TURN: Final = "no assistant turn, so nothing to train"
-PROMPT_TOO_LONG: Final = "nothing trained is left within max_length"
-TOO_LONG: Final = "longer than max_length"
 
 
 def check_controls(template: Template, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
@@ -239,12 +237,12 @@ def _encode_row(
                 raise DataError(f"{where}: {length} tokens, more than data.max_length={config.max_length}")
             token_ids, loss_mask = token_ids[: config.max_length], loss_mask[: config.max_length]
             if not any(loss_mask[1:]):
-                ledger.drop(where, PROMPT_TOO_LONG, length=length)
+                ledger.drop(where, f"its prompt alone fills max_length={config.max_length}", length=length)
                 return []
             if config.long_rows == "drop":
-                ledger.drop(where, TOO_LONG, length=length)
+                ledger.drop(where, f"longer than max_length={config.max_length}", length=length)
                 return []
-            ledger.cut(where, TOO_LONG, length=length, kept=config.max_length)
+            ledger.cut(where, f"longer than max_length={config.max_length}", length=length, kept=config.max_length)
         weights = weights[: len(token_ids)]
         examples.append(
             Example(

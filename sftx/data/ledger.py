@@ -39,9 +39,6 @@ class Ledger:
     def cut(self, where: Location, reason: str, *, length: int, kept: int) -> None:
         self.entries.append(Entry(where, "cut", reason, length, kept))
 
-    def count(self, action: Literal["dropped", "cut"]) -> int:
-        return sum(entry.action == action for entry in self.entries)
-
     def check(self, max_dropped: float) -> None:
         """Raises DataError when more than the share `max_dropped` of all rows was dropped, or every one."""
         dropped = [entry for entry in self.entries if entry.action == "dropped"]
@@ -50,7 +47,9 @@ class Ledger:
         first = dropped[0]
         reasons = Counter(entry.reason for entry in dropped)
         others = f" (reasons: {'; '.join(f'{n}x {reason}' for reason, n in reasons.most_common(3))})"
-        shown = f"{first.where}: {first.reason}; {len(dropped)} of {self.num_rows} rows train nothing or were dropped"
+        tokens = f" (the row has {first.length} tokens)" if first.length else ""
+        shown = f"{first.where}: {first.reason}{tokens}; "
+        shown += f"{len(dropped)} of {self.num_rows} rows train nothing or were dropped"
         others = others if len(reasons) > 1 else ""
         if len(dropped) == self.num_rows:
             raise DataError(f"{shown}{others}; mend the rows")

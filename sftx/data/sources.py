@@ -141,6 +141,7 @@ def _skip_space(text: str, at: int) -> int:
 
 
 def _read_parquet(file: Path, path: str) -> Iterator[tuple[Location, Any]]:
+    import pyarrow.parquet  # type: ignore[import-untyped]
     from datasets import Dataset
     from datasets.utils import logging
 
@@ -148,6 +149,8 @@ def _read_parquet(file: Path, path: str) -> Iterator[tuple[Location, Any]]:
     logging.set_verbosity(logging.CRITICAL)  # it would log the error that is raised below
     logging.disable_progress_bar()
     try:
+        if pyarrow.parquet.read_metadata(file).num_rows == 0:
+            return  # datasets has no word for it
         dataset = Dataset.from_parquet(str(file))
     except Exception as error:  # a reader of somebody else's: pyarrow and datasets have roots of their own
         cause = error.__cause__ or error
@@ -170,13 +173,15 @@ def _read_csv(file: Path, path: str) -> Iterator[tuple[Location, Any]]:
         where = Location(path, 1)
         try:
             for row in reader:
-                if names is None:
+                if not row:
+                    pass
+                elif names is None:
                     names = row
                     if len(set(names)) < len(names):
                         raise DataError(f"{where}: two columns have the same name: {', '.join(names)}")
-                elif row and len(row) != len(names):
+                elif len(row) != len(names):
                     raise DataError(f"{where}: got {len(row)} fields, expected the {len(names)} of the first line")
-                elif row:
+                else:
                     yield where, dict(zip(names, row, strict=True))
                 where = Location(path, reader.line_num + 1)
         except csv.Error as error:

@@ -43,7 +43,7 @@ def table(text: str) -> list[str]:
 
 
 # Arguments with few values, all of them in both splits. Value -> the ways to say it.
-CURRENCIES = words("dollars, euros, pounds, yen, francs, rupees, pesos, rands")
+CURRENCIES = words("dollars, euros, pounds, yen, francs, pesos")
 WEEKDAYS = words("Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday")
 CLOSED: dict[str, dict[str, list[str]]] = {
     "day": {"today": ["today"], "tomorrow": ["tomorrow"]} | {day: [f"on {day}", f"this {day}"] for day in WEEKDAYS},
@@ -59,44 +59,41 @@ FREE: dict[str, Sequence[Value]] = {
     "brightness": range(1, 101),
     "amount": range(12, 1000),
     "to": table("""
-        Ada, Alma, Anton, Ben, Bruno, Carla, Cecilia, Clara, Dalia, Daniel, Edda, Elena, Emil, Felix, Flora,
-        Gina, Greta, Hanna, Hugo, Ida, Ines, Ivan, Jana, Jonas, Karim, Laura, Leo, Lina, Lukas, Malik, Mara,
-        Marco, Mia, Nadia, Nina, Noah, Olga, Omar, Otto, Paula, Pavel, Petra, Rita, Rosa, Ruben, Samir, Sara,
-        Sofia, Tara, Theo, Tilda, Tom, Ursula, Vera, Viktor, Walter, Yara, Zoe"""),
+        Adam, Alex, Alice, Andrew, Anna, Anne, Arthur, Ben, Bill, Bob, Carl, Charles, Chris, Clara, Dan, Daniel,
+        David, Edward, Emily, Emma, Frank, Fred, George, Grace, Henry, Jack, Jacob, James, Jane, Jim, John, Joseph,
+        Julia, Kate, Kim, Laura, Leo, Lina, Louis, Luke, Maria, Mark, Martin, Mary, Max, Mia, Nick, Nina, Noah, Paul,
+        Peter, Ray, Robert, Rosa, Sam, Sara, Sarah, Simon, Thomas, Tim, Tom, Victor, William, Zoe"""),
     "city": table("""
-        Accra, Ankara, Athens, Bergen, Berlin, Bogota, Boston, Bristol, Cairo, Chicago, Dallas, Delhi, Denver,
-        Dublin, Geneva, Genoa, Glasgow, Hanoi, Havana, Helsinki, Houston, Istanbul, Jakarta, Kyoto, Lagos,
-        Leeds, Lima, Lisbon, London, Lyon, Madrid, Manila, Miami, Milan, Montreal, Nairobi, Naples, Osaka,
-        Oslo, Paris, Porto, Prague, Quito, Riga, Rome, Seattle, Seoul, Seville, Sydney, Tokyo, Toronto, Tunis,
-        Turin, Venice, Vienna, Warsaw, York, Zurich"""),
+        Amsterdam, Athens, Austin, Berlin, Boston, Brussels, Cairo, Cambridge, Chicago, Cologne, Dallas, Denver,
+        Detroit, Dover, Geneva, Glasgow, Hamburg, Istanbul, Jackson, Lagos, Lincoln, London, Lyon, Madison, Madrid,
+        Manila, Memphis, Miami, Montreal, Moscow, Mumbai, Nairobi, Naples, Orlando, Oslo, Oxford, Paris, Perth,
+        Portland, Porto, Quebec, Rome, Salem, Seattle, Seoul, Singapore, Stockholm, Tokyo, Toronto, Turin,
+        Vancouver, Venice, Vienna, Windsor, York"""),
     "room": table("""
-        kitchen, bedroom, hallway, garage, office, bathroom, attic, basement, nursery, balcony, porch, study,
-        library, studio, workshop, playroom, pantry, lobby, gym, sunroom, greenhouse, garden shed,
-        living, dining, guest, laundry, music, meeting, waiting, storage + room"""),
-    "color": table("""
-        red, blue, green, yellow, orange, purple, pink, white, violet, turquoise, gold, silver, amber,
-        crimson, lavender, beige"""),
+        kitchen, bedroom, hallway, garage, office, bathroom, attic, basement, porch, study, library, studio,
+        workshop, playroom, pantry, lobby, gym, greenhouse,
+        living, dining, guest, music, meeting, waiting, storage + room"""),
     "label": table("""
         yoga, school, work, breakfast, swimming, church, rowing, fishing, hiking, choir, baking, medicine,
         football, piano, band, weight + training,
         dance, language, cooking, drawing, morning, evening + class"""),
     "name": table("""
-        pasta, rice, tea, bread, soup, cake, roast, stew, pizza, lasagne, laundry, dryer, sauna, workout, nap,
-        pie, chicken, broth, dough, coffee, oatmeal, quiche, jam, fish, face mask, hair dye, glue, quiz,
-        debate, speech, homework, chess game, washing machine, casserole, pudding, gravy, steak"""),
+        pasta, rice, tea, bread, soup, cake, roast, stew, pizza, dryer, sauna, workout, nap, pie, chicken, broth,
+        dough, oatmeal, jam, fish, face mask, hair dye, glue, quiz, debate, speech, homework, chess game,
+        washing machine, pudding, gravy, steak"""),
     "task": table("""
-        call, email, visit, thank, pay + the dentist, the landlord, the plumber, the vet, the baker,
-        buy, order, pick up, return + stamps, new shoes, cat food, printer paper, the tickets,
-        clean, check, repair, open + the oven, the fridge, the printer, the window, the mailbox"""),
+        call, email, visit, thank, pay + the dentist, the landlord, the vet, the baker, the school,
+        buy, order, pick up, return + stamps, new shoes, cat food, printer paper, train tickets,
+        clean, check, repair, open + the oven, the fridge, the printer, the window, the garage"""),
     "text": table("""
         I will, we will + be late, bring dessert, wait at the gate, cook tonight, take the next train,
         I will, we will + be home early, stay at the hotel, meet you outside, call after work,
-        the parcel, dinner, the car, the cake, your coat + is ready, has arrived, is on the way,
-        the meeting, the party, the lesson, the game + is cancelled, starts early, has moved, went well"""),
-    "song": table("Silver, Golden, Paper, Quiet, Broken, Winter + River, Lanterns, Morning, Road, Hearts, Rain"),
-    "artist": table("Blue, Little, Northern, Electric, Lost + Foxes, Harbor, Parade, Sisters, Engine"),
+        the parcel, the food, the car, the cake, your coat + is ready, has arrived, is on the way,
+        the meeting, the party, the lesson, the match + is cancelled, starts early, has moved, went well"""),
+    "song": table("Silver, Golden, Paper, Winter, Summer, Happy + River, Morning, Road, Rain, Garden, Stars"),
+    "artist": table("Blue, Little, Northern, Electric, Black + Sisters, Engine, Harbor, Birds, Brothers, Band"),
     "note": table("birthday, concert, holiday, dinner, train, team + gift, tickets, bill, trip, fees"),
-    "title": table("budget, design, project, family, garden + meeting, lunch, workshop, party, review"),
+    "title": table("budget, design, project, family, team, music + meeting, lunch, workshop, party, review"),
     "place": table("north, old, city, river, central + library, museum, station, market, hospital, theater"),
 }
 
@@ -107,33 +104,31 @@ PHRASINGS = """
 set_alarm(time, label)
     set an alarm for {time}
     wake me up at {time}
+    I have to get up at {time}, set an alarm.
     wake me at {time} for {label}
     set an alarm for {time} and call it {label}
     set an alarm at {time} for {label}
-    I have to get up at {time}, set an alarm.
     At {time} I have {label}, wake me up.
     + make sure that I am awake at {time}
     + I need an alarm at {time} for {label}.
-set_timer(minutes, name)
+set_timer(name, minutes)
     set a timer for {minutes} minutes
-    start a timer of {minutes} minutes
     count down {minutes} minutes
     set a timer of {minutes} minutes for the {name}
     start the {name} timer, {minutes} minutes
     time the {name} for {minutes} minutes
     The {name} needs {minutes} minutes, start a timer.
     + set the {name} timer to {minutes} minutes
-    + I need a timer, {minutes} minutes.
+    + I need a timer of {minutes} minutes.
 add_reminder(task, day, time)
-    remind me to {task}
     remind me to {task} {day}
     remind me {day} to {task}
-    remind me at {time} to {task}
+    Don't let me forget to {task} {day}.
     remind me to {task} {day} at {time}
+    remind me {day} at {time} to {task}
     I have to {task} {day} at {time}, remind me.
-    Don't let me forget to {task} at {time}.
     + I must not forget to {task} {day}, remind me.
-    + remind me that I have to {task} at {time}
+    + remind me that I have to {task} {day} at {time}
 send_message(to, text)
     tell {to} that {text}
     let {to} know that {text}
@@ -145,62 +140,59 @@ send_message(to, text)
     + write to {to} that {text}
 get_weather(city, day)
     What is the weather in {city}?
+    How is the weather in {city}?
+    show me the forecast for {city}
     What will the weather be like in {city} {day}?
     Will it rain in {city} {day}?
-    How cold is it in {city}?
     Do I need an umbrella in {city} {day}?
-    show me the forecast for {city}
     check the weather in {city} {day}
     I am in {city} {day}, how will the weather be?
     + Is it going to snow in {city} {day}?
-    + How is the weather over in {city}?
+    + tell me the weather in {city}
 play_music(song, artist, room)
-    play {song}
     play {song} by {artist}
-    play {song} in the {room}
-    play {song} by {artist} in the {room}
     put on {song} by {artist}
-    In the {room}, play {song} by {artist}.
     I would like to hear {song} by {artist}.
-    + let me hear {song} in the {room}
-    + I feel like listening to {song} by {artist}.
-set_light(room, state, brightness, color)
+    play {song} by {artist} in the {room}
+    put on {song} by {artist} in the {room}
+    I want to listen to {song} by {artist} in the {room}.
+    + let me hear {song} by {artist}
+    + start {song} by {artist} in the {room}
+set_light(room, state, brightness)
     turn {state} the lights in the {room}
     turn the {room} lights {state}
     switch {state} the light in the {room}
     set the {room} lights to {brightness} percent
     dim the lights in the {room} to {brightness} percent
-    make the {room} lights {color}
-    I want {color} light in the {room}.
+    I want the {room} lights at {brightness} percent.
     + switch the {room} light {state}
-    + set the light in the {room} to {color}
+    + set the light in the {room} to {brightness} percent
 transfer_money(to, amount, currency, note)
-    send {to} {amount} {currency}
-    send {amount} {currency} to {to}
     send {to} {amount} {currency} for the {note}
-    pay {to} {amount} {currency} for the {note}
+    send {amount} {currency} to {to} for the {note}
     transfer {amount} {currency} to {to} for the {note}
+    pay {to} {amount} {currency} for the {note}
     I owe {to} {amount} {currency} for the {note}, please pay.
     + give {to} {amount} {currency} for the {note}
-    + move {amount} {currency} to {to}
+    + For the {note}, transfer {amount} {currency} to {to}.
 convert_currency(amount, source, target)
     convert {amount} {source} to {target}
     change {amount} {source} into {target}
     How much is {amount} {source} in {target}?
     What are {amount} {source} worth in {target}?
-    How many {target} do I get for {amount} {source}?
     I have {amount} {source}, how much is that in {target}?
+    How many {target} do I get for {amount} {source}?
     + calculate what {amount} {source} are in {target}
     + What is {amount} {source} in {target}?
 add_event(title, day, time, place)
     add a {title} {day} at {time}
     add the {title} {day} at {time} to my calendar
-    schedule a {title} {day} at {time} at the {place}
     put the {title} {day} at {time} in my calendar
+    schedule a {title} {day} at {time} at the {place}
     There is a {title} {day} at {time} at the {place}, put it in my calendar.
     The {title} is {day} at {time} at the {place}, add it to my calendar.
     + plan a {title} {day} at {time}
-    + note the {title} {day} at {time} at the {place}
+    + enter the {title} {day} at {time} at the {place} in my calendar
 """
 
 NUMBERS = words("one, two, three, four, five, six, seven, eight, nine, ten, eleven, twelve")
@@ -251,14 +243,10 @@ def free_values(argument: str, split: Split) -> list[Value]:
 
 
 def say_time(time: str, rng: Random) -> str:
-    """A way to say "19:15": as it is, "7:15 pm" or "quarter past seven in the evening"."""
+    """A way to say "19:15": as it is, or sometimes "quarter past seven in the evening"."""
     hour, minute = map(int, time.split(":"))
-    style = rng.random()
-    if style < 0.8:
+    if minute not in QUARTERS or rng.random() < 0.6:
         return time
-    if style < 0.9 or minute not in QUARTERS:
-        digits = f"{(hour - 1) % 12 + 1}:{minute:02}" if minute else f"{(hour - 1) % 12 + 1}"
-        return f"{digits} {'am' if hour < 12 else 'pm'}"
     part = "morning" if hour < 12 else "afternoon" if hour < 18 else "evening"
     spoken_hour = NUMBERS[(hour - 1 + (minute == 45)) % 12]
     return f"{QUARTERS[minute].format(spoken_hour)} in the {part}"

@@ -87,11 +87,11 @@ def load_model(
     return model
 
 
-def fingerprint(name: str) -> str:
-    """SHA-256 over the names and bytes of a model directory's weights and configuration; empty for a hub id."""
+def fingerprint(name: str) -> str | None:
+    """SHA-256 over the names and bytes of a model directory's weights and configuration; None for a hub id."""
     directory = Path(name)
     if not directory.is_dir():
-        return ""
+        return None
     digest = hashlib.sha256()
     for file in sorted([*directory.glob("*.safetensors"), *directory.glob("*.bin"), directory / "config.json"]):
         digest.update(file.name.encode())

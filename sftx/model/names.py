@@ -42,7 +42,7 @@ def check(name: str) -> None:
         return
     directory = Path(name).expanduser()
     if not directory.is_dir():
-        if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:
             raise ModelError(f"model {name}: no such directory, and no hub id (owner/name)")
         return
     if not (directory / "config.json").exists():

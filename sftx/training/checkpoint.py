@@ -6,9 +6,9 @@ import re
 import shutil
 from pathlib import Path
 
-from safetensors import SafetensorError
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
-from sftx.errors import OutputError, one_line
+from sftx.errors import OutputError, SftxError, one_line
 from sftx.model.language_model import LanguageModel
 
 _CHECKPOINT = re.compile(r"step-(\d+)")
@@ -20,6 +20,7 @@ def save(lm: LanguageModel, directory: Path) -> None:
     The files are written to a neighbour of `directory` that is then renamed. Raises OutputError; nothing is left then.
     """
     part = directory.with_name(f".{directory.name}.part")
+    disable_progress_bar()
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
@@ -32,13 +33,16 @@ def save(lm: LanguageModel, directory: Path) -> None:
             adapter.save(place)
         lm.tokenizer.save_pretrained(part)
         part.rename(directory)
-    except (OSError, SafetensorError) as error:
+    except SftxError:
+        raise
+    except Exception as error:  # a full disk is an OSError, a SafetensorError, or tokenizers' bare Exception
         free = shutil.disk_usage(_existing(directory)).free
         raise OutputError(
             f"{directory}: cannot be written: {one_line(error)} ({free / 1e6:.0f} MB free there); "
             "make room or choose another output_dir"
         ) from error
     finally:
+        enable_progress_bar()
         shutil.rmtree(part, ignore_errors=True)
 
 

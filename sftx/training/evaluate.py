@@ -10,9 +10,12 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from sftx.data.encode import Dataset, Question
+from sftx.errors import TrainingError
 from sftx.model.language_model import LanguageModel
 from sftx.training.precision import Precision
 from sftx.types import Collator, EvalReport, Example, Loss, Metric, Sample
+
+_LARGEST_LOSS = 700.0  # whose exponential is still a number
 
 
 class Evaluator:
@@ -44,15 +47,15 @@ class Evaluator:
         training = lm.training
         lm.eval()
         with torch.no_grad(), self._precision.autocast():
-            metrics = self._losses(lm, self._data.examples)
+            metrics = self._losses(lm, self._data.examples, step)
             samples = self._answers(lm, self._data.questions) if self._metrics else ()
         lm.train(training)
         for name, metric in self._metrics.items():
             scores = [metric(sample.prediction, sample.reference) for sample in samples]
-            metrics[name] = sum(scores) / len(scores) if scores else math.nan
+            metrics[name] = sum(scores) / len(scores)
         return EvalReport(step, metrics, samples, time.perf_counter() - start)
 
-    def _losses(self, lm: LanguageModel, examples: Sequence[Example]) -> dict[str, float]:
+    def _losses(self, lm: LanguageModel, examples: Sequence[Example], step: int) -> dict[str, float]:
         """The loss, its exponential, and what else the loss counts, over the whole set's denominator."""
         sums: defaultdict[str, float] = defaultdict(float)
         total = 0.0
@@ -64,7 +67,11 @@ class Evaluator:
             for name, value in out.metrics.items():
                 sums[name] += value.item()
         means = {name: value / total for name, value in sums.items()}
-        return {"loss": means["loss"], "perplexity": _exp(means["loss"]), **means}
+        if not math.isfinite(means["loss"]):
+            raise TrainingError(f"step {step}: the loss of the held-out rows is {means['loss']:g}; look at the model")
+        if means["loss"] < _LARGEST_LOSS:
+            means["perplexity"] = math.exp(means["loss"])
+        return means
 
     def _answers(self, lm: LanguageModel, questions: Sequence[Question]) -> tuple[Sample, ...]:
         answers = lm.generate(
@@ -88,7 +95,3 @@ def _batches(examples: Sequence[Example], batch_size: int) -> list[list[Example]
     return [
         [example for row in rows[at : at + batch_size] for example in row] for at in range(0, len(rows), batch_size)
     ]
-
-
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf

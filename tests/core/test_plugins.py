@@ -138,7 +138,7 @@ def test_a_plugin_that_asks_for_this_sftx_or_says_nothing_of_it_is_taken(install
             "declare it as @dataclass(frozen=True, eq=False); pluggy compares and hashes plugins",
         ),
         (plugin(METRIC, decorator="@dataclass"), "declare it as @dataclass(frozen=True, eq=False)"),
-        (plugin("pass"), "fills no hook; mark at least one method with @sftx.hookimpl"),
+        (plugin("pass"), "fills no hook; put @sftx.hookimpl above the method"),
         (
             plugin("@sftx.hookimpl\ndef sftx_metrics(self):\n    pass"),
             f"sftx_metrics is no hook of sftx {sftx.__version__}; did you mean 'sftx_metric'?",

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sftx_plugins.chatml import ChatML
-from sftx_plugins.messages import Messages
-from sftx_plugins.prompt_completion import PromptCompletion
 
 from sftx.config import DataConfig
 from sftx.data.encode import Encoder, prepare
 from sftx.errors import DataError, PluginError
 from sftx.types import Conversation, Location, Message, PlainText, Segment, Tokens
+from sftx_plugins.chatml import ChatML
+from sftx_plugins.messages import Messages
+from sftx_plugins.prompt_completion import PromptCompletion
 
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 PIECES = [

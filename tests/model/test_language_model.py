@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from sftx_plugins.masked_ce import MaskedCE
-from sftx_plugins.padded import Padded
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -24,6 +22,8 @@ from transformers import (
 
 from sftx import Batch, Example, ModelError
 from sftx.model.language_model import LanguageModel
+from sftx_plugins.masked_ce import MaskedCE
+from sftx_plugins.padded import Padded
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 211,

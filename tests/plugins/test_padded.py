@@ -9,9 +9,9 @@ import sys
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sftx_plugins.padded import Padded
 
 from sftx import IGNORE_INDEX, Example
+from sftx_plugins.padded import Padded
 
 
 def plan(padded: Padded, lengths: list[int], groups: list[int] | None = None, **changes: object) -> object:

@@ -1,0 +1,362 @@
+"""Whatever a user gets wrong is one line on stderr that says where, what was got and what to do; and nothing is left.
+
+Exit code 1, or 2 when the command line itself cannot be read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import resource
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+import sftx
+from sftx.cli import main
+
+SFTX = f"(sftx {sftx.__version__})"
+ROW = {"messages": [{"role": "user", "content": "Say hello."}, {"role": "assistant", "content": "Hello."}]}
+BASE = ["--plugin", "chatml", "--plugin", "lora", "--data", "rows.jsonl", "--use-cpu"]
+
+
+@pytest.fixture(autouse=True)
+def _in_a_directory_with_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = tmp_path / "work"
+    directory.mkdir()
+    monkeypatch.chdir(directory)
+    rows([ROW] * 4)
+
+
+def rows(records: list[Any], name: str = "rows.jsonl") -> None:
+    Path(name).write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, ["run", *map(str, arguments)], catch_exceptions=False)
+
+
+def files() -> set[str]:
+    """All that lies in the working directory, hidden or not."""
+    return {str(path) for path in Path().rglob("*")}
+
+
+def error_of(*arguments: str | Path, code: int = 1) -> str:
+    """What `sftx run` says when it refuses `arguments`, which it must do in one line and without a trace."""
+    before = files()
+    result = run(*arguments)
+    assert result.exit_code == code, result.output
+    assert result.stdout == ""
+    assert files() == before
+    if code == 2:  # click's own form: how the command is used, then what is wrong
+        return result.stderr.splitlines()[-1]
+    assert result.stderr.startswith("sftx: error: ")
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.endswith("\n")
+    return result.stderr.removeprefix("sftx: error: ").rstrip("\n")
+
+
+# --- before anything is loaded ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--plugin", "lorra"], "--plugin lorra: plugin 'lorra' is not installed; did you mean 'lora'?"),
+        (
+            ["--no-plugin", "progres"],
+            "--no-plugin progres: plugin 'progres' is not installed; did you mean 'progress'?",
+        ),
+        (
+            ["--set", "lora.alpha=3"],
+            f"--set lora.alpha=3: plugin 'lora' {SFTX}: option 'alpha' does not exist; did you mean 'lora_alpha'?",
+        ),
+        (
+            ["--set", "lora.r=0"],
+            f"--set lora.r=0: plugin 'lora' {SFTX}: option 'r': got 0, expected a number greater than or equal to 1",
+        ),
+        (
+            ["--set", "lora.r=many"],
+            f"--set lora.r=many: plugin 'lora' {SFTX}: option 'r': got \"many\", expected a valid integer",
+        ),
+        (["--set", "train.sead=1"], "--set train.sead=1: option 'train.sead' does not exist; did you mean 'seed'?"),
+        (
+            ["--learning-rate", "fast"],
+            "--learning-rate fast: option 'train.learning_rate': got \"fast\", expected a valid number",
+        ),
+        (
+            ["--max-steps", "0"],
+            "--max-steps 0: option 'train.max_steps': got 0, expected a number greater than or equal to 1",
+        ),
+        (["--no-plugin", "padded"], "no plugin fills sftx_collator; name one with --plugin, by default it is 'padded'"),
+        (["--no-plugin", "lora"], "--no-plugin lora: contradicts --plugin lora; leave one of them out"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_option_on_the_command_line(arguments: list[str], message: str) -> None:
+    assert error_of(*BASE, *arguments) == message
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("plugins: {lorra: {}}", "run.yaml:2: plugin 'lorra' is not installed; did you mean 'lora'?"),
+        (
+            "plugins: {lora: {alpha: 3}}",
+            f"run.yaml:2: plugin 'lora' {SFTX}: option 'alpha' does not exist; did you mean 'lora_alpha'?",
+        ),
+        ("train: {max_steps: true}", "run.yaml:2: option 'train.max_steps': got true, expected a valid integer"),
+        ("plugins: {lora: {}", "run.yaml:3: not valid YAML: "),
+    ],
+)
+def test_a_wrong_line_of_a_run_file(line: str, message: str) -> None:
+    Path("run.yaml").write_text(f"data: {{train: rows.jsonl}}\n{line}\n", encoding="utf-8")
+    assert error_of("run.yaml").startswith(message)
+
+
+def test_a_run_file_that_is_not_there() -> None:
+    assert error_of("none.yaml").startswith("none.yaml: cannot be read: ")
+
+
+def test_no_training_data() -> None:
+    Path("run.yaml").write_text("plugins: {chatml: {}}\n", encoding="utf-8")
+    assert error_of("run.yaml") == "option 'data.train': no training data; give a file with --data"
+
+
+def test_two_templates(install_plugin: Any) -> None:
+    code = (
+        "from dataclasses import dataclass\nimport sftx\n@dataclass(frozen=True, eq=False)\nclass Other:\n"
+        "    @sftx.hookimpl\n    def sftx_template(self):\n        raise AssertionError\n"
+    )
+    install_plugin("acme", code, {"other": "Other"}, version="1.2")
+    assert error_of(*BASE, "--plugin", "other") == (
+        f"plugin 'chatml' {SFTX} and plugin 'other' (acme 1.2) both fill sftx_template, which takes one; "
+        "leave one of them out"
+    )
+
+
+def test_a_plugin_whose_import_fails(install_plugin: Any) -> None:
+    install_plugin("acme", "import missing_dependency", {"other": "Other"}, version="1.2")
+    assert error_of(*BASE, "--plugin", "other") == (
+        "plugin 'other' (acme 1.2): cannot be imported from 'acme:Other': "
+        "ModuleNotFoundError: No module named 'missing_dependency'; reinstall acme, or leave the plugin out"
+    )
+
+
+def test_data_files_that_are_not_there() -> None:
+    assert error_of(*BASE, "--data", "none.jsonl") == f"none.jsonl: no such file (looked in {Path.cwd()})"
+    assert error_of(*BASE, "--eval-data", "none.csv") == f"none.csv: no such file (looked in {Path.cwd()})"
+
+
+def test_an_output_directory_that_holds_a_run_or_anything_else() -> None:
+    Path("mine").mkdir()
+    Path("mine/run.yaml").touch()
+    Path("yours").mkdir()
+    Path("yours/notes.txt").touch()
+    tail = "already, which is never written over; choose another"
+    assert error_of(*BASE, "--output-dir", "mine") == f"output_dir mine: holds a run {tail}"
+    assert error_of(*BASE, "--output-dir", "yours") == f"output_dir yours: holds files {tail}"
+    assert error_of(*BASE, "--output-dir", "rows.jsonl").startswith("output_dir rows.jsonl: is a file")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--frobnicate"], "Error: No such option '--frobnicate'."),
+        (["--set", "lora.r"], "Error: Invalid value for --set: 'lora.r' is not of the form PLUGIN.OPTION=VALUE"),
+        (["--set", "=3"], "Error: Invalid value for --set: '=3' is not of the form PLUGIN.OPTION=VALUE"),
+        (["--set", "seed=3"], "Error: Invalid value for --set: 'seed=3' is not of the form PLUGIN.OPTION=VALUE"),
+        (["--set"], "Error: Option '--set' requires an argument."),
+        (["a.yaml", "b.yaml"], "Error: Got unexpected extra argument (b.yaml)"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_command_line_that_cannot_be_read_is_a_usage_error(arguments: list[str], message: str) -> None:
+    assert message in error_of(*arguments, code=2)
+
+
+def test_an_unknown_command_is_a_usage_error() -> None:
+    result = CliRunner().invoke(main, ["rum"])
+    assert result.exit_code == 2
+    assert "No such command 'rum'" in result.stderr
+
+
+def test_debug_shows_the_traceback_instead() -> None:
+    result = CliRunner().invoke(main, ["--debug", "run", *BASE, "--plugin", "lorra"])
+    assert isinstance(result.exception, sftx.PluginError)
+
+
+@pytest.mark.parametrize("arguments", [["plugins", "info", "lorra"]])
+def test_other_commands_say_it_in_one_line_too(arguments: list[str]) -> None:
+    result = CliRunner().invoke(main, arguments)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == "sftx: error: plugin 'lorra' is not installed; did you mean 'lora'?\n"
+
+
+# --- with a model -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def base(tiny_model_dir: Path) -> list[str]:
+    return [*BASE, "--model", str(tiny_model_dir), "--max-steps", "1"]
+
+
+def test_the_arguments_below_are_right_but_for_what_each_test_changes(base: list[str]) -> None:
+    result = run(*base, "--output-dir", "out")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert {path.name for path in Path("out/adapter").iterdir()} >= {"adapter_model.safetensors", "tokenizer.json"}
+    assert {path.name for path in Path("out").iterdir()} >= {"run.yaml", "manifest.json", "metrics.jsonl"}
+    assert error_of(*base, "--output-dir", "out").startswith("output_dir out: holds a run already")
+
+
+def test_no_template(tiny_model_dir: Path) -> None:
+    message = error_of("--plugin", "lora", "--data", "rows.jsonl", "--model", tiny_model_dir)
+    assert message.startswith("rows.jsonl:1: a conversation needs a template and the run has none; add --plugin chatml")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "rows.jsonl: holds no rows"),
+        (json.dumps(ROW) + '\n{"messages": [\n', "rows.jsonl:2: not valid JSON: Expecting value at column "),
+        (
+            json.dumps(ROW) + '\n{"question": "x", "answer": "y"}\n',
+            "rows.jsonl:2: no format has the fields ['answer', 'question']; known are messages: messages; "
+            "prompt-completion: prompt, completion; alpaca: instruction, output (input, system, history); "
+            "sharegpt: conversations (system)",
+        ),
+        (
+            '{"messages": [{"role": "asistant", "content": "x"}]}',
+            "rows.jsonl:1: messages[0].role is 'asistant', expected system, user, assistant, tool; "
+            "did you mean 'assistant'?",
+        ),
+        (
+            '{"messages": [{"role": "user", "content": "x"}]}',
+            "rows.jsonl:1: no assistant turn, so nothing to train (the row has 6 tokens); "
+            "1 of 1 rows train nothing or were dropped; "
+            "mend the rows",
+        ),
+        (
+            '{"prompt": [{"role": "assistant", "content": "x"}], "completion": [{"role": "user", "content": "y"}]}\n'
+            * 3,
+            "rows.jsonl:1: no trained token (the row has 13 tokens); "
+            "3 of 3 rows train nothing or were dropped; mend the rows",
+        ),
+    ],
+    ids=["empty", "json", "format", "role", "no-assistant", "untrained"],
+)
+def test_rows_that_cannot_be_trained_on(base: list[str], content: str, message: str) -> None:
+    Path("rows.jsonl").write_text(content, encoding="utf-8")
+    assert error_of(*base).startswith(message)
+
+
+def test_too_many_rows_that_train_nothing(base: list[str]) -> None:
+    rows([ROW, {"messages": ROW["messages"][:1]}, ROW])
+    assert error_of(*base) == (
+        "rows.jsonl:2: no assistant turn, so nothing to train (the row has 8 tokens); "
+        "1 of 3 rows train nothing or were dropped, "
+        "more than data.max_dropped=0.05 allows; mend the rows, or raise data.max_dropped"
+    )
+
+
+def test_a_max_length_shorter_than_the_prompt(base: list[str]) -> None:
+    assert error_of(*base, "--max-length", "4") == (
+        "rows.jsonl:1: its prompt alone fills max_length=4 (the row has 16 tokens); "
+        "4 of 4 rows train nothing or were dropped; mend the rows"
+    )
+
+
+def test_a_row_too_long_when_that_is_to_be_an_error(base: list[str]) -> None:
+    message = error_of(*base, "--max-length", "12", "--long-rows", "error")
+    assert message.startswith("rows.jsonl:1: ")
+    assert message.endswith(" tokens, more than data.max_length=12")
+
+
+def test_a_format_that_no_parser_of_the_run_has(base: list[str]) -> None:
+    assert error_of(*base, "--format", "alpacca") == (
+        "--format alpacca: option 'data.format': no parser 'alpacca' in this run; did you mean 'alpaca'?"
+    )
+
+
+def test_a_metric_without_held_out_rows(base: list[str]) -> None:
+    message = error_of(*base, "--plugin", "exact-match")
+    assert message.startswith("the metric exact-match needs held-out conversations")
+
+
+@pytest.mark.parametrize("targets", ["[wq, wv]", r".*\.wq"])
+def test_lora_targets_that_match_nothing(base: list[str], targets: str) -> None:
+    message = error_of(*base, "--set", f"lora.target_modules={targets}")
+    assert message.startswith(f"plugin 'lora' {SFTX}: target_modules ")
+    assert message.endswith(
+        " match no linear layer; this model has q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
+    )
+
+
+@pytest.mark.parametrize(
+    ("leave_out", "message"),
+    [
+        ("tokenizer*", "has no tokenizer (tokenizer.json); copy that of the base model beside it"),
+        ("config.json", "has no config.json; name the directory that save_pretrained wrote"),
+        ("model.safetensors", "cannot load its weights: "),
+    ],
+)
+def test_a_model_directory_without_its_tokenizer_configuration_or_weights(
+    base: list[str], tiny_model_dir: Path, leave_out: str, message: str
+) -> None:
+    shutil.copytree(tiny_model_dir, "model", ignore=shutil.ignore_patterns(leave_out))
+    assert error_of(*base, "--model", "model").startswith(f"model model: {message}")
+
+
+def test_a_model_that_is_not_there(base: list[str]) -> None:
+    assert error_of(*base, "--model", "./none") == "model ./none: no such directory, and no hub id (owner/name)"
+
+
+# --- a full disk --------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _largest_file(num_bytes: int) -> Iterator[None]:
+    """Within it every write beyond `num_bytes` of a file fails, as on a full disk (EFBIG; Python ignores SIGXFSZ)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    ("plugins", "artefact"),
+    [
+        pytest.param(["--plugin", "lora", "--set", "lora.r=64"], "adapter", id="adapter_model.safetensors"),
+        pytest.param(["--plugin", "lora", "--set", "lora.r=1"], "adapter", id="tokenizer.json"),
+        pytest.param([], "model", id="model.safetensors"),
+    ],
+)
+def test_a_disk_that_is_full_while_saving_leaves_no_half_written_artefact(
+    tiny_model_dir: Path, plugins: list[str], artefact: str
+) -> None:
+    """Whichever file of the artefact is the first that finds no room; each library says it in its own way."""
+    base = ["--plugin", "chatml", "--data", "rows.jsonl", "--use-cpu", "--max-steps", "1", "--output-dir", "out"]
+    with _largest_file(100_000):
+        result = run(*base, *plugins, "--model", tiny_model_dir)
+    assert result.exit_code == 1, result.output
+    assert result.stderr.startswith(f"sftx: error: {Path('out', artefact)}: cannot be written: ")
+    assert result.stderr.endswith(" MB free there); make room or choose another output_dir\n")
+    assert result.stderr.count("\n") == 1
+    assert {path.name for path in Path("out").iterdir()} == {
+        "run.yaml",
+        "manifest.json",
+        "metrics.jsonl",
+        "ledger.jsonl",
+    }
+
+
+def test_a_directory_that_cannot_be_made(base: list[str]) -> None:
+    Path("plain").touch()
+    message = error_of(*base, "--output-dir", "plain/out")
+    assert message.startswith("output_dir plain/out: cannot be written: ")

@@ -1,0 +1,95 @@
+"""Every row that is dropped or cut is counted, shown and written, and too many of them stop the run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sftx.data.ledger import Ledger
+from sftx.errors import DataError
+from sftx.types import Location
+
+
+def line(number: int) -> Location:
+    return Location("rows.jsonl", number)
+
+
+@pytest.fixture
+def ledger() -> Ledger:
+    """Of 10 rows, 2 dropped for one reason, 1 for another, 1 cut."""
+    ledger = Ledger(num_rows=10)
+    ledger.drop(line(3), "no trained token", length=12)
+    ledger.cut(line(4), "longer than max_length", length=99, kept=64)
+    ledger.drop(line(5), "no assistant turn")
+    ledger.drop(line(8), "no trained token", length=9)
+    return ledger
+
+
+def test_its_summary_has_a_line_a_kind_the_most_frequent_first_with_the_first_place(ledger: Ledger) -> None:
+    assert ledger.summary() == [
+        "2 of 10 rows dropped: no trained token (first: rows.jsonl:3)",
+        "1 of 10 rows cut: longer than max_length (first: rows.jsonl:4)",
+        "1 of 10 rows dropped: no assistant turn (first: rows.jsonl:5)",
+    ]
+    assert Ledger(num_rows=5).summary() == []
+
+
+def test_dropped_rows_up_to_the_share_are_borne_and_cut_ones_do_not_count(ledger: Ledger) -> None:
+    ledger.check(0.3)
+    Ledger(num_rows=5).check(0.0)
+    Ledger().check(0.0)
+    cut = Ledger(num_rows=1)
+    cut.cut(line(1), "longer than max_length", length=99, kept=64)
+    cut.check(0.0)
+
+
+def test_more_dropped_rows_are_an_error_that_names_the_first_the_share_and_the_reasons(ledger: Ledger) -> None:
+    with pytest.raises(DataError) as caught:
+        ledger.check(0.25)
+    assert str(caught.value) == (
+        "rows.jsonl:3: no trained token (the row has 12 tokens); "
+        "3 of 10 rows train nothing or were dropped, more than data.max_dropped=0.25 "
+        "allows (reasons: 2x no trained token; 1x no assistant turn); mend the rows, or raise data.max_dropped"
+    )
+
+
+def test_one_reason_is_not_said_twice() -> None:
+    ledger = Ledger(num_rows=2)
+    ledger.drop(line(2), "no trained token")
+    with pytest.raises(DataError) as caught:
+        ledger.check(0.0)
+    assert "reasons" not in str(caught.value)
+
+
+@pytest.mark.parametrize("max_dropped", [0.05, 1.0])
+def test_when_every_row_is_dropped_nothing_could_be_trained_whatever_the_share(max_dropped: float) -> None:
+    ledger = Ledger(num_rows=2)
+    ledger.drop(line(1), "no trained token")
+    ledger.drop(line(2), "no trained token")
+    with pytest.raises(DataError) as caught:
+        ledger.check(max_dropped)
+    assert str(caught.value) == (
+        "rows.jsonl:1: no trained token; 2 of 2 rows train nothing or were dropped; mend the rows"
+    )
+
+
+def test_it_is_written_a_line_an_entry_in_the_order_of_the_rows(ledger: Ledger, tmp_path: Path) -> None:
+    ledger.drop(Location("数据.parquet", 2, "row"), "grund")
+    ledger.write(tmp_path / "ledger.jsonl")
+    written = [json.loads(text) for text in (tmp_path / "ledger.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [entry["where"] for entry in written] == [
+        "rows.jsonl:3",
+        "rows.jsonl:4",
+        "rows.jsonl:5",
+        "rows.jsonl:8",
+        "数据.parquet row 2",
+    ]
+    assert written[1] == {
+        "where": "rows.jsonl:4",
+        "action": "cut",
+        "reason": "longer than max_length",
+        "length": 99,
+        "kept": 64,
+    }
