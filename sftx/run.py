@@ -14,7 +14,7 @@ import logging
 import platform
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -85,17 +85,9 @@ def assemble(loaded: Loaded, *, name: str = "run") -> Session:
     model_name = names.resolve(config.model)
     tokenizer = load_tokenizer(model_name)
     encoder = Encoder(tokenizer, assembly.template(tokenizer))
-    parsers, collator, loss, metrics = (
-        assembly.parsers(),
-        assembly.collator(),
-        assembly.loss(),
-        assembly.metrics(),
-    )
-    if config.data.format not in (None, *parsers):
-        raise ConfigError(
-            f"{loaded.origins.of('data.format')}: option 'data.format': no parser {config.data.format!r} in this run"
-            f"{did_you_mean(str(config.data.format), parsers) or '; it has ' + ', '.join(parsers)}"
-        )
+    parsers, metrics = assembly.parsers(), assembly.metrics()
+    collator, loss = assembly.collator(), assembly.loss()
+    _check_format(loaded, parsers)
     data = prepare(config.data.train, config.data, parsers, encoder)
     held_out = prepare(config.data.eval, config.data, parsers, encoder, questions=bool(metrics))
     if metrics and not held_out.questions:
@@ -125,7 +117,7 @@ def assemble(loaded: Loaded, *, name: str = "run") -> Session:
             precision=precision,
             stop_ids=encoder.stop_ids,
             batch_size=config.train.per_device_eval_batch_size,
-            max_new_tokens=config.generation.max_new_tokens,
+            generation=config.generation,
         ),
         observers=Observers(assembly.observers(RunInfo(output_dir, resolved))),
     )
@@ -137,6 +129,15 @@ def _check_data(config: RunConfig) -> None:
         raise ConfigError("option 'data.train': no training data; give a file with --data")
     for path in (*config.data.train, *config.data.eval):
         sources.resolve(path)
+
+
+def _check_format(loaded: Loaded, parsers: Collection[str]) -> None:
+    """Raises ConfigError when the parser that is to read every row is not in the run."""
+    wanted = loaded.config.data.format
+    if wanted is not None and wanted not in parsers:
+        hint = did_you_mean(wanted, parsers) or f"; it has {', '.join(parsers)}"
+        place = loaded.origins.of("data.format")
+        raise ConfigError(f"{place}: option 'data.format': no parser {wanted!r} in this run{hint}")
 
 
 def _output_dir(wanted: str | None, name: str) -> Path:

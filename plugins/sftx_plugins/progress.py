@@ -48,8 +48,7 @@ class _Terminal(Observer):
         self._task = self._bar.add_task("", total=None)
 
     def on_start(self, report: StartReport) -> None:
-        self._console.print(_assembled(report))
-        self._console.print(_derived(report, self._output_dir))
+        self._console.print(_assembled(report), "", _derived(report, self._output_dir), "", sep="\n")
         for line in report.ledger:
             self._print(f"note: {line}")
         self._bar.update(self._task, total=report.num_steps)

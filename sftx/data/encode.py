@@ -203,8 +203,6 @@ def _parser_of(
     record: Record, where: Location, wanted: str | None, parsers: Mapping[str, Parser]
 ) -> tuple[str, Parser]:
     if wanted is not None:
-        if wanted not in parsers:
-            raise DataError(f"data.format: no parser {wanted!r} in this run; it has {', '.join(parsers)}")
         return wanted, parsers[wanted]
     for name, parser in parsers.items():
         if parser.accepts(record):

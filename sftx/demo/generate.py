@@ -2,8 +2,8 @@
 
 The task: a request in everyday English -> one line of JSON that calls a function with its arguments.
 
-    wake me at quarter past six in the morning for yoga
-    {"function": "set_alarm", "arguments": {"time": "06:15", "label": "yoga"}}
+    wake me at 06:45 for yoga
+    {"function": "set_alarm", "arguments": {"time": "06:45", "label": "yoga"}}
 
 An argument stands in the answer if and only if the request names it. The held-out rows take every free value
 (names, places, times, amounts, texts, ...) from a fifth of its pool that no training row uses, and a quarter
@@ -43,16 +43,16 @@ def table(text: str) -> list[str]:
 
 
 # Arguments with few values, all of them in both splits. Value -> the ways to say it.
-CURRENCIES = words("dollars, euros, pounds, yen, francs, pesos")
+CURRENCIES = {"USD": ["dollars"], "EUR": ["euros"], "GBP": ["pounds"], "JPY": ["yen"], "CHF": ["francs"]}
 WEEKDAYS = words("Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday")
 CLOSED: dict[str, dict[str, list[str]]] = {
     "day": {"today": ["today"], "tomorrow": ["tomorrow"]} | {day: [f"on {day}", f"this {day}"] for day in WEEKDAYS},
     "state": {"on": ["on"], "off": ["off"]},
-    "currency": {name: [name] for name in CURRENCIES},
-    "source": {name: [name] for name in CURRENCIES},
-    "target": {name: [name] for name in CURRENCIES},
+    "currency": CURRENCIES,
+    "source": CURRENCIES,
+    "target": CURRENCIES,
 }
-# Arguments with many values, none of them in both splits. Said as they are, times also in words.
+# Arguments with many values, none of them in both splits. All are said as they are.
 FREE: dict[str, Sequence[Value]] = {
     "time": [f"{hour:02}:{minute:02}" for hour in range(5, 23) for minute in range(0, 60, 5)],
     "minutes": range(2, 121),
@@ -64,8 +64,8 @@ FREE: dict[str, Sequence[Value]] = {
         Julia, Kate, Kim, Laura, Leo, Lina, Louis, Luke, Maria, Mark, Martin, Mary, Max, Mia, Nick, Nina, Noah, Paul,
         Peter, Ray, Robert, Rosa, Sam, Sara, Sarah, Simon, Thomas, Tim, Tom, Victor, William, Zoe"""),
     "city": table("""
-        Amsterdam, Athens, Austin, Berlin, Boston, Brussels, Cairo, Cambridge, Chicago, Cologne, Dallas, Denver,
-        Detroit, Dover, Geneva, Glasgow, Hamburg, Istanbul, Jackson, Lagos, Lincoln, London, Lyon, Madison, Madrid,
+        Amsterdam, Athens, Austin, Berlin, Boston, Brussels, Cairo, Cambridge, Chicago, Cologne, Detroit,
+        Geneva, Hamburg, Istanbul, Jackson, Lagos, Lincoln, London, Lyon, Madison, Madrid,
         Manila, Memphis, Miami, Montreal, Moscow, Mumbai, Nairobi, Naples, Orlando, Oslo, Oxford, Paris, Perth,
         Portland, Porto, Quebec, Rome, Salem, Seattle, Seoul, Singapore, Stockholm, Tokyo, Toronto, Turin,
         Vancouver, Venice, Vienna, Windsor, York"""),
@@ -74,12 +74,12 @@ FREE: dict[str, Sequence[Value]] = {
         workshop, playroom, pantry, lobby, gym, greenhouse,
         living, dining, guest, music, meeting, waiting, storage + room"""),
     "label": table("""
-        yoga, school, work, breakfast, swimming, church, rowing, fishing, hiking, choir, baking, medicine,
+        yoga, school, work, breakfast, swimming, church, rowing, fishing, hiking, running, baking, medicine,
         football, piano, band, weight + training,
         dance, language, cooking, drawing, morning, evening + class"""),
     "name": table("""
         pasta, rice, tea, bread, soup, cake, roast, stew, pizza, dryer, sauna, workout, nap, pie, chicken, broth,
-        dough, oatmeal, jam, fish, face mask, hair dye, glue, quiz, debate, speech, homework, chess game,
+        dough, beans, jam, fish, face mask, hair dye, glue, quiz, debate, speech, homework, chess game,
         washing machine, pudding, gravy, steak"""),
     "task": table("""
         call, email, visit, thank, pay + the dentist, the landlord, the vet, the baker, the school,
@@ -104,7 +104,7 @@ PHRASINGS = """
 set_alarm(time, label)
     set an alarm for {time}
     wake me up at {time}
-    I have to get up at {time}, set an alarm.
+    get me up at {time}
     wake me at {time} for {label}
     set an alarm for {time} and call it {label}
     set an alarm at {time} for {label}
@@ -112,14 +112,13 @@ set_alarm(time, label)
     + make sure that I am awake at {time}
     + I need an alarm at {time} for {label}.
 set_timer(name, minutes)
-    set a timer for {minutes} minutes
-    count down {minutes} minutes
     set a timer of {minutes} minutes for the {name}
-    start the {name} timer, {minutes} minutes
+    set the {name} timer to {minutes} minutes
+    start a timer for the {name}, {minutes} minutes
     time the {name} for {minutes} minutes
     The {name} needs {minutes} minutes, start a timer.
-    + set the {name} timer to {minutes} minutes
-    + I need a timer of {minutes} minutes.
+    + start the {name} timer with {minutes} minutes
+    + I need a timer for the {name}, {minutes} minutes.
 add_reminder(task, day, time)
     remind me to {task} {day}
     remind me {day} to {task}
@@ -149,15 +148,14 @@ get_weather(city, day)
     I am in {city} {day}, how will the weather be?
     + Is it going to snow in {city} {day}?
     + tell me the weather in {city}
-play_music(song, artist, room)
+play_music(song, artist)
     play {song} by {artist}
+    play the song {song} by {artist}
     put on {song} by {artist}
     I would like to hear {song} by {artist}.
-    play {song} by {artist} in the {room}
-    put on {song} by {artist} in the {room}
-    I want to listen to {song} by {artist} in the {room}.
+    I want to listen to {song} by {artist}.
     + let me hear {song} by {artist}
-    + start {song} by {artist} in the {room}
+    + I feel like hearing {song} by {artist}.
 set_light(room, state, brightness)
     turn {state} the lights in the {room}
     turn the {room} lights {state}
@@ -181,7 +179,6 @@ convert_currency(amount, source, target)
     How much is {amount} {source} in {target}?
     What are {amount} {source} worth in {target}?
     I have {amount} {source}, how much is that in {target}?
-    How many {target} do I get for {amount} {source}?
     + calculate what {amount} {source} are in {target}
     + What is {amount} {source} in {target}?
 add_event(title, day, time, place)
@@ -194,9 +191,6 @@ add_event(title, day, time, place)
     + plan a {title} {day} at {time}
     + enter the {title} {day} at {time} at the {place} in my calendar
 """
-
-NUMBERS = words("one, two, three, four, five, six, seven, eight, nine, ten, eleven, twelve")
-QUARTERS = {0: "{} o'clock", 15: "quarter past {}", 30: "half past {}", 45: "quarter to {}"}
 
 
 @dataclass(frozen=True)
@@ -242,20 +236,10 @@ def free_values(argument: str, split: Split) -> list[Value]:
     return values[:num_held_out] if split == "held_out" else values[num_held_out:]
 
 
-def say_time(time: str, rng: Random) -> str:
-    """A way to say "19:15": as it is, or sometimes "quarter past seven in the evening"."""
-    hour, minute = map(int, time.split(":"))
-    if minute not in QUARTERS or rng.random() < 0.6:
-        return time
-    part = "morning" if hour < 12 else "afternoon" if hour < 18 else "evening"
-    spoken_hour = NUMBERS[(hour - 1 + (minute == 45)) % 12]
-    return f"{QUARTERS[minute].format(spoken_hour)} in the {part}"
-
-
 def draw(function: Function, phrasing: str, split: Split, rng: Random) -> tuple[str, str]:
     """A request in the given phrasing, and its answer."""
     values: dict[str, Value] = {}
-    spoken: dict[str, str] = {}
+    spoken: dict[str, Value] = {}
     for argument in function.arguments:
         if f"{{{argument}}}" not in phrasing:
             continue
@@ -264,8 +248,7 @@ def draw(function: Function, phrasing: str, split: Split, rng: Random) -> tuple[
             value, ways = pick(rng, [item for item in CLOSED[argument].items() if item[0] not in values.values()])
             values[argument], spoken[argument] = value, pick(rng, ways)
         else:
-            free = values[argument] = pick(rng, free_values(argument, split))
-            spoken[argument] = say_time(str(free), rng) if argument == "time" else str(free)
+            values[argument] = spoken[argument] = pick(rng, free_values(argument, split))
     request = phrasing.format_map(spoken)
     if phrasing[0].islower():
         request = pick(rng, OPENINGS).format(request)

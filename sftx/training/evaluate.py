@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections import defaultdict
@@ -9,11 +10,14 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from sftx.config import GenerationConfig
 from sftx.data.encode import Dataset, Question
 from sftx.errors import TrainingError
 from sftx.model.language_model import LanguageModel
 from sftx.training.precision import Precision
 from sftx.types import Collator, EvalReport, Example, Loss, Metric, Sample
+
+log = logging.getLogger(__name__)
 
 _LARGEST_LOSS = 700.0  # whose exponential is still a number
 
@@ -31,24 +35,25 @@ class Evaluator:
         precision: Precision,
         stop_ids: Sequence[int],
         batch_size: int,
-        max_new_tokens: int,
+        generation: GenerationConfig,
     ) -> None:
-        self._data = data
+        self._examples = data.examples
+        self._questions = _spread(data.questions, generation.max_rows)
         self._collator = collator
         self._loss = loss
         self._metrics = metrics
         self._precision = precision
         self._stop_ids = stop_ids
         self._batch_size = batch_size
-        self._max_new_tokens = max_new_tokens
+        self._max_new_tokens = generation.max_new_tokens
 
     def __call__(self, lm: LanguageModel, step: int) -> EvalReport:
         start = time.perf_counter()
         training = lm.training
         lm.eval()
         with torch.no_grad(), self._precision.autocast():
-            metrics = self._losses(lm, self._data.examples, step)
-            samples = self._answers(lm, self._data.questions) if self._metrics else ()
+            metrics = self._losses(lm, self._examples, step)
+            samples = self._answers(lm, self._questions) if self._metrics else ()
         lm.train(training)
         for name, metric in self._metrics.items():
             scores = [metric(sample.prediction, sample.reference) for sample in samples]
@@ -74,6 +79,7 @@ class Evaluator:
         return means
 
     def _answers(self, lm: LanguageModel, questions: Sequence[Question]) -> tuple[Sample, ...]:
+        log.info("answering %d held-out rows", len(questions))
         answers = lm.generate(
             [question.prompt_ids for question in questions],
             max_new_tokens=self._max_new_tokens,
@@ -84,6 +90,13 @@ class Evaluator:
             Sample(q.row_id, q.prompt, q.reference, str(lm.tokenizer.decode(ids, skip_special_tokens=True)))
             for q, ids in zip(questions, answers, strict=True)
         )
+
+
+def _spread(questions: Sequence[Question], most: int | None) -> list[Question]:
+    """At most that many, at equal distances."""
+    if most is None or most >= len(questions):
+        return list(questions)
+    return [questions[index * len(questions) // most] for index in range(most)]
 
 
 def _batches(examples: Sequence[Example], batch_size: int) -> list[list[Example]]:
