@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sftx_kernels.checks import autocasts, check_lora, check_options, check_tensors, error, gemm_dtype
+
 IGNORE_INDEX = -100
 
 # Softmax and loss go over a chunk in slices, so that what bf16 logits are widened to stays small. On CPU 8 MB
@@ -133,14 +135,14 @@ def linear_cross_entropy(
     Raises:
         ValueError: names the argument, what was expected and what was got.
     """
-    _check_tensors(hidden_ND, weight_VD, labels_N, bias_V, token_weights_N)
-    _check_options(label_smoothing, z_loss, softcap, chunk_rows, reduction)
+    check_tensors(hidden_ND, weight_VD, labels_N, bias_V, token_weights_N)
+    check_options(label_smoothing, z_loss, softcap, chunk_rows, reduction)
     rows_M, labels_M = _compact(labels_N, ignore_index, num_valid, weight_VD.shape[0])
     wants = [
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
         for tensor in (hidden_ND, weight_VD, bias_V)
     ]
-    dtype = _gemm_dtype(hidden_ND)
+    dtype = gemm_dtype(hidden_ND)
     chunk = chunk_rows or _choose_chunk(weight_VD, dtype, workspace_bytes, trained=wants[1])
     spec = _Spec(label_smoothing, z_loss, softcap, logit_scale, chunk, dtype, reduction == "none", stats, *wants)
     if token_weights_N is None:
@@ -213,7 +215,7 @@ def _run(problem: _Problem, spec: _Spec) -> _Result:
         db_V=weight_VD.new_zeros(V, dtype=wide) if spec.want_bias else None,
     )
     kind = hidden_ND.device.type
-    with torch.autocast(kind, enabled=False) if _autocasts(kind) else nullcontext():
+    with torch.autocast(kind, enabled=False) if autocasts(kind) else nullcontext():
         # Cast once, not once a chunk; no copy where the dtype is right already.
         weight_VD = weight_VD.to(spec.dtype)
         bias_V = None if bias_V is None else bias_V.to(spec.dtype)
@@ -335,7 +337,7 @@ def _compact(
     labels_N, num_rows = labels_N.detach(), labels_N.shape[0]
     on_cpu = labels_N.device.type == "cpu"
     if num_valid is not None and not 0 <= num_valid <= num_rows:
-        raise _error("num_valid", f"a count in [0, {num_rows}]", num_valid)
+        raise error("num_valid", f"a count in [0, {num_rows}]", num_valid)
     if on_cpu or num_valid is None:
         rows_M = (labels_N != ignore_index).nonzero().squeeze(1)
     elif num_valid == num_rows:
@@ -345,14 +347,14 @@ def _compact(
         rows_M = (labels_N != ignore_index).nonzero_static(size=num_valid).squeeze(1)
     count = rows_M.shape[0]
     if num_valid is not None and num_valid != count:
-        raise _error("num_valid", f"{count}, the number of labels other than {ignore_index}", num_valid)
+        raise error("num_valid", f"{count}, the number of labels other than {ignore_index}", num_valid)
     labels_M = labels_N.index_select(0, rows_M)
     if on_cpu and count:
         low, high = int(labels_M.min()), int(labels_M.max())
         if low < 0 or high >= num_classes:
             wrong = low if low < 0 else high
             row = int(rows_M[labels_M == wrong][0])
-            raise _error("labels_N", f"{ignore_index} or in [0, {num_classes})", f"{wrong} at row {row}")
+            raise error("labels_N", f"{ignore_index} or in [0, {num_classes})", f"{wrong} at row {row}")
     return (None if count == num_rows else rows_M), labels_M
 
 
@@ -363,79 +365,8 @@ def _choose_chunk(weight_VD: Tensor, dtype: torch.dtype, workspace_bytes: int | 
         return rows
     row_bytes = weight_VD.shape[0] * dtype.itemsize
     if workspace_bytes < row_bytes:
-        raise _error("workspace_bytes", f"at least {row_bytes}, one row of logits", workspace_bytes)
+        raise error("workspace_bytes", f"at least {row_bytes}, one row of logits", workspace_bytes)
     return min(rows, workspace_bytes // row_bytes)
-
-
-def _autocasts(kind: str) -> bool:
-    """Whether autocast is on for a kind of device; False for those without it, such as meta."""
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-
-
-def _gemm_dtype(x: Tensor) -> torch.dtype:
-    """Autocast's dtype where it applies (never to fp64, as in torch), else the tensor's own."""
-    if x.dtype != torch.float64 and _autocasts(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
-
-
-def _error(argument: str, expected: object, got: object) -> ValueError:
-    return ValueError(f"{argument}: expected {expected}, got {got}")
-
-
-def _check(name: str, tensor: Tensor, shape: tuple[int | str, ...], like: Tensor, dtype: torch.dtype | None) -> None:
-    """Refuses another shape (a str stands for any size), device or dtype (None: any floating one).
-
-    A floating dtype may differ where autocast will cast it, which it never does from or to fp64.
-    """
-    sizes = tuple(tensor.shape)
-    if len(sizes) != len(shape) or any(isinstance(s, int) and s != n for s, n in zip(shape, sizes, strict=True)):
-        raise _error(name, f"shape [{', '.join(map(str, shape))}]", f"shape {list(sizes)}")
-    if tensor.device != like.device:
-        raise _error(name, f"device {like.device}", f"device {tensor.device}")
-    if dtype is None:
-        if not tensor.is_floating_point():
-            raise _error(name, "a floating dtype", tensor.dtype)
-    elif tensor.dtype != dtype:
-        narrow = all(d.is_floating_point and d != torch.float64 for d in (tensor.dtype, dtype))
-        if not (narrow and _autocasts(like.device.type)):
-            raise _error(name, f"dtype {dtype}", f"dtype {tensor.dtype}")
-
-
-def _check_tensors(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    labels_N: Tensor,
-    bias_V: Tensor | None,
-    token_weights_N: Tensor | None,
-) -> None:
-    _check("hidden_ND", hidden_ND, ("N", "D"), hidden_ND, None)
-    (N, D), V, dtype = hidden_ND.shape, weight_VD.shape[0] if weight_VD.dim() else 0, hidden_ND.dtype
-    _check("weight_VD", weight_VD, ("V", D), hidden_ND, dtype)
-    if V == 0:
-        raise _error("weight_VD", "at least one row", f"shape {list(weight_VD.shape)}")
-    _check("labels_N", labels_N, (N,), hidden_ND, torch.int64)
-    if bias_V is not None:
-        _check("bias_V", bias_V, (V,), hidden_ND, dtype)
-    if token_weights_N is not None:
-        _check("token_weights_N", token_weights_N, (N,), hidden_ND, None)
-        if token_weights_N.requires_grad:
-            raise _error("token_weights_N", "requires_grad=False", "requires_grad=True")
-
-
-def _check_options(
-    label_smoothing: float, z_loss: float, softcap: float | None, chunk_rows: int | None, reduction: str
-) -> None:
-    if not 0 <= label_smoothing < 1:
-        raise _error("label_smoothing", "a number in [0, 1)", label_smoothing)
-    if not z_loss >= 0:
-        raise _error("z_loss", "a number >= 0", z_loss)
-    if softcap is not None and not softcap > 0:
-        raise _error("softcap", "None or a number > 0", softcap)
-    if chunk_rows is not None and chunk_rows < 1:
-        raise _error("chunk_rows", "None or a count >= 1", chunk_rows)
-    if reduction not in ("sum", "none"):
-        raise _error("reduction", "'sum' or 'none'", repr(reduction))
 
 
 def lora_linear(
@@ -470,8 +401,8 @@ def lora_linear(
     Raises:
         ValueError: names the argument, what was expected and what was got.
     """
-    _check_lora(x, weight, lora_A, lora_B, bias, dropout_p, seed)
-    dtype = _gemm_dtype(x)
+    check_lora(x, weight, lora_A, lora_B, bias, dropout_p, seed)
+    dtype = gemm_dtype(x)
     x_MK = x.reshape(-1, x.shape[-1]).to(dtype)
     y_MO = F.linear(x_MK, weight, bias)
     if dropout_p > 0:
@@ -483,28 +414,3 @@ def lora_linear(
     # In place on the base's fresh output: no second [M, O], and one rounding of the sum.
     y_MO.addmm_(s_MR, lora_B.to(dtype).T, alpha=scaling / (1 - dropout_p))
     return y_MO.view(*x.shape[:-1], weight.shape[0])
-
-
-def _check_lora(
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    bias: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> None:
-    _check("x", x, (*["..."] * (x.dim() - 1), "K"), x, None)
-    K = x.shape[-1]
-    _check("weight", weight, ("O", K), x, x.dtype)
-    _check("lora_A", lora_A, ("R", K), x, None)
-    _check("lora_B", lora_B, (weight.shape[0], lora_A.shape[0]), x, lora_A.dtype)
-    if lora_A.shape[0] == 0:
-        raise _error("lora_A", "at least one row", f"shape {list(lora_A.shape)}")
-    if bias is not None:
-        _check("bias", bias, (weight.shape[0],), x, x.dtype)
-    if not 0 <= dropout_p < 1:
-        raise _error("dropout_p", "a number in [0, 1)", dropout_p)
-    if dropout_p > 0 and (seed is None or seed.dim() or seed.dtype != torch.int64):
-        got = None if seed is None else f"{seed.dtype} of shape {list(seed.shape)}"
-        raise _error("seed", f"a 0-d int64 tensor, since dropout_p is {dropout_p}", got)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from sftx.config import load
+from sessions import session_of
 from sftx.errors import ConfigError, ModelError
-from sftx.run import Session, assemble
+from sftx.run import Session
 
 ROWS = [{"prompt": f"what is {n} plus one", "completion": f"{n + 1} " * (n % 5 + 1)} for n in range(24)]
 
@@ -20,16 +20,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("lora") / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return path
-
-
-def session_of(model: Path, data: Path, **options: Any) -> Session:
-    given = {"model": str(model), "data.train": str(data), "output_dir": str(data.parent / "never-written")}
-    given |= {name.replace("__", "."): value for name, value in options.items()}
-    return assemble(
-        load(
-            None, add=["chatml", "lora"], assignments=[(name, value, f"--set {name}") for name, value in given.items()]
-        )
-    )
 
 
 def logits(session: Session) -> Any:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from sftx.config import load
-from sftx.run import Session, assemble
+from sessions import session_of
+from sftx.run import Session
 
 ROWS = 20
 
@@ -23,17 +23,6 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("rows") / "short.jsonl"
     path.write_text("\n".join(sorted(lines, key=len)[:ROWS]) + "\n", encoding="utf-8")
     return path
-
-
-def session_of(model: Path, data: Path, **options: Any) -> Session:
-    """An assembled run with chatml and lora; `options` are dotted names with '__' for the dot."""
-    given = {"model": str(model), "data.train": str(data), "output_dir": str(data.parent / "never-written")}
-    given |= {name.replace("__", "."): value for name, value in options.items()}
-    return assemble(
-        load(
-            None, add=["chatml", "lora"], assignments=[(name, value, f"--set {name}") for name, value in given.items()]
-        )
-    )
 
 
 def hf_batch(session: Session, step: Any) -> dict[str, Any]:

@@ -1,0 +1,105 @@
+"""What the public functions of sftx_kernels refuse, and the dtype that autocast gives their products.
+
+Every refusal is a ValueError that names the argument, what was expected and what was got.
+"""
+
+import torch
+from torch import Tensor
+
+
+def autocasts(kind: str) -> bool:
+    """Whether autocast is on for a kind of device; False for those without it, such as meta."""
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def gemm_dtype(x: Tensor) -> torch.dtype:
+    """Autocast's dtype where it applies (never to fp64, as in torch), else the tensor's own."""
+    if x.dtype != torch.float64 and autocasts(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def error(argument: str, expected: object, got: object) -> ValueError:
+    return ValueError(f"{argument}: expected {expected}, got {got}")
+
+
+def check_tensor(
+    name: str, tensor: Tensor, shape: tuple[int | str, ...], like: Tensor, dtype: torch.dtype | None
+) -> None:
+    """Refuses another shape (a str stands for any size), device or dtype (None: any floating one).
+
+    A floating dtype may differ where autocast will cast it, which it never does from or to fp64.
+    """
+    sizes = tuple(tensor.shape)
+    if len(sizes) != len(shape) or any(isinstance(s, int) and s != n for s, n in zip(shape, sizes, strict=True)):
+        raise error(name, f"shape [{', '.join(map(str, shape))}]", f"shape {list(sizes)}")
+    if tensor.device != like.device:
+        raise error(name, f"device {like.device}", f"device {tensor.device}")
+    if dtype is None:
+        if not tensor.is_floating_point():
+            raise error(name, "a floating dtype", tensor.dtype)
+    elif tensor.dtype != dtype:
+        narrow = all(d.is_floating_point and d != torch.float64 for d in (tensor.dtype, dtype))
+        if not (narrow and autocasts(like.device.type)):
+            raise error(name, f"dtype {dtype}", f"dtype {tensor.dtype}")
+
+
+def check_tensors(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    labels_N: Tensor,
+    bias_V: Tensor | None,
+    token_weights_N: Tensor | None,
+) -> None:
+    check_tensor("hidden_ND", hidden_ND, ("N", "D"), hidden_ND, None)
+    (N, D), V, dtype = hidden_ND.shape, weight_VD.shape[0] if weight_VD.dim() else 0, hidden_ND.dtype
+    check_tensor("weight_VD", weight_VD, ("V", D), hidden_ND, dtype)
+    if V == 0:
+        raise error("weight_VD", "at least one row", f"shape {list(weight_VD.shape)}")
+    check_tensor("labels_N", labels_N, (N,), hidden_ND, torch.int64)
+    if bias_V is not None:
+        check_tensor("bias_V", bias_V, (V,), hidden_ND, dtype)
+    if token_weights_N is not None:
+        check_tensor("token_weights_N", token_weights_N, (N,), hidden_ND, None)
+        if token_weights_N.requires_grad:
+            raise error("token_weights_N", "requires_grad=False", "requires_grad=True")
+
+
+def check_options(
+    label_smoothing: float, z_loss: float, softcap: float | None, chunk_rows: int | None, reduction: str
+) -> None:
+    if not 0 <= label_smoothing < 1:
+        raise error("label_smoothing", "a number in [0, 1)", label_smoothing)
+    if not z_loss >= 0:
+        raise error("z_loss", "a number >= 0", z_loss)
+    if softcap is not None and not softcap > 0:
+        raise error("softcap", "None or a number > 0", softcap)
+    if chunk_rows is not None and chunk_rows < 1:
+        raise error("chunk_rows", "None or a count >= 1", chunk_rows)
+    if reduction not in ("sum", "none"):
+        raise error("reduction", "'sum' or 'none'", repr(reduction))
+
+
+def check_lora(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> None:
+    check_tensor("x", x, (*["..."] * (x.dim() - 1), "K"), x, None)
+    K = x.shape[-1]
+    check_tensor("weight", weight, ("O", K), x, x.dtype)
+    check_tensor("lora_A", lora_A, ("R", K), x, None)
+    check_tensor("lora_B", lora_B, (weight.shape[0], lora_A.shape[0]), x, lora_A.dtype)
+    if lora_A.shape[0] == 0:
+        raise error("lora_A", "at least one row", f"shape {list(lora_A.shape)}")
+    if bias is not None:
+        check_tensor("bias", bias, (weight.shape[0],), x, x.dtype)
+    if not 0 <= dropout_p < 1:
+        raise error("dropout_p", "a number in [0, 1)", dropout_p)
+    if dropout_p > 0 and (seed is None or seed.dim() or seed.dtype != torch.int64):
+        got = None if seed is None else f"{seed.dtype} of shape {list(seed.shape)}"
+        raise error("seed", f"a 0-d int64 tensor, since dropout_p is {dropout_p}", got)

@@ -1,0 +1,17 @@
+"""Runs that are assembled but not started, for tests that look inside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sftx.config import load
+from sftx.run import Session, assemble
+
+
+def session_of(model: Path, data: Path, **options: Any) -> Session:
+    """An assembled run with chatml and lora; `options` are dotted names with '__' for the dot."""
+    given = {"model": str(model), "data.train": str(data), "output_dir": str(data.parent / "never-written")}
+    given |= {name.replace("__", "."): value for name, value in options.items()}
+    assignments = [(name, value, f"--set {name}") for name, value in given.items()]
+    return assemble(load(None, add=["chatml", "lora"], assignments=assignments))
