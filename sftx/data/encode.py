@@ -222,13 +222,15 @@ def _encode_row(
 ) -> list[Example]:
     """The examples of one record, one group each unless they belong together; none when the ledger has it."""
     units = [unit for one in parsed for unit in _units(one, where, encoder)]
+    if not units:  # nothing parsed, or a template that makes an example of each trained turn, and none is
+        ledger.drop(where, _why_nothing_is_trained(parsed))
     paired = len(parsed) > 1
     examples: list[Example] = []
     for number, unit in enumerate(units):
         token_ids, loss_mask, weights = encoder.encode(unit)
         length = len(token_ids)
         if not any(loss_mask[1:]):
-            ledger.drop(where, _why_nothing_is_trained(unit), length=length)
+            ledger.drop(where, _why_nothing_is_trained([unit]), length=length)
             return []
         if length > config.max_length:
             if config.long_rows == "error":
@@ -263,12 +265,9 @@ def _units(parsed: Parsed, where: Location, encoder: Encoder) -> Iterator[Parsed
     elif template is None:
         from sftx.plugins import templates_that_fit
 
-        fitting = templates_that_fit(encoder.tokenizer)
-        raise DataError(
-            f"{where}: a conversation needs a template and the run has none; "
-            + (f"add --plugin {fitting[0]}" if fitting else "no built-in template fits this tokenizer")
-            + (f" (these fit the tokenizer: {', '.join(fitting)})" if fitting else "")
-        )
+        fitting = [f"--plugin {name}" for name in templates_that_fit(encoder.tokenizer)]
+        hint = f"add {' or '.join(fitting)}" if fitting else "no built-in one fits this tokenizer"
+        raise DataError(f"{where}: a conversation needs a template, and the run has none; {hint}")
     elif not template.rewrites_history:
         yield parsed
     else:
@@ -278,12 +277,9 @@ def _units(parsed: Parsed, where: Location, encoder: Encoder) -> Iterator[Parsed
                 yield dataclasses.replace(parsed, messages=(*earlier, message))
 
 
-def _why_nothing_is_trained(unit: Parsed) -> str:
-    if not isinstance(unit, Conversation):
-        return NOTHING_TRAINED
-    if not any(message.role == "assistant" for message in unit.messages):
-        return NO_TURN
-    return NOTHING_TRAINED
+def _why_nothing_is_trained(parsed: Sequence[Parsed]) -> str:
+    turns = [message for one in parsed if isinstance(one, Conversation) for message in one.messages]
+    return NO_TURN if turns and not any(turn.role == "assistant" for turn in turns) else NOTHING_TRAINED
 
 
 def _questions(parsed: Sequence[Parsed], where: Location, encoder: Encoder) -> Iterator[Question]:

@@ -117,6 +117,8 @@ class Trainer:
         """Adds the gradients of one step (counted from 0); returns its mean loss and what else was counted."""
         denominators = [self.loss.denominator(batch) for batch in batches]
         total = sum(denominators)
+        if not total > 0:
+            raise PluginError(f"{type(self.loss).__name__}.denominator is {total:g} over a whole step, expected more")
         loss = torch.zeros((), device=self.lm.device)
         metrics: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.lm.device))
         for micro, (batch, share) in enumerate(zip(batches, denominators, strict=True)):

@@ -191,6 +191,24 @@ def test_a_template_that_rewrites_history_gives_an_example_for_each_trained_turn
     assert [e.row_id for e in data.examples] == [f"{path}:1#1", f"{path}:1#2"]
 
 
+def test_no_row_vanishes_when_nothing_of_it_becomes_an_example(tokenizer: Any, tmp_path: Path) -> None:
+    """A template that rewrites history and no trained turn; a parser that finds nothing."""
+
+    class Nothing(Messages):
+        def parse(self, record: Any, where: Location) -> tuple[Conversation, ...]:
+            return () if "skip" in record else super().parse(record, where)
+
+    ask, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    rows = [{"messages": [ask, answer]}, {"messages": [ask]}, {"messages": [], "skip": True}]
+    path = write(tmp_path / "m.jsonl", rows)
+    data = prepare([path], DataConfig(max_dropped=0.9), {"m": Nothing()}, Encoder(tokenizer, Rewriting()))
+    assert len(data.examples) == 1
+    assert [(str(e.where), e.reason) for e in data.ledger.entries] == [
+        (f"{path}:2", "no assistant turn, so nothing to train"),
+        (f"{path}:3", "no trained token"),
+    ]
+
+
 def test_long_rows_are_cut_dropped_or_refused_and_always_accounted_for(encoder: Encoder, tmp_path: Path) -> None:
     rows = [{"prompt": "short", "completion": "fine"} for _ in range(39)]
     path = write(tmp_path / "long.jsonl", [*rows, {"prompt": "short", "completion": "word " * 200}])
