@@ -19,6 +19,7 @@ from pydantic_core import ErrorDetails
 
 from sftx import run_file
 from sftx.errors import ConfigError, did_you_mean
+from sftx.hookspecs import DEFAULTS
 
 T = TypeVar("T")
 
@@ -258,8 +259,6 @@ def load(
 
 def _refuse_strangers(wanted: Mapping[str, str]) -> None:
     """An option alone brings no plugin in: it would turn full fine-tuning into LoRA. The defaults are there already."""
-    from sftx.plugins import DEFAULTS
-
     for name, typed in wanted.items():
         if not any(name in names for names in DEFAULTS.values()):
             raise ConfigError(f"{typed}: plugin {name!r} is not in this run; add --plugin {name}")

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import pluggy
 
 from sftx import hookspecs
-from sftx.errors import ConfigError, PluginError, SftxError, did_you_mean, one_line
-from sftx.hookspecs import ONE_PROVIDER, PROJECT, RETURNS
+from sftx.errors import PluginError, SftxError, did_you_mean, one_line
+from sftx.hookspecs import DEFAULTS, ONE_PROVIDER, PROJECT, RETURNS
 from sftx.types import (
     Adapter,
     Collator,
@@ -42,18 +42,6 @@ if TYPE_CHECKING:
     from sftx.run_file import Origins
 
 GROUP: Final = "sftx.plugins"
-
-DEFAULTS: Final[Mapping[str, tuple[str, ...]]] = {
-    "sftx_parser": ("messages", "prompt-completion", "alpaca", "sharegpt"),
-    "sftx_collator": ("padded",),
-    "sftx_loss": ("masked-ce",),
-    "sftx_observer": ("progress", "jsonl"),
-}
-"""The plugins of a run that names none for a hook. Where a hook takes many, they come after those that are named."""
-
-TEMPLATES: Final = ("chatml",)
-"""The built-in templates: tried on the tokenizer when a run has none, to say which would fit."""
-
 
 # --- discover: metadata only -------------------------------------------------------------------
 
@@ -330,22 +318,3 @@ class Assembly:
 def _missing(made: object, protocol: type) -> str:
     names = [name for name in sorted(vars(protocol)) if not name.startswith("_") and not hasattr(made, name)]
     return f", which has also {', '.join(names)}" if names else ""
-
-
-def templates_that_fit(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The built-in templates whose control tokens this tokenizer has."""
-    from sftx.data.encode import check_controls
-    from sftx.run_file import Origins
-
-    fitting = []
-    for name in TEMPLATES:
-        assembly = Assembly(Origins())
-        try:
-            assembly.add(find(name, discover()), {})
-            template = assembly.template(tokenizer)
-            assert template is not None
-            check_controls(template, tokenizer)
-        except (PluginError, ConfigError):
-            continue
-        fitting.append(name)
-    return fitting

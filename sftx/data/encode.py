@@ -17,7 +17,10 @@ from typing import TYPE_CHECKING, Final
 
 from sftx.data import sources
 from sftx.data.ledger import Ledger
-from sftx.errors import DataError, ModelError, PluginError
+from sftx.errors import ConfigError, DataError, ModelError, PluginError
+from sftx.hookspecs import TEMPLATES
+from sftx.plugins import Assembly, discover, find
+from sftx.run_file import Origins
 from sftx.types import (
     Conversation,
     Example,
@@ -263,9 +266,7 @@ def _units(parsed: Parsed, where: Location, encoder: Encoder) -> Iterator[Parsed
     if not isinstance(parsed, Conversation):
         yield parsed
     elif template is None:
-        from sftx.plugins import templates_that_fit
-
-        fitting = [f"--plugin {name}" for name in templates_that_fit(encoder.tokenizer)]
+        fitting = [f"--plugin {name}" for name in _templates_that_fit(encoder.tokenizer)]
         hint = f"add {' or '.join(fitting)}" if fitting else "no built-in one fits this tokenizer"
         raise DataError(f"{where}: a conversation needs a template, and the run has none; {hint}")
     elif not template.rewrites_history:
@@ -275,6 +276,22 @@ def _units(parsed: Parsed, where: Location, encoder: Encoder) -> Iterator[Parsed
             if message.trained:
                 earlier = tuple(dataclasses.replace(m, trainable=False) for m in parsed.messages[: end - 1])
                 yield dataclasses.replace(parsed, messages=(*earlier, message))
+
+
+def _templates_that_fit(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The built-in templates whose control tokens this tokenizer has."""
+    fitting = []
+    for name in TEMPLATES:
+        assembly = Assembly(Origins())
+        try:
+            assembly.add(find(name, discover()), {})
+            template = assembly.template(tokenizer)
+            assert template is not None
+            check_controls(template, tokenizer)
+        except (PluginError, ConfigError):
+            continue
+        fitting.append(name)
+    return fitting
 
 
 def _why_nothing_is_trained(parsed: Sequence[Parsed]) -> str:

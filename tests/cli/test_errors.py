@@ -215,7 +215,9 @@ def test_the_arguments_below_are_right_but_for_what_each_test_changes(base: list
 
 def test_no_template(tiny_model_dir: Path) -> None:
     message = error_of("--plugin", "lora", "--data", "rows.jsonl", "--model", tiny_model_dir)
-    assert message.startswith("rows.jsonl:1: a conversation needs a template, and the run has none; add --plugin chatml")
+    assert message.startswith(
+        "rows.jsonl:1: a conversation needs a template, and the run has none; add --plugin chatml"
+    )
 
 
 @pytest.mark.parametrize(

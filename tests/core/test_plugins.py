@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import sftx
-from sftx import config, plugins
+from sftx import config, hookspecs, plugins
 from sftx.errors import ConfigError, DataError, PluginError, SftxError
 from sftx.hookspecs import ONE_PROVIDER, RETURNS
 
@@ -372,5 +372,5 @@ def _hooks(name: str) -> list[str]:
 
 
 def test_every_default_is_a_built_in_plugin() -> None:
-    named = {name for names in plugins.DEFAULTS.values() for name in names} | set(plugins.TEMPLATES)
+    named = {name for names in hookspecs.DEFAULTS.values() for name in names} | set(hookspecs.TEMPLATES)
     assert named <= set(BUILT_IN)

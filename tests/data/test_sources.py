@@ -216,11 +216,11 @@ WHERE = Location("x.jsonl", 7)
 
 @pytest.fixture(scope="module")
 def parsers() -> dict[str, Parser]:
-    from sftx import config, plugins
+    from sftx import config, hookspecs, plugins
 
     loaded = config.load(None, assignments=[("data.train", ["x.jsonl"], "--data x.jsonl")], remove=["masked-ce"])
     assembly = plugins.Assembly(loaded.origins)
-    for name in plugins.DEFAULTS["sftx_parser"]:
+    for name in hookspecs.DEFAULTS["sftx_parser"]:
         assembly.add(plugins.find(name, plugins.discover()), {})
     return assembly.parsers()
 
