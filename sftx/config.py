@@ -36,8 +36,10 @@ Paths = Annotated[tuple[str, ...], BeforeValidator(_as_tuple, json_schema_input_
 class DataConfig:
     """What is trained on."""
 
-    train: Annotated[Paths, Field(description="Files of training rows: jsonl, json, parquet or csv.")] = ()
-    eval: Annotated[Paths, Field(description="Files of held-out rows.")] = ()
+    train: Annotated[
+        Paths, Field(description="File of training rows (jsonl, json, parquet, csv); repeat it for more.")
+    ] = ()
+    eval: Annotated[Paths, Field(description="File of held-out rows; repeat it for more.")] = ()
     format: Annotated[
         str | None,
         Field(description="Parser plugin that reads every row; by default each row's fields decide."),

@@ -84,7 +84,10 @@ def assemble(loaded: Loaded, *, name: str = "run") -> Session:
     precision = precisions.choose(config.train)
     model_name = names.resolve(config.model)
     tokenizer = load_tokenizer(model_name)
-    encoder = Encoder(tokenizer, assembly.template(tokenizer))
+    template = assembly.template(tokenizer)
+    if template is not None and template.chat_template is not None:
+        tokenizer.chat_template = template.chat_template  # saved with the result: served as it was trained
+    encoder = Encoder(tokenizer, template)
     parsers, metrics = assembly.parsers(), assembly.metrics()
     collator, loss = assembly.collator(), assembly.loss()
     _check_format(loaded, parsers)
@@ -316,6 +319,8 @@ class Session:
             "python": platform.python_version(),
             "platform": platform.platform(),
             "libraries": {name: _version(name) for name in _LIBRARIES},
+            "device": str(self.lm.device),
+            "dtype": str(self.trainer.precision),
             "plugins": [dataclasses.asdict(provider) for provider in self.assembly.table()],
             "model": {
                 "name": self.config.model,

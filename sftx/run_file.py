@@ -95,6 +95,8 @@ def read(path: Path) -> tuple[dict[str, Any], Origins]:
         text = path.read_text(encoding="utf-8")
         root = yaml.compose(text, Loader=_Loader)
         values = yaml.load(text, Loader=_Loader) if root is not None else {}
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such run file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {one_line(error)}") from None
     except yaml.MarkedYAMLError as error:

@@ -318,6 +318,13 @@ class Template(Protocol):
     def rewrites_history(self) -> bool:
         """Whether earlier turns render differently once later ones follow: one example a trained turn then."""
 
+    @property
+    def chat_template(self) -> str | None:
+        """The same in Jinja, saved with the tokenizer so that who serves the result asks as it was trained.
+
+        None leaves the tokenizer's own.
+        """
+
     def render(self, conversation: Conversation) -> tuple[Segment, ...]:
         """The whole conversation."""
 

@@ -80,12 +80,14 @@ class LoraAdapter(Adapter):
         self._base = base
         self._targets = list(targets)
         self._saved = list(saved)
+        self._shown_targets: list[str] = []
         self._layers: dict[str, LoraLinear] = {}
         self._full: dict[str, nn.Parameter] = {}
         self._originals: dict[str, Tensor] = {}
 
     def attach(self, lm: LanguageModel) -> None:
         model = lm.model
+        self._shown_targets = _endings(self._targets, [name for name, _ in model.named_modules()])
         for layer, name in enumerate(self._targets):
             linear = model.get_submodule(name)
             assert isinstance(linear, nn.Linear)
@@ -174,10 +176,16 @@ class LoraAdapter(Adapter):
             "modules_to_save": self._saved or None,
             "peft_type": "LORA",
             "r": self.options.r,
-            # Full paths: PEFT matches endings, and an ending could match more than was chosen here.
-            "target_modules": self._targets,
+            "target_modules": self._shown_targets,
             "task_type": "CAUSAL_LM",
         }
+
+
+def _endings(targets: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The last words of the targets' paths where PEFT, which matches endings, finds just these; else whole paths."""
+    words = sorted({target.rpartition(".")[2] for target in targets})
+    matched = [name for name in names if name.rpartition(".")[2] in words]
+    return words if set(matched) == set(targets) else list(targets)
 
 
 def _whole(value: float) -> float | int:

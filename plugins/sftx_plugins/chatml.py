@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
@@ -11,6 +12,12 @@ from pydantic import Field
 from sftx import Conversation, Segment, Template, hookimpl
 
 START, END = "<|im_start|>", "<|im_end|>"
+_JINJA = (
+    "{% for message in messages %}"
+    f"{{{{ '{START}' + message.role + '\\n' + message.content + '{END}\\n' }}}}"
+    "{% endfor %}"
+    f"{{% if add_generation_prompt %}}{{{{ '{START}assistant\\n' }}}}{{% endif %}}"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +35,14 @@ class ChatML:
     @hookimpl
     def sftx_template(self) -> Template:
         return self
+
+    @property
+    def chat_template(self) -> str:
+        system = ""
+        if self.default_system is not None:
+            turn = json.dumps(f"{START}system\n{self.default_system}{END}\n", ensure_ascii=False)
+            system = f"{{% if not messages or messages[0].role != 'system' %}}{{{{ {turn} }}}}{{% endif %}}"
+        return system + _JINJA
 
     def render(self, conversation: Conversation) -> tuple[Segment, ...]:
         return tuple(self._turns(conversation))

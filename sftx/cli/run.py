@@ -72,6 +72,8 @@ def command(
     notes = logging.getLogger("sftx")
     notes.setLevel(logging.INFO)
     notes.handlers = [logging.StreamHandler()]
+    if file is not None and file.suffix in (".jsonl", ".csv", ".parquet"):
+        raise click.UsageError(f"{file} is no run file; give each file of data an option of its own: --data {file}")
     loaded = config.load(file, add=plugins, remove=without, assignments=_assignments(settings, options))
     from sftx.run import run
 

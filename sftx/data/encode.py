@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from sftx.config import DataConfig
 
 NOTHING_TRAINED: Final = "no trained token"
+EMPTY: Final = "every trained turn is empty"
 NO_TURN: Final = "no assistant turn, so nothing to train"
 
 
@@ -234,6 +235,9 @@ def _encode_row(
         length = len(token_ids)
         if not any(loss_mask[1:]):
             ledger.drop(where, _why_nothing_is_trained([unit]), length=length)
+            return []
+        if isinstance(unit, Conversation) and not any(m.trained and m.content.strip() for m in unit.messages):
+            ledger.drop(where, EMPTY, length=length)  # it would teach to say nothing
             return []
         if length > config.max_length:
             if config.long_rows == "error":

@@ -32,6 +32,9 @@ def save(lm: LanguageModel, directory: Path) -> None:
             place.mkdir(exist_ok=True)
             adapter.save(place)
         lm.tokenizer.save_pretrained(part)
+        for file in part.rglob("*"):
+            if file.is_file():  # safetensors writes for its owner alone
+                file.chmod(0o644)
         part.rename(directory)
     except SftxError:
         raise

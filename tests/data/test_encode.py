@@ -72,6 +72,28 @@ def test_ids_of_200_conversations_are_those_of_apply_chat_template(tokenizer: An
         assert encoder.prompt(asked) == prompt
 
 
+@pytest.mark.parametrize("system", [None, SYSTEM, 'quotes " and \\ and\nlines 你好'])
+def test_the_saved_chat_template_asks_as_it_was_trained(tokenizer: Any, system: str | None) -> None:
+    import copy
+
+    template = ChatML(default_system=system)
+    encoder = Encoder(tokenizer, template)
+    served = copy.deepcopy(tokenizer)
+    served.chat_template = template.chat_template
+    for conversation in conversations(40, PIECES):
+        assert encoder.encode(conversation)[0] == served.apply_chat_template(as_dicts(conversation), return_dict=False)
+        asked = Conversation(conversation.messages[:-1])
+        prompt = served.apply_chat_template(as_dicts(asked), add_generation_prompt=True, return_dict=False)
+        assert encoder.prompt(asked) == prompt
+
+
+def test_a_row_whose_answers_are_all_empty_is_dropped(tokenizer: Any, tmp_path: Path) -> None:
+    path = write(tmp_path / "e.jsonl", [{"prompt": "x", "completion": " "}, {"prompt": "x", "completion": "y"}])
+    data = prepare([path], DataConfig(max_dropped=0.5), {"pc": PromptCompletion()}, Encoder(tokenizer, ChatML()))
+    assert [(str(e.where), e.reason) for e in data.ledger.entries] == [(f"{path}:1", "every trained turn is empty")]
+    assert len(data.examples) == 1
+
+
 def test_the_mask_is_every_assistant_turn_with_its_end(tokenizer: Any, encoder: Encoder) -> None:
     for conversation in conversations(50, PIECES):
         ids, mask, _ = encoder.encode(conversation)

@@ -67,6 +67,12 @@ def test_a_run_directory_holds_all_that_the_run_was(tiny_model_dir: Path, data: 
         names = {p.name for p in artefact.iterdir()}
         assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"} <= names
         assert not [name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
+        assert {p.stat().st_mode & 0o777 for p in artefact.iterdir()} == {0o644}
+        config = json.loads((artefact / "adapter_config.json").read_text())
+        assert config["target_modules"] == sorted(
+            ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        )
+        assert "named SmolLM" not in (artefact / "chat_template.jinja").read_text(), "not what was trained"
 
     events = lines(out / "metrics.jsonl")
     steps = [e for e in events if e["event"] == "step"]
