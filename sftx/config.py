@@ -156,7 +156,9 @@ def validate(
     """
     try:
         # JSON mode is the strict one that still takes a list for a tuple and an int for a float.
-        built: T = _adapter(cast(Any, cls)).validate_json(json.dumps(values), strict=True, extra="forbid")
+        built: T = _adapter(cast(Any, cls)).validate_json(
+            json.dumps(values, allow_nan=False), strict=True, extra="forbid"
+        )
         return built
     except ValidationError as error:
         raise ConfigError(_explain(error.errors(), cls, who, prefix, origins)) from None
@@ -237,7 +239,8 @@ def load(
     if path is None and not any(name == "data.train" for name, _, _ in assignments):
         path = run_file.EMBEDDED
     values, origins = run_file.read(path) if path is not None else ({}, run_file.Origins())
-    values = {name: value for name, value in values.items() if value is not None}  # a section without a line in it
+    sections = ("data", "train", "generation", "plugins")
+    values = {name: value for name, value in values.items() if value is not None or name not in sections}
     values["plugins"] = plugins = _plugin_table(values, origins)
     wanted = {name: f"--plugin {name}" for name in add}
     for name in add:

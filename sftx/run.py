@@ -14,18 +14,18 @@ import logging
 import platform
 import shutil
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from sftx import run_file
 from sftx.config import Loaded, RunConfig, as_dict
 from sftx.data import sources
-from sftx.errors import ConfigError, OutputError, did_you_mean, one_line
+from sftx.errors import ConfigError, ModelError, OutputError, did_you_mean, one_line
 from sftx.model import names
 from sftx.plugins import Assembly, activate
-from sftx.types import EvalReport, RunInfo, StartReport, StepReport
+from sftx.types import EvalReport, Example, RunInfo, StartReport, StepReport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -100,6 +100,7 @@ def assemble(loaded: Loaded, *, name: str = "run") -> Session:
         )
     plan = Plan(data.examples, collator, config.train)
     lm = _load(model_name, assembly, tokenizer, precision, config.train.seed)
+    _check_fit(config, plan, lm, data.examples + held_out.examples)
     resolved = as_dict(config) | {"plugins": {active.info.name: active.options for active in assembly.active}}
     return Session(
         config=config,
@@ -147,10 +148,15 @@ def _output_dir(wanted: str | None, name: str) -> Path:
     """The directory that this run will make. Raises OutputError when it holds something already."""
     if wanted is None:
         return next(path for n in itertools.count(1) if not (path := Path("runs") / f"{name}-{n}").exists())
-    path = Path(wanted).expanduser()
-    if path.exists() and not path.is_dir():
+    try:
+        path = Path(wanted).expanduser()
+        taken = path.is_dir() and any(path.iterdir())
+        is_file = not path.is_dir() and (path.exists() or path.is_symlink())
+    except (OSError, RuntimeError, ValueError) as error:
+        raise OutputError(f"output_dir {wanted}: cannot be used: {one_line(error)}") from error
+    if is_file:
         raise OutputError(f"output_dir {wanted}: is a file; name a directory that does not exist yet")
-    if path.is_dir() and any(path.iterdir()):
+    if taken:
         what = "a run" if (path / "run.yaml").exists() else "files"
         raise OutputError(f"output_dir {wanted}: holds {what} already, which is never written over; choose another")
     return path
@@ -175,6 +181,28 @@ def _load(
     with precision.autocast():
         lm.check()
     return lm
+
+
+def _check_fit(config: RunConfig, plan: Plan, lm: LanguageModel, examples: Sequence[Example]) -> None:
+    """Raises ModelError for token ids without an embedding; notes what is likely a mistake."""
+    from sftx.training.schedule import num_warmup_steps
+
+    num_rows = cast(Any, lm.model.get_input_embeddings()).weight.shape[0]
+    largest = max(max(example.token_ids) for example in examples)
+    if largest >= num_rows:
+        raise ModelError(
+            f"model {config.model}: its tokenizer gives the id {largest}, its embedding has {num_rows} rows; "
+            "they do not belong together"
+        )
+    longest = max(len(example.token_ids) for example in examples)
+    limit = getattr(lm.config, "max_position_embeddings", None)
+    if limit is not None and longest > limit:
+        log.warning("the longest row has %d tokens, the model was made for %d; lower data.max_length", longest, limit)
+    warmup = num_warmup_steps(config.train, plan.num_steps)
+    if warmup >= plan.num_steps:
+        log.warning(
+            "all %d steps are warm-up (warmup_steps %d): the peak rate is never reached", plan.num_steps, warmup
+        )
 
 
 @dataclass
@@ -211,6 +239,10 @@ class Session:
             summary = self.summary(before, after, artefact, time.perf_counter() - started)
             _write_json(self.output_dir / "summary.json", summary)
             self.observers.on_end(summary)
+        except BaseException:
+            if not self._steps and self.trainer.last_saved == "none":
+                shutil.rmtree(self.output_dir, ignore_errors=True)  # nothing in it is worth a refusal of the next try
+            raise
         finally:
             self.observers.close()
         return Result(self.output_dir, summary)

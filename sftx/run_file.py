@@ -102,7 +102,7 @@ def read(path: Path) -> tuple[dict[str, Any], Origins]:
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"{path}{line}: not valid YAML: {one_line(Exception(error.problem))}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ConfigError(f"{path}: not valid YAML: {one_line(error)}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: got a {type(values).__name__}, expected a mapping such as `model: ...`")

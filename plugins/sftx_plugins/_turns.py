@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Mapping
 from typing import Any, Final
 
 from sftx import DataError, Location, Message, Record
 
+_LARGEST_WEIGHT: Final = 1e6
 ROLES: Final = ("system", "user", "assistant", "tool")
 
 
@@ -61,8 +61,8 @@ def _weight(value: Any, name: str, where: Location) -> float:
     """OpenAI's weight of a message in the loss: 0 trains nothing of it; 1 when it is missing."""
     if value is None:
         return 1.0
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise DataError(f"{where}: {name} is {value!r}, expected a number of at least 0")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _LARGEST_WEIGHT:
+        raise DataError(f"{where}: {name} is {value!r}, expected a number from 0 to {_LARGEST_WEIGHT:g}")
     return float(value)
 
 

@@ -10,7 +10,7 @@ from typing import Any, Final
 import click
 
 from sftx import __version__
-from sftx.errors import SftxError
+from sftx.errors import SftxError, one_line
 
 _COMMANDS: Final[Mapping[str, str]] = {
     "run": "Fine-tune a model.",
@@ -41,8 +41,12 @@ class _Lazy(click.Group):
         except SftxError as error:
             if ctx.params.get("debug"):
                 raise
-            click.echo(f"sftx: error: {' '.join(str(error).split())}", err=True)
+            line = "".join(c if c.isprintable() else "?" for c in one_line(error, max_chars=2000))
+            click.echo(f"sftx: error: {line}", err=True)
             sys.exit(1)
+        except KeyboardInterrupt:
+            click.echo("sftx: interrupted", err=True)
+            sys.exit(130)
 
 
 @click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})

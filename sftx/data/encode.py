@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -108,6 +109,8 @@ class Encoder:
             segments, key=lambda s: (s.control, s.trainable, s.weight if s.trainable else 1.0)
         ):
             texts = [segment.text for segment in run]
+            if not 0 <= weight < math.inf:
+                raise PluginError(f"a segment has the weight {weight:g}, expected a number of at least 0")
             ids = [self._control(text) for text in texts] if control else self.plain("".join(texts))
             token_ids += ids
             loss_mask += [trainable] * len(ids)

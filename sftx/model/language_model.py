@@ -147,6 +147,8 @@ class LanguageModel(nn.Module):
         ours = self.logits(self.hidden(batch).hidden_BTD).float()
         theirs = self.model(input_ids=ids[None], use_cache=False).logits.float()
         self.train(training)
+        if not theirs.isfinite().all():
+            raise ModelError(f"{type(self.model).__name__}: its logits are not finite; the weights are damaged")
         scale = theirs.abs().max().clamp(min=1e-6)
         worst = ((ours - theirs).abs().max() / scale).item()
         # The same matrix products in the same dtype: what differs is the order of additions.

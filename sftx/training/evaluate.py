@@ -12,7 +12,7 @@ import torch
 
 from sftx.config import GenerationConfig
 from sftx.data.encode import Dataset, Question
-from sftx.errors import TrainingError
+from sftx.errors import PluginError, TrainingError
 from sftx.model.language_model import LanguageModel
 from sftx.training.precision import Precision
 from sftx.types import Collator, EvalReport, Example, Loss, Metric, Sample
@@ -56,7 +56,9 @@ class Evaluator:
             samples = self._answers(lm, self._questions) if self._metrics else ()
         lm.train(training)
         for name, metric in self._metrics.items():
-            scores = [metric(sample.prediction, sample.reference) for sample in samples]
+            scores = [float(metric(sample.prediction, sample.reference)) for sample in samples]
+            if not all(map(math.isfinite, scores)):
+                raise PluginError(f"the metric {name} gave a score that is not finite")
             metrics[name] = sum(scores) / len(scores)
         return EvalReport(step, metrics, samples, time.perf_counter() - start)
 

@@ -53,13 +53,14 @@ class Plan:
     def epoch(self, epoch: int) -> list[Step]:
         """The steps of one epoch. Raises PluginError when the collator loses or repeats an example."""
         config = self._config
+        rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
         steps, carried = self._collator.plan(
             self._lengths,
             self._groups,
             seed=config.seed,
             epoch=epoch,
             window=0,
-            examples_per_step=config.per_device_train_batch_size * config.gradient_accumulation_steps,
+            examples_per_step=rows_per_step,
             final=True,
         )
         planned = sorted(index for step in steps for row in step for index in row)
@@ -67,6 +68,10 @@ class Plan:
             raise PluginError(
                 f"{type(self._collator).__name__}.plan lost or repeated examples: {len(planned)} planned and "
                 f"{len(carried)} carried over of {len(self._lengths)}"
+            )
+        if not all(0 < len(step) <= rows_per_step and all(step) for step in steps):
+            raise PluginError(
+                f"{type(self._collator).__name__}.plan made a step that is empty or has over {rows_per_step} rows"
             )
         return steps
 
@@ -108,17 +113,26 @@ class Trainer:
     def micro_batches(self, step: Step, examples: Sequence[Example]) -> list[Batch]:
         """The rows of a step, `per_device_train_batch_size` at a time, on the host."""
         size = self.config.per_device_train_batch_size
-        return [
-            self.collator.collate([examples[index] for row in step[at : at + size] for index in row])
-            for at in range(0, len(step), size)
-        ]
+        batches = []
+        for at in range(0, len(step), size):
+            chosen = [examples[index] for row in step[at : at + size] for index in row]
+            batch = self.collator.collate(chosen)
+            if sorted(batch.row_ids) != sorted(example.row_id for example in chosen):
+                raise PluginError(
+                    f"{type(self.collator).__name__}.collate made a batch of {len(batch.row_ids)} examples of "
+                    f"{len(chosen)}; every example must be in it once"
+                )
+            batches.append(batch)
+        return batches
 
     def accumulate(self, batches: Sequence[Batch], number: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Adds the gradients of one step (counted from 0); returns its mean loss and what else was counted."""
         denominators = [self.loss.denominator(batch) for batch in batches]
         total = sum(denominators)
-        if not total > 0:
-            raise PluginError(f"{type(self.loss).__name__}.denominator is {total:g} over a whole step, expected more")
+        if not (0 < total < math.inf and min(denominators) >= 0):
+            raise PluginError(
+                f"{type(self.loss).__name__}.denominator gave {denominators} in one step, expected more than 0"
+            )
         loss = torch.zeros((), device=self.lm.device)
         metrics: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.lm.device))
         for micro, (batch, share) in enumerate(zip(batches, denominators, strict=True)):
