@@ -103,6 +103,7 @@ def assemble(loaded: Loaded, *, name: str = "run") -> Session:
     _check_fit(config, plan, lm, data.examples + held_out.examples)
     resolved = as_dict(config) | {"plugins": {active.info.name: active.options for active in assembly.active}}
     return Session(
+        name=name,
         config=config,
         resolved=resolved,
         assembly=assembly,
@@ -209,6 +210,7 @@ def _check_fit(config: RunConfig, plan: Plan, lm: LanguageModel, examples: Seque
 class Session:
     """A run that is assembled: what it stands on, and what it does."""
 
+    name: str
     config: RunConfig
     resolved: Mapping[str, Any]
     """The run file, every default and every plugin's options written out."""
@@ -228,6 +230,7 @@ class Session:
         """Trains, evaluates and saves. `started`: time.perf_counter() when the run began. Raises SftxError."""
         from sftx.training.loop import train
 
+        self._claim()
         try:
             self._write_start()
             self.observers.on_start(self.report())
@@ -328,18 +331,33 @@ class Session:
             ]
         return summary
 
+    def _claim(self) -> None:
+        """Makes the run directory, which another run may have taken since it was chosen. Raises OutputError."""
+        from sftx.training.observers import Observers
+
+        while True:
+            try:
+                self.output_dir.mkdir(parents=True)
+                return
+            except FileExistsError:
+                again = _output_dir(self.config.output_dir, self.name)  # refuses one that is not empty
+                if again == self.output_dir:
+                    return
+                self.output_dir = again
+                self.observers = Observers(self.assembly.observers(RunInfo(again, self.resolved)))
+            except OSError as error:
+                raise OutputError(f"output_dir {self.output_dir}: cannot be made: {one_line(error)}") from error
+
     def _write_start(self) -> None:
-        """Makes the run directory with all that is known before the first step; makes none and raises OutputError."""
+        """Writes all that is known before the first step. Raises OutputError."""
         manifest = self._manifest()
         try:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
             for name, data in (("ledger.jsonl", self.data), ("ledger-held-out.jsonl", self.held_out)):
                 if data.ledger.num_rows:
                     data.ledger.write(self.output_dir / name)
             run_file.write(dict(self.resolved), self.output_dir / "run.yaml")
             _write_json(self.output_dir / "manifest.json", manifest)
         except (OSError, OutputError) as error:
-            shutil.rmtree(self.output_dir, ignore_errors=True)  # it was empty, or not there
             raise OutputError(f"output_dir {self.output_dir}: cannot be written: {one_line(error)}") from error
 
     def _manifest(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import pytest
 
 from sftx import Observer, RunInfo, StepReport
 from sftx.config import load
-from sftx.errors import TrainingError
+from sftx.errors import OutputError, TrainingError
 from sftx.run import Session, assemble, run
 
 Start = Callable[..., Session]
@@ -216,6 +216,26 @@ def test_default_directories_never_collide(tiny_model_dir: Path, data: Path, mon
         loaded = options(tiny_model_dir, data, train__max_steps=1, output_dir=None)
         places.append(run(loaded, name="train").output_dir)
     assert places == [Path("runs/train-1"), Path("runs/train-2")]
+
+
+def test_runs_that_start_at_once_take_different_directories(
+    tiny_model_dir: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(data)
+    sessions = [assemble(options(tiny_model_dir, data, train__max_steps=1, output_dir=None)) for _ in range(2)]
+    assert {session.output_dir for session in sessions} == {Path("runs/run-1")}, "both chose it before either made it"
+    places = [session.run(0.0).output_dir for session in sessions]
+    assert places == [Path("runs/run-1"), Path("runs/run-2")]
+    assert all(len(lines(place / "metrics.jsonl")) == 1 for place in places)
+
+
+def test_a_directory_taken_meanwhile_is_not_touched(tiny_model_dir: Path, data: Path) -> None:
+    first, second = (assemble(options(tiny_model_dir, data, train__max_steps=1)) for _ in range(2))
+    first.run(0.0)
+    before = {p: p.stat().st_mtime_ns for p in (data / "out").rglob("*")}
+    with pytest.raises(OutputError, match="holds a run already"):
+        second.run(0.0)
+    assert {p: p.stat().st_mtime_ns for p in (data / "out").rglob("*")} == before
 
 
 def test_the_run_info_of_an_observer_is_the_resolved_run(tiny_model_dir: Path, data: Path) -> None:
