@@ -346,7 +346,7 @@ class Session:
                 self.output_dir = again
                 self.observers = Observers(self.assembly.observers(RunInfo(again, self.resolved)))
             except OSError as error:
-                raise OutputError(f"output_dir {self.output_dir}: cannot be made: {one_line(error)}") from error
+                raise OutputError(f"output_dir {self.output_dir}: cannot be written: {one_line(error)}") from error
 
     def _write_start(self) -> None:
         """Writes all that is known before the first step. Raises OutputError."""
