@@ -25,6 +25,9 @@ atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_CACHE"] = _CACHE
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Where there is no GPU, Triton's interpreter runs the kernels on CPU tensors; triton reads this when it is imported.
+if not any(map(shutil.which, ("nvidia-smi", "rocm-smi"))):
+    os.environ["TRITON_INTERPRET"] = "1"
 if _WORKER:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -3,6 +3,8 @@
 Every refusal is a ValueError that names the argument, what was expected and what was got.
 """
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -44,12 +46,15 @@ def check_tensor(
             raise error(name, f"dtype {dtype}", f"dtype {tensor.dtype}")
 
 
-def check_tensors(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    labels_N: Tensor,
-    bias_V: Tensor | None,
-    token_weights_N: Tensor | None,
+def check_token_weights(token_weights_N: Tensor | None, num_rows: int, like: Tensor) -> None:
+    if token_weights_N is not None:
+        check_tensor("token_weights_N", token_weights_N, (num_rows,), like, None)
+        if token_weights_N.requires_grad:
+            raise error("token_weights_N", "requires_grad=False", "requires_grad=True")
+
+
+def check_head(
+    hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, bias_V: Tensor | None, token_weights_N: Tensor | None
 ) -> None:
     check_tensor("hidden_ND", hidden_ND, ("N", "D"), hidden_ND, None)
     (N, D), V, dtype = hidden_ND.shape, weight_VD.shape[0] if weight_VD.dim() else 0, hidden_ND.dtype
@@ -59,25 +64,28 @@ def check_tensors(
     check_tensor("labels_N", labels_N, (N,), hidden_ND, torch.int64)
     if bias_V is not None:
         check_tensor("bias_V", bias_V, (V,), hidden_ND, dtype)
-    if token_weights_N is not None:
-        check_tensor("token_weights_N", token_weights_N, (N,), hidden_ND, None)
-        if token_weights_N.requires_grad:
-            raise error("token_weights_N", "requires_grad=False", "requires_grad=True")
+    check_token_weights(token_weights_N, N, hidden_ND)
 
 
-def check_options(
-    label_smoothing: float, z_loss: float, softcap: float | None, chunk_rows: int | None, reduction: str
-) -> None:
+def check_loss_options(label_smoothing: float, z_loss: float, softcap: float | None, reduction: str) -> None:
     if not 0 <= label_smoothing < 1:
         raise error("label_smoothing", "a number in [0, 1)", label_smoothing)
     if not z_loss >= 0:
         raise error("z_loss", "a number >= 0", z_loss)
     if softcap is not None and not softcap > 0:
         raise error("softcap", "None or a number > 0", softcap)
-    if chunk_rows is not None and chunk_rows < 1:
-        raise error("chunk_rows", "None or a count >= 1", chunk_rows)
     if reduction not in ("sum", "none"):
         raise error("reduction", "'sum' or 'none'", repr(reduction))
+
+
+def check_labels(labels_N: Tensor, ignore_index: int, num_classes: int) -> None:
+    """Refuses a label outside [0, num_classes) by name; on an accelerator only if SFTX_CHECK_LABELS=1, for it syncs."""
+    if not (labels_N.is_cpu or os.environ.get("SFTX_CHECK_LABELS") == "1"):
+        return
+    wrong_N = (labels_N != ignore_index) & ((labels_N < 0) | (labels_N >= num_classes))
+    if wrong_N.any():
+        row = int(wrong_N.nonzero()[0])
+        raise error("labels_N", f"{ignore_index} or in [0, {num_classes})", f"{int(labels_N[row])} at row {row}")
 
 
 def check_lora(

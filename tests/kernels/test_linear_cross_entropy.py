@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from devices import DEVICE, DTYPES, error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._library.custom_ops import OPDEFS
 from torch.autograd import gradcheck
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -47,6 +49,11 @@ class Case:
         other.__dict__ = dict(self.__dict__)
         other.hidden_ND, other.weight_VD = self.hidden_ND.to(dtype), self.weight_VD.to(dtype)
         other.bias_V = None if self.bias_V is None else self.bias_V.to(dtype)
+        return other
+
+    def on(self, device: torch.device) -> "Case":
+        other = object.__new__(Case)
+        other.__dict__ = {n: t.to(device) if isinstance(t, Tensor) else t for n, t in self.__dict__.items()}
         return other
 
     @property
@@ -112,13 +119,6 @@ def dense_logits(
     return logits_NV if softcap is None else softcap * torch.tanh(logits_NV / softcap)
 
 
-def error(actual: Tensor, exact: Tensor) -> float:
-    """Norm of the error relative to the exact value's, or absolute where that is all but zero."""
-    assert actual.shape == exact.shape
-    norm = exact.double().norm().item()
-    return (actual.double() - exact.double()).norm().item() / (norm if norm > 1e-3 else 1.0)
-
-
 class Recorder(TorchDispatchMode):
     """What reaches the device: operands of the matrix products, and the size of every tensor that is made."""
 
@@ -136,8 +136,11 @@ class Recorder(TorchDispatchMode):
             self.products.append((tuple(left.shape), tuple(right.shape)))
             self.dtypes |= {left.dtype, right.dtype}
         kwargs = kwargs or {}
+        if func.namespace == "sftx":
+            with self:  # look into our own operations, also those on meta tensors
+                return OPDEFS[func.name().partition(".")[0]]._init_fn(*args, **kwargs)
         out = func(*args, **kwargs)
-        if name == "_to_copy":
+        if name in ("to", "_to_copy") and out is not args[0]:
             self.casts.append(tuple(out.shape))
         inputs = {arg.untyped_storage()._cdata for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)}
         if isinstance(out, Tensor) and out.untyped_storage()._cdata not in inputs:
@@ -165,6 +168,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def bf16_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU that multiplies bf16 itself; where it does not, products are made in fp32."""
+    monkeypatch.setattr("sftx_kernels.gemm._cpu_multiplies", lambda dtype: True)
 
 
 # ---- values and gradients
@@ -241,6 +250,19 @@ def test_half_precision_is_at_most_twice_as_far_from_fp64_as_torch(
         assert error(actual, expected) <= 2 * error(torchs, expected) + 1e-6
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "everything"])
+def test_triton_is_at_most_twice_as_far_from_fp64_as_torch(dtype: torch.dtype, options: dict[str, float]) -> None:
+    for shape in [(0, 5, 7), (20, 5, 1), (20, 5, 7), (20, 16, 1023), (8, 4, 32003)]:
+        case = Case(*shape, dtype=dtype).on(DEVICE)
+        exact = case.to(torch.float64)
+        for reduction in ("sum", "none"):
+            torchs, expected = (one.differentiate("dense", reduction, **options) for one in (case, exact))
+            ours = case.differentiate("fused", reduction, backend="triton", **options)
+            for actual, torch_s, exactly in zip(ours[1:], torchs[1:], expected[1:], strict=True):
+                assert error(actual, exactly) <= 2 * error(torch_s, exactly) + 1e-6
+
+
 def test_dw_is_accumulated_in_fp32() -> None:
     case = Case(400, 8, 5, dtype=torch.bfloat16, ignored=0.0)
     results = []
@@ -281,8 +303,8 @@ def test_any_shape_equals_torch_in_fp64(
 
 @pytest.mark.parametrize("slice_elements", [1, 100, 1 << 24])
 def test_slices_of_a_chunk_change_nothing(slice_elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sftx_kernels.reference._SLICE_ELEMENTS_CPU", slice_elements)
-    monkeypatch.setattr("sftx_kernels.reference._PRODUCT_ELEMENTS", slice_elements)
+    monkeypatch.setattr("sftx_kernels.rows._SLICE_ELEMENTS_CPU", slice_elements)
+    monkeypatch.setattr("sftx_kernels.gemm._SLAB_ELEMENTS", slice_elements)
     case = Case(37, 16, 23, dtype=torch.bfloat16)
     ours = case.differentiate("fused", "sum", **EVERYTHING)
     theirs = case.differentiate("dense", "sum", **EVERYTHING)
@@ -453,7 +475,7 @@ def test_peak_with_a_trained_head_holds_one_accumulator() -> None:
 
 
 def test_the_product_added_to_dw_is_made_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sftx_kernels.reference._PRODUCT_ELEMENTS", 100 * 40)
+    monkeypatch.setattr("sftx_kernels.gemm._SLAB_ELEMENTS", 100 * 40)
     case = Case(64, 40, 999, dtype=torch.bfloat16, bias=False)
     with Recorder() as recorder:
         case.differentiate("fused", "sum")
@@ -505,7 +527,7 @@ def count_chunks(case: Case, *, trained: bool = False, **options: Any) -> list[i
     return [left[0] for left, right in recorder.products if right == (D, V)]
 
 
-def test_chunk_rows() -> None:
+def test_chunk_rows(bf16_units: None) -> None:
     case = Case(600, 3, 5, dtype=torch.float32, ignored=0.0)
     row_bytes = 5 * 4
     assert count_chunks(case) == [256, 256, 88]
@@ -539,7 +561,7 @@ def test_off_the_cpu_nothing_waits_for_the_device(reduction: str, trained: bool,
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_autocast(reduction: str, hidden_dtype: torch.dtype) -> None:
+def test_autocast(reduction: str, hidden_dtype: torch.dtype, bf16_units: None) -> None:
     case = Case(40, 8, 101, dtype=torch.bfloat16)
     cast = case.differentiate("fused", reduction, **EVERYTHING)
     wide = case.to(torch.float32)  # the same values: only the GEMMs' dtype tells the two apart
