@@ -11,13 +11,14 @@ STAMP := .venv/.setup-done
 # Not compiled ahead: most of what these packages hold is never imported.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile
 
-.PHONY: setup demo test check lint types clean help
+.PHONY: setup demo test check lint types gpu clean help
 
 help:
 	@echo "make setup   create .venv and install torch, the project and the embedded model"
 	@echo "make demo    fine-tune the embedded model; the run lies in runs/demo"
 	@echo "make test    the tests"
 	@echo "make check   ruff, mypy and the tests"
+	@echo "make gpu     the kernels on a GPU: tests and bench, into benchmarks/results/<device>"
 
 setup: $(STAMP)
 
@@ -46,6 +47,10 @@ types: setup
 	$(BIN)/mypy
 
 check: lint types test
+
+# Without setup: the kernels need torch and Triton alone, and measure whichever peers import.
+gpu:
+	PYTHONPATH=kernels $(PYTHON) benchmarks/gpu.py
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -32,9 +32,12 @@ def check_tensor(
 
     A floating dtype may differ where autocast will cast it, which it never does from or to fp64.
     """
-    sizes = tuple(tensor.shape)
-    if len(sizes) != len(shape) or any(isinstance(s, int) and s != n for s, n in zip(shape, sizes, strict=True)):
+    sizes = tensor.shape
+    if len(sizes) != len(shape):
         raise error(name, f"shape [{', '.join(map(str, shape))}]", f"shape {list(sizes)}")
+    for wanted, size in zip(shape, sizes, strict=True):  # no generators here: this runs for every tensor of a call
+        if wanted != size and not isinstance(wanted, str):
+            raise error(name, f"shape [{', '.join(map(str, shape))}]", f"shape {list(sizes)}")
     if tensor.device != like.device:
         raise error(name, f"device {like.device}", f"device {tensor.device}")
     if dtype is None:

@@ -1,4 +1,4 @@
-"""Which implementation of an operation runs, and why: a pure function of device, dtype, sizes and what was asked.
+"""Which implementation of an operation runs, and why: a function of device, dtype and what was asked.
 
 - `torch`: plain torch. Runs everywhere, in every dtype, and is what the others are tested against.
 - `triton`: the kernels of `sftx_kernels.gpu`, with the large products left to torch (cuBLAS).
@@ -31,72 +31,72 @@ BACKENDS: Final[Mapping[str, tuple[str, ...]]] = {
 }
 """The backends of each operation. `linear_cross_entropy` has those of `cross_entropy`, which it runs on."""
 
-MAX_RANK: Final = 128
-"""The largest LoRA rank whose tiles fit a program's registers."""
-
+_LOGGER = logging.getLogger("sftx_kernels")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Decision(NamedTuple):
     backend: str
     reason: str
+    forced: bool  # by the caller or the environment
 
 
-def decide(
-    op: str, device: torch.device, dtype: torch.dtype, *, asked: str | None = None, rank: int | None = None
-) -> Decision:
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def decide(op: str, device: torch.device, dtype: torch.dtype, *, asked: str | None = None) -> Decision:
     """The backend for one call of `op` (a key of BACKENDS) whose products run in `dtype`.
 
     Raises:
         ValueError: `asked`, or SFTX_KERNELS, names no backend of `op`, or one that cannot run this call.
     """
-    name, source = _asked(op, asked)
-    obstacle = _obstacle(device, dtype, rank)
+    return _decide(op, device, dtype, asked, os.environ.get(ENVIRONMENT, ""), interpreting())
+
+
+@functools.lru_cache(maxsize=1024)  # it is asked at every call of every layer
+def _decide(
+    op: str, device: torch.device, dtype: torch.dtype, asked: str | None, environment: str, interpreting: bool
+) -> Decision:
+    name, source = _asked(op, asked, environment)
+    obstacle = _obstacle(device, dtype, interpreting)
     if name == AUTO:
         if obstacle is None and device.type == "cpu":
-            return Decision("torch", "CPU tensors; Triton's interpreter runs only when asked for")
+            return Decision("torch", "CPU tensors; Triton's interpreter runs only when asked for", False)
         if obstacle is None:
-            return Decision("triton", f"{device.type} tensors of {dtype}")
+            return Decision("triton", f"{device.type} tensors of {dtype}", False)
         if device.type == "cuda":
-            _say_once(op, obstacle)
-        return Decision("torch", obstacle)
-    if name == "torch":
-        return Decision("torch", f"asked for by {source}")
-    if obstacle is not None:
+            _LOGGER.warning("%s runs in plain torch on this GPU: %s", op, obstacle)  # once, for the answer is kept
+        return Decision("torch", obstacle, False)
+    if obstacle is not None and name != "torch":
         raise error("backend", f"'torch' ({obstacle})", f"{name!r} from {source}")
-    return Decision(name, f"asked for by {source}")
+    return Decision(name, f"asked for by {source}", True)
 
 
-def _asked(op: str, asked: str | None) -> tuple[str, str]:
+def _asked(op: str, asked: str | None, environment: str) -> tuple[str, str]:
     """(backend or "auto", who asked)"""
     if asked is not None:
         if asked not in (AUTO, *BACKENDS[op]):
             raise error("backend", f"one of {', '.join((AUTO, *BACKENDS[op]))}", repr(asked))
         return asked, "backend"
-    value = os.environ.get(ENVIRONMENT, "")
     name = AUTO
-    for part in filter(None, (part.strip() for part in value.split(","))):
+    for part in filter(None, (part.strip() for part in environment.split(","))):
         for_op, separator, backend = part.rpartition("=")
         known = BACKENDS.get(for_op, ()) if separator else {b for backends in BACKENDS.values() for b in backends}
         if backend not in (AUTO, *known):
-            raise error(ENVIRONMENT, f"a backend, or operation=backend, of {dict(BACKENDS)}", repr(value))
+            raise error(ENVIRONMENT, f"a backend, or operation=backend, of {dict(BACKENDS)}", repr(environment))
         if for_op == op or (not separator and backend in (AUTO, *BACKENDS[op])):
             name = backend
     return name, ENVIRONMENT
 
 
-def _obstacle(device: torch.device, dtype: torch.dtype, rank: int | None) -> str | None:
+def _obstacle(device: torch.device, dtype: torch.dtype, interpreting: bool) -> str | None:
     """Why Triton cannot run this, None if it can."""
     if not has_triton():
         return "triton is not installed"
-    if device.type == "cpu" and not interpreting():
+    if device.type == "cpu" and not interpreting:
         return "CPU tensors, and TRITON_INTERPRET is not set"
     if device.type not in ("cpu", "cuda"):
         return f"{device.type} tensors"
     if dtype not in _DTYPES:
         return f"{dtype} has no kernel"
-    if rank is not None and rank > MAX_RANK:
-        return f"rank {rank} is over {MAX_RANK}, the largest that fits a tile"
     return None
 
 
@@ -108,8 +108,3 @@ def has_triton() -> bool:
 def interpreting() -> bool:
     """Whether Triton's interpreter was asked for, which runs the kernels on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-
-@functools.cache
-def _say_once(op: str, obstacle: str) -> None:
-    logging.getLogger("sftx_kernels").warning("%s runs in plain torch on this GPU: %s", op, obstacle)

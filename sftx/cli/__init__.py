@@ -15,6 +15,7 @@ from sftx.errors import SftxError, one_line
 _COMMANDS: Final[Mapping[str, str]] = {
     "run": "Fine-tune a model.",
     "plugins": "List plugins and describe them.",
+    "bench": "Measure the kernels against torch and every installed peer.",
 }
 """Each command, which is `command` in the module of its name, with the line that `--help` shows for it."""
 

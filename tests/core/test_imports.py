@@ -45,6 +45,7 @@ def start(command: list[str], cwd: Path) -> tuple[subprocess.CompletedProcess[st
         (["plugins", "list", "--json"], {"pydantic", "rich", "yaml"}),
         (["plugins", "info", "lora"], {"rich"}),
         (["run", "--help"], {"rich"}),
+        (["bench", "--help"], {"pydantic", "rich", "yaml"}),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
-from devices import BACKENDS, DEVICE, DTYPES, error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
 
+from devices import BACKENDS, DEVICE, DTYPES, error
 from sftx_kernels import IGNORE_INDEX, cross_entropy, linear_cross_entropy
 from sftx_kernels.gpu import cross_entropy as kernels
 from sftx_kernels.gpu.launch import CHIPS

@@ -14,33 +14,33 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 @pytest.fixture(autouse=True)
 def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SFTX_KERNELS", raising=False)
-    dispatch._say_once.cache_clear()
+    dispatch._decide.cache_clear()
 
 
 def test_the_device_decides() -> None:
     assert decide("cross_entropy", CPU, torch.float32).backend == "torch"
     assert "CPU" in decide("cross_entropy", CPU, torch.float32).reason
     assert decide("cross_entropy", CUDA, torch.bfloat16).backend == "triton"
-    assert decide("lora_linear", CUDA, torch.bfloat16, rank=16).backend == "triton"
+    assert decide("lora_linear", CUDA, torch.bfloat16).backend == "triton"
 
 
 def test_what_a_gpu_cannot_run_is_torch_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "sftx_kernels"):
         for _ in range(3):
             assert decide("cross_entropy", CUDA, torch.float64).backend == "torch"
-            assert decide("lora_linear", CUDA, torch.bfloat16, rank=300).backend == "torch"
+            assert decide("lora_linear", CUDA, torch.float64).backend == "torch"
     assert [record.getMessage() for record in caplog.records] == [
         "cross_entropy runs in plain torch on this GPU: torch.float64 has no kernel",
-        "lora_linear runs in plain torch on this GPU: rank 300 is over 128, the largest that fits a tile",
+        "lora_linear runs in plain torch on this GPU: torch.float64 has no kernel",
     ]
 
 
 def test_what_is_asked_for_is_done_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert decide("cross_entropy", CUDA, torch.bfloat16, asked="torch") == ("torch", "asked for by backend")
+    assert decide("cross_entropy", CUDA, torch.bfloat16, asked="torch") == ("torch", "asked for by backend", True)
     with pytest.raises(
-        ValueError, match=r"^backend: expected 'torch' \(rank 300 is over 128.*got 'triton' from backend"
+        ValueError, match=r"^backend: expected 'torch' \(torch.float64 has no.*got 'triton' from backend"
     ):
-        decide("lora_linear", CUDA, torch.bfloat16, asked="triton", rank=300)
+        decide("lora_linear", CUDA, torch.float64, asked="triton")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(ValueError, match=r"^backend: expected 'torch' \(CPU tensors, and TRITON_INTERPRET is not set"):
         decide("cross_entropy", CPU, torch.float32, asked="triton")
@@ -61,7 +61,7 @@ def test_what_is_asked_for_is_done_or_refused(monkeypatch: pytest.MonkeyPatch) -
 def test_the_environment(value: str, cross_entropy: str, lora_linear: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SFTX_KERNELS", value)
     assert decide("cross_entropy", CUDA, torch.bfloat16).backend == cross_entropy
-    assert decide("lora_linear", CUDA, torch.bfloat16, rank=8).backend == lora_linear
+    assert decide("lora_linear", CUDA, torch.bfloat16).backend == lora_linear
     assert decide("cross_entropy", CUDA, torch.bfloat16, asked="torch").backend == "torch"  # the argument wins
 
 

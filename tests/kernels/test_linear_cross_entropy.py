@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from devices import DEVICE, DTYPES, error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -20,6 +19,7 @@ from torch.autograd import gradcheck
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from devices import DEVICE, DTYPES, error
 from sftx_kernels import IGNORE_INDEX, linear_cross_entropy
 
 EVERYTHING = {"label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 2.5, "logit_scale": 0.7}

@@ -1,4 +1,4 @@
-"""lora_linear against its formula in plain torch, its dropout, and what it keeps for backward.
+"""lora_linear and lora_linears against their formula in plain torch, dropout, what is kept, torch.compile.
 
 Shape suffixes: K in, O out, R rank.
 """
@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from devices import BACKENDS, DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -15,7 +16,8 @@ from torch.autograd import gradcheck
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from sftx_kernels import lora_linear
+from sftx_kernels.lora import lora_linear, lora_linears
+from sftx_kernels.nf4 import NF4Weight, dequantize_nf4, quantize_nf4
 
 SCALING = 0.75
 
@@ -130,7 +132,7 @@ def test_half_precision_is_at_most_twice_as_far_from_fp64_as_torch(dtype: torch.
 
 
 def test_autocast_gives_the_numbers_of_the_cast_base() -> None:
-    """fp32 A and B on a bf16 base: the same with autocast as without, and as with bf16 A and B."""
+    """fp32 A and B on a bf16 base: the same with autocast as without; and as with bf16 A and B, but unrounded."""
     leaves = make(7, dtype=torch.bfloat16)
     mixed = cast(leaves, torch.bfloat16, torch.float32)
     plain, outside = ours(leaves), ours(mixed)
@@ -138,7 +140,8 @@ def test_autocast_gives_the_numbers_of_the_cast_base() -> None:
         inside = ours(mixed)
     for name in plain:
         assert outside[name].equal(inside[name])
-        assert outside[name].equal(plain[name].to(outside[name].dtype))
+        assert outside[name].to(torch.bfloat16).equal(plain[name])
+        assert name not in ("lora_A", "lora_B") or not outside[name].equal(plain[name].float())
 
 
 def test_autocast_leaves_fp64_alone() -> None:
@@ -206,9 +209,10 @@ def test_dropout_keeps_the_mean(dropout_p: float) -> None:
     x = torch.rand(500, 80, generator=torch.Generator().manual_seed(0)) + 1
     dropped = drop(x, dropout_p, 5)
     kept = dropped != 0
-    torch.testing.assert_close(dropped[kept], (x / (1 - dropout_p))[kept])
-    deviation = (dropout_p * (1 - dropout_p) / x.numel()) ** 0.5
-    assert abs(kept.double().mean().item() - (1 - dropout_p)) < 5 * deviation
+    # The probability is rounded to 16 bits, and the scale is that of the rounded one.
+    rounded_p = round(dropout_p * 65536) / 65536
+    torch.testing.assert_close(dropped[kept], (x / (1 - rounded_p))[kept])
+    assert abs(kept.double().mean().item() - (1 - rounded_p)) < 5 * (rounded_p * (1 - rounded_p) / x.numel()) ** 0.5
     # neither rows nor columns share a mask
     assert kept.unique(dim=0).shape[0] > 490
     assert kept.unique(dim=1).shape[1] == 80
@@ -264,6 +268,144 @@ def test_checkpointing_recomputes_the_same_mask(use_reentrant: bool) -> None:
     assert all(map(torch.equal, plain, again))
 
 
+# ---- layers that share x
+
+
+def make_group(dtype: torch.dtype = torch.float64, bias: bool = True) -> tuple[list[dict[str, Any]], Tensor]:
+    """Three layers of one x, of different widths and ranks; and that x."""
+    layers = [make(9, K=64, out=out, R=R, dtype=dtype, bias=bias, seed=R) for out, R in ((8, 2), (5, 3), (16, 1))]
+    x = layers[0]["x"]
+    return [{**layer, "x": x} for layer in layers], x
+
+
+def grouped(layers: list[dict[str, Any]], **options: Any) -> tuple[Tensor, ...]:
+    columns = {name: [layer[name] for layer in layers] for name in ("weight", "lora_A", "lora_B", "bias")}
+    biases = None if columns["bias"][0] is None else columns["bias"]
+    x, weights = layers[0]["x"], columns["weight"]
+    return lora_linears(x, weights, columns["lora_A"], columns["lora_B"], biases=biases, **options)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+@pytest.mark.parametrize("kind", ["plain", "trained", "nf4"])
+def test_a_group_equals_its_layers(kind: str, dropout_p: float, bias: bool) -> None:
+    layers, x = make_group(torch.float32 if kind == "nf4" else torch.float64, bias)
+    trained = [x, *(layer[name] for layer in layers for name in ("lora_A", "lora_B"))]
+    for layer in layers:
+        if kind == "trained":
+            trained += [layer[name].requires_grad_() for name in ("weight", "bias") if layer[name] is not None]
+        elif kind == "nf4":
+            layer["weight"] = quantize_nf4(layer["weight"])
+    scalings = (0.5, 2.0, 1.25)
+    options = {"dropout_p": dropout_p, "seed": torch.tensor(4)}
+    together = grouped(layers, scaling=scalings, **options)
+    apart = [lora_linear(**layer, scaling=s, **options) for layer, s in zip(layers, scalings, strict=True)]
+    for one, two in zip(together, apart, strict=True):
+        torch.testing.assert_close(one, two)
+    upstream = [torch.randn_like(y) for y in apart]
+    for used in ([0, 1, 2], [1], [0, 2]):  # an output that nothing uses has no gradient to give
+        found, expected = (
+            torch.autograd.grad([ys[i] for i in used], trained, [upstream[i] for i in used], True, allow_unused=True)
+            for ys in (together, apart)
+        )
+        for one, two in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, torch.zeros_like(one) if two is None and one is not None else two)
+
+
+def test_one_scaling_serves_all() -> None:
+    layers, _ = make_group()
+    assert all(map(torch.equal, grouped(layers, scaling=2.0), grouped(layers, scaling=(2.0, 2.0, 2.0))))
+
+
+def test_gradcheck_of_a_group() -> None:
+    layers, x = make_group()
+    trained = (x.detach()[:2].requires_grad_(), layers[0]["lora_A"], layers[2]["lora_B"])
+
+    def function(x: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, ...]:
+        given = [{**layers[0], "x": x, "lora_A": A}, layers[1], {**layers[2], "lora_B": B}]
+        return grouped(given, scaling=SCALING, dropout_p=0.3, seed=torch.tensor(1))
+
+    assert gradcheck(function, trained)
+
+
+def test_nf4_is_the_layer_of_the_dequantized_weight() -> None:
+    layer = make(7, K=64, dtype=torch.bfloat16)
+    quantized = quantize_nf4(layer["weight"])
+    expected = ours({**layer, "weight": dequantize_nf4(quantized, torch.bfloat16)})
+    given = {name: tensor for name, tensor in layer.items() if name != "weight"}
+    actual = differentiate(lora_linear, given, weight=quantized, scaling=SCALING)
+    assert all(actual[name].equal(expected[name]) for name in expected)
+
+
+# ---- torch.compile
+
+
+@pytest.mark.parametrize("kind", ["plain", "nf4"])
+def test_compiles_whole_and_once_for_all_seeds(kind: str) -> None:
+    layers, x = make_group(torch.float32)
+    trained = [x, *(layer[name] for layer in layers for name in ("lora_A", "lora_B"))]
+    if kind == "nf4":
+        layers = [{**layer, "weight": quantize_nf4(layer["weight"])} for layer in layers]
+    graphs = 0
+
+    def count(graph: Any, _: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return graph
+
+    def function(seed: Tensor) -> Tensor:
+        outputs = grouped(layers, scaling=SCALING, dropout_p=0.3, seed=seed)
+        return sum(y.square().sum() for y in outputs) + lora_linear(**layers[0], scaling=1.0).sum()
+
+    torch._dynamo.reset()
+    counting = torch.compile(function, fullgraph=True, backend=count)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for seed in range(10):
+        counting(torch.tensor(seed))
+        actual, expected = compiled(torch.tensor(seed)), function(torch.tensor(seed))
+        torch.testing.assert_close(actual, expected)
+        for one, two in zip(*(torch.autograd.grad(y, trained) for y in (actual, expected)), strict=True):
+            torch.testing.assert_close(one, two)
+    assert graphs == 1
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+@pytest.mark.parametrize("kind", ["plain", "trained", "nf4"])
+@pytest.mark.parametrize("backend", BACKENDS if DEVICE.type == "cpu" else ["torch"])
+def test_op(backend: str, kind: str, dropout_p: float) -> None:
+    layers, x = make_group(torch.float32)
+    columns = [[layer[name] for layer in layers] for name in ("weight", "lora_A", "lora_B", "bias")]
+    weights, lora_As, lora_Bs, biases = columns
+    absmaxes = []
+    if kind == "nf4":
+        quantized = [quantize_nf4(weight) for weight in weights]
+        weights, absmaxes = [q.codes for q in quantized], [q.absmax for q in quantized]
+    elif kind == "trained":
+        weights = [weight.requires_grad_() for weight in weights]
+    seed = torch.tensor(3) if dropout_p else None
+    arguments = (
+        x,
+        weights,
+        absmaxes,
+        lora_As,
+        lora_Bs,
+        biases,
+        seed,
+        [1.0, 2.0, 0.5],
+        dropout_p,
+        torch.float32,
+        backend,
+    )
+    torch.library.opcheck(torch.ops.sftx.lora_linear, arguments)
+    # What the compiler would not notice before inductor: the sizes and strides of the gradients.
+    arguments = tuple(
+        [t.detach() for t in a] if isinstance(a, list) and a is not arguments[7] else a for a in arguments
+    )
+    *outputs, s_MR = torch.ops.sftx.lora_linear(x.detach(), *arguments[1:])
+    wanted = [True, *[kind == "trained"] * 3, *[False] * len(absmaxes), *[True] * 6, *[kind == "trained"] * 3]
+    torch.library.opcheck(torch.ops.sftx.lora_linear_backward, (outputs, s_MR, x.detach(), *arguments[1:], wanted))
+
+
 # ---- what is refused
 
 
@@ -294,3 +436,47 @@ def test_refuses(change: dict[str, Any], message: str) -> None:
     lora_linear(**good)
     with pytest.raises(ValueError, match=f"^{message}"):
         lora_linear(**{**good, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weights": []}, r"lora_As: expected at least one layer, got 1"),
+        ({"lora_As": []}, r"lora_As: expected one for each of 1 weights, got 0"),
+        ({"scaling": (1.0, 2.0)}, r"scaling: expected one for each of 1 weights, got 2"),
+        ({"biases": []}, r"biases: expected one for each of 1 weights, got 0"),
+        (
+            {"weights": [NF4Weight(torch.zeros(15).byte(), torch.zeros(3), (5, 6))] * 2},
+            r"lora_As: expected one for each",
+        ),
+        ({"weights": [NF4Weight(torch.zeros(15).byte(), torch.zeros(3).half(), (5, 6))]}, r"weight.absmax: expected"),
+        ({"weights": [NF4Weight(torch.zeros(15).byte(), torch.zeros(3), (6, 5))]}, r"weight: expected shape \[O, 6\]"),
+        ({"backend": "cuda"}, r"backend: expected one of auto, torch, triton, triton-fused, got 'cuda'"),
+    ],
+)
+def test_group_refuses(change: dict[str, Any], message: str) -> None:
+    leaf = make(7, dtype=torch.float32)
+    good = {
+        "x": leaf["x"],
+        "weights": [leaf["weight"]],
+        "lora_As": [leaf["lora_A"]],
+        "lora_Bs": [leaf["lora_B"]],
+        "scaling": SCALING,
+    }
+    lora_linears(**good)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        lora_linears(**{**good, **change})
+
+
+def test_a_group_says_which_layer_is_wrong() -> None:
+    layers, _ = make_group()
+    layers[1]["lora_B"] = torch.zeros(5, 7, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"^layer 1 of 3: lora_B: expected shape \[5, 3\], got shape \[5, 7\]"):
+        grouped(layers, scaling=SCALING)
+
+
+def test_refuses_plain_and_quantized_weights_together() -> None:
+    layers, _ = make_group(torch.float32)
+    layers[1]["weight"] = quantize_nf4(layers[1]["weight"])
+    with pytest.raises(ValueError, match=r"^weights: expected all tensors or all NF4Weight, got"):
+        grouped(layers, scaling=SCALING)

@@ -418,7 +418,7 @@ def shipped(chip: Chip) -> Iterator[tuple[str, Launch]]:
     """The forms that real heads lead to, for the static report."""
     gemma = Formula(0.1, 1e-4, 30.0, 0.5, -100)
     for dtype in (torch.bfloat16, torch.float32):
-        for V, num_rows in ((1024, 8192), (32000, 8192), (50257, 4096), (128256, 2048), (128256, 16)):
+        for V, num_rows in ((1024, 8192), (16384, 4096), (32000, 8192), (50257, 4096), (128256, 2048), (128256, 16)):
             yield from _named(dtype, num_rows, V, _PLAIN, chip)
     yield from _named(torch.float16, 2048, 128256, _PLAIN, chip)
     yield from _named(torch.bfloat16, 2048, 256000, gemma, chip, stats=True)

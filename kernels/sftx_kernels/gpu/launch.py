@@ -40,10 +40,9 @@ def chip_of(device: torch.device) -> Chip:
         return CHIPS["sm_80"]
     from triton.runtime import driver
 
-    index = torch.cuda.current_device() if device.index is None else device.index
-    properties = driver.active.utils.get_device_properties(index)
+    properties = driver.active.utils.get_device_properties(device.index)  # a tensor's device has one
     target = driver.active.get_current_target()
-    arch = f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
+    arch = f"sm_{target.arch}" if torch.version.hip is None else str(target.arch)
     return Chip(arch, properties["multiprocessor_count"], properties["max_shared_mem"])
 
 
@@ -69,8 +68,11 @@ class Launch:
     work: Work
     uses_dot: bool = False  # so that the static report asks for tensor-core instructions
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """How Triton compiles it. Multiply-add in one rounding is said out loud, for its default is to change."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+
     def run(self) -> None:
         if self.grid:
-            self.kernel[(self.grid,)](
-                **self.arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages
-            )
+            self.kernel[(self.grid,)](**self.arguments, **self.constants, **self.options)

@@ -1,0 +1,237 @@
+"""What a bench found: rows, and how they are shown and kept. rich and matplotlib are used where they are."""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import json
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from sftx_kernels.bench import BenchError
+from sftx_kernels.bench.cases import PASSES, Case, LoraShape, shape_entry
+from sftx_kernels.bench.devices import Device
+
+FORMAT: Final = 1
+EAGER: Final = "torch-eager"
+FLOOR: Final = "frozen-linear"
+_PACKAGES: Final = ("torch", "triton", "sftx", "peft", "liger-kernel", "cut-cross-entropy", "quack-kernels", "unsloth")
+
+
+@dataclass
+class Row:
+    """One provider on one case. What could not be measured is None; `failure` says why, `absent` why it was not tried.
+
+    passes: for forward, backward and both: median_ms, p20_ms, p80_ms, tflop_per_s, gb_per_s, light_percent.
+    error: relative norm of the error against fp64 of the value `error_of`, the worst of them, over `error_on`.
+    """
+
+    case: Case
+    provider: str
+    ours: bool
+    version: str | None = None
+    passes: dict[str, dict[str, float]] = field(default_factory=dict)
+    num_rounds: int = 0
+    peak_bytes: int | None = None
+    peak_rss_bytes: int | None = None
+    error: float | None = None
+    error_of: str | None = None
+    error_on: str | None = None
+    failure: str | None = None
+    absent: str | None = None
+
+    def median(self, name: str = "both") -> float | None:
+        return self.passes[name]["median_ms"] if name in self.passes else None
+
+    def as_json(self) -> dict[str, Any]:
+        values = asdict(self)
+        del values["case"]
+        return {
+            **shape_entry(self.case.shape),
+            "shape": str(self.case.shape),
+            "dtype": self.case.dtype,
+            "mask": self.case.mask,
+            **values,
+        }
+
+
+def environment(device: Device) -> dict[str, Any]:
+    """What else would have to be the same for figures to be comparable."""
+    return {
+        "device": device.name,
+        "device_type": device.torch_device.type,
+        "threads": torch.get_num_threads(),
+        "peaks": asdict(device.peaks),
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        "git": _git_state(),
+        "versions": {name: version for name in _PACKAGES if (version := _version(name)) is not None},
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_state() -> str | None:
+    """The commit of the checkout that this file lies in, with -dirty where something is changed; None without one."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False, timeout=20
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+# ---- on the terminal
+
+
+def header(environment: Mapping[str, Any], device: Device) -> str:
+    peaks, versions = device.peaks, environment["versions"]
+    light = ", ".join(f"{name} {rate / 1e12:.3g}" for name, rate in peaks.flops_per_s.items())
+    flushed = "caches flushed before each pass" if device.torch_device.type == "cuda" else "caches not flushed"
+    return "\n".join(
+        [
+            f"{device.name}; {', '.join(f'{name} {version}' for name, version in versions.items())}",
+            f"speed of light ({peaks.source}): {light} TFLOP/s, {peaks.bytes_per_s / 1e9:.4g} GB/s",
+            f"median over rounds of all providers in turn, {flushed}; memory beyond the inputs; error against fp64",
+        ]
+    )
+
+
+def table_of(rows: Sequence[Row]) -> list[list[str]]:
+    """The rows of one case as text, the names of the columns first."""
+    case = rows[0].case
+    eager, floor = (next((row.median() for row in rows if row.provider == name), None) for name in (EAGER, FLOOR))
+    is_lora, has_rss = case.op == LoraShape.op, any(row.peak_rss_bytes is not None for row in rows)
+    lines = [
+        ["provider", "fwd ms", "bwd ms", "both ms", "p20 - p80", "x eager"]
+        + (["/ frozen"] if is_lora else [])
+        + ["peak MB"]
+        + (["RSS MB"] if has_rss else [])
+        + ["TFLOP/s", "GB/s", "% light", "error", "in"]
+    ]
+    for row in rows:
+        if not row.passes:
+            continue
+        both = row.passes["both"]
+        median = both["median_ms"]
+        cells = [row.provider, *(_number(row.passes[name]["median_ms"]) for name in PASSES)]
+        cells += [f"{_number(both['p20_ms'])} - {_number(both['p80_ms'])}", _number(eager and eager / median)]
+        cells += [_number(floor and median / floor)] if is_lora else []
+        cells += [_megabytes(row.peak_bytes)] + ([_megabytes(row.peak_rss_bytes)] if has_rss else [])
+        cells += [_number(both[key]) for key in ("tflop_per_s", "gb_per_s", "light_percent")]
+        cells += ["-" if row.error is None else f"{row.error:.1e}", row.error_of or "-"]
+        lines.append(cells)
+    return lines
+
+
+def notes_of(rows: Sequence[Row]) -> list[str]:
+    """Who failed on one case, and what its figures do not cover."""
+    notes = [f"failed: {row.provider}: {row.failure}" for row in rows if row.failure]
+    partial = sorted({row.error_on for row in rows if row.error_on and row.error_on != "all rows"})
+    return notes + [f"error: {what}" for what in partial]
+
+
+def absent_of(rows: Sequence[Row]) -> list[str]:
+    """Who could not be measured, a line a reason: on which operations, or on which cases where others went well."""
+    tried = {(row.provider, row.case.op) for row in rows if row.absent is None}
+    found: dict[str, dict[str, None]] = {}
+    for row in rows:
+        if row.absent is not None:
+            where = str(row.case) if (row.provider, row.case.op) in tried else row.case.op
+            found.setdefault(f"{row.provider}: {row.absent}", {})[where] = None
+    return [f"{what} ({'; '.join(wheres)})" for what, wheres in found.items()]
+
+
+def print_case(rows: Sequence[Row]) -> None:
+    lines, notes = table_of(rows), notes_of(rows)
+    print(f"\n{rows[0].case}")
+    if len(lines) > 1:
+        print_table(lines)
+    for note in notes:
+        print(f"  {note}")
+
+
+def print_table(lines: Sequence[Sequence[str]]) -> None:
+    """The first column to the left, the others to the right; with rich where it is installed."""
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+        for line in lines:
+            cells = [line[0].ljust(widths[0])]
+            cells += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
+            print("  " + "  ".join(cells))
+        return
+    table = Table(box=None, pad_edge=False, padding=(0, 1))
+    for number, name in enumerate(lines[0]):
+        table.add_column(name, justify="right" if number else "left", no_wrap=True)
+    for line in lines[1:]:
+        table.add_row(*line, style="bold" if line[0].startswith("sftx") else None)
+    # As wide as the table wants to be: a column that was cut would be a figure that was lost.
+    Console(width=max(200, Console().width), highlight=False, soft_wrap=True).print(table)
+
+
+def _number(value: float | None) -> str:
+    """Three significant digits without exponents, two or fewer under 0.1."""
+    if value is None:
+        return "-"
+    decimals = next((digits for digits, least in ((0, 99.95), (1, 9.995), (2, 0.0995)) if value >= least), 3)
+    return f"{value:.{decimals}f}"
+
+
+def _megabytes(num_bytes: int | None) -> str:
+    return "-" if num_bytes is None else _number(num_bytes / 1e6)
+
+
+# ---- in files
+
+
+def write_json(path: Path, environment: Mapping[str, Any], rows: Iterable[Row], not_run: Iterable[Case]) -> None:
+    document = {
+        "format": FORMAT,
+        "environment": environment,
+        "rows": [row.as_json() for row in rows],
+        "not_run": [str(case) for case in not_run],
+    }
+    _write(path, json.dumps(document, indent=1) + "\n")
+
+
+def write_csv(path: Path, environment: Mapping[str, Any], rows: Iterable[Row]) -> None:
+    """A line a pass; providers that were not measured have one line, with the reason."""
+    columns = ["op", "shape", "dtype", "mask", "provider", "version", "pass", "median_ms", "p20_ms", "p80_ms"]
+    columns += ["tflop_per_s", "gb_per_s", "light_percent", "peak_bytes", "peak_rss_bytes", "error", "error_of"]
+    columns += ["error_on", "num_rounds", "failure", "absent", "device", "torch", "git"]
+    where = {key: environment[key] for key in ("device", "git")} | {"torch": environment["versions"].get("torch")}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns, extrasaction="ignore")
+            writer.writeheader()
+            for row in rows:
+                for name, figures in (row.passes or {"": {}}).items():
+                    writer.writerow(row.as_json() | {"pass": name} | figures | where)
+    except OSError as error:
+        raise BenchError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise BenchError(f"{path}: cannot be written: {error.strerror}") from error

@@ -1,0 +1,234 @@
+"""`sftx bench` as it is called: the baseline, wrong options, and what it does not need."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benching import SHAPES, bench, rows_of
+from sftx.cli import bench as cli
+from sftx.errors import SftxError
+from sftx_kernels.bench import BenchError, cases, report, runner
+from sftx_kernels.bench.cases import PASSES, LinearCrossEntropyShape
+from sftx_kernels.bench.providers import all_providers
+
+pytestmark = pytest.mark.usefixtures("short")
+
+
+# ---- the baseline
+
+
+@pytest.fixture
+def measured(shapes: Callable[..., Path], tmp_path: Path) -> tuple[list[object], Path]:
+    """The arguments of a run, and what it wrote."""
+    arguments: list[object] = ["lora", "--shapes", shapes(SHAPES[3]), "--dtype", "fp32", "--providers",
+                               "sftx,torch-eager", "--device", "cpu"]  # fmt: skip
+    out = tmp_path / "baseline.json"
+    assert bench(*arguments, "--json", out).exit_code == 0
+    return arguments, out
+
+
+def doctor(path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+    return path
+
+
+def scale(provider: str, factor: float) -> Callable[[dict[str, Any]], None]:
+    def change(document: dict[str, Any]) -> None:
+        for row in document["rows"]:
+            if row["provider"] == provider:
+                for figures in row["passes"].values():
+                    figures["median_ms"] *= factor
+
+    return change
+
+
+def test_slower_than_the_baseline_exits_with_1_and_says_where(measured: tuple[list[object], Path]) -> None:
+    arguments, path = measured
+    doctor(path, scale("sftx", 1e-3))
+    result = bench(*arguments, "--baseline", path)
+    assert result.exit_code == 1
+    assert f"against {path}: 4 figures, 3 worse by more than 5.0%" in result.output
+    for name in PASSES:
+        assert f"sftx, lora 24x32x16 r4, fp32, {name}: " in result.output
+
+
+@pytest.mark.parametrize(("provider", "factor"), [("sftx", 1e3), ("torch-eager", 1e-3)])
+def test_faster_or_somebody_else_slower_is_good(
+    measured: tuple[list[object], Path], provider: str, factor: float
+) -> None:
+    arguments, path = measured
+    doctor(doctor(path, scale("sftx", 1e3)), scale(provider, factor))
+    result = bench(*arguments, "--baseline", path)
+    assert result.exit_code == 0, result.output
+    assert "4 figures, 0 worse" in result.output
+
+
+def test_more_memory_than_the_baseline_is_worse(measured: tuple[list[object], Path]) -> None:
+    arguments, path = measured
+
+    def change(document: dict[str, Any]) -> None:
+        scale("sftx", 1e3)(document)
+        document["rows"][0]["peak_bytes"] *= 0.9
+
+    doctor(path, change)
+    result = bench(*arguments, "--baseline", path)
+    assert result.exit_code == 1
+    assert "fp32, peak memory: " in result.output
+    assert bench(*arguments, "--baseline", path, "--max-regress", "20%").exit_code == 0
+
+
+def test_another_version_is_said_and_another_device_or_file_refused(measured: tuple[list[object], Path]) -> None:
+    arguments, path = measured
+
+    def older(document: dict[str, Any]) -> None:
+        scale("sftx", 1e3)(document)
+        document["environment"]["versions"]["torch"] = "2.0"
+
+    result = bench(*arguments, "--baseline", doctor(path, older))
+    assert result.exit_code == 0
+    assert f"NOT THE SAME VERSION, so a change may not be ours: torch: 2.0 -> {torch.__version__}" in result.output
+    doctor(path, lambda document: document["environment"].update(device="another"))
+    refused = bench(*arguments, "--baseline", path)
+    assert isinstance(refused.exception, SftxError)
+    assert str(refused.exception) == f"{path}: measured on another, this is a CPU"
+    path.write_text("[]")
+    refused = bench(*arguments, "--baseline", path)
+    assert str(refused.exception) == f"{path}: expected a result of sftx bench --json in format {report.FORMAT}"
+
+
+# ---- the command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["gelu"], "Invalid value for '[OPERATION]': 'gelu' is not one of 'cross-entropy', "),
+        (["--device", "tpu"], "Invalid value for '--device': got 'tpu'; expected cpu, cuda or cuda:N"),
+        (["--device", "cuda:x"], "Invalid value for '--device': got 'cuda:x'; expected"),
+        (["--dtype", "fp32,int8"], "Invalid value for '--dtype': got 'int8'; expected fp32, bf16, fp16"),
+        (["--mask", "0,2"], "Invalid value for '--mask': got '0,2'; expected shares from 0 to 1, such as 0,.5,.9"),
+        (["--mask", "half"], "Invalid value for '--mask': got 'half'"),
+        (["--providers", "sftx,lager"], "Invalid value for '--providers': got 'lager'; expected sftx,"),
+        (["--providers", "sftx,torch-eagre"], "; did you mean 'torch-eager'?"),
+        (["--shapes", "none.json"], "Invalid value for '--shapes': File 'none.json' does not exist."),
+        (["--baseline", "none.json"], "Invalid value for '--baseline': File 'none.json' does not exist."),
+        (["--max-regress", "-1%"], "Invalid value for '--max-regress': got '-1%'; expected a share such as 5% or"),
+        (["--budget", "0"], "Invalid value for '--budget': 0.0 is not in the range x>0."),
+        (["--static", "--mask", "0"], "--mask has no meaning with --static"),
+        (["--max-regress", "1%"], "--max-regress has no meaning without --baseline"),
+        (["--update-golden"], "--update-golden has no meaning without --static"),
+        (["--static", "--arch", "sm_70"], "Invalid value for '--arch': got 'sm_70'; expected sm_80, sm_90,"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_option_is_one_line_and_2(arguments: list[str], message: str) -> None:
+    result = bench(*arguments)
+    assert result.exit_code == 2
+    lines = result.output.splitlines()
+    assert sum(line.startswith("Error: ") for line in lines) == 1
+    assert lines[-1].startswith("Error: ")
+    assert message in lines[-1]
+
+
+def test_what_only_torch_can_tell_is_one_line_too(tmp_path: Path) -> None:
+    for arguments, message in (
+        (["--device", "cuda:99"], "device: cuda:99 is not there; torch sees "),
+        (["lora", "--providers", "torch-fused"], "providers: lora has no 'torch-fused'; there are sftx, "),
+        (["--json", tmp_path], ""),
+    ):
+        result = bench(*arguments)
+        if message:
+            assert isinstance(result.exception, SftxError)
+            assert str(result.exception).startswith(message)
+        else:
+            assert result.exit_code == 2
+
+
+def test_a_result_that_cannot_be_written_is_told_before_anything_is_measured(
+    shapes: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "plain").touch()
+    result = bench("lora", "--shapes", shapes(SHAPES[3]), "--json", tmp_path / "plain" / "out.json")
+    assert isinstance(result.exception, SftxError)
+    assert "out.json: cannot be written: " in str(result.exception)
+    assert "lora 24x32x16" not in result.output
+
+
+def test_names_of_the_command_are_those_of_the_bench() -> None:
+    from sftx_kernels.gpu.launch import CHIPS
+
+    assert set(cli.PROVIDERS) == {provider.name for provider in all_providers()}
+    assert cli.OPERATIONS == cases.OPERATIONS
+    assert set(cli.DTYPES) == set(cases.DTYPES)
+    assert set(cli.ARCHS) == set(CHIPS)
+
+
+def test_static_is_handed_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from sftx_kernels.bench import static
+
+    seen: list[object] = []
+    monkeypatch.setattr(static, "run", lambda *arguments: seen.extend(arguments) or 1)
+    result = bench("--static", "--arch", "sm_90,gfx942", "--json", tmp_path / "s.json", "--workers", 3)
+    assert result.exit_code == 1, result.output
+    assert seen == [("sm_90", "gfx942"), tmp_path / "s.json", False, 3]
+
+
+# ---- what is not needed
+
+
+def in_a_process(code: str, *arguments: object) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_wrong_option_is_told_before_torch_is_imported() -> None:
+    said = in_a_process(
+        "import sys\n"
+        "from sftx.cli.bench import command\n"
+        "try: command(['--dtype', 'int8'])\n"
+        "except SystemExit as stop: print(stop.code, 'torch' in sys.modules, 'rich' in sys.modules)\n"
+    )
+    assert said == "2 False False\n"
+
+
+def test_torch_alone_is_enough(shapes: Callable[..., Path], tmp_path: Path) -> None:
+    """With nothing else to import: a plain table, no picture but a line that says why, and JSON."""
+    path = shapes(LinearCrossEntropyShape(24, 16, 130))
+    said = in_a_process(
+        "import sys, importlib, pathlib\n"
+        "blocked = 'sftx rich click pydantic transformers matplotlib peft datasets yaml safetensors pluggy'\n"
+        "for name in blocked.split(): sys.modules[name] = None\n"
+        "for name in 'cases problems providers peers devices measure rss report baseline plot runner'.split():\n"
+        "    importlib.import_module(f'sftx_kernels.bench.{name}')\n"
+        "from sftx_kernels.bench import measure\n"
+        "from sftx_kernels.bench.runner import Options, run\n"
+        "measure.MAX_ROUNDS = measure.MIN_ROUNDS\n"
+        "root = pathlib.Path(sys.argv[2])\n"
+        "options = Options(device='cpu', shapes=pathlib.Path(sys.argv[1]), masks=(0.5,), dtypes=('fp32',),\n"
+        "                  providers=('sftx', 'torch-eager'), plot=root / 'plots', json=root / 'out.json')\n"
+        "sys.exit(run(options))\n",
+        path,
+        tmp_path,
+    )
+    assert "\n  provider     fwd ms  bwd ms" in said
+    assert "no plots: matplotlib is not installed" in said
+    assert rows_of(tmp_path / "out.json").keys() == {"sftx", "torch-eager"}
+    assert not (tmp_path / "plots").exists()
+
+
+def test_no_shape_of_the_operation(shapes: Callable[..., Path]) -> None:
+    with pytest.raises(BenchError, match=r"shapes\.json: has no shape of lora"):
+        runner.run(runner.Options(operations=("lora",), shapes=shapes(SHAPES[0])))
