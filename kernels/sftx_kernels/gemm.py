@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # Of a weight, this many elements at a time are converted to fp32, or multiplied into a narrow piece of dW:
-# 4 MB in fp32. On the CPU above, 4 to 16 MB made no difference.
-_SLAB_ELEMENTS = 1 << 20
+# 2 MB in fp32. On the CPU above, 2 to 16 MB made no difference.
+_SLAB_ELEMENTS = 1 << 19
 
 
 def project(x_MK: Tensor, weight_OK: Tensor, bias_O: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
@@ -57,9 +57,10 @@ def add_weight_gradient_(sum_OK: Tensor, dy_MO: Tensor, x_MK: Tensor) -> None:
             sum_OK[slab].add_(dy_MO[:, slab].T.to(wide_MK.dtype) @ wide_MK)
 
 
-def widens(like: Tensor) -> bool:
-    """Whether products of this tensor are made in fp32, for want of instructions for its dtype."""
-    return like.is_cpu and not _cpu_multiplies(like.dtype)
+def widens(like: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether products in `dtype` (the tensor's own, if not given) where this tensor lies are made in fp32, for want
+    of instructions for it."""
+    return like.is_cpu and not _cpu_multiplies(dtype or like.dtype)
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from sftx_kernels.checks import autocasts, check_head, check_labels, check_loss_options, error, gemm_dtype
 from sftx_kernels.dispatch import decide
-from sftx_kernels.gemm import add_weight_gradient_, project, project_back
+from sftx_kernels.gemm import add_weight_gradient_, project, project_back, widens
 from sftx_kernels.rows import IGNORE_INDEX, Formula, Rows, accumulator, fill
 
 
@@ -69,8 +69,9 @@ def linear_cross_entropy(
         token_weights_N: floating; scales the whole loss of a row. Gets no gradient.
         num_valid: how many labels are not `ignore_index`, as the host knows it, which saves an accelerator
             the sync of counting, and torch.compile a graph break. Checked on CPU, trusted elsewhere.
-        chunk_rows: by default 256 on CPU, elsewhere 2048, or 4096 if the head trains; fewer where a chunk of
-            logits in the dtype of the GEMMs would not fit `workspace_bytes`. A given count wins over that.
+        chunk_rows: by default 256 on CPU (192 where it makes products of this dtype in fp32), elsewhere 2048, or
+            4096 if the head trains; fewer where a chunk of logits in the dtype of the GEMMs would not fit
+            `workspace_bytes`. A given count wins over that.
         reduction: "sum", or "none" for a loss per row. With "none" and a head that trains, backward makes the
             logits once more, for dW.
         stats: return also, detached and with 0 or False at ignored rows: lse_N of the final logits z;
@@ -294,7 +295,10 @@ def _logits_buffer(weight_VD: Tensor, num_rows: int, *, aligned: bool) -> Tensor
 
 def _choose_chunk(weight_VD: Tensor, dtype: torch.dtype, workspace_bytes: int | None, *, trained: bool) -> int:
     """Small chunks read the head's weight again and again, so the size follows from neither V nor D."""
-    rows = 256 if weight_VD.device.type == "cpu" else 4096 if trained else 2048
+    if weight_VD.is_cpu:
+        rows = 192 if widens(weight_VD, dtype) else 256
+    else:
+        rows = 4096 if trained else 2048
     if workspace_bytes is None:
         return rows
     row_bytes = weight_VD.shape[0] * dtype.itemsize
