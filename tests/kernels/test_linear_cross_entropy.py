@@ -150,7 +150,7 @@ class Recorder(TorchDispatchMode):
 
 def peak_bytes(function: Any) -> int:
     """The most that the CPU allocator held at once, on top of what it held before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as result:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as result:
         function()
     events = [event for event in result.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0

@@ -193,7 +193,9 @@ def peak_bytes(device: torch.device, function: Callable[[], object]) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     with (
         _quiet(),
-        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as result,
+        torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+        ) as result,
     ):
         function()
     assert result.profiler is not None
