@@ -8,7 +8,6 @@ import os
 import torch
 from torch import Tensor
 
-
 # Asked once: torch.compile of torch 2.11 cannot look into the question.
 _AUTOCAST_KINDS = tuple(k for k in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia") if torch.amp.is_autocast_available(k))
 

@@ -41,9 +41,10 @@ class Decision(NamedTuple):
     forced: bool  # by the caller or the environment
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def decide(op: str, device: torch.device, dtype: torch.dtype, *, asked: str | None = None) -> Decision:
     """The backend for one call of `op` (a key of BACKENDS) whose products run in `dtype`.
+
+    Called inside custom ops alone where torch.compile is at work, which need not look into it then.
 
     Raises:
         ValueError: `asked`, or SFTX_KERNELS, names no backend of `op`, or one that cannot run this call.

@@ -295,10 +295,8 @@ def _logits_buffer(weight_VD: Tensor, num_rows: int, *, aligned: bool) -> Tensor
 
 def _choose_chunk(weight_VD: Tensor, dtype: torch.dtype, workspace_bytes: int | None, *, trained: bool) -> int:
     """Small chunks read the head's weight again and again, so the size follows from neither V nor D."""
-    if weight_VD.is_cpu:
-        rows = 192 if widens(weight_VD, dtype) else 256
-    else:
-        rows = 4096 if trained else 2048
+    on_cpu = 192 if widens(weight_VD, dtype) else 256
+    rows = on_cpu if weight_VD.is_cpu else 4096 if trained else 2048
     if workspace_bytes is None:
         return rows
     row_bytes = weight_VD.shape[0] * dtype.itemsize

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from sftx_kernels.checks import check_lora, error, gemm_dtype
-from sftx_kernels.dispatch import Decision, decide
 from sftx_kernels.lora_autograd import Group, Spec, run
 from sftx_kernels.nf4 import NF4Weight, check_nf4
 
@@ -84,9 +82,7 @@ def lora_linears(
         tuple(lora_Bs),
         tuple(biases or ()),
     )
-    dtype = gemm_dtype(x)
-    spec = Spec(tuple(map(float, scalings)), dropout_p, dtype, _choose(group, dtype, backend))
-    return run(group, seed, spec)
+    return run(group, seed, Spec(tuple(map(float, scalings)), dropout_p, gemm_dtype(x), backend))
 
 
 def _check_group(
@@ -124,15 +120,3 @@ def _check_group(
             if num == 1:
                 raise
             raise ValueError(f"layer {i} of {num}: {refusal}") from None
-
-
-def _choose(group: Group, dtype: torch.dtype, asked: str | None) -> str:
-    """The backend. Rows with gaps cost a copy; who asked for a kernel by name is told instead."""
-    decision: Decision = decide("lora_linear", group.x.device, dtype, asked=asked)
-    if decision.backend != "torch" and decision.forced:
-        weights = () if group.absmaxes else group.weights
-        for name, tensors in (("weight", weights), ("lora_A", group.lora_As), ("lora_B", group.lora_Bs)):
-            for tensor in tensors:
-                if tensor.stride(1) != 1 and tensor.shape[1] > 1:
-                    raise error(name, "rows without gaps, of stride 1", f"strides {tensor.stride()}")
-    return decision.backend

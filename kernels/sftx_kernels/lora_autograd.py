@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sftx_kernels.checks import autocasts
+from sftx_kernels.checks import autocasts, error
+from sftx_kernels.dispatch import decide
 from sftx_kernels.lora_products import TorchProducts, weight_gradient
 from sftx_kernels.nf4 import dequantize_into_
 
@@ -36,6 +37,7 @@ def run(group: Group, seed: Tensor | None, spec: Spec) -> tuple[Tensor, ...]:
     if torch.compiler.is_compiling():
         parts = [list(part) for part in group[1:]]
         return tuple(_op(group.x, *parts, seed, list(spec.scalings), *spec[1:])[:-1])
+    spec = _decided(spec, group)
     if torch.is_grad_enabled() and any(t.requires_grad for t in group.flat()):
         outputs: tuple[Tensor, ...] = _LoraLinears.apply(spec, seed, group.sizes(), *group.flat())  # type: ignore[no-untyped-call]
         return outputs
@@ -49,7 +51,7 @@ class Spec(NamedTuple):
     scalings: tuple[float, ...]
     dropout_p: float
     dtype: torch.dtype  # of the products
-    backend: str
+    backend: str | None  # as asked for, until `_decided`
 
 
 class Group(NamedTuple):
@@ -80,6 +82,18 @@ def _grouped(flat: Sequence[Any], sizes: Sequence[int]) -> tuple[Any, list[tuple
         parts.append(tuple(flat[start : start + size]))
         start += size
     return flat[0], parts
+
+
+def _decided(spec: Spec, group: Group) -> Spec:
+    """With the backend that runs. Rows with gaps cost a copy; who asked for a kernel by name is told instead."""
+    decision = decide("lora_linear", group.x.device, spec.dtype, asked=spec.backend)
+    if decision.backend != "torch" and decision.forced:
+        weights = () if group.absmaxes else group.weights
+        for name, tensors in (("weight", weights), ("lora_A", group.lora_As), ("lora_B", group.lora_Bs)):
+            for tensor in tensors:
+                if tensor.stride(1) != 1 and tensor.shape[1] > 1:
+                    raise error(name, "rows without gaps, of stride 1", f"strides {tensor.stride()}")
+    return spec._replace(backend=decision.backend)
 
 
 # ---- forward and backward, without autograd
@@ -159,7 +173,7 @@ def _backward(
     return [gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)]
 
 
-def _aligned(group: Group, backend: str) -> Group:
+def _aligned(group: Group, backend: str | None) -> Group:
     """With ranks that are multiples of 16, padded with zeros, for the kernels: they load wide only what is aligned,
     and at rank 8 ptxas spilled 2 KB a thread (sm_80)."""
     if backend == "torch" or not any(rank % 16 for rank in group.ranks):
@@ -171,7 +185,7 @@ def _aligned(group: Group, backend: str) -> Group:
     )
 
 
-def _aligned_rank(lora_A_RK: Tensor, backend: str) -> int:
+def _aligned_rank(lora_A_RK: Tensor, backend: str | None) -> int:
     rank = lora_A_RK.shape[0]
     return rank if backend == "torch" else -(-rank // 16) * 16
 
@@ -248,17 +262,18 @@ def _op(
     scalings: list[float],
     dropout_p: float,
     dtype: torch.dtype,
-    backend: str,
+    backend: str | None,
 ) -> list[Tensor]:
     """`_forward`, for torch.compile: plain weights, or the codes of NF4 ones with their `absmaxes`."""
     group = Group(x, *map(tuple, (weights, absmaxes, lora_As, lora_Bs, biases)))
-    return _forward(group, seed, Spec(tuple(scalings), dropout_p, dtype, backend))
+    return _forward(group, seed, _decided(Spec(tuple(scalings), dropout_p, dtype, backend), group))
 
 
 @_op.register_fake
 def _(x, weights, absmaxes, lora_As, lora_Bs, biases, seed, scalings, dropout_p, dtype, backend):  # type: ignore[no-untyped-def]
     outputs = [x.new_empty(*x.shape[:-1], B.shape[0], dtype=dtype) for B in lora_Bs]
-    rank = sum(_aligned_rank(A, backend) for A in lora_As)
+    chosen = decide("lora_linear", x.device, dtype, asked=backend).backend
+    rank = sum(_aligned_rank(A, chosen) for A in lora_As)
     return [*outputs, x.new_empty(x.numel() // x.shape[-1], rank, dtype=dtype)]
 
 
@@ -276,12 +291,12 @@ def _backward_op(
     scalings: list[float],
     dropout_p: float,
     dtype: torch.dtype,
-    backend: str,
+    backend: str | None,
     wanted: list[bool],
 ) -> list[Tensor]:
     """The gradients that are wanted, in the order of `Group.flat`."""
     group = Group(x, *map(tuple, (weights, absmaxes, lora_As, lora_Bs, biases)))
-    spec = Spec(tuple(scalings), dropout_p, dtype, backend)
+    spec = _decided(Spec(tuple(scalings), dropout_p, dtype, backend), group)
     gradients = _backward(dys, s_MR, group, seed, spec, wanted)
     return [gradient for gradient in gradients if gradient is not None]
 

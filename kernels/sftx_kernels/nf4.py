@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sftx_kernels.checks import error
-from sftx_kernels.dispatch import Decision, decide
+from sftx_kernels.dispatch import decide
 
 LEVELS: Final = (
     -1.0,
@@ -83,17 +83,15 @@ def dequantize_nf4(
         ValueError: names the argument, what was expected and what was got.
     """
     check_nf4("weight", weight)
-    decision: Decision = decide("nf4", weight.codes.device, dtype, asked=backend)
-    chosen = decision.backend
     if out is None:
-        dense: Tensor = _dequantize_op(weight.codes, weight.absmax, list(weight.shape), dtype, chosen)
+        dense: Tensor = _dequantize_op(weight.codes, weight.absmax, list(weight.shape), dtype, backend)
         return dense
     if out.shape != weight.shape or out.dtype != dtype or not out.is_contiguous():
         got = f"{out.dtype} of shape {list(out.shape)}, strides {list(out.stride())}"
         raise error("out", f"a contiguous {dtype} of shape {list(weight.shape)}", got)
     if torch.compiler.is_compiling():  # an op that writes to its argument is opaque to the compiler; this is not
-        return out.copy_(_dequantize_op(weight.codes, weight.absmax, list(weight.shape), dtype, chosen))
-    dequantize_into_(out, weight.codes, weight.absmax, chosen)
+        return out.copy_(_dequantize_op(weight.codes, weight.absmax, list(weight.shape), dtype, backend))
+    dequantize_into_(out, weight.codes, weight.absmax, decide("nf4", out.device, dtype, asked=backend).backend)
     return out
 
 
@@ -133,12 +131,12 @@ def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("sftx::dequantize_nf4", mutates_args=())
-def _dequantize_op(codes: Tensor, absmax: Tensor, shape: list[int], dtype: torch.dtype, backend: str) -> Tensor:
+def _dequantize_op(codes: Tensor, absmax: Tensor, shape: list[int], dtype: torch.dtype, backend: str | None) -> Tensor:
     out = torch.empty(shape, dtype=dtype, device=codes.device)
-    dequantize_into_(out, codes, absmax, backend)
+    dequantize_into_(out, codes, absmax, decide("nf4", codes.device, dtype, asked=backend).backend)
     return out
 
 
 @_dequantize_op.register_fake
-def _(codes: Tensor, absmax: Tensor, shape: list[int], dtype: torch.dtype, backend: str) -> Tensor:
+def _(codes: Tensor, absmax: Tensor, shape: list[int], dtype: torch.dtype, backend: str | None) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=codes.device)

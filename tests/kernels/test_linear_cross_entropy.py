@@ -647,7 +647,8 @@ def test_autocast_does_not_mix_with_fp64() -> None:
         linear_cross_entropy(torch.zeros(6, 4), torch.zeros(5, 4).double(), torch.zeros(6).long())
 
 
-def test_imports_neither_sftx_nor_transformers() -> None:
-    script = "import sys, sftx_kernels; print(sorted({'sftx', 'transformers'} & set(sys.modules)))"
+def test_imports_neither_sftx_nor_transformers_nor_a_compiler() -> None:
+    names = {"sftx", "transformers", "triton", "torch._dynamo"}
+    script = f"import sys, sftx_kernels; print(sorted({names} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout == "[]\n"

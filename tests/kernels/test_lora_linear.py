@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from devices import BACKENDS, DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -16,6 +15,7 @@ from torch.autograd import gradcheck
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from devices import BACKENDS, DEVICE
 from sftx_kernels.lora import lora_linear, lora_linears
 from sftx_kernels.nf4 import NF4Weight, dequantize_nf4, quantize_nf4
 
