@@ -34,15 +34,17 @@ def _sheet(half: float, fp32: float, fp64: float, tb_per_s: float, cache_mb: int
     return Peaks({k: v * _TERA for k, v in rates.items()}, tb_per_s * _TERA, cache_mb * _MB, "data sheet")
 
 
-# fp32 is without TF32, which torch leaves off for products. A name that holds all the words is that device;
-# variants with other clocks (PCIe, NVL) are not listed, so they are measured.
-_SHEETS: Final[Mapping[tuple[str, ...], Peaks]] = {
-    ("A100", "SXM", "80GB"): _sheet(312, 19.5, 19.5, 2.04, 40),
-    ("H100", "HBM3"): _sheet(989, 67, 67, 3.35, 50),
-    ("H200",): _sheet(989, 67, 67, 4.8, 50),
-    ("B200",): _sheet(2250, 75, 37, 8.0, 126),
-    ("MI300X",): _sheet(1307, 163, 163, 5.3, 256),
+# fp32 is without TF32, which torch leaves off for products.
+DATA_SHEETS: Final[Mapping[str, Peaks]] = {
+    "A100": _sheet(312, 19.5, 19.5, 2.039, 40),
+    "H100": _sheet(989.4, 66.9, 66.9, 3.35, 50),
+    "H200": _sheet(989.4, 66.9, 66.9, 4.8, 50),
+    "B200": _sheet(2250, 75, 37, 8.0, 126),
+    "MI300X": _sheet(1307.4, 163.4, 163.4, 5.3, 256),
 }
+# A device whose name holds all the words has that sheet; variants with other clocks (PCIe, NVL) have none, and are
+# measured.
+_WORDS: Final = {"A100": ("A100", "SXM", "80GB"), "H100": ("H100", "HBM3")}
 _VARIANTS: Final = ("PCIe", "NVL", "GB200", "GH200", "MIG")
 
 
@@ -61,8 +63,10 @@ def slug(name: str) -> str:
 def describe(device: torch.device, dtypes: tuple[str, ...]) -> Device:
     """The device with its peaks; where those are measured, in these dtypes (keys of DTYPES) and fp64."""
     name = device_name(device)
-    for words, peaks in _SHEETS.items():
-        if all(word in name for word in words) and not any(variant in name for variant in _VARIANTS):
+    for model, peaks in DATA_SHEETS.items():
+        if all(word in name for word in _WORDS.get(model, (model,))) and not any(
+            variant in name for variant in _VARIANTS
+        ):
             return Device(device, name, peaks)
     return Device(device, name, _measure(device, dtypes))
 

@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
+from sftx_kernels.bench.devices import DATA_SHEETS
+
 
 @dataclass(frozen=True)
 class Multiprocessor:
@@ -86,12 +88,10 @@ class Peak:
         return max(flops / (self.bf16_flops if uses_dot else self.fp32_flops), num_bytes / self.num_bytes)
 
 
+_ARCHS: Final = {"A100": "sm_80", "H100": "sm_90", "H200": "sm_90", "B200": "sm_100", "MI300X": "gfx942"}
 PEAKS: Final[Mapping[str, Peak]] = {
-    "A100": Peak("sm_80", 312e12, 19.5e12, 2.039e12),
-    "H100": Peak("sm_90", 989.4e12, 66.9e12, 3.35e12),
-    "H200": Peak("sm_90", 989.4e12, 66.9e12, 4.8e12),
-    "B200": Peak("sm_100", 2250e12, 75e12, 8.0e12),
-    "MI300X": Peak("gfx942", 1307.4e12, 163.4e12, 5.3e12),
+    model: Peak(_ARCHS[model], peaks.flops_per_s["bf16"], peaks.flops_per_s["fp32"], peaks.bytes_per_s)
+    for model, peaks in DATA_SHEETS.items()
 }
 
 
