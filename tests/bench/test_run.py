@@ -224,7 +224,7 @@ def test_quantiles_and_rates() -> None:
 
 
 def test_devices_by_their_data_sheets_and_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, bf16 in {"NVIDIA H100 80GB HBM3": 989, "NVIDIA H200": 989, "NVIDIA A100-SXM4-80GB": 312}.items():
+    for name, bf16 in {"NVIDIA H100 80GB HBM3": 989.4, "NVIDIA H200": 989.4, "NVIDIA A100-SXM4-80GB": 312}.items():
         monkeypatch.setattr(devices, "device_name", lambda _device, name=name: name)
         found = devices.describe(torch.device("cuda"), ("bf16",))
         assert found.peaks.source == "data sheet"
