@@ -3,10 +3,15 @@
 Every refusal is a ValueError that names the argument, what was expected and what was got.
 """
 
+import functools
+import math
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # Asked once: torch.compile of torch 2.11 cannot look into the question.
 _AUTOCAST_KINDS = tuple(k for k in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia") if torch.amp.is_autocast_available(k))
@@ -73,13 +78,29 @@ def check_head(
     check_token_weights(token_weights_N, N, hidden_ND)
 
 
-def check_loss_options(label_smoothing: float, z_loss: float, softcap: float | None, reduction: str) -> None:
-    if not 0 <= label_smoothing < 1:
+def is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def check_count(name: str, value: object, low: int, high: float = math.inf) -> None:
+    """Refuses what is neither None nor an int from low to high."""
+    if value is not None and not (isinstance(value, int) and low <= value <= high):
+        raise error(name, f"a count >= {low}" if high == math.inf else f"a count in [{low}, {high}]", repr(value))
+
+
+def check_loss_options(
+    label_smoothing: float, z_loss: float, softcap: float | None, logit_scale: float, ignore_index: int, reduction: str
+) -> None:
+    if not (is_number(label_smoothing) and 0 <= label_smoothing < 1):
         raise error("label_smoothing", "a number in [0, 1)", label_smoothing)
-    if not z_loss >= 0:
+    if not (is_number(z_loss) and z_loss >= 0):
         raise error("z_loss", "a number >= 0", z_loss)
-    if softcap is not None and not softcap > 0:
+    if softcap is not None and not (is_number(softcap) and softcap > 0):
         raise error("softcap", "None or a number > 0", softcap)
+    if not is_number(logit_scale):
+        raise error("logit_scale", "a finite number", logit_scale)
+    if not isinstance(ignore_index, int):
+        raise error("ignore_index", "an int", repr(ignore_index))
     if reduction not in ("sum", "none"):
         raise error("reduction", "'sum' or 'none'", repr(reduction))
 
@@ -105,6 +126,8 @@ def check_lora(
 ) -> None:
     check_tensor("x", x, (*["..."] * (x.dim() - 1), "K"), x, None)
     K = x.shape[-1]
+    if K == 0:
+        raise error("x", "at least one column", f"shape {list(x.shape)}")
     check_tensor("weight", weight, ("O", K), x, x.dtype)
     check_tensor("lora_A", lora_A, ("R", K), x, None)
     check_tensor("lora_B", lora_B, (weight.shape[0], lora_A.shape[0]), x, lora_A.dtype)
@@ -112,8 +135,22 @@ def check_lora(
         raise error("lora_A", "at least one row", f"shape {list(lora_A.shape)}")
     if bias is not None:
         check_tensor("bias", bias, (weight.shape[0],), x, x.dtype)
-    if not 0 <= dropout_p < 1:
+    if not (is_number(dropout_p) and 0 <= dropout_p < 1):
         raise error("dropout_p", "a number in [0, 1)", dropout_p)
-    if dropout_p > 0 and (seed is None or seed.dim() or seed.dtype != torch.int64):
-        got = None if seed is None else f"{seed.dtype} of shape {list(seed.shape)}"
+    if dropout_p > 0 and (not isinstance(seed, Tensor) or seed.dim() or seed.dtype != torch.int64):
+        got = f"{seed.dtype} of shape {list(seed.shape)}" if isinstance(seed, Tensor) else repr(seed)
         raise error("seed", f"a 0-d int64 tensor, since dropout_p is {dropout_p}", got)
+
+
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """`once_differentiable`, which notices a second derivative by the upstream gradient alone: here asking for the
+    graph of a gradient (create_graph=True) is refused, for it would lack what passes through the inputs."""
+    without_graph = once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *grads: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError("this operation is differentiable once; create_graph=True asks for a second derivative")
+        return without_graph(ctx, *grads)
+
+    return checked

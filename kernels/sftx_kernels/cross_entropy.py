@@ -10,9 +10,15 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from sftx_kernels.checks import check_labels, check_loss_options, check_tensor, check_token_weights, error
+from sftx_kernels.checks import (
+    check_labels,
+    check_loss_options,
+    check_tensor,
+    check_token_weights,
+    differentiable_once,
+    error,
+)
 from sftx_kernels.dispatch import Decision, decide
 from sftx_kernels.rows import IGNORE_INDEX, Formula, Rows, accumulator, fill
 
@@ -50,7 +56,7 @@ def cross_entropy(
     """Cross-entropy of each row; the formula, with its sources, stands at the top of `sftx_kernels.rows`.
 
     Forward reads the logits once, backward reads them once and writes the gradient; ignored rows are not read,
-    and their gradient is 0. Differentiable once.
+    and their gradient is 0. Differentiable once, in reverse mode.
 
     Args:
         logits_NV: floating, any strides; copied if the stride along V is not 1. Softmax and loss run in fp32
@@ -73,14 +79,13 @@ def cross_entropy(
         raise error("logits_NV", "at least one column", f"shape {list(logits_NV.shape)}")
     check_tensor("labels_N", labels_N, (num_rows,), logits_NV, torch.int64)
     check_token_weights(token_weights_N, num_rows, logits_NV)
-    check_loss_options(label_smoothing, z_loss, softcap, reduction)
+    check_loss_options(label_smoothing, z_loss, softcap, logit_scale, ignore_index, reduction)
     if token_weights_N is not None:
         token_weights_N = token_weights_N.to(accumulator(logits_NV.dtype))
     numbers = (label_smoothing, z_loss, softcap, logit_scale, ignore_index)
     arguments = (logits_NV, labels_N, token_weights_N, *numbers, stats, backend)
     if inplace and torch.is_grad_enabled() and logits_NV.requires_grad and not torch.compiler.is_compiling():
-        if logits_NV.stride(1) != 1 and V > 1:
-            raise error("logits_NV", "stride 1 along V, to be overwritten", f"strides {list(logits_NV.stride())}")
+        _check_overwritable(logits_NV)
         loss_N, lse_N, entropy_N, correct_N = _InPlace.apply(*arguments)  # type: ignore[no-untyped-call]
     else:
         loss_N, lse_N, entropy_N, correct_N = _forward(*arguments)
@@ -89,6 +94,14 @@ def cross_entropy(
     if not stats:
         return CrossEntropyOutput(loss, num_tokens)
     return CrossEntropyOutput(loss, num_tokens, lse_N.detach(), entropy_N.detach(), correct_N)
+
+
+def _check_overwritable(logits_NV: Tensor) -> None:
+    (num_rows, V), (across, along) = logits_NV.shape, logits_NV.stride()
+    if logits_NV.is_leaf:
+        raise error("logits_NV", "no leaf, whose values would be lost, where inplace=True", "a leaf")
+    if (V > 1 and along != 1) or (num_rows > 1 and across < V):
+        raise error("logits_NV", f"strides [>= {V}, 1] where inplace=True", f"strides {[across, along]}")
 
 
 @torch.library.custom_op("sftx::cross_entropy", mutates_args=())
@@ -150,7 +163,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.set_materialize_grads(False)
 
 
-@once_differentiable
+@differentiable_once
 def _differentiate(ctx: Any, grad_loss_N: Tensor | None, *_: Any) -> Any:
     logits_NV, labels_N, token_weights_N, lse_N = ctx.saved_tensors
     grad_NV = None
@@ -179,7 +192,7 @@ class _InPlace(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_loss_N: Tensor, *_: Any) -> Any:
         if ctx.grad_NV is None:
             raise RuntimeError("cross_entropy(inplace=True): backward ran already, and its gradient is spent")

@@ -80,7 +80,9 @@ def _asked(op: str, asked: str | None, environment: str) -> tuple[str, str]:
     name = AUTO
     for part in filter(None, (part.strip() for part in environment.split(","))):
         for_op, separator, backend = part.rpartition("=")
-        known = BACKENDS.get(for_op, ()) if separator else {b for backends in BACKENDS.values() for b in backends}
+        if separator and for_op not in BACKENDS:
+            raise error(ENVIRONMENT, f"an operation of {', '.join(BACKENDS)} before =", repr(for_op))
+        known = BACKENDS[for_op] if separator else {b for backends in BACKENDS.values() for b in backends}
         if backend not in (AUTO, *known):
             raise error(ENVIRONMENT, f"a backend, or operation=backend, of {dict(BACKENDS)}", repr(environment))
         if for_op == op or (not separator and backend in (AUTO, *BACKENDS[op])):

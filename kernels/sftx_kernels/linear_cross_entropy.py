@@ -11,9 +11,17 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from sftx_kernels.checks import autocasts, check_head, check_labels, check_loss_options, error, gemm_dtype
+from sftx_kernels.checks import (
+    autocasts,
+    check_count,
+    check_head,
+    check_labels,
+    check_loss_options,
+    differentiable_once,
+    error,
+    gemm_dtype,
+)
 from sftx_kernels.dispatch import decide
 from sftx_kernels.gemm import add_weight_gradient_, project, project_back, widens
 from sftx_kernels.rows import IGNORE_INDEX, Formula, Rows, accumulator, fill
@@ -58,7 +66,7 @@ def linear_cross_entropy(
     Rows whose label is `ignore_index` are removed before the head's product and cost nothing. The forward
     pass goes over the others chunk by chunk and computes the loss and whichever gradients will be asked for;
     backward only scales them. The formula, with its sources, stands at the top of `sftx_kernels.rows`. Nothing
-    is overwritten. Differentiable once.
+    is overwritten. Differentiable once, in reverse mode.
 
     Args:
         hidden_ND, weight_VD, bias_V: of one floating dtype, any strides. GEMMs run in that dtype, softmax and
@@ -82,18 +90,19 @@ def linear_cross_entropy(
         ValueError: names the argument, what was expected and what was got.
     """
     check_head(hidden_ND, weight_VD, labels_N, bias_V, token_weights_N)
-    check_loss_options(label_smoothing, z_loss, softcap, reduction)
+    check_loss_options(label_smoothing, z_loss, softcap, logit_scale, ignore_index, reduction)
     num_rows, V = labels_N.shape[0], weight_VD.shape[0]
-    if chunk_rows is not None and chunk_rows < 1:
-        raise error("chunk_rows", "None or a count >= 1", chunk_rows)
-    if num_valid is not None and not 0 <= num_valid <= num_rows:
-        raise error("num_valid", f"a count in [0, {num_rows}]", num_valid)
+    check_count("chunk_rows", chunk_rows, 1)
+    check_count("num_valid", num_valid, 0, num_rows)
     wants = [
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
         for tensor in (hidden_ND, weight_VD, bias_V)
     ]
     dtype = gemm_dtype(hidden_ND)
-    chunk_rows = chunk_rows or _choose_chunk(weight_VD, dtype, workspace_bytes, trained=wants[1])
+    check_count("workspace_bytes", workspace_bytes, 0)
+    row_bytes = V * dtype.itemsize
+    if workspace_bytes is not None and workspace_bytes < row_bytes:
+        raise error("workspace_bytes", f"at least {row_bytes}, one row of logits", workspace_bytes)
 
     rows_M: Tensor | None = _trained_rows(labels_N, num_valid, ignore_index, V)
     assert rows_M is not None
@@ -104,7 +113,8 @@ def linear_cross_entropy(
         token_weights_N = _take(token_weights_N, rows_M).to(accumulator(dtype))
     loss, *per_row = _forward(
         hidden_ND, weight_VD, bias_V, rows_M, _take(labels_N, rows_M), token_weights_N,
-        label_smoothing, z_loss, softcap, logit_scale, chunk_rows, dtype, reduction == "none", stats, backend, *wants,
+        label_smoothing, z_loss, softcap, logit_scale, chunk_rows, workspace_bytes, dtype, reduction == "none", stats,
+        backend, *wants,
     )[:4]  # fmt: skip
     if reduction == "none":
         loss = _spread(loss, rows_M, num_rows)
@@ -143,7 +153,8 @@ def _forward(
     z_loss: float,
     softcap: float | None,
     logit_scale: float,
-    chunk_rows: int,
+    chunk_rows: int | None,
+    workspace_bytes: int | None,
     dtype: torch.dtype,
     per_row: bool,
     stats: bool,
@@ -164,6 +175,7 @@ def _forward(
     decision = decide("cross_entropy", hidden_ND.device, dtype, asked=backend)
     formula = Formula(label_smoothing, z_loss, softcap, logit_scale)
     num_rows = labels_M.shape[0]
+    chunk_rows = chunk_rows or _choose_chunk(weight_VD, dtype, workspace_bytes, trained=want_weight)
     kind = hidden_ND.device.type
     with torch.autocast(kind, enabled=False) if autocasts(kind) else nullcontext():
         # Cast once, not once a chunk; no copy where the dtype is right already.
@@ -242,7 +254,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.set_materialize_grads(False)
 
 
-@once_differentiable
+@differentiable_once
 def _differentiate(ctx: Any, grad_loss: Tensor | None, *_: Any) -> Any:
     *_, per_row, _, backend, want_hidden, want_weight, want_bias = ctx.options
     rows_M, dX_MD, dW_VD, db_V, *again = ctx.saved_tensors
@@ -297,9 +309,4 @@ def _choose_chunk(weight_VD: Tensor, dtype: torch.dtype, workspace_bytes: int | 
     """Small chunks read the head's weight again and again, so the size follows from neither V nor D."""
     on_cpu = 192 if widens(weight_VD, dtype) else 256
     rows = on_cpu if weight_VD.is_cpu else 4096 if trained else 2048
-    if workspace_bytes is None:
-        return rows
-    row_bytes = weight_VD.shape[0] * dtype.itemsize
-    if workspace_bytes < row_bytes:
-        raise error("workspace_bytes", f"at least {row_bytes}, one row of logits", workspace_bytes)
-    return min(rows, workspace_bytes // row_bytes)
+    return rows if workspace_bytes is None else min(rows, workspace_bytes // (weight_VD.shape[0] * dtype.itemsize))

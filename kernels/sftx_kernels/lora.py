@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from sftx_kernels.checks import check_lora, error, gemm_dtype
+from sftx_kernels.checks import check_lora, error, gemm_dtype, is_number
 from sftx_kernels.lora_autograd import Group, Spec, run
 from sftx_kernels.nf4 import NF4Weight, check_nf4
 
@@ -72,7 +72,7 @@ def lora_linears(
     As the separate calls with one seed: all layers see one mask. The weights are all tensors or all `NF4Weight`s;
     ranks and scalings may differ; all layers have a bias, or none has.
     """
-    scalings = (scaling,) * len(weights) if isinstance(scaling, int | float) else tuple(scaling)
+    scalings = tuple(scaling) if isinstance(scaling, Sequence) else (scaling,) * len(weights)
     _check_group(x, weights, lora_As, lora_Bs, scalings, biases, dropout_p, seed)
     group = Group(
         x,
@@ -108,6 +108,8 @@ def _check_group(
     if len({isinstance(w, NF4Weight) for w in weights}) > 1:
         raise error("weights", "all tensors or all NF4Weight", [type(w).__name__ for w in weights])
     for i, weight in enumerate(weights):
+        if not is_number(scalings[i]):
+            raise error("scaling", "a finite number", repr(scalings[i]))
         try:
             if isinstance(weight, NF4Weight):
                 check_nf4("weight", weight)
@@ -115,6 +117,8 @@ def _check_group(
                     raise error("weight", f"device {x.device}", f"device {weight.codes.device}")
                 weight = x.new_empty(()).expand(weight.shape)  # for its shape
             bias = None if biases is None else biases[i]
+            if biases is not None and not isinstance(bias, Tensor):
+                raise error("bias", "a tensor for each layer, or no biases", repr(bias))
             check_lora(x, weight, lora_As[i], lora_Bs[i], bias, dropout_p, seed)
         except ValueError as refusal:
             if num == 1:

@@ -16,6 +16,7 @@ Shape suffixes: M rows, K in, O out, R rank (in a group, the sum of the ranks).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -23,9 +24,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from sftx_kernels.checks import autocasts, error
+from sftx_kernels.checks import autocasts, differentiable_once, error
 from sftx_kernels.dispatch import decide
 from sftx_kernels.lora_products import TorchProducts, weight_gradient
 from sftx_kernels.nf4 import dequantize_into_
@@ -157,7 +157,8 @@ def _backward(
                 dS_parts.append(dS)
             dS_MR = dS_parts[0] if len(ranks) == 1 else torch.cat(dS_parts, 1)
             if any(want_As):
-                dA_RK = products.grad_A(dS_MR, x_MK, group.lora_As[0].dtype)
+                widest = functools.reduce(torch.promote_types, (A.dtype for A in group.lora_As))
+                dA_RK = products.grad_A(dS_MR, x_MK, widest)
                 # Copies, since what an op returns may not share memory.
                 dAs = [dA_RK]
                 if len(ranks) > 1:
@@ -240,7 +241,7 @@ class _LoraLinears(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, *dys: Tensor | None) -> Any:
         s_MR, seed, *flat = ctx.saved_tensors
         if all(dy is None for dy in dys):
@@ -314,6 +315,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
     ctx.save_for_backward(output[-1], seed, *group.flat())
 
 
+@differentiable_once
 def _op_backward(ctx: Any, dys: list[Tensor]) -> Any:
     s_MR, seed, *flat = ctx.saved_tensors
     x, parts = _grouped(flat, ctx.sizes)

@@ -56,10 +56,12 @@ def quantize_nf4(weight_OK: Tensor, block_size: int = 64) -> NF4Weight:
     """The nearest levels of a weight [O, K] of any floating dtype.
 
     Raises:
-        ValueError: no matrix, or `block_size` is odd or does not divide its number of elements.
+        ValueError: no matrix, a number that is not finite, or a `block_size` that is odd or does not divide its size.
     """
     if weight_OK.dim() != 2 or not weight_OK.is_floating_point():
         raise error("weight_OK", "a floating [O, K]", f"{weight_OK.dtype} of shape {list(weight_OK.shape)}")
+    if not weight_OK.isfinite().all():
+        raise error("weight_OK", "finite numbers", "inf or nan, which would take its block with it")
     if block_size < 2 or block_size % 2 or weight_OK.numel() % block_size:
         shape = "x".join(map(str, weight_OK.shape))
         raise error("block_size", f"an even divisor of {weight_OK.numel()} ({shape})", block_size)
@@ -83,6 +85,8 @@ def dequantize_nf4(
         ValueError: names the argument, what was expected and what was got.
     """
     check_nf4("weight", weight)
+    if not dtype.is_floating_point:
+        raise error("dtype", "a floating dtype", dtype)
     if out is None:
         dense: Tensor = _dequantize_op(weight.codes, weight.absmax, list(weight.shape), dtype, backend)
         return dense

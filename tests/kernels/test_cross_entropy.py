@@ -124,6 +124,14 @@ def test_gradcheck(reduction: str) -> None:
     assert gradcheck(lambda z: cross_entropy(z, labels_N, reduction=reduction, **EVERYTHING).loss, (logits_NV,))
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_second_derivative_is_refused(inplace: bool) -> None:
+    leaf = torch.randn(6, 5, requires_grad=True)
+    loss = cross_entropy(leaf * 1.0, torch.zeros(6).long(), inplace=inplace).loss
+    with pytest.raises(RuntimeError, match="differentiable once; create_graph=True asks"):
+        torch.autograd.grad(loss, leaf, create_graph=True)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "everything"])
 @pytest.mark.parametrize("splits", [1, 2, 8])
@@ -180,13 +188,14 @@ def test_strides(backend: str, inplace: bool) -> None:
     case = Case(9, 40, torch.float32)
     wide_NV = torch.randn(9, 60, device=DEVICE)
     wide_NV[:, 3:43] = case.logits_NV
-    logits_NV = wide_NV[:, 3:43].requires_grad_()
     labels_N = case.labels_N.repeat_interleave(2)[::2]
-    leaf = logits_NV.detach().requires_grad_()
-    loss = cross_entropy(leaf, labels_N, inplace=inplace, backend=backend).loss
-    loss.backward()
-    torch.testing.assert_close(leaf.grad, case_gradient(case), atol=1e-6, rtol=1e-5)
-    assert wide_NV[:, :3].equal(wide_NV[:, :3])
+    wide_NV.requires_grad_()
+    copy_NV = wide_NV * 1.0
+    cross_entropy(copy_NV[:, 3:43], labels_N, inplace=inplace, backend=backend).loss.backward()
+    assert wide_NV.grad is not None
+    torch.testing.assert_close(wide_NV.grad[:, 3:43], case_gradient(case), atol=1e-6, rtol=1e-5)
+    assert copy_NV[:, :3].equal(wide_NV[:, :3])
+    assert copy_NV[:, 43:].equal(wide_NV[:, 43:])
     if not inplace:
         across = case.logits_NV.t().contiguous().t().requires_grad_()
         cross_entropy(across, labels_N, backend=backend).loss.backward()
@@ -275,15 +284,16 @@ def test_opcheck_of_the_linear_operation() -> None:
         for wants in ((True, True, True), (True, False, False), (False, False, False)):
             torch.library.opcheck(
                 torch.ops.sftx.linear_cross_entropy,
-                (hidden_ND, weight_VD, bias_V, rows_M, labels_M, None, 0.1, 1e-3, 3.0, 0.5, 2, torch.float32, per_row,
-                 stats, None, *wants),
+                (hidden_ND, weight_VD, bias_V, rows_M, labels_M, None, 0.1, 1e-3, 3.0, 0.5, 2, None, torch.float32,
+                 per_row, stats, None, *wants),
                 test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
             )  # fmt: skip
     torch.library.opcheck(torch.ops.sftx.trained_rows, (labels_M, 3, IGNORE_INDEX, 5))
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
-def test_compiles_whole_and_again_at_most_twice(reduction: str) -> None:
+@pytest.mark.parametrize("chunk", [{}, {"chunk_rows": 5}, {"workspace_bytes": 1000}], ids=str)
+def test_compiles_whole_and_again_at_most_twice(reduction: str, chunk: dict[str, int]) -> None:
     """With as many trained tokens as each batch happens to have."""
     torch._dynamo.reset()
     weight_VD = torch.randn(50, 8, device=DEVICE, requires_grad=True)
@@ -293,7 +303,7 @@ def test_compiles_whole_and_again_at_most_twice(reduction: str) -> None:
     def step(hidden_ND: Tensor, labels_N: Tensor, num_valid: int) -> Tensor:
         linear = linear_cross_entropy(
             hidden_ND * 2, weight_VD, labels_N, num_valid=num_valid, token_weights_N=weights_N, reduction=reduction,
-            chunk_rows=5, **EVERYTHING,
+            **chunk, **EVERYTHING,
         ).loss  # fmt: skip
         logits = cross_entropy(hidden_ND @ weight_VD.T, labels_N, reduction=reduction, inplace=True).loss
         return (linear + logits).sum()
@@ -332,9 +342,20 @@ def test_compiles_whole_and_again_at_most_twice(reduction: str) -> None:
         ({"backend": "cuda"}, r"backend: expected one of auto, torch, triton, got 'cuda'"),
         ({"logits_NV": torch.zeros(6, 5).double(), "backend": "triton"}, r"backend: expected 'torch' \(torch.float64"),
         (
-            {"logits_NV": torch.zeros(5, 6).t().requires_grad_(), "inplace": True},
-            r"logits_NV: expected stride 1 along V, to be overwritten, got strides \[1, 6\]",
+            {"logits_NV": torch.zeros(6, 5).requires_grad_(), "inplace": True},
+            r"logits_NV: .* no leaf, .* got a leaf",
         ),
+        (
+            {"logits_NV": torch.zeros(5, 6, requires_grad=True).t() * 1, "inplace": True},
+            r"logits_NV: expected strides \[>= 5, 1\] where inplace=True, got strides \[1, 6\]",
+        ),
+        (
+            {"logits_NV": (torch.zeros(1, 5, requires_grad=True) * 1).expand(6, 5), "inplace": True},
+            r"logits_NV: expected strides \[>= 5, 1\] where inplace=True, got strides \[0, 1\]",
+        ),
+        ({"logit_scale": float("nan")}, r"logit_scale: expected a finite number, got nan"),
+        ({"softcap": float("inf")}, r"softcap: expected None or a number > 0, got inf"),
+        ({"ignore_index": None}, r"ignore_index: expected an int, got None"),
     ],
 )
 def test_refuses(change: dict[str, Any], message: str) -> None:

@@ -65,10 +65,16 @@ def test_the_environment(value: str, cross_entropy: str, lora_linear: str, monke
     assert decide("cross_entropy", CUDA, torch.bfloat16, asked="torch").backend == "torch"  # the argument wins
 
 
-@pytest.mark.parametrize("value", ["cuda", "cross_entropy=triton-fused", "softmax=torch", "cross_entropy="])
+@pytest.mark.parametrize("value", ["cuda", "cross_entropy=triton-fused", "cross_entropy="])
 def test_the_environment_is_read_with_care(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SFTX_KERNELS", value)
     with pytest.raises(ValueError, match=r"^SFTX_KERNELS: expected a backend, or operation=backend"):
+        decide("cross_entropy", CUDA, torch.bfloat16)
+
+
+def test_a_misspelt_operation_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SFTX_KERNELS", "torch,lora_linaer=auto")
+    with pytest.raises(ValueError, match=r"^SFTX_KERNELS: expected an operation of cross_entropy, .*got 'lora_linaer'"):
         decide("cross_entropy", CUDA, torch.bfloat16)
 
 

@@ -406,6 +406,24 @@ def test_op(backend: str, kind: str, dropout_p: float) -> None:
     torch.library.opcheck(torch.ops.sftx.lora_linear_backward, (outputs, s_MR, x.detach(), *arguments[1:], wanted))
 
 
+def test_a_second_derivative_is_refused() -> None:
+    leaves = make(7)
+    y = lora_linear(**leaves, scaling=SCALING)
+    with pytest.raises(RuntimeError, match="differentiable once; create_graph=True asks"):
+        torch.autograd.grad(y.sum(), leaves["x"], create_graph=True)
+
+
+def test_each_gradient_of_a_group_has_the_digits_of_its_own_dtype() -> None:
+    layers, _ = make_group(torch.float32)
+    grads = []
+    for first in (torch.bfloat16, torch.float32):
+        for name in ("lora_A", "lora_B"):
+            layers[0][name] = layers[0][name].detach().to(torch.bfloat16).to(first).requires_grad_()
+        y = grouped(layers, scaling=SCALING)
+        grads.append(torch.autograd.grad(sum(one.sum() for one in y), layers[1]["lora_A"])[0])
+    assert grads[0].equal(grads[1])
+
+
 # ---- what is refused
 
 
@@ -429,6 +447,10 @@ def test_op(backend: str, kind: str, dropout_p: float) -> None:
         ({"dropout_p": 0.1}, r"seed: expected a 0-d int64 tensor, since dropout_p is 0.1, got None"),
         ({"dropout_p": 0.1, "seed": torch.zeros(1).long()}, r"seed: .* got torch.int64 of shape \[1\]"),
         ({"dropout_p": 0.1, "seed": torch.tensor(1.0)}, r"seed: .* got torch.float32 of shape \[\]"),
+        ({"dropout_p": 0.1, "seed": 3}, r"seed: expected a 0-d int64 tensor, .* got 3"),
+        ({"x": torch.zeros(7, 0), "weight": torch.zeros(5, 0)}, r"x: expected at least one column, got shape \[7, 0\]"),
+        ({"scaling": float("nan")}, r"scaling: expected a finite number, got nan"),
+        ({"scaling": "2"}, r"scaling: expected a finite number, got '2'"),
     ],
 )
 def test_refuses(change: dict[str, Any], message: str) -> None:
@@ -445,6 +467,7 @@ def test_refuses(change: dict[str, Any], message: str) -> None:
         ({"lora_As": []}, r"lora_As: expected one for each of 1 weights, got 0"),
         ({"scaling": (1.0, 2.0)}, r"scaling: expected one for each of 1 weights, got 2"),
         ({"biases": []}, r"biases: expected one for each of 1 weights, got 0"),
+        ({"biases": [None]}, r"bias: expected a tensor for each layer, or no biases, got None"),
         (
             {"weights": [NF4Weight(torch.zeros(15).byte(), torch.zeros(3), (5, 6))] * 2},
             r"lora_As: expected one for each",

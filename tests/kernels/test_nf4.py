@@ -116,6 +116,7 @@ def test_op_and_compile() -> None:
         (torch.zeros(3, 10), 0, r"block_size: expected an even divisor"),
         (torch.zeros(64), 64, r"weight_OK: expected a floating \[O, K\], got torch.float32 of shape \[64\]"),
         (torch.zeros(8, 8).int(), 64, r"weight_OK: expected a floating \[O, K\], got torch.int32"),
+        (torch.full((8, 8), torch.inf), 64, r"weight_OK: expected finite numbers, got inf or nan"),
     ],
 )
 def test_quantize_refuses(weight: Tensor, block_size: int, message: str) -> None:
@@ -145,6 +146,11 @@ def test_dequantize_refuses(change: dict[str, Any], message: str) -> None:
     dequantize_nf4(good, torch.float32)
     with pytest.raises(ValueError, match=f"^{message}"):
         dequantize_nf4(good._replace(**change), torch.float32)
+
+
+def test_dequantizes_to_floats_alone() -> None:
+    with pytest.raises(ValueError, match=r"^dtype: expected a floating dtype, got torch.int32"):
+        dequantize_nf4(quantize_nf4(make(8, 64)), torch.int32)
 
 
 def test_out_must_fit() -> None:
