@@ -65,15 +65,31 @@ def _share(_ctx: click.Context, _param: click.Parameter, value: str | None) -> f
 
 
 def _device(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | None:
-    kind, colon, index = (value or "cpu").partition(":")
+    kind, colon, index = ("cpu" if value is None else value).partition(":")
     if kind not in ("cpu", "cuda") or (colon and (kind == "cpu" or not index.isdecimal())):
         raise click.BadParameter(f"got {value!r}; expected cpu, cuda or cuda:N")
     return value
 
 
-_FILE = click.Path(dir_okay=False, path_type=Path)
+def _seconds(_ctx: click.Context, _param: click.Parameter, value: float | None) -> float | None:
+    """A range lets NaN pass."""
+    if value is not None and math.isnan(value):
+        raise click.BadParameter("got nan; expected seconds")
+    return value
+
+
+class _Target(click.Path):
+    """Where something is written; an empty name would be the directory one is in."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not str(value).strip():
+            self.fail(f"got {value!r}; expected a name", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+_FILE = _Target(dir_okay=False, path_type=Path)
 _INPUT = click.Path(dir_okay=False, exists=True, path_type=Path)
-_DIRECTORY = click.Path(file_okay=False, path_type=Path)
+_DIRECTORY = _Target(file_okay=False, path_type=Path)
 
 
 @click.command(
@@ -97,7 +113,7 @@ _DIRECTORY = click.Path(file_okay=False, path_type=Path)
 @click.option("--mask", "masks", metavar="A,B", default="0,.5,.9", show_default=True, callback=_masks,
               help="Shares of the labels that are ignored.")  # fmt: skip
 @click.option("--rss", is_flag=True, help="Measure peak resident memory too, in a process for each (CPU only).")
-@click.option("--budget", "budget_s", metavar="SECONDS", type=click.FloatRange(min=0, min_open=True),
+@click.option("--budget", "budget_s", metavar="SECONDS", type=click.FloatRange(min=0, min_open=True), callback=_seconds,
               help="Begin no case after this time; what was left out is listed.")  # fmt: skip
 @click.option("--json", "json_path", metavar="FILE", type=_FILE, help="Write every figure, versions and device.")
 @click.option("--csv", "csv_path", metavar="FILE", type=_FILE, help="Write a line for each pass of each provider.")

@@ -188,8 +188,9 @@ def test_cases_are_every_dtype_and_mask_and_lora_has_no_mask() -> None:
         ({"op": "gelu"}, 'expected an object with "op", one of'),
         ({"op": "cross-entropy", "rows": 8}, "cross-entropy needs 'vocab'"),
         ({"op": "cross-entropy", "rows": 8, "vocab": 9, "hidden": 1}, "cross-entropy has no 'hidden'; it has rows,"),
-        ({"op": "cross-entropy", "rows": 0, "vocab": 9}, "rows: expected a count >= 1, got 0"),
-        ({"op": "cross-entropy", "rows": True, "vocab": 9}, "rows: expected a count >= 1, got true"),
+        ({"op": "cross-entropy", "rows": 0, "vocab": 9}, "rows: expected a count >= 1 and < 2**63, got 0"),
+        ({"op": "cross-entropy", "rows": True, "vocab": 9}, "rows: expected a count >= 1 and < 2**63, got true"),
+        ({"op": "cross-entropy", "rows": 8, "vocab": 2**63}, "vocab: expected a count >= 1 and < 2**63, got 92233"),
         ({"op": "cross-entropy", "rows": 8, "vocab": 9, "logits": "flat"}, 'logits: expected "random" or "zipf"'),
         ({"op": "linear-cross-entropy", "rows": 1, "hidden": 1, "vocab": 1, "trained": 1}, "trained: expected true"),
         ({"op": "lora", "rows": 8, "in_features": 8, "out_features": []}, "out_features: expected a count"),
@@ -202,9 +203,15 @@ def test_a_wrong_entry_is_told_with_its_place(entry: Any, message: str) -> None:
     assert str(caught.value).startswith(f"f.json: entry 1: {message}")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"op": "lora"}', "3"])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"op": "lora"}', "3", "[" * 200_000])
 def test_a_shapes_file_that_is_none(content: str, tmp_path: Path) -> None:
     path = tmp_path / "shapes.json"
     path.write_text(content)
     with pytest.raises(BenchError, match=r"shapes\.json: (cannot be read|expected a list of shapes)"):
         read_shapes(path)
+
+
+def test_a_shapes_file_of_an_editor_that_marks_utf_8(tmp_path: Path) -> None:
+    path = tmp_path / "shapes.json"
+    path.write_text(json.dumps([shape_entry(CrossEntropyShape(8, 9))]), encoding="utf-8-sig")
+    assert read_shapes(path) == (CrossEntropyShape(8, 9),)

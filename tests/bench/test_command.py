@@ -15,7 +15,8 @@ import torch
 from benching import SHAPES, bench, rows_of
 from sftx.cli import bench as cli
 from sftx.errors import SftxError
-from sftx_kernels.bench import BenchError, cases, report, runner
+from sftx_kernels.bench import BenchError, cases, files, report, runner
+from sftx_kernels.bench.baseline import Baseline
 from sftx_kernels.bench.cases import PASSES, LinearCrossEntropyShape
 from sftx_kernels.bench.providers import all_providers
 
@@ -106,6 +107,57 @@ def test_another_version_is_said_and_another_device_or_file_refused(measured: tu
     assert str(refused.exception) == f"{path}: expected a result of sftx bench --json in format {report.FORMAT}"
 
 
+def test_a_baseline_that_has_nothing_of_this_run_is_not_a_pass(measured: tuple[list[object], Path]) -> None:
+    arguments, path = measured
+    doctor(path, lambda document: document.update(rows=[]))
+    result = bench(*arguments, "--baseline", path)
+    assert result.exit_code == 1
+    assert "0 figures, 0 worse" in result.output
+    assert "nothing was compared: no case and provider of ours is in both" in result.output
+
+
+def _row(**changes: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda document: document["rows"][0].update(changes)
+
+
+def _median(value: object) -> Callable[[dict[str, Any]], None]:
+    return lambda document: document["rows"][0]["passes"]["both"].update(median_ms=value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda document: document.pop("environment"), 'expected "environment" with a "device"'),
+        (lambda document: document["environment"].pop("device"), 'expected "environment" with a "device"'),
+        (lambda document: document["environment"].update(versions=[]), 'environment: expected "versions" by name'),
+        (lambda document: document.pop("rows"), 'expected a list of "rows"'),
+        (lambda document: document["rows"].append(3), "row 3: expected an object that says"),
+        (_row(ours=None), "row 1: expected an object that says whether it is"),
+        (_row(op=["lora"]), "row 1: op: expected a text, got ['lora']"),
+        (_row(mask="0"), "row 1: mask: expected a share, got '0'"),
+        (_row(passes={"both": 3}), "row 1: passes: expected the figures of each by name"),
+        (_row(peak_bytes=0), "row 1: peak_bytes: expected a finite number > 0, got 0"),
+        (_median(float("nan")), "row 1: both: median_ms: expected a finite number > 0, got nan"),
+        (_median(float("inf")), "row 1: both: median_ms: expected a finite number > 0, got inf"),
+        (_median(10**400), "row 1: both: median_ms: expected a finite number > 0, got 1000"),
+        (_median(True), "row 1: both: median_ms: expected a finite number > 0, got True"),
+        (_median(None), "row 1: both: median_ms: expected a finite number > 0, got None"),
+    ],
+)
+def test_a_baseline_with_something_missing_or_mistyped_is_told_first(
+    change: Callable[[dict[str, Any]], None], message: str, tmp_path: Path
+) -> None:
+    row = report.Row(cases.Case(SHAPES[3], "fp32"), "sftx", ours=True, peak_bytes=1)
+    row.passes = {"both": {"median_ms": 1.0}}
+    path = tmp_path / "old.json"
+    environment = {"device": "a CPU", "versions": {}}
+    report.write_json(path, environment, [row, row], [])
+    Baseline(path).match(environment)
+    with pytest.raises(BenchError) as caught:
+        Baseline(doctor(path, change))
+    assert str(caught.value).startswith(f"{path}: {message}")
+
+
 # ---- the command
 
 
@@ -124,6 +176,11 @@ def test_another_version_is_said_and_another_device_or_file_refused(measured: tu
         (["--baseline", "none.json"], "Invalid value for '--baseline': File 'none.json' does not exist."),
         (["--max-regress", "-1%"], "Invalid value for '--max-regress': got '-1%'; expected a share such as 5% or"),
         (["--budget", "0"], "Invalid value for '--budget': 0.0 is not in the range x>0."),
+        (["--budget", "nan"], "Invalid value for '--budget': got nan; expected seconds"),
+        (["--device", ""], "Invalid value for '--device': got ''; expected cpu, cuda or cuda:N"),
+        (["--json", ""], "Invalid value for '--json': got ''; expected a name"),
+        (["--csv", ""], "Invalid value for '--csv': got ''; expected a name"),
+        (["--plot", ""], "Invalid value for '--plot': got ''; expected a name"),
         (["--static", "--mask", "0"], "--mask has no meaning with --static"),
         (["--max-regress", "1%"], "--max-regress has no meaning without --baseline"),
         (["--update-golden"], "--update-golden has no meaning without --static"),
@@ -158,10 +215,77 @@ def test_a_result_that_cannot_be_written_is_told_before_anything_is_measured(
     shapes: Callable[..., Path], tmp_path: Path
 ) -> None:
     (tmp_path / "plain").touch()
-    result = bench("lora", "--shapes", shapes(SHAPES[3]), "--json", tmp_path / "plain" / "out.json")
+    (tmp_path / "taken" / "lora.png").mkdir(parents=True)
+    both = tmp_path / "both"
+    for arguments, message in (
+        (["--json", tmp_path / "plain" / "out.json"], "out.json: cannot be written: "),
+        (["--csv", tmp_path / "plain" / "out.csv"], "out.csv: cannot be written: "),
+        (["--plot", tmp_path / "plain" / "plots"], "lora.png: cannot be written: "),
+        (["--plot", tmp_path / "taken"], "lora.png: cannot be written: it is a directory"),
+        (["--json", both, "--csv", f"{tmp_path}/./both"], "both: asked for twice"),
+        (["--json", both, "--plot", both], "both: cannot be written: it is a directory"),
+    ):
+        result = bench("lora", "--shapes", shapes(SHAPES[3]), *arguments)
+        assert isinstance(result.exception, SftxError)
+        assert message in str(result.exception)
+        assert "speed of light" not in result.output
+
+
+def test_an_old_result_stays_until_there_is_a_new_one(
+    shapes: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, out = tmp_path / "old", tmp_path / "results"
+    old.write_text("kept")
+    out.mkdir()
+    (out / "out.json").symlink_to(old)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    arguments = ["lora", "--shapes", shapes(SHAPES[3]), "--dtype", "fp32", "--providers", "sftx", "--device", "cpu"]
+    monkeypatch.setattr(runner, "_run_case", interrupted)
+    bench(*arguments, "--json", out / "out.json")
+    assert old.read_text() == "kept"
+    monkeypatch.undo()
+    with pytest.raises(ZeroDivisionError), files.writing(out / "out.json") as file:
+        file.write(str(1 / 0))
+    assert old.read_text() == "kept"
+    report.write_json(out / "out.json", {}, [], [])
+    assert json.loads(old.read_text())["rows"] == []
+    assert [path.name for path in out.iterdir()] == ["out.json"]
+    files.probe(Path("/dev/null"), Path("/dev/null"))
+    report.write_json(Path("/dev/null"), {}, [], [])
+    assert Path("/dev/null").is_char_device()
+    with pytest.raises(BenchError, match="/dev/full: cannot be written: No space left"):
+        report.write_json(Path("/dev/full"), {}, [], [])
+
+
+def test_an_operation_without_a_provider_that_was_asked_for_is_left_out(shapes: Callable[..., Path]) -> None:
+    every = shapes(SHAPES[0], SHAPES[3])
+    result = bench("--shapes", every, "--dtype", "fp32", "--providers", "frozen-linear", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert "left out: cross-entropy; no provider of it was asked for\n" in result.output
+    result = bench("--shapes", shapes(SHAPES[0]), "--providers", "peft,frozen-linear", "--device", "cpu")
+    assert str(result.exception) == "providers: cross-entropy has none of peft, frozen-linear"
+
+
+def test_nothing_of_ours_though_it_was_asked_for_exits_with_1(shapes: Callable[..., Path]) -> None:
+    result = bench("lora", "--shapes", shapes(SHAPES[3]), "--dtype", "fp32", "--device", "cpu",
+                   "--providers", "sftx-triton,frozen-linear")  # fmt: skip
+    assert result.exit_code == 1
+    assert result.output.endswith("nothing of ours was measured\n")
+
+
+def test_a_wrong_backend_in_the_environment_is_told_once(
+    shapes: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SFTX_KERNELS", "tritn")
+    arguments = ["--shapes", shapes(SHAPES[0], SHAPES[3]), "--dtype", "fp32", "--device", "cpu"]
+    result = bench(*arguments)
     assert isinstance(result.exception, SftxError)
-    assert "out.json: cannot be written: " in str(result.exception)
-    assert "lora 24x32x16" not in result.output
+    assert str(result.exception).startswith("SFTX_KERNELS: expected a backend, ")
+    assert result.output == ""
+    assert bench(*arguments, "--providers", "frozen-linear").exit_code == 0  # which it does not concern
 
 
 def test_names_of_the_command_are_those_of_the_bench() -> None:

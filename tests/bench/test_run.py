@@ -292,7 +292,8 @@ def test_what_does_not_fit_the_budget_is_listed(shapes: Callable[..., Path], tmp
     out = tmp_path / "out.json"
     result = bench("all", "--shapes", shapes(*SHAPES[:2]), "--dtype", "fp32", "--mask", "0", "--budget", "1e-6",
                    "--json", out)  # fmt: skip
-    assert result.exit_code == 0
+    assert result.exit_code == 1
+    assert result.output.endswith("nothing of ours was measured\n")
     assert result.output.count("not run: ") == 2
     assert json.loads(out.read_text())["not_run"] == [
         "cross-entropy 24x130, fp32, 0% masked",

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 from concurrent.futures import Future
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from sftx_kernels.bench import BenchError, assembly, limits, static
+from sftx_kernels.bench import BenchError, aot, assembly, limits, static
 from sftx_kernels.bench.assembly import Instruction, Stretch
 from sftx_kernels.gpu.launch import CHIPS, Work
 
@@ -254,6 +255,46 @@ def test_an_unknown_target_is_refused() -> None:
 def test_a_golden_file_without_a_checkout_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BenchError, match=r"expected a checkout of the project, got no .*/absent"):
         static.run(update_golden=True, golden=tmp_path / "absent" / "static.json")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"triton": "3"}', '{"triton": "3", "rows": {"": {}}}'])
+def test_what_cannot_be_read_or_written_is_told_before_anything_is_compiled(
+    content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(static, "rows", lambda *_: pytest.fail("compiled"))
+    golden = tmp_path / "golden.json"
+    golden.write_text(content)
+    with pytest.raises(BenchError, match=r"golden\.json: (cannot be read|expected a golden file)"):
+        static.run(golden=golden)
+    with pytest.raises(BenchError, match=r"x\.json: cannot be written: "):
+        static.run(json_path=golden / "x.json", golden=tmp_path / "none.json")
+    with pytest.raises(BenchError, match=r"golden\.json: asked for twice"):
+        static.run(json_path=golden, update_golden=True, golden=golden)
+
+
+def test_a_report_in_a_new_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(static, "rows", lambda *_: [])
+    assert static.run(json_path=tmp_path / "new" / "x.json", golden=tmp_path / "none.json") == 0
+    assert json.loads((tmp_path / "new" / "x.json").read_text())["rows"] == {}
+
+
+def test_workers_leave_an_interrupt_to_the_parent() -> None:
+    child = "import os, signal; os.kill(os.getpid(), signal.SIGINT); print('goes on')"
+    with aot.uninterrupted():
+        done = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True, check=True)
+    assert done.stdout == "goes on\n"
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_no_more_workers_than_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    def pool(workers: int, **_: object) -> None:
+        raise ZeroDivisionError(workers)
+
+    monkeypatch.setattr(static, "ProcessPoolExecutor", pool)
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    with pytest.raises(ZeroDivisionError, match="3"):
+        static.rows(["sm_90"], workers=1000)
 
 
 def test_table_without_rich(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

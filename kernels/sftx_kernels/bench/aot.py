@@ -8,12 +8,25 @@ arguments and options, and Triton itself: a second report costs seconds, and wha
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from sftx_kernels.bench import assembly, limits
 from sftx_kernels.gpu.launch import Launch
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Processes that compile, started here, never hear an interrupt, this process does afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _target(arch: str) -> Any:

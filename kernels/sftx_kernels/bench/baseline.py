@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sftx_kernels.bench import BenchError
+from sftx_kernels.bench import BenchError, files
 from sftx_kernels.bench.report import FORMAT, Row
 
 
@@ -20,37 +20,38 @@ class Change(NamedTuple):
 
     @property
     def growth(self) -> float:
-        return self.new / self.old - 1 if self.old else float("inf")
+        return self.new / self.old - 1
 
     def __str__(self) -> str:
         return f"{self.what}: {self.old:.4g} -> {self.new:.4g} {self.unit} ({self.growth:+.1%})"
 
 
 class Baseline:
-    """An earlier JSON.
+    """An earlier JSON, of which all that is compared is looked at first.
 
     Raises:
-        BenchError: it cannot be read, is none of ours, or was measured on another device.
+        BenchError: it cannot be read, or is none of ours.
     """
 
-    def __init__(self, path: Path, environment: Mapping[str, Any]) -> None:
-        try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise BenchError(f"{path}: cannot be read: {error}") from error
+    def __init__(self, path: Path) -> None:
+        document, self.path = files.read_json(path), path
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise BenchError(f"{path}: expected a result of sftx bench --json in format {FORMAT}")
-        old, self.path = document["environment"], path
-        if old["device"] != environment["device"]:
-            raise BenchError(f"{path}: measured on {old['device']}, this is {environment['device']}")
+        if wrong := next(_problems(document), None):
+            raise BenchError(f"{path}: {wrong}")
+        self._environment: Mapping[str, Any] = document["environment"]
         self._rows = {_key(row): row for row in document["rows"] if row["ours"]}
-        names = sorted({*old["versions"], *environment["versions"]} - {"sftx"})
-        self.differences = [
-            f"{name}: {old['versions'].get(name)} -> {environment['versions'].get(name)}"
-            for name in names
-            if old["versions"].get(name) != environment["versions"].get(name)
-        ]
+        self.differences: list[str] = []
         """Versions that are not what they were, so that a change may not be ours."""
+
+    def match(self, environment: Mapping[str, Any]) -> None:
+        """Fills `differences`; BenchError if it was measured on another device."""
+        old, new = self._environment, environment
+        if old["device"] != new["device"]:
+            raise BenchError(f"{self.path}: measured on {old['device']}, this is {new['device']}")
+        versions = [(name, old["versions"].get(name), new["versions"].get(name))
+                    for name in sorted({*old["versions"], *new["versions"]} - {"sftx"})]  # fmt: skip
+        self.differences = [f"{name}: {before} -> {now}" for name, before, now in versions if before != now]
 
     def compare(self, rows: Sequence[Row]) -> tuple[list[Change], int]:
         """Each figure of ours that both have, and how many of our rows the baseline lacks."""
@@ -64,6 +65,46 @@ def regressed(change: Change, max_regress: float) -> bool:
     return change.growth > max_regress and change.fastest > change.old
 
 
+def _problems(document: Mapping[str, Any]) -> Iterator[str]:
+    """Where a result lacks what is compared, or has something else in its place."""
+    environment, rows = document.get("environment"), document.get("rows")
+    if not isinstance(environment, dict) or not isinstance(environment.get("device"), str):
+        yield 'expected "environment" with a "device"'
+    elif not isinstance(environment.get("versions"), dict):
+        yield 'environment: expected "versions" by name'
+    if not isinstance(rows, list):
+        yield 'expected a list of "rows"'
+        return
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or not isinstance(row.get("ours"), bool):
+            yield f'row {number}: expected an object that says whether it is "ours"'
+        elif row["ours"]:
+            yield from (f"row {number}: {problem}" for problem in _problems_of_row(row))
+
+
+def _problems_of_row(row: Mapping[str, Any]) -> Iterator[str]:
+    for name in ("op", "shape", "dtype", "provider"):
+        if not isinstance(row.get(name), str):
+            yield f"{name}: expected a text, got {row.get(name)!r}"
+    mask = row.get("mask")
+    if isinstance(mask, bool) or not isinstance(mask, int | float):
+        yield f"mask: expected a share, got {mask!r}"
+    passes = row.get("passes")
+    if not isinstance(passes, dict) or not all(isinstance(figures, dict) for figures in passes.values()):
+        yield "passes: expected the figures of each by name"
+        return
+    for name, figures in passes.items():
+        if not _is_figure(figures.get("median_ms")):
+            yield f"{name}: median_ms: expected a finite number > 0, got {figures.get('median_ms')!r}"
+    if row.get("peak_bytes") is not None and not _is_figure(row["peak_bytes"]):
+        yield f"peak_bytes: expected a finite number > 0, got {row['peak_bytes']!r}"
+
+
+def _is_figure(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and 0 < value <= sys.float_info.max  # no NaN is
+
+
 def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return row["op"], row["shape"], row["dtype"], row["mask"], row["provider"]
 
@@ -74,6 +115,6 @@ def _changes(row: Row, old: Mapping[str, Any]) -> Iterator[Change]:
         if name in old["passes"]:
             before = old["passes"][name]["median_ms"]
             yield Change(f"{where}, {name}", before, figures["median_ms"], "ms", figures["p20_ms"])
-    if row.peak_bytes is not None and old["peak_bytes"] is not None:
+    if row.peak_bytes is not None and old.get("peak_bytes") is not None:
         peak = row.peak_bytes / 1e6
         yield Change(f"{where}, peak memory", old["peak_bytes"] / 1e6, peak, "MB", peak)

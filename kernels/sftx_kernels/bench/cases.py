@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Final, Literal, get_args
 
 import torch
 
-from sftx_kernels.bench import BenchError
+from sftx_kernels.bench import BenchError, files
 from sftx_kernels.gpu.launch import Work
 
 Pass = Literal["forward", "backward", "both"]
@@ -186,10 +186,7 @@ def read_shapes(path: Path) -> tuple[Shape, ...]:
     Raises:
         BenchError: the file cannot be read, or an entry is none of the shapes.
     """
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BenchError(f"{path}: cannot be read: {error}") from error
+    entries = files.read_json(path)
     if not isinstance(entries, list) or not entries:
         raise BenchError(f"{path}: expected a list of shapes, got {json.dumps(entries)[:80]}")
     return tuple(shape_from(entry, f"{path}: entry {number}") for number, entry in enumerate(entries, 1))
@@ -199,7 +196,9 @@ def shape_from(entry: Any, where: str) -> Shape:
     """The shape that an object of a shapes file, or of a result, describes; BenchError begins with `where`."""
     op = entry.get("op") if isinstance(entry, dict) else None
     if not isinstance(op, str) or op not in SHAPES:
-        raise BenchError(f'{where}: expected an object with "op", one of {", ".join(SHAPES)}; got {json.dumps(entry)}')
+        raise BenchError(
+            f'{where}: expected an object with "op", one of {", ".join(SHAPES)}; got {json.dumps(entry)[:80]}'
+        )
     cls = SHAPES[op]
     fields = {field.name: field for field in dataclasses.fields(cls)}
     values = {name: value for name, value in entry.items() if name != "op"}
@@ -213,7 +212,7 @@ def shape_from(entry: Any, where: str) -> Shape:
     for name, value in values.items():
         expected = _problem_with(name, value)
         if expected is not None:
-            raise BenchError(f"{where}: {name}: expected {expected}, got {json.dumps(value)}")
+            raise BenchError(f"{where}: {name}: expected {expected}, got {json.dumps(value)[:80]}")
     if "out_features" in values:
         values["out_features"] = tuple(values["out_features"])
     return cls(**values)
@@ -235,12 +234,13 @@ def _problem_with(name: str, value: Any) -> str | None:
         return None if fits else "a number in [0, 1)"
     if name == "out_features":
         fits = isinstance(value, list) and bool(value) and all(_is_count(size) for size in value)
-        return None if fits else "a count >= 1, or a list of them"
-    return None if _is_count(value) else "a count >= 1"
+        return None if fits else "a count >= 1 and < 2**63, or a list of them"
+    return None if _is_count(value) else "a count >= 1 and < 2**63"
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    """Of those that torch can take as a size."""
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**63
 
 
 def _if(condition: object, text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,25 +18,30 @@ _MARKERS: Final = ("o", "s", "^", "D", "v", "P", "X", "*")
 _PER_LINE: Final = 3  # panels
 
 
+def has_matplotlib() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def path_of(directory: Path, op: str) -> Path:
+    return directory / f"{op}.png"
+
+
 def write_plots(directory: Path, rows: Sequence[Row], subtitle: str) -> list[Path]:
-    """Writes <operation>.png for each operation of which something was measured; says so where matplotlib is missing.
+    """Writes <operation>.png for each operation of which something was measured. Needs matplotlib.
 
     Raises:
         BenchError: the directory or a picture cannot be written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("\nno plots: matplotlib is not installed")
-        return []
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     paths = []
     measured = [row for row in rows if row.passes]
     for op in dict.fromkeys(row.case.op for row in measured):
         figure = Figure(layout="constrained")
         FigureCanvasAgg(figure)
         _draw(figure, [row for row in measured if row.case.op == op], f"{op}, forward + backward\n{subtitle}")
-        path = directory / f"{op}.png"
+        path = path_of(directory, op)
         try:
             directory.mkdir(parents=True, exist_ok=True)
             figure.savefig(path, dpi=120)

@@ -100,11 +100,13 @@ def _sftx_ce(*, inplace: bool = False, backend: str | None = None) -> Callable[[
     def prepare(problem: LossProblem) -> Prepared:
         from sftx_kernels import cross_entropy
 
-        logits_NV = logits_copy(problem) if inplace else logits_leaf(problem)
-        return Prepared(
-            lambda: (cross_entropy(logits_NV, problem.labels_N, inplace=inplace, backend=backend).loss,),
-            {"d_input": logits_NV},
-        )
+        leaf_NV, labels_N = logits_copy(problem) if inplace else logits_leaf(problem), problem.labels_N
+
+        def forward() -> tuple[Tensor, ...]:
+            logits_NV = leaf_NV.view_as(leaf_NV) if inplace else leaf_NV  # in place it takes no leaf
+            return (cross_entropy(logits_NV, labels_N, inplace=inplace, backend=backend).loss,)
+
+        return Prepared(forward, {"d_input": leaf_NV})
 
     return prepare
 

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import torch
 
-from sftx_kernels.bench import BenchError
+from sftx_kernels.bench import files
 from sftx_kernels.bench.cases import PASSES, Case, LoraShape, shape_entry
 from sftx_kernels.bench.devices import Device
 
@@ -208,7 +208,8 @@ def write_json(path: Path, environment: Mapping[str, Any], rows: Iterable[Row], 
         "rows": [row.as_json() for row in rows],
         "not_run": [str(case) for case in not_run],
     }
-    _write(path, json.dumps(document, indent=1) + "\n")
+    with files.writing(path) as file:
+        file.write(json.dumps(document, indent=1) + "\n")
 
 
 def write_csv(path: Path, environment: Mapping[str, Any], rows: Iterable[Row]) -> None:
@@ -217,21 +218,9 @@ def write_csv(path: Path, environment: Mapping[str, Any], rows: Iterable[Row]) -
     columns += ["tflop_per_s", "gb_per_s", "light_percent", "peak_bytes", "peak_rss_bytes", "error", "error_of"]
     columns += ["error_on", "num_rounds", "failure", "absent", "device", "torch", "git"]
     where = {key: environment[key] for key in ("device", "git")} | {"torch": environment["versions"].get("torch")}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns, extrasaction="ignore")
-            writer.writeheader()
-            for row in rows:
-                for name, figures in (row.passes or {"": {}}).items():
-                    writer.writerow(row.as_json() | {"pass": name} | figures | where)
-    except OSError as error:
-        raise BenchError(f"{path}: cannot be written: {error.strerror}") from error
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise BenchError(f"{path}: cannot be written: {error.strerror}") from error
+    with files.writing(path) as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        for row in rows:
+            for name, figures in (row.passes or {"": {}}).items():
+                writer.writerow(row.as_json() | {"pass": name} | figures | where)

@@ -6,18 +6,18 @@ import functools
 import gc
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, TypeVar
 
 import torch
 
-from sftx_kernels.bench import BenchError, cases, measure, report, rss
+from sftx_kernels import dispatch
+from sftx_kernels.bench import BenchError, cases, files, measure, plot, report, rss
 from sftx_kernels.bench.baseline import Baseline, regressed
 from sftx_kernels.bench.cases import Case
 from sftx_kernels.bench.devices import Device, describe
 from sftx_kernels.bench.measure import Run
-from sftx_kernels.bench.plot import write_plots
 from sftx_kernels.bench.problems import Problem, Reference, make_problem
 from sftx_kernels.bench.providers import Provider, all_providers, providers_of
 from sftx_kernels.bench.report import Row
@@ -26,6 +26,10 @@ _T = TypeVar("_T")
 _MAX_CHARS: Final = 240  # of a foreign exception's message
 # The rounds of a case go on for this long, if MIN_ROUNDS do not take longer.
 _CASE_S: Final = {"cpu": 15.0, "cuda": 4.0}
+# Whose backend an operation runs on.
+_DISPATCHED: Final = {
+    "cross-entropy": "cross_entropy", "linear-cross-entropy": "cross_entropy", "lora": "lora_linear",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class _DeviceLostError(RuntimeError):
 
 
 def run(options: Options) -> int:
-    """Measures, prints and writes. 1 where ours regressed or failed, or the device was lost; else 0.
+    """Measures, prints and writes. 1 where ours regressed, failed or was not measured, or the device was lost; else 0.
 
     Raises:
         BenchError: what was asked for cannot be.
@@ -65,30 +69,39 @@ def run(options: Options) -> int:
     deadline = time.monotonic() + options.budget_s if options.budget_s is not None else float("inf")
     torch_device = _device(options.device)
     todo = _cases(options, torch_device)
+    wants_ours = _wants_ours(todo, options, torch_device)
+    baseline = Baseline(options.baseline) if options.baseline else None
+    options = _probed(options, todo)
     device = describe(torch_device, tuple(dict.fromkeys(case.dtype for case in todo)))
     environment = report.environment(device)
-    baseline = Baseline(options.baseline, environment) if options.baseline else None
+    if baseline is not None:
+        baseline.match(environment)
     print(report.header(environment, device))
     rows: list[Row] = []
     lost = None
-    _write(options, environment, rows, todo)  # a path that cannot be written is told now
     while todo and time.monotonic() < deadline and lost is None:
         try:
             rows += _run_case(todo.pop(0), options, device, deadline, rows.append)
         except _DeviceLostError as error:
             lost = str(error)
         _write(options, environment, rows, todo)
+    if not rows:
+        _write(options, environment, rows, todo)  # what was not run is all there is
+    _print_left_out(rows, todo, options, lost)
+    if options.plot is not None:
+        for path in plot.write_plots(options.plot, rows, device.name):
+            print(f"wrote {path}")
+    good = _good(rows, wants_ours) and lost is None
+    return 0 if (baseline is None or _holds(baseline, rows, options.max_regress)) and good else 1
+
+
+def _print_left_out(rows: Sequence[Row], todo: Sequence[Case], options: Options, lost: str | None) -> None:
     if absent := report.absent_of(rows):
         print("\nabsent:", *absent, sep="\n  ")
     if lost is not None:
         print(f"\nthe device was lost, the rest was not run: {lost}")
     for case in todo:
         print(f"not run: {case}" + ("" if lost else f": the budget of {options.budget_s:.0f} s was spent"))
-    if options.plot is not None:
-        for path in write_plots(options.plot, rows, device.name):
-            print(f"wrote {path}")
-    good = _good(rows) and lost is None
-    return 0 if (baseline is None or _holds(baseline, rows, options.max_regress)) and good else 1
 
 
 def _device(name: str | None) -> torch.device:
@@ -117,7 +130,36 @@ def _cases(options: Options, device: torch.device) -> list[Case]:
     found = list(cases.expand(shapes, options.operations, dtypes, options.masks))
     if not found:
         raise BenchError(f"{options.shapes}: has no shape of {', '.join(options.operations)}")
+    idle = [op for op in dict.fromkeys(case.op for case in found) if not providers_of(op, options.providers)]
+    found = [case for case in found if case.op not in idle]
+    if not found:
+        raise BenchError(f"providers: {', '.join(idle)} has none of {', '.join(options.providers or ())}")
+    if idle:
+        print(f"left out: {', '.join(idle)}; no provider of it was asked for")
     return found
+
+
+def _wants_ours(todo: Sequence[Case], options: Options, device: torch.device) -> bool:
+    """Whether anything of ours was asked for; BenchError if SFTX_KERNELS asks for what it cannot run on."""
+    ours = [case for case in todo if any(provider.ours for provider in providers_of(case.op, options.providers))]
+    try:
+        for case in ours:
+            dispatch.decide(_DISPATCHED[case.op], device, case.torch_dtype)
+    except ValueError as error:
+        raise BenchError(str(error)) from error
+    return bool(ours)
+
+
+def _probed(options: Options, todo: Sequence[Case]) -> Options:
+    """The options, without pictures where nothing draws; a place that cannot be written is told now."""
+    if options.plot is not None and not plot.has_matplotlib():
+        print("no plots: matplotlib is not installed")
+        options = replace(options, plot=None)
+    targets = [path for path in (options.json, options.csv) if path is not None]
+    if options.plot is not None:
+        targets += [plot.path_of(options.plot, op) for op in dict.fromkeys(case.op for case in todo)]
+    files.probe(*targets)
+    return options
 
 
 def _write(options: Options, environment: dict[str, object], rows: Sequence[Row], not_run: Sequence[Case]) -> None:
@@ -232,15 +274,19 @@ def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}"[:_MAX_CHARS].removesuffix(": ")
 
 
-def _good(rows: Sequence[Row]) -> bool:
+def _good(rows: Sequence[Row], wants_ours: bool) -> bool:
+    """Prints who of ours failed; whether none did and, where ours was asked for, something of it was measured."""
     failed = [row for row in rows if row.ours and row.failure is not None]
     for row in failed:
         print(f"failed: {row.provider}, {row.case}: {row.failure}")
-    return not failed
+    nothing = wants_ours and not any(row.ours and row.passes for row in rows)
+    if nothing:
+        print("nothing of ours was measured")
+    return not failed and not nothing
 
 
 def _holds(baseline: Baseline, rows: Sequence[Row], max_regress: float) -> bool:
-    """Prints what became worse than the baseline by more than was allowed; whether nothing did."""
+    """Prints what became worse than the baseline by more than was allowed; whether nothing did, of something."""
     changes, num_new = baseline.compare(rows)
     worse = [change for change in changes if regressed(change, max_regress)]
     print(f"\nagainst {baseline.path}: {len(changes)} figures, {len(worse)} worse by more than {max_regress:.1%}")
@@ -250,4 +296,6 @@ def _holds(baseline: Baseline, rows: Sequence[Row], max_regress: float) -> bool:
         print(f"  NOT THE SAME VERSION, so a change may not be ours: {difference}")
     for change in worse:
         print(f"  {change}")
-    return not worse
+    if not changes:
+        print("  nothing was compared: no case and provider of ours is in both")
+    return bool(changes) and not worse

@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from sftx_kernels.bench import BenchError, aot, assembly, limits
+from sftx_kernels.bench import BenchError, aot, assembly, files, limits
 from sftx_kernels.gpu.launch import CHIPS, Chip, Launch
 
 _INTERPRET: Final = "TRITON_INTERPRET"
@@ -132,16 +132,23 @@ def _loads(row: Row) -> Iterator[str]:
 
 
 def rows(archs: Sequence[str], sources: Sequence[str] | None = None, workers: int = 2) -> list[Row]:
-    """All configurations of `sources` (default: `modules()`) on `archs`, compiled by `workers` processes."""
+    """All configurations of `sources` (default: `modules()`) on `archs`, compiled by up to `workers` processes."""
     sources = tuple(sources or modules())
     spawn = multiprocessing.get_context("spawn")  # a fork would carry over the interpreted kernels
+    workers = min(workers, os.cpu_count() or 1)  # and the pool starts none without a task
     with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start) as pool:
-        plans = [(arch, pool.submit(_plan, arch, sources)) for arch in archs]
-        groups = [(arch, names) for arch, plan in plans for names in plan.result()]
-        found = [(arch, names, pool.submit(_rows, arch, sources, names)) for arch, names in groups]
-        return sorted(
-            (row for arch, names, future in found for row in _result(future, arch, names)), key=lambda row: row.key
-        )
+        try:
+            with aot.uninterrupted():
+                plans = [(arch, pool.submit(_plan, arch, sources)) for arch in archs]
+            groups = [(arch, names) for arch, plan in plans for names in plan.result()]
+            with aot.uninterrupted():
+                found = [(arch, names, pool.submit(_rows, arch, sources, names)) for arch, names in groups]
+            return sorted(
+                (row for arch, names, future in found for row in _result(future, arch, names)), key=lambda row: row.key
+            )
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)  # waits for what is being compiled alone
+            raise
 
 
 def _result(future: Future[list[Row]], arch: str, names: tuple[str, ...]) -> list[Row]:
@@ -245,14 +252,18 @@ def write_golden(golden: Path, found: Sequence[Row], archs: Sequence[str]) -> No
         f"{json.dumps(key)}: {json.dumps(row, sort_keys=True)}"
         for key, row in sorted((kept | {row.key: _as_json(row) for row in found}).items())
     ]
-    golden.write_text(f'{{"triton": "{_triton_version()}", "rows": {{\n' + ",\n".join(lines) + "\n}}\n")
+    with files.writing(golden) as file:
+        file.write(f'{{"triton": "{_triton_version()}", "rows": {{\n' + ",\n".join(lines) + "\n}}\n")
 
 
 def _read(golden: Path) -> dict[str, Any]:
-    known: dict[str, Any] = {"triton": None, "rows": {}}
-    if golden.exists():
-        known = json.loads(golden.read_text())
-    return known
+    if not golden.exists():
+        return {"triton": None, "rows": {}}
+    known = files.read_json(golden)
+    rows = known.get("rows") if isinstance(known, dict) and isinstance(known.get("triton"), str) else None
+    if not isinstance(rows, dict) or not all(key.split() and isinstance(row, dict) for key, row in rows.items()):
+        raise BenchError(f'{golden}: expected a golden file, of "triton" and "rows" by name')
+    return {"triton": known["triton"], "rows": rows}
 
 
 def _as_json(row: Row) -> dict[str, Any]:
@@ -288,13 +299,15 @@ def run(
         sources: modules with `shipped`; None for `modules()`.
 
     Raises:
-        BenchError: an unknown target, or no place for the golden file.
+        BenchError: an unknown target, no place for the golden file or `json_path`, or a golden file that is none.
     """
     archs = tuple(archs or CHIPS)
     if unknown := [arch for arch in archs if arch not in CHIPS]:
         raise BenchError(f"targets: expected some of {', '.join(CHIPS)}, got {', '.join(map(repr, unknown))}")
     if update_golden and not golden.parent.is_dir():
         raise BenchError(f"the golden file: expected a checkout of the project, got no {golden.parent}")
+    files.probe(*filter(None, (json_path, golden if update_golden else None)))
+    _read(golden)  # what is wrong with it is told before anything is compiled
     if os.environ.get(_INTERPRET):
         print(f"{_INTERPRET} is set; the report compiles without it", file=sys.stderr)
     found = rows(archs, sources, workers)
@@ -303,7 +316,8 @@ def run(
     complaints = [f"gate: {row.key}: {complaint}" for row in found for complaint in broken_gates(row)]
     if json_path is not None:
         report = {"triton": _triton_version(), "rows": {row.key: _as_json(row) for row in found}}
-        json_path.write_text(json.dumps(report, indent=1, sort_keys=True) + "\n")
+        with files.writing(json_path) as file:
+            file.write(json.dumps(report, indent=1, sort_keys=True) + "\n")
     comparison = _comparison(golden)
     if update_golden:
         write_golden(golden, found, archs)
