@@ -20,7 +20,7 @@ from sftx_kernels.checks import (
     error,
 )
 from sftx_kernels.dispatch import Decision, decide
-from sftx_kernels.rows import IGNORE_INDEX, Formula, Rows, accumulator, fill
+from sftx_kernels.rows import IGNORE_INDEX, Formula, Rows, accumulator, fill_with_torch
 
 
 class CrossEntropyOutput(NamedTuple):
@@ -94,6 +94,18 @@ def cross_entropy(
     if not stats:
         return CrossEntropyOutput(loss, num_tokens)
     return CrossEntropyOutput(loss, num_tokens, lse_N.detach(), entropy_N.detach(), correct_N)
+
+
+def fill(rows: Rows, formula: Formula, decision: Decision) -> None:
+    """Writes what `rows` asks for, in the implementation that was decided on."""
+    if decision.backend == "torch":
+        fill_with_torch(rows, formula)
+        return
+    from sftx_kernels.gpu.cross_entropy import launches
+    from sftx_kernels.gpu.launch import chip_of
+
+    for launch in launches(rows, formula, chip_of(rows.logits_NV.device)):
+        launch.run()
 
 
 def _check_overwritable(logits_NV: Tensor) -> None:

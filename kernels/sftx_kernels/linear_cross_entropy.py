@@ -22,9 +22,10 @@ from sftx_kernels.checks import (
     error,
     gemm_dtype,
 )
+from sftx_kernels.cross_entropy import fill
 from sftx_kernels.dispatch import decide
 from sftx_kernels.gemm import add_weight_gradient_, project, project_back, widens
-from sftx_kernels.rows import IGNORE_INDEX, Formula, Rows, accumulator, fill
+from sftx_kernels.rows import IGNORE_INDEX, Formula, Rows, accumulator
 
 
 class LinearCrossEntropyOutput(NamedTuple):

@@ -20,8 +20,6 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from sftx_kernels.dispatch import Decision
-
 IGNORE_INDEX: Final = -100
 
 # Plain torch goes over the rows in slices, so that what bf16 logits are widened to stays small. On CPU 1 MB of
@@ -60,19 +58,8 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def fill(rows: Rows, formula: Formula, decision: Decision) -> None:
+def fill_with_torch(rows: Rows, formula: Formula) -> None:
     """Writes what `rows` asks for."""
-    if decision.backend == "torch":
-        _fill_with_torch(rows, formula)
-        return
-    from sftx_kernels.gpu.cross_entropy import launches
-    from sftx_kernels.gpu.launch import chip_of
-
-    for launch in launches(rows, formula, chip_of(rows.logits_NV.device)):
-        launch.run()
-
-
-def _fill_with_torch(rows: Rows, formula: Formula) -> None:
     num_rows, V = rows.logits_NV.shape
     at_M = None
     if formula.ignore_index is not None:

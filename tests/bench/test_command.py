@@ -18,7 +18,7 @@ from sftx.errors import SftxError
 from sftx_kernels.bench import BenchError, cases, files, report, runner
 from sftx_kernels.bench.baseline import Baseline
 from sftx_kernels.bench.cases import PASSES, LinearCrossEntropyShape
-from sftx_kernels.bench.providers import all_providers
+from sftx_kernels.bench.peers import all_providers
 
 pytestmark = pytest.mark.usefixtures("short")
 

@@ -18,8 +18,9 @@ from benching import CPU, PEAKS, SHAPES, bench, rows_of
 from sftx_kernels.bench import devices, measure, report, rss, runner
 from sftx_kernels.bench.cases import PASSES, Case, LinearCrossEntropyShape, LoraShape, Shape
 from sftx_kernels.bench.measure import Run
+from sftx_kernels.bench.peers import all_providers, providers_of
 from sftx_kernels.bench.problems import make_problem
-from sftx_kernels.bench.providers import Provider, all_providers, providers_of
+from sftx_kernels.bench.providers import Provider
 
 pytestmark = pytest.mark.usefixtures("short")
 

@@ -1,5 +1,6 @@
 """What only a GPU can show: that nothing waits for it, and that offsets past 2^31 are right."""
 
+import contextlib
 from collections.abc import Iterator
 
 import pytest
@@ -10,11 +11,13 @@ from sftx_kernels import IGNORE_INDEX, cross_entropy, linear_cross_entropy, lora
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def waiting_is_an_error() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def labels(num_rows: int, V: int, *, every: int = 2) -> torch.Tensor:
@@ -25,34 +28,31 @@ def labels(num_rows: int, V: int, *, every: int = 2) -> torch.Tensor:
 
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("reduction", ["sum", "none"])
-def test_linear_cross_entropy_never_waits(trained: bool, reduction: str, waiting_is_an_error: None) -> None:
-    torch.cuda.set_sync_debug_mode("default")
+def test_linear_cross_entropy_never_waits(trained: bool, reduction: str) -> None:
     hidden_ND = torch.randn(256, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     weight_VD = torch.randn(1000, 64, device="cuda", dtype=torch.bfloat16, requires_grad=trained)
     labels_N = labels(256, 1000)
-    torch.cuda.set_sync_debug_mode("error")
-    linear_cross_entropy(hidden_ND, weight_VD, labels_N, num_valid=128, reduction=reduction).loss.sum().backward()
+    with waiting_is_an_error():
+        linear_cross_entropy(hidden_ND, weight_VD, labels_N, num_valid=128, reduction=reduction).loss.sum().backward()
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_cross_entropy_never_waits(inplace: bool, waiting_is_an_error: None) -> None:
-    torch.cuda.set_sync_debug_mode("default")
+def test_cross_entropy_never_waits(inplace: bool) -> None:
     leaf = torch.randn(64, 1000, device="cuda", requires_grad=True)
     labels_N = labels(64, 1000)
-    torch.cuda.set_sync_debug_mode("error")
-    (cross_entropy(leaf * 1.0, labels_N, inplace=inplace).loss * 0.5).backward()
+    with waiting_is_an_error():
+        (cross_entropy(leaf * 1.0, labels_N, inplace=inplace).loss * 0.5).backward()
 
 
 @pytest.mark.parametrize("backend", ["triton", "triton-fused"])
-def test_lora_linear_never_waits_with_a_seed_on_the_host(backend: str, waiting_is_an_error: None) -> None:
-    torch.cuda.set_sync_debug_mode("default")
+def test_lora_linear_never_waits_with_a_seed_on_the_host(backend: str) -> None:
     x = torch.randn(256, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(256, 128, device="cuda", dtype=torch.bfloat16)
     lora_A = torch.randn(8, 128, device="cuda", requires_grad=True)
     lora_B = torch.randn(256, 8, device="cuda", requires_grad=True)
-    torch.cuda.set_sync_debug_mode("error")
-    y = lora_linear(x, weight, lora_A, lora_B, scaling=2.0, dropout_p=0.1, seed=torch.tensor(5), backend=backend)
-    y.sum().backward()
+    with waiting_is_an_error():
+        y = lora_linear(x, weight, lora_A, lora_B, scaling=2.0, dropout_p=0.1, seed=torch.tensor(5), backend=backend)
+        y.sum().backward()
 
 
 def test_offsets_past_two_to_the_31() -> None:

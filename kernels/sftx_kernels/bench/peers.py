@@ -1,4 +1,4 @@
-"""Other people's implementations, as they are called in their own documentation and examples.
+"""Other people's implementations, as they are called in their own documentation and examples; and all providers.
 
 Read in liger-kernel 0.8.5, cut-cross-entropy 25.1.1, quack-kernels 0.6.5, unsloth 2026.10.9 and peft 0.21.
 Unsloth comes last: importing it patches transformers and peft.
@@ -16,6 +16,8 @@ from torch import Tensor
 from sftx_kernels.bench.cases import Case
 from sftx_kernels.bench.problems import SCALING, LoraProblem, LossProblem
 from sftx_kernels.bench.providers import (
+    OWN,
+    TORCH,
     Prepared,
     Provider,
     head_leaves,
@@ -169,3 +171,12 @@ PEERS: Final[tuple[Provider, ...]] = (
     Provider("unsloth", "cross-entropy", _unsloth_ce, "unsloth", "unsloth", needs_gpu),
     Provider("unsloth", "lora", _unsloth_lora, "unsloth", "unsloth", _needs_one_or_three),
 )
+
+
+def all_providers() -> tuple[Provider, ...]:
+    return OWN + TORCH + PEERS
+
+
+def providers_of(op: str, names: tuple[str, ...] | None = None) -> list[Provider]:
+    """Those of an operation, in the order in which they are shown; of these names, if any are given."""
+    return [p for p in all_providers() if p.op == op and (names is None or p.name in names)]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from sftx_kernels.bench import BenchError
-from sftx_kernels.bench.providers import all_providers
+from sftx_kernels.bench.peers import all_providers
 from sftx_kernels.bench.report import Row
 
 # Okabe and Ito's colours, which those with a colour deficiency can tell apart, and as many markers.

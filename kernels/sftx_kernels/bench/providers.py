@@ -270,14 +270,3 @@ TORCH: Final[tuple[Provider, ...]] = (
     Provider("torch-eager", "lora", _torch_lora()),
     Provider("torch-compile", "lora", _torch_lora(compiled=True)),
 )
-
-
-def all_providers() -> tuple[Provider, ...]:
-    from sftx_kernels.bench.peers import PEERS
-
-    return OWN + TORCH + PEERS
-
-
-def providers_of(op: str, names: tuple[str, ...] | None = None) -> list[Provider]:
-    """Those of an operation, in the order in which they are shown; of these names, if any are given."""
-    return [p for p in all_providers() if p.op == op and (names is None or p.name in names)]

@@ -18,8 +18,9 @@ import torch
 
 from sftx_kernels.bench.cases import Case, shape_entry, shape_from
 from sftx_kernels.bench.measure import Run
+from sftx_kernels.bench.peers import providers_of
 from sftx_kernels.bench.problems import make_problem
-from sftx_kernels.bench.providers import Provider, providers_of
+from sftx_kernels.bench.providers import Provider
 
 _TIMEOUT_S: Final = 600
 _CPU: Final = torch.device("cpu")

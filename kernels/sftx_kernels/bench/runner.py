@@ -18,8 +18,9 @@ from sftx_kernels.bench.baseline import Baseline, regressed
 from sftx_kernels.bench.cases import Case
 from sftx_kernels.bench.devices import Device, describe
 from sftx_kernels.bench.measure import Run
+from sftx_kernels.bench.peers import all_providers, providers_of
 from sftx_kernels.bench.problems import Problem, Reference, make_problem
-from sftx_kernels.bench.providers import Provider, all_providers, providers_of
+from sftx_kernels.bench.providers import Provider
 from sftx_kernels.bench.report import Row
 
 _T = TypeVar("_T")
