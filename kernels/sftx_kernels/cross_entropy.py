@@ -20,7 +20,8 @@ from sftx_kernels.checks import (
     error,
 )
 from sftx_kernels.dispatch import Decision, decide
-from sftx_kernels.rows import IGNORE_INDEX, Formula, Rows, accumulator, fill_with_torch
+from sftx_kernels.gemm import accumulator
+from sftx_kernels.rows import IGNORE_INDEX, Formula, Rows, fill_with_torch
 
 
 class CrossEntropyOutput(NamedTuple):

@@ -94,12 +94,12 @@ def _obstacle(device: torch.device, dtype: torch.dtype, interpreting: bool) -> s
     """Why Triton cannot run this, None if it can."""
     if not has_triton():
         return "triton is not installed"
+    if dtype not in _DTYPES:
+        return f"{dtype} has no kernel"
     if device.type == "cpu" and not interpreting:
         return "CPU tensors, and TRITON_INTERPRET is not set"
     if device.type not in ("cpu", "cuda"):
         return f"{device.type} tensors"
-    if dtype not in _DTYPES:
-        return f"{dtype} has no kernel"
     return None
 
 

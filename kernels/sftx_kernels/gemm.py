@@ -57,6 +57,11 @@ def add_weight_gradient_(sum_OK: Tensor, dy_MO: Tensor, x_MK: Tensor) -> None:
             sum_OK[slab].add_(dy_MO[:, slab].T.to(wide_MK.dtype) @ wide_MK)
 
 
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """What sums and losses of numbers of a dtype are kept in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def widens(like: Tensor, dtype: torch.dtype | None = None) -> bool:
     """Whether products in `dtype` (the tensor's own, if not given) where this tensor lies are made in fp32, for want
     of instructions for it."""

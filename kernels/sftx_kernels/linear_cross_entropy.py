@@ -24,8 +24,8 @@ from sftx_kernels.checks import (
 )
 from sftx_kernels.cross_entropy import fill
 from sftx_kernels.dispatch import decide
-from sftx_kernels.gemm import add_weight_gradient_, project, project_back, widens
-from sftx_kernels.rows import IGNORE_INDEX, Formula, Rows, accumulator
+from sftx_kernels.gemm import accumulator, add_weight_gradient_, project, project_back, widens
+from sftx_kernels.rows import IGNORE_INDEX, Formula, Rows
 
 
 class LinearCrossEntropyOutput(NamedTuple):

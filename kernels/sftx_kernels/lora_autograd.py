@@ -27,6 +27,7 @@ from torch import Tensor
 
 from sftx_kernels.checks import autocasts, differentiable_once, error
 from sftx_kernels.dispatch import decide
+from sftx_kernels.gemm import accumulator
 from sftx_kernels.lora_products import TorchProducts, weight_gradient
 from sftx_kernels.nf4 import dequantize_into_
 
@@ -217,7 +218,7 @@ def _weight(group: Group, i: int, spec: Spec) -> Tensor:
 
 
 def _sum_rows(dy_MO: Tensor) -> Tensor:
-    return dy_MO.sum(0, dtype=torch.float64 if dy_MO.dtype == torch.float64 else torch.float32)
+    return dy_MO.sum(0, dtype=accumulator(dy_MO.dtype))
 
 
 def _without_autocast(kind: str) -> AbstractContextManager[Any]:

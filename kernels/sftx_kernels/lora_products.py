@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sftx_kernels.dropout import dropped_mask, keep_scale, threshold_of
-from sftx_kernels.gemm import add_weight_gradient_, project, project_back, widens
+from sftx_kernels.gemm import accumulator, add_weight_gradient_, project, project_back, widens
 
 # On CPU, dY is read in chunks of about this many elements (3 MB in fp32), so that the second product finds it in the
 # cache: 4.7 ms for both against 6.0 on one core (M 2048, O 1536, R 16); with smaller chunks two cores wait.
@@ -53,7 +53,7 @@ class TorchProducts:
         scaled_B_OR = lora_B_OR.to(product) * alpha
         dS_MR = dy_MO.new_empty(num_rows, R)
         # [R, O] and then transposed: 0.99 ms against 1.44 for dY^T S (fp32, the shape above, two cores).
-        dB_RO = dy_MO.new_zeros(R, O, dtype=_accumulator(dy_MO))
+        dB_RO = dy_MO.new_zeros(R, O, dtype=accumulator(dy_MO.dtype))
         for chunk in _chunks(dy_MO):
             dy_CO = dy_MO[chunk].to(product)
             if dS_MR.dtype == product:
@@ -102,15 +102,11 @@ def _chunks(wide_MO: Tensor) -> Iterator[slice]:
 
 def weight_gradient(dy_MO: Tensor, x_MK: Tensor) -> Tensor:
     """dY^T x, [O, K], summed and returned in fp32 at least."""
-    if dy_MO.dtype == _accumulator(dy_MO):
+    if dy_MO.dtype == accumulator(dy_MO.dtype):
         return dy_MO.T @ x_MK
-    sum_OK = dy_MO.new_zeros(dy_MO.shape[1], x_MK.shape[1], dtype=_accumulator(dy_MO))
+    sum_OK = dy_MO.new_zeros(dy_MO.shape[1], x_MK.shape[1], dtype=accumulator(dy_MO.dtype))
     add_weight_gradient_(sum_OK, dy_MO, x_MK)
     return sum_OK
-
-
-def _accumulator(like: Tensor) -> torch.dtype:
-    return torch.float64 if like.dtype == torch.float64 else torch.float32
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:

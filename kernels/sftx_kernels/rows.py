@@ -20,6 +20,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from sftx_kernels.gemm import accumulator
+
 IGNORE_INDEX: Final = -100
 
 # Plain torch goes over the rows in slices, so that what bf16 logits are widened to stays small. On CPU 1 MB of
@@ -53,23 +55,17 @@ class Rows:
     scratch: bool = False  # the logits are nobody else's: without a gradient too they may be overwritten
 
 
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """What sums and losses of numbers of a dtype are kept in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def fill_with_torch(rows: Rows, formula: Formula) -> None:
     """Writes what `rows` asks for."""
     num_rows, V = rows.logits_NV.shape
     at_M = None
-    if formula.ignore_index is not None:
-        ignored_N = rows.labels_N == formula.ignore_index
-        at_M = (~ignored_N).nonzero().squeeze(1)
-        for output in (rows.loss_N, rows.entropy_N, rows.correct_N, rows.grad_NV):
+    ignored_N = None if formula.ignore_index is None else rows.labels_N == formula.ignore_index
+    if ignored_N is not None and ignored_N.any():  # where none is, slices are views, and nothing is gathered
+        ignored, at_M = ignored_N.nonzero().squeeze(1), (~ignored_N).nonzero().squeeze(1)
+        lse_N = None if rows.loss_N is None else rows.lse_N
+        for output in (rows.loss_N, lse_N, rows.entropy_N, rows.correct_N, rows.grad_NV):
             if output is not None:
-                output.index_fill_(0, ignored_N.nonzero().squeeze(1), 0)
-        if rows.loss_N is not None:
-            rows.lse_N.index_fill_(0, ignored_N.nonzero().squeeze(1), 0)
+                output.index_fill_(0, ignored, 0)
         num_rows = at_M.shape[0]
     step = max(1, (_SLICE_ELEMENTS_CPU if rows.logits_NV.is_cpu else _SLICE_ELEMENTS) // V)
     for start in range(0, num_rows, step):

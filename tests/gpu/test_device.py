@@ -34,6 +34,8 @@ def test_linear_cross_entropy_never_waits(trained: bool, reduction: str) -> None
     labels_N = labels(256, 1000)
     with waiting_is_an_error():
         linear_cross_entropy(hidden_ND, weight_VD, labels_N, num_valid=128, reduction=reduction).loss.sum().backward()
+    assert hidden_ND.grad is not None
+    assert hidden_ND.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -42,6 +44,8 @@ def test_cross_entropy_never_waits(inplace: bool) -> None:
     labels_N = labels(64, 1000)
     with waiting_is_an_error():
         (cross_entropy(leaf * 1.0, labels_N, inplace=inplace).loss * 0.5).backward()
+    assert leaf.grad is not None
+    assert leaf.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("backend", ["triton", "triton-fused"])
@@ -53,6 +57,8 @@ def test_lora_linear_never_waits_with_a_seed_on_the_host(backend: str) -> None:
     with waiting_is_an_error():
         y = lora_linear(x, weight, lora_A, lora_B, scaling=2.0, dropout_p=0.1, seed=torch.tensor(5), backend=backend)
         y.sum().backward()
+    assert lora_A.grad is not None
+    assert lora_A.grad.isfinite().all()
 
 
 def test_offsets_past_two_to_the_31() -> None:

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from sftx_kernels import IGNORE_INDEX
 from sftx_kernels.bench.cases import Case, CrossEntropyShape, LinearCrossEntropyShape, LoraShape
 
-IGNORE_INDEX = -100
 UPSTREAM = 0.5
 """The gradient that a loss gets: exact in every dtype, and not 1, which some implementations look for."""
 SCALING = 2.0

@@ -1,9 +1,10 @@
-"""Cross-entropy of rows of logits, forward and gradient, in one pass over memory.
+"""Cross-entropy of rows of logits, forward and gradient.
 
 A program takes a row: it scans it once, online (Milakov and Gimelshein, arXiv:1805.02867), for the maximum, the sum
 of exponentials and whatever else is asked for, then goes over it again for the gradient. The second reading comes
-from the L2 cache, or, where the row fits the registers of one program (`ONE_BLOCK`), is none at all. Where there
-are fewer rows than the chip has room for, several programs share a row: one launch scans, a second one writes.
+from the L2 cache as far as the rows in flight fit it; where the row fits the registers of one program (`ONE_BLOCK`)
+there is none. Where there are fewer rows than the chip has room for, several programs share a row: one launch scans,
+a second one writes.
 
 The formula is that of `sftx_kernels.rows`. All arithmetic is fp32. Offsets into the logits are int64.
 """

@@ -3,10 +3,9 @@
     outer   out = alpha keep * (L Rt)
     gemm    C   = X W + alpha keep * (L Rt) + bias
 
-In gemm, a linear layer and its low-rank update in one, the accumulator begins as the rank-R
-product, masked where there is dropout, and the main loop goes on from there, so that the update costs neither a pass
-over C nor a rounding. Forward: X is x, W is the weight transposed, L is S, Rt is
-B^T. Backward: X is dY, W the weight, L is dS, Rt is A.
+In gemm, a linear layer and its low-rank update in one, the accumulator begins as the rank-R product, masked where
+there is dropout, and the main loop goes on from there, so that the update costs neither a pass over C nor a rounding.
+Forward: X is x, W is the weight transposed, L is S, Rt is B^T. Backward: X is dY, W the weight, L is dS, Rt is A.
 
 Shape suffixes: M rows, K what is summed over, N columns of C, R rank.
 """
@@ -63,25 +62,9 @@ def _outer_kernel(
     first_m = (tl.program_id(0) // num_n) * BLOCK_M
     first_n = (tl.program_id(0) % num_n) * BLOCK_N
     tile_MN = low_rank_tile(
-        l_ptr,
-        rt_ptr,
-        seed_ptr,
-        alpha,
-        threshold,
-        first_m,
-        first_n,
-        M,
-        N,
-        R,
-        stride_lm,
-        stride_rr,
-        stride_rn,
-        DROPOUT,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_R,
-        NUM_R,
-    )
+        l_ptr, rt_ptr, seed_ptr, alpha, threshold, first_m, first_n, M, N, R, stride_lm, stride_rr, stride_rn,
+        DROPOUT, BLOCK_M, BLOCK_N, BLOCK_R, NUM_R,
+    )  # fmt: skip
     rows = first_m + tl.arange(0, BLOCK_M)
     columns = first_n + tl.arange(0, BLOCK_N)
     out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * stride_om + columns[None, :]
@@ -147,25 +130,9 @@ def _gemm_kernel(
     first_n = (tl.program_id(0) % num_in_group // height) * BLOCK_N
 
     sum_MN = low_rank_tile(
-        l_ptr,
-        rt_ptr,
-        seed_ptr,
-        alpha,
-        threshold,
-        first_m,
-        first_n,
-        M,
-        N,
-        R,
-        stride_lm,
-        stride_rr,
-        stride_rn,
-        DROPOUT,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_R,
-        NUM_R,
-    )
+        l_ptr, rt_ptr, seed_ptr, alpha, threshold, first_m, first_n, M, N, R, stride_lm, stride_rr, stride_rn,
+        DROPOUT, BLOCK_M, BLOCK_N, BLOCK_R, NUM_R,
+    )  # fmt: skip
     rows = first_m + tl.arange(0, BLOCK_M)
     columns = first_n + tl.arange(0, BLOCK_N)
     ks = tl.arange(0, BLOCK_K)
