@@ -5,6 +5,7 @@ Importing this package imports neither torch nor transformers.
 
 from typing import TYPE_CHECKING, Any
 
+from sftx.data.batch import pad
 from sftx.errors import ConfigError, DataError, ModelError, OutputError, PluginError, SftxError, TrainingError
 from sftx.hookspecs import hookimpl
 from sftx.types import (
@@ -93,4 +94,5 @@ __all__ = [
     "Tokens",
     "TrainingError",
     "hookimpl",
+    "pad",
 ]

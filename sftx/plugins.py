@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -20,8 +18,9 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import pluggy
 
 from sftx import hookspecs
-from sftx.errors import PluginError, SftxError, did_you_mean, one_line
+from sftx.errors import PluginError, did_you_mean, one_line
 from sftx.hookspecs import DEFAULTS, ONE_PROVIDER, PROJECT, RETURNS
+from sftx.stage import Guarded, arguments_of, make, named
 from sftx.types import (
     Adapter,
     Collator,
@@ -148,19 +147,6 @@ def _check_host(info: PluginInfo) -> None:
             )
 
 
-@contextmanager
-def _named(info: PluginInfo, what: str) -> Iterator[None]:
-    """Puts the plugin's name in front of the errors of its own code, which need not know its name and version."""
-    try:
-        yield
-    except SftxError as error:
-        if str(info) not in str(error):
-            error.args = (f"{info}: {error}",)
-        raise
-    except Exception as error:
-        raise PluginError(f"{info}: {what} failed: {type(error).__name__}: {one_line(error)}") from error
-
-
 def hooks_of(info: PluginInfo, cls: type) -> list[str]:
     """The hooks that a plugin's class fills, in the order of the stages.
 
@@ -178,8 +164,8 @@ def hooks_of(info: PluginInfo, cls: type) -> list[str]:
         options = getattr(getattr(cls, name), _MARK)
         if options["wrapper"] or options["hookwrapper"]:
             raise PluginError(f"{info}: {name} is a wrapper; hooks of sftx are not wrapped")
-        passed = _arguments(getattr(hookspecs, name))
-        unknown = [argument for argument in _arguments(getattr(cls, name))[1:] if argument not in passed]
+        passed = arguments_of(getattr(hookspecs, name))
+        unknown = [argument for argument in arguments_of(getattr(cls, name))[1:] if argument not in passed]
         if unknown:
             raise PluginError(
                 f"{info}: {name} asks for {', '.join(unknown)}, which sftx {_host_version()} does not pass; "
@@ -189,10 +175,6 @@ def hooks_of(info: PluginInfo, cls: type) -> list[str]:
 
 
 _MARK: Final = f"{PROJECT}_impl"  # the attribute in which pluggy keeps a marker's options
-
-
-def _arguments(function: Callable[..., object]) -> list[str]:
-    return list(inspect.signature(function).parameters)
 
 
 def _host_version() -> str:
@@ -247,7 +229,7 @@ class Assembly:
         cls = load_class(info)
         hooks_of(info, cls)
         prefix = f"plugins.{info.name}."
-        with _named(info, "reading its options"):
+        with named(str(info), "reading its options"):
             plugin: object = validate(cls, options, who=str(info), prefix=prefix, origins=self._origins)
         self._manager.register(plugin, info.name)
         self._active[info.name] = Active(info, plugin)
@@ -302,19 +284,11 @@ class Assembly:
         return [(a.info, cast(Observer, made)) for a, made in self._call("sftx_observer", run=run)]
 
     def _call(self, hook: str, **arguments: Any) -> Iterator[tuple[Active, object]]:
-        """What each provider returns. Not by pluggy's own call: that is last-in first-out and forgets who answered."""
+        """What each provider returns. Not by pluggy's own call: that is last-in first-out and forgets who answered.
+
+        Observers are guarded by who tells them: their errors stop no run.
+        """
         for active in self.providers(hook):
-            implementation = getattr(active.plugin, hook)
-            with _named(active.info, hook):
-                made = implementation(**{name: arguments[name] for name in _arguments(implementation)})
-            if not isinstance(made, RETURNS[hook]):
-                raise PluginError(
-                    f"{active.info}: {hook} returned {type(made).__name__}, expected a {RETURNS[hook].__name__}"
-                    f"{_missing(made, RETURNS[hook])}"
-                )
-            yield active, made
-
-
-def _missing(made: object, protocol: type) -> str:
-    names = [name for name in sorted(vars(protocol)) if not name.startswith("_") and not hasattr(made, name)]
-    return f", which has also {', '.join(names)}" if names else ""
+            with named(str(active.info), hook):
+                made = make(active.plugin, hook, **arguments)
+            yield active, made if hook == "sftx_observer" else Guarded(str(active.info), hook, made)

@@ -182,7 +182,10 @@ class LossSum:
     aux_loss: Tensor | None = None
     """fp32 scalar; counts by this micro-batch's share of the step's denominator"""
     metrics: dict[str, Tensor] = field(default_factory=dict)
-    """Sums, to be divided by the same denominator (`token_accuracy`: the number of right tokens)."""
+    """Sums, to be divided by the same denominator (`token_accuracy`: the number of right tokens).
+
+    `nll`, the negative log-likelihood of the trained tokens in nats, is reported as its exponential, `perplexity`.
+    """
 
 
 # --- what a run reports -------------------------------------------------------------------------
@@ -295,11 +298,18 @@ class Parser(Protocol):
     def fields(self) -> str:
         """What a record of this format looks like, for the error that lists the known formats."""
 
+    @property
+    def samples(self) -> Sequence[Record]:
+        """A few small records of this format: shown to users, and what the format's contract is checked with."""
+
     def accepts(self, record: Record) -> bool:
         """Whether the record's fields are those of this format; its values are judged by `parse`."""
 
     def parse(self, record: Record, where: Location) -> tuple[Parsed, ...]:
-        """What the record holds; several (a preference pair) are one group. Raises DataError, naming `where`."""
+        """What the record holds. Raises DataError, naming `where`.
+
+        Several are one group (a preference pair), whose first member is the one that is asked for in evaluation.
+        """
 
 
 @runtime_checkable

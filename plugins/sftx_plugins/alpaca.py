@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,6 +18,16 @@ class Alpaca:
     """An instruction, perhaps with an input, and its output; earlier turns in history are trained too."""
 
     fields: ClassVar[str] = "instruction, output (input, system, history)"
+    samples: ClassVar[Sequence[Record]] = (
+        {"instruction": "What is 2 + 3?", "output": "5"},
+        {
+            "system": "Answer in one word.",
+            "history": [["The capital of France?", "Paris"]],
+            "instruction": "Translate into German.",
+            "input": "house",
+            "output": "Haus",
+        },
+    )
 
     @hookimpl
     def sftx_parser(self) -> Parser:

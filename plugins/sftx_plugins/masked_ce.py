@@ -43,7 +43,7 @@ class MaskedCE:
 
         hidden = lm.hidden(batch)
         weights_BT = batch.token_weights_BT
-        # What regularises training is no part of a held-out loss, whose exponential is the perplexity.
+        # What regularises training is no part of a held-out loss.
         evaluating = not torch.is_grad_enabled()
         out = linear_cross_entropy(
             hidden.hidden_BTD.flatten(0, 1),
@@ -61,5 +61,5 @@ class MaskedCE:
         )
         metrics = {}
         if out.correct_N is not None:
-            metrics["token_accuracy"] = out.correct_N.sum()
+            metrics = {"token_accuracy": out.correct_N.sum(), "nll": out.loss}
         return LossSum(out.loss, hidden.aux_loss, metrics)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,6 +15,18 @@ class Messages:
     """Conversations as a list of messages with the roles system, user, assistant and tool."""
 
     fields: ClassVar[str] = "messages"
+    samples: ClassVar[Sequence[Record]] = (
+        {"messages": [{"role": "user", "content": "What is 2 + 3?"}, {"role": "assistant", "content": "5"}]},
+        {
+            "messages": [
+                {"role": "system", "content": "Answer in one word."},
+                {"role": "user", "content": "The capital of France?"},
+                {"role": "assistant", "content": "Paris", "weight": 0},
+                {"role": "user", "content": "And of Italy?"},
+                {"role": "assistant", "content": "Rome", "weight": 0.5},
+            ]
+        },
+    )
 
     @hookimpl
     def sftx_parser(self) -> Parser:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from sftx import IGNORE_INDEX, Batch, Collator, Example, Row, Step, hookimpl
+from sftx import Batch, Collator, Example, Row, Step, hookimpl, pad
 
 # As many steps are sorted by length together as in transformers' group_by_length: long enough to find rows of
 # similar length, short enough that an epoch does not run from short to long.
@@ -58,34 +58,7 @@ class Padded:
         return steps, tuple(index for row in carried for index in row)
 
     def collate(self, examples: Sequence[Example]) -> Batch:
-        import torch
-
-        longest = max(len(example.token_ids) for example in examples)
-        length = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        # The id under the padding is never seen: it is masked by length, and some tokenizer's pad is another's eos.
-        ids_BT = torch.zeros(len(examples), length, dtype=torch.int64)
-        labels_BT = torch.full_like(ids_BT, IGNORE_INDEX)
-        weights_BT = torch.ones(ids_BT.shape) if any(e.weights is not None for e in examples) else None
-        for b, example in enumerate(examples):
-            num = len(example.token_ids)
-            ids_B = torch.tensor(example.token_ids)
-            ids_BT[b, :num] = ids_B
-            trained_T = torch.tensor(example.loss_mask[1:], dtype=torch.bool)
-            labels_BT[b, : num - 1] = ids_B[1:].masked_fill(~trained_T, IGNORE_INDEX)
-            if weights_BT is not None and example.weights is not None:
-                weights_BT[b, : num - 1] = torch.tensor(example.weights[1:])
-        return Batch(
-            input_ids_BT=ids_BT,
-            labels_BT=labels_BT,
-            position_ids_BT=torch.arange(length).expand(len(examples), length),
-            lengths_B=torch.tensor([len(example.token_ids) for example in examples]),
-            cu_seqlens=None,
-            max_seqlen=longest,
-            row_ids=tuple(example.row_id for example in examples),
-            num_tokens=sum(example.num_tokens for example in examples),
-            num_real_tokens=sum(len(example.token_ids) for example in examples),
-            token_weights_BT=weights_BT,
-        )
+        return pad(examples, multiple_of=self.pad_to_multiple_of)
 
 
 def _rows(groups: Sequence[int]) -> list[Row]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,6 +16,13 @@ class PromptCompletion:
     """A prompt that is not trained and a completion that is; texts are a turn of the user and of the assistant."""
 
     fields: ClassVar[str] = "prompt, completion"
+    samples: ClassVar[Sequence[Record]] = (
+        {"prompt": "What is 2 + 3?", "completion": "5"},
+        {
+            "prompt": [{"role": "user", "content": "The capital of France?"}],
+            "completion": [{"role": "assistant", "content": "Paris"}],
+        },
+    )
 
     @hookimpl
     def sftx_parser(self) -> Parser:

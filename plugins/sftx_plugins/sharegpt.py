@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,6 +15,18 @@ class ShareGPT:
     """Conversations as turns `from` human, gpt and system, each with a `value`."""
 
     fields: ClassVar[str] = "conversations (system)"
+    samples: ClassVar[Sequence[Record]] = (
+        {"conversations": [{"from": "human", "value": "What is 2 + 3?"}, {"from": "gpt", "value": "5"}]},
+        {
+            "system": "Answer in one word.",
+            "conversations": [
+                {"from": "human", "value": "The capital of France?"},
+                {"from": "gpt", "value": "Paris"},
+                {"from": "human", "value": "And of Italy?"},
+                {"from": "gpt", "value": "Rome"},
+            ],
+        },
+    )
     roles: ClassVar[Mapping[str, str]] = {
         "human": "user",
         "gpt": "assistant",

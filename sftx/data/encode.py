@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 
 from sftx.data import sources
 from sftx.data.ledger import Ledger
-from sftx.errors import ConfigError, DataError, ModelError, PluginError
+from sftx.errors import ConfigError, DataError, ModelError, PluginError, SftxError
 from sftx.hookspecs import TEMPLATES
 from sftx.plugins import Assembly, discover, find
 from sftx.run_file import Origins
@@ -192,15 +192,15 @@ def prepare(
             data.ledger.num_rows += 1
             name, parser = _parser_of(record, where, config.format, parsers)
             data.formats[name] += 1
-            parsed = parser.parse(record, where)
             try:
-                data.examples += _encode_row(
-                    parsed, where, config, encoder, data.ledger, first_group=len(data.examples)
-                )
+                parsed = parser.parse(record, where)
+                data.examples += encode_row(parsed, where, config, encoder, data.ledger, first_group=len(data.examples))
                 if questions:
                     data.questions += _questions(parsed, where, encoder)
-            except DataError as error:
-                raise DataError(f"{where}: {error}" if str(where) not in str(error) else str(error)) from None
+            except SftxError as error:
+                if str(where) not in str(error):
+                    error.args = (f"{where}: {error}",)
+                raise
     data.ledger.check(config.max_dropped)
     _check_stop(data, encoder)
     return data
@@ -218,7 +218,7 @@ def _parser_of(
     raise DataError(f"{where}: no format has the fields {sorted(map(str, record))}; known are {known}")
 
 
-def _encode_row(
+def encode_row(
     parsed: Sequence[Parsed],
     where: Location,
     config: DataConfig,
@@ -307,7 +307,7 @@ def _why_nothing_is_trained(parsed: Sequence[Parsed]) -> str:
 
 
 def _questions(parsed: Sequence[Parsed], where: Location, encoder: Encoder) -> Iterator[Question]:
-    for one in parsed:
+    for one in parsed[:1]:  # of a preference pair, the answer that is preferred
         if isinstance(one, Conversation) and one.messages and one.messages[-1].role == "assistant":
             *before, answer = one.messages
             asked = dataclasses.replace(one, messages=tuple(before))

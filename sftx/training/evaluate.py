@@ -63,7 +63,7 @@ class Evaluator:
         return EvalReport(step, metrics, samples, time.perf_counter() - start)
 
     def _losses(self, lm: LanguageModel, examples: Sequence[Example], step: int) -> dict[str, float]:
-        """The loss, its exponential, and what else the loss counts, over the whole set's denominator."""
+        """The loss and what else it counts, over the whole set's denominator."""
         sums: defaultdict[str, float] = defaultdict(float)
         total = 0.0
         for chosen in _batches(examples, self._batch_size):
@@ -76,8 +76,9 @@ class Evaluator:
         means = {name: value / total for name, value in sums.items()}
         if not math.isfinite(means["loss"]):
             raise TrainingError(f"step {step}: the loss of the held-out rows is {means['loss']:g}; look at the model")
-        if means["loss"] < _LARGEST_LOSS:
-            means["perplexity"] = math.exp(means["loss"])
+        nll = means.pop("nll", math.inf)
+        if nll < _LARGEST_LOSS:
+            means["perplexity"] = math.exp(nll)
         return means
 
     def _answers(self, lm: LanguageModel, questions: Sequence[Question]) -> tuple[Sample, ...]:

@@ -66,13 +66,11 @@ class Plan:
         planned = sorted(index for step in steps for row in step for index in row)
         if carried or planned != list(range(len(self._lengths))):
             raise PluginError(
-                f"{type(self._collator).__name__}.plan lost or repeated examples: {len(planned)} planned and "
+                f"{self._collator}: plan lost or repeated examples: {len(planned)} planned and "
                 f"{len(carried)} carried over of {len(self._lengths)}"
             )
         if not all(0 < len(step) <= rows_per_step and all(step) for step in steps):
-            raise PluginError(
-                f"{type(self._collator).__name__}.plan made a step that is empty or has over {rows_per_step} rows"
-            )
+            raise PluginError(f"{self._collator}: plan made a step that is empty or has over {rows_per_step} rows")
         return steps
 
     def __iter__(self) -> Iterator[tuple[float, Step]]:
@@ -119,7 +117,7 @@ class Trainer:
             batch = self.collator.collate(chosen)
             if sorted(batch.row_ids) != sorted(example.row_id for example in chosen):
                 raise PluginError(
-                    f"{type(self.collator).__name__}.collate made a batch of {len(batch.row_ids)} examples of "
+                    f"{self.collator}: collate made a batch of {len(batch.row_ids)} examples of "
                     f"{len(chosen)}; every example must be in it once"
                 )
             batches.append(batch)
@@ -130,9 +128,7 @@ class Trainer:
         denominators = [self.loss.denominator(batch) for batch in batches]
         total = sum(denominators)
         if not (0 < total < math.inf and min(denominators) >= 0):
-            raise PluginError(
-                f"{type(self.loss).__name__}.denominator gave {denominators} in one step, expected more than 0"
-            )
+            raise PluginError(f"{self.loss}: denominator gave {denominators} in one step, expected more than 0")
         loss = torch.zeros((), device=self.lm.device)
         metrics: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.lm.device))
         for micro, (batch, share) in enumerate(zip(batches, denominators, strict=True)):

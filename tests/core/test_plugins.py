@@ -286,7 +286,7 @@ def test_the_table_has_a_line_a_stage_and_plugin_with_distribution_and_options(i
         (
             "def accepts(self, record):\n    return True\n@sftx.hookimpl\ndef sftx_parser(self):\n    return self",
             "parsers",
-            "returned Acme, expected a Parser, which has also fields, parse",
+            "returned Acme, expected a Parser, which has also fields, parse, samples",
         ),
     ],
 )
@@ -338,6 +338,66 @@ def test_an_error_of_a_plugin_s_own_check_of_its_options_gets_its_name_in_front(
     install_plugin("acme-b", plugin(body.replace("sftx.ConfigError", "ValueError")), {"bbb": "Acme"})
     message = error_of("bbb", kind=ConfigError, settings={"bbb.size": 5})
     assert message.endswith("plugin 'bbb' (acme-b 1.0): size is odd")
+
+
+PARSER = "fields = 'x'\nsamples = ()\n@sftx.hookimpl\ndef sftx_parser(self):\n    return self\n"
+
+
+@pytest.mark.parametrize(
+    ("body", "stage", "call", "expected"),
+    [
+        (
+            "def accepts(self, record):\n    return record['x'] > 1\ndef parse(self, record, where):\n    return ()",
+            "parser",
+            lambda parser: parser.accepts({}),
+            "accepts failed: KeyError: 'x'",
+        ),
+        (
+            "def accepts(self, record):\n    return True\ndef parse(self, record, where):\n    return None",
+            "parser",
+            lambda parser: parser.parse({}, None),
+            "parse returned NoneType, expected a list",
+        ),
+        (
+            "def __call__(self, a, b):\n    return 1 / 0",
+            "metric",
+            lambda metric: metric("a", "b"),
+            "metric failed: Zero",
+        ),
+        ("def __call__(self, a, b):\n    return a", "metric", lambda metric: metric("a", "b"), "metric returned str"),
+    ],
+)
+def test_a_stage_that_fails_or_returns_the_wrong_thing_later_is_named_too(
+    install_plugin: Any, body: str, stage: str, call: Any, expected: str
+) -> None:
+    head = PARSER if stage == "parser" else "@sftx.hookimpl\ndef sftx_metric(self):\n    return self\n"
+    install_plugin("acme", plugin(head + body), {"acme": "Acme"})
+    made = getattr(activate("acme"), f"{stage}s")()["acme"]
+    with pytest.raises(PluginError) as caught:
+        call(made)
+    assert str(caught.value).startswith(f"plugin 'acme' (acme 1.0): {expected}")
+
+
+def test_what_a_row_or_the_machine_is_to_blame_for_is_not_laid_on_the_plugin() -> None:
+    import torch
+
+    from sftx.stage import Guarded
+
+    class Stage:
+        def parse(self, error: Exception) -> None:
+            raise error
+
+        save = parse
+
+    stage = Guarded("plugin 'acme' (acme 1.0)", "sftx_adapter", Stage())
+    for error in (DataError("rows:3: no"), MemoryError(), torch.OutOfMemoryError("no")):
+        with pytest.raises(type(error)) as caught:
+            stage.parse(error)
+        assert caught.value is error
+    with pytest.raises(OSError, match="full"):
+        stage.save(OSError("full"))
+    with pytest.raises(PluginError, match="parse failed: OSError: full"):
+        stage.parse(OSError("full"))
 
 
 def test_a_hook_gets_only_the_arguments_it_asks_for(install_plugin: Any) -> None:

@@ -1,0 +1,108 @@
+"""A plugin's hook is called and becomes a stage of the run, whose errors carry the plugin's name from then on."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Final, cast
+
+from sftx.errors import DataError, PluginError, SftxError, one_line
+from sftx.hookspecs import RETURNS
+from sftx.types import Batch, LossSum
+
+
+def arguments_of(function: Callable[..., object]) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def make(plugin: object, hook: str, **arguments: Any) -> Any:
+    """What the plugin's `hook` returns, given those of `arguments` that it asks for. Raises PluginError."""
+    implementation = getattr(plugin, hook)
+    made = implementation(**{name: arguments[name] for name in arguments_of(implementation)})
+    if not isinstance(made, RETURNS[hook]):
+        raise PluginError(
+            f"{hook} returned {type(made).__name__}, expected a {RETURNS[hook].__name__}{_missing(made, RETURNS[hook])}"
+        )
+    return made
+
+
+def _missing(made: object, protocol: type) -> str:
+    names = [name for name in sorted(vars(protocol)) if not name.startswith("_") and not hasattr(made, name)]
+    return f", which has also {', '.join(names)}" if names else ""
+
+
+@contextmanager
+def named(who: str, what: str) -> Iterator[None]:
+    """Puts a plugin's name in front of the errors of its own code, which need not know its name and version."""
+    try:
+        yield
+    except SftxError as error:
+        if who not in str(error):
+            error.args = (f"{who}: {error}",)
+        raise
+    except Exception as error:
+        raise PluginError(f"{who}: {what} failed: {type(error).__name__}: {one_line(error)}") from error
+
+
+def _is_not_its_fault(error: Exception, method: str) -> bool:
+    """Whether a row of data, a full device or a full disk is to blame, of which the engine tells more."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return True
+    if method == "save" and (isinstance(error, OSError) or type(error).__name__ == "SafetensorError"):
+        return True
+    return isinstance(error, DataError | MemoryError)
+
+
+_RESULTS: Final[Mapping[tuple[str, str], tuple[type, ...]]] = {
+    ("sftx_parser", "parse"): (tuple, list),
+    ("sftx_template", "render"): (tuple, list),
+    ("sftx_template", "generation_prompt"): (tuple, list),
+    ("sftx_collator", "plan"): (tuple,),
+    ("sftx_collator", "collate"): (Batch,),
+    ("sftx_loss", "denominator"): (int, float),
+    ("sftx_loss", "__call__"): (LossSum,),
+    ("sftx_metric", "__call__"): (int, float),
+}
+"""What a stage's methods must return, where something else would fail far from its cause."""
+
+
+class Guarded:
+    """A stage as the plugin made it, whose methods run within `named` and must return what they promise."""
+
+    def __init__(self, who: str, hook: str, stage: object) -> None:
+        self._who = who
+        self._hook = hook
+        self._stage = stage
+
+    def __getattr__(self, name: str) -> Any:
+        with named(self._who, name):
+            value = getattr(self._stage, name)
+        return self._guard(value, name) if inspect.isroutine(value) else value
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._guard(cast(Any, self._stage), "__call__")(*args, **kwargs)
+
+    def __str__(self) -> str:
+        return self._who
+
+    def _guard(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        what = self._hook.removeprefix("sftx_") if name == "__call__" else name
+        expected = _RESULTS.get((self._hook, name), ())
+
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            try:
+                result = function(*args, **kwargs)
+            except Exception as error:
+                if _is_not_its_fault(error, name):
+                    raise
+                with named(self._who, what):
+                    raise
+            if expected and not isinstance(result, expected):
+                wanted = expected[-1].__name__
+                raise PluginError(f"{self._who}: {what} returned {type(result).__name__}, expected a {wanted}")
+            return result
+
+        return guarded
