@@ -1,0 +1,12 @@
+"""The test-kit for plugin authors: the contract of each hook, as suites of clauses that a plugin is held against.
+
+`check_template(MyTemplate())` in a test raises ContractError with what is wrong and what mends it; `sftx plugins check`
+runs the same suites on an installed plugin. The pytest fixtures `tiny_model`, `tiny_tokenizer` and `plugin_run` come
+with sftx (`sftx/pytest_plugin.py`). Importing this package imports torch.
+"""
+
+from sftx.run import Result
+from sftx.testing.clauses import ContractError, Finding
+from sftx.testing.metric import check_metric
+
+__all__ = ["ContractError", "Finding", "Result", "check_metric"]

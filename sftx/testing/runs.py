@@ -1,0 +1,65 @@
+"""A run of two steps on the tiny model, by the names of installed plugins: all that `sftx run` does, in a second."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sftx.config import load
+from sftx.plugins import activate
+from sftx.run import Result, run
+from sftx.stage import make
+from sftx.testing import tiny
+from sftx.testing.kit import CONVERSATIONS
+from sftx.types import Record
+
+
+def run_tiny(
+    names: Sequence[str],
+    directory: Path,
+    *,
+    rows: Sequence[Record] = (),
+    model: Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Result:
+    """Two steps with these plugins on `rows`; the run lies in `directory`/run. Raises SftxError as `sftx run` does.
+
+    A plugin that fills the parser brings its own samples when no rows are given. Where none fills the template,
+    ChatML does. The rows are held out too. `settings`: dotted names such as `lora.r` or `train.max_steps`.
+    """
+    given = {
+        "model": str(model or tiny.model_dir()),
+        "data.train": [str(directory / "rows.jsonl")],
+        "data.eval": [str(directory / "rows.jsonl")],
+        "output_dir": str(directory / "run"),
+        "train.max_steps": 2,
+        "train.per_device_train_batch_size": 2,
+        "train.use_cpu": True,
+        "generation.max_rows": 2,
+        "generation.max_new_tokens": 4,
+        **(settings or {}),
+    }
+    assignments = [(name, value, f"{name}={value}") for name, value in given.items()]
+    loaded = load(None, add=names, assignments=assignments)
+    assembly = activate(loaded)
+    if not assembly.providers("sftx_template"):
+        loaded = load(None, add=[*names, "chatml"], assignments=assignments)
+    own = [active.plugin for active in assembly.providers("sftx_parser") if active.info.name in names]
+    rows = rows or [record for plugin in own for record in _samples(plugin)] or _messages()
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return run(loaded, name="tiny")
+
+
+def _samples(plugin: object) -> Sequence[Record]:
+    samples: Sequence[Record] = make(plugin, "sftx_parser").samples
+    return samples
+
+
+def _messages() -> list[Record]:
+    return [
+        {"messages": [{"role": turn.role, "content": turn.content} for turn in conversation.messages]}
+        for conversation in CONVERSATIONS
+    ]

@@ -1,0 +1,95 @@
+"""A tokenizer and a model, small and real: made in a second without a network, for checks and tests.
+
+The tokenizer is a byte-level BPE trained on the embedded data; the model is a Llama of two layers with random weights.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from sftx.run_file import EMBEDDED
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+END_OF_TEXT, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+_CHAT_TEMPLATE: Final = (
+    "{% for message in messages %}"
+    f"{{{{ '{START}' + message.role + '\\n' + message.content + '{END}\\n' }}}}"
+    "{% endfor %}"
+    f"{{% if add_generation_prompt %}}{{{{ '{START}assistant\\n' }}}}{{% endif %}}"
+)
+_VOCABULARY: Final = 512
+# Rows that no token has yet: a template's own control tokens find room.
+_EMBEDDINGS: Final = 640
+_LENGTH: Final = 1024
+
+
+def make_tokenizer() -> PreTrainedTokenizerBase:
+    """A new tokenizer of 512 tokens: bytes, merges of them, and ChatML's control tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=_VOCABULARY,
+        special_tokens=[END_OF_TEXT, START, END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(_texts(), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        chat_template=_CHAT_TEMPLATE,
+        model_max_length=_LENGTH,
+    )
+
+
+def _texts() -> Iterator[str]:
+    with (EMBEDDED.parent / "held_out.jsonl").open(encoding="utf-8") as rows:
+        for row in rows:
+            yield from (message["content"] for message in json.loads(row)["messages"])
+
+
+@lru_cache
+def model_dir() -> Path:
+    """A directory with the model (tied embeddings, fp32) and its tokenizer; it goes when the process ends."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils.logging import disable_progress_bar, enable_progress_bar
+
+    directory = Path(tempfile.mkdtemp(prefix="sftx-tiny-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    tokenizer = make_tokenizer()
+    config = LlamaConfig(
+        vocab_size=_EMBEDDINGS,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=_LENGTH,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    disable_progress_bar()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(directory)
+    enable_progress_bar()
+    tokenizer.save_pretrained(directory)
+    return directory
