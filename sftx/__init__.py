@@ -5,6 +5,7 @@ Importing this package imports neither torch nor transformers.
 
 from typing import TYPE_CHECKING, Any
 
+from sftx import _deprecated
 from sftx.data.batch import pad
 from sftx.errors import ConfigError, DataError, ModelError, OutputError, PluginError, SftxError, TrainingError
 from sftx.hookspecs import hookimpl
@@ -47,12 +48,12 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """`sftx.LanguageModel`, which needs torch, is imported when asked for."""
+    """`sftx.LanguageModel`, which needs torch, is imported when asked for; a former name gives the one of today."""
     if name == "LanguageModel":
         from sftx.model.language_model import LanguageModel
 
         return LanguageModel
-    raise AttributeError(f"module 'sftx' has no attribute {name!r}")
+    return _deprecated.name(name)
 
 
 __all__ = [

@@ -116,6 +116,9 @@ class RunConfig:
     model: Annotated[str, Field(min_length=1, description="Directory or hub id of a causal language model.")] = (
         EMBEDDED_MODEL
     )
+    trust_remote_code: Annotated[
+        bool, Field(description="Run Python code that the model's directory or repository brings along.")
+    ] = False
     data: DataConfig = DataConfig()
     plugins: Annotated[
         dict[str, dict[str, Any]],

@@ -44,3 +44,8 @@ def one_line(error: BaseException, *, max_chars: int = 300) -> str:
     """The message of a foreign exception, folded onto one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= max_chars else text[: max_chars - 3] + "..."
+
+
+def printable(text: str) -> str:
+    """The text without characters that control a terminal, which file names, rows and foreign messages may hold."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)

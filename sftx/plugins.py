@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 import pluggy
 
-from sftx import hookspecs
+from sftx import _deprecated, hookspecs
 from sftx.errors import PluginError, did_you_mean, one_line
 from sftx.hookspecs import DEFAULTS, ONE_PROVIDER, PROJECT, RETURNS
 from sftx.stage import Guarded, arguments_of, make, named
@@ -171,6 +171,7 @@ def hooks_of(info: PluginInfo, cls: type) -> list[str]:
                 f"{info}: {name} asks for {', '.join(unknown)}, which sftx {_host_version()} does not pass; "
                 f"it passes {', '.join(passed) or 'nothing'}"
             )
+        _deprecated.hook(str(info), name, arguments_of(getattr(cls, name))[1:])
     return [hook for hook in RETURNS if hook in marked]
 
 

@@ -83,7 +83,7 @@ def assemble(loaded: Loaded, *, name: str = "run") -> Session:
 
     precision = precisions.choose(config.train)
     model_name = names.resolve(config.model)
-    tokenizer = load_tokenizer(model_name)
+    tokenizer = load_tokenizer(model_name, trust_remote_code=config.trust_remote_code)
     template = assembly.template(tokenizer)
     if template is not None and template.chat_template is not None:
         tokenizer.chat_template = template.chat_template  # saved with the result: served as it was trained
@@ -99,7 +99,7 @@ def assemble(loaded: Loaded, *, name: str = "run") -> Session:
             "give some with --eval-data, or leave the metric out"
         )
     plan = Plan(data.examples, collator, config.train)
-    lm = _load(model_name, assembly, tokenizer, precision, config.train.seed)
+    lm = _load(config, model_name, assembly, tokenizer, precision)
     _check_fit(config, plan, lm, data.examples + held_out.examples)
     resolved = as_dict(config) | {"plugins": {active.info.name: active.options for active in assembly.active}}
     return Session(
@@ -164,7 +164,7 @@ def _output_dir(wanted: str | None, name: str) -> Path:
 
 
 def _load(
-    name: str, assembly: Assembly, tokenizer: PreTrainedTokenizerBase, precision: Precision, seed: int
+    config: RunConfig, name: str, assembly: Assembly, tokenizer: PreTrainedTokenizerBase, precision: Precision
 ) -> LanguageModel:
     """The model with its adapters, checked to compute what its own forward computes."""
     import torch
@@ -172,12 +172,12 @@ def _load(
     from sftx.model.language_model import LanguageModel
     from sftx.model.load import load_model, load_spec
 
-    spec = load_spec(name)
+    spec = load_spec(name, trust_remote_code=config.trust_remote_code)
     adapters = assembly.adapters(spec)
     dtype = precision.base_dtype(frozen=bool(adapters))
     model = load_model(spec, list(adapters.values()), dtype=dtype, device=precision.device)
     lm = LanguageModel(model, tokenizer)
-    torch.manual_seed(seed)
+    torch.manual_seed(config.train.seed)
     lm.attach(adapters)
     with precision.autocast():
         lm.check()

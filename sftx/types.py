@@ -359,8 +359,8 @@ class Collator(Protocol):
     ) -> tuple[list[Step], Row]:
         """The steps of one window of examples, and the indices carried over to the next one.
 
-        A pure function of its arguments. Each step has `examples_per_step` rows; when `final`, the last one
-        may have fewer and nothing is carried over. Loses and repeats no example.
+        A pure function of its arguments. Each step has `examples_per_step` rows; when `final`, one of them may have
+        fewer and nothing is carried over. Loses and repeats no example.
         """
 
     def collate(self, examples: Sequence[Example]) -> Batch:
@@ -446,3 +446,5 @@ class ModelSpec:
     config: PretrainedConfig
     skeleton: PreTrainedModel
     """The whole model on the meta device: names, shapes, no values."""
+    trust_remote_code: bool = False
+    """Whether Python code that comes with the model may run."""

@@ -91,14 +91,15 @@ def tiny_model_dir(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 InstallPlugin = Callable[..., None]
-"""`install(distribution, code, entries, version=, requires=)`: see `install_plugin`."""
+"""`install(distribution, code, entries, ...)`: see `install_plugin`."""
 
 
 @pytest.fixture
 def install_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[InstallPlugin]:
     """Installs distributions for one test: a module and the metadata that pip would write, on the path.
 
-    The module is the distribution's name with underscores; `entries` maps names of plugins to its classes.
+    The module is the distribution's name with underscores; `entries` maps names of plugins to its classes. `metadata`:
+    more lines of it; `files`: what the module carries beside its code, which makes it a package.
     """
     site = tmp_path / "site-packages"
     site.mkdir()
@@ -106,19 +107,32 @@ def install_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     modules: list[str] = []
 
     def install(
-        distribution: str, code: str, entries: dict[str, str], *, version: str = "1.0", requires: Sequence[str] = ()
+        distribution: str,
+        code: str,
+        entries: dict[str, str],
+        *,
+        version: str = "1.0",
+        requires: Sequence[str] = (),
+        metadata: Sequence[str] = (),
+        files: Sequence[str] = (),
     ) -> None:
         module = distribution.replace("-", "_")
         modules.append(module)
-        (site / f"{module}.py").write_text(code, encoding="utf-8")
+        if files:
+            (site / module).mkdir()
+            (site / module / "__init__.py").write_text(code, encoding="utf-8")
+            for name in files:
+                (site / module / name).touch()
+        else:
+            (site / f"{module}.py").write_text(code, encoding="utf-8")
         info = site / f"{module}-{version}.dist-info"
         info.mkdir()
-        lines = ["Metadata-Version: 2.1", f"Name: {distribution}", f"Version: {version}"]
+        lines = ["Metadata-Version: 2.4", f"Name: {distribution}", f"Version: {version}"]
         lines += [f"Requires-Dist: {requirement}" for requirement in requires]
-        (info / "METADATA").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (info / "METADATA").write_text("\n".join([*lines, *metadata]) + "\n", encoding="utf-8")
         points = [f"{name} = {module}:{cls}" for name, cls in entries.items()]
         (info / "entry_points.txt").write_text("\n".join(["[sftx.plugins]", *points]) + "\n", encoding="utf-8")
-        (info / "RECORD").write_text(f"{module}.py,,\n", encoding="utf-8")
+        (info / "RECORD").write_text(f"{module},,\n", encoding="utf-8")
         importlib.invalidate_caches()
 
     yield install

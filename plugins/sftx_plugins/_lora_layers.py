@@ -106,6 +106,7 @@ class LoraAdapter(Adapter):
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
         trained = {name: self._full[name].data for name in self._originals}
+        enabled = {layer: layer.enabled for layer in self._layers.values()}  # not, within another `disabled`
         try:
             for layer in self._layers.values():
                 layer.enabled = False
@@ -113,8 +114,8 @@ class LoraAdapter(Adapter):
                 self._full[name].data = original
             yield
         finally:
-            for layer in self._layers.values():
-                layer.enabled = True
+            for layer, was in enabled.items():
+                layer.enabled = was
             for name, value in trained.items():
                 self._full[name].data = value
 

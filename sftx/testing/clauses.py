@@ -55,9 +55,9 @@ class Clause(Generic[C]):
 class Suite(Generic[C]):
     """The contract of one hook: what `case` makes of a plugin is held against each clause, in order."""
 
-    def __init__(self, hook: str, case: Callable[[Kit], C]) -> None:
+    def __init__(self, hook: str, case: Callable[[Kit], C], *, made: str | None = None) -> None:
         self.hook = hook
-        self.made = f"The hook sftx_{hook} returns what a run needs when it is called as a run calls it."
+        self.made = made or f"The hook sftx_{hook} returns what a run needs when it is called as a run calls it."
         self.clauses: list[Clause[C]] = []
         self._case = case
 

@@ -114,8 +114,9 @@ class Kit:
         adapters = adapters or {}
         model = load_model(self.spec, list(adapters.values()), dtype=dtype, device=torch.device("cpu"))
         lm = LanguageModel(model, self.tokenizer)
-        torch.manual_seed(0)
-        lm.attach(adapters)
+        with torch.random.fork_rng(devices=[]):  # an author's own tests keep their random numbers
+            torch.manual_seed(0)
+            lm.attach(adapters)
         return lm
 
 

@@ -105,7 +105,7 @@ class Trainer:
         self.optimizer = make_optimizer(self.lm, self.config)
         self.parameters = [p for p in self.lm.parameters() if p.requires_grad]
         if self.config.gradient_checkpointing:
-            _enable_checkpointing(self.lm.model)
+            enable_checkpointing(self.lm.model)
         self.lm.train()
 
     def micro_batches(self, step: Step, examples: Sequence[Example]) -> list[Batch]:
@@ -201,7 +201,7 @@ class Trainer:
         )
 
 
-def _enable_checkpointing(model: PreTrainedModel) -> None:
+def enable_checkpointing(model: PreTrainedModel) -> None:
     """Under the name of this transformers: `activation_...` where it exists, `gradient_...` before."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})

@@ -1,0 +1,73 @@
+"""Every suite by its hook, and all that concern an installed plugin held against it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from sftx.config import validate
+from sftx.errors import SftxError
+from sftx.plugins import PluginInfo, hooks_of, load_class
+from sftx.run_file import Origins
+from sftx.testing import adapter, collator, loss, metric, observer, package, parser, template, tiny
+from sftx.testing.clauses import Finding, Suite
+from sftx.testing.kit import Kit
+from sftx.testing.runs import run_tiny
+
+SUITES: Final[Mapping[str, Suite[Any]]] = {
+    suite.hook: suite
+    for suite in (
+        package.SUITE,
+        parser.SUITE,
+        template.SUITE,
+        collator.SUITE,
+        adapter.SUITE,
+        loss.SUITE,
+        metric.SUITE,
+        observer.SUITE,
+    )
+}
+"""The contract: of the package, and of each hook in the order of the stages."""
+
+RUNS: Final = "A run with it trains two steps, evaluates and saves, as `sftx run` does."
+
+
+def check_plugin(
+    info: PluginInfo, options: Mapping[str, Any], origins: Origins, *, model: Path | None = None
+) -> list[Finding]:
+    """The findings on an installed plugin: its package, each hook that it fills, and a run of two steps.
+
+    Raises ConfigError when `options` are not the plugin's.
+    """
+    findings = SUITES["package"].findings(info)
+    if findings[0].status == "failed":
+        return findings
+    cls = load_class(info)
+    plugin: Any = validate(cls, options, who=str(info), prefix=f"plugins.{info.name}.", origins=origins)
+    for hook in hooks_of(info, cls):
+        findings += SUITES[hook.removeprefix("sftx_")].findings(plugin, model=model)
+    return [*findings, _run(info, options, plugin, model)]
+
+
+def _run(info: PluginInfo, options: Mapping[str, Any], plugin: object, model: Path | None) -> Finding:
+    settings = {f"{info.name}.{option}": value for option, value in options.items()}
+    with tempfile.TemporaryDirectory() as name:
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                run_tiny([info.name], Path(name), model=model or fitting_model(plugin, Path(name)), settings=settings)
+        except SftxError as error:
+            return Finding("run", "trains", RUNS, "failed", str(error).replace(name, "."))
+    return Finding("run", "trains", RUNS, "ok")
+
+
+def fitting_model(plugin: object, directory: Path) -> Path:
+    """The tiny model beside a tokenizer that has the control tokens of the plugin's template."""
+    place = directory / "model"
+    shutil.copytree(tiny.model_dir(), place)
+    Kit(plugin).tokenizer.save_pretrained(place)
+    return place

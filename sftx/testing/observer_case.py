@@ -1,0 +1,309 @@
+"""What the clauses of an observer look at: the events of a run without the run, in a place of its own.
+
+An observer is told what `sftx run` tells, in the same order, in an empty working directory; whatever a bad one does to
+the process is undone afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import random
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, Final, TypeAlias, cast
+
+import torch
+
+from sftx.config import as_dict, load
+from sftx.errors import one_line
+from sftx.plugins import activate
+from sftx.stage import make
+from sftx.testing.clauses import ClauseError
+from sftx.types import EvalReport, Observer, Provider, RunInfo, Sample, StartReport, StepReport
+
+Event: TypeAlias = tuple[str, tuple[Any, ...]]
+"""The name of an observer's method, and its arguments."""
+
+NUM_STEPS: Final = 2
+
+
+# --- the events --------------------------------------------------------------------------------
+
+
+@lru_cache
+def _assembled() -> tuple[Mapping[str, Any], tuple[Provider, ...]]:
+    """The resolved run file and the assembled table of a run with LoRA and every default."""
+    assignments = [("data.train", ["rows.jsonl"], ""), ("data.eval", ["held-out.jsonl"], "")]
+    loaded = load(None, add=["chatml", "lora"], assignments=assignments)
+    assembly = activate(loaded)
+    plugins = {active.info.name: active.options for active in assembly.active}
+    return as_dict(loaded.config) | {"plugins": plugins}, assembly.table()
+
+
+def run_info(place: Path, number: int = 1) -> RunInfo:
+    """What the hook is called with; the run directory, below `place`, does not exist yet."""
+    return RunInfo(place / "runs" / f"run-{number}", deepcopy(_assembled()[0]))
+
+
+def events(run: RunInfo, *, held_out: bool = True) -> list[Event]:
+    """A whole run that saves and evaluates after each step."""
+    artefact, checkpoints = run.output_dir / "adapter", run.output_dir / "checkpoints"
+    told: list[Event] = [
+        ("on_start", (_start(held_out=held_out),)),
+        ("on_evaluate", (_evaluation(0),)),
+        ("on_step", (_step(1),)),
+        ("on_save", (1, checkpoints / "step-1")),
+        ("on_evaluate", (_evaluation(1),)),
+        ("on_step", (_step(2),)),
+        ("on_save", (2, checkpoints / "step-2")),
+        ("on_evaluate", (_evaluation(2),)),
+        ("on_save", (2, artefact)),
+        ("on_end", (summary(artefact, held_out=held_out),)),
+        ("close", ()),
+    ]
+    return [event for event in told if held_out or event[0] != "on_evaluate"]
+
+
+def _start(*, held_out: bool) -> StartReport:
+    return StartReport(
+        providers=deepcopy(_assembled()[1]),
+        model="tiny",
+        device="cpu",
+        dtype="float32",
+        num_parameters=40_000,
+        num_trainable=4_000,
+        num_rows=8,
+        num_examples=7,
+        num_tokens=90,
+        num_real_tokens=200,
+        num_eval_rows=2 if held_out else 0,
+        formats={"messages": 8},
+        ledger=("1 of 8 rows dropped: longer than data.max_length (rows.jsonl:3)",),
+        num_steps=NUM_STEPS,
+        tokens_per_step=45.0,
+    )
+
+
+def _step(number: int) -> StepReport:
+    return StepReport(
+        step=number,
+        num_steps=NUM_STEPS,
+        epoch=number / NUM_STEPS,
+        loss=3.0 / number,
+        grad_norm=1.5,
+        learning_rate=1e-4,
+        num_tokens=45,
+        num_real_tokens=100,
+        seconds=0.25,
+        peak_bytes=500_000_000,
+        metrics={"token_accuracy": 0.25 * number, "perplexity": 20.0 / number},
+    )
+
+
+def _evaluation(step: int) -> EvalReport:
+    samples = (
+        Sample("held-out.jsonl:1", "Name a [red] planet.", "Mars", "Mars" if step else "[/bold]"),
+        Sample("held-out.jsonl:2", "你好", "你好！", ""),
+    )
+    return EvalReport(step, {"loss": 3.0 - step, "exact-match": 0.5 * bool(step)}, samples, 0.5)
+
+
+def summary(artefact: Path, *, held_out: bool = True) -> dict[str, Any]:
+    """What summary.json holds after these events."""
+    values: dict[str, Any] = {
+        "num_steps": NUM_STEPS,
+        "loss": {"first": 3.0, "last": 1.5},
+        "num_tokens": 90,
+        "tokens_per_second": 400.0,
+        "peak_bytes": 500_000_000,
+        "wall_seconds": 1.5,
+        "artefact": str(artefact),
+    }
+    if held_out:
+        before, after = _evaluation(0), _evaluation(NUM_STEPS)
+        values["held_out"] = {"before": dict(before.metrics), "after": dict(after.metrics)}
+        values["samples"] = [
+            {
+                "row": a.row_id,
+                "prompt": a.prompt,
+                "reference": a.reference,
+                "before": a.prediction,
+                "after": b.prediction,
+            }
+            for a, b in zip(before.samples, after.samples, strict=True)
+        ]
+    return values
+
+
+# --- who is told, and where --------------------------------------------------------------------
+
+
+@dataclass
+class Case:
+    """One plugin, whose hook makes an observer for each clause."""
+
+    plugin: object
+
+    def observer(self, run: RunInfo) -> Observer:
+        return cast(Observer, make(self.plugin, "sftx_observer", run=run))
+
+    def play(self, run: RunInfo, *, held_out: bool = True) -> dict[Path, bytes]:
+        """A whole run's events; what lies in its directory then. Raises ClauseError when one of them raises."""
+        observer = self.observer(run)
+        for event in events(run, held_out=held_out):
+            tell(observer, event, run)
+        return files(run.output_dir)
+
+    @cached_property
+    def first_run(self) -> dict[Path, bytes]:
+        """What the first run in this process leaves in its directory."""
+        with workplace() as place:
+            return self.play(run_info(place))
+
+
+def tell(observer: Observer, event: Event, run: RunInfo) -> None:
+    """One event, after what the engine writes before it. Raises ClauseError when the observer raises."""
+    name, arguments = event
+    if name == "on_start":
+        _write(run.output_dir, "run.yaml", "manifest.json", "ledger.jsonl")
+    elif name == "on_save":
+        _write(arguments[1], "adapter_config.json", "tokenizer.json")
+    elif name == "on_end":
+        _write(run.output_dir, "summary.json")
+    try:
+        getattr(observer, name)(*arguments)
+    except Exception as error:
+        raise ClauseError(
+            f"{name} raised {type(error).__name__}: {one_line(error)}; a run switches such an observer off, so take "
+            "whatever the reports may hold"
+        ) from error
+
+
+_WRITTEN: Final = "{}\n"
+
+
+def _write(directory: Path, *names: str) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (directory / name).write_text(_WRITTEN, encoding="utf-8")
+
+
+def engine_files() -> dict[Path, bytes]:
+    """What a whole run itself writes into its directory."""
+    names = ["run.yaml", "manifest.json", "ledger.jsonl", "summary.json"]
+    for artefact in ("adapter", "checkpoints/step-1", "checkpoints/step-2"):
+        names += [f"{artefact}/adapter_config.json", f"{artefact}/tokenizer.json"]
+    return {Path(name): _WRITTEN.encode() for name in names}
+
+
+def files(place: Path) -> dict[Path, bytes]:
+    """What lies below that directory, by the path from there."""
+    return {path.relative_to(place): path.read_bytes() for path in sorted(place.rglob("*")) if path.is_file()}
+
+
+class _Screen(io.StringIO):
+    """A terminal, or a pipe, that keeps what it is sent."""
+
+    def __init__(self, *, terminal: bool) -> None:
+        super().__init__()
+        self._terminal = terminal
+
+    def isatty(self) -> bool:
+        return self._terminal
+
+
+@contextlib.contextmanager
+def workplace(*, terminal: bool = True) -> Iterator[Path]:
+    """An empty working directory, with what is printed caught; the process is as before afterwards."""
+    before = process()
+    with (
+        tempfile.TemporaryDirectory(prefix="sftx-observer-", ignore_cleanup_errors=True) as place,
+        contextlib.redirect_stdout(_Screen(terminal=terminal)),
+        contextlib.redirect_stderr(_Screen(terminal=terminal)),
+        contextlib.chdir(place),
+    ):
+        try:
+            yield Path(place)
+        finally:
+            for name, value in before.items():
+                if _PROCESS[name][0]() != value:
+                    _PROCESS[name][1](value)
+
+
+# --- the process -------------------------------------------------------------------------------
+
+
+def _numpy_state() -> object:
+    numpy = sys.modules.get("numpy")  # nobody's numbers are changed where nobody imported it
+    if numpy is None:
+        return None
+    name, keys, *rest = numpy.random.get_state()
+    return (name, tuple(keys.tolist()), *rest)
+
+
+def _set_numpy_state(state: Any) -> None:
+    if state is not None:
+        sys.modules["numpy"].random.set_state(state)
+
+
+def _handlers() -> dict[int, Any]:
+    return {number: signal.getsignal(number) for number in signal.valid_signals()}
+
+
+def _set_handlers(handlers: Mapping[int, Any]) -> None:
+    for number, handler in handlers.items():
+        if signal.getsignal(number) is not handler:
+            signal.signal(number, handler)
+
+
+def _set_default_device(device: torch.device) -> None:
+    torch.set_default_device(None if device.type == "cpu" else device)
+
+
+def _torch_state() -> tuple[int, ...]:
+    return tuple(torch.get_rng_state().tolist())
+
+
+def _set_torch_state(state: tuple[int, ...]) -> None:
+    torch.set_rng_state(torch.tensor(state, dtype=torch.uint8))
+
+
+_PROCESS: Final[Mapping[str, tuple[Callable[[], Any], Callable[[Any], object]]]] = {
+    "Python's random numbers": (random.getstate, random.setstate),
+    "torch's random numbers": (_torch_state, _set_torch_state),
+    "numpy's random numbers": (_numpy_state, _set_numpy_state),
+    "torch's gradient mode": (torch.is_grad_enabled, torch.set_grad_enabled),
+    "torch's default dtype": (torch.get_default_dtype, torch.set_default_dtype),
+    "torch's default device": (torch.get_default_device, _set_default_device),
+    "torch's number of threads": (torch.get_num_threads, torch.set_num_threads),
+    "torch's matmul precision": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    "torch's anomaly detection": (torch.is_anomaly_enabled, torch.set_anomaly_enabled),
+    "torch's deterministic algorithms": (
+        lambda: (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()),
+        lambda state: torch.use_deterministic_algorithms(state[0], warn_only=state[1]),
+    ),
+    "cuDNN's flags": (
+        lambda: (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark),
+        lambda state: torch.backends.cudnn.set_flags(_deterministic=state[0], _benchmark=state[1]),
+    ),
+    "the signal handlers": (_handlers, _set_handlers),
+    "the working directory": (os.getcwd, os.chdir),
+    "sys.stdout": (lambda: sys.stdout, lambda stream: setattr(sys, "stdout", stream)),
+    "sys.stderr": (lambda: sys.stderr, lambda stream: setattr(sys, "stderr", stream)),
+}
+"""What belongs to the process: how it is read, and how it is set."""
+
+TERMINAL: Final = frozenset({"sys.stdout", "sys.stderr"})
+"""What an observer may hold while it draws: a live display catches what others print. Given back when it is closed."""
+
+
+def process() -> dict[str, Any]:
+    return {name: read() for name, (read, _) in _PROCESS.items()}

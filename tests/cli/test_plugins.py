@@ -1,0 +1,264 @@
+"""`sftx plugins`: what is listed without an import, described, checked, and given as a schema to editors."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+import sftx
+from sftx import SftxError, run_file
+from sftx.cli import plugins as cli
+from sftx.config import load
+from sftx.plugins import activate
+
+METRIC = """
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
+
+import sftx
+
+
+@dataclass(frozen=True, eq=False)
+class Plugin:
+    \"\"\"Scores with care.\"\"\"
+
+    floor: Annotated[float, Field(ge=0, le=1, description="Lowest score.")]
+    mode: Annotated[str | None, Field(description="How.")] = None
+
+    @sftx.hookimpl
+    def sftx_metric(self):
+        return self
+
+    def __call__(self, prediction, reference):
+        return max(self.floor, float(prediction == reference))
+"""
+
+
+def plugins(*arguments: str) -> Result:
+    """The command in this process; an error it raises is in `.exception`."""
+    return CliRunner().invoke(cli.command, list(arguments))
+
+
+# --- many plugins -------------------------------------------------------------------------------
+
+
+def test_two_hundred_plugins_are_listed_and_none_is_imported(install_plugin: Any, tmp_path: Path) -> None:
+    """Nor is anything else affected by one of them that is broken."""
+    marker = tmp_path / "imported"
+    for number in range(200):
+        code = f"from pathlib import Path\nPath({str(marker)!r}).touch()\n" if number else "this is no Python"
+        install_plugin(f"dummy-{number}", code, {f"dummy-{number}": "Plugin"}, requires=["sftx>=0.1,<0.2"])
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site-packages")}
+
+    def timed(*arguments: str) -> str:
+        command = [sys.executable, "-m", "sftx", *arguments]
+        start = time.perf_counter()
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, cwd=tmp_path)
+        print(f"{' '.join(arguments)}: {time.perf_counter() - start:.2f} s with 200 plugins installed")
+        return done.stdout
+
+    assert "Usage" in timed("--help")
+    listed = timed("plugins", "list")
+    assert listed.count("dummy-") == 200 * 2  # name and distribution; the class is dummy_...
+    assert "lora" in listed
+    assert "lora.r" in timed("plugins", "info", "lora")
+    loaded = load(None, add=["chatml", "lora"], assignments=[("data.train", ["rows.jsonl"], "--data")])
+    assert {active.info.name for active in activate(loaded).active} >= {"chatml", "lora", "padded"}
+    assert not marker.exists()
+
+
+def test_two_distributions_of_one_name_are_both_listed_and_naming_it_names_both(install_plugin: Any) -> None:
+    for distribution in ("acme", "acme-copy"):
+        install_plugin(distribution, METRIC, {"careful": "Plugin"})
+    lines = [line.split()[:3] for line in plugins("list").stdout.splitlines() if line.startswith("careful")]
+    assert lines == [["careful", "acme", "1.0"], ["careful", "acme-copy", "1.0"]]
+    for command in (["info"], ["check"], ["schema"]):
+        error = plugins(*command, "careful").exception
+        assert isinstance(error, SftxError)
+        assert "provided by acme 1.0 and acme-copy 1.0; uninstall one of them" in str(error)
+    done = plugins("schema", "--all")
+    assert done.exit_code == 0
+    assert done.stderr.count("left out: plugin 'careful' is provided by acme 1.0 and acme-copy 1.0") == 1
+
+
+# --- info ---------------------------------------------------------------------------------------
+
+
+def test_info_shows_where_a_plugin_comes_from_and_what_it_takes(install_plugin: Any) -> None:
+    metadata = [
+        "License-Expression: MIT",
+        "Project-URL: Homepage, https://example.org",
+        "Project-URL: Documentation, https://example.org/docs",
+    ]
+    install_plugin("acme", METRIC, {"careful": "Plugin"}, metadata=metadata)
+    assert plugins("info", "careful").stdout == (
+        "plugin        careful\n"
+        "distribution  acme 1.0\n"
+        "license       MIT\n"
+        "docs          https://example.org/docs\n"
+        "class         acme:Plugin\n"
+        "fills         sftx_metric\n"
+        "\n"
+        "Scores with care.\n"
+        "\n"
+        "OPTION         TYPE              DEFAULT   MEANING\n"
+        "careful.floor  number >= 0 <= 1  required  Lowest score.\n"
+        "careful.mode   string | null     null      How.\n"
+    )
+    assert "It takes no options." in plugins("info", "exact-match").stdout
+
+
+# --- check --------------------------------------------------------------------------------------
+
+
+def test_check_prints_each_clause_and_exits_with_1_when_one_is_broken(install_plugin: Any) -> None:
+    metadata = ["Summary: A metric.", "License-Expression: MIT", "", "# A metric"]
+    requires = ["sftx>=0.1,<0.2"]
+    options = {"metadata": metadata, "requires": requires, "files": ["py.typed"]}
+    install_plugin("acme", METRIC, {"careful": "Plugin"}, **options)
+    good = plugins("check", "careful", "--set", "careful.floor=0.5")
+    assert good.exit_code == 0, good.output
+    assert good.stdout.startswith("plugin 'careful' (acme 1.0)\n\nHOOK     CLAUSE")
+    assert good.stdout.endswith(" clauses kept, 0 broken, 0 skipped\n")
+    install_plugin("acme-two", METRIC.replace("max(self.floor,", "hash((self.floor, prediction)) * ("),
+                   {"careless": "Plugin"}, **options)  # fmt: skip
+    bad = plugins("check", "careless", "--set", "careless.floor=0.5", "--json")
+    assert bad.exit_code == 0
+    install_plugin("acme-three", METRIC.replace("float(prediction == reference)", "float(prediction)"),
+                   {"fails": "Plugin"}, **options)  # fmt: skip
+    bad = plugins("check", "fails", "--set", "fails.floor=0.5", "--json")
+    assert bad.exit_code == 1
+    findings = {(f["hook"], f["clause"]): f for f in json.loads(bad.stdout)}
+    assert findings["metric", "takes-any-text"]["status"] == "failed"
+    assert "raised ValueError: could not convert" in findings["metric", "takes-any-text"]["message"]
+    assert findings["metric", "pure"]["status"] == "skipped"
+    assert findings["package", "is-typed"]["status"] == "ok"
+    assert findings["run", "trains"]["status"] == "failed"
+    shown = plugins("check", "fails", "--set", "fails.floor=0.5")
+    assert "metric   takes-any-text         FAILED\n" in shown.stdout
+    assert "metric / takes-any-text: Any answer gets a score" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["lorra"], "plugin 'lorra' is not installed; did you mean 'lora'?"),
+        (["lora", "--set", "lora.r=0"], "--set lora.r=0: plugin 'lora' (sftx 0.1.0): option 'r': got 0"),
+        (["lora", "--set", "padded.x=0"], "--set padded.x=0: is no option of plugin 'lora'"),
+    ],
+)
+def test_check_refuses_what_it_cannot_check(arguments: list[str], message: str) -> None:
+    error = plugins("check", *arguments).exception
+    assert isinstance(error, SftxError)
+    assert str(error).startswith(message)
+
+
+# --- schema -------------------------------------------------------------------------------------
+
+
+def schema(*arguments: str) -> dict[str, Any]:
+    done = plugins("schema", *arguments)
+    assert done.exit_code == 0, done.output
+    made: dict[str, Any] = json.loads(done.stdout)
+    jsonschema.Draft202012Validator.check_schema(made)
+    return made
+
+
+def is_valid(text: str, made: dict[str, Any], tmp_path: Path) -> bool:
+    """Whether the schema takes a run file; the loader must think the same."""
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    values, _ = run_file.read(path)
+    valid = jsonschema.Draft202012Validator(made).is_valid(values)
+    try:
+        activate(load(path))
+        loads = True
+    except SftxError:
+        loads = False
+    assert valid == loads, f"schema {valid}, sftx run {loads}: {text}"
+    return valid
+
+
+GOOD = [
+    "",
+    "model: some/model\n",
+    "plugins: [chatml, lora]\n",
+    "plugins:\n  chatml:\n  lora: {r: 4, lora_alpha: 8, target_modules: [q_proj, v_proj]}\n",
+    "plugins:\n  lora:\n    target_modules: all-linear\n  padded: {group_by_length: false}\n",
+    "data:\ntrain:\nplugins:\n",
+    "data: {train: a.jsonl, eval: [b.jsonl, c.csv], max_dropped: 1}\n",
+    "train: {learning_rate: 2e-4, num_train_epochs: 3, max_steps: null, warmup_steps: 0.1, bf16: true}\n",
+    "generation: {max_rows: 5}\nwithout: [progress]\noutput_dir: out\ntrust_remote_code: false\n",
+]
+BAD = [
+    "modell: x\n",
+    "plugins: {chatml: {}, lora: {rank: 4}}\n",
+    "plugins: {lora: {r: 0}}\n",
+    "plugins: {lora: {r: '4'}}\n",
+    "plugins: {lora: {r: true}}\n",
+    "plugins: {nothing-of-that-name: {}}\n",
+    "plugins: [lora, 3]\n",
+    "data: {train: 3}\n",
+    "train: {learning_rate: 0}\n",
+    "train: {lr_scheduler_type: step}\n",
+    "train: [1]\n",
+    "trust_remote_code: yes\n",
+]
+
+
+def test_the_schema_takes_what_a_run_takes_and_refuses_what_it_refuses(tmp_path: Path) -> None:
+    made = schema("chatml", "lora")
+    assert [text for text in GOOD if not is_valid(text, made, tmp_path)] == []
+    assert [text for text in BAD if is_valid(text, made, tmp_path)] == []
+
+
+def test_the_schema_takes_every_run_file_that_the_project_shows(tmp_path: Path) -> None:
+    root = Path(sftx.__file__).parents[1]
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    shown = [block.partition("```")[0] for block in readme.split("```yaml\n")[1:]]
+    assert shown
+    made = schema("--all")
+    validator = jsonschema.Draft202012Validator(made)
+    for text in [*shown, run_file.EMBEDDED.read_text(encoding="utf-8")]:
+        validator.validate(yaml.load(text, Loader=run_file._Loader))
+
+
+def test_the_schema_helps_an_editor_with_descriptions_defaults_and_only_these_plugins() -> None:
+    made = schema("lora")
+    options = made["properties"]["plugins"]["anyOf"][0]["properties"]
+    assert set(options) == {"lora", "padded", "masked-ce", "progress", "jsonl", "messages", "prompt-completion",
+                            "alpaca", "sharegpt"}  # fmt: skip
+    lora = made["$defs"][options["lora"]["anyOf"][0]["$ref"].rpartition("/")[2]]
+    assert lora["properties"]["r"]["description"] == "Rank of the update."
+    assert (lora["properties"]["r"]["default"], lora["properties"]["r"]["minimum"]) == (16, 1)
+    assert made["$defs"]["TrainConfig"]["properties"]["learning_rate"]["description"] == "Peak learning rate."
+
+
+def test_all_says_what_it_imports_and_leaves_out_what_is_broken(install_plugin: Any) -> None:
+    install_plugin("acme", METRIC, {"careful": "Plugin"})
+    install_plugin("broken", "raise RuntimeError('no')", {"broken": "Plugin"})
+    done = plugins("schema", "--all")
+    assert done.exit_code == 0
+    assert "sftx: importing all" in done.stderr
+    assert "left out: plugin 'broken' (broken 1.0): cannot be imported" in done.stderr
+    options = json.loads(done.stdout)["properties"]["plugins"]["anyOf"][0]["properties"]
+    assert {"careful", "lora"} <= set(options)
+    assert "broken" not in options
+
+
+def test_schema_needs_names_or_all() -> None:
+    done = plugins("schema")
+    assert done.exit_code == 2
+    assert "name the plugins of the run file, or give --all" in done.stderr

@@ -1,0 +1,256 @@
+"""`sftx plugins new`: what it refuses, what it writes, and that what it writes is a plugin as good as any."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from environments import make_environment
+from sftx import ConfigError, OutputError, SftxError
+from sftx.cli.new import command
+from sftx.config import SECTIONS, load
+from sftx.scaffold import HOOKS, sftx_range, write_package
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a package for each hook, `sftx-my-HOOK`."""
+    directory = tmp_path_factory.mktemp("packages")
+    for hook in HOOKS:
+        write_package(f"my-{hook}", hook, directory)
+    return directory
+
+
+def refused(name: str, directory: Path, hook: str = "metric", error: type[SftxError] = ConfigError) -> str:
+    before = sorted(directory.rglob("*"))
+    with pytest.raises(error) as caught:
+        write_package(name, hook, directory)
+    assert sorted(directory.rglob("*")) == before
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_it_prints_the_files_and_the_three_next_commands_and_nothing_else(tmp_path: Path) -> None:
+    place = tmp_path / "my packages"
+    place.mkdir()
+    done = CliRunner().invoke(command, ["sftx-unit-tests", "--hook", "metric", "--directory", str(place)])
+    assert done.exit_code == 0, done.output
+    package = place / "sftx-unit-tests"
+    files = ["pyproject.toml", "README.md", ".gitignore"]
+    files += ["sftx_unit_tests/__init__.py", "sftx_unit_tests/py.typed", "tests/test_unit_tests.py"]
+    assert done.output.splitlines() == [
+        *(str(package / file) for file in files),
+        "",
+        f"python -m pip install --editable '{package}[dev]'",
+        f"python -m pytest '{package}'",
+        "sftx plugins check unit-tests",
+    ]
+    assert {path.relative_to(package).as_posix() for path in package.rglob("*") if path.is_file()} == set(files)
+    assert os.listdir(place) == ["sftx-unit-tests"]
+    umask = os.umask(0)
+    os.umask(umask)
+    assert package.stat().st_mode & 0o777 == 0o777 & ~umask  # as mkdir makes it, readable to others
+
+
+def test_usage_is_told_by_click(tmp_path: Path) -> None:
+    for arguments, said in (
+        (["mine", "--hook", "optimizer"], "'optimizer' is not one of 'parser', 'template', 'collator'"),
+        (["mine"], "Missing option '--hook'"),
+        (["mine", "--hook", "loss", "--directory", str(tmp_path / "none")], "does not exist"),
+    ):
+        done = CliRunner().invoke(command, arguments)
+        assert done.exit_code == 2
+        assert said in done.output
+
+
+def test_the_names_are_those_of_each_place(tmp_path: Path) -> None:
+    package, *_ = write_package("sftx-two-words9", "loss", tmp_path)
+    assert package == tmp_path / "sftx-two-words9"
+    project = tomllib.loads((package / "pyproject.toml").read_text(encoding="utf-8"))
+    assert project["project"]["name"] == "sftx-two-words9"
+    assert project["project"]["entry-points"] == {"sftx.plugins": {"two-words9": "sftx_two_words9:TwoWords9"}}
+    assert (package / "tests" / "test_two_words9.py").is_file()
+
+
+@pytest.mark.parametrize(
+    "name", ["", "Mine", "my_metric", "9lives", "-mine", "mine-", "my--metric", "mine.x", "../mine", "sftx-", "mine\n"]
+)
+def test_a_malformed_name_is_refused(name: str, tmp_path: Path) -> None:
+    assert "is no name for a plugin: lower case letters, digits and single dashes" in refused(name, tmp_path)
+
+
+def test_a_name_that_is_taken_or_reserved_is_refused(tmp_path: Path) -> None:
+    for section in {"data", "train"}:
+        assert section in SECTIONS
+        assert f"'{section}' is a section of the run file" in refused(section, tmp_path)
+    assert re.search(r"'lora' is installed already, as plugin 'lora' \(sftx .*\)", refused("sftx-lora", tmp_path))
+    # Installed, though no plugin: a package of that name would stand before ours, or ours before it.
+    assert "would be the module sftx_kernels, which is installed already" in refused("kernels", tmp_path)
+    assert "'null' is None in a run file, not a name" in refused("null", tmp_path)
+    assert "'none' would be the class None, which means something else" in refused("none", tmp_path)
+    assert "would be the class Result" in refused("result", tmp_path)  # which its test imports
+    assert "'metric' would be the class Metric" in refused("metric", tmp_path)
+    assert "such as annotated-loss" in refused("annotated", tmp_path, "loss")
+    write_package("metric", "loss", tmp_path)  # which does not import Metric
+
+
+def test_a_place_that_is_taken_or_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "sftx-mine"
+    package.mkdir()
+    write_package("mine", "metric", tmp_path)  # an empty directory is no loss
+    assert f"{package} exists already" in refused("mine", tmp_path, error=OutputError)
+    (tmp_path / "sftx-file").write_text("kept")
+    assert "exists already" in refused("file", tmp_path, error=OutputError)
+    (tmp_path / "sftx-link").symlink_to(tmp_path / "nowhere")
+    assert "exists already" in refused("link", tmp_path, error=OutputError)
+    assert "cannot be written: File name too long" in refused("a" * 300, tmp_path, error=OutputError)
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(OutputError, match="cannot be written: Not a directory"):
+        write_package("mine", "metric", tmp_path / "taken")
+
+    written: list[Path] = []
+
+    def full(path: Path, text: str, encoding: str) -> None:
+        written.append(path)
+        if len(written) == 4:
+            raise OSError(28, "No space left on device")
+        path.touch()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", full)
+        assert "cannot be written: No space left on device" in refused("other", tmp_path, error=OutputError)
+    assert len(written) == 4
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"),
+    [
+        ("0.1.0", ">=0.1,<0.2"),
+        ("1.9.3", ">=1.9,<1.10"),
+        ("0.2.0.dev3", ">=0.2.dev0,<0.3"),
+        ("2.0rc1", ">=2.0.dev0,<2.1"),
+    ],
+)
+def test_the_range_holds_the_running_version_and_not_the_next_one(
+    version: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from packaging.specifiers import SpecifierSet
+
+    monkeypatch.setattr("sftx.__version__", version)
+    assert sftx_range() == expected
+    assert SpecifierSet(expected).contains(version, prereleases=True)
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_readme_and_metadata_say_what_the_plugin_says(
+    hook: str, packages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, package = f"my-{hook}", packages / f"sftx-my-{hook}"
+    project = tomllib.loads((package / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    source = (package / f"sftx_my_{hook}" / "__init__.py").read_text(encoding="utf-8")
+    readme = (package / "README.md").read_text(encoding="utf-8")
+    assert project["license"] == "Apache-2.0"
+    assert project["dependencies"] == [f"sftx{sftx_range()}"]
+    assert f'    """{project["description"]}"""' in source
+    assert f"\n{project['description']}\n" in readme
+    code = "".join(file.read_text(encoding="utf-8") for file in package.glob("sftx_*/*.py"))
+    assert code.count("# Yours: ") == 1
+
+    run_file = re.search(r"```yaml\n(.*?)```", readme, re.DOTALL)
+    assert run_file is not None
+    plugins: dict[str, Any] = yaml.safe_load(run_file[1])["plugins"]
+    module = ModuleType(f"sftx_my_{hook}")
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # where dataclasses look annotations up
+    exec(compile(source, name, "exec"), module.__dict__)
+    cls = getattr(module, f"My{hook.capitalize()}")
+    assert plugins[name] == json.loads(json.dumps(vars(cls())))
+    assert len(plugins[name]) == 1
+    for option, value in plugins[name].items():
+        assert f"| `{option}` | " in readme
+        assert f" | `{json.dumps(value)}` | " in readme
+
+    (tmp_path / "run.yaml").write_text(run_file[1], encoding="utf-8")
+    assert set(load(tmp_path / "run.yaml").config.plugins) == set(plugins)
+
+
+def test_the_text_of_the_packages_is_installed_with_sftx() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
+    patterns = project["tool"]["setuptools"]["package-data"]["sftx"]
+    installed = {path for pattern in patterns for path in (REPOSITORY / "sftx").glob(pattern)}
+    assert installed >= set((REPOSITORY / "sftx" / "scaffold").rglob("*.in"))
+
+
+def test_the_packages_are_linted_and_formatted(packages: Path, tmp_path: Path) -> None:
+    """By their own settings, and by this project's further rules that do not depend on where they lie."""
+    for hook in HOOKS:  # names of other lengths break lines elsewhere
+        write_package(f"x{hook[:2]}", hook, tmp_path)
+        write_package(f"retrieval-augmented-answers-{hook}", hook, tmp_path)
+    rules = ("--extend-select", "SIM,RUF,PT,C4,RET,W,PLE,TID")
+    for arguments in (["check", *rules], ["format", "--check"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", *arguments, "--no-cache", packages, tmp_path], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_packages_are_typed(packages: Path) -> None:
+    """In this project's settings, which are stricter than those of the packages, so that `make types`' cache serves."""
+    assert tomllib.loads((packages / "sftx-my-loss" / "pyproject.toml").read_text())["tool"]["mypy"]["strict"]
+    files = sorted(packages.rglob("*.py"))
+    assert len(files) == 2 * len(HOOKS) + 1
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--no-error-summary", *files], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_new_package_installs_passes_its_tests_and_trains(hook: str, tmp_path: Path, tiny_model: Path) -> None:
+    """From an empty directory, as a user types it: new, install, test, check, run."""
+    home = tmp_path / "home"
+    home.mkdir()
+    environment = make_environment(tmp_path / "environment")
+
+    def run(*arguments: str | Path) -> str:
+        done = environment.run(*arguments, cwd=home)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    *_, install, test, check = run("sftx", "plugins", "new", f"my-{hook}", "--hook", hook).splitlines()
+    package = home / f"sftx-my-{hook}"
+    assert install == f"python -m pip install --editable '{package.name}[dev]'"
+    environment.install(package)
+    assert test == f"python -m pytest {package.name}"
+    assert re.search(r"\d passed", run("pytest", package.name, "-q", "-W", "error"))
+    assert check == f"sftx plugins check my-{hook}"
+    assert ", 0 broken, 0 skipped" in run("sftx", "plugins", "check", f"my-{hook}")
+
+    question, answer = ("question", "answer") if hook == "parser" else ("prompt", "completion")
+    rows = [{question: f"What is {n} + 1?", answer: str(n + 1)} for n in range(8)]
+    (home / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    block = re.search(r"```yaml\n(.*?)```", (package / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert block is not None
+    (home / "run.yaml").write_text(block[1], encoding="utf-8")
+    run(
+        *("sftx", "run", "run.yaml", "--plugin", f"my-{hook}", "--model", tiny_model, "--data", "rows.jsonl"),
+        *("--eval-data", "rows.jsonl", "--max-rows", "2", "--max-new-tokens", "4"),
+        *("--max-steps", "2", "--per-device-train-batch-size", "2", "--use-cpu", "--output-dir", "run"),
+    )
+    summary = json.loads((home / "run" / "summary.json").read_text(encoding="utf-8"))
+    assert summary["num_steps"] == 2
+    resolved = yaml.safe_load((home / "run" / "run.yaml").read_text(encoding="utf-8"))
+    assert f"my-{hook}" in resolved["plugins"]

@@ -1,0 +1,74 @@
+"""docs/plugins.md is true: its commands work in an environment of their own, its contract is that of the code."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from environments import Environment, make_environment
+from sftx.hookspecs import RETURNS
+
+PAGE = (Path(__file__).parents[2] / "docs" / "plugins.md").read_text(encoding="utf-8")
+TUTORIAL = PAGE.partition("## A plugin in ten minutes")[2].partition("\n## ")[0]
+
+
+def steps() -> Iterator[tuple[str, str]]:
+    """What the tutorial says to do, in order: ("run", a command) or (a file's path, its text)."""
+    block = r"(?:^`([^`\n]+)`\n\n)?^```(\w+)\n(.*?)^```$"
+    for path, kind, text in re.findall(block, TUTORIAL, flags=re.MULTILINE | re.DOTALL):
+        if kind == "sh":
+            yield from (("run", line) for line in text.splitlines())
+        else:
+            assert path, f"a block of {kind} says not which file it is"
+            yield path, text
+
+
+def run(environment: Environment, command: str, cwd: Path) -> str:
+    """A command as the page has it, but for what an installation without a network needs."""
+    words = shlex.split(command)
+    arguments = words[2:] if words[:2] == ["python", "-m"] else words
+    if arguments[:2] == ["pip", "install"]:
+        arguments[2:2] = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
+    done = environment.run(*arguments, cwd=cwd)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.mark.usefixtures("real_model_dir")
+def test_the_tutorial_works_as_it_is_written(tmp_path: Path) -> None:
+    environment = make_environment(tmp_path / "environment")
+    here = tmp_path / "here"
+    here.mkdir()
+    said: dict[str, str] = {}
+    for what, text in steps():
+        if what == "run":
+            said[text] = run(environment, text, here)
+        else:
+            (here / what).write_text(text, encoding="utf-8")
+    checked = next(output for command, output in said.items() if command.startswith("sftx plugins check"))
+    assert re.search(r"^run +trains +ok$", checked, flags=re.MULTILINE)
+    assert " 0 broken, 0 skipped" in checked
+    trained = next(output for command, output in said.items() if command.startswith("sftx run"))
+    assert re.search(r"held-out, step 2: .*keywords [01]", trained)
+    assert "min_letters" in next(output for command, output in said.items() if command.startswith("sftx plugins info"))
+
+
+def test_every_clause_stands_on_the_page_with_its_reason() -> None:
+    from sftx.testing.contract import SUITES
+
+    contract = PAGE.partition("## The contract")[2]
+    sections = dict(re.findall(r"^### (\w+(?: \w+)?)\n(.*?)(?=^### |\Z)", contract, flags=re.MULTILINE | re.DOTALL))
+    assert [name.lower() for name in sections] == ["every package", *list(SUITES)[1:]]
+    for suite, section in zip(SUITES.values(), sections.values(), strict=True):
+        rows = re.findall(r"^\| `([\w-]+)` \| (.+?) \| (.+?) \|$", section, flags=re.MULTILINE)
+        clauses = [("made", suite.made), *((clause.name, clause.rule) for clause in suite.clauses)]
+        assert [(name, rule) for name, rule, _ in rows] == clauses
+        assert all(len(reason) > 10 for *_, reason in rows)
+
+
+def test_every_hook_stands_on_the_page() -> None:
+    assert [f"sftx_{name}" for name in re.findall(r"^\| `sftx_(\w+)\(", PAGE, flags=re.MULTILINE)] == list(RETURNS)

@@ -1,0 +1,295 @@
+"""The contract of a collator: good ones keep it, and for each clause there is one that breaks just that."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch.nn import functional
+
+from packing import Packed
+from sftx import IGNORE_INDEX, Batch, Example, hookimpl, pad
+from sftx.testing.batches import random_states_kept
+from sftx.testing.clauses import MADE, ContractError
+from sftx.testing.collator import SUITE, check_collator
+from sftx.testing.kit import Kit, built_in
+from sftx_plugins.padded import Padded
+
+
+class InOrder(Padded):
+    """Good: no shuffling, no global state."""
+
+    def plan(self, lengths: Any, groups: Any, *, examples_per_step: int, final: bool, **_: Any) -> Any:
+        rows = [tuple(i for i, of in enumerate(groups) if of == group) for group in dict.fromkeys(groups)]
+        full = len(rows) if final else len(rows) - len(rows) % examples_per_step
+        steps = [tuple(rows[at : min(full, at + examples_per_step)]) for at in range(0, full, examples_per_step)]
+        return steps, tuple(i for row in rows[full:] for i in row)
+
+
+# --- plans ------------------------------------------------------------------------------------------------------
+
+
+class DropsLast(Padded):
+    def plan(self, *args: Any, examples_per_step: int, **kwargs: Any) -> Any:
+        steps, carried = super().plan(*args, examples_per_step=examples_per_step, **kwargs)
+        return [step for step in steps if len(step) == examples_per_step], carried
+
+
+class CarriesOverAtTheEnd(Padded):
+    def plan(self, *args: Any, final: bool, **kwargs: Any) -> Any:
+        return super().plan(*args, final=False, **kwargs)
+
+
+class StepsTooLarge(Padded):
+    def plan(self, *args: Any, examples_per_step: int, **kwargs: Any) -> Any:
+        return super().plan(*args, examples_per_step=examples_per_step + 1, **kwargs)
+
+
+class EmptyStep(InOrder):
+    def plan(self, *args: Any, **kwargs: Any) -> Any:
+        steps, carried = super().plan(*args, **kwargs)
+        return [*steps, ()], carried
+
+
+class ShortSteps(InOrder):
+    def plan(self, *args: Any, final: bool, **kwargs: Any) -> Any:
+        return super().plan(*args, final=True, **kwargs)  # nothing is carried over
+
+
+class TearsPairs(InOrder):
+    def plan(self, lengths: Any, groups: Any, **kwargs: Any) -> Any:
+        return super().plan(lengths, range(len(groups)), **kwargs)
+
+
+class TurnsPairs(InOrder):
+    def plan(self, *args: Any, **kwargs: Any) -> Any:
+        steps, carried = super().plan(*args, **kwargs)
+        return [tuple(row[::-1] for row in step) for step in steps], carried
+
+
+class ShufflesAnyhow(InOrder):
+    def plan(self, *args: Any, **kwargs: Any) -> Any:
+        steps, carried = super().plan(*args, **kwargs)
+        return [tuple(sorted(step, key=lambda row: hash((row, torch.initial_seed())))) for step in steps], carried
+
+
+class DrawsFromTorch(InOrder):
+    def plan(self, *args: Any, **kwargs: Any) -> Any:
+        torch.rand(1)
+        return super().plan(*args, **kwargs)
+
+
+class SortsItsArguments(InOrder):
+    def plan(self, lengths: list[int], groups: Any, **kwargs: Any) -> Any:
+        lengths.sort()
+        return super().plan(lengths, groups, **kwargs)
+
+
+class EverySecondBackwards(InOrder):
+    calls: ClassVar[Iterator[int]] = itertools.count()
+
+    def plan(self, *args: Any, **kwargs: Any) -> Any:
+        steps, carried = super().plan(*args, **kwargs)
+        return (steps[::-1] if next(self.calls) % 2 else steps), carried
+
+
+# --- batches ----------------------------------------------------------------------------------------------------
+
+
+def change(batch: Batch, **changes: Any) -> Batch:
+    return dataclasses.replace(batch, **changes)
+
+
+class RowIdsOfTheFirst(Padded):
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        return change(super().collate(examples), row_ids=(examples[0].row_id,))
+
+
+class Cuts(Padded):
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        cut = [dataclasses.replace(e, token_ids=e.token_ids[:60], loss_mask=e.loss_mask[:60]) for e in examples]
+        return super().collate([dataclasses.replace(e, weights=e.weights and e.weights[:60]) for e in cut])
+
+
+class NoBorders(Packed):
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        return change(super().collate(examples), cu_seqlens=None)
+
+
+class CountsTheFirstToken(Padded):
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        return change(super().collate(examples), num_tokens=sum(sum(e.loss_mask) for e in examples) + 1)
+
+
+class CountsPadding(Padded):
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        batch = super().collate(examples)
+        return change(batch, num_real_tokens=batch.input_ids_BT.numel())
+
+
+class CountsOnTheDevice(Padded):
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        batch = super().collate(examples)
+        return change(batch, max_seqlen=torch.tensor(batch.max_seqlen))
+
+
+class SmallLabels(Padded):
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        batch = super().collate(examples)
+        return change(batch, labels_BT=batch.labels_BT.int())
+
+
+class PositionsRunOn(Packed):
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        batch = super().collate(examples)
+        return change(batch, position_ids_BT=torch.arange(batch.num_real_tokens)[None])
+
+
+class PadsAtRandom(Padded):
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        return pad(examples, multiple_of=8 * random.Random(torch.initial_seed()).randint(1, 50))
+
+
+class DrawsInCollate(Padded):
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        random.random()
+        return super().collate(examples)
+
+
+class WritesIntoExamples(Padded):
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        batch = super().collate(examples)
+        examples[0].loss_mask[0] = not examples[0].loss_mask[0]
+        return batch
+
+
+def recounted(batch: Batch, labels_BT: torch.Tensor) -> Batch:
+    return change(batch, labels_BT=labels_BT, num_tokens=int((labels_BT != IGNORE_INDEX).sum()))
+
+
+class ForgetsWeights(Padded):
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        return change(super().collate(examples), token_weights_BT=None)
+
+
+class DoesNotShiftWeights(Padded):
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        batch = super().collate(examples)
+        weights_BT = batch.token_weights_BT
+        return change(batch, token_weights_BT=None if weights_BT is None else weights_BT.roll(1, 1))
+
+
+class ShiftsTwice(Padded):
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        batch = super().collate(examples)
+        return recounted(batch, functional.pad(batch.labels_BT[:, 1:], (0, 1), value=IGNORE_INDEX))
+
+
+class MasksByPaddingsId(Padded):
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        batch = super().collate(examples)
+        return recounted(batch, batch.labels_BT.masked_fill(batch.labels_BT == 0, IGNORE_INDEX))
+
+
+class TrainsTheNextDocument(Packed):
+    """The last token of a document is made to predict the first of the next one."""
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        batch = super().collate(examples)
+        labels_BT, ids_BT = batch.labels_BT.clone(), batch.input_ids_BT
+        for example, border in zip(examples[1:], batch.cu_seqlens[1:-1].tolist(), strict=True):  # type: ignore[index]
+            if example.loss_mask[0]:
+                labels_BT[0, border - 1] = ids_BT[0, border]
+        return recounted(batch, labels_BT)
+
+
+class Reweighs(Padded):
+    """Moves weight between the tokens of a batch so that its loss stays: right in sum, and wrong in each token."""
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        batch = super().collate(examples)
+        with random_states_kept():
+            lm = Kit(self).language_model().eval()
+        with torch.no_grad():
+            logits_BTV = lm.logits(lm.hidden(batch).hidden_BTD)
+        loss_BT = functional.cross_entropy(logits_BTV.mT, batch.labels_BT, reduction="none")
+        weights_BT = torch.ones(loss_BT.shape) if batch.token_weights_BT is None else batch.token_weights_BT.clone()
+        one, other = (loss_BT * weights_BT).nonzero()[:2].tolist()
+        weights_BT[*one] += 0.1
+        weights_BT[*other] -= 0.1 * loss_BT[*one] / loss_BT[*other]
+        return change(batch, token_weights_BT=weights_BT)
+
+
+class MakesNone:
+    @hookimpl
+    def sftx_collator(self) -> Any:
+        return None
+
+
+BAD = [
+    (MakesNone, MADE, "sftx_collator returned NoneType, expected a Collator"),
+    (DropsLast, "plans-every-example", "put every index into one row"),
+    (CarriesOverAtTheEnd, "plans-every-example", "with final=True nothing comes after"),
+    (StepsTooLarge, "fills-its-steps", "a step of 2 rows"),
+    (EmptyStep, "fills-its-steps", "without examples; leave it out"),
+    (ShortSteps, "fills-its-steps", "carry over what does not fill a step"),
+    (TearsPairs, "keeps-groups-together", "make rows of whole groups"),
+    (TurnsPairs, "keeps-groups-together", "or changes their order"),
+    (ShufflesAnyhow, "plans-by-its-arguments", "draw from random.Random"),
+    (DrawsFromTorch, "plans-by-its-arguments", "drew from the global random numbers of torch"),
+    (SortsItsArguments, "plans-by-its-arguments", "changed the lists of lengths or groups"),
+    (EverySecondBackwards, "plans-by-its-arguments", "keep nothing between two calls"),
+    (RowIdsOfTheFirst, "batches-every-example", "row_id belongs into row_ids once"),
+    (Cuts, "batches-every-example", "are no document of the batch"),
+    (NoBorders, "batches-every-example", "set lengths_B"),
+    (CountsTheFirstToken, "counts-what-it-holds", "num_tokens is"),
+    (CountsPadding, "counts-what-it-holds", "num_real_tokens is"),
+    (CountsOnTheDevice, "counts-what-it-holds", "max_seqlen is tensor("),
+    (SmallLabels, "counts-what-it-holds", "labels_BT is torch.int32"),
+    (PositionsRunOn, "counts-what-it-holds", "count from 0 in each"),
+    (PadsAtRandom, "collates-by-its-arguments", "a batch with other input_ids_BT"),
+    (DrawsInCollate, "collates-by-its-arguments", "drew from the global random numbers of random,"),
+    (WritesIntoExamples, "collates-by-its-arguments", "copy what you change"),
+    (ForgetsWeights, "changes-no-loss", "token_weights_BT are shifted like labels"),
+    (DoesNotShiftWeights, "changes-no-loss", "one by one"),
+    (ShiftsTwice, "changes-no-loss", "is the token after t"),
+    (MasksByPaddingsId, "changes-no-loss", "nothing is masked by its id"),
+    (TrainsTheNextDocument, "changes-no-loss", "the last of each document is IGNORE_INDEX"),
+    (Reweighs, "changes-no-gradient", "though its loss is right"),
+]
+
+
+@pytest.mark.parametrize(("bad", "clause", "message"), BAD, ids=[bad.__name__ for bad, *_ in BAD])
+def test_a_bad_collator_fails_exactly_its_clause(bad: type, clause: str, message: str) -> None:
+    with pytest.raises(ContractError, match=f"^collator / {clause}: ") as caught:
+        check_collator(bad())
+    findings = caught.value.findings
+    assert {f.clause for f in findings if f.status == "failed"} == {clause}
+    assert message in str(caught.value)
+    needing = {c.name for c in SUITE.clauses if clause == MADE or needs(c.name, clause)}
+    assert {f.clause for f in findings if f.status == "skipped"} == needing
+
+
+def needs(name: str, other: str) -> bool:
+    """Whether the clause says nothing without the other one, or without one that needs it."""
+    own = {clause.name: clause.needs for clause in SUITE.clauses}[name]
+    return other in own or any(needs(one, other) for one in own)
+
+
+def test_there_is_a_bad_collator_for_each_clause() -> None:
+    assert {MADE, *(clause.name for clause in SUITE.clauses)} == {clause for _, clause, _ in BAD}
+
+
+@pytest.mark.parametrize("options", [{}, {"group_by_length": False}, {"pad_to_multiple_of": 64}])
+def test_padded_keeps_the_contract(options: dict[str, Any]) -> None:
+    check_collator(built_in("padded", **options))
+
+
+@pytest.mark.parametrize("good", [Packed, InOrder])
+def test_a_good_collator_of_another_kind_keeps_it(good: type) -> None:
+    check_collator(good())

@@ -1,0 +1,403 @@
+"""The contract of a loss: good ones keep it, of tokens and of pairs; for each clause there is one that breaks it."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from packing import Packed
+from sftx import (
+    IGNORE_INDEX,
+    Batch,
+    Conversation,
+    LanguageModel,
+    Location,
+    Loss,
+    LossSum,
+    Message,
+    Parser,
+    Record,
+    hookimpl,
+)
+from sftx.testing.clauses import MADE, ContractError
+from sftx.testing.kit import built_in
+from sftx.testing.loss import SUITE, check_loss
+
+
+def token_losses(logits_BTV: Tensor, batch: Batch) -> Tensor:
+    """[B, T], 0 where the label is ignored."""
+    loss_BT = functional.cross_entropy(logits_BTV.mT, batch.labels_BT, ignore_index=IGNORE_INDEX, reduction="none")
+    return loss_BT if batch.token_weights_BT is None else loss_BT * batch.token_weights_BT
+
+
+class CrossEntropy:
+    """Good, and what the bad ones change."""
+
+    @hookimpl
+    def sftx_loss(self) -> Loss:
+        return self
+
+    def denominator(self, batch: Batch) -> float:
+        return float(batch.num_tokens)
+
+    def logits(self, lm: LanguageModel, batch: Batch) -> Tensor:
+        return lm.logits(lm.hidden(batch).hidden_BTD)
+
+    def __call__(self, lm: LanguageModel, batch: Batch) -> LossSum:
+        logits_BTV = self.logits(lm, batch)
+        loss = token_losses(logits_BTV, batch).sum()
+        right = (logits_BTV.argmax(-1) == batch.labels_BT).sum()
+        return LossSum(loss, metrics={"nll": loss, "token_accuracy": right})
+
+
+class InSinglePrecision(CrossEntropy):
+    """Good: the usual cast of the logits."""
+
+    def logits(self, lm: LanguageModel, batch: Batch) -> Tensor:
+        return super().logits(lm, batch).float()
+
+
+class Preferences(CrossEntropy):
+    """Good: DPO (Rafailov et al. 2023, arXiv:2305.18290, equation 7) on pairs of its own format, summed over pairs."""
+
+    beta = 0.1
+    fields: ClassVar[str] = "ask, good, bad"
+    samples: ClassVar[Sequence[Record]] = (
+        {"ask": "What is 2 + 3?", "good": "5", "bad": "It may be 6."},
+        {"ask": "The capital of France?", "good": "Paris is the capital of France.", "bad": "Rome"},
+    )
+
+    @hookimpl
+    def sftx_parser(self) -> Parser:
+        return self
+
+    def accepts(self, record: Record) -> bool:
+        return record.keys() == {"ask", "good", "bad"}
+
+    def parse(self, record: Record, where: Location) -> tuple[Conversation, ...]:
+        ask = Message("user", record["ask"])
+        return tuple(Conversation((ask, Message("assistant", record[which]))) for which in ("good", "bad"))
+
+    def denominator(self, batch: Batch) -> float:
+        return len(batch.row_ids) / 2
+
+    def __call__(self, lm: LanguageModel, batch: Batch) -> LossSum:
+        ours_B = -token_losses(self.logits(lm, batch), batch).sum(1)
+        with torch.no_grad(), lm.without_adapters():
+            before_B = -token_losses(self.logits(lm, batch), batch).sum(1)
+        rewards_B = self.beta * (ours_B - before_B)
+        margin_P = rewards_B[::2] - rewards_B[1::2]
+        metrics = {"margin": margin_P.sum(), "accuracy": (margin_P > 0).sum()}
+        return LossSum(-functional.logsigmoid(margin_P).sum(), metrics=metrics)
+
+
+def change(out: LossSum, **changes: Any) -> LossSum:
+    return dataclasses.replace(out, **changes)
+
+
+# --- what it returns --------------------------------------------------------------------------------------------
+
+
+class ReturnsATensor(CrossEntropy):
+    def __call__(self, lm: LanguageModel, batch: Batch) -> Any:
+        return super().__call__(lm, batch).sum
+
+
+class SumPerRow(CrossEntropy):
+    def __call__(self, lm: LanguageModel, batch: Batch) -> LossSum:
+        return LossSum(token_losses(self.logits(lm, batch), batch).sum(1))
+
+
+class NotANumber(CrossEntropy):
+    def __call__(self, lm: LanguageModel, batch: Batch) -> LossSum:
+        out = super().__call__(lm, batch)
+        return change(out, sum=out.sum * torch.nan)
+
+
+class HalfPrecision(CrossEntropy):
+    def __call__(self, lm: LanguageModel, batch: Batch) -> LossSum:
+        out = super().__call__(lm, batch)
+        return change(out, sum=out.sum.bfloat16())
+
+
+class Detached(CrossEntropy):
+    def __call__(self, lm: LanguageModel, batch: Batch) -> LossSum:
+        out = super().__call__(lm, batch)
+        return change(out, sum=out.sum.detach())
+
+
+class MetricsAsFloats(CrossEntropy):
+    def __call__(self, lm: LanguageModel, batch: Batch) -> LossSum:
+        return change(super().__call__(lm, batch), metrics={"nll": 1.0})
+
+
+# --- what it leaves ---------------------------------------------------------------------------------------------
+
+
+class LeavesEvaluation(CrossEntropy):
+    def __call__(self, lm: LanguageModel, batch: Batch) -> LossSum:
+        lm.eval()
+        return super().__call__(lm, batch)
+
+
+class LeavesAdaptersOff(Preferences):
+    def __call__(self, lm: LanguageModel, batch: Batch) -> LossSum:
+        out = super().__call__(lm, batch)
+        for layer in lm.modules():
+            if hasattr(layer, "lora_A"):
+                layer.enabled = False
+        return out
+
+
+class GoesBackwardItself(CrossEntropy):
+    def __call__(self, lm: LanguageModel, batch: Batch) -> LossSum:
+        out = super().__call__(lm, batch)
+        if out.sum.requires_grad:
+            out.sum.backward(retain_graph=True)
+        return out
+
+
+class WritesLabels(CrossEntropy):
+    def __call__(self, lm: LanguageModel, batch: Batch) -> LossSum:
+        out = super().__call__(lm, batch)
+        batch.labels_BT[:, 0] = 5
+        return out
+
+
+class SeedsItself(CrossEntropy):
+    def __call__(self, lm: LanguageModel, batch: Batch) -> LossSum:
+        torch.manual_seed(0)
+        return super().__call__(lm, batch)
+
+
+# --- its denominator, evaluation --------------------------------------------------------------------------------
+
+
+class DividesByNothing(CrossEntropy):
+    def denominator(self, batch: Batch) -> float:
+        return 0.0
+
+
+class DenominatorOnTheDevice(CrossEntropy):
+    def denominator(self, batch: Batch) -> Any:
+        return (batch.labels_BT != IGNORE_INDEX).sum()
+
+
+class CountsCalls(CrossEntropy):
+    calls: ClassVar[Iterator[int]] = itertools.count(1)
+
+    def denominator(self, batch: Batch) -> float:
+        return float(batch.num_tokens + next(self.calls))
+
+
+class KeepsTheGraph(CrossEntropy):
+    def __call__(self, lm: LanguageModel, batch: Batch) -> LossSum:
+        with torch.enable_grad():
+            return super().__call__(lm, batch)
+
+
+class AlwaysTrains(CrossEntropy):
+    """Switches the model to training when it evaluates."""
+
+    def __call__(self, lm: LanguageModel, batch: Batch) -> LossSum:
+        lm.train()
+        return super().__call__(lm, batch)
+
+
+class NeedsTheGraph(CrossEntropy):
+    def __call__(self, lm: LanguageModel, batch: Batch) -> LossSum:
+        if not torch.is_grad_enabled():
+            raise RuntimeError("element 0 of tensors does not require grad")
+        return super().__call__(lm, batch)
+
+
+class InfiniteInEvaluation(CrossEntropy):
+    def __call__(self, lm: LanguageModel, batch: Batch) -> LossSum:
+        out = super().__call__(lm, batch)
+        return out if lm.training else change(out, metrics={"perplexity": out.sum.exp()})
+
+
+# --- padding and split ------------------------------------------------------------------------------------------
+
+
+class CountsColumns(CrossEntropy):
+    """A mean over the columns of each row, times a length that was thought to be constant."""
+
+    def __call__(self, lm: LanguageModel, batch: Batch) -> LossSum:
+        return LossSum(100 * token_losses(self.logits(lm, batch), batch).mean(1).sum())
+
+
+class DenominatorOfAllTokens(CrossEntropy):
+    def denominator(self, batch: Batch) -> float:
+        return float(batch.input_ids_BT.numel())
+
+
+class PaddedGradient(CrossEntropy):
+    """The right sum; its gradient is scaled by the share of padding."""
+
+    def __call__(self, lm: LanguageModel, batch: Batch) -> LossSum:
+        out = super().__call__(lm, batch)
+        share = 1e-3 * batch.input_ids_BT.shape[1] / batch.max_seqlen
+        return change(out, sum=out.sum + share * (out.sum - out.sum.detach()))
+
+
+class Mean(CrossEntropy):
+    def __call__(self, lm: LanguageModel, batch: Batch) -> LossSum:
+        out = super().__call__(lm, batch)
+        return change(out, sum=out.sum / batch.num_tokens)
+
+
+class MeanMetric(CrossEntropy):
+    def __call__(self, lm: LanguageModel, batch: Batch) -> LossSum:
+        out = super().__call__(lm, batch)
+        return change(out, metrics={"nll": out.metrics["nll"] / batch.num_tokens})
+
+
+class OneForABatch(CrossEntropy):
+    def denominator(self, batch: Batch) -> float:
+        return 1.0
+
+
+class NormalisesWeights(CrossEntropy):
+    """So that the weights of a batch have the mean 1."""
+
+    def __call__(self, lm: LanguageModel, batch: Batch) -> LossSum:
+        weights_BT = batch.token_weights_BT
+        if weights_BT is not None:
+            mean = weights_BT[batch.labels_BT != IGNORE_INDEX].mean()
+            batch = dataclasses.replace(batch, token_weights_BT=weights_BT / mean)
+        return super().__call__(lm, batch)
+
+
+# --- what is trained, and how -----------------------------------------------------------------------------------
+
+
+class RegularisesPrompts(CrossEntropy):
+    """A z-loss on every real token."""
+
+    def __call__(self, lm: LanguageModel, batch: Batch) -> LossSum:
+        assert batch.lengths_B is not None
+        logits_BTV = self.logits(lm, batch)
+        real_BT = torch.arange(logits_BTV.shape[1]) < batch.lengths_B[:, None]
+        z_loss = (logits_BTV.logsumexp(-1)[real_BT] ** 2).sum()
+        return LossSum(token_losses(logits_BTV, batch).sum() + 1e-3 * z_loss)
+
+
+class DetachedHead(CrossEntropy):
+    def logits(self, lm: LanguageModel, batch: Batch) -> Tensor:
+        return lm.hidden(batch).hidden_BTD @ lm.head_weight.detach().T
+
+
+class DetachedHidden(CrossEntropy):
+    def logits(self, lm: LanguageModel, batch: Batch) -> Tensor:
+        return lm.logits(lm.hidden(batch).hidden_BTD.detach())
+
+
+class FreezesALayer(CrossEntropy):
+    """While it computes: the gradient is right along itself, and lacks what this layer should get."""
+
+    def __call__(self, lm: LanguageModel, batch: Batch) -> LossSum:
+        parameter = next(parameter for name, parameter in lm.named_parameters() if "v_proj.lora_B" in name)
+        parameter.requires_grad_(False)
+        out = super().__call__(lm, batch)
+        parameter.requires_grad_()
+        return out
+
+
+class OnePercentTooMuch(CrossEntropy):
+    def __call__(self, lm: LanguageModel, batch: Batch) -> LossSum:
+        out = super().__call__(lm, batch)
+        return change(out, sum=out.sum + 0.01 * (out.sum - out.sum.detach()))
+
+
+class ReferenceThatMoves(Preferences):
+    """The reference is the trained model itself, held constant: it has a gradient, and the sum does not change."""
+
+    def __call__(self, lm: LanguageModel, batch: Batch) -> LossSum:
+        ours_B = -token_losses(self.logits(lm, batch), batch).sum(1)
+        margin_P = self.beta * (ours_B - ours_B.detach())[::2]
+        return LossSum(-functional.logsigmoid(margin_P).sum())
+
+
+class MakesNone:
+    @hookimpl
+    def sftx_loss(self) -> Any:
+        return None
+
+
+BAD = [
+    (MakesNone, MADE, "sftx_loss returned NoneType, expected a Loss"),
+    (ReturnsATensor, "returns-a-sum", "it returned Tensor; return LossSum"),
+    (SumPerRow, "returns-a-sum", "sum is of shape [4]"),
+    (NotANumber, "returns-a-sum", "sum is nan"),
+    (HalfPrecision, "returns-a-sum", "sum is torch.bfloat16"),
+    (Detached, "returns-a-sum", "do not detach it"),
+    (MetricsAsFloats, "returns-a-sum", "metrics['nll'] is of float"),
+    (LeavesEvaluation, "leaves-the-model", "the training mode of lm is not what it was"),
+    (LeavesAdaptersOff, "leaves-the-model", "are its adapters on?"),
+    (GoesBackwardItself, "leaves-the-model", "leave backward() and updates to the engine"),
+    (WritesLabels, "leaves-the-model", "wrote into the batch's labels_BT"),
+    (SeedsItself, "leaves-the-model", "derive what is random from lm.seed"),
+    (DividesByNothing, "knows-its-denominator", "trained tokens is 0.0"),
+    (DenominatorOnTheDevice, "knows-its-denominator", "without waiting for a device"),
+    (CountsCalls, "knows-its-denominator", "count it from the batch"),
+    (KeepsTheGraph, "evaluates", "keeps a graph"),
+    (AlwaysTrains, "evaluates", "the training mode of lm is not what it was"),
+    (NeedsTheGraph, "evaluates", "raised RuntimeError"),
+    (InfiniteInEvaluation, "evaluates", "metrics['perplexity'] is inf"),
+    (CountsColumns, "padding-changes-nothing", "more columns of padding sum is"),
+    (DenominatorOfAllTokens, "padding-changes-nothing", "with more padding the denominator is"),
+    (PaddedGradient, "padding-changes-nothing", "with more padding the gradient is off"),
+    (Mean, "splits", "return sums and not means"),
+    (MeanMetric, "splits", "metrics['nll'] is"),
+    (OneForABatch, "splits", "denominator is 1 for 4 groups"),
+    (NormalisesWeights, "splits", "let no example depend on its neighbours"),
+    (RegularisesPrompts, "trains-only-labels", "take only the positions that have a label"),
+    (DetachedHead, "right-gradient", "look for a detach()"),
+    (FreezesALayer, "right-gradient", "along a random direction"),
+    (DetachedHidden, "right-gradient", "or an own backward"),
+    (OnePercentTooMuch, "right-gradient", "along itself"),
+    (ReferenceThatMoves, "right-gradient", "and the sum changes by"),
+]
+
+
+@pytest.mark.parametrize(("bad", "clause", "message"), BAD, ids=[bad.__name__ for bad, *_ in BAD])
+def test_a_bad_loss_fails_exactly_its_clause(bad: type, clause: str, message: str) -> None:
+    with pytest.raises(ContractError, match=f"^loss / {clause}: ") as caught:
+        check_loss(bad())
+    findings = caught.value.findings
+    assert {f.clause for f in findings if f.status == "failed"} == {clause}
+    assert message in str(caught.value)
+    needing = {c.name for c in SUITE.clauses if clause == MADE or needs(c.name, clause)}
+    assert {f.clause for f in findings if f.status == "skipped"} == needing
+
+
+def needs(name: str, other: str) -> bool:
+    """Whether the clause says nothing without the other one, or without one that needs it."""
+    own = {clause.name: clause.needs for clause in SUITE.clauses}[name]
+    return other in own or any(needs(one, other) for one in own)
+
+
+def test_there_is_a_bad_loss_for_each_clause() -> None:
+    assert {MADE, *(clause.name for clause in SUITE.clauses)} == {clause for _, clause, _ in BAD}
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 1e-3}, {"workspace_mb": 1}])
+def test_masked_ce_keeps_the_contract(options: dict[str, Any]) -> None:
+    check_loss(built_in("masked-ce", **options))
+
+
+class PackedCrossEntropy(CrossEntropy, Packed):
+    """Good: a collator and a loss in one plugin."""
+
+
+@pytest.mark.parametrize("good", [CrossEntropy, InSinglePrecision, Preferences, PackedCrossEntropy])
+def test_a_good_loss_of_another_kind_keeps_it(good: type) -> None:
+    check_loss(good())

@@ -1,0 +1,109 @@
+"""The contract of a metric: good ones keep it, and for each clause there are ones that break just that."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import pytest
+
+from sftx import hookimpl
+from sftx.testing import ContractError, check_metric
+from sftx.testing.kit import built_in
+from sftx.testing.metric import SUITE
+
+
+class Overlap:
+    """The share of the reference's words that the answer has."""
+
+    @hookimpl
+    def sftx_metric(self) -> Any:
+        return self
+
+    def __call__(self, prediction: str, reference: str) -> Any:
+        words = set(reference.split())
+        return len(words & set(prediction.split())) / max(1, len(words))
+
+
+class Whole(Overlap):
+    """A score may be a whole number, or True."""
+
+    def __call__(self, prediction: str, reference: str) -> Any:
+        return prediction == reference
+
+
+@pytest.mark.parametrize("plugin", [built_in("exact-match"), Overlap(), Whole()], ids=lambda p: type(p).__name__)
+def test_good_metrics_keep_every_clause(plugin: object) -> None:
+    assert {(finding.clause, finding.status, finding.message) for finding in SUITE.findings(plugin)} == {
+        (clause, "ok", "") for clause in ("made", *(clause.name for clause in SUITE.clauses))
+    }
+
+
+class GivesNumber(Overlap):
+    @hookimpl
+    def sftx_metric(self) -> Any:
+        return 3
+
+
+class WantsJson(Overlap):
+    def __call__(self, prediction: str, reference: str) -> Any:
+        return float(json.loads(prediction) == json.loads(reference))
+
+
+class WantsWords(Overlap):
+    def __call__(self, prediction: str, reference: str) -> Any:
+        return len(set(prediction.split()) & set(reference.split())) / len(reference.split())
+
+
+class GivesNothing(Overlap):
+    def __call__(self, prediction: str, reference: str) -> Any:
+        return super().__call__(prediction, reference) or None
+
+
+class GivesNaN(Overlap):
+    def __call__(self, prediction: str, reference: str) -> Any:
+        return super().__call__(prediction, reference) if reference.split() else float("nan")
+
+
+class GivesText(Overlap):
+    def __call__(self, prediction: str, reference: str) -> Any:
+        return f"{super().__call__(prediction, reference):.2f}"
+
+
+class Remembers(Overlap):
+    """Scores by how often it has been asked."""
+
+    calls: ClassVar[Iterator[int]] = itertools.count()
+
+    def __call__(self, prediction: str, reference: str) -> Any:
+        return super().__call__(prediction, reference) + next(self.calls)
+
+
+BAD = [
+    (GivesNumber, "made", "returned int, expected a Metric"),
+    (WantsJson, "takes-any-text", "the answer 'Paris' to the reference 'Paris' raised JSONDecodeError"),
+    (WantsWords, "takes-any-text", "to the reference '' raised ZeroDivisionError: division by zero; a model may"),
+    (GivesNothing, "finite-number", "has the score None; return a finite float"),
+    (GivesNaN, "finite-number", "to the reference '' has the score nan; return a finite float"),
+    (GivesText, "finite-number", "has the score '1.00'; return a finite float"),
+    (Remembers, "pure", "after others were scored; keep nothing between two calls"),
+]
+
+
+@pytest.mark.parametrize(("bad", "clause", "message"), BAD)
+def test_a_bad_metric_fails_one_clause_that_says_what_to_mend(bad: type, clause: str, message: str) -> None:
+    failed = {finding.clause: finding.message for finding in SUITE.findings(bad()) if finding.status == "failed"}
+    assert list(failed) == [clause], failed
+    assert message in failed[clause]
+
+
+def test_every_clause_of_the_metric_has_a_bad_one() -> None:
+    assert {clause for _, clause, _ in BAD} == {"made", *(clause.name for clause in SUITE.clauses)}
+
+
+def test_check_metric_raises_with_the_clause_and_its_rule() -> None:
+    check_metric(Overlap())
+    with pytest.raises(ContractError, match="metric / finite-number: A score is a finite number"):
+        check_metric(GivesNaN())
