@@ -248,7 +248,7 @@ class StepReport:
     epoch: float
     """Epochs done after this step."""
     loss: float
-    """Mean over the step's trained tokens."""
+    """Mean over the step's denominator: trained tokens, or what else the loss counts (pairs)."""
     grad_norm: float
     """Before clipping."""
     learning_rate: float
@@ -282,7 +282,7 @@ class EvalReport:
 
     step: int
     metrics: Mapping[str, float]
-    """`loss` and `token_accuracy` over trained tokens, then the metric plugins' means."""
+    """`loss` and what else the loss counts, means over its denominator; then the metric plugins' means."""
     samples: tuple[Sample, ...] = ()
     seconds: float = 0.0
 

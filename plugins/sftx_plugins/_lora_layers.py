@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sftx import Adapter, LanguageModel, ModelError
+from sftx import Adapter, ConfigError, LanguageModel, ModelError
 from sftx_kernels import lora_linear
 
 if TYPE_CHECKING:
@@ -90,7 +90,9 @@ class LoraAdapter(Adapter):
         self._shown_targets = _endings(self._targets, [name for name, _ in model.named_modules()])
         for layer, name in enumerate(self._targets):
             linear = model.get_submodule(name)
-            assert isinstance(linear, nn.Linear)
+            added = {key for key, _ in linear.named_parameters()} - {"weight", "bias"}
+            if added or not isinstance(linear, nn.Linear):
+                raise ConfigError(f"another adapter of this run has changed {name} already; leave one of the two out")
             self._layers[name] = LoraLinear(linear, self.options, run_seed=lm.seed, layer=layer)
             model.set_submodule(name, self._layers[name])
         for name in self._saved:

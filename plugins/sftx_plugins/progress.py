@@ -58,6 +58,7 @@ class _Terminal(Observer):
             f"loss {report.loss:.4f}  lr {report.learning_rate:.2e}  grad norm {report.grad_norm:.3f}  "
             f"{report.tokens_per_second:.0f} tokens/s"
         )
+        line += "".join(f"  {name} {value:.4g}" for name, value in report.metrics.items())
         if report.step == 1:
             self._bar.start()
         self._bar.update(self._task, completed=report.step, description=line)
@@ -93,8 +94,11 @@ class _Terminal(Observer):
 
 def _assembled(report: StartReport) -> Table:
     table = Table("stage", "plugin", "distribution", "options", box=None, header_style="bold", pad_edge=False)
+    shown: set[str] = set()
     for p in report.providers:
-        options = ", ".join(f"{name}={value}" for name, value in p.options.items())
+        # A plugin that fills several stages has its options once.
+        options = ", ".join(f"{name}={value}" for name, value in p.options.items()) if p.plugin not in shown else ""
+        shown.add(p.plugin)
         table.add_row(p.stage, escape(p.plugin), escape(f"{p.distribution} {p.version}"), escape(options))
     return table
 

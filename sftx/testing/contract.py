@@ -55,11 +55,13 @@ def check_plugin(
 
 
 def _run(info: PluginInfo, options: Mapping[str, Any], plugin: object, model: Path | None) -> Finding:
+    # With an adapter, as most runs have one and some losses need one.
+    names = [info.name] if hasattr(plugin, "sftx_adapter") else ["lora", info.name]
     settings = {f"{info.name}.{option}": value for option, value in options.items()}
     with tempfile.TemporaryDirectory() as name:
         try:
             with contextlib.redirect_stdout(io.StringIO()):
-                run_tiny([info.name], Path(name), model=model or fitting_model(plugin, Path(name)), settings=settings)
+                run_tiny(names, Path(name), model=model or fitting_model(plugin, Path(name)), settings=settings)
         except SftxError as error:
             return Finding("run", "trains", RUNS, "failed", str(error).replace(name, "."))
     return Finding("run", "trains", RUNS, "ok")

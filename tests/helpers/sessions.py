@@ -9,9 +9,9 @@ from sftx.config import load
 from sftx.run import Session, assemble
 
 
-def session_of(model: Path, data: Path, **options: Any) -> Session:
-    """An assembled run with chatml and lora; `options` are dotted names with '__' for the dot."""
+def session_of(model: Path, data: Path, *plugins: str, **options: Any) -> Session:
+    """An assembled run with chatml, lora and these plugins; `options` are dotted names with '__' for the dot."""
     given = {"model": str(model), "data.train": str(data), "output_dir": str(data.parent / "never-written")}
     given |= {name.replace("__", "."): value for name, value in options.items()}
     assignments = [(name, value, f"--set {name}") for name, value in given.items()]
-    return assemble(load(None, add=["chatml", "lora"], assignments=assignments))
+    return assemble(load(None, add=["chatml", "lora", *plugins], assignments=assignments))

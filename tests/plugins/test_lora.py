@@ -140,6 +140,20 @@ def test_target_modules_are_endings_or_a_regular_expression_of_the_whole_path(ti
         adapted(["lm_head"])
 
 
+def test_layers_that_another_adapter_has_changed_are_refused(
+    tiny_model_dir: Path, data: Path, install_plugin: Any
+) -> None:
+    code = (
+        "import dataclasses\nimport sftx\nfrom sftx_plugins.lora import Lora\n\n\n"
+        "@dataclasses.dataclass(frozen=True, eq=False)\nclass Again(Lora):\n    pass\n"
+    )
+    install_plugin("acme", code, {"again": "Again"})
+    with pytest.raises(
+        ConfigError, match=r"'again' \(acme 1\.0\): another adapter of this run has changed model\.layers"
+    ):
+        session_of(tiny_model_dir, data, plugins__again={})
+
+
 def test_loading_is_strict(tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
     narrow = session_of(tiny_model_dir, data, lora__target_modules=["q_proj"])
     narrow.lm.adapters["lora"].save(tmp_path)

@@ -1,0 +1,64 @@
+"""Pairs become batches: the two sides of a pair always together, and who they are in the batch's extras."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Final
+
+from sftx import Batch, DataError, Example, Row, Step, pad
+
+from sftx_dpo.parser import CHOSEN, REJECTED, SIDE
+
+CHOSEN_P: Final = "dpo_chosen_P"
+REJECTED_P: Final = "dpo_rejected_P"
+"""Keys of a batch's extras: for each of its P pairs, the row of that side; int64."""
+
+
+class PairCollator:
+    """A row of a step is a pair, so `per_device_train_batch_size` counts pairs. Padded at the right."""
+
+    def plan(
+        self,
+        lengths: Sequence[int],
+        groups: Sequence[int],
+        *,
+        seed: int,
+        epoch: int,
+        window: int,
+        examples_per_step: int,
+        final: bool,
+    ) -> tuple[list[Step], Row]:
+        """A random order of the pairs; within a step the longest first, so that neighbours need little padding."""
+        members: dict[int, list[int]] = {}
+        for index, group in enumerate(groups):
+            members.setdefault(group, []).append(index)
+        pairs = [tuple(indices) for indices in members.values()]
+        # A text as seed is hashed with SHA-512: the same in every process, which tuples are not.
+        random.Random(f"dpo {seed} {epoch} {window}").shuffle(pairs)
+        num_carried = 0 if final else len(pairs) % examples_per_step
+        planned = pairs[: len(pairs) - num_carried]
+        steps = [
+            tuple(sorted(planned[at : at + examples_per_step], key=lambda pair: -max(lengths[i] for i in pair)))
+            for at in range(0, len(planned), examples_per_step)
+        ]
+        return steps, tuple(index for pair in pairs[len(planned) :] for index in pair)
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """A padded batch, with the rows of each pair in its extras. Raises DataError for a row that is no pair."""
+        import torch
+
+        sides: dict[int, dict[object, int]] = {}
+        for row, example in enumerate(examples):
+            sides.setdefault(example.group, {}).setdefault(example.extras.get(SIDE), row)
+        for group, rows in sides.items():
+            members = [example.row_id for example in examples if example.group == group]
+            if set(rows) != {CHOSEN, REJECTED} or len(members) != 2:
+                raise DataError(
+                    f"{members[0]}: is no preference pair, and dpo trains on nothing else; give it records with "
+                    "conversations, chosen and rejected"
+                )
+        batch = pad(examples)
+        for name, side in ((CHOSEN_P, CHOSEN), (REJECTED_P, REJECTED)):
+            batch.extras[name] = torch.tensor([rows[side] for rows in sides.values()])
+        return batch
