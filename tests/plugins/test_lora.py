@@ -151,7 +151,7 @@ def test_layers_that_another_adapter_has_changed_are_refused(
     with pytest.raises(
         ConfigError, match=r"'again' \(acme 1\.0\): another adapter of this run has changed model\.layers"
     ):
-        session_of(tiny_model_dir, data, plugins__again={})
+        session_of(tiny_model_dir, data, "again")
 
 
 def test_loading_is_strict(tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
