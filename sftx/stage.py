@@ -22,8 +22,10 @@ def make(plugin: object, hook: str, **arguments: Any) -> Any:
     implementation = getattr(plugin, hook)
     made = implementation(**{name: arguments[name] for name in arguments_of(implementation)})
     if not isinstance(made, RETURNS[hook]):
+        wanted = RETURNS[hook].__name__
+        article = "an" if wanted[0] in "AO" else "a"
         raise PluginError(
-            f"{hook} returned {type(made).__name__}, expected a {RETURNS[hook].__name__}{_missing(made, RETURNS[hook])}"
+            f"{hook} returned {type(made).__name__}, expected {article} {wanted}{_missing(made, RETURNS[hook])}"
         )
     return made
 

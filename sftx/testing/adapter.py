@@ -299,6 +299,23 @@ def plans_on_meta(case: Case) -> None:
         )
 
 
+@SUITE.clause(
+    "Beside an adapter that was attached before it, it refuses with an SftxError or changes no logit.",
+    needs=["begins-as-identity"],
+)
+def keeps_other_adapters(case: Case) -> None:
+    try:
+        model, before_BTV = case.attached_second()
+    except SftxError:
+        return
+    difference = _difference(model.logits(), before_BTV)
+    if not difference <= _CLOSE:
+        raise ClauseError(
+            f"attached after lora, it changes the logits by {difference:.1e} (relative): what lora trained is lost; "
+            "refuse layers that have more than weight and bias with sftx.ConfigError, or keep what they compute"
+        )
+
+
 def check_adapter(plugin: object, *, model: Path | None = None) -> None:
     """Holds the plugin's adapter against each clause. Raises ContractError, naming those that it breaks.
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sftx.model.language_model import LanguageModel
 from sftx.model.load import load_model, load_spec
 from sftx.stage import make
-from sftx.testing.kit import Kit, groups_of
+from sftx.testing.kit import Kit, built_in, groups_of
 from sftx.types import IGNORE_INDEX, Adapter, Batch
 
 STEPS: Final = 2
@@ -115,6 +115,20 @@ class Case:
         torch.manual_seed(seed)
         lm.attach({"adapter": adapter})
         return Attached(lm, adapter, self.batch, self._base)
+
+    def attached_second(self) -> tuple[Attached, Tensor]:
+        """The model with lora, which is not the identity, and then the adapter; the logits before it came."""
+        spec = load_spec(str(self.kit.model_dir))
+        first: Adapter = make(built_in("lora"), "sftx_adapter", spec=spec)
+        second: Adapter = make(self.kit.plugin, "sftx_adapter", spec=spec)
+        lm = self.kit.language_model({"first": first})
+        with torch.no_grad():
+            for parameter in lm.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.05)
+        before_BTV = logits_of(lm, self.batch)
+        second.attach(lm)
+        return Attached(lm, second, self.batch, self.begun.base), before_BTV
 
     def rounding(self) -> float:
         """The error of the base model's logits in fp32, by fp64, relative to the largest: deep models have more."""

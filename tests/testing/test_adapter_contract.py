@@ -316,8 +316,19 @@ def plugin_of(made: type) -> Plugin:
     return made() if issubclass(made, Plugin) else type("Made", (Plugin,), {"made": made})()
 
 
+class TakesTheLayersOfOthers(Good):
+    def attach(self, lm: LanguageModel) -> None:
+        for name in self._targets:
+            found = lm.model.get_submodule(name)
+            plain = nn.Linear(found.in_features, found.out_features, bias=False)
+            plain.weight = found.weight
+            lm.model.set_submodule(name, plain)
+        super().attach(lm)
+
+
 BAD = [
-    (NoAdapter, "made", "returned NoAdapter, expected a Adapter"),
+    (TakesTheLayersOfOthers, "keeps-other-adapters", "attached after lora, it changes the logits by"),
+    (NoAdapter, "made", "returned NoAdapter, expected an Adapter"),
     (CannotAttach, "made", "ValueError: no layer found"),
     (StartsNoisy, "begins-as-identity", "it changes the logits by"),
     (Frozen, "trains-something", "no parameter of the model requires grad"),

@@ -264,7 +264,7 @@ STATE = [
 ]
 
 BAD: list[tuple[Callable[[RunInfo], Any], str, str]] = [
-    (NoObserver, "made", "returned NoObserver, expected a Observer"),
+    (NoObserver, "made", "returned NoObserver, expected an Observer"),
     (CannotBegin, "made", "RuntimeError: the server does not answer"),
     (CannotSave, "takes-every-event", "on_save raised FileNotFoundError"),
     (KeepsHistory, "repeats", "losses.txt has 2 lines in the first run, 6 after the same events later"),
