@@ -9,7 +9,7 @@ import copy
 import itertools
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,7 @@ from sftx.stage import make
 from sftx.testing.batches import differences, random_states, random_states_kept, seed_all, varied
 from sftx.testing.clauses import ClauseError, Suite
 from sftx.testing.kit import Kit, groups_of
+from sftx.testing.numeric import norm
 from sftx.types import IGNORE_INDEX, Batch, Collator, Example, Row, Step
 
 # fp32: sums over the same tokens in another order. On the tiny model losses differ by 1e-7 and gradients by 2e-7 of
@@ -125,8 +126,8 @@ class _Case:
                 alone += own.item()
                 for total, gradient in zip(summed, torch.autograd.grad(own, parameters), strict=True):
                     total += gradient
-            off = _norm([one - other for one, other in zip(gradients, summed, strict=True)])
-            compared.append(_Comparison(batch, loss.item(), alone, off / _norm(summed)))
+            off = norm([one - other for one, other in zip(gradients, summed, strict=True)])
+            compared.append(_Comparison(batch, loss.item(), alone, off / norm(summed)))
         return compared
 
 
@@ -365,7 +366,3 @@ def _loss_of_example(lm: LanguageModel, example: Example) -> Tensor:
     logits_TV = lm.model(input_ids=ids_T[None], use_cache=False).logits[0]
     weights_T = torch.tensor(example.weights or [1.0] * len(ids_T)) * torch.tensor(example.loss_mask)
     return (functional.cross_entropy(logits_TV[:-1], ids_T[1:], reduction="none") * weights_T[1:].to(lm.device)).sum()
-
-
-def _norm(tensors: Sequence[Tensor]) -> float:
-    return float(torch.stack([tensor.double().square().sum() for tensor in tensors]).sum().sqrt())

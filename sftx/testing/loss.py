@@ -9,8 +9,9 @@ Dimensions: B rows, T tokens, D hidden.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -24,6 +25,7 @@ from sftx.stage import make
 from sftx.testing.batches import copy_of, differences, random_states, random_states_kept, varied, widened
 from sftx.testing.clauses import ClauseError, Suite
 from sftx.testing.kit import Kit, built_in, groups_of
+from sftx.testing.numeric import norm, slope
 from sftx.types import IGNORE_INDEX, Batch, Example, Loss, LossSum
 
 # Invariances are checked in fp64: right losses differ by 1e-15 there, those with logits in fp32 by 1e-8.
@@ -113,7 +115,7 @@ class _Case:
 
     def slope(self, direction: Sequence[Tensor], step: float) -> float:
         """How `whole` changes along `direction`."""
-        return _slope(lambda: self.run(self.exact, self.batch).sum.item(), _trained(self.exact), direction, step)
+        return slope(lambda: self.run(self.exact, self.batch).sum.item(), _trained(self.exact), direction, step)
 
 
 SUITE: Suite[_Case] = Suite("loss", _Case)
@@ -189,9 +191,9 @@ def padding_changes_nothing(case: _Case) -> None:
     counted, expected = case.loss.denominator(wide), case.loss.denominator(case.batch)
     if counted != expected:
         raise ClauseError(f"with more padding the denominator is {counted:g}, not {expected:g}; {advice}")
-    off = _norm([a - b for a, b in zip(_gradient(out, case.exact), case.gradient, strict=True)])
-    if not off <= _TOLERANCE * _norm(case.gradient):
-        raise ClauseError(f"with more padding the gradient is off by {off / _norm(case.gradient):.1e}; {advice}")
+    off = norm([a - b for a, b in zip(_gradient(out, case.exact), case.gradient, strict=True)])
+    if not off <= _TOLERANCE * norm(case.gradient):
+        raise ClauseError(f"with more padding the gradient is off by {off / norm(case.gradient):.1e}; {advice}")
 
 
 @SUITE.clause(
@@ -229,22 +231,37 @@ def trains_only_labels(case: _Case) -> None:
 
 @SUITE.clause("The gradient in what is trained is that of the sum, by central differences.", needs=["returns-a-sum"])
 def right_gradient(case: _Case) -> None:
-    norm = _norm(case.gradient)
+    length = norm(case.gradient)
     numbers = torch.Generator().manual_seed(0)
-    directions = [("along itself", [gradient / norm for gradient in case.gradient], _GRADIENT_STEP)]
+    directions = [("along itself", [gradient / length for gradient in case.gradient], _GRADIENT_STEP)]
     for _ in range(2):
         random = [torch.randn(g.shape, generator=numbers, dtype=g.dtype) for g in case.gradient]
         directions.append(("along a random direction", random, _RANDOM_STEP))
     for name, direction, step in directions:
         expected = math.fsum(float((g * d).sum()) for g, d in zip(case.gradient, direction, strict=True))
         seen = case.slope(direction, step)
-        if not abs(seen - expected) <= _GRADIENT_TOLERANCE * norm:
+        if not abs(seen - expected) <= _GRADIENT_TOLERANCE * length:
             seen = case.slope(direction, step / 3)
-        if not abs(seen - expected) <= _GRADIENT_TOLERANCE * norm:
+        if not abs(seen - expected) <= _GRADIENT_TOLERANCE * length:
             raise ClauseError(
-                f"{name} the gradient (of norm {norm:.4g}) says {expected:.4g}, and the sum changes by {seen:.4g}; "
+                f"{name} the gradient (of norm {length:.4g}) says {expected:.4g}, and the sum changes by {seen:.4g}; "
                 "look for a detach(), a no_grad() or an own backward that leaves something out"
             )
+
+
+@SUITE.clause("A token's weight counts: with other weights the sum is another.", needs=["right-gradient"])
+def obeys_the_weights(case: _Case) -> None:
+    shape = case.batch.labels_BT.shape
+    weights_BT = torch.linspace(0.5, 2.0, shape.numel()).view(shape)
+    seen, plain = (
+        case.run(case.exact, dataclasses.replace(case.batch, token_weights_BT=weights)).sum.item()
+        for weights in (weights_BT, None)
+    )
+    if _close(seen, plain):
+        raise ClauseError(
+            f"sum is {seen:.6g} whatever token_weights_BT says, so that weights in the data are ignored in silence; "
+            "multiply each token's loss by its weight"
+        )
 
 
 def check_loss(plugin: object, *, model: Path | None = None) -> None:
@@ -274,27 +291,6 @@ def _seed(lm: LanguageModel) -> None:
 
 def _gradient(out: LossSum, lm: LanguageModel) -> list[Tensor]:
     return list(torch.autograd.grad(out.sum, _trained(lm), retain_graph=True, materialize_grads=True))
-
-
-def _slope(value: Callable[[], float], parameters: Sequence[Tensor], direction: Sequence[Tensor], step: float) -> float:
-    """The derivative along `direction`: (8 (f(h) - f(-h)) - (f(2h) - f(-2h))) / 12h, whose error is of order h^4.
-
-    Abramowitz and Stegun, table 25.2. The parameters are put back to the bit.
-    """
-    begin = [parameter.detach().clone() for parameter in parameters]
-
-    def at(distance: float) -> float:
-        with torch.no_grad():
-            for parameter, start, along in zip(parameters, begin, direction, strict=True):
-                parameter.copy_(start + distance * along)
-        return value()
-
-    try:
-        return (8 * (at(step) - at(-step)) - (at(2 * step) - at(-2 * step))) / (12 * step)
-    finally:
-        with torch.no_grad():
-            for parameter, start in zip(parameters, begin, strict=True):
-                parameter.copy_(start)
 
 
 def _state(lm: LanguageModel, batch: Batch) -> dict[str, object]:
@@ -384,7 +380,3 @@ def _number(value: object) -> float:
 
 def _close(one: float, other: float, *, scale: float = 0.0) -> bool:
     return abs(one - other) <= _TOLERANCE * max(abs(other), scale)
-
-
-def _norm(tensors: Sequence[Tensor]) -> float:
-    return float(torch.stack([tensor.double().square().sum() for tensor in tensors]).sum().sqrt())

@@ -207,13 +207,18 @@ def test_the_packages_are_linted_and_formatted(packages: Path, tmp_path: Path) -
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_packages_are_typed(packages: Path) -> None:
+def test_the_packages_are_typed_and_so_are_the_examples(packages: Path) -> None:
     """In this project's settings, which are stricter than those of the packages, so that `make types`' cache serves."""
     assert tomllib.loads((packages / "sftx-my-loss" / "pyproject.toml").read_text())["tool"]["mypy"]["strict"]
     files = sorted(packages.rglob("*.py"))
     assert len(files) == 2 * len(HOOKS) + 1
+    examples = sorted((REPOSITORY / "examples").glob("*/sftx_*/*.py"))
+    assert len(examples) >= 2
     done = subprocess.run(
-        [sys.executable, "-m", "mypy", "--no-error-summary", *files], cwd=REPOSITORY, capture_output=True, text=True
+        [sys.executable, "-m", "mypy", "--no-error-summary", *files, *examples],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

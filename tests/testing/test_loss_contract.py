@@ -332,7 +332,13 @@ class MakesNone:
         return None
 
 
+class IgnoresWeights(CrossEntropy):
+    def __call__(self, lm: LanguageModel, batch: Batch) -> LossSum:
+        return super().__call__(lm, dataclasses.replace(batch, token_weights_BT=None))
+
+
 BAD = [
+    (IgnoresWeights, "obeys-the-weights", "whatever token_weights_BT says"),
     (MakesNone, MADE, "sftx_loss returned NoneType, expected a Loss"),
     (ReturnsATensor, "returns-a-sum", "it returned Tensor; return LossSum"),
     (SumPerRow, "returns-a-sum", "sum is of shape [4]"),
