@@ -62,7 +62,8 @@ class Suite(Generic[C]):
         self._case = case
 
     def clause(self, rule: str, *, needs: Sequence[str] = ()) -> Callable[[Callable[[C], None]], Callable[[C], None]]:
-        """Adds the function below as a clause of its name."""
+        """Adds the function below as a clause of its name. `needs`: clauses that stand above it."""
+        assert {clause.name for clause in self.clauses} >= set(needs)
 
         def add(function: Callable[[C], None]) -> Callable[[C], None]:
             self.clauses.append(Clause(function.__name__.replace("_", "-"), rule, tuple(needs), function))

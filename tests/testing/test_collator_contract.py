@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch.nn import functional
 
+from contracts import assert_every_clause_is_broken, assert_fails_only
 from packing import Packed
 from sftx import IGNORE_INDEX, Batch, Example, hookimpl, pad
 from sftx.testing.batches import random_states_kept
-from sftx.testing.clauses import MADE, ContractError
+from sftx.testing.clauses import MADE
 from sftx.testing.collator import SUITE, check_collator
 from sftx.testing.kit import Kit, built_in
 from sftx_plugins.padded import Padded
@@ -266,23 +267,11 @@ BAD = [
 
 @pytest.mark.parametrize(("bad", "clause", "message"), BAD, ids=[bad.__name__ for bad, *_ in BAD])
 def test_a_bad_collator_fails_exactly_its_clause(bad: type, clause: str, message: str) -> None:
-    with pytest.raises(ContractError, match=f"^collator / {clause}: ") as caught:
-        check_collator(bad())
-    findings = caught.value.findings
-    assert {f.clause for f in findings if f.status == "failed"} == {clause}
-    assert message in str(caught.value)
-    needing = {c.name for c in SUITE.clauses if clause == MADE or needs(c.name, clause)}
-    assert {f.clause for f in findings if f.status == "skipped"} == needing
-
-
-def needs(name: str, other: str) -> bool:
-    """Whether the clause says nothing without the other one, or without one that needs it."""
-    own = {clause.name: clause.needs for clause in SUITE.clauses}[name]
-    return other in own or any(needs(one, other) for one in own)
+    assert_fails_only(SUITE, bad(), clause, message)
 
 
 def test_there_is_a_bad_collator_for_each_clause() -> None:
-    assert {MADE, *(clause.name for clause in SUITE.clauses)} == {clause for _, clause, _ in BAD}
+    assert_every_clause_is_broken(SUITE, (clause for _, clause, _ in BAD))
 
 
 @pytest.mark.parametrize("options", [{}, {"group_by_length": False}, {"pad_to_multiple_of": 64}])

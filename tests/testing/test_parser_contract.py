@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 
+from contracts import assert_every_clause_is_broken, assert_fails_only
 from sftx import Conversation, DataError, Location, Message, Parsed, PlainText, Record, Tokens, hookimpl
 from sftx.hookspecs import DEFAULTS
 from sftx.testing import ContractError
@@ -292,13 +293,11 @@ BAD: Sequence[tuple[type, str, str]] = [
 
 @pytest.mark.parametrize(("bad", "clause", "message"), BAD)
 def test_a_bad_parser_fails_one_clause_that_says_what_to_mend(bad: type, clause: str, message: str) -> None:
-    failed = {finding.clause: finding.message for finding in SUITE.findings(bad()) if finding.status == "failed"}
-    assert list(failed) == [clause], failed
-    assert message in failed[clause]
+    assert_fails_only(SUITE, bad(), clause, message)
 
 
 def test_every_clause_of_the_parser_has_a_bad_one() -> None:
-    assert {clause for _, clause, _ in BAD} == {"made", *(clause.name for clause in SUITE.clauses)}
+    assert_every_clause_is_broken(SUITE, (clause for _, clause, _ in BAD))
 
 
 def test_check_parser_raises_with_the_clause_and_its_rule() -> None:
