@@ -274,7 +274,9 @@ def _refuse_strangers(wanted: Mapping[str, str]) -> None:
 
 def _plugin_table(values: Mapping[str, Any], origins: run_file.Origins) -> dict[str, Any]:
     """`plugins:` as a mapping; a list of names and an empty entry are the same without options."""
-    table = values.get("plugins") or {}
+    table = values.get("plugins")
+    if table is None:
+        return {}
     if isinstance(table, list) and all(isinstance(name, str) for name in table):
         return {name: {} for name in table}
     if not isinstance(table, dict):

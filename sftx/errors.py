@@ -42,7 +42,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 def one_line(error: BaseException, *, max_chars: int = 300) -> str:
     """The message of a foreign exception, folded onto one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    try:
+        text = " ".join(str(error).split())
+    except Exception:
+        text = "its message cannot be read"
+    text = text or type(error).__name__
     return text if len(text) <= max_chars else text[: max_chars - 3] + "..."
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 
 GROUP: Final = "sftx.plugins"
 
+log = logging.getLogger(__name__)
+
 # --- discover: metadata only -------------------------------------------------------------------
 
 
@@ -68,14 +71,27 @@ class PluginInfo:
 
 
 def discover() -> list[PluginInfo]:
-    """Every installed plugin, by name. A name may stand twice; that is an error only when it is used."""
-    found: dict[str, list[PluginInfo]] = {}
+    """Every installed plugin, by name. A name may stand twice; that is an error only when it is used.
+
+    A distribution whose metadata cannot be read is left out, with a warning.
+    """
+    found: dict[tuple[str, str, str], PluginInfo] = {}
     for distribution in importlib.metadata.distributions():
-        # Of a distribution that stands on the path twice, Python imports the first.
-        if any(entry.group == GROUP for entry in distribution.entry_points):
-            infos = [PluginInfo(e.name, e.value, distribution) for e in distribution.entry_points if e.group == GROUP]
-            found.setdefault(infos[0].package.lower().replace("_", "-"), infos)
-    return sorted((info for infos in found.values() for info in infos), key=lambda info: (info.name, info.package))
+        try:
+            entries = [entry for entry in distribution.entry_points if entry.group == GROUP]
+            infos = [PluginInfo(entry.name, entry.value, distribution) for entry in entries]
+            keys = [(info.name, info.value, _canonical(info.package)) for info in infos]
+        except Exception as error:
+            place = getattr(distribution, "_path", "a distribution")
+            log.warning("%s: its metadata cannot be read, so its plugins are left out: %s", place, one_line(error))
+            continue
+        for key, info in zip(keys, infos, strict=True):
+            found.setdefault(key, info)  # of a distribution that stands on the path twice, Python imports the first
+    return sorted(found.values(), key=lambda info: (info.name, info.package))
+
+
+def _canonical(package: str) -> str:
+    return package.lower().replace("_", "-")
 
 
 def find(name: str, installed: Sequence[PluginInfo], *, origin: str = "") -> PluginInfo:
@@ -86,6 +102,8 @@ def find(name: str, installed: Sequence[PluginInfo], *, origin: str = "") -> Plu
     start = f"{origin}: " if origin else ""
     if matches:
         owners = " and ".join(f"{info.package} {info.version}" for info in matches)
+        if len({info.package for info in matches}) == 1:  # one name twice, in one distribution or in two of one name
+            owners = " and ".join(f"{info.value} of {info.package} {info.version}" for info in matches)
         raise PluginError(f"{start}plugin {name!r} is provided by {owners}; uninstall one of them")
     names = [info.name for info in installed]
     hint = did_you_mean(name, names) or f"; installed are {', '.join(names)}"
@@ -107,16 +125,22 @@ class Active:
         """Its options as JSON values, defaults written out."""
         from pydantic import TypeAdapter
 
-        values: dict[str, Any] = json.loads(TypeAdapter(type(self.plugin)).dump_json(self.plugin))
+        values: dict[str, Any] = json.loads(TypeAdapter(type(self.plugin)).dump_json(self.plugin, warnings=False))
         return values
 
 
 def load_class(info: PluginInfo) -> type:
     """Imports the plugin's class, after checking that it asks for this version of sftx. Raises PluginError."""
+    from sftx.config import SECTIONS
+
     _check_host(info)
+    if info.name in SECTIONS:
+        raise PluginError(f"{info}: the name {info.name!r} is a section of the run file; rename the plugin")
     try:
         cls = importlib.metadata.EntryPoint(info.name, info.value, GROUP).load()
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # sys.exit too: the process must not end as if all were well
         raise PluginError(
             f"{info}: cannot be imported from {info.value!r}: {type(error).__name__}: {one_line(error)}; "
             f"reinstall {info.package}, or leave the plugin out"
@@ -147,13 +171,32 @@ def _check_host(info: PluginInfo) -> None:
             )
 
 
+def instance(info: PluginInfo, cls: type, options: Mapping[str, Any], origins: Origins) -> Any:
+    """The plugin with these options. Raises ConfigError for wrong ones, PluginError when run.yaml cannot hold them."""
+    from sftx.config import validate
+
+    prefix = f"plugins.{info.name}."
+    with named(str(info), "reading its options"):
+        plugin: Any = validate(cls, options, who=str(info), prefix=prefix, origins=origins)
+    with named(str(info), "writing its options into run.yaml and reading them back"):
+        again: Any = validate(cls, Active(info, plugin).options, who=str(info), origins=origins)
+        for field in dataclasses.fields(cls):
+            if getattr(again, field.name) != getattr(plugin, field.name):
+                raise PluginError(
+                    f"option {field.name!r} is not the same when it was written into run.yaml and read back, so the "
+                    "run could not be repeated; give it a type that JSON knows"
+                )
+    return plugin
+
+
 def hooks_of(info: PluginInfo, cls: type) -> list[str]:
     """The hooks that a plugin's class fills, in the order of the stages.
 
     Raises PluginError when a marked method is no hook of this host, or asks for what it does not pass.
     """
-    marked = [name for name in dir(cls) if hasattr(getattr(cls, name), _MARK)]
-    unmarked = [name for name in RETURNS if hasattr(cls, name) and name not in marked]
+    with named(str(info), "looking for its hooks"):
+        marked = [name for name in dir(cls) if hasattr(getattr(cls, name), _MARK)]
+        unmarked = [name for name in RETURNS if hasattr(cls, name) and name not in marked]
     if unmarked or not marked:
         what = f"{', '.join(unmarked)} is not marked as a hook" if unmarked else "fills no hook"
         raise PluginError(f"{info}: {what}; put @sftx.hookimpl above the method")
@@ -223,17 +266,11 @@ class Assembly:
 
     def add(self, info: PluginInfo, options: Mapping[str, Any]) -> None:
         """Imports one plugin, gives it its options and registers its hooks. Raises PluginError, ConfigError."""
-        from sftx.config import SECTIONS, validate
-
-        if info.name in SECTIONS:
-            raise PluginError(f"{info}: the name {info.name!r} is a section of the run file; rename the plugin")
         cls = load_class(info)
         hooks_of(info, cls)
-        prefix = f"plugins.{info.name}."
-        with named(str(info), "reading its options"):
-            plugin: object = validate(cls, options, who=str(info), prefix=prefix, origins=self._origins)
-        self._manager.register(plugin, info.name)
-        self._active[info.name] = Active(info, plugin)
+        active = Active(info, instance(info, cls, options, self._origins))
+        self._manager.register(active.plugin, info.name)
+        self._active[info.name] = active
 
     def check(self) -> None:
         """Raises PluginError when two plugins fill a hook that takes one, or none fills one that is needed."""

@@ -37,25 +37,35 @@ def _missing(made: object, protocol: type) -> str:
 
 @contextmanager
 def named(who: str, what: str) -> Iterator[None]:
-    """Puts a plugin's name in front of the errors of its own code, which need not know its name and version."""
+    """Puts a plugin's name in front of the errors of its own code, which need not know its name and version.
+
+    A plugin that calls sys.exit does not end the process as if all were well.
+    """
     try:
         yield
     except SftxError as error:
         if who not in str(error):
             error.args = (f"{who}: {error}",)
         raise
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise PluginError(f"{who}: {what} failed: {type(error).__name__}: {one_line(error)}") from error
 
 
-def _is_not_its_fault(error: Exception, method: str) -> bool:
+def _is_not_its_fault(error: BaseException, hook: str, method: str) -> bool:
     """Whether a row of data, a full device or a full disk is to blame, of which the engine tells more."""
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(error, torch.OutOfMemoryError):
-        return True
+    if isinstance(error, DataError):
+        return hook in ("sftx_parser", "sftx_template")
     if method == "save" and (isinstance(error, OSError) or type(error).__name__ == "SafetensorError"):
         return True
-    return isinstance(error, DataError | MemoryError)
+    return is_out_of_memory(error)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of the device or of the host. Does not import torch."""
+    torch = sys.modules.get("torch")
+    return isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
 
 
 _RESULTS: Final[Mapping[tuple[str, str], tuple[type, ...]]] = {
@@ -97,8 +107,8 @@ class Guarded:
         def guarded(*args: Any, **kwargs: Any) -> Any:
             try:
                 result = function(*args, **kwargs)
-            except Exception as error:
-                if _is_not_its_fault(error, name):
+            except BaseException as error:
+                if _is_not_its_fault(error, self._hook, name):
                     raise
                 with named(self._who, what):
                     raise

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import click
 
@@ -37,16 +38,43 @@ class _Lazy(click.Group):
             formatter.write_dl(list(_COMMANDS.items()))
 
     def invoke(self, ctx: click.Context) -> Any:
+        _show_notes()
         try:
             return super().invoke(ctx)
         except SftxError as error:
             if ctx.params.get("debug"):
                 raise
-            click.echo(f"sftx: error: {printable(one_line(error, max_chars=2000))}", err=True)
-            sys.exit(1)
+            _fail(one_line(error, max_chars=2000))
+        except click.UsageError as error:
+            raise click.UsageError(printable(error.format_message()), error.ctx) from None
+        except BrokenPipeError:  # the reader of a pipe has had enough, which click knows how to end
+            raise
+        except OSError as error:  # a full disk behind stdout, a directory that is gone
+            if ctx.params.get("debug"):
+                raise
+            _fail(f"{type(error).__name__}: {one_line(error)}")
         except KeyboardInterrupt:
             click.echo("sftx: interrupted", err=True)
             sys.exit(130)
+
+
+def _fail(line: str) -> NoReturn:
+    click.echo(f"sftx: error: {printable(line)}", err=True)
+    sys.exit(1)
+
+
+class _Printable(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+def _show_notes() -> None:
+    """Only our own messages: the libraries' loggers have handlers of their own."""
+    notes = logging.getLogger("sftx")
+    notes.setLevel(logging.INFO)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Printable())
+    notes.handlers = [handler]
 
 
 @click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})

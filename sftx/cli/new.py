@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from sftx.errors import printable
 from sftx.scaffold import HOOKS, write_package
 
 
@@ -27,8 +28,8 @@ def command(name: str, hook: str, directory: Path) -> None:
     """
     package, *files = write_package(name, hook, directory)
     for file in files:
-        click.echo(file)
+        click.echo(printable(str(file)))
     click.echo("")
-    click.echo(shlex.join(["python", "-m", "pip", "install", "--editable", f"{package}[dev]"]))
-    click.echo(shlex.join(["python", "-m", "pytest", str(package)]))
+    click.echo(printable(shlex.join(["python", "-m", "pip", "install", "--editable", f"{package}[dev]"])))
+    click.echo(printable(shlex.join(["python", "-m", "pytest", str(package)])))
     click.echo(shlex.join(["sftx", "plugins", "check", package.name.removeprefix("sftx-")]))

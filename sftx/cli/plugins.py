@@ -14,7 +14,8 @@ import click
 
 from sftx.cli import new
 from sftx.errors import PluginError, printable
-from sftx.plugins import PluginInfo, discover, find, hooks_of, load_class
+from sftx.plugins import PluginInfo, discover, find, hooks_of, instance, load_class
+from sftx.stage import named
 
 if TYPE_CHECKING:
     from sftx.testing import Finding
@@ -60,8 +61,9 @@ def info(name: str) -> None:
     ]
     _print_columns(rows)
     if cls.__doc__:
-        click.echo(f"\n{' '.join(cls.__doc__.split())}")
-    options: dict[str, Any] = TypeAdapter(cls).json_schema().get("properties", {})
+        click.echo(printable(f"\n{' '.join(cls.__doc__.split())}"))
+    with named(str(found), "describing its options"):
+        options: dict[str, Any] = TypeAdapter(cls).json_schema().get("properties", {})
     if not options:
         click.echo("\nIt takes no options.")
         return
@@ -95,7 +97,6 @@ def check(name: str, settings: tuple[str, ...], model: Path | None, as_json: boo
     Exits with 1 when a clause is broken. docs/plugins.md has the contract.
     """
     from sftx.cli.settings import parse as parse_settings
-    from sftx.config import validate
     from sftx.run_file import Origins
 
     found = find(name, discover())
@@ -108,10 +109,11 @@ def check(name: str, settings: tuple[str, ...], model: Path | None, as_json: boo
         options[option] = value
         origins.set(f"plugins.{name}.{option}", typed)
     with contextlib.suppress(PluginError):  # which is a finding; wrong options are told before torch is imported
-        validate(load_class(found), options, who=str(found), prefix=f"plugins.{name}.", origins=origins)
+        instance(found, load_class(found), options, origins)
     from sftx.testing.contract import check_plugin
 
-    findings = check_plugin(found, options, origins, model=model)
+    with contextlib.redirect_stdout(sys.stderr):  # what the plugin prints is no finding
+        findings = check_plugin(found, options, origins, model=model)
     if as_json:
         import dataclasses
 
@@ -123,7 +125,7 @@ def check(name: str, settings: tuple[str, ...], model: Path | None, as_json: boo
 
 
 def _print_findings(found: PluginInfo, findings: Sequence[Finding]) -> None:
-    click.echo(f"{found}\n")
+    click.echo(printable(f"{found}\n"))
     rows = [["HOOK", "CLAUSE", "RESULT"]] + [
         [f.hook, f.clause, f.status.upper() if f.status == "failed" else f.status] for f in findings
     ]
@@ -155,12 +157,14 @@ def schema(names: tuple[str, ...], every: bool) -> None:
         try:
             found = find(name, installed)
             hooks_of(found, cls := load_class(found))
+            with named(str(found), "describing its options"):
+                run_file_schema({name: cls})
             classes[name] = cls
         except PluginError as error:
             if not every:
                 raise
-            click.echo(f"sftx: left out: {error}", err=True)
-    click.echo(json.dumps(run_file_schema(classes), indent=2, ensure_ascii=False))
+            click.echo(printable(f"sftx: left out: {error}"), err=True)
+    click.echo(json.dumps(run_file_schema(classes), indent=2))
 
 
 command.add_command(new.command, "new")
@@ -181,7 +185,7 @@ def _type(schema: dict[str, Any]) -> str:
 
 
 def _print_columns(rows: list[list[str]]) -> None:
+    rows = [[printable(" ".join(cell.split())) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
-        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        click.echo(printable(line.rstrip()))
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Final, get_args, get_origin, get_type_hints
@@ -12,7 +11,6 @@ import click
 
 from sftx import config, run_file
 from sftx.cli.settings import parse as parse_settings
-from sftx.errors import printable
 
 # The option that names each of these differs from the field's own name.
 _RENAMED: Final = {"data.train": "data", "data.eval": "eval-data"}
@@ -75,23 +73,12 @@ def command(
 
     With neither a run file nor data, it trains the embedded model on the embedded data.
     """
-    # Only our own messages: the libraries' loggers have handlers of their own.
-    notes = logging.getLogger("sftx")
-    notes.setLevel(logging.INFO)
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Printable())
-    notes.handlers = [handler]
     if file is not None and file.suffix in (".jsonl", ".csv", ".parquet"):
         raise click.UsageError(f"{file} is no run file; give each file of data an option of its own: --data {file}")
     loaded = config.load(file, add=plugins, remove=without, assignments=_assignments(settings, options))
     from sftx.run import run
 
     run(loaded, name=_name(file, loaded.config))
-
-
-class _Printable(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
 
 
 def _assignments(settings: tuple[str, ...], options: dict[str, Any]) -> list[tuple[str, Any, str]]:

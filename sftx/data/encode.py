@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Final
 
-from sftx.data import sources
+from sftx.data import checked, sources
 from sftx.data.ledger import Ledger
 from sftx.errors import ConfigError, DataError, ModelError, PluginError, SftxError
 from sftx.hookspecs import TEMPLATES
@@ -47,6 +47,7 @@ NO_TURN: Final = "no assistant turn, so nothing to train"
 
 def check_controls(template: Template, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """The id of each control token of the template. Raises PluginError naming those that the tokenizer lacks."""
+    checked.template(template)
     vocabulary = tokenizer.get_vocab()
     missing = sorted(token for token in template.controls if token not in vocabulary)
     if missing:
@@ -106,7 +107,8 @@ class Encoder:
         loss_mask: list[bool] = []
         weights: list[float] = []
         for (control, trainable, weight), run in groupby(
-            segments, key=lambda s: (s.control, s.trainable, s.weight if s.trainable else 1.0)
+            checked.segments(self.template, segments),
+            key=lambda s: (s.control, s.trainable, s.weight if s.trainable else 1.0),
         ):
             texts = [segment.text for segment in run]
             if not 0 <= weight < math.inf:
@@ -193,7 +195,7 @@ def prepare(
             name, parser = _parser_of(record, where, config.format, parsers)
             data.formats[name] += 1
             try:
-                parsed = parser.parse(record, where)
+                parsed = checked.parsed(parser, parser.parse(record, where))
                 data.examples += encode_row(parsed, where, config, encoder, data.ledger, first_group=len(data.examples))
                 if questions:
                     data.questions += _questions(parsed, where, encoder)

@@ -75,7 +75,9 @@ class Suite(Generic[C]):
         """One finding for each clause. `model`: a directory to check against instead of the tiny model."""
         try:
             case = self._case(Kit(plugin, model))
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # sys.exit too
             made = Finding(self.hook, MADE, self.made, "failed", f"{type(error).__name__}: {one_line(error)}")
             return [made, *(self._skipped(clause, MADE) for clause in self.clauses)]
         findings = [Finding(self.hook, MADE, self.made, "ok")]
@@ -95,7 +97,9 @@ class Suite(Generic[C]):
             clause.function(case)
         except ClauseError as broken:
             return Finding(self.hook, clause.name, clause.rule, "failed", str(broken))
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             message = f"raised {type(error).__name__}: {one_line(error)}; it must not"
             return Finding(self.hook, clause.name, clause.rule, "failed", message)
         return Finding(self.hook, clause.name, clause.rule, "ok")

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from sftx.config import validate
-from sftx.errors import SftxError
-from sftx.plugins import PluginInfo, hooks_of, load_class
+from sftx.errors import SftxError, one_line
+from sftx.model.load import load_spec
+from sftx.plugins import PluginInfo, hooks_of, instance, load_class
 from sftx.run_file import Origins
 from sftx.testing import adapter, collator, loss, metric, observer, package, parser, template, tiny
 from sftx.testing.clauses import Finding, Suite
@@ -42,13 +42,15 @@ def check_plugin(
 ) -> list[Finding]:
     """The findings on an installed plugin: its package, each hook that it fills, and a run of two steps.
 
-    Raises ConfigError when `options` are not the plugin's.
+    Raises ConfigError when `options` are not the plugin's, ModelError when `model` is none.
     """
     findings = SUITES["package"].findings(info)
     if findings[0].status == "failed":
         return findings
+    if model is not None:
+        load_spec(str(model))  # a directory that is no model is not the plugin's fault
     cls = load_class(info)
-    plugin: Any = validate(cls, options, who=str(info), prefix=f"plugins.{info.name}.", origins=origins)
+    plugin = instance(info, cls, options, origins)
     for hook in hooks_of(info, cls):
         findings += SUITES[hook.removeprefix("sftx_")].findings(plugin, model=model)
     return [*findings, _run(info, options, plugin, model)]
@@ -62,8 +64,11 @@ def _run(info: PluginInfo, options: Mapping[str, Any], plugin: object, model: Pa
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 run_tiny(names, Path(name), model=model or fitting_model(plugin, Path(name)), settings=settings)
-        except SftxError as error:
-            return Finding("run", "trains", RUNS, "failed", str(error).replace(name, "."))
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            what = "" if isinstance(error, SftxError) else f"{type(error).__name__}: "
+            return Finding("run", "trains", RUNS, "failed", what + one_line(error).replace(name, "."))
     return Finding("run", "trains", RUNS, "ok")
 
 

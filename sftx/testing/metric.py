@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 
 from sftx.stage import make
+from sftx.testing.batches import random_states
 from sftx.testing.clauses import ClauseError, Suite
 from sftx.types import Metric
 
@@ -57,9 +58,13 @@ def finite_number(case: _Case) -> None:
             )
 
 
-@SUITE.clause("A score depends on the answer and the reference alone.", needs=["takes-any-text", "finite-number"])
+@SUITE.clause(
+    "A score depends on the answer and the reference alone, and leaves the global random numbers as they were.",
+    needs=["takes-any-text", "finite-number"],
+)
 def pure(case: _Case) -> None:
     pairs = list(itertools.product(_TEXTS, _TEXTS))
+    before = random_states()
     forward = [case.metric(*pair) for pair in pairs]
     backward = [case.metric(*pair) for pair in reversed(pairs)][::-1]
     for (prediction, reference), first, second in zip(pairs, forward, backward, strict=True):
@@ -68,6 +73,11 @@ def pure(case: _Case) -> None:
                 f"the answer {prediction[:40]!r} to the reference {reference[:40]!r} has the score {first!r}, and "
                 f"{second!r} after others were scored; keep nothing between two calls, and draw no random numbers"
             )
+    if drawn := [name for name, state in random_states().items() if state != before[name]]:
+        raise ClauseError(
+            f"it drew from or seeded the global random numbers of {', '.join(drawn)}, from which training draws too; "
+            "use a random.Random of its own"
+        )
 
 
 def check_metric(plugin: object) -> None:

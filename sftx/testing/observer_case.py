@@ -264,6 +264,11 @@ def _set_handlers(handlers: Mapping[int, Any]) -> None:
             signal.signal(number, handler)
 
 
+def _set_environment(variables: Mapping[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(variables)
+
+
 def _set_default_device(device: torch.device) -> None:
     torch.set_default_device(None if device.type == "cpu" else device)
 
@@ -296,6 +301,8 @@ _PROCESS: Final[Mapping[str, tuple[Callable[[], Any], Callable[[Any], object]]]]
     ),
     "the signal handlers": (_handlers, _set_handlers),
     "the working directory": (os.getcwd, os.chdir),
+    "the environment variables": (lambda: dict(os.environ), _set_environment),
+    "sys.path": (lambda: list(sys.path), lambda paths: sys.path.__setitem__(slice(None), paths)),
     "sys.stdout": (lambda: sys.stdout, lambda stream: setattr(sys, "stdout", stream)),
     "sys.stderr": (lambda: sys.stderr, lambda stream: setattr(sys, "stderr", stream)),
 }

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
-import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,12 +13,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, cast
 
-from packaging.requirements import Requirement
+from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 from pydantic import TypeAdapter
 
 import sftx
-from sftx.plugins import PluginInfo, hooks_of, load_class
+from sftx.errors import ConfigError, PluginError
+from sftx.plugins import PluginInfo, hooks_of, instance, load_class
+from sftx.run_file import Origins
 from sftx.testing.clauses import ClauseError, Suite
 
 _HEAVY: Final = ("torch", "transformers", "datasets", "triton")
@@ -42,9 +44,10 @@ class _Case:
     @cached_property
     def root(self) -> Path:
         """The directory of the plugin's top-level package, or the file of its only module."""
-        spec = importlib.util.find_spec(self.info.value.partition(":")[0].partition(".")[0])
-        assert spec is not None, "it was imported"
-        return Path(spec.submodule_search_locations[0] if spec.submodule_search_locations else str(spec.origin))
+        module = self.info.value.partition(":")[0]
+        file = Path(str(sys.modules[module].__file__))
+        depth = module.count(".") + (file.name == "__init__.py")
+        return file.parents[depth - 1] if depth else file
 
     @property
     def options(self) -> dict[str, Any]:
@@ -68,15 +71,23 @@ SUITE: Suite[_Case] = Suite(
 def declares_its_host(case: _Case) -> None:
     if case.is_sftx:
         return
-    requirements = [Requirement(text) for text in case.info.distribution.requires or ()]
-    ranges = [r.specifier for r in requirements if canonicalize_name(r.name) == "sftx"]
-    if not any(clause.operator in ("<", "<=", "==", "~=") for specifier in ranges for clause in specifier):
+    ranges = [r.specifier for r in _requirements(case.info) if canonicalize_name(r.name) == "sftx"]
+    if not any(clause.operator in ("<", "<=", "==", "===", "~=") for specifier in ranges for clause in specifier):
         major, minor = sftx.__version__.split(".")[:2]
         wanted = f"sftx>={major}.{minor},<{major}.{int(minor) + 1}"
         raise ClauseError(
             f"its dependencies have {'no upper end for sftx' if ranges else 'no sftx'}; add {wanted!r}, so that "
             "another sftx refuses it by name instead of failing within it"
         )
+
+
+def _requirements(info: PluginInfo) -> Iterator[Requirement]:
+    """What is installed with it: not what an extra asks for."""
+    for text in info.distribution.requires or ():
+        with contextlib.suppress(InvalidRequirement):
+            requirement = Requirement(text)
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                yield requirement
 
 
 @SUITE.clause("The distribution says under which license it comes.")
@@ -121,9 +132,13 @@ def is_typed(case: _Case) -> None:
 def imports_public_names(case: _Case) -> None:
     files = sorted(case.root.rglob("*.py")) if case.root.is_dir() else [case.root]
     for file in files:
-        for line, module, names in _imports(ast.parse(file.read_text(encoding="utf-8"))):
+        try:
+            tree = ast.parse(file.read_bytes())
+        except (SyntaxError, ValueError):
+            continue  # a text template that is called .py
+        for line, module, names in _imports(tree):
             if module == "sftx" or module.startswith("sftx."):
-                public = sys.modules[module].__all__ if module in ("sftx", "sftx.testing") else ()
+                public = [*sys.modules[module].__all__, "*"] if module in ("sftx", "sftx.testing") else []
                 private = [name for name in names if name not in public]
                 if private or (not names and not public):
                     raise ClauseError(
@@ -179,17 +194,11 @@ def describes_its_options(case: _Case) -> None:
 
 @SUITE.clause("What its dataclass takes as defaults, the options take too: a run file can say them.")
 def takes_its_defaults(case: _Case) -> None:
-    from sftx.config import validate
-    from sftx.run_file import Origins
-
-    required = [f.name for f in dataclasses.fields(case.cls) if _required(f)]
-    if required:
+    if any(_required(field) for field in dataclasses.fields(case.cls)):
         return  # they are given with --set
-    plugin = case.cls()
-    values = TypeAdapter(case.cls).dump_python(plugin, mode="json", warnings=False)
     try:
-        validate(case.cls, values, origins=Origins())
-    except sftx.ConfigError as error:
+        instance(case.info, case.cls, {}, Origins())
+    except (ConfigError, PluginError) as error:
         raise ClauseError(f"its own defaults are refused: {error}") from error
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
-from sftx.errors import OutputError, SftxError, one_line
+from sftx.errors import OutputError, PluginError, SftxError, one_line
 from sftx.model.language_model import LanguageModel
 
 _CHECKPOINT = re.compile(r"step-(\d+)")
@@ -31,6 +31,8 @@ def save(lm: LanguageModel, directory: Path) -> None:
             place = part if len(lm.adapters) == 1 else part / name
             place.mkdir(exist_ok=True)
             adapter.save(place)
+            if not any(place.glob("*.safetensors")):
+                raise PluginError(f"{adapter}: save wrote no .safetensors file, so what was trained would be lost")
         lm.tokenizer.save_pretrained(part)
         for file in part.rglob("*"):
             if file.is_file():  # safetensors writes for its owner alone

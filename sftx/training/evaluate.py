@@ -14,6 +14,7 @@ from sftx.config import GenerationConfig
 from sftx.data.encode import Dataset, Question
 from sftx.errors import PluginError, TrainingError
 from sftx.model.language_model import LanguageModel
+from sftx.training import checked
 from sftx.training.precision import Precision
 from sftx.types import Collator, EvalReport, Example, Loss, Metric, Sample
 
@@ -51,31 +52,38 @@ class Evaluator:
         start = time.perf_counter()
         training = lm.training
         lm.eval()
-        with torch.no_grad(), self._precision.autocast():
-            metrics = self._losses(lm, self._examples, step)
-            samples = self._answers(lm, self._questions) if self._metrics else ()
+        try:
+            with torch.no_grad(), self._precision.autocast():
+                means = self._losses(lm, self._examples, step)
+                samples = self._answers(lm, self._questions) if self._metrics else ()
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise TrainingError(
+                f"step {step}: {lm.device} has not the memory to evaluate {self._batch_size} rows at once; lower "
+                "per_device_eval_batch_size or generation.max_new_tokens"
+            ) from error
         lm.train(training)
         for name, metric in self._metrics.items():
-            scores = [float(metric(sample.prediction, sample.reference)) for sample in samples]
-            if not all(map(math.isfinite, scores)):
-                raise PluginError(f"the metric {name} gave a score that is not finite")
-            metrics[name] = sum(scores) / len(scores)
-        return EvalReport(step, metrics, samples, time.perf_counter() - start)
+            if name in means:
+                raise PluginError(f"{metric}: the loss reports {name!r} too; leave one of them out")
+            means[name] = sum(_score(metric, sample) for sample in samples) / len(samples)
+        return EvalReport(step, means, samples, time.perf_counter() - start)
 
     def _losses(self, lm: LanguageModel, examples: Sequence[Example], step: int) -> dict[str, float]:
         """The loss and what else it counts, over the whole set's denominator."""
         sums: defaultdict[str, float] = defaultdict(float)
         total = 0.0
         for chosen in _batches(examples, self._batch_size):
-            batch = self._collator.collate(chosen).to(lm.device)
-            out = self._loss(lm, batch)
-            total += self._loss.denominator(batch)
+            batch = checked.collate(self._collator, chosen)
+            total += sum(checked.denominators(self._loss, [batch]))
+            out = checked.loss_sum(self._loss, self._loss(lm, batch.to(lm.device)))
             sums["loss"] += out.sum.item()
             for name, value in out.metrics.items():
                 sums[name] += value.item()
         means = {name: value / total for name, value in sums.items()}
-        if not math.isfinite(means["loss"]):
-            raise TrainingError(f"step {step}: the loss of the held-out rows is {means['loss']:g}; look at the model")
+        if wrong := [name for name, mean in means.items() if not math.isfinite(mean)]:
+            raise TrainingError(
+                f"step {step}: the {wrong[0]} of the held-out rows is {means[wrong[0]]:g}; look at the model"
+            )
         nll = means.pop("nll", math.inf)
         if nll < _LARGEST_LOSS:
             means["perplexity"] = math.exp(nll)
@@ -93,6 +101,17 @@ class Evaluator:
             Sample(q.row_id, q.prompt, q.reference, str(lm.tokenizer.decode(ids, skip_special_tokens=True)))
             for q, ids in zip(questions, answers, strict=True)
         )
+
+
+def _score(metric: Metric, sample: Sample) -> float:
+    score = metric(sample.prediction, sample.reference)
+    try:
+        value = float(score)
+    except OverflowError:
+        value = math.inf
+    if not math.isfinite(value):
+        raise PluginError(f"{metric}: the score of {sample.row_id} is {value}, expected a finite number")
+    return value
 
 
 def _spread(questions: Sequence[Question], most: int | None) -> list[Question]:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from sftx.config import TrainConfig
 from sftx.errors import PluginError, TrainingError
 from sftx.model.language_model import LanguageModel
+from sftx.training import checked
 from sftx.training.optimizer import make_optimizer
 from sftx.training.precision import Precision, peak_bytes
 from sftx.training.schedule import learning_rate
@@ -54,7 +55,8 @@ class Plan:
         """The steps of one epoch. Raises PluginError when the collator loses or repeats an example."""
         config = self._config
         rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
-        steps, carried = self._collator.plan(
+        return checked.plan(
+            self._collator,
             self._lengths,
             self._groups,
             seed=config.seed,
@@ -63,15 +65,6 @@ class Plan:
             examples_per_step=rows_per_step,
             final=True,
         )
-        planned = sorted(index for step in steps for row in step for index in row)
-        if carried or planned != list(range(len(self._lengths))):
-            raise PluginError(
-                f"{self._collator}: plan lost or repeated examples: {len(planned)} planned and "
-                f"{len(carried)} carried over of {len(self._lengths)}"
-            )
-        if not all(0 < len(step) <= rows_per_step and all(step) for step in steps):
-            raise PluginError(f"{self._collator}: plan made a step that is empty or has over {rows_per_step} rows")
-        return steps
 
     def __iter__(self) -> Iterator[tuple[float, Step]]:
         """Every step of the run, with the epochs done after it."""
@@ -114,27 +107,19 @@ class Trainer:
         batches = []
         for at in range(0, len(step), size):
             chosen = [examples[index] for row in step[at : at + size] for index in row]
-            batch = self.collator.collate(chosen)
-            if sorted(batch.row_ids) != sorted(example.row_id for example in chosen):
-                raise PluginError(
-                    f"{self.collator}: collate made a batch of {len(batch.row_ids)} examples of "
-                    f"{len(chosen)}; every example must be in it once"
-                )
-            batches.append(batch)
+            batches.append(checked.collate(self.collator, chosen))
         return batches
 
     def accumulate(self, batches: Sequence[Batch], number: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Adds the gradients of one step (counted from 0); returns its mean loss and what else was counted."""
-        denominators = [self.loss.denominator(batch) for batch in batches]
+        denominators = checked.denominators(self.loss, batches)
         total = sum(denominators)
-        if not (0 < total < math.inf and min(denominators) >= 0):
-            raise PluginError(f"{self.loss}: denominator gave {denominators} in one step, expected more than 0")
         loss = torch.zeros((), device=self.lm.device)
         metrics: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.lm.device))
         for micro, (batch, share) in enumerate(zip(batches, denominators, strict=True)):
             self._seed(number, micro)
             with self.precision.autocast():
-                out: LossSum = self.module(batch.to(self.lm.device))
+                out: LossSum = checked.loss_sum(self.loss, self.module(batch.to(self.lm.device)))
             objective = out.sum / total
             if out.aux_loss is not None:
                 objective = objective + out.aux_loss * (share / total)
@@ -154,13 +139,16 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         try:
             loss, metrics = self.accumulate(batches, number - 1)
-        except torch.OutOfMemoryError as error:
+        except (torch.OutOfMemoryError, MemoryError) as error:
             raise TrainingError(self._out_of_memory(number, batches)) from error
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf)
         # The one wait for the device in a step: an update by a gradient that is not finite cannot be undone.
         loss_value, norm_value = torch.stack((loss, norm.to(loss))).tolist()
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
             raise TrainingError(self._not_finite(number, loss_value, norm_value, batches))
+        others = {name: value.item() for name, value in metrics.items()}
+        if wrong := [name for name, value in others.items() if not math.isfinite(value)]:
+            raise PluginError(f"{self.loss}: metrics[{wrong[0]!r}] is {others[wrong[0]]} in step {number}")
         self.optimizer.step()
         return StepReport(
             step=number,
@@ -173,7 +161,7 @@ class Trainer:
             num_real_tokens=sum(batch.num_real_tokens for batch in batches),
             seconds=time.perf_counter() - start,
             peak_bytes=peak_bytes(self.lm.device),
-            metrics={name: value.item() for name, value in metrics.items()},
+            metrics=others,
         )
 
     def _seed(self, number: int, micro: int) -> None:

@@ -43,6 +43,8 @@ class Observers(Observer):
             info, observer = pair
             try:
                 event(observer)
-            except Exception as error:
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # sys.exit too
                 self._observers.remove(pair)
                 log.warning("%s failed and is switched off: %s: %s", info, type(error).__name__, one_line(error))

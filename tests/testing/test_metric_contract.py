@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -82,7 +83,14 @@ class Remembers(Overlap):
         return super().__call__(prediction, reference) + next(self.calls)
 
 
+class DrawsFromTheGlobalOnes(Overlap):
+    def __call__(self, prediction: str, reference: str) -> Any:
+        random.random()
+        return super().__call__(prediction, reference)
+
+
 BAD = [
+    (DrawsFromTheGlobalOnes, "pure", "it drew from or seeded the global random numbers of random"),
     (GivesNumber, "made", "returned int, expected a Metric"),
     (WantsJson, "takes-any-text", "the answer 'Paris' to the reference 'Paris' raised JSONDecodeError"),
     (WantsWords, "takes-any-text", "to the reference '' raised ZeroDivisionError: division by zero; a model may"),

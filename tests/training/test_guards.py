@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sessions import session_of
-from sftx import Batch, ModelError, PluginError
+from sftx import Batch, Conversation, Message, ModelError, PlainText, PluginError, Tokens, TrainingError
 from sftx_plugins.masked_ce import MaskedCE
 from sftx_plugins.padded import Padded
 
@@ -92,7 +92,7 @@ def test_a_metric_that_is_not_a_number_is_stopped(tiny_model_dir: Path, data: Pa
         batch_size=4,
         generation=dataclasses.replace(session.config.generation, max_new_tokens=2),
     )
-    with pytest.raises(PluginError, match="the metric odd gave a score that is not finite"):
+    with pytest.raises(PluginError, match="the score of row is nan, expected a finite number"):
         evaluator(session.lm, 0)
 
 
@@ -140,3 +140,133 @@ def test_a_run_that_fails_before_its_first_step_leaves_no_directory(tiny_model_d
     with pytest.raises(PluginError):
         session.run(0.0)
     assert not (data.parent / "out").exists()
+
+
+# --- what a loss, a collator or an adapter gives ------------------------------------------------
+
+
+class Changed(MaskedCE):
+    """The loss of a run, whose results `change` may alter."""
+
+    def __init__(self, change: Any, denominator: Any = None) -> None:
+        super().__init__()
+        object.__setattr__(self, "change", change)
+        object.__setattr__(self, "number", denominator)
+
+    def denominator(self, batch: Batch) -> float:
+        return super().denominator(batch) if self.number is None else self.number  # type: ignore[attr-defined]
+
+    def __call__(self, lm: Any, batch: Batch) -> Any:
+        out = super().__call__(lm, batch)
+        self.change(out)  # type: ignore[attr-defined]
+        return out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda out: setattr(out, "sum", 3.0), "sum is float, expected a tensor without dimensions"),
+        (lambda out: setattr(out, "sum", out.sum[None]), r"sum is a tensor of shape \[1\]"),
+        (lambda out: setattr(out, "sum", out.sum.detach()), "sum has no gradient; do not detach it"),
+        (lambda out: out.metrics.update(x=0.5), r"metrics\['x'\] is float"),
+        (lambda out: out.metrics.update(loss=out.sum), "has the name 'loss', which is the engine's"),
+        (lambda out: out.metrics.update(x=out.sum * float("nan")), r"metrics\['x'\] is nan in step 1"),
+    ],
+)
+def test_a_loss_that_is_no_sum_of_scalars_is_stopped(
+    tiny_model_dir: Path, data: Path, change: Any, message: str
+) -> None:
+    session = session_of(tiny_model_dir, data)
+    session.trainer.loss = session.trainer.module.loss = Changed(change)
+    with pytest.raises(PluginError, match=message):
+        session.trainer.step(1, 0.1, session.trainer.micro_batches(session.plan.epoch(0)[0], session.data.examples))
+
+
+@pytest.mark.parametrize("number", [0.0, -1.0, float("inf"), True])
+def test_evaluation_refuses_what_training_refuses(tiny_model_dir: Path, data: Path, number: Any) -> None:
+    session = session_of(tiny_model_dir, data, data__eval=[str(data)])
+    session.evaluator._loss = Changed(lambda out: None, number)
+    with pytest.raises(PluginError, match=r"denominator gave \["):
+        session.evaluator(session.lm, 0)
+    other = session_of(tiny_model_dir, data, data__eval=[str(data)])
+    other.evaluator._collator = LosesAnExample()
+    with pytest.raises(PluginError, match="collate made a batch of 1 examples"):
+        other.evaluator(other.lm, 0)
+
+
+@pytest.mark.parametrize("error", [MemoryError("no"), "torch"])
+def test_running_out_of_memory_in_evaluation_is_one_line_that_says_what_to_lower(
+    tiny_model_dir: Path, data: Path, error: Any
+) -> None:
+    import torch
+
+    session = session_of(tiny_model_dir, data, data__eval=[str(data)])
+    raised = torch.OutOfMemoryError("no") if error == "torch" else error
+
+    def full(*_: Any) -> None:
+        raise raised
+
+    session.evaluator._loss = Changed(full)
+    with pytest.raises(TrainingError, match="lower per_device_eval_batch_size"):
+        session.evaluator(session.lm, 0)
+
+
+def test_an_adapter_that_saves_nothing_is_stopped(tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
+    from sftx.training import checkpoint
+
+    session = session_of(tiny_model_dir, data)
+    session.lm.adapters["lora"].save = lambda directory: None  # type: ignore[method-assign]
+    with pytest.raises(PluginError, match=r"wrote no \.safetensors file, so what was trained would be lost"):
+        checkpoint.save(session.lm, tmp_path / "adapter")
+    assert list(tmp_path.glob("adapter*")) == []
+
+
+@pytest.mark.parametrize(
+    ("parsed", "message"),
+    [
+        ("not a tuple of parsed things", "parse gave 'n', expected Conversation"),
+        ((Tokens((5.7, 6), (True, True)),), "parse gave Tokens"),  # type: ignore[arg-type]
+        ((Conversation((Message("user", 5),)),), "parse gave Conversation"),  # type: ignore[arg-type]
+        ((PlainText(5),), "parse gave PlainText"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_parser_that_gives_other_types_is_stopped_at_its_row(
+    tiny_model_dir: Path, data: Path, parsed: Any, message: str
+) -> None:
+    from sftx.data.encode import Encoder, prepare
+
+    class Odd:
+        fields, samples = "x", ()
+
+        def accepts(self, record: Any) -> bool:
+            return True
+
+        def parse(self, record: Any, where: Any) -> Any:
+            return parsed
+
+    session = session_of(tiny_model_dir, data)
+    with pytest.raises(PluginError, match=rf"rows\.jsonl:1: .*{message}"):
+        prepare([str(data)], session.config.data, {"odd": Odd()}, Encoder(session.lm.tokenizer, None))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"controls": ["<|im_end|>"]}, r"controls is \['<\|im_end\|>'\], expected a frozenset of text"),
+        ({"stop": "<|im_end|>"}, "stop is '<.im_end.>', expected a tuple of text"),
+        ({"rewrites_history": "no"}, "rewrites_history is 'no', expected a bool"),
+        ({"render": lambda conversation: ["text"]}, "wrote 'text', expected a Segment of text"),
+    ],
+)
+def test_a_template_that_gives_other_types_is_stopped(
+    tiny_model_dir: Path, data: Path, change: dict[str, Any], message: str
+) -> None:
+    from sftx.data.encode import Encoder
+    from sftx_plugins.chatml import ChatML
+
+    session = session_of(tiny_model_dir, data)
+    template = type(
+        "Odd", (ChatML,), change | {"render": staticmethod(change["render"])} if "render" in change else change
+    )()
+    with pytest.raises(PluginError, match=message):
+        Encoder(session.lm.tokenizer, template).encode(Conversation((Message("user", "hi"),)))

@@ -1,0 +1,74 @@
+"""What collators and losses return, refused when it would make training or evaluation wrong in silence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from sftx.errors import PluginError
+from sftx.types import Batch, Collator, Example, Loss, LossSum, Step
+
+_OURS: Final = frozenset({"loss", "aux_loss", "perplexity", "step", "epoch", "seconds", "event"})
+"""What reports hold under these names is not the loss's to set."""
+
+
+def plan(collator: Collator, lengths: Sequence[int], groups: Sequence[int], **arguments: Any) -> list[Step]:
+    """The steps of the last window. Raises PluginError when an example is lost or repeated, or a step is none."""
+    planned = collator.plan(lengths, groups, **arguments)
+    try:
+        steps, carried = planned
+        indices = sorted(index for step in steps for row in step for index in row)
+        sizes = [len(step) for step in steps]
+        filled = all(len(row) for step in steps for row in step)
+    except (TypeError, ValueError):
+        raise PluginError(f"{collator}: plan gave {planned!r:.100}, expected (steps of rows of indices, row)") from None
+    if carried or indices != list(range(len(lengths))):
+        raise PluginError(
+            f"{collator}: plan lost or repeated examples: {len(indices)} planned and {len(carried)} carried over of "
+            f"{len(lengths)}"
+        )
+    most = arguments["examples_per_step"]
+    if not (filled and all(0 < size <= most for size in sizes)):
+        raise PluginError(f"{collator}: plan made a step that is empty or has over {most} rows")
+    return steps
+
+
+def collate(collator: Collator, examples: Sequence[Example]) -> Batch:
+    """A batch in which every example is once. Raises PluginError when it is not."""
+    batch = collator.collate(examples)
+    if sorted(map(str, batch.row_ids)) != sorted(example.row_id for example in examples):
+        raise PluginError(
+            f"{collator}: collate made a batch of {len(batch.row_ids)} examples of {len(examples)}; every example must "
+            "be in it once"
+        )
+    return batch
+
+
+def denominators(loss: Loss, batches: Sequence[Batch]) -> list[float]:
+    """What the sums of these batches are of. Raises PluginError when they are no numbers to divide by."""
+    found = [loss.denominator(batch) for batch in batches]
+    numbers = not any(isinstance(value, bool) for value in found)
+    if not (numbers and all(0 <= value < math.inf for value in found) and sum(found) > 0):
+        raise PluginError(f"{loss}: denominator gave {found} in one step, expected more than 0")
+    return found
+
+
+def loss_sum(loss: Loss, out: LossSum) -> LossSum:
+    """The same. Raises PluginError when a part of it is no scalar tensor, or a metric has a name of the engine's."""
+    named: dict[str, Any] = {"sum": out.sum, **{f"metrics[{name!r}]": value for name, value in out.metrics.items()}}
+    if out.aux_loss is not None:
+        named["aux_loss"] = out.aux_loss
+    for name, value in named.items():
+        if not isinstance(value, Tensor) or value.ndim:
+            what = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise PluginError(f"{loss}: {name} is {what}, expected a tensor without dimensions")
+    if torch.is_grad_enabled() and not out.sum.requires_grad:
+        raise PluginError(f"{loss}: sum has no gradient; do not detach it")
+    taken = [name for name in out.metrics if name in _OURS or not isinstance(name, str)]
+    if taken:
+        raise PluginError(f"{loss}: metrics has the name {taken[0]!r}, which is the engine's; choose another")
+    return out
