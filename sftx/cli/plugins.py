@@ -108,11 +108,11 @@ def check(name: str, settings: tuple[str, ...], model: Path | None, as_json: boo
             raise PluginError(f"{typed}: is no option of plugin {name!r}")
         options[option] = value
         origins.set(f"plugins.{name}.{option}", typed)
-    with contextlib.suppress(PluginError):  # which is a finding; wrong options are told before torch is imported
-        instance(found, load_class(found), options, origins)
-    from sftx.testing.contract import check_plugin
-
     with contextlib.redirect_stdout(sys.stderr):  # what the plugin prints is no finding
+        with contextlib.suppress(PluginError):  # which is a finding; wrong options are told before torch is imported
+            instance(found, load_class(found), options, origins)
+        from sftx.testing.contract import check_plugin
+
         findings = check_plugin(found, options, origins, model=model)
     if as_json:
         import dataclasses

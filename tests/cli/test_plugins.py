@@ -262,3 +262,104 @@ def test_schema_needs_names_or_all() -> None:
     done = plugins("schema")
     assert done.exit_code == 2
     assert "name the plugins of the run file, or give --all" in done.stderr
+
+
+# --- hostile and damaged packages ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import sys\nsys.exit(0)\n",
+        METRIC + "\n    def __post_init__(self):\n        raise SystemExit(0)\n",
+        METRIC.replace("        return self\n", "        raise SystemExit(0)\n"),
+        METRIC.replace("        return max(", "        raise SystemExit(0)\n        return max("),
+    ],
+    ids=["at import", "with its options", "in its hook", "while it scores"],
+)
+def test_a_plugin_that_exits_is_a_broken_one_and_no_success(
+    install_plugin: Any, code: str, tmp_path: Path, tiny_model: Path
+) -> None:
+    from sftx.testing.runs import run_tiny
+
+    install_plugin("acme", code, {"leaves": "Plugin"})
+    with pytest.raises(SftxError, match=r"plugin 'leaves' \(acme 1\.0\): .*SystemExit: 0"):
+        run_tiny(["leaves"], tmp_path, model=tiny_model, settings={"leaves.floor": 0.5})
+    checked = plugins("check", "leaves", "--set", "leaves.floor=0.5")
+    assert checked.exit_code == 1
+    assert "SystemExit" in checked.output + str(checked.exception)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("METADATA", b"Metadata-Version: 2.4\n"),
+        ("METADATA", "Name: bröken\nVersion: 1\n".encode("latin-1")),
+        ("entry_points.txt", b"[sftx.plugins]\nno equals sign\n"),
+        ("entry_points.txt", b"[sftx.plugins]\nx = \xff:X\n"),
+    ],
+)
+def test_a_distribution_whose_metadata_is_damaged_is_left_out_with_a_warning(
+    install_plugin: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, file: str, content: bytes
+) -> None:
+    install_plugin("acme", METRIC, {"careful": "Plugin"})
+    install_plugin("broken", METRIC, {"broken": "Plugin"})
+    (tmp_path / "site-packages" / "broken-1.0.dist-info" / file).write_bytes(content)
+    listed = plugins("list")
+    assert listed.exit_code == 0, listed.exception
+    assert "careful" in listed.stdout
+    assert "\nbroken " not in listed.stdout
+    assert plugins("info", "lora").exit_code == 0
+    assert "its metadata cannot be read, so its plugins are left out" in caplog.text
+
+
+def test_a_distribution_that_calls_itself_sftx_takes_no_plugin_s_place(install_plugin: Any, tmp_path: Path) -> None:
+    install_plugin("acme", METRIC, {"padded": "Plugin"})
+    metadata = tmp_path / "site-packages" / "acme-1.0.dist-info" / "METADATA"
+    metadata.write_text(metadata.read_text().replace("Name: acme", "Name: sftx"))
+    loaded = load(None, assignments=[("data.train", ["rows.jsonl"], "--data")])
+    with pytest.raises(SftxError, match=r"'padded' is provided by .* of sftx .* and .* of sftx "):
+        activate(loaded)
+
+
+def test_what_a_plugin_prints_is_not_among_the_findings(install_plugin: Any) -> None:
+    code = (
+        METRIC.replace("        return max(", "        print('hello')\n        return max(") + "\nprint('imported')\n"
+    )
+    install_plugin("acme", code, {"prints": "Plugin"})
+    done = plugins("check", "prints", "--set", "prints.floor=0.5", "--json")
+    assert {finding["hook"] for finding in json.loads(done.stdout)} == {"package", "metric", "run"}
+
+
+def test_an_option_that_run_yaml_cannot_hold_is_refused(install_plugin: Any) -> None:
+    secret = METRIC.replace("from pydantic import Field", "from pydantic import Field, SecretStr").replace(
+        "    mode: ", "    token: SecretStr = SecretStr('secret')\n    mode: "
+    )
+    install_plugin("acme", secret, {"secret": "Plugin"})
+    loaded = load(None, add=["secret"], assignments=[("data.train", ["r.jsonl"], ""), ("secret.floor", 0.5, "")])
+    with pytest.raises(SftxError, match=r"option 'token' is not the same when it was written into run\.yaml"):
+        activate(loaded)
+
+
+def test_the_terminal_gets_no_control_characters_of_a_package(install_plugin: Any) -> None:
+    escape = "\x1b[31m\x9b"
+    metadata = [f"License: {escape}", f"Project-URL: docs, {escape}"]
+    install_plugin("acme", METRIC.replace("Scores with", f"Scores {escape}"), {"careful": "Plugin"}, metadata=metadata)
+    for command in (["list"], ["info", "careful"], ["check", "careful"], ["schema", "careful"]):
+        output = CliRunner().invoke(cli.command, command, color=True).output
+        assert escape[0] not in output
+        assert escape[-1] not in output
+
+
+def test_a_full_stdout_is_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "sftx", "plugins", "list"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert "No space left on device" in done.stderr
