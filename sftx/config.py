@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -181,7 +181,8 @@ def _explain(errors: Sequence[ErrorDetails], cls: type, who: str, prefix: str, o
         return ": ".join(part for part in (origins.of(prefix.rstrip(".")), who, _expectation(same[0])) if part)
     start = ": ".join(part for part in (origins.of(prefix + name), who, f"option {name!r}") if part)
     if same[0]["type"] == "missing":
-        return f"{start} is missing; it has no default"
+        given = f"; give it with --set {prefix.removeprefix('plugins.')}{name}=..." if prefix else ""
+        return f"{start} is missing; it has no default{given}"
     if same[0]["type"] == "unexpected_keyword_argument":
         names = _names_at(path[:-1], schema)
         hint = did_you_mean(path[-1], names) or ("; known are " + ", ".join(names) if names else "; it takes none")
@@ -255,7 +256,7 @@ def load(
         origins.set(dotted, typed)
         if dotted.startswith("plugins."):
             wanted.setdefault(dotted.split(".")[1], typed)
-    _refuse_strangers({name: typed for name, typed in wanted.items() if name not in named})
+    _refuse_strangers({name: typed for name, typed in wanted.items() if name not in named}, named)
     for name in remove:
         if name in wanted:
             raise ConfigError(f"--no-plugin {name}: contradicts {wanted[name]}; leave one of them out")
@@ -265,11 +266,12 @@ def load(
     return Loaded(validate(RunConfig, values, origins=origins), origins)
 
 
-def _refuse_strangers(wanted: Mapping[str, str]) -> None:
+def _refuse_strangers(wanted: Mapping[str, str], named: Collection[str]) -> None:
     """An option alone brings no plugin in: it would turn full fine-tuning into LoRA. The defaults are there already."""
     for name, typed in wanted.items():
         if not any(name in names for names in DEFAULTS.values()):
-            raise ConfigError(f"{typed}: plugin {name!r} is not in this run; add --plugin {name}")
+            hint = did_you_mean(name, named) or f"; add --plugin {name}"
+            raise ConfigError(f"{typed}: plugin {name!r} is not in this run{hint}")
 
 
 def _plugin_table(values: Mapping[str, Any], origins: run_file.Origins) -> dict[str, Any]:

@@ -141,9 +141,10 @@ def load_class(info: PluginInfo) -> type:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # sys.exit too: the process must not end as if all were well
+        place = f" in {error.filename}" if isinstance(error, SyntaxError) else ""
         raise PluginError(
-            f"{info}: cannot be imported from {info.value!r}: {type(error).__name__}: {one_line(error)}; "
-            f"reinstall {info.package}, or leave the plugin out"
+            f"{info}: cannot be imported from {info.value!r}: {type(error).__name__}: {one_line(error)}{place}; "
+            f"mend or reinstall {info.package}, or leave the plugin out"
         ) from error
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
         raise PluginError(f"{info}: {info.value!r} is no dataclass; a plugin is a frozen dataclass of its options")

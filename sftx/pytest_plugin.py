@@ -24,7 +24,7 @@ PluginRun: TypeAlias = "Callable[..., Result]"
 @pytest.fixture(scope="session")
 def tiny_model() -> Path:
     """A directory with a Llama of two layers (random weights, fp32, tied) and its tokenizer of 512 tokens."""
-    from sftx.testing import tiny
+    from sftx.model import tiny
 
     return tiny.model_dir()
 
@@ -32,7 +32,7 @@ def tiny_model() -> Path:
 @pytest.fixture
 def tiny_tokenizer() -> PreTrainedTokenizerBase:
     """The tiny model's tokenizer, made anew for each test: byte-level BPE with ChatML's control tokens."""
-    from sftx.testing import tiny
+    from sftx.model import tiny
 
     return tiny.make_tokenizer()
 

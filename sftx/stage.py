@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final, cast
 
-from sftx.errors import DataError, PluginError, SftxError, one_line
+from sftx.errors import DataError, PluginError, SftxError, did_you_mean, one_line
 from sftx.hookspecs import RETURNS
-from sftx.types import Batch, LossSum
+from sftx.types import Batch, LossSum, Observer
 
 
 def arguments_of(function: Callable[..., object]) -> list[str]:
@@ -24,10 +24,19 @@ def make(plugin: object, hook: str, **arguments: Any) -> Any:
     if not isinstance(made, RETURNS[hook]):
         wanted = RETURNS[hook].__name__
         article = "an" if wanted[0] in "AO" else "a"
-        raise PluginError(
-            f"{hook} returned {type(made).__name__}, expected {article} {wanted}{_missing(made, RETURNS[hook])}"
-        )
+        lacks = "; is its `return` missing?" if made is None else _missing(made, RETURNS[hook])
+        raise PluginError(f"{hook} returned {type(made).__name__}, expected {article} {wanted}{lacks}")
+    if isinstance(made, Observer):
+        _check_events(made)
     return made
+
+
+def _check_events(observer: Observer) -> None:
+    """Raises PluginError for a method that no run would ever call."""
+    for name in dir(observer):
+        if name.startswith("on_") and not hasattr(Observer, name):
+            hint = did_you_mean(name, [event for event in vars(Observer) if event.startswith("on_")])
+            raise PluginError(f"{type(observer).__name__}.{name} is no event of this sftx's observers{hint}")
 
 
 def _missing(made: object, protocol: type) -> str:

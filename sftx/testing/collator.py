@@ -21,10 +21,11 @@ from torch.nn import functional
 
 from sftx.model.language_model import LanguageModel
 from sftx.stage import make
-from sftx.testing.batches import differences, random_states, random_states_kept, seed_all, varied
+from sftx.testing.batches import differences, varied
 from sftx.testing.clauses import ClauseError, Suite
 from sftx.testing.kit import Kit, groups_of
 from sftx.testing.numeric import norm
+from sftx.testing.process import random_states, random_states_kept, seed_all
 from sftx.types import IGNORE_INDEX, Batch, Collator, Example, Row, Step
 
 # fp32: sums over the same tokens in another order. On the tiny model losses differ by 1e-7 and gradients by 2e-7 of
@@ -346,10 +347,7 @@ def _take_out(documents: Counter[tuple[int, ...]], ids: tuple[int, ...]) -> bool
 def _same_randomness(before: dict[str, object], what: str) -> None:
     changed = [name for name, state in random_states().items() if state != before[name]]
     if changed:
-        raise ClauseError(
-            f"{what} drew from the global random numbers of {', '.join(changed)}, which others draw from; "
-            "use a generator of its own"
-        )
+        raise ClauseError(f"{what} drew from {', '.join(changed)}, which others draw from; use a generator of its own")
 
 
 def _loss_of_batch(lm: LanguageModel, batch: Batch) -> Tensor:

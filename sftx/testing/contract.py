@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from sftx.errors import SftxError, one_line
+from sftx.model import tiny
 from sftx.model.load import load_spec
 from sftx.plugins import PluginInfo, hooks_of, instance, load_class
 from sftx.run_file import Origins
-from sftx.testing import adapter, collator, loss, metric, observer, package, parser, template, tiny
+from sftx.testing import adapter, collator, loss, metric, observer, package, parser, template
 from sftx.testing.clauses import Finding, Suite
 from sftx.testing.kit import Kit
 from sftx.testing.runs import run_tiny
@@ -68,7 +69,9 @@ def _run(info: PluginInfo, options: Mapping[str, Any], plugin: object, model: Pa
             raise
         except BaseException as error:
             what = "" if isinstance(error, SftxError) else f"{type(error).__name__}: "
-            return Finding("run", "trains", RUNS, "failed", what + one_line(error).replace(name, "."))
+            return Finding(
+                "run", "trains", RUNS, "failed", what + one_line(error).replace(f"{name}/rows.jsonl", "samples")
+            )
     return Finding("run", "trains", RUNS, "ok")
 
 

@@ -14,12 +14,12 @@ from sftx.data.encode import Encoder, encode_row
 from sftx.data.ledger import Ledger
 from sftx.errors import DataError
 from sftx.hookspecs import DEFAULTS, TEMPLATES
+from sftx.model import tiny
 from sftx.model.language_model import LanguageModel
 from sftx.model.load import load_model, load_spec, load_tokenizer
 from sftx.plugins import Assembly, discover, find
 from sftx.run_file import Origins
 from sftx.stage import make
-from sftx.testing import tiny
 from sftx.types import Adapter, Collator, Conversation, Example, Location, Loss, Message, ModelSpec, Parser, Template
 
 if TYPE_CHECKING:

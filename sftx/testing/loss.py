@@ -22,10 +22,11 @@ from transformers import PreTrainedModel
 
 from sftx.model.language_model import LanguageModel
 from sftx.stage import make
-from sftx.testing.batches import copy_of, differences, random_states, random_states_kept, varied, widened
+from sftx.testing.batches import copy_of, differences, varied, widened
 from sftx.testing.clauses import ClauseError, Suite
 from sftx.testing.kit import Kit, built_in, groups_of
 from sftx.testing.numeric import norm, slope
+from sftx.testing.process import random_states, random_states_kept
 from sftx.types import IGNORE_INDEX, Batch, Example, Loss, LossSum
 
 # Invariances are checked in fp64: right losses differ by 1e-15 there, those with logits in fp32 by 1e-8.
@@ -358,7 +359,7 @@ def _run_and_look(case: _Case, *, training: bool) -> LossSum:
         raise ClauseError(f"it wrote into the batch's {', '.join(fields)}, which is used again; copy it first")
     if drawn:
         raise ClauseError(
-            f"it drew from or seeded the global random numbers of {', '.join(drawn)}; derive what is random from "
+            f"it drew from or seeded {', '.join(drawn)}; derive what is random from "
             "lm.seed, so that a recomputed forward draws the same"
         )
     return out

@@ -7,8 +7,8 @@ import math
 from dataclasses import dataclass
 
 from sftx.stage import make
-from sftx.testing.batches import random_states
 from sftx.testing.clauses import ClauseError, Suite
+from sftx.testing.process import random_states
 from sftx.types import Metric
 
 _TEXTS = (
@@ -75,8 +75,7 @@ def pure(case: _Case) -> None:
             )
     if drawn := [name for name, state in random_states().items() if state != before[name]]:
         raise ClauseError(
-            f"it drew from or seeded the global random numbers of {', '.join(drawn)}, from which training draws too; "
-            "use a random.Random of its own"
+            f"it drew from or seeded {', '.join(drawn)}, from which training draws too; use a random.Random of its own"
         )
 
 

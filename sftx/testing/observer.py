@@ -16,17 +16,16 @@ from sftx.testing.clauses import ClauseError, Suite
 from sftx.testing.kit import Kit, built_in
 from sftx.testing.observer_case import (
     NUM_STEPS,
-    TERMINAL,
     Case,
     Event,
     engine_files,
     events,
     files,
-    process,
     run_info,
     tell,
     workplace,
 )
+from sftx.testing.process import TERMINAL, process
 from sftx.training.loop import Plan, Trainer
 from sftx.training.precision import choose
 from sftx.types import Observer, RunInfo

@@ -8,25 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
-import random
-import signal
-import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Final, TypeAlias, cast
 
-import torch
-
 from sftx.config import as_dict, load
 from sftx.errors import one_line
 from sftx.plugins import activate
 from sftx.stage import make
 from sftx.testing.clauses import ClauseError
+from sftx.testing.process import PROCESS, process
 from sftx.types import EvalReport, Observer, Provider, RunInfo, Sample, StartReport, StepReport
 
 Event: TypeAlias = tuple[str, tuple[Any, ...]]
@@ -234,83 +229,5 @@ def workplace(*, terminal: bool = True) -> Iterator[Path]:
             yield Path(place)
         finally:
             for name, value in before.items():
-                if _PROCESS[name][0]() != value:
-                    _PROCESS[name][1](value)
-
-
-# --- the process -------------------------------------------------------------------------------
-
-
-def _numpy_state() -> object:
-    numpy = sys.modules.get("numpy")  # nobody's numbers are changed where nobody imported it
-    if numpy is None:
-        return None
-    name, keys, *rest = numpy.random.get_state()
-    return (name, tuple(keys.tolist()), *rest)
-
-
-def _set_numpy_state(state: Any) -> None:
-    if state is not None:
-        sys.modules["numpy"].random.set_state(state)
-
-
-def _handlers() -> dict[int, Any]:
-    return {number: signal.getsignal(number) for number in signal.valid_signals()}
-
-
-def _set_handlers(handlers: Mapping[int, Any]) -> None:
-    for number, handler in handlers.items():
-        if signal.getsignal(number) is not handler:
-            signal.signal(number, handler)
-
-
-def _set_environment(variables: Mapping[str, str]) -> None:
-    os.environ.clear()
-    os.environ.update(variables)
-
-
-def _set_default_device(device: torch.device) -> None:
-    torch.set_default_device(None if device.type == "cpu" else device)
-
-
-def _torch_state() -> tuple[int, ...]:
-    return tuple(torch.get_rng_state().tolist())
-
-
-def _set_torch_state(state: tuple[int, ...]) -> None:
-    torch.set_rng_state(torch.tensor(state, dtype=torch.uint8))
-
-
-_PROCESS: Final[Mapping[str, tuple[Callable[[], Any], Callable[[Any], object]]]] = {
-    "Python's random numbers": (random.getstate, random.setstate),
-    "torch's random numbers": (_torch_state, _set_torch_state),
-    "numpy's random numbers": (_numpy_state, _set_numpy_state),
-    "torch's gradient mode": (torch.is_grad_enabled, torch.set_grad_enabled),
-    "torch's default dtype": (torch.get_default_dtype, torch.set_default_dtype),
-    "torch's default device": (torch.get_default_device, _set_default_device),
-    "torch's number of threads": (torch.get_num_threads, torch.set_num_threads),
-    "torch's matmul precision": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
-    "torch's anomaly detection": (torch.is_anomaly_enabled, torch.set_anomaly_enabled),
-    "torch's deterministic algorithms": (
-        lambda: (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()),
-        lambda state: torch.use_deterministic_algorithms(state[0], warn_only=state[1]),
-    ),
-    "cuDNN's flags": (
-        lambda: (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark),
-        lambda state: torch.backends.cudnn.set_flags(_deterministic=state[0], _benchmark=state[1]),
-    ),
-    "the signal handlers": (_handlers, _set_handlers),
-    "the working directory": (os.getcwd, os.chdir),
-    "the environment variables": (lambda: dict(os.environ), _set_environment),
-    "sys.path": (lambda: list(sys.path), lambda paths: sys.path.__setitem__(slice(None), paths)),
-    "sys.stdout": (lambda: sys.stdout, lambda stream: setattr(sys, "stdout", stream)),
-    "sys.stderr": (lambda: sys.stderr, lambda stream: setattr(sys, "stderr", stream)),
-}
-"""What belongs to the process: how it is read, and how it is set."""
-
-TERMINAL: Final = frozenset({"sys.stdout", "sys.stderr"})
-"""What an observer may hold while it draws: a live display catches what others print. Given back when it is closed."""
-
-
-def process() -> dict[str, Any]:
-    return {name: read() for name, (read, _) in _PROCESS.items()}
+                if PROCESS[name][0]() != value:
+                    PROCESS[name][1](value)

@@ -187,7 +187,7 @@ def describes_its_options(case: _Case) -> None:
     unknown = [f.name for f in dataclasses.fields(case.cls) if f.init and f.name not in options]
     if lacking or unknown:
         raise ClauseError(
-            f"the options {', '.join(lacking + unknown)} have no description; write "
+            f"without a description: {', '.join(lacking + unknown)}; write "
             'name: Annotated[int, Field(description="...")] = ..., which reaches `sftx plugins info` and the schema'
         )
 

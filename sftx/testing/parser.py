@@ -77,7 +77,7 @@ def accepts_its_own(case: _Case) -> None:
 
 
 @SUITE.clause(
-    "It accepts no record without its fields, and whatever the values are, `accepts` says True or False.",
+    "It accepts neither an empty record nor one of other fields; whatever the values are, it says True or False.",
     needs=["accepts-its-own"],
 )
 def declines_others(case: _Case) -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from sftx.config import load
+from sftx.model import tiny
 from sftx.plugins import activate
 from sftx.run import Result, run
 from sftx.stage import make
-from sftx.testing import tiny
 from sftx.testing.kit import CONVERSATIONS
 from sftx.types import Record
 

@@ -25,8 +25,6 @@ def controls_exist(case: TemplateCase) -> None:
         raise ClauseError(
             f"{error}; name only tokens of the tokenizer, and in `stop` only some of `controls`"
         ) from error
-    if not case.template.stop:
-        raise ClauseError("`stop` is empty, so a trained model would never end its answer; name the token that does")
 
 
 @SUITE.clause("It writes a user and an assistant by turns; what it cannot write besides, it refuses with DataError.")
@@ -180,6 +178,9 @@ def obeys_the_message(case: TemplateCase) -> None:
     asked = dataclasses.replace(question, trainable=True)
     _check_trained(case, Conversation((question, untrained, *others)))
     _check_trained(case, Conversation((asked, answer, *others)))
+    system = Conversation((dataclasses.replace(SPECIAL[0].messages[0], trainable=True), *SPECIAL[0].messages[1:]))
+    if case.writes(system):
+        _check_trained(case, system)
     silent = Written(case.template.render(Conversation((question, untrained))))
     trained = next((owner for owner in silent.owners if owner.trainable), None)
     if trained is not None:

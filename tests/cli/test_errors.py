@@ -143,7 +143,7 @@ def test_a_plugin_whose_import_fails(install_plugin: Any) -> None:
     install_plugin("acme", "import missing_dependency", {"other": "Other"}, version="1.2")
     assert error_of(*BASE, "--plugin", "other") == (
         "plugin 'other' (acme 1.2): cannot be imported from 'acme:Other': "
-        "ModuleNotFoundError: No module named 'missing_dependency'; reinstall acme, or leave the plugin out"
+        "ModuleNotFoundError: No module named 'missing_dependency'; mend or reinstall acme, or leave the plugin out"
     )
 
 

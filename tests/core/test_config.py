@@ -189,7 +189,7 @@ class Options:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({}, "option 'needed' is missing; it has no default"),
+        ({}, "option 'needed' is missing; it has no default; give it with --set p.needed=..."),
         ({"needed": 1, "names": 5}, "option 'names': got 5, expected a valid string or a valid array"),
         ({"needed": 1, "names": ["a", 5]}, "option 'names': got 5, expected a valid string"),
         ({"needed": 1, "size": 0}, "option 'size': got 0, expected a number greater than or equal to 1"),

@@ -107,7 +107,7 @@ def test_a_plugin_that_cannot_be_imported_is_named_with_its_distribution_and_the
     install_plugin("acme-boom", code, {"boom": "Boom"}, version="0.3")
     message = error_of("boom")
     assert message.startswith(f"plugin 'boom' (acme-boom 0.3): cannot be imported from 'acme_boom:Boom': {cause}")
-    assert message.endswith("; reinstall acme-boom, or leave the plugin out")
+    assert message.endswith("; mend or reinstall acme-boom, or leave the plugin out")
 
 
 def test_a_plugin_made_for_another_sftx_is_refused_before_it_is_imported(install_plugin: Any) -> None:
@@ -281,7 +281,11 @@ def test_the_table_has_a_line_a_stage_and_plugin_with_distribution_and_options(i
 @pytest.mark.parametrize(
     ("body", "stage", "expected"),
     [
-        ("@sftx.hookimpl\ndef sftx_metric(self):\n    return None", "metrics", "returned NoneType, expected a Metric"),
+        (
+            "@sftx.hookimpl\ndef sftx_metric(self):\n    return None",
+            "metrics",
+            "returned NoneType, expected a Metric; is its `return` missing?",
+        ),
         ("@sftx.hookimpl\ndef sftx_loss(self):\n    return 5", "loss", "returned int, expected a Loss"),
         (
             "def accepts(self, record):\n    return True\n@sftx.hookimpl\ndef sftx_parser(self):\n    return self",
@@ -300,6 +304,14 @@ def test_a_hook_that_returns_the_wrong_thing_is_named_with_what_is_missing(
     message = str(caught.value)
     assert message.startswith("plugin 'acme' (acme 1.0): sftx_")
     assert message.endswith(expected)
+
+
+def test_an_observer_with_a_method_that_is_no_event_is_refused(install_plugin: Any) -> None:
+    head = "class Watch(sftx.Observer):\n    def on_steps(self, report):\n        pass\n"
+    code = plugin("@sftx.hookimpl\ndef sftx_observer(self):\n    return Watch()", head=head)
+    install_plugin("acme", code, {"acme": "Acme"})
+    with pytest.raises(PluginError, match=r"Watch\.on_steps is no event .*; did you mean 'on_step'\?"):
+        activate("acme").observers(sftx.RunInfo(Path("runs/x"), {}))
 
 
 def test_an_observer_must_be_an_observer(install_plugin: Any) -> None:

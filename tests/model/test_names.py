@@ -26,7 +26,7 @@ def test_a_hub_id_is_left_to_the_hub() -> None:
 
 
 def test_another_embedded_model_does_not_exist() -> None:
-    with pytest.raises(ModelError, match=f"sftx:llama: does not exist; the embedded model is {EMBEDDED_MODEL}"):
+    with pytest.raises(ModelError, match=f"sftx:llama: does not exist; embedded are {EMBEDDED_MODEL} and sftx:tiny"):
         names.check("sftx:llama")
 
 
@@ -58,3 +58,8 @@ def test_a_model_directory_needs_a_config_and_a_tokenizer(tmp_path: Path) -> Non
     (tmp_path / "tokenizer.json").write_text("{}")
     names.check(str(tmp_path))
     assert names.resolve(str(tmp_path)) == str(tmp_path)
+
+
+def test_the_tiny_model_has_a_name_of_its_own() -> None:
+    names.check("sftx:tiny")
+    assert (Path(names.resolve("sftx:tiny")) / "model.safetensors").is_file()

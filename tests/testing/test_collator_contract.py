@@ -15,10 +15,10 @@ from torch.nn import functional
 from contracts import assert_every_clause_is_broken, assert_fails_only
 from packing import Packed
 from sftx import IGNORE_INDEX, Batch, Example, hookimpl, pad
-from sftx.testing.batches import random_states_kept
 from sftx.testing.clauses import MADE
 from sftx.testing.collator import SUITE, check_collator
 from sftx.testing.kit import Kit, built_in
+from sftx.testing.process import random_states_kept
 from sftx_plugins.padded import Padded
 
 
@@ -242,7 +242,7 @@ BAD = [
     (TearsPairs, "keeps-groups-together", "make rows of whole groups"),
     (TurnsPairs, "keeps-groups-together", "or changes their order"),
     (ShufflesAnyhow, "plans-by-its-arguments", "draw from random.Random"),
-    (DrawsFromTorch, "plans-by-its-arguments", "drew from the global random numbers of torch"),
+    (DrawsFromTorch, "plans-by-its-arguments", "drew from torch's random numbers"),
     (SortsItsArguments, "plans-by-its-arguments", "changed the lists of lengths or groups"),
     (EverySecondBackwards, "plans-by-its-arguments", "keep nothing between two calls"),
     (RowIdsOfTheFirst, "batches-every-example", "row_id belongs into row_ids once"),
@@ -254,7 +254,7 @@ BAD = [
     (SmallLabels, "counts-what-it-holds", "labels_BT is torch.int32"),
     (PositionsRunOn, "counts-what-it-holds", "count from 0 in each"),
     (PadsAtRandom, "collates-by-its-arguments", "a batch with other input_ids_BT"),
-    (DrawsInCollate, "collates-by-its-arguments", "drew from the global random numbers of random,"),
+    (DrawsInCollate, "collates-by-its-arguments", "drew from Python's random numbers,"),
     (WritesIntoExamples, "collates-by-its-arguments", "copy what you change"),
     (ForgetsWeights, "changes-no-loss", "token_weights_BT are shifted like labels"),
     (DoesNotShiftWeights, "changes-no-loss", "one by one"),

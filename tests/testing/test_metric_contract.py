@@ -90,7 +90,7 @@ class DrawsFromTheGlobalOnes(Overlap):
 
 
 BAD = [
-    (DrawsFromTheGlobalOnes, "pure", "it drew from or seeded the global random numbers of random"),
+    (DrawsFromTheGlobalOnes, "pure", "it drew from or seeded Python's random numbers"),
     (GivesNumber, "made", "returned int, expected a Metric"),
     (WantsJson, "takes-any-text", "the answer 'Paris' to the reference 'Paris' raised JSONDecodeError"),
     (WantsWords, "takes-any-text", "to the reference '' raised ZeroDivisionError: division by zero; a model may"),

@@ -25,7 +25,8 @@ from sftx.plugins import discover, hooks_of, load_class
 from sftx.testing import ContractError
 from sftx.testing.kit import built_in
 from sftx.testing.observer import SUITE, check_observer
-from sftx.testing.observer_case import events, process, run_info
+from sftx.testing.observer_case import events, run_info
+from sftx.testing.process import process
 
 
 class Good(Observer):

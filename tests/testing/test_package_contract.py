@@ -80,7 +80,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     (
         "describes-its-options",
         {"code": GOOD.replace('Annotated[bool, Field(description="Whether case counts.")]', "bool")},
-        "the options strict have no description",
+        "without a description: strict",
     ),
     ("takes-its-defaults", {"code": GOOD.replace("] = True", "] = 3  # type: ignore")}, "its own defaults are refused"),
 ]

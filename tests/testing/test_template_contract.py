@@ -332,7 +332,14 @@ class JinjaRefuses(ChatML):
     chat_template = "{{ raise_exception('not today') }}"
 
 
+class NeverTrainsSystem(ChatML):
+    def render(self, conversation: Conversation) -> tuple[Segment, ...]:
+        turns = [dataclasses.replace(m, trainable=False) if m.role == "system" else m for m in conversation.messages]
+        return super().render(dataclasses.replace(conversation, messages=tuple(turns)))
+
+
 BAD = [
+    (NeverTrainsSystem, "obeys-the-message", "of the system's"),
     (GivesNumber, "made", "returned int, expected a Template"),
     (StopsNever, "controls-exist", "`stop` is empty"),
     (StopsOnStray, "controls-exist", "stop tokens <|endoftext|> are not among its controls"),

@@ -254,6 +254,7 @@ def test_a_parser_that_gives_other_types_is_stopped_at_its_row(
     [
         ({"controls": ["<|im_end|>"]}, r"controls is \['<\|im_end\|>'\], expected a frozenset of text"),
         ({"stop": "<|im_end|>"}, "stop is '<.im_end.>', expected a tuple of text"),
+        ({"stop": ()}, "`stop` is empty, so a trained model would never end its answer"),
         ({"rewrites_history": "no"}, "rewrites_history is 'no', expected a bool"),
         ({"render": lambda conversation: ["text"]}, "wrote 'text', expected a Segment of text"),
     ],
