@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -136,9 +137,14 @@ def _print_findings(found: PluginInfo, findings: Sequence[Finding]) -> None:
         [f.hook, f.clause, f.status.upper() if f.status == "failed" else f.status] for f in findings
     ]
     _print_columns(rows)
+    width = (
+        shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
+    )  # whole lines for whoever reads a pipe
     for finding in findings:
         if finding.status == "failed":
-            click.echo(printable(f"\n{finding.hook} / {finding.clause}: {finding.rule}\n    {finding.message}"))
+            rule, message = f"{finding.hook} / {finding.clause}: {finding.rule}", finding.message
+            click.echo("\n" + click.wrap_text(printable(rule), width))
+            click.echo(click.wrap_text(printable(message), width, initial_indent="    ", subsequent_indent="    "))
     count = Counter(finding.status for finding in findings)
     click.echo(f"\n{count['ok']} clauses kept, {count['failed']} broken, {count['skipped']} skipped")
 
