@@ -137,9 +137,8 @@ def _print_findings(found: PluginInfo, findings: Sequence[Finding]) -> None:
         [f.hook, f.clause, f.status.upper() if f.status == "failed" else f.status] for f in findings
     ]
     _print_columns(rows)
-    width = (
-        shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
-    )  # whole lines for whoever reads a pipe
+    # A pipe gets whole lines.
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
     for finding in findings:
         if finding.status == "failed":
             rule, message = f"{finding.hook} / {finding.clause}: {finding.rule}", finding.message

@@ -4,9 +4,9 @@
 runs the same suites on an installed plugin. The pytest fixtures `tiny_model`, `tiny_tokenizer` and `plugin_run` come
 with sftx (`sftx/pytest_plugin.py`). Importing this package imports torch.
 
-A file for each contract: `package`, `parser`, `template`, `collator`, `adapter`, `loss`, `metric`, `observer`. `clauses`
-is what a contract is made of, `kit` what a plugin is checked with, `contract` all of them on an installed plugin; the
-other files are what the clauses of one or two contracts look at.
+A file for each contract: `package`, `parser`, `template`, `collator`, `adapter`, `loss`, `metric`, `observer`.
+`clauses` is what a contract is made of, `kit` what a plugin is checked with, `contract` all of them on an installed
+plugin; the other files are what the clauses of one or two contracts look at.
 """
 
 from sftx.run import Result

@@ -16,9 +16,13 @@ _OURS: Final = frozenset({"loss", "aux_loss", "perplexity", "step", "epoch", "se
 """What reports hold under these names is not the loss's to set."""
 
 
-def plan(collator: Collator, lengths: Sequence[int], groups: Sequence[int], **arguments: Any) -> list[Step]:
-    """The steps of the last window. Raises PluginError when an example is lost or repeated, or a step is none."""
-    planned = collator.plan(lengths, groups, **arguments)
+def plan(
+    collator: Collator, lengths: Sequence[int], groups: Sequence[int], *, seed: int, epoch: int, examples_per_step: int
+) -> list[Step]:
+    """The steps of one epoch. Raises PluginError when an example is lost or repeated, or a step is none."""
+    planned = collator.plan(
+        lengths, groups, seed=seed, epoch=epoch, window=0, examples_per_step=examples_per_step, final=True
+    )
     try:
         steps, carried = planned
         indices = sorted(index for step in steps for row in step for index in row)
@@ -31,9 +35,8 @@ def plan(collator: Collator, lengths: Sequence[int], groups: Sequence[int], **ar
             f"{collator}: plan lost or repeated examples: {len(indices)} planned and {len(carried)} carried over of "
             f"{len(lengths)}"
         )
-    most = arguments["examples_per_step"]
-    if not (filled and all(0 < size <= most for size in sizes)):
-        raise PluginError(f"{collator}: plan made a step that is empty or has over {most} rows")
+    if not (filled and all(0 < size <= examples_per_step for size in sizes)):
+        raise PluginError(f"{collator}: plan made a step that is empty or has over {examples_per_step} rows")
     return steps
 
 

@@ -54,16 +54,13 @@ class Plan:
     def epoch(self, epoch: int) -> list[Step]:
         """The steps of one epoch. Raises PluginError when the collator loses or repeats an example."""
         config = self._config
-        rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
         return checked.plan(
             self._collator,
             self._lengths,
             self._groups,
             seed=config.seed,
             epoch=epoch,
-            window=0,
-            examples_per_step=rows_per_step,
-            final=True,
+            examples_per_step=config.per_device_train_batch_size * config.gradient_accumulation_steps,
         )
 
     def __iter__(self) -> Iterator[tuple[float, Step]]:
