@@ -57,6 +57,8 @@ class Result:
 
     output_dir: Path
     summary: Mapping[str, Any]
+    """`num_steps`, `num_tokens` (trained), `loss` (`first`, `last`), `tokens_per_second`, `peak_bytes`, `wall_seconds`,
+    `artefact` (its directory); with held-out rows `held_out` (`before`, `after`: means by name) and `samples`."""
 
 
 def run(loaded: Loaded, *, name: str = "run") -> Result:

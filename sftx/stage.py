@@ -10,7 +10,7 @@ from typing import Any, Final, cast
 
 from sftx.errors import DataError, PluginError, SftxError, did_you_mean, one_line
 from sftx.hookspecs import RETURNS
-from sftx.types import Batch, LossSum, Observer
+from sftx.types import Adapter, Batch, LossSum, Observer
 
 
 def arguments_of(function: Callable[..., object]) -> list[str]:
@@ -21,11 +21,15 @@ def make(plugin: object, hook: str, **arguments: Any) -> Any:
     """What the plugin's `hook` returns, given those of `arguments` that it asks for. Raises PluginError."""
     implementation = getattr(plugin, hook)
     made = implementation(**{name: arguments[name] for name in arguments_of(implementation)})
-    if not isinstance(made, RETURNS[hook]):
-        wanted = RETURNS[hook].__name__
-        article = "an" if wanted[0] in "AO" else "a"
-        lacks = "; is its `return` missing?" if made is None else _missing(made, RETURNS[hook])
-        raise PluginError(f"{hook} returned {type(made).__name__}, expected {article} {wanted}{lacks}")
+    kind = RETURNS[hook]
+    lacking = [] if kind in (Adapter, Observer) else _lacking(made, kind)
+    # Not isinstance for a protocol: from Python 3.12 on that does not see what is delegated by __getattr__.
+    if lacking or (kind in (Adapter, Observer) and not isinstance(made, kind)):
+        article = "an" if kind.__name__[0] in "AO" else "a"
+        named_ones = [name for name in lacking if name != "__call__"]
+        lacks = f", which has also {', '.join(named_ones)}" if named_ones else ""
+        lacks = "; is its `return` missing?" if made is None else lacks
+        raise PluginError(f"{hook} returned {type(made).__name__}, expected {article} {kind.__name__}{lacks}")
     if isinstance(made, Observer):
         _check_events(made)
     return made
@@ -39,9 +43,10 @@ def _check_events(observer: Observer) -> None:
             raise PluginError(f"{type(observer).__name__}.{name} is no event of this sftx's observers{hint}")
 
 
-def _missing(made: object, protocol: type) -> str:
-    names = [name for name in sorted(vars(protocol)) if not name.startswith("_") and not hasattr(made, name)]
-    return f", which has also {', '.join(names)}" if names else ""
+def _lacking(made: object, protocol: type) -> list[str]:
+    """What a protocol promises and an object has not."""
+    promised = [name for name in sorted(vars(protocol)) if not name.startswith("_") or name == "__call__"]
+    return [name for name in promised if not hasattr(made, name)]
 
 
 @contextmanager
@@ -99,8 +104,18 @@ class Guarded:
         self._stage = stage
 
     def __getattr__(self, name: str) -> Any:
-        with named(self._who, name):
+        if name.startswith("_"):  # pickle and copy look for what is theirs
+            raise AttributeError(name)
+        try:
             value = getattr(self._stage, name)
+        except AttributeError:
+            if not hasattr(type(self._stage), name):
+                raise  # it has none, which whoever asks may be ready for
+            with named(self._who, name):
+                raise
+        except BaseException:
+            with named(self._who, name):
+                raise
         return self._guard(value, name) if inspect.isroutine(value) else value
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -184,7 +184,7 @@ class LossSum:
     metrics: dict[str, Tensor] = field(default_factory=dict)
     """Sums, to be divided by the same denominator (`token_accuracy`: the number of right tokens).
 
-    `nll`, the negative log-likelihood of the trained tokens in nats, is reported as its exponential, `perplexity`.
+    `nll`, the negative log-likelihood of the trained tokens in nats, is reported as `perplexity`, its exponential.
     """
 
 

@@ -116,8 +116,9 @@ def check(name: str, settings: tuple[str, ...], model: Path | None, as_json: boo
         options[option] = value
         origins.set(f"plugins.{name}.{option}", typed)
     with contextlib.redirect_stdout(sys.stderr):  # what the plugin prints is no finding
-        with contextlib.suppress(PluginError):  # which is a finding; wrong options are told before torch is imported
-            instance(found, load_class(found), options, origins)
+        if options:  # wrong ones are told before torch is imported; what else is wrong is a finding
+            with contextlib.suppress(PluginError):
+                instance(found, load_class(found), options, origins)
         from sftx.testing.contract import check_plugin
 
         findings = check_plugin(found, options, origins, model=model)

@@ -31,8 +31,7 @@ def _is_parsed(one: Any) -> bool:
 def _is_message(message: object) -> bool:
     if not isinstance(message, Message):
         return False
-    promised: dict[str, Any] = {"role": str, "content": str, "trainable": bool | None, "weight": int | float}
-    return all(isinstance(getattr(message, name), kind) for name, kind in promised.items())
+    return _has(message, role=str, content=str, trainable=bool | None, weight=_NUMBER)
 
 
 def template(made: Template) -> Template:
@@ -55,6 +54,13 @@ def segments(made: Template | None, written: Iterable[Any]) -> list[Segment]:
     """The same, as a list. Raises PluginError."""
     found = list(written)
     for segment in found:
-        if not (isinstance(segment, Segment) and isinstance(segment.text, str)):
-            raise PluginError(f"{made}: wrote {segment!r:.60}, expected a Segment of text")
+        if not (isinstance(segment, Segment) and _has(segment, text=str, trainable=bool, control=bool, weight=_NUMBER)):
+            raise PluginError(f"{made}: wrote {segment!r:.90}, expected a Segment of text")
     return found
+
+
+_NUMBER = int | float
+
+
+def _has(thing: object, **promised: Any) -> bool:
+    return all(isinstance(getattr(thing, name), kind) for name, kind in promised.items())

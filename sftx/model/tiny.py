@@ -87,9 +87,11 @@ def model_dir() -> Path:
         pad_token_id=tokenizer.pad_token_id,
     )
     disable_progress_bar()
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(directory)
-    enable_progress_bar()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)  # the CPU's alone: nobody's numbers on a GPU are touched
+            LlamaForCausalLM(config).save_pretrained(directory)
+    finally:
+        enable_progress_bar()
     tokenizer.save_pretrained(directory)
     return directory

@@ -304,8 +304,9 @@ def plans_on_meta(case: Case) -> None:
     needs=["begins-as-identity"],
 )
 def keeps_other_adapters(case: Case) -> None:
+    model, before_BTV = case.beside_lora()
     try:
-        model, before_BTV = case.attached_second()
+        model.adapter.attach(model.lm)
     except SftxError:
         return
     difference = _difference(model.logits(), before_BTV)

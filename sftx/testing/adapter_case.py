@@ -116,18 +116,19 @@ class Case:
         lm.attach({"adapter": adapter})
         return Attached(lm, adapter, self.batch, self._base)
 
-    def attached_second(self) -> tuple[Attached, Tensor]:
-        """The model with lora, which is not the identity, and then the adapter; the logits before it came."""
+    def beside_lora(self) -> tuple[Attached, Tensor]:
+        """A model with lora, which is not the identity, whose adapter is yet to be attached; and its logits."""
         spec = load_spec(str(self.kit.model_dir))
         first: Adapter = make(built_in("lora"), "sftx_adapter", spec=spec)
         second: Adapter = make(self.kit.plugin, "sftx_adapter", spec=spec)
-        lm = self.kit.language_model({"first": first})
+        model = load_model(spec, [first, second], dtype=torch.float32, device=torch.device("cpu"))
+        lm = LanguageModel(model, self.kit.tokenizer)
+        lm.attach({"lora": first})
         with torch.no_grad():
             for parameter in lm.parameters():
                 if parameter.requires_grad:
                     parameter.add_(0.05)
         before_BTV = logits_of(lm, self.batch)
-        second.attach(lm)
         return Attached(lm, second, self.batch, self.begun.base), before_BTV
 
     def rounding(self) -> float:

@@ -9,6 +9,7 @@ from typing import Final, Generic, Literal, TypeVar
 
 from sftx.errors import one_line
 from sftx.testing.kit import Kit
+from sftx.testing.process import random_states_kept
 
 C = TypeVar("C")
 MADE: Final = "made"
@@ -72,7 +73,14 @@ class Suite(Generic[C]):
         return add
 
     def findings(self, plugin: object, *, model: Path | None = None) -> list[Finding]:
-        """One finding for each clause. `model`: a directory to check against instead of the tiny model."""
+        """One finding for each clause. `model`: a directory to check against instead of the tiny model.
+
+        Whoever checks keeps their random numbers.
+        """
+        with random_states_kept():
+            return self._findings(plugin, model)
+
+    def _findings(self, plugin: object, model: Path | None) -> list[Finding]:
         try:
             case = self._case(Kit(plugin, model))
         except KeyboardInterrupt:

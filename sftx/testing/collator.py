@@ -252,6 +252,12 @@ def counts_what_it_holds(case: _Case) -> None:
                 raise ClauseError(
                     f"{name} is {tensor.dtype} {list(tensor.shape)}; make it int64 [B, T] as input_ids_BT"
                 )
+        for name, dtype in (("lengths_B", torch.int64), ("cu_seqlens", torch.int32)):
+            borders: Tensor | None = getattr(batch, name)
+            if borders is not None and (borders.dtype != dtype or borders.ndim != 1):
+                raise ClauseError(
+                    f"{name} is {borders.dtype} {list(borders.shape)}; kernels for a GPU need it as {dtype} in one row"
+                )
         if weights_BT is not None and (weights_BT.dtype != torch.float32 or weights_BT.shape != ids_BT.shape):
             raise ClauseError(f"token_weights_BT is {weights_BT.dtype} {list(weights_BT.shape)}; make it fp32 [B, T]")
         lengths = [len(example.token_ids) for example in examples]

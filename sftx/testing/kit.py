@@ -115,7 +115,7 @@ class Kit:
         model = load_model(self.spec, list(adapters.values()), dtype=dtype, device=torch.device("cpu"))
         lm = LanguageModel(model, self.tokenizer)
         with torch.random.fork_rng(devices=[]):  # an author's own tests keep their random numbers
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)
             lm.attach(adapters)
         return lm
 

@@ -137,8 +137,13 @@ def imports_public_names(case: _Case) -> None:
         except (SyntaxError, ValueError):
             continue  # a text template that is called .py
         for line, module, names in _imports(tree):
+            if module.partition(".")[0] == "sftx_plugins" and not case.is_sftx:
+                raise ClauseError(
+                    f"{file.name}:{line} imports {module}, whose modules are not public; write your own, or ask for a "
+                    "public name"
+                )
             if module == "sftx" or module.startswith("sftx."):
-                public = [*sys.modules[module].__all__, "*"] if module in ("sftx", "sftx.testing") else []
+                public = [*sys.modules[module].__all__, "testing", "*"] if module in ("sftx", "sftx.testing") else []
                 private = [name for name in names if name not in public]
                 if private or (not names and not public):
                     raise ClauseError(
@@ -159,9 +164,10 @@ def _imports(tree: ast.AST) -> Iterator[tuple[int, str, list[str]]]:
 def imports_lightly(case: _Case) -> None:
     module = case.info.value.partition(":")[0]
     code = f"import sys; sys.path[:] = {sys.path!r}; import {module}; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, errors="replace", check=False)
     if done.returncode != 0:
-        raise ClauseError(f"importing {module} in a process of its own fails: {done.stderr.strip().splitlines()[-1]}")
+        why = (done.stderr.strip().splitlines() or [f"it exits with {done.returncode}"])[-1]
+        raise ClauseError(f"importing {module} in a process of its own fails: {why}")
     heavy = [name for name in _HEAVY if name in done.stdout.split()]
     if heavy:
         raise ClauseError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from sftx.model import tiny
 from sftx.plugins import activate
 from sftx.run import Result, run
 from sftx.stage import make
-from sftx.testing.kit import CONVERSATIONS
+from sftx.testing.kit import CONVERSATIONS, Kit
 from sftx.types import Record
 
 
@@ -30,7 +31,7 @@ def run_tiny(
     ChatML does. The rows are held out too. `settings`: dotted names such as `lora.r` or `train.max_steps`.
     """
     given = {
-        "model": str(model or tiny.model_dir()),
+        "model": str(model or directory / "model"),
         "data.train": [str(directory / "rows.jsonl")],
         "data.eval": [str(directory / "rows.jsonl")],
         "output_dir": str(directory / "run"),
@@ -44,13 +45,22 @@ def run_tiny(
     assignments = [(name, value, f"{name}={value}") for name, value in given.items()]
     loaded = load(None, add=names, assignments=assignments)
     assembly = activate(loaded)
-    if not assembly.providers("sftx_template"):
+    templates = assembly.providers("sftx_template")
+    if not templates:
         loaded = load(None, add=[*names, "chatml"], assignments=assignments)
+    directory.mkdir(parents=True, exist_ok=True)
+    if model is None:
+        _write_model(directory / "model", templates[0].plugin if templates else None)
     own = [active.plugin for active in assembly.providers("sftx_parser") if active.info.name in names]
     rows = rows or [record for plugin in own for record in _samples(plugin)] or _messages()
-    directory.mkdir(parents=True, exist_ok=True)
     (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return run(loaded, name="tiny")
+
+
+def _write_model(place: Path, template: object) -> None:
+    """The tiny model beside a tokenizer that has the control tokens of the plugin's template."""
+    shutil.copytree(tiny.model_dir(), place)
+    Kit(template).tokenizer.save_pretrained(place)
 
 
 def _samples(plugin: object) -> Sequence[Record]:

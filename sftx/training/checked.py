@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from sftx.errors import PluginError
-from sftx.types import Batch, Collator, Example, Loss, LossSum, Step
+from sftx.types import Batch, Collator, EvalReport, Example, Loss, LossSum, Step, StepReport
 
-_OURS: Final = frozenset({"loss", "aux_loss", "perplexity", "step", "epoch", "seconds", "event"})
-"""What reports hold under these names is not the loss's to set."""
+OURS: Final = frozenset(
+    {"event", "aux_loss", "perplexity", "tokens_per_second"}
+    | {field.name for report in (StepReport, EvalReport) for field in dataclasses.fields(report)}
+)
+"""What reports hold under these names is neither a loss's nor a metric's to set."""
+
+_LARGEST_NLL: Final = 700.0  # whose exponential is still a number
 
 
 def plan(
@@ -24,7 +30,8 @@ def plan(
         lengths, groups, seed=seed, epoch=epoch, window=0, examples_per_step=examples_per_step, final=True
     )
     try:
-        steps, carried = planned
+        given, carried = planned
+        steps = [tuple(tuple(row) for row in step) for step in given]
         indices = sorted(index for step in steps for row in step for index in row)
         sizes = [len(step) for step in steps]
         filled = all(len(row) for step in steps for row in step)
@@ -43,7 +50,10 @@ def plan(
 def collate(collator: Collator, examples: Sequence[Example]) -> Batch:
     """A batch in which every example is once. Raises PluginError when it is not."""
     batch = collator.collate(examples)
-    if sorted(map(str, batch.row_ids)) != sorted(example.row_id for example in examples):
+    ids: Any = batch.row_ids
+    if not (isinstance(ids, tuple) and all(isinstance(row_id, str) for row_id in ids)):
+        raise PluginError(f"{collator}: collate gave the row_ids {ids!r:.60}, expected a tuple of text")
+    if sorted(ids) != sorted(example.row_id for example in examples):
         raise PluginError(
             f"{collator}: collate made a batch of {len(batch.row_ids)} examples of {len(examples)}; every example must "
             "be in it once"
@@ -71,7 +81,17 @@ def loss_sum(loss: Loss, out: LossSum) -> LossSum:
             raise PluginError(f"{loss}: {name} is {what}, expected a tensor without dimensions")
     if torch.is_grad_enabled() and not out.sum.requires_grad:
         raise PluginError(f"{loss}: sum has no gradient; do not detach it")
-    taken = [name for name in out.metrics if name in _OURS or not isinstance(name, str)]
+    taken = [name for name in out.metrics if name in OURS or not isinstance(name, str)]
     if taken:
         raise PluginError(f"{loss}: metrics has the name {taken[0]!r}, which is the engine's; choose another")
     return out
+
+
+def means(loss: Loss, sums: Mapping[str, float], place: str) -> dict[str, float]:
+    """Means as they are reported: the exponential of `nll` in its place. Raises PluginError when one is not finite."""
+    if wrong := [name for name, value in sums.items() if not math.isfinite(value)]:
+        raise PluginError(f"{loss}: metrics[{wrong[0]!r}] is {sums[wrong[0]]} in {place}")
+    reported = {name: value for name, value in sums.items() if name != "nll"}
+    if "nll" in sums and sums["nll"] < _LARGEST_NLL:
+        reported["perplexity"] = math.exp(sums["nll"])
+    return reported

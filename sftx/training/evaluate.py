@@ -20,8 +20,6 @@ from sftx.types import Collator, EvalReport, Example, Loss, Metric, Sample
 
 log = logging.getLogger(__name__)
 
-_LARGEST_LOSS = 700.0  # whose exponential is still a number
-
 
 class Evaluator:
     """Evaluates one model on one held-out set; logits are never kept."""
@@ -63,8 +61,8 @@ class Evaluator:
             ) from error
         lm.train(training)
         for name, metric in self._metrics.items():
-            if name in means:
-                raise PluginError(f"{metric}: the loss reports {name!r} too; leave one of them out")
+            if name in means or name in checked.OURS:
+                raise PluginError(f"{metric}: something else is reported as {name!r} already; rename the plugin")
             means[name] = sum(_score(metric, sample) for sample in samples) / len(samples)
         return EvalReport(step, means, samples, time.perf_counter() - start)
 
@@ -80,14 +78,10 @@ class Evaluator:
             for name, value in out.metrics.items():
                 sums[name] += value.item()
         means = {name: value / total for name, value in sums.items()}
-        if wrong := [name for name, mean in means.items() if not math.isfinite(mean)]:
-            raise TrainingError(
-                f"step {step}: the {wrong[0]} of the held-out rows is {means[wrong[0]]:g}; look at the model"
-            )
-        nll = means.pop("nll", math.inf)
-        if nll < _LARGEST_LOSS:
-            means["perplexity"] = math.exp(nll)
-        return means
+        loss = means.pop("loss")
+        if not math.isfinite(loss):
+            raise TrainingError(f"step {step}: the loss of the held-out rows is {loss:g}; look at the model")
+        return {"loss": loss, **checked.means(self._loss, means, f"the evaluation after step {step}")}
 
     def _answers(self, lm: LanguageModel, questions: Sequence[Question]) -> tuple[Sample, ...]:
         log.info("answering %d held-out rows", len(questions))

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from sftx.config import TrainConfig
-from sftx.errors import PluginError, TrainingError
+from sftx.errors import TrainingError
 from sftx.model.language_model import LanguageModel
 from sftx.training import checked
 from sftx.training.optimizer import make_optimizer
@@ -143,9 +143,8 @@ class Trainer:
         loss_value, norm_value = torch.stack((loss, norm.to(loss))).tolist()
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
             raise TrainingError(self._not_finite(number, loss_value, norm_value, batches))
-        others = {name: value.item() for name, value in metrics.items()}
-        if wrong := [name for name, value in others.items() if not math.isfinite(value)]:
-            raise PluginError(f"{self.loss}: metrics[{wrong[0]!r}] is {others[wrong[0]]} in step {number}")
+        counted = {name: value.item() for name, value in metrics.items()}
+        reported = checked.means(self.loss, counted, f"step {number}")
         self.optimizer.step()
         return StepReport(
             step=number,
@@ -158,7 +157,7 @@ class Trainer:
             num_real_tokens=sum(batch.num_real_tokens for batch in batches),
             seconds=time.perf_counter() - start,
             peak_bytes=peak_bytes(self.lm.device),
-            metrics=others,
+            metrics=reported,
         )
 
     def _seed(self, number: int, micro: int) -> None:

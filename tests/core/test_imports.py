@@ -126,6 +126,13 @@ def test_the_core_does_not_know_the_built_in_plugins() -> None:
     assert [place for place, module, _ in imports(ROOT / "sftx") if package(module) == "sftx_plugins"] == []
 
 
+def test_a_run_needs_no_test_kit() -> None:
+    allowed = ("sftx/testing/", "sftx/pytest_plugin.py", "sftx/cli/plugins.py")
+    found = [place for place, module, _ in imports(ROOT / "sftx") if module.startswith("sftx.testing")]
+    assert found
+    assert [place for place in found if not place.startswith(allowed)] == []
+
+
 def test_kernels_know_neither_the_core_nor_the_plugins() -> None:
     wrong = {"sftx", "sftx_plugins"}
     assert [place for place, module, _ in imports(ROOT / "kernels" / "sftx_kernels") if package(module) in wrong] == []

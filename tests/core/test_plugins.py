@@ -446,3 +446,16 @@ def _hooks(name: str) -> list[str]:
 def test_every_default_is_a_built_in_plugin() -> None:
     named = {name for names in hookspecs.DEFAULTS.values() for name in names} | set(hookspecs.TEMPLATES)
     assert named <= set(BUILT_IN)
+
+
+def test_a_stage_can_be_copied_pickled_and_asked_for_what_it_has_not() -> None:
+    import copy
+    import pickle
+
+    from sftx.stage import Guarded
+
+    stage = Guarded("plugin 'acme' (acme 1.0)", "sftx_metric", sftx.Location("rows", 3))
+    for other in (copy.copy(stage), copy.deepcopy(stage), pickle.loads(pickle.dumps(stage))):
+        assert other.path == "rows"
+        assert str(other) == "plugin 'acme' (acme 1.0)"
+    assert not hasattr(stage, "no_such_thing")

@@ -82,3 +82,32 @@ def test_a_plugin_whose_hook_fails_fails_that_and_the_rest_says_nothing() -> Non
     assert (made.clause, made.status) == ("made", "failed")
     assert "returned int, expected a Metric" in made.message
     assert {finding.status for finding in others} == {"skipped"}
+
+
+def test_a_suite_bites_without_assertions_too() -> None:
+    """`python -O` takes assert statements out; contracts are kept by exceptions."""
+    import subprocess
+    import sys
+
+    code = (
+        "from sftx import Observer\n"
+        "from sftx.testing.observer import SUITE\n"
+        "class Bad(Observer):\n"
+        "    def on_end(self, summary): raise ValueError('no')\n"
+        "class Plugin:\n"
+        "    def sftx_observer(self, run): return Bad()\n"
+        "print([finding.clause for finding in SUITE.findings(Plugin()) if finding.status == 'failed'])\n"
+    )
+    done = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "['takes-every-event']\n"
+
+
+def test_checking_leaves_the_author_s_random_numbers() -> None:
+    import torch
+
+    from sftx.testing import check_adapter
+    from sftx.testing.kit import built_in
+
+    before = torch.get_rng_state()
+    check_adapter(built_in("lora"))
+    assert torch.equal(torch.get_rng_state(), before)

@@ -74,6 +74,11 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("is-typed", {"files": ["data.txt"]}, "no py.typed in acme; add an empty one"),
     ("imports-public-names", {"code": GOOD + "\n\nfrom sftx.types import Row\n"}, "imports Row of sftx.types"),
     ("imports-public-names", {"code": GOOD + "\n\nfrom sftx import config\n"}, "imports config of sftx"),
+    (
+        "imports-public-names",
+        {"code": GOOD + "\n\nfrom sftx_plugins import padded\n"},
+        "imports sftx_plugins, whose modules are not public",
+    ),
     ("imports-public-names", {"code": GOOD + "\n\nimport sftx.config\n"}, "imports sftx.config of sftx.config"),
     ("imports-lightly", {"code": GOOD.replace("from sftx", "import torch\nfrom sftx", 1)}, "imports torch"),
     ("is-frozen", {"code": GOOD.replace("frozen=True, ", "")}, "declare it as @dataclass(frozen=True, eq=False)"),

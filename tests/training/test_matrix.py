@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sftx.plugins import Assembly, discover, find, hooks_of, load_class
-from sftx.run_file import Origins
+from sftx.plugins import discover, hooks_of, load_class
 
 STAGES = ("template", "collator", "adapter", "loss")
 NO_ADAPTER = "full fine-tuning"
@@ -52,14 +51,10 @@ def test_pairs_are_covered_by_few_combinations() -> None:
 
 @pytest.mark.parametrize("combination", pairwise(choices()), ids=" ".join)
 def test_every_pair_of_choices_trains(combination: tuple[str, ...], tmp_path: Path) -> None:
-    from sftx.testing.contract import fitting_model
     from sftx.testing.runs import run_tiny
 
     names = [name for name in combination if name != NO_ADAPTER]
-    template = Assembly(Origins())
-    template.add(find(combination[0], discover()), {})
-    model = fitting_model(template.active[0].plugin, tmp_path)
-    result = run_tiny(names, tmp_path, model=model)
+    result = run_tiny(names, tmp_path)
     assert result.summary["num_steps"] == 2
     loss = result.summary["loss"]
     assert 0 < loss["last"] < 10
