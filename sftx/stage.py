@@ -73,12 +73,7 @@ def _is_not_its_fault(error: BaseException, hook: str, method: str) -> bool:
         return hook in ("sftx_parser", "sftx_template")
     if method == "save" and (isinstance(error, OSError) or type(error).__name__ == "SafetensorError"):
         return True
-    return is_out_of_memory(error)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Of the device or of the host. Does not import torch."""
-    torch = sys.modules.get("torch")
+    torch = sys.modules.get("torch")  # which nothing here imports
     return isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
 
 

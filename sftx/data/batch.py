@@ -1,4 +1,4 @@
-"""Examples become one padded batch. The one place of the core where labels are shifted."""
+"""Examples become groups, and one padded batch. The one place of the core where labels are shifted."""
 
 from __future__ import annotations
 
@@ -41,3 +41,11 @@ def pad(examples: Sequence[Example], *, multiple_of: int = 1) -> Batch:
         num_real_tokens=sum(len(example.token_ids) for example in examples),
         token_weights_BT=weights_BT,
     )
+
+
+def groups_of(examples: Sequence[Example]) -> list[list[Example]]:
+    """The examples of each group together, in order: what is never parted between micro-batches."""
+    groups: dict[int, list[Example]] = {}
+    for example in examples:
+        groups.setdefault(example.group, []).append(example)
+    return list(groups.values())

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sftx.data.batch import groups_of
 from sftx.model.language_model import LanguageModel
 from sftx.stage import make
 from sftx.testing.batches import differences, varied
 from sftx.testing.clauses import ClauseError, Suite
-from sftx.testing.kit import Kit, groups_of
+from sftx.testing.kit import Kit
 from sftx.testing.numeric import norm
 from sftx.testing.process import random_states, random_states_kept, seed_all
 from sftx.types import IGNORE_INDEX, Batch, Collator, Example, Row, Step

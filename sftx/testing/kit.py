@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -100,9 +100,7 @@ class Kit:
         examples: list[Example] = []
         for number, parsed in enumerate(rows, 1):
             where = Location("samples", number)
-            examples += encode_row(
-                parsed, where, DataConfig(), self.encoder, Ledger(), first_group=len(examples)
-            )  # fmt: skip
+            examples += encode_row(parsed, where, DataConfig(), self.encoder, Ledger(), first_group=len(examples))
         if not examples:
             raise DataError("none of the samples trains anything")
         return examples
@@ -125,11 +123,3 @@ def built_in(name: str, **options: Any) -> object:
     assembly = Assembly(Origins())
     assembly.add(find(name, discover()), options)
     return assembly.active[0].plugin
-
-
-def groups_of(examples: Sequence[Example]) -> list[list[Example]]:
-    """The examples of each group together, in order: what a micro-batch is made of."""
-    groups: dict[int, list[Example]] = {}
-    for example in examples:
-        groups.setdefault(example.group, []).append(example)
-    return list(groups.values())

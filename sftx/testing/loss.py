@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sftx.data.batch import groups_of
 from sftx.model.language_model import LanguageModel
 from sftx.stage import make
 from sftx.testing.batches import copy_of, differences, varied, widened
 from sftx.testing.clauses import ClauseError, Suite
-from sftx.testing.kit import Kit, built_in, groups_of
+from sftx.testing.kit import Kit, built_in
 from sftx.testing.numeric import norm, slope
 from sftx.testing.process import random_states, random_states_kept
 from sftx.types import IGNORE_INDEX, Batch, Example, Loss, LossSum

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from sftx.config import GenerationConfig
+from sftx.data.batch import groups_of
 from sftx.data.encode import Dataset, Question
 from sftx.errors import PluginError, TrainingError
 from sftx.model.language_model import LanguageModel
@@ -117,10 +118,7 @@ def _spread(questions: Sequence[Question], most: int | None) -> list[Question]:
 
 def _batches(examples: Sequence[Example], batch_size: int) -> list[list[Example]]:
     """Examples of similar length together; those of one group are never parted."""
-    groups: defaultdict[int, list[Example]] = defaultdict(list)
-    for example in examples:
-        groups[example.group].append(example)
-    rows = sorted(groups.values(), key=lambda row: max(len(example.token_ids) for example in row))
+    rows = sorted(groups_of(examples), key=lambda row: max(len(example.token_ids) for example in row))
     return [
         [example for row in rows[at : at + batch_size] for example in row] for at in range(0, len(rows), batch_size)
     ]
