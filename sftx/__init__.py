@@ -6,16 +6,17 @@ Importing this package imports neither torch nor transformers.
 from typing import TYPE_CHECKING, Any
 
 from sftx import _deprecated
-from sftx.data.batch import pad
+from sftx.data.batch import pack, pad
 from sftx.errors import ConfigError, DataError, ModelError, OutputError, PluginError, SftxError, TrainingError
 from sftx.hookspecs import hookimpl
+from sftx.reports import EvalReport, Provider, RunInfo, Sample, StartReport, StepReport
 from sftx.types import (
     IGNORE_INDEX,
     Adapter,
+    Attention,
     Batch,
     Collator,
     Conversation,
-    EvalReport,
     Example,
     HiddenOut,
     Location,
@@ -28,17 +29,13 @@ from sftx.types import (
     Parsed,
     Parser,
     PlainText,
-    Provider,
     Record,
     Row,
-    RunInfo,
-    Sample,
     Segment,
-    StartReport,
     Step,
-    StepReport,
     Template,
     Tokens,
+    ToolCall,
 )
 
 if TYPE_CHECKING:
@@ -59,6 +56,7 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "IGNORE_INDEX",
     "Adapter",
+    "Attention",
     "Batch",
     "Collator",
     "ConfigError",
@@ -93,7 +91,9 @@ __all__ = [
     "StepReport",
     "Template",
     "Tokens",
+    "ToolCall",
     "TrainingError",
     "hookimpl",
+    "pack",
     "pad",
 ]

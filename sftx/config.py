@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -24,12 +25,71 @@ from sftx.hookspecs import DEFAULTS
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class Filters:
+    """Which rows are kept; the ledger has those that are not, and they are no fault of the data."""
+
+    min_length: Annotated[int, Field(ge=0, description="Fewest tokens of an example.")] = 0
+    max_length: Annotated[
+        int | None, Field(ge=2, description="Most tokens of an example, whatever long_rows would do with it.")
+    ] = None
+    min_turns: Annotated[int, Field(ge=0, description="Fewest turns of a conversation, the system's not counted.")] = 0
+    max_turns: Annotated[
+        int | None, Field(ge=1, description="Most turns of a conversation, the system's not counted.")
+    ] = None
+    duplicates: Annotated[
+        Literal["keep", "drop"], Field(description="Rows that give the very tokens of an earlier one.")
+    ] = "keep"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where rows come from, and how they are read."""
+
+    path: Annotated[
+        str, Field(min_length=1, description="File or directory of rows, directory of a saved dataset, or hub dataset.")
+    ]
+    weight: Annotated[
+        float, Field(gt=0, description="How often a row is seen in an epoch; when interleaving, this source's share.")
+    ] = 1.0
+    format: Annotated[str | None, Field(description="Parser plugin of these rows, in place of data.format.")] = None
+    columns: Annotated[
+        dict[str, str],
+        Field(description="Fields that the format wants, by the columns that hold them: {prompt: question}."),
+    ] = field(default_factory=dict)
+    subset: Annotated[str | None, Field(description="Configuration of a hub dataset.")] = None
+    split: Annotated[str | None, Field(description="Split of a hub or saved dataset; by default train.")] = None
+    limit: Annotated[int | None, Field(ge=1, description="Read at most this many rows, from the first on.")] = None
+    filters: Annotated[Filters | None, Field(description="Which rows are kept, in place of data.filters.")] = None
+
+
+def _as_source(value: Any) -> Any:
+    """`PATH` or `PATH:WEIGHT`, as the command line has it, in the long form."""
+    if isinstance(value, dict | Source):
+        return value
+    if not isinstance(value, str):
+        raise ValueError("a path, or an object such as {path: a.jsonl, weight: 2}")
+    path, colon, weight = value.rpartition(":")
+    return {"path": path, "weight": float(weight)} if colon and _WEIGHT.fullmatch(weight) else {"path": value}
+
+
+_WEIGHT = re.compile(r"\d+(\.\d*)?|\.\d+")
+
+
+def _as_sources(value: Any) -> Any:
+    items = value if isinstance(value, list | tuple) else (value,)
+    return tuple(_as_source(item) for item in items)
+
+
+Sources = Annotated[
+    tuple[Source, ...],
+    BeforeValidator(_as_sources, json_schema_input_type=str | Source | list[str | Source]),
+]
+"""One source or several, each a path or all that is to say of it."""
+
+
 def _as_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
-
-
-Paths = Annotated[tuple[str, ...], BeforeValidator(_as_tuple, json_schema_input_type=str | list[str])]
-"""One path or several."""
 
 
 @dataclass(frozen=True)
@@ -37,22 +97,62 @@ class DataConfig:
     """What is trained on."""
 
     train: Annotated[
-        Paths, Field(description="File of training rows (jsonl, json, parquet, csv); repeat it for more.")
+        Sources,
+        Field(description="File, directory or hub dataset of training rows, as PATH or PATH:WEIGHT; repeat for more."),
     ] = ()
-    eval: Annotated[Paths, Field(description="File of held-out rows; repeat it for more.")] = ()
+    eval: Annotated[
+        Sources, Field(description="File, directory or hub dataset of held-out rows; repeat for more.")
+    ] = ()
     format: Annotated[
         str | None,
         Field(description="Parser plugin that reads every row; by default each row's fields decide."),
     ] = None
+    mix_strategy: Annotated[
+        Literal["concat", "interleave_under", "interleave_over"],
+        Field(
+            description="An epoch of several sources: each as often as its weight says; or shares by weight, until the "
+            "first source is used up, or until every one is."
+        ),
+    ] = "concat"
     max_length: Annotated[int, Field(ge=2, description="Longest example, in tokens.")] = 2048
     long_rows: Annotated[
-        Literal["cut", "drop", "error"],
-        Field(description="A row of more than max_length tokens: cut its end off, drop it, or stop."),
-    ] = "cut"
+        Literal["cut_end", "cut_oldest", "cut_proportional", "split", "drop", "error"],
+        Field(
+            description="A row of more than max_length tokens: cut its end off, leave out its oldest turns, cut "
+            "prompts and answers in proportion, make several examples of it, drop it, or stop."
+        ),
+    ] = "cut_end"
+    invalid_rows: Annotated[
+        Literal["error", "drop"], Field(description="A row that no format can read: stop, or drop it.")
+    ] = "error"
     max_dropped: Annotated[
         float,
         Field(ge=0, le=1, description="Largest share of rows that may be dropped before the run stops."),
     ] = 0.05
+    filters: Annotated[Filters, Field(description="Which rows are kept.")] = Filters()
+    train_roles: Annotated[
+        tuple[str, ...],
+        BeforeValidator(_as_tuple, json_schema_input_type=str | list[str]),
+        Field(description="Roles whose turns are trained, where the row itself does not say."),
+    ] = ("assistant",)
+    train_turns: Annotated[
+        Literal["all", "last"], Field(description="Train every turn of these roles, or a conversation's last one only.")
+    ] = "all"
+    train_on_prompt: Annotated[bool, Field(description="Train every token, of prompts and control tokens too.")] = False
+    train_turn_end: Annotated[bool, Field(description="Train the token that ends a trained turn.")] = True
+    system: Annotated[
+        str | None, Field(description="System text of every conversation, in place of its own; empty for none.")
+    ] = None
+    streaming: Annotated[
+        bool, Field(description="Read while training, plan_window examples ahead; needs max_steps.")
+    ] = False
+    plan_window: Annotated[int, Field(ge=1, description="Examples that are shuffled together when streaming.")] = 10_000
+    num_proc: Annotated[
+        int | None, Field(ge=1, description="Processes that encode; by default one a core for many rows, else one.")
+    ] = None
+    cache: Annotated[
+        bool | None, Field(description="Keep the encoded rows on disk for the next run; by default when they are many.")
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -118,6 +218,10 @@ class RunConfig:
     )
     trust_remote_code: Annotated[
         bool, Field(description="Run Python code that the model's directory or repository brings along.")
+    ] = False
+    add_tokens: Annotated[
+        bool,
+        Field(description="Add the control tokens that the template needs and the tokenizer lacks, and train them."),
     ] = False
     data: DataConfig = DataConfig()
     plugins: Annotated[
@@ -201,22 +305,30 @@ def _expectation(error: ErrorDetails) -> str:
 def _option_path(location: Sequence[str], schema: Mapping[str, Any]) -> list[str]:
     """The leading parts of pydantic's location that name options; the rest are union members and indices."""
     depth = 1
-    while depth < len(location) and _names_at(location[:depth], schema):
+    while depth < len(location) and (location[depth].isdigit() or _names_at(location[:depth], schema)):
         depth += 1
-    return list(location[:depth])
-
-
-def _schema_at(path: Sequence[str], schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    node: Mapping[str, Any] = schema
-    for part in path:
-        node = node.get("properties", {}).get(part, {})
-        if "$ref" in node:
-            node = schema["$defs"][node["$ref"].rsplit("/", 1)[1]]
-    return node
+    path = list(location[:depth])
+    return path[:-1] if path and path[-1].isdigit() else path  # an item of a list is named where its own options are
 
 
 def _names_at(path: Sequence[str], schema: Mapping[str, Any]) -> list[str]:
-    return list(_schema_at(path, schema).get("properties", {}))
+    nodes = [schema]
+    for part in path:
+        nodes = [child for node in nodes for child in _children(node, part, schema)]
+    return [name for node in nodes for name in node.get("properties", {})]
+
+
+def _children(node: Mapping[str, Any], part: str, schema: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What a schema says of an option, or of an item of a list: each of the forms that it may take."""
+    child = node.get("items") if part.isdigit() else node.get("properties", {}).get(part)
+    found, open_ones = [], [child] if child is not None else []
+    while open_ones:
+        one = open_ones.pop()
+        open_ones += one.get("anyOf", [])
+        if "$ref" in one:
+            open_ones.append(schema["$defs"][one["$ref"].rsplit("/", 1)[1]])
+        found.append(one)
+    return found
 
 
 @dataclass(frozen=True)
@@ -251,11 +363,11 @@ def load(
         plugins.setdefault(name, {})
     named = set(plugins)
     for name, value, typed in assignments:
-        dotted = name if name.split(".")[0] in SECTIONS else f"plugins.{name}"
-        run_file.assign(values, dotted, value, typed)
-        origins.set(dotted, typed)
-        if dotted.startswith("plugins."):
-            wanted.setdefault(dotted.split(".")[1], typed)
+        parts = _path(name, plugins)
+        run_file.assign(values, parts, value, typed)
+        origins.set(".".join(parts), typed)
+        if parts[0] == "plugins" and len(parts) > 1:
+            wanted.setdefault(parts[1], typed)
     _refuse_strangers({name: typed for name, typed in wanted.items() if name not in named}, named)
     for name in remove:
         if name in wanted:
@@ -264,6 +376,18 @@ def load(
     if isinstance(without := values.setdefault("without", []), list):
         values["without"] = [*without, *(name for name in dict.fromkeys(remove) if name not in without)]
     return Loaded(validate(RunConfig, values, origins=origins), origins)
+
+
+def _path(name: str, plugins: Collection[str]) -> list[str]:
+    """The sections that a dotted name goes through; a plugin's own name may have dots, as qwen2.5 has."""
+    if name.partition(".")[0] not in SECTIONS:
+        name = f"plugins.{name}"
+    section, _, rest = name.partition(".")
+    owners = [plugin for plugin in plugins if rest.startswith(f"{plugin}.")] if section == "plugins" else []
+    if not owners:
+        return name.split(".")
+    owner = max(owners, key=len)
+    return [section, owner, *rest.removeprefix(f"{owner}.").split(".")]
 
 
 def _refuse_strangers(wanted: Mapping[str, str], named: Collection[str]) -> None:

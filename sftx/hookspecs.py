@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Final
 
 import pluggy
 
-from sftx.types import Adapter, Collator, Loss, Metric, ModelSpec, Observer, Parser, RunInfo, Template
+from sftx.reports import RunInfo
+from sftx.types import Adapter, Collator, Loss, Metric, ModelSpec, Observer, Parser, Template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,8 +33,8 @@ def sftx_template(tokenizer: PreTrainedTokenizerBase) -> Template:  # type: igno
 
 
 @hookspec
-def sftx_collator() -> Collator:  # type: ignore[empty-body]
-    """What shares a step and a batch. At most one."""
+def sftx_collator(max_length: int) -> Collator:  # type: ignore[empty-body]
+    """What shares a step and a batch, given the longest example that the run allows. At most one."""
 
 
 @hookspec
@@ -71,12 +72,12 @@ ONE_PROVIDER: Final = frozenset({"sftx_template", "sftx_collator", "sftx_loss"})
 """Hooks that at most one plugin may fill."""
 
 DEFAULTS: Final[Mapping[str, tuple[str, ...]]] = {
-    "sftx_parser": ("messages", "prompt-completion", "alpaca", "sharegpt"),
+    "sftx_parser": ("messages", "prompt-completion", "alpaca", "sharegpt", "hh-rlhf", "tokens", "text"),
     "sftx_collator": ("padded",),
     "sftx_loss": ("masked-ce",),
     "sftx_observer": ("progress", "jsonl"),
 }
 """The plugins of a run that names none for a hook. Where a hook takes many, they come after those that are named."""
 
-TEMPLATES: Final = ("chatml",)
+TEMPLATES: Final = ("chatml", "qwen3", "qwen2.5", "llama3", "gemma3", "gemma", "phi", "deepseek3", "mistral", "llama2")
 """The built-in templates: tried on the tokenizer when a run has none, to say which would fit."""

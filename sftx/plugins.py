@@ -21,19 +21,9 @@ import pluggy
 from sftx import _deprecated, hookspecs
 from sftx.errors import PluginError, did_you_mean, one_line
 from sftx.hookspecs import DEFAULTS, ONE_PROVIDER, PROJECT, RETURNS
+from sftx.reports import Provider, RunInfo
 from sftx.stage import Guarded, arguments_of, make, named
-from sftx.types import (
-    Adapter,
-    Collator,
-    Loss,
-    Metric,
-    ModelSpec,
-    Observer,
-    Parser,
-    Provider,
-    RunInfo,
-    Template,
-)
+from sftx.types import Adapter, Collator, Loss, Metric, ModelSpec, Observer, Parser, Template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -307,8 +297,8 @@ class Assembly:
     def template(self, tokenizer: PreTrainedTokenizerBase) -> Template | None:
         return next((cast(Template, made) for _, made in self._call("sftx_template", tokenizer=tokenizer)), None)
 
-    def collator(self) -> Collator:
-        return next(cast(Collator, made) for _, made in self._call("sftx_collator"))
+    def collator(self, max_length: int) -> Collator:
+        return next(cast(Collator, made) for _, made in self._call("sftx_collator", max_length=max_length))
 
     def loss(self) -> Loss:
         return next(cast(Loss, made) for _, made in self._call("sftx_loss"))

@@ -14,27 +14,28 @@ import logging
 import platform
 import shutil
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from sftx import run_file
-from sftx.config import Loaded, RunConfig, as_dict
-from sftx.data import sources
-from sftx.errors import ConfigError, ModelError, OutputError, did_you_mean, one_line
+from sftx.config import DataConfig, Loaded, RunConfig, Source, as_dict
+from sftx.data import sources, wanted
+from sftx.errors import ConfigError, ModelError, OutputError, one_line
 from sftx.model import names
 from sftx.plugins import Assembly, activate
-from sftx.types import EvalReport, Example, RunInfo, StartReport, StepReport
+from sftx.reports import EvalReport, RunInfo, StartReport, StepReport
+from sftx.types import Example
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from sftx.data.encode import Dataset
+    from sftx.data.prepare import Dataset
+    from sftx.data.setup import Setup
     from sftx.model.language_model import LanguageModel
     from sftx.training.evaluate import Evaluator
-    from sftx.training.loop import Plan, Trainer
+    from sftx.training.loop import Trainer
     from sftx.training.observers import Observers
+    from sftx.training.plan import Plan, StreamPlan
     from sftx.training.precision import Precision
 
 log = logging.getLogger(__name__)
@@ -71,38 +72,29 @@ def assemble(loaded: Loaded, *, name: str = "run") -> Session:
     """Everything before the first step: all that can be wrong is found here, and nothing is written."""
     config = loaded.config
     names.check(config.model)
-    _check_data(config)
+    wanted.check(config)
     output_dir = _output_dir(config.output_dir, name)
     assembly = activate(loaded)
 
     # From here on torch and transformers are needed: seconds of imports, after everything that is quick to check.
-    from sftx.data.encode import Encoder, prepare
-    from sftx.model.load import load_tokenizer
+    from sftx.data.setup import set_up
     from sftx.training import precision as precisions
     from sftx.training.evaluate import Evaluator
-    from sftx.training.loop import Plan, Trainer
+    from sftx.training.loop import Trainer
     from sftx.training.observers import Observers
 
     precision = precisions.choose(config.train)
-    model_name = names.resolve(config.model)
-    tokenizer = load_tokenizer(model_name, trust_remote_code=config.trust_remote_code)
-    template = assembly.template(tokenizer)
-    if template is not None and template.chat_template is not None:
-        tokenizer.chat_template = template.chat_template  # saved with the result: served as it was trained
-    encoder = Encoder(tokenizer, template)
-    parsers, metrics = assembly.parsers(), assembly.metrics()
-    collator, loss = assembly.collator(), assembly.loss()
-    _check_format(loaded, parsers)
-    data = prepare(config.data.train, config.data, parsers, encoder)
-    held_out = prepare(config.data.eval, config.data, parsers, encoder, questions=bool(metrics))
+    prepared = set_up(loaded, assembly)
+    metrics, loss = assembly.metrics(), assembly.loss()
+    data, held_out = prepared.train(), prepared.held_out(questions=bool(metrics))
     if metrics and not held_out.questions:
         raise ConfigError(
             f"the metric {', '.join(metrics)} needs held-out conversations that end with an assistant's turn; "
             "give some with --eval-data, or leave the metric out"
         )
-    plan = Plan(data.examples, collator, config.train)
-    lm = _load(config, model_name, assembly, tokenizer, precision)
-    _check_fit(config, plan, lm, data.examples + held_out.examples)
+    plan = prepared.plan(data)
+    lm = _load(config, prepared, precision, plan.examples)
+    _check_fit(config, plan, lm, held_out)
     resolved = as_dict(config) | {"plugins": {active.info.name: active.options for active in assembly.active}}
     return Session(
         name=name,
@@ -110,41 +102,24 @@ def assemble(loaded: Loaded, *, name: str = "run") -> Session:
         resolved=resolved,
         assembly=assembly,
         output_dir=output_dir,
-        model_dir=model_name,
+        model_dir=prepared.model,
         data=data,
         held_out=held_out,
         plan=plan,
         lm=lm,
-        trainer=Trainer(lm, loss, collator, config.train, precision, plan.num_steps),
+        trainer=Trainer(lm, loss, prepared.collator, config.train, precision, plan.num_steps),
         evaluator=Evaluator(
             held_out,
-            collator=collator,
+            collator=prepared.collator,
             loss=loss,
             metrics=metrics,
             precision=precision,
-            stop_ids=encoder.stop_ids,
+            stop_ids=prepared.encoder.stop_ids,
             batch_size=config.train.per_device_eval_batch_size,
             generation=config.generation,
         ),
         observers=Observers(assembly.observers(RunInfo(output_dir, resolved))),
     )
-
-
-def _check_data(config: RunConfig) -> None:
-    """Raises ConfigError or DataError when there is no training data, or a file is not there."""
-    if not config.data.train:
-        raise ConfigError("option 'data.train': no training data; give a file with --data")
-    for path in (*config.data.train, *config.data.eval):
-        sources.resolve(path)
-
-
-def _check_format(loaded: Loaded, parsers: Collection[str]) -> None:
-    """Raises ConfigError when the parser that is to read every row is not in the run."""
-    wanted = loaded.config.data.format
-    if wanted is not None and wanted not in parsers:
-        hint = did_you_mean(wanted, parsers) or f"; it has {', '.join(parsers)}"
-        place = loaded.origins.of("data.format")
-        raise ConfigError(f"{place}: option 'data.format': no parser {wanted!r} in this run{hint}")
 
 
 def _output_dir(wanted: str | None, name: str) -> Path:
@@ -165,39 +140,41 @@ def _output_dir(wanted: str | None, name: str) -> Path:
     return path
 
 
-def _load(
-    config: RunConfig, name: str, assembly: Assembly, tokenizer: PreTrainedTokenizerBase, precision: Precision
-) -> LanguageModel:
-    """The model with its adapters, checked to compute what its own forward computes."""
+def _load(config: RunConfig, prepared: Setup, precision: Precision, examples: Sequence[Example]) -> LanguageModel:
+    """The model with its adapters, checked to compute what its own forward computes, packed rows of examples too."""
     import torch
 
     from sftx.model.language_model import LanguageModel
     from sftx.model.load import load_model, load_spec
+    from sftx.model.probe import check_packing
+    from sftx.model.tokens import ids_of
 
-    spec = load_spec(name, trust_remote_code=config.trust_remote_code)
-    adapters = assembly.adapters(spec)
+    spec = load_spec(prepared.model, trust_remote_code=config.trust_remote_code)
+    spec = dataclasses.replace(spec, new_token_ids=ids_of(prepared.added_tokens, prepared.tokenizer))
+    adapters = prepared.assembly.adapters(spec)
     dtype = precision.base_dtype(frozen=bool(adapters))
     model = load_model(spec, list(adapters.values()), dtype=dtype, device=precision.device)
-    lm = LanguageModel(model, tokenizer)
+    lm = LanguageModel(model, prepared.tokenizer)
     torch.manual_seed(config.train.seed)
     lm.attach(adapters)
     with precision.autocast():
         lm.check()
+        check_packing(lm, prepared.collator, examples)
     return lm
 
 
-def _check_fit(config: RunConfig, plan: Plan, lm: LanguageModel, examples: Sequence[Example]) -> None:
+def _check_fit(config: RunConfig, plan: Plan | StreamPlan, lm: LanguageModel, held_out: Dataset) -> None:
     """Raises ModelError for token ids without an embedding; notes what is likely a mistake."""
     from sftx.training.schedule import num_warmup_steps
 
     num_rows = cast(Any, lm.model.get_input_embeddings()).weight.shape[0]
-    largest = max(max(example.token_ids) for example in examples)
+    largest = max(plan.scope.largest_id, held_out.examples.largest_id)
     if largest >= num_rows:
         raise ModelError(
             f"model {config.model}: its tokenizer gives the id {largest}, its embedding has {num_rows} rows; "
             "they do not belong together"
         )
-    longest = max(len(example.token_ids) for example in examples)
+    longest = max(plan.scope.longest, int(held_out.examples.lengths.max(initial=0)))
     limit = getattr(lm.config, "max_position_embeddings", None)
     if limit is not None and longest > limit:
         log.warning("the longest row has %d tokens, the model was made for %d; lower data.max_length", longest, limit)
@@ -221,7 +198,7 @@ class Session:
     model_dir: str
     data: Dataset
     held_out: Dataset
-    plan: Plan
+    plan: Plan | StreamPlan
     lm: LanguageModel
     trainer: Trainer
     evaluator: Evaluator
@@ -237,7 +214,7 @@ class Session:
             self._write_start()
             self.observers.on_start(self.report())
             before = self.evaluate(0)
-            train(self.trainer, self.plan, self.data.examples, self.after_step)
+            train(self.trainer, self.plan, self.after_step)
             after = self.evaluate(self.plan.num_steps)
             artefact = self.output_dir / ("adapter" if self.lm.adapters else "model")
             self.save(artefact, self.plan.num_steps)
@@ -249,6 +226,8 @@ class Session:
                 shutil.rmtree(self.output_dir, ignore_errors=True)  # nothing in it is worth a refusal of the next try
             raise
         finally:
+            if self.config.data.streaming and self.output_dir.is_dir():
+                self._write_ledgers()  # of all the rows that were read by now
             self.observers.close()
         return Result(self.output_dir, summary)
 
@@ -268,7 +247,7 @@ class Session:
 
     def evaluate(self, step: int) -> EvalReport | None:
         """The held-out rows, if there are any."""
-        if not self.held_out.examples:
+        if not len(self.held_out.examples):
             return None
         report = self.evaluator(self.lm, step)
         self.observers.on_evaluate(report)
@@ -293,14 +272,15 @@ class Session:
             num_parameters=sum(p.numel() for p in parameters),
             num_trainable=sum(p.numel() for p in parameters if p.requires_grad),
             num_rows=data.ledger.num_rows,
-            num_examples=len(data.examples),
-            num_tokens=data.num_tokens,
-            num_real_tokens=data.num_real_tokens,
+            num_examples=plan.scope.num_examples,
+            num_tokens=plan.scope.num_tokens,
+            num_real_tokens=plan.scope.num_real_tokens,
             num_eval_rows=self.held_out.ledger.num_rows,
             formats=dict(data.formats),
             ledger=(*data.ledger.summary(), *self.held_out.ledger.summary()),
             num_steps=plan.num_steps,
-            tokens_per_step=data.num_tokens / plan.steps_per_epoch,
+            tokens_per_step=plan.scope.num_tokens / max(1, plan.scope.num_steps),
+            is_stream=self.config.data.streaming,
         )
 
     def summary(
@@ -354,13 +334,16 @@ class Session:
         """Writes all that is known before the first step. Raises OutputError."""
         manifest = self._manifest()
         try:
-            for name, data in (("ledger.jsonl", self.data), ("ledger-held-out.jsonl", self.held_out)):
-                if data.ledger.num_rows:
-                    data.ledger.write(self.output_dir / name)
+            self._write_ledgers()
             run_file.write(dict(self.resolved), self.output_dir / "run.yaml")
             _write_json(self.output_dir / "manifest.json", manifest)
         except (OSError, OutputError) as error:
             raise OutputError(f"output_dir {self.output_dir}: cannot be written: {one_line(error)}") from error
+
+    def _write_ledgers(self) -> None:
+        for name, data in (("ledger.jsonl", self.data), ("ledger-held-out.jsonl", self.held_out)):
+            if data.ledger.num_rows:
+                data.ledger.write(self.output_dir / name)
 
     def _manifest(self) -> dict[str, Any]:
         from sftx import __version__
@@ -380,8 +363,15 @@ class Session:
                 "sha256": fingerprint(self.model_dir),
                 "revision": getattr(self.lm.model.config, "_commit_hash", None),
             },
-            "data": {path: sources.sha256(path) for path in (*self.config.data.train, *self.config.data.eval)},
+            "data": [_described(source, self.config.data) for source in self.config.data.train],
+            "eval_data": [_described(source, self.config.data) for source in self.config.data.eval],
         }
+
+
+def _described(source: Source, config: DataConfig) -> dict[str, Any]:
+    """A source and what its content was; a stream is not read twice over only to say that."""
+    content = None if config.streaming else sources.fingerprint(source)
+    return {"path": source.path, "subset": source.subset, "split": source.split, "fingerprint": content}
 
 
 def _version(library: str) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
@@ -120,9 +121,9 @@ def _note_lines(node: yaml.Node, path: Path, prefix: str, origins: Origins) -> N
             _note_lines(value, path, f"{name}.", origins)
 
 
-def assign(values: dict[str, Any], name: str, value: Any, typed: str) -> None:
-    """Sets the dotted `name` in nested `values`. `typed` names the option in the ConfigError raised on the way."""
-    *sections, last = name.split(".")
+def assign(values: dict[str, Any], path: Sequence[str], value: Any, typed: str) -> None:
+    """Sets the name of that `path` in nested `values`; `typed` names the option in a ConfigError."""
+    *sections, last = path
     node = values
     for depth, section in enumerate(sections):
         if node.get(section) is None:

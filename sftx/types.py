@@ -1,6 +1,6 @@
 """The types that the stages of a run hand to one another, in the order in which data meets them.
 
-record -> Parsed -> Segment -> Example -> Batch -> HiddenOut -> LossSum -> StepReport. Nothing goes back.
+record -> Parsed -> Segment -> Example -> Batch -> HiddenOut -> LossSum. Nothing goes back.
 
 Dimensions, as suffixes of tensor names: B rows, T tokens, N = B*T, D hidden, V vocabulary.
 Importing this module imports no torch: the tensors below are annotations only.
@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
     from sftx.model.language_model import LanguageModel
+    from sftx.reports import EvalReport, StartReport, StepReport
 
 IGNORE_INDEX = -100
 """The label of a position that is not trained."""
@@ -47,13 +48,35 @@ class Location:
 
 
 @dataclass(frozen=True)
+class ToolCall:
+    """A function that the assistant asks to be called."""
+
+    name: str
+    arguments: Mapping[str, Any]
+    """JSON values by the names of the function's parameters."""
+    id: str | None = None
+    """What the turn with its result is known by."""
+
+
+@dataclass(frozen=True)
 class Message:
-    """One turn. `trainable=None` leaves it to the rule that only the assistant's turns are trained."""
+    """One turn of `role` system, user, assistant or tool (the result of a call).
+
+    `trainable=None` leaves it to the run which roles are trained; without further options the assistant's.
+    """
 
     role: str
     content: str
     trainable: bool | None = None
     weight: float = 1.0
+    reasoning: str = ""
+    """What the assistant thought before `content`, without the tags that a template writes around it."""
+    tool_calls: tuple[ToolCall, ...] = ()
+    """What the assistant asks for after `content`."""
+    name: str | None = None
+    """Of the function whose result this is."""
+    tool_call_id: str | None = None
+    """Of the call whose result this is."""
 
     @property
     def trained(self) -> bool:
@@ -66,6 +89,7 @@ class Conversation:
 
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
+    """Functions that may be called, in OpenAI's form: `{"type": "function", "function": {"name": ..., ...}}`."""
     extras: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -97,6 +121,8 @@ class Segment:
     trainable: bool = False
     control: bool = False
     weight: float = 1.0
+    role: str = ""
+    """Whose turn it is part of; shown by `sftx inspect`, of no effect on training."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +152,11 @@ Step: TypeAlias = tuple[Row, ...]
 """The rows of one optimizer step, in an order in which neighbours are good to batch together."""
 
 
+Attention: TypeAlias = Literal["varlen", "mask", "mask4d"]
+"""`varlen`: attention within the borders of `cu_seqlens`; `mask`: transformers' own mask, made from the position ids;
+`mask4d`: a ready-made block-diagonal mask, [1, 1, T, T]."""
+
+
 @dataclass
 class Batch:
     """One micro-batch. Labels are already shifted: `labels_BT[b, t]` is the token after position t."""
@@ -149,6 +180,8 @@ class Batch:
     """Tokens that are not padding."""
     token_weights_BT: Tensor | None = None
     """fp32, loss weight of each label; None: all 1"""
+    attention: Attention = "varlen"
+    """How the documents of a packed row are kept from seeing one another."""
     extras: dict[str, Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Batch:
@@ -186,105 +219,6 @@ class LossSum:
 
     `nll`, the negative log-likelihood of the trained tokens in nats, is reported as `perplexity`, its exponential.
     """
-
-
-# --- what a run reports -------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Provider:
-    """One line of the assembled table: who fills a stage, from which distribution, with which options."""
-
-    stage: str
-    plugin: str
-    distribution: str
-    version: str
-    options: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class RunInfo:
-    """What an observer may know when it is made."""
-
-    output_dir: Path
-    """Exists from `on_start` on."""
-    config: Mapping[str, Any]
-    """The resolved run file."""
-
-
-@dataclass(frozen=True)
-class StartReport:
-    """What was derived before the first step."""
-
-    providers: tuple[Provider, ...]
-    model: str
-    device: str
-    dtype: str
-    num_parameters: int
-    num_trainable: int
-    num_rows: int
-    num_examples: int
-    num_tokens: int
-    """Trained tokens of one epoch."""
-    num_real_tokens: int
-    num_eval_rows: int
-    formats: Mapping[str, int]
-    """Rows by the parser that took them."""
-    ledger: tuple[str, ...]
-    """One line for each kind of row that was dropped or cut."""
-    num_steps: int
-    """Optimizer steps of the whole run."""
-    tokens_per_step: float
-    """Trained tokens of a step, mean."""
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """One optimizer step."""
-
-    step: int
-    """Counted from 1."""
-    num_steps: int
-    epoch: float
-    """Epochs done after this step."""
-    loss: float
-    """Mean over the step's denominator: trained tokens, or what else the loss counts (pairs)."""
-    grad_norm: float
-    """Before clipping."""
-    learning_rate: float
-    num_tokens: int
-    """Trained tokens."""
-    num_real_tokens: int
-    seconds: float
-    peak_bytes: int
-    """Device memory where there is a GPU, resident memory of the process otherwise; highest so far."""
-    metrics: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Real tokens, padding not counted."""
-        return self.num_real_tokens / self.seconds
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One held-out row: what was asked, what is right, what the model says."""
-
-    row_id: str
-    prompt: str
-    reference: str
-    prediction: str
-
-
-@dataclass(frozen=True)
-class EvalReport:
-    """One evaluation on held-out rows; step 0 is the model before training."""
-
-    step: int
-    metrics: Mapping[str, float]
-    """`loss` and what else the loss counts, means over its denominator; then the metric plugins' means."""
-    samples: tuple[Sample, ...] = ()
-    seconds: float = 0.0
 
 
 # --- what plugins return ------------------------------------------------------------------------
@@ -344,7 +278,11 @@ class Template(Protocol):
 
 @runtime_checkable
 class Collator(Protocol):
-    """Decides which examples share a step and a row, and makes tensors of one micro-batch."""
+    """Decides which examples share a step and a row, and makes tensors of one micro-batch.
+
+    A collator may have an attribute `wrap_length: int | None`. Where it is a number, the examples are first cut where
+    their concatenation passes a multiple of it, so that neighbouring pieces fill rows of exactly that many tokens.
+    """
 
     def plan(
         self,
@@ -448,3 +386,5 @@ class ModelSpec:
     """The whole model on the meta device: names, shapes, no values."""
     trust_remote_code: bool = False
     """Whether Python code that comes with the model may run."""
+    new_token_ids: tuple[int, ...] = ()
+    """Ids of tokens that were added to the tokenizer, whose rows are to be trained; ascending."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sftx import Adapter, ConfigError, LanguageModel, ModelError
 from sftx_kernels import lora_linear
+from sftx_plugins import _token_rows
 
 if TYPE_CHECKING:
     from sftx_plugins.lora import Lora
@@ -73,13 +74,17 @@ class LoraLinear(nn.Linear):
 
 
 class LoraAdapter(Adapter):
-    """The LoRA layers of one model, and the modules that are trained in full beside them."""
+    """The LoRA layers of one model, and what is trained in full beside them: modules, and rows of added tokens."""
 
-    def __init__(self, options: Lora, base: str, targets: Sequence[str], saved: Sequence[str]) -> None:
+    def __init__(
+        self, options: Lora, base: str, targets: Sequence[str], saved: Sequence[str], new_token_ids: Sequence[int] = ()
+    ) -> None:
         self.options = options
         self._base = base
         self._targets = list(targets)
         self._saved = list(saved)
+        self._new_token_ids = list(new_token_ids)
+        self._token_rows: dict[str, _token_rows.TokenRows] = {}
         self._shown_targets: list[str] = []
         self._layers: dict[str, LoraLinear] = {}
         self._full: dict[str, nn.Parameter] = {}
@@ -104,20 +109,23 @@ class LoraAdapter(Adapter):
                     parameter.data = parameter.data.to(torch.float32, copy=True)
                     parameter.requires_grad_()
                 self._full[f"{name}.{key}"] = parameter
+        if self._new_token_ids:
+            self._token_rows = _token_rows.attach(model, self._new_token_ids)
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
         trained = {name: self._full[name].data for name in self._originals}
-        enabled = {layer: layer.enabled for layer in self._layers.values()}  # not, within another `disabled`
+        parts: list[LoraLinear | _token_rows.TokenRows] = [*self._layers.values(), *self._token_rows.values()]
+        enabled = {part: part.enabled for part in parts}  # not, within another `disabled`
         try:
-            for layer in self._layers.values():
-                layer.enabled = False
+            for part in parts:
+                part.enabled = False
             for name, original in self._originals.items():
                 self._full[name].data = original
             yield
         finally:
-            for layer, was in enabled.items():
-                layer.enabled = was
+            for part, was in enabled.items():
+                part.enabled = was
             for name, value in trained.items():
                 self._full[name].data = value
 
@@ -153,10 +161,11 @@ class LoraAdapter(Adapter):
     def merge(self, lm: LanguageModel) -> None:
         for name, layer in self._layers.items():
             lm.model.set_submodule(name, layer.merged())
+        _token_rows.merge(lm.model)
         for name, original in self._originals.items():
             self._full[name].data = self._full[name].data.to(original.dtype)
             self._full[name].requires_grad_(False)
-        self._layers, self._full, self._originals = {}, {}, {}
+        self._layers, self._full, self._originals, self._token_rows = {}, {}, {}, {}
 
     def _named(self) -> dict[str, Tensor]:
         """What is trained, under PEFT's names without their prefix."""
@@ -165,7 +174,8 @@ class LoraAdapter(Adapter):
             for name, layer in self._layers.items()
             for which in ("lora_A", "lora_B")
         }
-        return lora | self._full
+        rows = {f"{name}.{_token_rows.KEY}": rows.rows_AD for name, rows in self._token_rows.items()}
+        return lora | self._full | rows
 
     def _config(self) -> dict[str, Any]:
         """adapter_config.json, as far as PEFT does not take its default."""
@@ -181,6 +191,10 @@ class LoraAdapter(Adapter):
             "r": self.options.r,
             "target_modules": self._shown_targets,
             "task_type": "CAUSAL_LM",
+            "trainable_token_indices": {
+                name.rpartition(".")[2]: rows.ids_A.tolist() for name, rows in self._token_rows.items()
+            }
+            or None,
         }
 
 

@@ -1,6 +1,7 @@
 """`{"instruction": ..., "input": ..., "output": ..., "system": ..., "history": [[q, a], ...]}`: Stanford Alpaca's form.
 
-`system` and `history` are LLaMA-Factory's additions, and so is the way the input is joined: on a line of its own.
+`system`, `history` and `tools` are LLaMA-Factory's additions, and so is the way the input is joined: on a line of its
+own.
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from sftx import Conversation, DataError, Location, Message, Parser, Record, hookimpl
-from sftx_plugins import _turns
+from sftx_plugins import _turns, _values
 
 
 @dataclass(frozen=True, eq=False)
 class Alpaca:
     """An instruction, perhaps with an input, and its output; earlier turns in history are trained too."""
 
-    fields: ClassVar[str] = "instruction, output (input, system, history)"
+    fields: ClassVar[str] = "instruction, output (input, system, history, tools)"
     samples: ClassVar[Sequence[Record]] = (
         {"instruction": "What is 2 + 3?", "output": "5"},
         {
@@ -27,6 +28,7 @@ class Alpaca:
             "input": "house",
             "output": "Haus",
         },
+        {"instruction": "用一句话介绍长城。", "input": "", "output": "长城是中国古代的防御工程。"},
     )
 
     @hookimpl
@@ -38,18 +40,15 @@ class Alpaca:
 
     def parse(self, record: Record, where: Location) -> tuple[Conversation, ...]:
         messages: list[Message] = []
-        system = _turns.optional_text(record, "system", where)
-        if system:
-            messages.append(Message("system", system))
         history = record.get("history")
-        for number, pair in enumerate(_turns.list_of([] if history is None else history, "history", where)):
+        for number, pair in enumerate(_values.list_of([] if history is None else history, "history", where)):
             if not isinstance(pair, list) or len(pair) != 2:
                 raise DataError(f"{where}: history[{number}] is no pair [question, answer]")
-            question, answer = pair
-            messages.append(Message("user", _turns.text(question, f"history[{number}][0]", where)))
-            messages.append(Message("assistant", _turns.text(answer, f"history[{number}][1]", where)))
-        instruction = _turns.text(record.get("instruction"), "instruction", where)
-        extra = _turns.optional_text(record, "input", where)
-        messages.append(Message("user", f"{instruction}\n{extra}" if extra else instruction))
-        messages.append(Message("assistant", _turns.text(record.get("output"), "output", where)))
-        return (Conversation(tuple(messages)),)
+            question, answer = (_values.text(side, f"history[{number}][{n}]", where) for n, side in enumerate(pair))
+            messages += (Message("user", question), _turns.answer(answer))
+        instruction = _values.text(record.get("instruction"), "instruction", where)
+        extra = _values.optional_text(record, "input", where)
+        messages.append(Message("user", "\n".join(part for part in (instruction, extra) if part)))
+        messages.append(_turns.answer(_values.text(record.get("output"), "output", where)))
+        system = _values.optional_text(record, "system", where)
+        return (_turns.conversation(_turns.with_system(system, messages, where), record, where),)

@@ -44,7 +44,8 @@ class Lora:
     def sftx_adapter(self, spec: ModelSpec) -> Adapter:
         from sftx_plugins._lora_layers import LoraAdapter
 
-        return LoraAdapter(self, spec.name, self.find_targets(spec.skeleton), self.find_saved(spec.skeleton))
+        targets, saved = self.find_targets(spec.skeleton), self.find_saved(spec.skeleton)
+        return LoraAdapter(self, spec.name, targets, saved, spec.new_token_ids)
 
     def find_targets(self, model: PreTrainedModel) -> list[str]:
         """Paths of the linear layers to adapt. Raises ConfigError when there are none, or one is the head."""

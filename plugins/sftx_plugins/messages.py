@@ -1,4 +1,4 @@
-"""`{"messages": [{"role": ..., "content": ...}, ...]}`: the form of OpenAI and TRL."""
+"""`{"messages": [{"role": ..., "content": ...}, ...], "tools": [...]}`: the form of OpenAI, TRL and transformers."""
 
 from __future__ import annotations
 
@@ -6,15 +6,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from sftx import Conversation, DataError, Location, Parser, Record, hookimpl
+from sftx import Conversation, Location, Parser, Record, hookimpl
 from sftx_plugins import _turns
 
 
 @dataclass(frozen=True, eq=False)
 class Messages:
-    """Conversations as a list of messages with the roles system, user, assistant and tool."""
+    """Conversations as a list of messages with the roles system, user, assistant and tool.
 
-    fields: ClassVar[str] = "messages"
+    `developer` is another word for system, `model` for assistant, `function`, `ipython` and `observation` for tool. A
+    content is text or a list of parts of text. An assistant's message may have `tool_calls` in OpenAI's form and
+    reasoning: as `reasoning_content`, `reasoning` or `thinking`, or in `<think>...</think>` before its text. `train:
+    false` leaves a message untrained, `train: true` trains it whatever its role; `weight` is its weight in the loss. A
+    null is the same as nothing; where an argument of a call is to be null, write the arguments as JSON text.
+    """
+
+    fields: ClassVar[str] = "messages (tools)"
     samples: ClassVar[Sequence[Record]] = (
         {"messages": [{"role": "user", "content": "What is 2 + 3?"}, {"role": "assistant", "content": "5"}]},
         {
@@ -24,6 +31,45 @@ class Messages:
                 {"role": "assistant", "content": "Paris", "weight": 0},
                 {"role": "user", "content": "And of Italy?"},
                 {"role": "assistant", "content": "Rome", "weight": 0.5},
+            ]
+        },
+        {
+            "messages": [
+                {"role": "user", "content": "北京今天天气怎么样？"},
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "reasoning_content": "需要查询天气。",
+                    "tool_calls": [
+                        {
+                            "id": "call_1",
+                            "type": "function",
+                            "function": {"name": "get_weather", "arguments": '{"city": "北京"}'},
+                        }
+                    ],
+                },
+                {"role": "tool", "tool_call_id": "call_1", "name": "get_weather", "content": '{"sky": "晴"}'},
+                {"role": "assistant", "content": "今天是晴天。"},
+            ],
+            "tools": [
+                {
+                    "type": "function",
+                    "function": {
+                        "name": "get_weather",
+                        "description": "The weather of today.",
+                        "parameters": {
+                            "type": "object",
+                            "properties": {"city": {"type": "string"}},
+                            "required": ["city"],
+                        },
+                    },
+                }
+            ],
+        },
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "Is 91 a prime number?"}]},
+                {"role": "assistant", "content": "<think>\n91 = 7 * 13\n</think>\n\nNo.", "train": True},
             ]
         },
     )
@@ -36,6 +82,5 @@ class Messages:
         return "messages" in record
 
     def parse(self, record: Record, where: Location) -> tuple[Conversation, ...]:
-        if record.get("tools"):
-            raise DataError(f"{where}: tools cannot be trained on yet; write them into the system message")
-        return (Conversation(_turns.messages(record.get("messages"), "messages", where)),)
+        turns = _turns.messages(record.get("messages"), "messages", where)
+        return (_turns.conversation(turns, record, where),)

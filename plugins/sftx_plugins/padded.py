@@ -1,4 +1,4 @@
-"""Examples become rows of one length, padded at the right and masked by length."""
+"""Examples become rows of one length, padded at the right and masked by length, or one row without padding."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from sftx import Batch, Collator, Example, Row, Step, hookimpl, pad
+from sftx import Batch, Collator, ConfigError, Example, Row, Step, hookimpl, pack, pad
 
 # As many steps are sorted by length together as in transformers' group_by_length: long enough to find rows of
 # similar length, short enough that an epoch does not run from short to long.
@@ -23,9 +23,14 @@ class Padded:
 
     group_by_length: Annotated[bool, Field(description="Let rows of similar length share a step.")] = True
     pad_to_multiple_of: Annotated[int, Field(ge=1, description="Round the length of a batch up to this.")] = 1
+    padding_free: Annotated[
+        bool, Field(description="Compute no padding: the rows of a micro-batch one after the other, as if packed.")
+    ] = False
 
     @hookimpl
     def sftx_collator(self) -> Collator:
+        if self.padding_free and self.pad_to_multiple_of > 1:
+            raise ConfigError("padding_free pads nothing; leave pad_to_multiple_of out")
         return self
 
     def plan(
@@ -58,7 +63,7 @@ class Padded:
         return steps, tuple(index for row in carried for index in row)
 
     def collate(self, examples: Sequence[Example]) -> Batch:
-        return pad(examples, multiple_of=self.pad_to_multiple_of)
+        return pack(examples) if self.padding_free else pad(examples, multiple_of=self.pad_to_multiple_of)
 
 
 def _rows(groups: Sequence[int]) -> list[Row]:

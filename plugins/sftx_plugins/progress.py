@@ -107,12 +107,13 @@ def _derived(report: StartReport, output_dir: Path) -> Table:
     share = report.num_trainable / report.num_parameters
     formats = ", ".join(f"{number} {name}" for name, number in report.formats.items())
     trained = report.num_tokens / max(1, report.num_real_tokens)
+    scope = "in the first window" if report.is_stream else "an epoch"
     table = Table.grid(padding=(0, 2))
     for name, value in (
         ("model", f"{report.model} on {report.device}, {report.dtype}"),
         ("parameters", f"{report.num_parameters:,}, trained {report.num_trainable:,} ({share:.2%})"),
         ("rows", f"{report.num_rows:,} ({formats}), held out {report.num_eval_rows:,}"),
-        ("tokens", f"{report.num_real_tokens:,} an epoch, trained {report.num_tokens:,} ({trained:.1%})"),
+        ("tokens", f"{report.num_real_tokens:,} {scope}, trained {report.num_tokens:,} ({trained:.1%})"),
         ("steps", f"{report.num_steps:,}, {report.tokens_per_step:.0f} trained tokens a step"),
         ("output", str(output_dir)),
     ):

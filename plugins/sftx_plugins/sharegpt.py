@@ -1,20 +1,51 @@
-"""`{"conversations": [{"from": "human", "value": ...}, ...], "system": ...}`: the form of ShareGPT."""
+"""`{"conversations": [{"from": "human", "value": ...}, ...], "system": ..., "tools": ...}`: the form of ShareGPT."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar, Final, Literal
 
-from sftx import Conversation, DataError, Location, Message, Parser, Record, hookimpl
-from sftx_plugins import _turns
+from pydantic import Field
+
+from sftx import Conversation, Location, Parser, Record, hookimpl
+from sftx_plugins import _turns, _values
+
+Role = Literal["system", "user", "assistant", "tool", "function_call"]
+_TAGS: Final[Mapping[str, str]] = {
+    "human": "user",
+    "gpt": "assistant",
+    **_turns.ROLES,
+    "function_call": _turns.CALL,
+    "tool_call": _turns.CALL,
+    "function_response": "tool",
+    "tool_response": "tool",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+}
 
 
 @dataclass(frozen=True, eq=False)
 class ShareGPT:
-    """Conversations as turns `from` human, gpt and system, each with a `value`."""
+    """Conversations as turns `from` human, gpt, system, function_call and observation, each with a `value`.
 
-    fields: ClassVar[str] = "conversations (system)"
+    The value of a function_call is JSON text of one call, or of a list of them; an observation is what came back. Turns
+    with `role` and `content`, as in the format `messages`, are read too. `tools` stand in a field of the record or of
+    the system's turn.
+    """
+
+    role_key: Annotated[str | None, Field(description="Key of who speaks, where it is neither `from` nor `role`.")] = (
+        None
+    )
+    content_key: Annotated[
+        str | None, Field(description="Key of what is said, where it is neither `value` nor `content`.")
+    ] = None
+    roles: Annotated[
+        dict[str, Role], Field(description="Further words for roles, such as {bot: assistant}; they win.")
+    ] = field(default_factory=dict)
+
+    fields: ClassVar[str] = "conversations (system, tools)"
     samples: ClassVar[Sequence[Record]] = (
         {"conversations": [{"from": "human", "value": "What is 2 + 3?"}, {"from": "gpt", "value": "5"}]},
         {
@@ -26,31 +57,42 @@ class ShareGPT:
                 {"from": "gpt", "value": "Rome"},
             ],
         },
+        {
+            "conversations": [
+                {"from": "human", "value": "生成一个八位的密码。"},
+                {"from": "function_call", "value": '{"name": "generate_password", "arguments": {"length": 8}}'},
+                {"from": "observation", "value": '{"password": "k3v9xq2m"}'},
+                {"from": "gpt", "value": "密码是 k3v9xq2m。"},
+            ],
+            "tools": '[{"name": "generate_password", "description": "生成随机密码", '
+            '"parameters": {"type": "object", "properties": {"length": {"type": "integer"}}}}]',
+        },
+        {
+            "conversations": [
+                {"role": "user", "content": "Is 91 a prime number?"},
+                {"role": "assistant", "content": "<think>\n91 = 7 * 13\n</think>\n\nNo."},
+            ]
+        },
     )
-    roles: ClassVar[Mapping[str, str]] = {
-        "human": "user",
-        "gpt": "assistant",
-        "system": "system",
-        "user": "user",
-        "assistant": "assistant",
-    }
 
     @hookimpl
     def sftx_parser(self) -> Parser:
         return self
 
     def accepts(self, record: Record) -> bool:
-        return "conversations" in record
+        # With chosen and rejected it is a preference pair, whose conversation lacks the answer.
+        return "conversations" in record and not {"chosen", "rejected"} & record.keys()
 
     def parse(self, record: Record, where: Location) -> tuple[Conversation, ...]:
-        messages: list[Message] = []
-        system = _turns.optional_text(record, "system", where)
-        if system:
-            messages.append(Message("system", system))
-        for number, turn in enumerate(_turns.list_of(record.get("conversations"), "conversations", where)):
-            at = f"conversations[{number}]"
-            if not isinstance(turn, dict):
-                raise DataError(f"{where}: {at} is {_turns.kind(turn)}, expected an object with from and value")
-            role = _turns.role(turn.get("from"), f"{at}.from", where, self.roles)
-            messages.append(Message(role, _turns.text(turn.get("value"), f"{at}.value", where)))
-        return (Conversation(tuple(messages)),)
+        turns = record.get("conversations")
+        messages = _turns.messages(
+            turns,
+            "conversations",
+            where,
+            tags={**_TAGS, **self.roles},
+            role_keys=(*filter(None, [self.role_key]), "from", "role"),
+            content_keys=(*filter(None, [self.content_key]), "value", "content"),
+        )
+        system = _values.optional_text(record, "system", where)
+        messages = _turns.with_system(system, messages, where)
+        return (_turns.conversation(messages, record, where, turns=turns),)

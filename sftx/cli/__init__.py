@@ -15,6 +15,9 @@ from sftx.errors import SftxError, one_line, printable
 
 _COMMANDS: Final[Mapping[str, str]] = {
     "run": "Fine-tune a model.",
+    "inspect": "Show what a run would train on, token by token.",
+    "doctor": "Look for what is wrong with a run, before it trains.",
+    "data": "Convert the data of a run.",
     "plugins": "List plugins and describe them.",
     "bench": "Measure the kernels against torch and every installed peer.",
 }

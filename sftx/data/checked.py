@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
 
 from sftx.errors import PluginError
-from sftx.types import Conversation, Message, Parsed, Parser, PlainText, Segment, Template, Tokens
+from sftx.types import Conversation, Message, Parsed, Parser, PlainText, Segment, Template, Tokens, ToolCall
 
 
 def parsed(parser: Parser, found: Sequence[Parsed]) -> Sequence[Parsed]:
@@ -28,10 +28,11 @@ def _is_parsed(one: Any) -> bool:
     return False
 
 
-def _is_message(message: object) -> bool:
-    if not isinstance(message, Message):
+def _is_message(message: Any) -> bool:
+    if not (isinstance(message, Message) and _has(message, **_OF_A_MESSAGE)):
         return False
-    return _has(message, role=str, content=str, trainable=bool | None, weight=_NUMBER)
+    calls: tuple[Any, ...] = message.tool_calls
+    return all(isinstance(call, ToolCall) and _has(call, name=str, arguments=Mapping) for call in calls)
 
 
 def template(made: Template) -> Template:
@@ -54,12 +55,35 @@ def segments(made: Template | None, written: Iterable[Any]) -> list[Segment]:
     """The same, as a list. Raises PluginError."""
     found = list(written)
     for segment in found:
-        if not (isinstance(segment, Segment) and _has(segment, text=str, trainable=bool, control=bool, weight=_NUMBER)):
+        if not _is_segment(segment):
             raise PluginError(f"{made}: wrote {segment!r:.90}, expected a Segment of text")
     return found
 
 
+def _is_segment(segment: Any) -> bool:
+    # Written out, for it is asked a dozen times a row.
+    given: Any = segment
+    return (
+        isinstance(segment, Segment)
+        and isinstance(given.text, str)
+        and isinstance(given.trainable, bool)
+        and isinstance(given.control, bool)
+        and isinstance(given.weight, int | float)
+        and isinstance(given.role, str)
+    )
+
+
 _NUMBER = int | float
+_OF_A_MESSAGE: Final[dict[str, Any]] = {
+    "role": str,
+    "content": str,
+    "trainable": bool | None,
+    "weight": _NUMBER,
+    "reasoning": str,
+    "tool_calls": tuple,
+    "name": str | None,
+    "tool_call_id": str | None,
+}
 
 
 def _has(thing: object, **promised: Any) -> bool:

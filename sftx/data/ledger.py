@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from sftx.errors import DataError
 from sftx.types import Location
@@ -15,43 +15,61 @@ from sftx.types import Location
 
 @dataclass(frozen=True)
 class Entry:
-    """One row that was dropped or changed."""
+    """One row that was dropped, filtered or changed."""
 
     where: Location
-    action: Literal["dropped", "cut"]
+    action: Literal["dropped", "filtered", "cut", "split"]
+    """`filtered`: the run asked for it, so that it does not count against `max_dropped`."""
     reason: str
     length: int
     """Tokens of the row as it was written; 0 when it was never encoded."""
     kept: int
     """Tokens that are left."""
 
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values, as ledger.jsonl holds them."""
+        return {
+            "where": str(self.where),
+            "source": self.where.path,
+            self.where.unit: self.where.number,
+            "action": self.action,
+            "reason": self.reason,
+            "length": self.length,
+            "kept": self.kept,
+        }
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Entry:
+        """What `as_dict` gave."""
+        unit = "line" if "line" in values else "row"
+        where = Location(values["source"], values[unit], unit)
+        return cls(where, values["action"], values["reason"], values["length"], values["kept"])
+
 
 @dataclass
 class Ledger:
-    """Collects the entries of one source of rows."""
+    """Collects the entries of one split."""
 
     entries: list[Entry] = field(default_factory=list)
     num_rows: int = 0
 
-    def drop(self, where: Location, reason: str, *, length: int = 0) -> None:
-        self.entries.append(Entry(where, "dropped", reason, length, 0))
-
-    def cut(self, where: Location, reason: str, *, length: int, kept: int) -> None:
-        self.entries.append(Entry(where, "cut", reason, length, kept))
-
     def check(self, max_dropped: float) -> None:
-        """Raises DataError when more than the share `max_dropped` of all rows was dropped, or every one."""
+        """Raises DataError when more than the share `max_dropped` of all rows was dropped, or none is left."""
         dropped = [entry for entry in self.entries if entry.action == "dropped"]
-        if not dropped or (len(dropped) <= max_dropped * self.num_rows and len(dropped) < self.num_rows):
+        gone = [entry for entry in self.entries if entry.action in ("dropped", "filtered")]
+        is_empty = bool(gone) and len(gone) == self.num_rows
+        if len(dropped) <= max_dropped * self.num_rows and not is_empty:
             return
-        first = dropped[0]
-        reasons = Counter(entry.reason for entry in dropped)
+        first = (dropped or gone)[0]
+        reasons = Counter(entry.reason for entry in (dropped or gone))
         others = f" (reasons: {'; '.join(f'{n}x {reason}' for reason, n in reasons.most_common(3))})"
         tokens = f" (the row has {first.length} tokens)" if first.length else ""
         shown = f"{first.where}: {first.reason}{tokens}; "
-        shown += f"{len(dropped)} of {self.num_rows} rows train nothing or were dropped"
         others = others if len(reasons) > 1 else ""
-        if len(dropped) == self.num_rows:
+        if not dropped:
+            raise DataError(f"{shown}the filters leave none of {self.num_rows} rows{others}; loosen data.filters")
+        shown += f"{len(dropped)} of {self.num_rows} rows train nothing or were dropped"
+        if is_empty:
             raise DataError(f"{shown}{others}; mend the rows")
         raise DataError(
             f"{shown}, more than data.max_dropped={max_dropped:g} allows{others}; "
@@ -69,6 +87,9 @@ class Ledger:
     def write(self, path: Path) -> None:
         """Writes one JSON line an entry."""
         with path.open("w", encoding="utf-8") as file:
-            for entry in self.entries:
-                row = dataclasses.asdict(entry) | {"where": str(entry.where)}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.writelines(json.dumps(entry.as_dict(), ensure_ascii=False) + "\n" for entry in self.entries)
+
+    @staticmethod
+    def read(lines: Iterable[str]) -> list[Entry]:
+        """The entries that `write` wrote."""
+        return [Entry.of(json.loads(line)) for line in lines]

@@ -1,197 +1,239 @@
-"""A file becomes records, each with its place.
-
-JSON lines, JSON and CSV are read row by row in plain Python, so that rows of different shapes may stand side by side
-and an error knows its line (Arrow's type inference rejects such files as a whole). parquet is read by `datasets`.
-"""
+"""A source becomes records, each with its place: a file, a directory of files, a saved dataset, a hub dataset."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
+import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
-from sftx.errors import DataError, one_line
+from sftx.config import Source
+from sftx.data import hub, readers
+from sftx.errors import ConfigError, DataError, did_you_mean, one_line
 from sftx.types import Location, Record
 
 SHIPPED: Final = "sftx:"
 """A path that starts so names a file of this package: `sftx:demo/train.jsonl`."""
 
-_SPACE = re.compile(r"[ \t\r\n]*")
+_HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+")
+# Files that describe a dataset and hold none of its rows.
+_DESCRIPTIONS: Final = frozenset({"dataset_info.json", "dataset_infos.json"})
+_SPLIT: Final = re.compile(
+    r"(train|validation|valid|val|dev|test|eval)(ing|uation)?([-_.]\d+)?(-of-\d+)?", re.IGNORECASE
+)
+_MOST_SHOWN: Final = 5
+
+
+def check(source: Source) -> None:
+    """Whether there is something to read. Reads nothing and imports nothing. Raises DataError, ConfigError."""
+    place = _locate(source.path)
+    if place is not None and place.is_dir() and hub.is_saved(place):
+        if source.subset is not None:
+            raise ConfigError(f"{source.path}: is a saved dataset, which has no subsets; leave {source.subset!r} out")
+        return
+    if place is None or (place.is_dir() and _is_split(source)):
+        return
+    for option in ("split", "subset"):
+        if (value := getattr(source, option)) is not None and place.is_file():
+            raise ConfigError(
+                f"{source.path}: is a file, and {option} {value!r} is for datasets; leave it out, or name the "
+                "directory that holds the splits"
+            )
+    for file, path in _files(place, source.path):
+        if not os.access(file, os.R_OK):
+            raise DataError(f"{path}: cannot be read: permission denied")
+
+
+def read(source: Source, *, streaming: bool = False) -> Iterator[tuple[Location, Record]]:
+    """The records in their order; one is held at a time. Raises DataError: no rows, or rows that cannot be read.
+
+    `streaming` only concerns hub datasets, which are then not downloaded as a whole.
+    """
+    check(source)
+    empty = True
+    for where, row in islice(_rows(source, streaming=streaming), source.limit):
+        empty = False
+        if not isinstance(row, dict):
+            raise DataError(f'{where}: got a {type(row).__name__}, expected an object such as {{"messages": [...]}}')
+        yield where, _mapped(row, source.columns, where) if source.columns else row
+    if empty:
+        raise DataError(f"{source.path}: holds no rows")
+
+
+def fingerprint(source: Source) -> str:
+    """SHA-256, in hexadecimal, of all that decides what `read` gives. Raises DataError.
+
+    Of a file alone it is that of its bytes, as `sha256sum` prints it; of a hub dataset it stands on the commit.
+    """
+    check(source)
+    place = _locate(source.path)
+    if place is None:
+        content: Any = hub.hub_fingerprint(source)
+    else:
+        content = [(name, _sha256(file)) for name, file in _contents(source, place)]
+    options = {name: getattr(source, name) for name in ("columns", "subset", "split", "limit")}
+    if place is not None and place.is_file() and not any(options.values()):
+        return str(content[0][1])
+    return hashlib.sha256(json.dumps([content, options], sort_keys=True).encode()).hexdigest()
+
+
+def num_bytes(source: Source) -> int:
+    """Size of the files as they lie, compressed or not; 0 for a hub dataset. Raises DataError."""
+    place = _locate(source.path)
+    return 0 if place is None else sum(file.stat().st_size for _, file in _contents(source, place))
 
 
 def resolve(path: str) -> Path:
-    """The file that `path` names. Raises DataError when there is none."""
-    package = Path(__file__).parent.parent
-    file = package / path.removeprefix(SHIPPED) if path.startswith(SHIPPED) else Path(path).expanduser()
-    if file.is_dir():
-        raise DataError(f"{path}: is a directory; name a file (.jsonl, .json, .parquet or .csv)")
-    if not file.exists():
-        raise DataError(
-            f"{path}: no such file (looked in {Path.cwd()})" if not file.is_absolute() else f"{path}: no such file"
-        )
-    return file
-
-
-def sha256(path: str) -> str:
-    """Hash of the file's bytes, in hexadecimal."""
-    with resolve(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read(path: str) -> Iterator[tuple[Location, Record]]:
-    """The records of one file in their order, with their places. Raises DataError: no file, no rows, not readable."""
-    file = resolve(path)
-    reader = _READERS.get(file.suffix.lower())
-    if reader is None:
-        raise DataError(f"{path}: unknown kind of file {file.suffix!r}; known are {', '.join(_READERS)}")
-    empty = True
+    """The file or directory that `path` names. Raises DataError when there is none."""
+    place = _path(path)
     try:
-        for where, row in reader(file, path):
-            empty = False
-            if not isinstance(row, dict):
-                raise DataError(
-                    f'{where}: got a {type(row).__name__}, expected an object such as {{"messages": [...]}}'
-                )
-            yield where, row
-    except (OSError, UnicodeDecodeError) as error:
+        if place.exists():
+            return place
+        dangling = place.is_symlink()
+    except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read: {one_line(error)}") from error
-    if empty:
-        raise DataError(f"{path}: holds no rows")
+    if dangling:
+        raise DataError(f"{path}: is a link to {os.readlink(place)}, which is not there")
+    raise DataError(f"{path}: no such file" + ("" if place.is_absolute() else f" (looked in {Path.cwd()})"))
 
 
-def _loads(text: str, where: Location) -> Any:
+# --- places -------------------------------------------------------------------------------------
+
+
+def _path(path: str) -> Path:
+    if path.startswith(SHIPPED):
+        return Path(__file__).parent.parent / path.removeprefix(SHIPPED)
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from None
-    except (RecursionError, ValueError) as error:
-        raise DataError(f"{where}: not readable JSON: {_limit(error)}") from None
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise DataError(f"{path}: cannot be read: {one_line(error)}") from error
 
 
-def _limit(error: RecursionError | ValueError) -> str:
-    """What valid JSON was too much for Python's reader."""
-    return "nested too deeply" if isinstance(error, RecursionError) else "a number of too many digits"
+def _locate(path: str) -> Path | None:
+    """The file or directory; None when it can only be a hub dataset. Raises DataError."""
+    like_a_file = path.startswith(".") or readers.kind(Path(path)) is not None
+    if _HUB_ID.fullmatch(path) and not like_a_file and not os.path.lexists(path):
+        return None
+    return resolve(path)
 
 
-def _read_lines(file: Path, path: str) -> Iterator[tuple[Location, Any]]:
-    with file.open("rb") as lines:  # decoded line by line, so that a wrong byte has its line too
-        for number, line in enumerate(lines, 1):
-            where = Location(path, number)
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise DataError(f"{where}: is not UTF-8: {error.reason} at byte {error.start + 1}") from None
-            if text.strip():
-                yield where, _loads(text, where)
+def _is_split(source: Source) -> bool:
+    return source.split is not None or source.subset is not None
 
 
-def _read_json(file: Path, path: str) -> Iterator[tuple[Location, Any]]:
-    """A list of rows, decoded one by one; a file of this name that holds JSON lines is read as such."""
-    text = file.read_text(encoding="utf-8-sig")
-    start = _skip_space(text, 0)
-    decoder = json.JSONDecoder()
-    if not text.startswith("[", start):
-        if text.startswith("{", start) and "\n" in text[start : _end_of_value(decoder, text, start)]:
-            where = Location(path, text.count("\n", 0, start) + 1)
-            raise DataError(f"{where}: got one object over several lines, expected a list of objects or one a line")
-        yield from _read_lines(file, path)
+def _files(place: Path, path: str) -> list[tuple[Path, str]]:
+    """The files of rows at `place`, sorted by path, with what to call them. Raises DataError."""
+    if not place.is_dir():
+        _check_file(place, path)
+        return [(place, path)]
+    found = sorted((file.relative_to(place).as_posix(), file) for file in _walk(place, set()))
+    files = [(file, f"{path.rstrip('/')}/{name}") for name, file in found if _is_data(file)]
+    if not files:
+        names = ", ".join(name for name, _ in found[:_MOST_SHOWN]) + (", ..." if len(found) > _MOST_SHOWN else "")
+        raise DataError(
+            f"{path}: no file of rows is in this directory, which holds {names or 'nothing'}; known are "
+            f"{readers.known()}"
+        )
+    _check_splits([name for name, file in found if _is_data(file)], path)
+    for file, name in files:
+        _check_file(file, name)
+    return files
+
+
+def _is_data(file: Path) -> bool:
+    return readers.kind(file) is not None and file.name not in _DESCRIPTIONS
+
+
+def _check_file(file: Path, path: str) -> None:
+    if not file.is_file():
+        what = f"a link to {os.readlink(file)}, which is not there" if file.is_symlink() else "no regular file"
+        raise DataError(f"{path}: is {what}")
+    if readers.kind(file) is None:
+        raise DataError(f"{path}: unknown kind of file {file.suffix!r}; known are {readers.known()}")
+
+
+def _check_splits(names: list[str], path: str) -> None:
+    """Held-out rows are not to be trained on because they lie beside the others. Raises DataError."""
+    splits = {}
+    for name in names:
+        for part in name.split("/"):
+            if match := _SPLIT.fullmatch(part.partition(".")[0]):
+                splits[match[1].lower()] = name
+    if len(splits) > 1:
+        raise DataError(
+            f"{path}: holds several splits ({', '.join(sorted(splits.values()))}); choose one with split: NAME, or "
+            "name the files"
+        )
+
+
+def _walk(directory: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
+    """Every file below `directory` but hidden ones; a directory that links lead to twice is read once."""
+    try:
+        status = directory.stat()
+        entries = sorted(directory.iterdir())
+    except OSError as error:
+        raise DataError(f"{directory}: cannot be read: {one_line(error)}") from error
+    if (status.st_dev, status.st_ino) in seen:
         return
-    at, line, counted = _skip_space(text, start + 1), 1, 0
-    while not text.startswith("]", at):
-        line, counted = line + text.count("\n", counted, at), at
-        where = Location(path, line)
-        try:
-            row, at = decoder.raw_decode(text, at)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{Location(path, error.lineno)}: not valid JSON: {error.msg} at column {error.colno}"
-            ) from None
-        except (RecursionError, ValueError) as error:
-            raise DataError(f"{where}: not readable JSON: {_limit(error)}") from None
-        yield where, row
-        at = _skip_space(text, at)
-        if text.startswith(",", at):
-            at = _skip_space(text, at + 1)
-        elif not text.startswith("]", at):
-            raise DataError(
-                f"{Location(path, text.count(chr(10), 0, at) + 1)}: not valid JSON: expected ',' or ']' after a row"
-            )
-    at = _skip_space(text, at + 1)
-    if at < len(text):
-        where = Location(path, text.count("\n", 0, at) + 1)
-        raise DataError(f"{where}: not valid JSON: text follows the list")
+    seen.add((status.st_dev, status.st_ino))
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from _walk(entry, seen)
+        else:
+            yield entry
 
 
-def _end_of_value(decoder: json.JSONDecoder, text: str, start: int) -> int:
-    """Where the JSON value ends that begins at `start`; at `start` when it is not valid."""
+# --- records ------------------------------------------------------------------------------------
+
+
+def _rows(source: Source, *, streaming: bool) -> readers.Rows:
+    place = _locate(source.path)
+    if place is None:
+        yield from hub.read_hub(source, streaming=streaming)
+    elif place.is_dir() and hub.is_saved(place):
+        yield from hub.read_saved(place, source)
+    elif place.is_dir() and _is_split(source):
+        yield from hub.read_directory(place, source)
+    else:
+        for file, path in _files(place, source.path):
+            yield from readers.read(file, path)
+
+
+def _contents(source: Source, place: Path) -> list[tuple[str, Path]]:
+    """Every file that what is read can depend on, by its name in the directory."""
+    if place.is_dir() and (hub.is_saved(place) or _is_split(source)):
+        return sorted((file.relative_to(place).as_posix(), file) for file in _walk(place, set()) if file.is_file())
+    return [(path.removeprefix(source.path).lstrip("/"), file) for file, path in _files(place, source.path)]
+
+
+def _sha256(file: Path) -> str:
     try:
-        return decoder.raw_decode(text, start)[1]
-    except (ValueError, RecursionError):
-        return start
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {one_line(error)}") from error
 
 
-def _skip_space(text: str, at: int) -> int:
-    match = _SPACE.match(text, at)
-    assert match is not None
-    return match.end()
+def _mapped(row: Record, columns: Mapping[str, str], where: Location) -> Record:
+    """The record that `columns` describes: its fields by the columns that hold them."""
+    return {field: _lookup(row, column, where) for field, column in columns.items()}
 
 
-def _read_parquet(file: Path, path: str) -> Iterator[tuple[Location, Any]]:
-    import pyarrow.parquet  # type: ignore[import-untyped]
-    from datasets import Dataset
-    from datasets.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)  # it would log the error that is raised below
-    logging.disable_progress_bar()
-    try:
-        if pyarrow.parquet.read_metadata(file).num_rows == 0:
-            return  # datasets has no word for it
-        dataset = Dataset.from_parquet(str(file))
-    except Exception as error:  # a reader of somebody else's: pyarrow and datasets have roots of their own
-        cause = error.__cause__ or error
-        raise DataError(f"{path}: cannot be read: {type(cause).__name__}: {one_line(cause)}") from error
-    finally:
-        logging.enable_progress_bar()
-        logging.set_verbosity(verbosity)
-    for number, row in enumerate(dataset, 1):
-        yield Location(path, number, "row"), row
-
-
-def _read_csv(file: Path, path: str) -> Iterator[tuple[Location, Any]]:
-    """Every field is text: "042" and "NA" stay as they are. Blank lines are skipped."""
-    # Not by datasets: pandas takes the first field for an index, in silence, when the rows have one more than the
-    # header, and drops the second of two columns of one name.
-    csv.field_size_limit(2**31 - 1)  # of the whole process; a document may be longer than the 128 KiB of the default
-    with file.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.reader(lines, strict=True)
-        names: list[str] | None = None
-        where = Location(path, 1)
-        try:
-            for row in reader:
-                if not row:
-                    pass
-                elif names is None:
-                    names = row
-                    if len(set(names)) < len(names):
-                        raise DataError(f"{where}: two columns have the same name: {', '.join(names)}")
-                elif len(row) != len(names):
-                    raise DataError(f"{where}: got {len(row)} fields, expected the {len(names)} of the first line")
-                else:
-                    yield where, dict(zip(names, row, strict=True))
-                where = Location(path, reader.line_num + 1)
-        except csv.Error as error:
-            raise DataError(f"{where}: not valid CSV: {error}") from None
-
-
-_READERS: Final[dict[str, Callable[[Path, str], Iterator[tuple[Location, Any]]]]] = {
-    ".jsonl": _read_lines,
-    ".ndjson": _read_lines,
-    ".json": _read_json,
-    ".parquet": _read_parquet,
-    ".csv": _read_csv,
-}
+def _lookup(row: Record, column: str, where: Location) -> Any:
+    """The value of a column; a dotted one that is not there goes into nested objects. Raises DataError."""
+    if column in row:
+        return row[column]
+    value: Any = row
+    for part in column.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            names = [str(name) for name in value] if isinstance(value, Mapping) else []
+            hint = did_you_mean(part, names) or f"; there are {', '.join(names) or 'none'}"
+            raise DataError(f"{where}: columns: no column {column!r}{hint}")
+        value = value[part]
+    return value

@@ -6,6 +6,7 @@ Dimensions: B rows, T tokens, D hidden, V vocabulary.
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -15,9 +16,12 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sftx.errors import ModelError
-from sftx.types import Adapter, Batch, HiddenOut
+from sftx.model import attention
+from sftx.types import Adapter, Attention, Batch, HiddenOut
 
 _PROBE_TOKENS = 8
+
+log = logging.getLogger(__name__)
 
 
 class LanguageModel(nn.Module):
@@ -35,6 +39,7 @@ class LanguageModel(nn.Module):
         self.config = model.config.get_text_config()
         self.adapters: dict[str, Adapter] = {}
         self.seed = torch.zeros((), dtype=torch.int64)
+        self._varlen: bool | None = None  # not asked for yet
         self._head = model.get_output_embeddings()
         if not isinstance(self._head, nn.Module) or not hasattr(self._head, "weight"):
             raise ModelError(f"{type(model).__name__} has no output head; sftx trains causal language models")
@@ -87,19 +92,40 @@ class LanguageModel(nn.Module):
 
     def hidden(self, batch: Batch) -> HiddenOut:
         """The decoder's last states, [B, T, D], as the head reads them, and a router's auxiliary loss."""
-        # Rows of one length need no mask, and the causal kernels that take none are faster.
-        padded = batch.lengths_B is not None and batch.num_real_tokens < batch.input_ids_BT.numel()
-        mask_BT = _length_mask(batch.lengths_B, batch.input_ids_BT) if padded and batch.lengths_B is not None else None
-        arguments: dict[str, Any] = {"output_router_logits": True} if self._routes else {}
-        out = self.model.get_decoder()(
-            input_ids=batch.input_ids_BT,
-            attention_mask=mask_BT,
-            position_ids=batch.position_ids_BT if padded or batch.lengths_B is None else None,
-            use_cache=False,
-            **arguments,
-        )
+        mask_BT = None
+        if batch.cu_seqlens is not None:
+            chosen = self.attention_of(batch)
+            arguments = attention.decoder_arguments(batch, chosen, self.config, self.head_weight.dtype)
+        else:
+            # Rows of one length need no mask, and the causal kernels that take none are faster.
+            padded = batch.num_real_tokens < batch.input_ids_BT.numel()
+            mask_BT = _length_mask(cast(Tensor, batch.lengths_B), batch.input_ids_BT) if padded else None
+            arguments = {"attention_mask": mask_BT, "position_ids": batch.position_ids_BT if padded else None}
+        if self._routes:
+            arguments["output_router_logits"] = True
+        out = self.model.get_decoder()(input_ids=batch.input_ids_BT, use_cache=False, **arguments)
         aux_loss = self._aux_loss(out.router_logits, mask_BT) if self._routes else None
         return HiddenOut(out.last_hidden_state, aux_loss)
+
+    def attention_of(self, batch: Batch) -> Attention:
+        """How the documents of a packed batch are kept apart: as it asks, or `mask` where varlen cannot be."""
+        if batch.attention != "varlen":
+            return batch.attention
+        if self._varlen is None:
+            reason = attention.use_varlen(self.model.get_decoder())
+            self._varlen = True
+            if reason is not None:
+                self.give_up_varlen(reason)
+        return "varlen" if self._varlen else "mask"
+
+    def give_up_varlen(self, reason: str) -> None:
+        """From now on packed batches that ask for varlen get transformers' own mask."""
+        self._varlen = False
+        log.warning(
+            "%s: packed with attention 'mask', transformers' own, which is exact and slower than 'varlen': %s",
+            type(self.model).__name__,
+            reason,
+        )
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """[B, T, V] in full: for probes and tests, never for training."""

@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from sftx.errors import ModelError, one_line
 from sftx.model.names import HUB_ID, INSTALL
+from sftx.model.tokens import make_room
 from sftx.types import Adapter, ModelSpec
 
 log = logging.getLogger(__name__)
@@ -86,6 +87,7 @@ def load_model(
         log.warning(
             "%s: %d tensors of its files are not in the model (first: %s)", spec.name, len(strangers), strangers[0]
         )
+    make_room(model, spec.new_token_ids)
     for name, module in list(model.named_modules()):
         for adapter in adapters:
             replacement = adapter.quantize(name, module)

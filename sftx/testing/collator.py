@@ -24,7 +24,7 @@ from sftx.model.language_model import LanguageModel
 from sftx.stage import make
 from sftx.testing.batches import differences, varied
 from sftx.testing.clauses import ClauseError, Suite
-from sftx.testing.kit import Kit
+from sftx.testing.kit import MAX_LENGTH, Kit
 from sftx.testing.numeric import norm
 from sftx.testing.process import random_states, random_states_kept, seed_all
 from sftx.types import IGNORE_INDEX, Batch, Collator, Example, Row, Step
@@ -95,7 +95,7 @@ class _Comparison:
 
 class _Case:
     def __init__(self, kit: Kit) -> None:
-        self.collator: Collator = make(kit.plugin, "sftx_collator")
+        self.collator: Collator = make(kit.plugin, "sftx_collator", max_length=MAX_LENGTH)
         self._kit = kit
 
     @cached_property

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from sftx.config import DataConfig
-from sftx.data.encode import Encoder, encode_row
-from sftx.data.ledger import Ledger
+from sftx.data.encode import Encoder
+from sftx.data.rows import Row, RowEncoder
 from sftx.errors import DataError
 from sftx.hookspecs import DEFAULTS, TEMPLATES
 from sftx.model import tiny
@@ -38,6 +38,9 @@ CONVERSATIONS = tuple(
     )
 )  # fmt: skip
 """Conversations that every template can write: turns of a user and an assistant by turns."""
+
+MAX_LENGTH = 128
+"""What a collator is told to be the longest example, in tokens: more than any of these has."""
 
 
 class Kit:
@@ -69,7 +72,7 @@ class Kit:
 
     @cached_property
     def collator(self) -> Collator:
-        return cast(Collator, self._make("sftx_collator", DEFAULTS["sftx_collator"][0]))
+        return cast(Collator, self._make("sftx_collator", DEFAULTS["sftx_collator"][0], max_length=MAX_LENGTH))
 
     @cached_property
     def loss(self) -> Loss:
@@ -97,10 +100,11 @@ class Kit:
             rows *= 1 + 3 // max(1, len(rows))  # a few rows at least, for batches worth the name
         else:
             rows = [(conversation,) for conversation in CONVERSATIONS]
+        encode = RowEncoder({}, self.encoder, DataConfig())
         examples: list[Example] = []
         for number, parsed in enumerate(rows, 1):
             where = Location("samples", number)
-            examples += encode_row(parsed, where, DataConfig(), self.encoder, Ledger(), first_group=len(examples))
+            examples += encode.encode(parsed, Row(where)).as_examples(first_group=len(examples))
         if not examples:
             raise DataError("none of the samples trains anything")
         return examples

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sftx.config import TrainConfig
 from sftx.errors import one_line
+from sftx.reports import RunInfo
 from sftx.stage import make
 from sftx.testing.clauses import ClauseError, Suite
 from sftx.testing.kit import Kit, built_in
@@ -26,9 +27,10 @@ from sftx.testing.observer_case import (
     workplace,
 )
 from sftx.testing.process import TERMINAL, process
-from sftx.training.loop import Plan, Trainer
+from sftx.training.loop import Trainer
+from sftx.training.plan import Plan
 from sftx.training.precision import choose
-from sftx.types import Observer, RunInfo
+from sftx.types import Observer
 
 
 def _case(kit: Kit) -> Case:
@@ -222,8 +224,8 @@ def _train(kit: Kit, run: RunInfo, observer: Observer | None) -> dict[str, Tenso
     trainer = Trainer(lm, kit.loss, kit.collator, config, choose(config), NUM_STEPS)
     for name, arguments in events(run):
         if name == "on_step":
-            epoch, step = next(plan)
-            report = trainer.step(arguments[0].step, epoch, trainer.micro_batches(step, kit.examples))
+            epoch, step, examples = next(plan)
+            report = trainer.step(arguments[0].step, epoch, trainer.micro_batches(step, examples))
             arguments = (report,)
         if observer is not None:
             tell(observer, (name, arguments), run)

@@ -19,10 +19,11 @@ from typing import Any, Final, TypeAlias, cast
 from sftx.config import as_dict, load
 from sftx.errors import one_line
 from sftx.plugins import activate
+from sftx.reports import EvalReport, Provider, RunInfo, Sample, StartReport, StepReport
 from sftx.stage import make
 from sftx.testing.clauses import ClauseError
 from sftx.testing.process import PROCESS, process
-from sftx.types import EvalReport, Observer, Provider, RunInfo, Sample, StartReport, StepReport
+from sftx.types import Observer
 
 Event: TypeAlias = tuple[str, tuple[Any, ...]]
 """The name of an observer's method, and its arguments."""

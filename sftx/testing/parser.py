@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from sftx.config import DataConfig
-from sftx.data.encode import encode_row
-from sftx.data.ledger import Ledger
+from sftx.data.rows import Row, RowEncoder
 from sftx.errors import DataError, SftxError, one_line
 from sftx.stage import make
 from sftx.testing.clauses import ClauseError, Suite
@@ -161,14 +160,14 @@ def _wrong_field(one: Any, expected: Mapping[str, Any]) -> str:
 )
 def trains_something(case: _Case) -> None:
     for number, record in enumerate(case.samples):
-        ledger = Ledger()
+        row = Row(_WHERE)
         try:
-            examples = encode_row(case.parse(record), _WHERE, DataConfig(), case.kit.encoder, ledger, first_group=0)
+            RowEncoder({}, case.kit.encoder, DataConfig()).encode(case.parse(record), row)
         except SftxError as error:
             raise ClauseError(f"samples[{number}] cannot be encoded: {error}") from error
-        if not examples:
+        if not row.examples:
             raise ClauseError(
-                f"samples[{number}] is dropped: {ledger.entries[0].reason}; give a turn the role 'assistant', or "
+                f"samples[{number}] is dropped: {row.entries[0].reason}; give a turn the role 'assistant', or "
                 "trainable=True, and a content"
             )
 

@@ -13,10 +13,12 @@ from functools import cached_property
 from itertools import takewhile
 from typing import Final
 
-from sftx.data.encode import Encoder, units
+from sftx.config import DataConfig
+from sftx.data.encode import Encoder
+from sftx.data.rows import mark, units
 from sftx.errors import DataError
 from sftx.testing.kit import CONVERSATIONS, Kit
-from sftx.types import Conversation, Location, Message, Segment, Template
+from sftx.types import Conversation, Message, Segment, Template
 
 
 def _conversation(*turns: tuple[str, str]) -> Conversation:
@@ -50,7 +52,6 @@ SPECIAL: Final = (
     Conversation(()),
 )
 """Conversations that a template may refuse, with DataError: other roles, turns in another order, tools."""
-_ANYWHERE: Final = Location("samples", 1)
 
 
 def asked_of(conversation: Conversation) -> Conversation:
@@ -90,9 +91,15 @@ class TemplateCase:
     def methods(self) -> dict[str, Callable[[Conversation], Sequence[Segment]]]:
         """Both ways to write a conversation; the one that asks leaves the last answer out."""
         return {
-            "render": self.template.render,
+            "render": self._render,
             "generation_prompt": lambda conversation: self.template.generation_prompt(asked_of(conversation)),
         }
+
+    def _render(self, conversation: Conversation) -> Sequence[Segment]:
+        """As a run asks for it: where history is rewritten, the last trained turn with what led to it."""
+        *_, unit = [conversation, *units(conversation, self.encoder)]
+        assert isinstance(unit, Conversation)
+        return self.template.render(unit)
 
     @property
     def conversations(self) -> tuple[Conversation, ...]:
@@ -133,7 +140,7 @@ class TemplateCase:
 
     def trained_units(self, conversation: Conversation) -> Iterator[tuple[Conversation, Written]]:
         """What a run makes examples of: the whole, or each trained turn with what led to it, rewritten."""
-        for unit in units(conversation, _ANYWHERE, self.encoder):
+        for unit in units(mark(conversation, DataConfig()), self.encoder):
             assert isinstance(unit, Conversation)
             yield unit, Written(self.template.render(unit))
 

@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 
 from sftx.data.encode import check_controls
-from sftx.errors import PluginError, one_line
+from sftx.errors import DataError, PluginError, one_line
 from sftx.testing.clauses import ClauseError, Suite
 from sftx.testing.rendered import PLAIN, SPECIAL, TemplateCase, Written, asked_of, difference
 from sftx.types import Conversation, Segment
@@ -105,7 +105,7 @@ def _begin(conversation: Conversation) -> str:
 )
 def keeps_content(case: TemplateCase) -> None:
     for conversation in case.answered:
-        text = Written(case.template.render(conversation)).text
+        text = Written(case.methods["render"](conversation)).text
         end = 0
         for message in conversation.messages:
             number = text.count(message.content)
@@ -208,7 +208,10 @@ def keeps_text_text(case: TemplateCase) -> None:
             turns = [dataclasses.replace(m, content=f"{m.content} {token} {m.content}.") for m in harmless.messages]
             spelled = dataclasses.replace(harmless, messages=tuple(turns))
             for name, method in case.methods.items():
-                segments = method(spelled)
+                try:
+                    segments = method(spelled)
+                except DataError:
+                    continue  # a row that is refused teaches nothing wrong
                 seen = [i for i in case.encoder.segments(segments)[0] if i in control_ids]
                 expected = [i for i in case.encoder.segments(method(harmless))[0] if i in control_ids]
                 if seen != expected:

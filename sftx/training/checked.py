@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from sftx.errors import PluginError
-from sftx.types import Batch, Collator, EvalReport, Example, Loss, LossSum, Step, StepReport
+from sftx.reports import EvalReport, StepReport
+from sftx.types import Batch, Collator, Example, Loss, LossSum, Row, Step
 
 OURS: Final = frozenset(
     {"event", "aux_loss", "perplexity", "tokens_per_second"}
@@ -23,28 +24,40 @@ _LARGEST_NLL: Final = 700.0  # whose exponential is still a number
 
 
 def plan(
-    collator: Collator, lengths: Sequence[int], groups: Sequence[int], *, seed: int, epoch: int, examples_per_step: int
-) -> list[Step]:
-    """The steps of one epoch. Raises PluginError when an example is lost or repeated, or a step is none."""
+    collator: Collator,
+    lengths: Sequence[int],
+    groups: Sequence[int],
+    *,
+    seed: int,
+    epoch: int,
+    examples_per_step: int,
+    final: bool,
+    window: int = 0,
+) -> tuple[list[Step], Row]:
+    """The steps of one window, and what is carried over when it is not the `final` one.
+
+    Raises PluginError when an example is lost or repeated, or a step is none.
+    """
     planned = collator.plan(
-        lengths, groups, seed=seed, epoch=epoch, window=0, examples_per_step=examples_per_step, final=True
+        lengths, groups, seed=seed, epoch=epoch, window=window, examples_per_step=examples_per_step, final=final
     )
     try:
         given, carried = planned
         steps = [tuple(tuple(row) for row in step) for step in given]
-        indices = sorted(index for step in steps for row in step for index in row)
+        carried = tuple(carried)
+        indices = sorted([*(index for step in steps for row in step for index in row), *carried])
         sizes = [len(step) for step in steps]
         filled = all(len(row) for step in steps for row in step)
     except (TypeError, ValueError):
         raise PluginError(f"{collator}: plan gave {planned!r:.100}, expected (steps of rows of indices, row)") from None
-    if carried or indices != list(range(len(lengths))):
+    if (carried and final) or indices != list(range(len(lengths))):
         raise PluginError(
-            f"{collator}: plan lost or repeated examples: {len(indices)} planned and {len(carried)} carried over of "
-            f"{len(lengths)}"
+            f"{collator}: plan lost or repeated examples: {len(indices) - len(carried)} planned and {len(carried)} "
+            f"carried over of {len(lengths)}"
         )
     if not (filled and all(0 < size <= examples_per_step for size in sizes)):
         raise PluginError(f"{collator}: plan made a step that is empty or has over {examples_per_step} rows")
-    return steps
+    return steps, carried
 
 
 def collate(collator: Collator, examples: Sequence[Example]) -> Batch:

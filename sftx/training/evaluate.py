@@ -12,12 +12,14 @@ import torch
 
 from sftx.config import GenerationConfig
 from sftx.data.batch import groups_of
-from sftx.data.encode import Dataset, Question
+from sftx.data.prepare import Dataset
+from sftx.data.rows import Question
 from sftx.errors import PluginError, TrainingError
 from sftx.model.language_model import LanguageModel
+from sftx.reports import EvalReport, Sample
 from sftx.training import checked
 from sftx.training.precision import Precision
-from sftx.types import Collator, EvalReport, Example, Loss, Metric, Sample
+from sftx.types import Collator, Example, Loss, Metric
 
 log = logging.getLogger(__name__)
 

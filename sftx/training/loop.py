@@ -10,7 +10,7 @@ import math
 import random
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,11 +21,13 @@ from transformers import PreTrainedModel
 from sftx.config import TrainConfig
 from sftx.errors import TrainingError
 from sftx.model.language_model import LanguageModel
+from sftx.reports import StepReport
 from sftx.training import checked
 from sftx.training.optimizer import make_optimizer
+from sftx.training.plan import Steps
 from sftx.training.precision import Precision, peak_bytes
 from sftx.training.schedule import learning_rate
-from sftx.types import Batch, Collator, Example, Loss, LossSum, Step, StepReport
+from sftx.types import Batch, Collator, Example, Loss, LossSum, Step
 
 
 class TrainStep(nn.Module):
@@ -38,42 +40,6 @@ class TrainStep(nn.Module):
 
     def forward(self, batch: Batch) -> LossSum:
         return self.loss(self.lm, batch)
-
-
-class Plan:
-    """Which examples each step of a run takes: pure in the seed and the epoch."""
-
-    def __init__(self, examples: Sequence[Example], collator: Collator, config: TrainConfig) -> None:
-        self._lengths = [len(example.token_ids) for example in examples]
-        self._groups = [example.group for example in examples]
-        self._collator = collator
-        self._config = config
-        self.steps_per_epoch = len(self.epoch(0))
-        self.num_steps = config.max_steps or max(1, round(config.num_train_epochs * self.steps_per_epoch))
-
-    def epoch(self, epoch: int) -> list[Step]:
-        """The steps of one epoch. Raises PluginError when the collator loses or repeats an example."""
-        config = self._config
-        return checked.plan(
-            self._collator,
-            self._lengths,
-            self._groups,
-            seed=config.seed,
-            epoch=epoch,
-            examples_per_step=config.per_device_train_batch_size * config.gradient_accumulation_steps,
-        )
-
-    def __iter__(self) -> Iterator[tuple[float, Step]]:
-        """Every step of the run, with the epochs done after it."""
-        epoch, done = 0, 0
-        while True:
-            steps = self.epoch(epoch)
-            for number, step in enumerate(steps, 1):
-                yield epoch + number / len(steps), step
-                done += 1
-                if done == self.num_steps:
-                    return
-            epoch += 1
 
 
 @dataclass
@@ -191,12 +157,10 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
     enable({"use_reentrant": False})
 
 
-def train(
-    trainer: Trainer, plan: Plan, examples: Sequence[Example], after_step: Callable[[StepReport], None]
-) -> StepReport:
+def train(trainer: Trainer, plan: Steps, after_step: Callable[[StepReport], None]) -> StepReport:
     """Runs the whole plan; `after_step` reports, saves and evaluates. Returns the last step's report."""
     report: StepReport | None = None
-    for number, (epoch, step) in enumerate(plan, 1):
+    for number, (epoch, step, examples) in enumerate(plan, 1):
         report = trainer.step(number, epoch, trainer.micro_batches(step, examples))
         after_step(report)
     assert report is not None

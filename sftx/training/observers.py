@@ -9,7 +9,8 @@ from typing import Any
 
 from sftx.errors import one_line
 from sftx.plugins import PluginInfo
-from sftx.types import EvalReport, Observer, StartReport, StepReport
+from sftx.reports import EvalReport, StartReport, StepReport
+from sftx.types import Observer
 
 log = logging.getLogger(__name__)
 

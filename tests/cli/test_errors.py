@@ -227,14 +227,14 @@ def test_no_template(tiny_model_dir: Path) -> None:
         (json.dumps(ROW) + '\n{"messages": [\n', "rows.jsonl:2: not valid JSON: Expecting value at column "),
         (
             json.dumps(ROW) + '\n{"question": "x", "answer": "y"}\n',
-            "rows.jsonl:2: no format has the fields ['answer', 'question']; known are messages: messages; "
-            "prompt-completion: prompt, completion; alpaca: instruction, output (input, system, history); "
-            "sharegpt: conversations (system)",
+            "rows.jsonl:2: no format has the fields 'answer', 'question'; known are messages: messages (tools); "
+            "prompt-completion: prompt, completion (tools); "
+            "alpaca: instruction, output (input, system, history, tools); sharegpt: conversations (system, tools); ",
         ),
         (
             '{"messages": [{"role": "asistant", "content": "x"}]}',
-            "rows.jsonl:1: messages[0].role is 'asistant', expected system, user, assistant, tool; "
-            "did you mean 'assistant'?",
+            "rows.jsonl:1: messages[0].role is 'asistant', expected system, user, assistant, tool, "
+            "developer, model, function, ipython, observation; did you mean 'assistant'?",
         ),
         (
             '{"messages": [{"role": "user", "content": "x"}]}',

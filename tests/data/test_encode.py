@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from encoding import prepared
 from sftx.config import DataConfig
-from sftx.data.encode import Encoder, prepare
+from sftx.data.encode import Encoder
 from sftx.errors import DataError, PluginError
 from sftx.types import Conversation, Location, Message, PlainText, Segment, Tokens
 from sftx_plugins.chatml import ChatML
@@ -89,7 +90,7 @@ def test_the_saved_chat_template_asks_as_it_was_trained(tokenizer: Any, system: 
 
 def test_a_row_whose_answers_are_all_empty_is_dropped(tokenizer: Any, tmp_path: Path) -> None:
     path = write(tmp_path / "e.jsonl", [{"prompt": "x", "completion": " "}, {"prompt": "x", "completion": "y"}])
-    data = prepare([path], DataConfig(max_dropped=0.5), {"pc": PromptCompletion()}, Encoder(tokenizer, ChatML()))
+    data = prepared([path], DataConfig(max_dropped=0.5), {"pc": PromptCompletion()}, Encoder(tokenizer, ChatML()))
     assert [(str(e.where), e.reason) for e in data.ledger.entries] == [(f"{path}:1", "every trained turn is empty")]
     assert len(data.examples) == 1
 
@@ -179,7 +180,7 @@ def test_a_lone_surrogate_is_an_error_with_its_line(encoder: Encoder, tmp_path: 
     path = tmp_path / "bad.jsonl"
     path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "\\ud800", "completion": "b"}\n')
     with pytest.raises(DataError, match=r"bad\.jsonl:2: .*surrogate"):
-        prepare([str(path)], DataConfig(), {"pc": PromptCompletion()}, encoder)
+        prepared([str(path)], DataConfig(), {"pc": PromptCompletion()}, encoder)
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -203,7 +204,7 @@ def test_a_template_that_rewrites_history_gives_an_example_for_each_trained_turn
 ) -> None:
     turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
     path = write(tmp_path / "m.jsonl", [{"messages": [{"role": r, "content": c} for r, c in turns]}])
-    data = prepare([path], DataConfig(), {"messages": Messages()}, Encoder(tokenizer, Rewriting()))
+    data = prepared([path], DataConfig(), {"messages": Messages()}, Encoder(tokenizer, Rewriting()))
     trained = [
         tokenizer.decode([token for token, on in zip(e.token_ids, e.loss_mask, strict=True) if on])
         for e in data.examples
@@ -223,7 +224,7 @@ def test_no_row_vanishes_when_nothing_of_it_becomes_an_example(tokenizer: Any, t
     ask, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
     rows = [{"messages": [ask, answer]}, {"messages": [ask]}, {"messages": [], "skip": True}]
     path = write(tmp_path / "m.jsonl", rows)
-    data = prepare([path], DataConfig(max_dropped=0.9), {"m": Nothing()}, Encoder(tokenizer, Rewriting()))
+    data = prepared([path], DataConfig(max_dropped=0.9), {"m": Nothing()}, Encoder(tokenizer, Rewriting()))
     assert len(data.examples) == 1
     assert [(str(e.where), e.reason) for e in data.ledger.entries] == [
         (f"{path}:2", "no assistant turn, so nothing to train"),
@@ -236,31 +237,31 @@ def test_long_rows_are_cut_dropped_or_refused_and_always_accounted_for(encoder: 
     path = write(tmp_path / "long.jsonl", [*rows, {"prompt": "short", "completion": "word " * 200}])
     parsers = {"pc": PromptCompletion()}
 
-    cut = prepare([path], DataConfig(max_length=100), parsers, encoder)
+    cut = prepared([path], DataConfig(max_length=100), parsers, encoder)
     assert [len(e.token_ids) for e in cut.examples][-1] == 100
     assert [(e.action, str(e.where), e.kept) for e in cut.ledger.entries] == [("cut", f"{path}:40", 100)]
     # The cut row ends in the midst of its answer: it must not learn to stop there.
     assert cut.examples[-1].token_ids[-1] not in encoder.stop_ids
     assert cut.examples[-1].loss_mask[-1]
 
-    dropped = prepare([path], DataConfig(max_length=100, long_rows="drop"), parsers, encoder)
+    dropped = prepared([path], DataConfig(max_length=100, long_rows="drop"), parsers, encoder)
     assert len(dropped.examples) == 39
     assert [e.action for e in dropped.ledger.entries] == ["dropped"]
 
     with pytest.raises(DataError, match=r"long\.jsonl:40: 2\d\d tokens, more than data\.max_length=100"):
-        prepare([path], DataConfig(max_length=100, long_rows="error"), parsers, encoder)
+        prepared([path], DataConfig(max_length=100, long_rows="error"), parsers, encoder)
 
 
 def test_a_run_in_which_no_row_trains_its_stop_token_is_refused(encoder: Encoder, tmp_path: Path) -> None:
     path = write(tmp_path / "long.jsonl", [{"prompt": "x", "completion": "word " * 200}] * 3)
     with pytest.raises(DataError, match=r"stop token <\|im_end\|>"):
-        prepare([path], DataConfig(max_length=60), {"pc": PromptCompletion()}, encoder)
+        prepared([path], DataConfig(max_length=60), {"pc": PromptCompletion()}, encoder)
 
 
 def test_a_conversation_without_a_template_names_those_that_fit(tokenizer: Any, tmp_path: Path) -> None:
     path = write(tmp_path / "m.jsonl", [{"prompt": "x", "completion": "y"}])
     with pytest.raises(DataError, match=r"m\.jsonl:1: .*--plugin chatml"):
-        prepare([path], DataConfig(), {"pc": PromptCompletion()}, Encoder(tokenizer, None))
+        prepared([path], DataConfig(), {"pc": PromptCompletion()}, Encoder(tokenizer, None))
 
 
 def test_location_names_file_and_line_or_row() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sftx.data.ledger import Ledger
+from sftx.data.ledger import Entry, Ledger
 from sftx.errors import DataError
 from sftx.types import Location
 
@@ -20,10 +20,10 @@ def line(number: int) -> Location:
 def ledger() -> Ledger:
     """Of 10 rows, 2 dropped for one reason, 1 for another, 1 cut."""
     ledger = Ledger(num_rows=10)
-    ledger.drop(line(3), "no trained token", length=12)
-    ledger.cut(line(4), "longer than max_length", length=99, kept=64)
-    ledger.drop(line(5), "no assistant turn")
-    ledger.drop(line(8), "no trained token", length=9)
+    ledger.entries.append(Entry(line(3), "dropped", "no trained token", 12, 0))
+    ledger.entries.append(Entry(line(4), "cut", "longer than max_length", 99, 64))
+    ledger.entries.append(Entry(line(5), "dropped", "no assistant turn", 0, 0))
+    ledger.entries.append(Entry(line(8), "dropped", "no trained token", 9, 0))
     return ledger
 
 
@@ -41,7 +41,7 @@ def test_dropped_rows_up_to_the_share_are_borne_and_cut_ones_do_not_count(ledger
     Ledger(num_rows=5).check(0.0)
     Ledger().check(0.0)
     cut = Ledger(num_rows=1)
-    cut.cut(line(1), "longer than max_length", length=99, kept=64)
+    cut.entries.append(Entry(line(1), "cut", "longer than max_length", 99, 64))
     cut.check(0.0)
 
 
@@ -57,7 +57,7 @@ def test_more_dropped_rows_are_an_error_that_names_the_first_the_share_and_the_r
 
 def test_one_reason_is_not_said_twice() -> None:
     ledger = Ledger(num_rows=2)
-    ledger.drop(line(2), "no trained token")
+    ledger.entries.append(Entry(line(2), "dropped", "no trained token", 0, 0))
     with pytest.raises(DataError) as caught:
         ledger.check(0.0)
     assert "reasons" not in str(caught.value)
@@ -66,8 +66,8 @@ def test_one_reason_is_not_said_twice() -> None:
 @pytest.mark.parametrize("max_dropped", [0.05, 1.0])
 def test_when_every_row_is_dropped_nothing_could_be_trained_whatever_the_share(max_dropped: float) -> None:
     ledger = Ledger(num_rows=2)
-    ledger.drop(line(1), "no trained token")
-    ledger.drop(line(2), "no trained token")
+    ledger.entries.append(Entry(line(1), "dropped", "no trained token", 0, 0))
+    ledger.entries.append(Entry(line(2), "dropped", "no trained token", 0, 0))
     with pytest.raises(DataError) as caught:
         ledger.check(max_dropped)
     assert str(caught.value) == (
@@ -76,7 +76,7 @@ def test_when_every_row_is_dropped_nothing_could_be_trained_whatever_the_share(m
 
 
 def test_it_is_written_a_line_an_entry_in_the_order_of_the_rows(ledger: Ledger, tmp_path: Path) -> None:
-    ledger.drop(Location("数据.parquet", 2, "row"), "grund")
+    ledger.entries.append(Entry(Location("数据.parquet", 2, "row"), "dropped", "grund", 0, 0))
     ledger.write(tmp_path / "ledger.jsonl")
     written = [json.loads(text) for text in (tmp_path / "ledger.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [entry["where"] for entry in written] == [
@@ -88,8 +88,19 @@ def test_it_is_written_a_line_an_entry_in_the_order_of_the_rows(ledger: Ledger, 
     ]
     assert written[1] == {
         "where": "rows.jsonl:4",
+        "source": "rows.jsonl",
+        "line": 4,
         "action": "cut",
         "reason": "longer than max_length",
         "length": 99,
         "kept": 64,
     }
+    assert (written[4]["source"], written[4]["row"]) == ("数据.parquet", 2)
+    assert Ledger.read((tmp_path / "ledger.jsonl").read_text(encoding="utf-8").splitlines()) == ledger.entries
+
+
+def test_filtered_rows_do_not_count_unless_nothing_is_left() -> None:
+    filtered = [Entry(line(n), "filtered", "filters.min_turns=4", 0, 0) for n in range(1, 10)]
+    Ledger(filtered, num_rows=10).check(0.0)
+    with pytest.raises(DataError, match=r"rows.jsonl:1: filters.min_turns=4; the filters leave none of 9 rows"):
+        Ledger(filtered, num_rows=9).check(1.0)

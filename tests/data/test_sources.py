@@ -1,16 +1,20 @@
-"""A file becomes records that know their place, and records become conversations, or one line says why not."""
+"""A source becomes records that know their place, or one line says why not."""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import sftx
-from sftx import Conversation, DataError, Location, Message, Parser
-from sftx.data import sources
+from sftx import ConfigError, DataError
+from sftx.config import Source
+from sftx.data import readers, sources
 
 TEXT = "你好, naïve café 🙂\u2028\u0085 «x»"
 
@@ -27,332 +31,298 @@ def write(name: str, content: str | bytes) -> str:
 
 def rows(name: str, content: str | bytes) -> list[tuple[str, Any]]:
     """The records of a file of that content, with their places as an error shows them."""
-    return [(str(where), record) for where, record in sources.read(write(name, content))]
+    return [(str(where), record) for where, record in sources.read(Source(write(name, content)))]
 
 
 def error_of(name: str, content: str | bytes | None = None) -> str:
     with pytest.raises(DataError) as caught:
-        list(sources.read(name) if content is None else sources.read(write(name, content)))
+        list(sources.read(Source(name)) if content is None else sources.read(Source(write(name, content))))
     message = str(caught.value)
     assert "\n" not in message
     return message
-
-
-# --- JSON lines ---------------------------------------------------------------------------------
-
-
-def test_json_lines_may_have_different_fields_and_know_their_lines() -> None:
-    content = f'{{"a": 1}}\n\n   \n{{"b": [null, {{"c": {json.dumps(TEXT)}}}]}}'
-    assert rows("x.jsonl", content) == [("x.jsonl:1", {"a": 1}), ("x.jsonl:4", {"b": [None, {"c": TEXT}]})]
-
-
-@pytest.mark.parametrize("name", ["x.jsonl", "x.JSONL", "x.ndjson", "x.json"])
-@pytest.mark.parametrize("start", ["", "\ufeff", "\r\n", "\ufeff\r\n"], ids=["bare", "bom", "blank", "bom-blank"])
-def test_a_byte_order_mark_and_windows_line_ends_change_nothing_but_the_line(name: str, start: str) -> None:
-    first = 1 + start.count("\n")
-    expected = [(f"{name}:{first}", {"a": 1}), (f"{name}:{first + 2}", {"a": "x\r\n"})]
-    assert rows(name, f'{start}{{"a": 1}}\r\n\r\n{{"a": "x\\r\\n"}}\r\n') == expected
-
-
-def test_only_a_newline_ends_a_line() -> None:
-    """JSON may hold U+2028 and U+0085 as they are, which str.splitlines takes for ends of lines."""
-    content = json.dumps({"a": TEXT}, ensure_ascii=False) + "\n" + '{"b": 1}\n'
-    assert rows("x.jsonl", content) == [("x.jsonl:1", {"a": TEXT}), ("x.jsonl:2", {"b": 1})]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ('{"a": 1}\n{"a": 1\n', "x.jsonl:2: not valid JSON: Expecting ',' delimiter at column "),
-        ('{"a": 1}\n\n{"a": 1} {"a": 2}\n', "x.jsonl:3: not valid JSON: Extra data at column 10"),
-        ("{'a': 1}", "x.jsonl:1: not valid JSON: "),
-        ('{"a": 1}\n[1]\n', 'x.jsonl:2: got a list, expected an object such as {"messages": [...]}'),
-        ('"text"', "x.jsonl:1: got a str, expected an object"),
-        ("null", "x.jsonl:1: got a NoneType, expected an object"),
-        (b'{"a": 1}\n{"a": "\xe9"}\n', "x.jsonl:2: is not UTF-8: invalid continuation byte at byte 8"),
-        ('{"a": 1}'.encode("utf-16"), "x.jsonl:1: is not UTF-8: "),
-        ('{"a": ' + "1" * 5000 + "}", "x.jsonl:1: not readable JSON: a number of too many digits"),
-        ("[" * 200_000, "x.jsonl:1: not "),
-        ("", "x.jsonl: holds no rows"),
-        ("\n \n\r\n", "x.jsonl: holds no rows"),
-        ("\ufeff", "x.jsonl: holds no rows"),
-    ],
-)
-def test_a_broken_line_is_named(content: str | bytes, message: str) -> None:
-    assert error_of("x.jsonl", content).startswith(message)
-
-
-def test_rows_before_a_broken_one_are_read() -> None:
-    reader = sources.read(write("x.jsonl", '{"a": 1}\n{'))
-    assert next(reader)[1] == {"a": 1}
-    with pytest.raises(DataError, match=r"^x\.jsonl:2: "):
-        next(reader)
-
-
-# --- JSON ---------------------------------------------------------------------------------------
-
-
-def test_a_json_list_knows_the_line_of_each_row() -> None:
-    content = ' \n[\n  {"a": 1}, {"a": 2},\n  {\n    "a": 3\n  }\n  , {"b": "x"}\n]\n'
-    assert rows("x.json", content) == [
-        ("x.json:3", {"a": 1}),
-        ("x.json:3", {"a": 2}),
-        ("x.json:4", {"a": 3}),
-        ("x.json:7", {"b": "x"}),
-    ]
-
-
-def test_a_json_file_of_json_lines_is_read_as_such() -> None:
-    assert rows("x.json", '{"a": 1}\n{"a": 2}\n') == [("x.json:1", {"a": 1}), ("x.json:2", {"a": 2})]
-    assert rows("y.json", '{"a": 1}') == [("y.json:1", {"a": 1})]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ('[\n  {"a": 1},\n  {"a": 2\n]', "x.json:4: not valid JSON: "),
-        ('[\n  {"a": 1}\n  {"a": 2}\n]', "x.json:3: not valid JSON: expected ',' or ']' after a row"),
-        ('[{"a": 1}\n', "x.json:2: not valid JSON: expected ',' or ']' after a row"),
-        ('[{"a": 1},\n', "x.json:2: not valid JSON: Expecting value at column 1"),
-        ('[{"a": 1}]\n[{"a": 2}]\n', "x.json:2: not valid JSON: text follows the list"),
-        ('[\n  {"a": 1},\n  "text"\n]', "x.json:3: got a str, expected an object"),
-        ('{\n  "data": [{"a": 1}]\n}', "x.json:1: got one object over several lines, expected a list of objects"),
-        ('{"a": 1}\n{"a": \n', "x.json:2: not valid JSON: "),
-        ("5", "x.json:1: got a int, expected an object"),
-        ("[\n" + "[" * 200_000, "x.json:2: not "),
-        ('[{"a": ' + "1" * 5000 + "}]", "x.json:1: not readable JSON: a number of too many digits"),
-        (b'[{"a": "\xe9"}]', "x.json: cannot be read: "),
-        ("[]", "x.json: holds no rows"),
-        ("", "x.json: holds no rows"),
-    ],
-)
-def test_a_broken_json_file_is_named_with_the_line(content: str | bytes, message: str) -> None:
-    assert error_of("x.json", content).startswith(message)
-
-
-# --- CSV and parquet ----------------------------------------------------------------------------
-
-
-def test_csv_is_text_and_stays_what_it_is() -> None:
-    content = f'prompt,completion\r\n042,NA\r\n\r\n"two\r\nlines, ""quoted""",\r\n"{TEXT}",1e5\r\n'
-    assert rows("x.csv", content) == [
-        ("x.csv:2", {"prompt": "042", "completion": "NA"}),
-        ("x.csv:4", {"prompt": 'two\r\nlines, "quoted"', "completion": ""}),
-        ("x.csv:6", {"prompt": TEXT, "completion": "1e5"}),
-    ]
-
-
-def test_csv_may_begin_with_a_byte_order_mark_and_hold_long_texts() -> None:
-    long = "long " * 100_000
-    assert rows("x.csv", f"\ufeff\na,b\n1,{long}\n") == [("x.csv:3", {"a": "1", "b": long})]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("a,b\n1,2\n1,2,3\n", "x.csv:3: got 3 fields, expected the 2 of the first line"),
-        ('a,b\n"1\n2",2\n1\n', "x.csv:4: got 1 fields, expected the 2 of the first line"),
-        ("a,a\n1,2\n", "x.csv:1: two columns have the same name: a, a"),
-        ('a,b\n1,"2\n', "x.csv:2: not valid CSV: "),
-        (b"a,b\n\xe9,2\n", "x.csv: cannot be read: "),
-        ("a,b\n", "x.csv: holds no rows"),
-        ("", "x.csv: holds no rows"),
-    ],
-)
-def test_a_broken_csv_file_is_named_with_the_line(content: str | bytes, message: str) -> None:
-    assert error_of("x.csv", content).startswith(message)
-
-
-def test_parquet_gives_nested_rows_with_their_numbers() -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    records = [{"messages": [{"role": "user", "content": TEXT}]}, {"messages": [{"role": "user", "content": None}]}]
-    pq.write_table(pa.Table.from_pylist(records), "x.parquet")
-    read = [(str(where), record) for where, record in sources.read("x.parquet")]
-    assert read == [("x.parquet row 1", records[0]), ("x.parquet row 2", records[1])]
-
-
-def test_a_broken_or_empty_parquet_file_is_named(capfd: pytest.CaptureFixture[str]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    assert error_of("x.parquet", "no parquet").startswith("x.parquet: cannot be read: ")
-    pq.write_table(pa.table({"a": pa.array([], pa.string())}), "y.parquet")
-    assert error_of("y.parquet") == "y.parquet: holds no rows"
-    assert capfd.readouterr() == ("", "")
 
 
 # --- files --------------------------------------------------------------------------------------
 
 
 def test_what_is_no_readable_file_is_said() -> None:
-    Path("folder").mkdir()
-    assert error_of("folder") == "folder: is a directory; name a file (.jsonl, .json, .parquet or .csv)"
     assert error_of("none.jsonl") == f"none.jsonl: no such file (looked in {Path.cwd()})"
     assert error_of("/none/none.jsonl") == "/none/none.jsonl: no such file"
-    assert error_of("x.txt", "") == (
-        "x.txt: unknown kind of file '.txt'; known are .jsonl, .ndjson, .json, .parquet, .csv"
-    )
+    assert error_of("x.tsv", "") == f"x.tsv: unknown kind of file '.tsv'; known are {readers.known()}"
+    assert error_of("x.parquet.gz", "").startswith("x.parquet.gz: unknown kind of file '.gz'; known are .jsonl, ")
     assert error_of("sftx:demo/none.jsonl") == "sftx:demo/none.jsonl: no such file"
+    assert error_of("a\0b.jsonl").startswith("a\0b.jsonl: ")
+    assert error_of("x" * 300 + ".jsonl").startswith("x" * 300 + ".jsonl: cannot be read: ")
+    Path("dangling.jsonl").symlink_to("nowhere.jsonl")
+    assert error_of("dangling.jsonl") == "dangling.jsonl: is a link to nowhere.jsonl, which is not there"
+    os.mkfifo("pipe.jsonl")  # it would be waited for without end
+    assert error_of("pipe.jsonl") == "pipe.jsonl: is no regular file"
 
 
 def test_a_path_may_begin_at_home_or_in_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     write("x.jsonl", "{}")
-    assert [str(where) for where, _ in sources.read("~/x.jsonl")] == ["~/x.jsonl:1"]
+    assert [str(where) for where, _ in sources.read(Source("~/x.jsonl"))] == ["~/x.jsonl:1"]
     assert sources.resolve("sftx:errors.py") == Path(sftx.__file__).with_name("errors.py")
 
 
-def test_a_file_s_hash_is_that_of_its_bytes() -> None:
-    write("x.jsonl", "abc")
-    assert sources.sha256("x.jsonl") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+def test_a_file_that_may_not_be_read_is_said_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    write("x.jsonl", "{}")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # chmod does not stop a root user
+    with pytest.raises(DataError, match=r"^x\.jsonl: cannot be read: permission denied$"):
+        sources.check(Source("x.jsonl"))
 
 
-# --- parsers ------------------------------------------------------------------------------------
-
-WHERE = Location("x.jsonl", 7)
-
-
-@pytest.fixture(scope="module")
-def parsers() -> dict[str, Parser]:
-    from sftx import config, hookspecs, plugins
-
-    loaded = config.load(None, assignments=[("data.train", ["x.jsonl"], "--data x.jsonl")], remove=["masked-ce"])
-    assembly = plugins.Assembly(loaded.origins)
-    for name in hookspecs.DEFAULTS["sftx_parser"]:
-        assembly.add(plugins.find(name, plugins.discover()), {})
-    return assembly.parsers()
+def test_a_limit_stops_before_what_is_broken() -> None:
+    write("x.jsonl", '{"a": 1}\n{"a": 2}\n{')
+    assert [row for _, row in sources.read(Source("x.jsonl", limit=2))] == [{"a": 1}, {"a": 2}]
 
 
-def parse(parsers: dict[str, Parser], record: dict[str, Any]) -> tuple[str, list[tuple[str, str, bool]]]:
-    """The format that takes a record, and its turns: (role, content, whether it is trained)."""
-    name, parser = next((name, parser) for name, parser in parsers.items() if parser.accepts(record))
-    (conversation,) = parser.parse(record, WHERE)
-    assert isinstance(conversation, Conversation)
-    return name, [(m.role, m.content, m.trained) for m in conversation.messages]
+def test_a_text_file_is_one_document() -> None:
+    assert rows("x.txt", f"{TEXT}\r\n\n") == [("x.txt:1", {"text": f"{TEXT}\r\n\n"})]
+    assert error_of("y.txt", "\n") == "y.txt: holds no rows"
 
 
-USER, ANSWER = {"role": "user", "content": TEXT}, {"role": "assistant", "content": "🙂"}
-PAIR = [("user", TEXT, False), ("assistant", "🙂", True)]
-BRIEF = ("system", "Be brief.", False)
+# --- directories --------------------------------------------------------------------------------
+
+
+def folder(**files: str) -> None:
+    for name, content in files.items():
+        path = Path(name.replace("__", "/").replace("_DOT_", "."))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content, encoding="utf-8")
+
+
+def test_a_directory_is_its_files_in_the_order_of_their_paths() -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder(
+        d__b_DOT_jsonl='{"n": 2}\n',
+        d__a_DOT_json='[{"n": 1}]',
+        d__sub__c_DOT_csv="n\n3\n",
+        d__README_DOT_md="#",
+        d__dataset_infos_DOT_json="{}",
+        d___DOT_hidden_DOT_jsonl="{",
+        d___DOT_git__x_DOT_jsonl="{",
+        d__empty_DOT_jsonl="",
+    )
+    pq.write_table(pa.table({"n": [4]}), "d/z.parquet")
+    Path("d/sub/up").symlink_to("..")  # a loop
+    expected = ["d/a.json:1", "d/b.jsonl:1", "d/sub/c.csv:2", "d/z.parquet row 1"]
+    assert [str(where) for where, _ in sources.read(Source("d"))] == expected
+    assert [str(where) for where, _ in sources.read(Source("d/"))] == expected
+    assert [str(where) for where, _ in sources.read(Source("d", limit=2))] == expected[:2]
+    assert sources.num_bytes(Source("d")) == sum(
+        Path(name).stat().st_size for name in ("d/a.json", "d/b.jsonl", "d/sub/c.csv", "d/z.parquet")
+    )
+
+
+def test_what_a_directory_lacks_is_said() -> None:
+    Path("empty").mkdir()
+    assert error_of("empty").startswith("empty: no file of rows is in this directory, which holds nothing; known are .")
+    folder(d__a_DOT_md="", d__b_DOT_py="")
+    assert "which holds a.md, b.py; known are" in error_of("d")
+    folder(d__c_DOT_jsonl="\n")
+    assert error_of("d") == "d: holds no rows"
+    folder(d__c_DOT_jsonl='{"a": 1}\n{')
+    assert error_of("d").startswith("d/c.jsonl:2: not valid JSON")
+    Path("d/e.parquet").symlink_to("gone")  # a shard that is missing is no shard less
+    assert error_of("d") == "d/e.parquet: is a link to gone, which is not there"
 
 
 @pytest.mark.parametrize(
-    ("record", "name", "turns"),
+    "files",
     [
-        ({"messages": [USER, ANSWER]}, "messages", PAIR),
-        ({"messages": [{"role": "system", "content": "Be brief."}, USER, ANSWER]}, "messages", [BRIEF, *PAIR]),
-        ({"messages": [USER, ANSWER, USER, ANSWER], "id": 3}, "messages", [*PAIR, *PAIR]),
-        ({"messages": [USER, {"role": "tool", "content": "5"}]}, "messages", [PAIR[0], ("tool", "5", False)]),
-        ({"messages": []}, "messages", []),
-        ({"prompt": TEXT, "completion": "🙂"}, "prompt-completion", PAIR),
-        ({"prompt": [USER], "completion": [ANSWER]}, "prompt-completion", PAIR),
-        ({"prompt": [USER], "completion": "🙂", "score": 1}, "prompt-completion", PAIR),
-        (
-            {"prompt": [USER, ANSWER, USER], "completion": [ANSWER]},
-            "prompt-completion",
-            [PAIR[0], ("assistant", "🙂", False), *PAIR],
-        ),
-        ({"instruction": TEXT, "output": "🙂"}, "alpaca", PAIR),
-        ({"instruction": TEXT, "input": "", "output": "🙂", "history": None, "system": None}, "alpaca", PAIR),
-        (
-            {"instruction": "a", "input": "b", "output": "c"},
-            "alpaca",
-            [("user", "a\nb", False), ("assistant", "c", True)],
-        ),
-        (
-            {"instruction": TEXT, "output": "🙂", "system": "Be brief.", "history": [["a", "b"]]},
-            "alpaca",
-            [BRIEF, ("user", "a", False), ("assistant", "b", True), *PAIR],
-        ),
-        ({"conversations": [{"from": "human", "value": TEXT}, {"from": "gpt", "value": "🙂"}]}, "sharegpt", PAIR),
-        (
-            {
-                "system": "Be brief.",
-                "conversations": [{"from": "user", "value": TEXT}, {"from": "assistant", "value": "🙂"}],
-            },
-            "sharegpt",
-            [BRIEF, *PAIR],
-        ),
-        ({"conversations": [{"from": "system", "value": "Be brief."}], "system": ""}, "sharegpt", [BRIEF]),
+        {"d__train_DOT_jsonl": "{}", "d__test_DOT_jsonl": "{}"},
+        {"d__data__train-00000-of-00001_DOT_jsonl": "{}", "d__data__validation-00000-of-00001_DOT_jsonl": "{}"},
+        {"d__train__a_DOT_jsonl": "{}", "d__eval__a_DOT_jsonl": "{}"},
     ],
 )
-def test_a_record_is_recognised_by_its_fields_and_becomes_turns(
-    parsers: dict[str, Parser], record: dict[str, Any], name: str, turns: list[tuple[str, str, bool]]
-) -> None:
-    assert parse(parsers, record) == (name, turns)
+def test_held_out_files_are_not_trained_on_because_they_lie_beside_the_others(files: dict[str, str]) -> None:
+    folder(**files)
+    with pytest.raises(DataError, match=r"^d: holds several splits \(.*\); choose one with split: NAME"):
+        sources.check(Source("d"))
 
 
-@pytest.mark.parametrize(
-    ("record", "message"),
-    [
-        ({"messages": None}, "messages is missing or null, expected a list"),
-        ({"messages": "text"}, "messages is text, expected a list"),
-        ({"messages": ["text"]}, "messages[0] is text, expected an object with role and content"),
-        ({"messages": [USER, None]}, "messages[1] is missing or null, expected an object"),
-        ({"messages": [{"content": "x"}]}, "messages[0].role is None, expected system, user, assistant, tool"),
-        (
-            {"messages": [USER, {"role": "asistant", "content": "x"}]},
-            "messages[1].role is 'asistant', expected system, user, assistant, tool; did you mean 'assistant'?",
-        ),
-        ({"messages": [{"role": ["user"], "content": "x"}]}, "messages[0].role is ['user'], expected system"),
-        ({"messages": [{"role": "user"}]}, "messages[0].content is missing or null, expected text"),
-        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content is missing or null, expected text"),
-        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content is a number, expected text"),
-        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content is a list"),
-        ({"prompt": None, "completion": "x"}, "prompt is missing or null, expected text"),
-        ({"prompt": "x", "completion": 5}, "completion is a number, expected text"),
-        ({"prompt": "x", "completion": ["y"]}, "completion[0] is text, expected an object with role and content"),
-        ({"prompt": [{"role": "usr", "content": "x"}], "completion": "x"}, "did you mean 'user'?"),
-        ({"instruction": None, "output": "x"}, "instruction is missing or null, expected text"),
-        ({"instruction": "x", "output": 5}, "output is a number, expected text"),
-        ({"instruction": "x", "output": "y", "input": 5}, "input is a number, expected text"),
-        ({"instruction": "x", "output": "y", "system": ["s"]}, "system is a list, expected text"),
-        ({"instruction": "x", "output": "y", "history": "z"}, "history is text, expected a list"),
-        ({"instruction": "x", "output": "y", "history": [["a"]]}, "history[0] is no pair [question, answer]"),
-        ({"instruction": "x", "output": "y", "history": [["a", None]]}, "history[0][1] is missing or null"),
-        ({"conversations": {"from": "human"}}, "conversations is an object, expected a list"),
-        ({"conversations": ["x"]}, "conversations[0] is text, expected an object with from and value"),
-        (
-            {"conversations": [{"from": "humn", "value": "x"}]},
-            "conversations[0].from is 'humn', expected human, gpt, system, user, assistant; did you mean 'human'?",
-        ),
-        ({"conversations": [{"role": "user", "content": "x"}]}, "conversations[0].from is None, expected human"),
-        ({"conversations": [{"from": "gpt"}]}, "conversations[0].value is missing or null, expected text"),
-        ({"conversations": [{"from": "gpt", "value": 5}]}, "conversations[0].value is a number, expected text"),
-        ({"conversations": [], "system": 5}, "system is a number, expected text"),
-    ],
-)
-def test_a_bad_value_is_named_with_line_field_and_what_was_expected(
-    parsers: dict[str, Parser], record: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(DataError) as caught:
-        parse(parsers, record)
-    assert str(caught.value).startswith("x.jsonl:7: ")
-    assert message in str(caught.value)
+def test_a_directory_of_shards_gives_the_split_that_is_asked_for() -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    Path("d/data").mkdir(parents=True)
+    for split in ("train", "test"):
+        for shard in range(2):
+            path = f"d/data/{split}-0000{shard}-of-00002.parquet"
+            pq.write_table(pa.table({"a": [f"{split} {shard}"]}), path)
+    source = Source("d", split="test")
+    sources.check(source)
+    read = [(str(where), row["a"]) for where, row in sources.read(source)]
+    assert read == [("d[test] row 1", "test 0"), ("d[test] row 2", "test 1")]
+    with pytest.raises(DataError, match=r"^d: cannot be read: Bad split: tset\. Available splits: \['train', 'test'\]"):
+        list(sources.read(Source("d", split="tset")))
 
 
-@pytest.mark.parametrize(
-    "record", [{}, {"prompt": "x"}, {"completion": "x"}, {"instruction": "x"}, {"text": "x"}, {"conversation": []}]
-)
-def test_a_record_of_other_fields_is_nobody_s(parsers: dict[str, Parser], record: dict[str, Any]) -> None:
-    assert [name for name, parser in parsers.items() if parser.accepts(record)] == []
+def test_a_saved_dataset_is_read_with_its_splits(capfd: pytest.CaptureFixture[str]) -> None:
+    from datasets import Dataset, DatasetDict
+    from datasets.utils import logging
 
-
-def test_a_parser_that_is_named_for_a_record_of_other_fields_says_what_it_misses(parsers: dict[str, Parser]) -> None:
-    """`data.format` sends every row to one parser, which then never asked whether it accepts it."""
-    for parser in parsers.values():
-        with pytest.raises(DataError, match=r"^x\.jsonl:7: \w+ is missing or null"):
-            parser.parse({"text": "x"}, WHERE)
-
-
-def test_message_of_a_role_other_than_assistant_may_be_trained_when_said_so() -> None:
-    assert [Message(role, "x").trained for role in ("system", "user", "assistant", "tool")] == [
-        False,
-        False,
-        True,
-        False,
+    logging.disable_progress_bar()
+    try:
+        records = [{"messages": [{"role": "user", "content": f"{TEXT} {n}"}]} for n in range(3)]
+        dataset = Dataset.from_list(records)
+        dataset.save_to_disk("one")
+        DatasetDict({"train": dataset, "test": dataset.select([2])}).save_to_disk("dict")
+    finally:
+        logging.enable_progress_bar()
+    assert [row for _, row in sources.read(Source("one"))] == records
+    assert [row for _, row in sources.read(Source("dict"))] == records
+    assert [(str(where), row) for where, row in sources.read(Source("dict", split="test"))] == [
+        ("dict[test] row 1", records[2])
     ]
-    assert Message("user", "x", trainable=True).trained
-    assert not Message("assistant", "x", trainable=False).trained
+    with pytest.raises(DataError, match=r"^dict: no split 'tets'; did you mean 'test'\?"):
+        list(sources.read(Source("dict", split="tets")))
+    with pytest.raises(DataError, match=r"^one: is one saved split; leave split: test out"):
+        list(sources.read(Source("one", split="test")))
+    with pytest.raises(ConfigError, match=r"^one: is a saved dataset, which has no subsets; leave 'en' out"):
+        list(sources.read(Source("one", subset="en")))
+    assert sources.num_bytes(Source("one")) > 0
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("option", ["split", "subset"])
+def test_a_file_has_no_splits(option: str) -> None:
+    write("x.jsonl", "{}")
+    with pytest.raises(ConfigError, match=rf"^x\.jsonl: is a file, and {option} 'a' is for datasets"):
+        sources.check(Source("x.jsonl", **{option: "a"}))
+
+
+# --- columns ------------------------------------------------------------------------------------
+
+
+def mapped(record: dict[str, Any], **columns: str) -> dict[str, Any]:
+    write("x.jsonl", json.dumps(record))
+    (row,) = [row for _, row in sources.read(Source("x.jsonl", columns=columns))]
+    return dict(row)
+
+
+def test_columns_make_the_record_that_the_format_wants() -> None:
+    record = {"q": "Q", "qa": {"answer": {"text": "A"}}, "a.b": 1, "prompt": "not this", "none": None}
+    assert mapped(record, prompt="q", completion="qa.answer.text") == {"prompt": "Q", "completion": "A"}
+    assert mapped(record, x="a.b", y="none") == {"x": 1, "y": None}
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ("questoin", "no column 'questoin'; did you mean 'question'?"),
+        ("zzz", "no column 'zzz'; there are question, qa, n"),
+        ("qa.answr", "no column 'qa.answr'; did you mean 'answer'?"),
+        ("n.x", "no column 'n.x'; there are none"),
+    ],
+)
+def test_a_column_that_is_not_there_is_named_with_its_line(column: str, message: str) -> None:
+    with pytest.raises(DataError) as caught:
+        mapped({"question": "Q", "qa": {"answer": "A"}, "n": None}, prompt=column)
+    assert str(caught.value) == f"x.jsonl:1: columns: {message}"
+
+
+def test_a_column_that_some_rows_lack_is_named_with_the_first_such_line() -> None:
+    write("x.jsonl", '{"q": 1}\n{"q": 2}\n{"a": 3}\n')
+    with pytest.raises(DataError, match=r"^x\.jsonl:3: columns: no column 'q'; there are a$"):
+        list(sources.read(Source("x.jsonl", columns={"prompt": "q"})))
+
+
+# --- fingerprints -------------------------------------------------------------------------------
+
+
+def test_the_fingerprint_of_a_file_alone_is_the_hash_of_its_bytes() -> None:
+    write("x.jsonl", "abc")
+    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert sources.fingerprint(Source("x.jsonl")) == expected
+    assert sources.fingerprint(Source("x.jsonl", weight=2, format="messages")) == expected
+
+
+def test_a_fingerprint_changes_with_whatever_changes_the_rows() -> None:
+    folder(d__a_DOT_jsonl='{"a": 1}', d__b_DOT_jsonl='{"a": 2}')
+    seen = [
+        sources.fingerprint(source)
+        for source in (
+            Source("d"),
+            Source("d", limit=1),
+            Source("d", columns={"b": "a"}),
+            Source("d", split="train"),
+            Source("d/a.jsonl", limit=1),
+        )
+    ]
+    assert sources.fingerprint(Source("d/")) == seen[0]
+    folder(d__a_DOT_jsonl='{"a": 3}')
+    seen.append(sources.fingerprint(Source("d")))
+    Path("d/b.jsonl").rename("d/c.jsonl")
+    seen.append(sources.fingerprint(Source("d")))
+    folder(d__unread_DOT_md="x", d___DOT_hidden_DOT_jsonl="x")
+    assert sources.fingerprint(Source("d")) == seen[-1]
+    assert len(set(seen)) == len(seen)
+
+
+@pytest.mark.parametrize("name", ["./owner/name", "a/b/c", "owner/name.jsonl", "name", "/owner/name"])
+def test_what_cannot_be_a_hub_dataset_is_no_such_file(name: str) -> None:
+    with pytest.raises(DataError, match=r": no such file"):
+        sources.check(Source(name))
+
+
+# --- memory -------------------------------------------------------------------------------------
+
+MEASURE = """
+import sys
+import pyarrow.parquet
+from sftx.config import Source
+from sftx.data import sources
+
+def resident_mib():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096 / 2**20
+
+start = peak = resident_mib()
+num_rows = 0
+for where, row in sources.read(Source(sys.argv[1])):
+    num_rows += 1
+    if num_rows % 1000 == 1:
+        peak = max(peak, resident_mib())
+print(num_rows, peak - start)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.csv", "x.parquet", "x.arrow"])
+def test_a_file_of_200_mb_is_read_in_little_memory(name: str) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    num_rows, num_repeats = 1000, 100
+    records = [{"prompt": os.urandom(500).hex(), "completion": os.urandom(500).hex()} for _ in range(num_rows)]
+    lines = [json.dumps(record) for record in records]
+    with Path(name).open("wb") as file:
+        if name == "x.jsonl":
+            file.writelines(["".join(line + "\n" for line in lines).encode()] * num_repeats)
+        elif name == "x.json":  # all of it on one line
+            file.writelines([b"[", *["".join(line + ", " for line in lines).encode()] * num_repeats, b"]"])
+        elif name == "x.csv":
+            file.write(b"prompt,completion\n")
+            file.writelines(["".join(",".join(r.values()) + "\n" for r in records).encode()] * num_repeats)
+        else:
+            table = pa.concat_tables([pa.Table.from_pylist(records)] * num_repeats).combine_chunks()
+            if name == "x.parquet":  # one row group, the worst of cases
+                pq.write_table(table, file, use_dictionary=False, compression="none", row_group_size=len(table))
+            else:
+                with pa.ipc.new_stream(file, table.schema) as writer:
+                    writer.write_table(table, max_chunksize=1000)
+    assert Path(name).stat().st_size > 195e6
+    # Arrow's own allocator keeps for later what was freed, which says nothing of what is held.
+    environment = os.environ | {"ARROW_DEFAULT_MEMORY_POOL": "system"}
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, name], env=environment, capture_output=True, text=True, check=True, timeout=60
+    )
+    read, growth_mib = done.stdout.split()
+    Path(name).unlink()
+    assert int(read) == num_rows * num_repeats
+    assert float(growth_mib) < 50

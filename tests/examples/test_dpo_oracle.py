@@ -176,7 +176,7 @@ def test_steps_of_training_give_the_losses_gradients_and_rewards_of_trl(
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-3, weight_decay=0.01)
     oracle.model.train()
     losses = []
-    for number, (epoch, step) in enumerate(session.plan, 1):
+    for number, (epoch, step, _) in enumerate(session.plan, 1):
         ours = session.trainer.step(number, epoch, session.trainer.micro_batches(step, session.data.examples))
         optimizer.zero_grad()
         loss = oracle.compute_loss(oracle.model, trl_inputs(oracle, pairs_of(session, step)))

@@ -12,7 +12,14 @@ from sftx.run_file import Origins
 BUILT_IN = [info for info in discover() if info.package == "sftx"]
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "chatml": [{"default_system": "You are terse."}],
-    "padded": [{"group_by_length": False, "pad_to_multiple_of": 8}],
+    "sharegpt": [{"role_key": "speaker", "content_key": "said", "roles": {"bot": "assistant"}}],
+    "qwen3": [{"thinking": "strip"}, {"thinking": "empty"}],
+    "deepseek3": [{"earlier_reasoning": "drop"}],
+    "llama3": [{"dates": True}],
+    "qwen2.5": [{"default_system": None}],
+    "tokenizer": [{"enable_thinking": False}],
+    "padded": [{"group_by_length": False, "pad_to_multiple_of": 8}, {"padding_free": True}],
+    "packed": [{"length": 40, "attention": "mask"}, {"strategy": "wrapped", "attention": "mask4d"}],
     "lora": [{"lora_dropout": 0.3}, {"modules_to_save": ["lm_head", "embed_tokens"]}],
     "masked-ce": [{"label_smoothing": 0.1, "z_loss": 1e-3}, {"workspace_mb": 1}],
 }

@@ -33,7 +33,7 @@ def logits(session: Session) -> Any:
 
 def take_steps(session: Session, count: int = 3) -> list[float]:
     losses = []
-    for number, (epoch, step) in zip(range(1, count + 1), session.plan, strict=False):
+    for number, (epoch, step, _) in zip(range(1, count + 1), session.plan, strict=False):
         session.lm.train()
         batches = session.trainer.micro_batches(step, session.data.examples)
         losses.append(session.trainer.step(number, epoch, batches).loss)

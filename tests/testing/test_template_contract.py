@@ -319,7 +319,7 @@ class RewritesUnsaid(Thinking):
 class JinjaForgetsLine(ChatML):
     @property
     def chat_template(self) -> str:
-        return super().chat_template.replace("\\n", "", 1)
+        return super().chat_template.replace("\\n", "")
 
 
 class JinjaForgetsPrompt(ChatML):

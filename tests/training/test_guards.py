@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from encoding import prepared
 from sessions import session_of
 from sftx import Batch, Conversation, Message, ModelError, PlainText, PluginError, Tokens, TrainingError
 from sftx_plugins.masked_ce import MaskedCE
@@ -56,7 +57,7 @@ def test_a_collator_that_loses_an_example_is_stopped(tiny_model_dir: Path, data:
     ],
 )
 def test_a_plan_that_is_no_plan_is_refused(tiny_model_dir: Path, data: Path, collator: Padded, message: str) -> None:
-    from sftx.training.loop import Plan
+    from sftx.training.plan import Plan
 
     session = session_of(tiny_model_dir, data)
     with pytest.raises(PluginError, match=message):
@@ -77,7 +78,7 @@ def test_a_loss_whose_denominator_is_not_positive_is_stopped(tiny_model_dir: Pat
 
 
 def test_a_metric_that_is_not_a_number_is_stopped(tiny_model_dir: Path, data: Path) -> None:
-    from sftx.data.encode import Question
+    from sftx.data.rows import Question
     from sftx.training.evaluate import Evaluator
 
     session = session_of(tiny_model_dir, data)
@@ -233,7 +234,7 @@ def test_an_adapter_that_saves_nothing_is_stopped(tiny_model_dir: Path, data: Pa
 def test_a_parser_that_gives_other_types_is_stopped_at_its_row(
     tiny_model_dir: Path, data: Path, parsed: Any, message: str
 ) -> None:
-    from sftx.data.encode import Encoder, prepare
+    from sftx.data.encode import Encoder
 
     class Odd:
         fields, samples = "x", ()
@@ -246,7 +247,7 @@ def test_a_parser_that_gives_other_types_is_stopped_at_its_row(
 
     session = session_of(tiny_model_dir, data)
     with pytest.raises(PluginError, match=rf"rows\.jsonl:1: .*{message}"):
-        prepare([str(data)], session.config.data, {"odd": Odd()}, Encoder(session.lm.tokenizer, None))
+        prepared([str(data)], session.config.data, {"odd": Odd()}, Encoder(session.lm.tokenizer, None))
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def test_ten_steps_give_the_losses_of_transformers_peft_and_adamw(real_model_dir
     assert sum(p.numel() for p in trained) == session.report().num_trainable
     optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.01)
     ours, theirs = [], []
-    for number, (epoch, step) in zip(range(1, 11), session.plan, strict=False):
+    for number, (epoch, step, _) in zip(range(1, 11), session.plan, strict=False):
         ours.append(
             session.trainer.step(number, epoch, session.trainer.micro_batches(step, session.data.examples)).loss
         )
@@ -218,7 +218,7 @@ def test_every_split_gives_the_same_losses_over_ten_steps(tiny_model_dir: Path, 
         session = split_session(tiny_model_dir, mixed_rows, split)
         losses[split] = [
             session.trainer.step(n, epoch, session.trainer.micro_batches(step, session.data.examples)).loss
-            for n, (epoch, step) in enumerate(session.plan, 1)
+            for n, (epoch, step, _) in enumerate(session.plan, 1)
         ]
     assert all(len(values) == 10 for values in losses.values())
     assert losses[8, 1][-1] < losses[8, 1][0] - 0.1
@@ -234,7 +234,7 @@ def test_every_split_gives_the_same_weights_in_fp64(tiny_model_dir: Path, mixed_
         session = split_session(tiny_model_dir, mixed_rows, split)
         session.lm.double()
         start = torch.cat([p.detach().flatten().clone() for p in session.trainer.parameters])
-        for n, (epoch, step) in enumerate(session.plan, 1):
+        for n, (epoch, step, _) in enumerate(session.plan, 1):
             session.trainer.step(n, epoch, session.trainer.micro_batches(step, session.data.examples))
         weights[split] = torch.cat([p.detach().flatten() for p in session.trainer.parameters])
         assert weights[split].dtype == torch.float64

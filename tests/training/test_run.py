@@ -101,7 +101,7 @@ def test_a_run_directory_holds_all_that_the_run_was(tiny_model_dir: Path, data: 
         "jsonl",
     }
     assert len(manifest["model"]["sha256"]) == 64
-    assert [len(value) for value in manifest["data"].values()] == [64, 64]
+    assert [len(value["fingerprint"]) for value in (*manifest["data"], *manifest["eval_data"])] == [64, 64]
 
 
 def test_the_resolved_run_file_is_the_run(tiny_model_dir: Path, data: Path) -> None:
@@ -146,7 +146,7 @@ def test_bf16_keeps_a_frozen_base_in_bf16_and_trains_in_fp32(tiny_model_dir: Pat
         assert (frozen, trained) == ({torch.bfloat16 if bf16 else torch.float32}, {torch.float32})
         losses[bf16] = [
             session.trainer.step(n, e, session.trainer.micro_batches(s, session.data.examples)).loss
-            for n, (e, s) in enumerate(session.plan, 1)
+            for n, (e, s, _) in enumerate(session.plan, 1)
         ]
     assert losses[True] == pytest.approx(losses[False], rel=0.02)
     assert losses[True] != losses[False]

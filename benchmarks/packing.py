@@ -1,0 +1,214 @@
+"""What padding costs: real tokens a second of padded rows in random order, padded rows of similar length, packed rows.
+
+The embedded model with LoRA r16 on all linear layers, the alpaca demo set (`make assets`), chatml, at most 2,048 tokens
+a row: forward and backward of micro-batches of 8 padded rows, or of one packed row. Of each kind some micro-batches
+that stand for its epoch, from the cheapest to the dearest in equal steps, are run by turns in one process. Into
+benchmarks/results/cpu/packing.json, or --out, come tokens a second (of all together, and the median of the
+micro-batches), their ratios, and how full the packed rows are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT / ".assets" / "llamafactory" / "alpaca_en_demo.json"
+OUT = ROOT / "benchmarks" / "results" / "cpu" / "packing.json"
+ROWS = 8
+GOALS = {"packed / random": 1.8, "packed / grouped": 0.95, "efficiency": 0.97}
+
+
+@dataclass
+class Kind:
+    """One way to batch: its micro-batches, and what running them took."""
+
+    batches: list[Any]
+    padding: float
+    """Share of the epoch's positions that are padding."""
+    tokens: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+    def figures(self) -> dict[str, float]:
+        rates = [tokens / s for tokens, s in zip(self.tokens, self.seconds, strict=True)]
+        return {
+            "tokens_per_second": sum(self.tokens) / sum(self.seconds),
+            "median_tokens_per_second": statistics.median(rates),
+            "padding": self.padding,
+            "micro_batches": len(rates),
+            "seconds": sum(self.seconds),
+        }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--micro-batches", type=int, default=6, help="of each kind (6)")
+    parser.add_argument(
+        "--length", type=int, default=2048, help="tokens of a packed row, and of the longest row (2048)"
+    )
+    parser.add_argument("--bf16", action="store_true", help="bf16 under autocast, instead of fp32")
+    parser.add_argument("--quick", action="store_true", help="two micro-batches of at most 128 tokens, nothing written")
+    parser.add_argument("--out", type=Path, default=OUT)
+    options = parser.parse_args()
+    if not DATA.is_file():
+        print(f"{DATA} is missing; run `make assets`", file=sys.stderr)
+        return 2
+    length, num = (128, 2) if options.quick else (options.length, options.micro_batches)
+
+    step, encoder = _load(options.bf16)
+    examples = _examples(encoder, length)
+    kinds, efficiency = _kinds(examples, length, num)
+    _measure(step, kinds)
+    report = _report(kinds, efficiency, length=length, bf16=options.bf16, num_examples=len(examples))
+    missed = _print(report)
+    if options.quick:
+        print("--quick tries that all of it runs; its figures mean nothing")
+        return 0
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print(f"written: {options.out}")
+    return int(bool(missed))
+
+
+def _load(bf16: bool) -> tuple[Any, Any]:
+    """What a run trains with: forward and backward of one batch, and the encoder."""
+    import torch
+
+    from sftx.config import EMBEDDED_MODEL, TrainConfig
+    from sftx.data.encode import Encoder
+    from sftx.model import names
+    from sftx.model.language_model import LanguageModel
+    from sftx.model.load import load_model, load_spec, load_tokenizer
+    from sftx.training import precision as precisions
+    from sftx.training.loop import TrainStep
+    from sftx_plugins.chatml import ChatML
+    from sftx_plugins.lora import Lora
+    from sftx_plugins.masked_ce import MaskedCE
+
+    name = names.resolve(EMBEDDED_MODEL)
+    precision = precisions.choose(TrainConfig(bf16=bf16, use_cpu=True))
+    tokenizer, spec = load_tokenizer(name), load_spec(name)
+    adapter = Lora(r=16).sftx_adapter(spec)
+    model = load_model(spec, [adapter], dtype=precision.base_dtype(frozen=True), device=precision.device)
+    torch.manual_seed(0)
+    lm = LanguageModel(model, tokenizer)
+    lm.attach({"lora": adapter})
+    lm.train()
+    module = TrainStep(lm, MaskedCE().sftx_loss())
+
+    def step(batch: Any) -> None:
+        with precision.autocast():
+            loss = module(batch).sum / batch.num_tokens
+        loss.backward()
+        module.zero_grad(set_to_none=True)
+
+    return step, Encoder(tokenizer, ChatML().sftx_template(tokenizer))
+
+
+def _examples(encoder: Any, length: int) -> list[Any]:
+    """The rows that fit, encoded."""
+    from sftx import Example, Location
+    from sftx_plugins.alpaca import Alpaca
+
+    parser, examples = Alpaca().sftx_parser(), []
+    for number, record in enumerate(json.loads(DATA.read_text(encoding="utf-8")), 1):
+        (conversation,) = parser.parse(record, Location(DATA.name, number))
+        ids, mask, _ = encoder.segments(encoder.template.render(conversation))
+        if len(ids) <= length:
+            examples.append(Example(ids, mask, row_id=f"row {number}", group=number))
+    return examples
+
+
+def _kinds(examples: Sequence[Any], length: int, num: int) -> tuple[dict[str, Kind], float]:
+    """Micro-batches of each kind, and the share of the packed rows that is filled."""
+    from sftx_plugins.packed import Packed
+    from sftx_plugins.padded import Padded
+
+    kinds = {
+        "random": _kind(Padded(group_by_length=False).sftx_collator(), examples, ROWS, num),
+        "grouped": _kind(Padded().sftx_collator(), examples, ROWS, num),
+        "packed": _kind(Packed().sftx_collator(length), examples, 1, num),
+    }
+    rows = _steps(Packed().sftx_collator(length), examples, 1)
+    filled = sum(len(example.token_ids) for example in examples) / (len(rows) * length)
+    return kinds, filled
+
+
+def _kind(collator: Any, examples: Sequence[Any], rows: int, num: int) -> Kind:
+    steps = _steps(collator, examples, rows)
+    batches = [collator.collate([examples[index] for row in step for index in row]) for step in steps]
+    # By what they cost: a position in the body of the model, and about a quarter of that in the head where it is
+    # trained. Packed rows differ in the latter only: those of long documents have more of it.
+    batches.sort(key=lambda batch: batch.input_ids_BT.numel() + batch.num_tokens / 4)
+    positions = sum(batch.input_ids_BT.numel() for batch in batches)
+    chosen = [batches[int((number + 0.5) * len(batches) / num)] for number in range(num)]
+    return Kind(chosen, padding=1 - sum(batch.num_real_tokens for batch in batches) / positions)
+
+
+def _steps(collator: Any, examples: Sequence[Any], rows: int) -> list[Any]:
+    """The epoch, a micro-batch a step."""
+    steps, _ = collator.plan(
+        [len(example.token_ids) for example in examples],
+        [example.group for example in examples],
+        seed=0,
+        epoch=0,
+        window=0,
+        examples_per_step=rows,
+        final=True,
+    )
+    return list(steps)
+
+
+def _measure(step: Any, kinds: dict[str, Kind]) -> None:
+    for kind in kinds.values():
+        step(min(kind.batches, key=lambda batch: batch.input_ids_BT.numel()))  # what is only slow the first time
+    for batches in zip(*(kind.batches for kind in kinds.values()), strict=True):
+        for kind, batch in zip(kinds.values(), batches, strict=True):
+            start = time.perf_counter()
+            step(batch)
+            kind.seconds.append(time.perf_counter() - start)
+            kind.tokens.append(batch.num_real_tokens)
+
+
+def _report(kinds: dict[str, Kind], efficiency: float, *, length: int, bf16: bool, num_examples: int) -> dict[str, Any]:
+    import torch
+    import transformers
+
+    rates = {name: kind.figures()["tokens_per_second"] for name, kind in kinds.items()}
+    return {
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "dtype": "bfloat16 (autocast)" if bf16 else "float32",
+        "data": {"set": DATA.name, "examples": num_examples, "length": length, "rows": ROWS},
+        "kinds": {name: kind.figures() for name, kind in kinds.items()},
+        "packed / random": rates["packed"] / rates["random"],
+        "packed / grouped": rates["packed"] / rates["grouped"],
+        "efficiency": efficiency,
+    }
+
+
+def _print(report: dict[str, Any]) -> list[str]:
+    """Shows the figures; returns the goals that they miss."""
+    print(f"{report['machine']}, {report['dtype']}, torch {report['torch']}, transformers {report['transformers']}")
+    for name, figures in report["kinds"].items():
+        print(
+            f"{name:>8}: {figures['tokens_per_second']:6.1f} real tokens/s (median "
+            f"{figures['median_tokens_per_second']:.1f}), {figures['padding']:.1%} padding, {figures['seconds']:.0f} s"
+        )
+    missed = [name for name, goal in GOALS.items() if not report[name] >= goal]
+    for name, goal in GOALS.items():
+        print(f"{name}: {report[name]:.3f} (goal {goal}{', missed' if name in missed else ''})")
+    return missed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

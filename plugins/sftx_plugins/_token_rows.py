@@ -1,0 +1,65 @@
+"""Rows of an embedding that train while the rest of it is frozen: those of added tokens. In PEFT's files, as PEFT does.
+
+Dimensions: V vocabulary, D hidden, A added tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from transformers import PreTrainedModel
+
+KEY = "token_adapter.trainable_tokens_delta"
+"""PEFT's name of the rows; despite it they are the rows themselves, not what is added to them."""
+
+
+class TokenRows(nn.Module):
+    """A parametrisation of a weight [V, D]: the frozen one with its own rows, [A, D] in fp32, in their places."""
+
+    def __init__(self, weight_VD: Tensor, token_ids: Sequence[int]) -> None:
+        super().__init__()
+        self.enabled = True
+        ids_A = torch.tensor(token_ids, device=weight_VD.device)
+        self.register_buffer("ids_A", ids_A, persistent=False)
+        self.rows_AD = nn.Parameter(weight_VD.detach()[ids_A].to(torch.float32, copy=True))
+
+    ids_A: Tensor
+
+    def forward(self, weight_VD: Tensor) -> Tensor:
+        if not self.enabled:
+            return weight_VD
+        return weight_VD.index_copy(0, self.ids_A, self.rows_AD.to(weight_VD.dtype))
+
+
+def attach(model: PreTrainedModel, token_ids: Sequence[int]) -> dict[str, TokenRows]:
+    """Makes these rows of the embedding and of the head trainable; what is found by the module's path.
+
+    Tied weights share their rows, which stand under the embedding's name. A module that trains in full is left alone.
+    """
+    found: dict[str, TokenRows] = {}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head.weight is embedding.weight
+    for name, module in list(model.named_modules()):
+        if module not in (embedding, head) or module.weight.requires_grad:
+            continue
+        shared = next(iter(found.values()), None) if tied else None
+        rows = shared or TokenRows(module.weight, token_ids)
+        parametrize.register_parametrization(module, "weight", rows)
+        if shared is None:
+            found[name] = rows
+    return found
+
+
+@torch.no_grad()
+def merge(model: PreTrainedModel) -> None:
+    """Writes the rows into the frozen weights, and takes the parametrisations off."""
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if parametrize.is_parametrized(module, "weight"):
+            found: Any = cast(Any, module).parametrizations.weight
+            weight_VD, rows = found.original, found[0]
+            weight_VD[rows.ids_A] = rows.rows_AD.to(weight_VD.dtype)
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)

@@ -1,0 +1,55 @@
+"""MA-RLHF: `BOS\\n#SYSTEM:...\\n#USER:...\\n#ASSISTANT:...EOS`: role tags as plain text, as its course trains with.
+
+A tag is a newline, `#`, the role in capitals and a colon; what is said follows at once. The text begins with the
+tokenizer's beginning of text where it has one; the answer ends in its end of text, and nothing follows that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from sftx import Conversation, Segment
+from sftx_plugins._template import Native, Turn, end_of_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_JINJA: Final = """
+    {{ $begin }}
+    {% for message in messages %}
+        {{ '\\n#' + message.role | upper + ':' }}{{ thought(message) }}{{ message.content }}
+        {% if message.role == 'assistant' %}{{ $end }}{% endif %}
+    {% endfor %}
+    {% if add_generation_prompt %}{{ '\\n#ASSISTANT:' }}{% endif %}
+"""
+
+
+@dataclass(frozen=True, eq=False)
+class MaRlhf(Native):
+    """#SYSTEM:, #USER: and #ASSISTANT: on lines of their own; the answer and the end of text are trained."""
+
+    begin = end = ""
+
+    @property
+    def chat_template(self) -> str | None:
+        return self._jinja(_JINJA, begin=self.begin, end=self.end)
+
+    def _known_of(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        begin, end = tokenizer.bos_token or "", end_of_text(tokenizer)
+        controls = super()._known_of(tokenizer)["controls"] | ({begin, end} - {""})
+        return {"controls": controls, "stop": (end,), "begin": begin, "end": end}
+
+    def _turns(self, conversation: Conversation) -> Iterator[Segment]:
+        yield from Turn(self.controls, "").opening(self.begin)
+        for message in conversation.messages:
+            turn = self._turn(message)
+            yield from turn.opening(f"\n#{message.role.upper()}:")
+            yield from turn.thinks(message.reasoning)
+            yield from turn.says(message.content)
+            if message.role == "assistant":
+                yield from turn.words(self.end)
+
+    def _opening(self, conversation: Conversation) -> Iterator[Segment]:
+        return Turn(self.controls, "assistant").opening("\n#ASSISTANT:")

@@ -1,0 +1,168 @@
+"""Which examples each step of a run takes: of a whole set, epoch by epoch, or of a stream, window by window."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sftx.config import TrainConfig
+from sftx.data.examples import Examples
+from sftx.data.stream import Stream
+from sftx.training import checked
+from sftx.types import Collator, Example, Step
+
+Sample: TypeAlias = Callable[[int], tuple[NDArray[np.int64], NDArray[np.int64]]]
+"""Of an epoch: the indices of its examples and their groups."""
+
+Planned: TypeAlias = tuple[float, Step, Sequence[Example]]
+"""Epochs done after a step, the step, and the examples that its indices point to."""
+
+
+class Steps(Protocol):
+    """The steps of a whole run."""
+
+    num_steps: int
+    scope: PlannedScope
+
+    def __iter__(self) -> Iterator[Planned]: ...
+
+
+@dataclass(frozen=True)
+class PlannedScope:
+    """What the first epoch holds, or a stream's first window."""
+
+    num_examples: int
+    num_tokens: int
+    """Trained."""
+    num_real_tokens: int
+    num_steps: int
+    longest: int
+    """Tokens of the longest example."""
+    largest_id: int
+
+
+class Plan:
+    """The steps of a run on examples that are all there: pure in the seed and the epoch."""
+
+    def __init__(
+        self, examples: Sequence[Example], collator: Collator, config: TrainConfig, sample: Sample | None = None
+    ) -> None:
+        self.examples = examples
+        self._lengths = lengths_of(examples)
+        self._groups = groups_of(examples)
+        self._sample = sample
+        self._collator = collator
+        self._config = config
+        self._last: tuple[int, list[Step]] | None = None
+        first = self.epoch(0)
+        self.num_steps = config.max_steps or max(1, round(config.num_train_epochs * len(first)))
+        self.scope = _scope(first, examples)
+
+    def epoch(self, epoch: int) -> list[Step]:
+        """The steps of one epoch. Raises PluginError when the collator loses or repeats an example."""
+        if self._last is not None and self._last[0] == epoch:
+            return self._last[1]
+        indices: list[int] | None = None
+        lengths, groups = self._lengths, self._groups
+        if self._sample is not None:
+            chosen, groups = self._sample(epoch)
+            indices, lengths = chosen.tolist(), lengths[chosen]
+        steps = checked.plan(
+            self._collator, lengths.tolist(), groups.tolist(), epoch=epoch, final=True, **_arguments(self._config)
+        )[0]
+        if indices is not None:
+            steps = [tuple(tuple(indices[at] for at in row) for row in step) for step in steps]
+        self._last = epoch, steps
+        return steps
+
+    def __iter__(self) -> Iterator[Planned]:
+        epoch, done = 0, 0
+        while True:
+            steps = self.epoch(epoch)
+            for number, step in enumerate(steps, 1):
+                yield epoch + number / len(steps), step, self.examples
+                done += 1
+                if done == self.num_steps:
+                    return
+            epoch += 1
+
+
+class StreamPlan:
+    """The steps of a run on a stream: each window is planned when it is read, and what fills no step carried over.
+
+    The first window is read at once, so that what is wrong with the data is told before weights are read.
+    """
+
+    def __init__(self, stream: Stream, collator: Collator, config: TrainConfig, window: int) -> None:
+        """`window`: examples that are planned together."""
+        assert config.max_steps is not None
+        self.num_steps = config.max_steps
+        self._stream = stream
+        self._collator = collator
+        self._config = config
+        self._windows = stream.windows(window)
+        self._first = self._plan(0, [])
+        steps, self.examples, _ = self._first
+        self.scope = _scope(steps, self.examples)
+
+    def _plan(self, window: int, carried: Sequence[Example]) -> tuple[list[Step], list[Example], list[Example]]:
+        """The steps of a window, its examples, and those of them that are carried over."""
+        examples = [*carried, *next(self._windows)]
+        lengths, groups = lengths_of(examples).tolist(), groups_of(examples).tolist()
+        steps, rest = checked.plan(
+            self._collator, lengths, groups, epoch=0, window=window, final=False, **_arguments(self._config)
+        )
+        return steps, examples, [examples[at] for at in rest]
+
+    def __iter__(self) -> Iterator[Planned]:
+        steps, examples, carried = self._first
+        done = 0
+        for window in count(1):
+            for step in steps:
+                yield float(min(self._stream.passes)), step, examples
+                done += 1
+                if done == self.num_steps:
+                    return
+            steps, examples, carried = self._plan(window, carried)
+
+
+def _scope(steps: Sequence[Step], examples: Sequence[Example]) -> PlannedScope:
+    indices = np.array([index for step in steps for row in step for index in row], np.int64)
+    lengths = lengths_of(examples)
+    if isinstance(examples, Examples):
+        num_tokens, largest_id = int(examples.num_tokens[indices].sum()), examples.largest_id
+    else:
+        num_tokens = sum(examples[index].num_tokens for index in indices)
+        largest_id = max((max(example.token_ids) for example in examples), default=0)
+    return PlannedScope(
+        num_examples=len(indices),
+        num_tokens=num_tokens,
+        num_real_tokens=int(lengths[indices].sum()),
+        num_steps=len(steps),
+        longest=int(lengths.max(initial=0)),
+        largest_id=largest_id,
+    )
+
+
+def _arguments(config: TrainConfig) -> dict[str, int]:
+    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    return {"seed": config.seed, "examples_per_step": rows}
+
+
+def lengths_of(examples: Sequence[Example]) -> NDArray[np.int64]:
+    """[n], tokens of each."""
+    if isinstance(examples, Examples):
+        return examples.lengths
+    return np.array([len(example.token_ids) for example in examples], np.int64)
+
+
+def groups_of(examples: Sequence[Example]) -> NDArray[np.int64]:
+    """[n]"""
+    if isinstance(examples, Examples):
+        return examples.groups
+    return np.array([example.group for example in examples], np.int64)

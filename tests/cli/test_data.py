@@ -1,0 +1,83 @@
+"""`sftx data export`, as a user types it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from sftx.cli import main
+
+ROW = '{"conversations": [{"from": "human", "value": "你好"}, {"from": "gpt", "value": "A"}]}\n'
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.jsonl").write_text(ROW * 2, encoding="utf-8")
+
+
+def sftx(*words: str) -> Result:
+    return CliRunner().invoke(main, ["data", "export", *words])
+
+
+def test_a_file_is_written_once_and_never_over() -> None:
+    Path("b.csv").write_text("text\nT\n")
+    first = sftx("--data", "a.jsonl:3", "--data", "b.csv", "--output", "new/out.jsonl")
+    assert (first.exit_code, first.stdout, first.stderr) == (0, "", "3 of 3 rows written to new/out.jsonl\n")
+    pair = {"messages": [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "A"}]}
+    text = Path("new/out.jsonl").read_text(encoding="utf-8")
+    assert [json.loads(line) for line in text.splitlines()] == [pair, pair, {"text": "T"}]
+    assert "你好" in text
+    again = sftx("--data", "a.jsonl", "--output", "new/out.jsonl")
+    assert again.exit_code == 1
+    assert "--output new/out.jsonl: is there already and never written over" in again.stderr
+    assert Path("new/out.jsonl").read_text(encoding="utf-8") == text
+    assert [path.name for path in Path("new").iterdir()] == ["out.jsonl"]
+
+
+def test_the_terminal_gets_the_lines_and_nothing_else() -> None:
+    done = sftx("--data", "a.jsonl", "--set", "data.filters.duplicates=drop", "--output", "-")
+    assert done.exit_code == 0
+    assert len(done.stdout.splitlines()) == 1
+    assert done.stderr == (
+        "1 of 2 rows filtered: the same as an earlier row (first: a.jsonl:2)\n1 of 2 rows written to -\n"
+    )
+
+
+def test_a_filter_that_counts_tokens_is_said_not_to_apply() -> None:
+    done = sftx("--data", "a.jsonl", "--set", "data.filters.max_length=5", "--output", "-")
+    assert done.stderr.startswith("filters.min_length and max_length count tokens")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--data", "none.jsonl", "--output", "x.jsonl"], "none.jsonl: no such file"),
+        (["--data", "a.jsonl", "--output", "x.parquet"], "name a file that ends in .jsonl"),
+        (["--data", "a.jsonl", "--output", "a.jsonl/x.jsonl"], "cannot be written: "),
+        (["--data", "a.jsonl", "--format", "alpca", "--output", "x.jsonl"], "did you mean 'alpaca'?"),
+        (["--data", "bad.jsonl", "--output", "x.jsonl"], "bad.jsonl:2: "),
+    ],
+)
+def test_what_goes_wrong_is_one_line_and_leaves_nothing(words: list[str], message: str) -> None:
+    Path("bad.jsonl").write_text(ROW + "{", encoding="utf-8")
+    done = sftx(*words)
+    assert done.exit_code == 1
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert sorted(path.name for path in Path().iterdir()) == ["a.jsonl", "bad.jsonl"]
+
+
+def test_an_export_needs_no_torch() -> None:
+    script = (
+        "import sys\nfrom sftx.cli import main\n"
+        "main(['data', 'export', '--data', 'a.jsonl', '--output', '-'], standalone_mode=False)\n"
+        "print([name for name in ('torch', 'transformers') if name in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1] == "[]"

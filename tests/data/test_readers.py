@@ -1,0 +1,342 @@
+"""A file of each kind becomes rows that know their place, or one line says why not."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sftx import DataError
+from sftx.config import Source
+from sftx.data import json_text, readers, sources
+
+TEXT = "你好, naïve café 🙂\u2028\u0085 «x»"
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def write(name: str, content: str | bytes) -> str:
+    Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return name
+
+
+def rows(name: str, content: str | bytes) -> list[tuple[str, Any]]:
+    """The records of a file of that content, with their places as an error shows them."""
+    return [(str(where), record) for where, record in sources.read(Source(write(name, content)))]
+
+
+def error_of(name: str, content: str | bytes | None = None) -> str:
+    with pytest.raises(DataError) as caught:
+        list(sources.read(Source(name)) if content is None else sources.read(Source(write(name, content))))
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# --- JSON lines ---------------------------------------------------------------------------------
+
+
+def test_json_lines_may_have_different_fields_and_know_their_lines() -> None:
+    content = f'{{"a": 1}}\n\n   \n{{"b": [null, {{"c": {json.dumps(TEXT)}}}]}}'
+    assert rows("x.jsonl", content) == [("x.jsonl:1", {"a": 1}), ("x.jsonl:4", {"b": [None, {"c": TEXT}]})]
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.JSONL", "x.ndjson", "x.json"])
+@pytest.mark.parametrize("start", ["", "\ufeff", "\r\n", "\ufeff\r\n"], ids=["bare", "bom", "blank", "bom-blank"])
+def test_a_byte_order_mark_and_windows_line_ends_change_nothing_but_the_line(name: str, start: str) -> None:
+    first = 1 + start.count("\n")
+    expected = [(f"{name}:{first}", {"a": 1}), (f"{name}:{first + 2}", {"a": "x\r\n"})]
+    assert rows(name, f'{start}{{"a": 1}}\r\n\r\n{{"a": "x\\r\\n"}}\r\n') == expected
+
+
+def test_only_a_newline_ends_a_line() -> None:
+    """JSON may hold U+2028 and U+0085 as they are, which str.splitlines takes for ends of lines."""
+    content = json.dumps({"a": TEXT}, ensure_ascii=False) + "\n" + '{"b": 1}\n'
+    assert rows("x.jsonl", content) == [("x.jsonl:1", {"a": TEXT}), ("x.jsonl:2", {"b": 1})]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"a": 1}\n{"a": 1\n', "x.jsonl:2: not valid JSON: Expecting ',' delimiter at column "),
+        ('{"a": 1}\n\n{"a": 1} {"a": 2}\n', "x.jsonl:3: not valid JSON: Extra data at column 10"),
+        ("{'a': 1}", "x.jsonl:1: not valid JSON: "),
+        ('{"a": 1}\n[1]\n', 'x.jsonl:2: got a list, expected an object such as {"messages": [...]}'),
+        ('"text"', "x.jsonl:1: got a str, expected an object"),
+        ("null", "x.jsonl:1: got a NoneType, expected an object"),
+        (b'{"a": 1}\n{"a": "\xe9"}\n', "x.jsonl:2: is not UTF-8: invalid continuation byte at byte 8"),
+        ('{"a": 1}'.encode("utf-16"), "x.jsonl:1: is not UTF-8: "),
+        ('{"a": ' + "1" * 5000 + "}", "x.jsonl:1: not readable JSON: a number of too many digits"),
+        ("[" * 200_000, "x.jsonl:1: not "),
+        ("", "x.jsonl: holds no rows"),
+        ("\n \n\r\n", "x.jsonl: holds no rows"),
+        ("\ufeff", "x.jsonl: holds no rows"),
+    ],
+)
+def test_a_broken_line_is_named(content: str | bytes, message: str) -> None:
+    assert error_of("x.jsonl", content).startswith(message)
+
+
+def test_rows_before_a_broken_one_are_read() -> None:
+    reader = sources.read(Source(write("x.jsonl", '{"a": 1}\n{')))
+    assert next(reader)[1] == {"a": 1}
+    with pytest.raises(DataError, match=r"^x\.jsonl:2: "):
+        next(reader)
+
+
+# --- JSON ---------------------------------------------------------------------------------------
+
+
+def test_a_json_list_knows_the_line_of_each_row() -> None:
+    content = ' \n[\n  {"a": 1}, {"a": 2},\n  {\n    "a": 3\n  }\n  , {"b": "x"}\n]\n'
+    assert rows("x.json", content) == [
+        ("x.json:3", {"a": 1}),
+        ("x.json:3", {"a": 2}),
+        ("x.json:4", {"a": 3}),
+        ("x.json:7", {"b": "x"}),
+    ]
+
+
+def test_a_json_file_of_json_lines_is_read_as_such() -> None:
+    assert rows("x.json", '{"a": 1}\n{"a": 2}\n') == [("x.json:1", {"a": 1}), ("x.json:2", {"a": 2})]
+    assert rows("y.json", '{"a": 1}') == [("y.json:1", {"a": 1})]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('[\n  {"a": 1},\n  {"a": 2\n]', "x.json:4: not valid JSON: "),
+        ('[\n  {"a": 1}\n  {"a": 2}\n]', "x.json:3: not valid JSON: expected ',' or ']' after a row"),
+        ('[{"a": 1}\n', "x.json:2: not valid JSON: expected ',' or ']' after a row"),
+        ('[{"a": 1},\n', "x.json:2: not valid JSON: Expecting value at column 1"),
+        ('[{"a": 1}]\n[{"a": 2}]\n', "x.json:2: not valid JSON: text follows the list"),
+        ('[\n  {"a": 1},\n  "text"\n]', "x.json:3: got a str, expected an object"),
+        ('{\n  "data": [{"a": 1}]\n}', "x.json:1: got one object over several lines, expected a list of objects"),
+        ('{"a": 1}\n{"a": \n', "x.json:2: not valid JSON: "),
+        ("5", "x.json:1: got a int, expected an object"),
+        ("[\n" + "[" * 200_000, "x.json:2: not "),
+        ('[{"a": ' + "1" * 5000 + "}]", "x.json:1: not readable JSON: a number of too many digits"),
+        (b'[{"a": "\xe9"}]', "x.json:1: is not UTF-8: invalid continuation byte at byte 9"),
+        (b'[\n{"a": "\xc3\xa9"},\n{"a": "\xe9"}]', "x.json:3: is not UTF-8: invalid continuation byte at byte 8"),
+        ("[]", "x.json: holds no rows"),
+        ("", "x.json: holds no rows"),
+    ],
+)
+def test_a_broken_json_file_is_named_with_the_line(content: str | bytes, message: str) -> None:
+    assert error_of("x.json", content).startswith(message)
+
+
+# --- CSV and parquet ----------------------------------------------------------------------------
+
+
+def test_csv_is_text_and_stays_what_it_is() -> None:
+    content = f'prompt,completion\r\n042,NA\r\n\r\n"two\r\nlines, ""quoted""",\r\n"{TEXT}",1e5\r\n'
+    assert rows("x.csv", content) == [
+        ("x.csv:2", {"prompt": "042", "completion": "NA"}),
+        ("x.csv:4", {"prompt": 'two\r\nlines, "quoted"', "completion": ""}),
+        ("x.csv:6", {"prompt": TEXT, "completion": "1e5"}),
+    ]
+
+
+def test_csv_may_begin_with_a_byte_order_mark_and_hold_long_texts() -> None:
+    long = "long " * 100_000
+    assert rows("x.csv", f"\ufeff\na,b\n1,{long}\n") == [("x.csv:3", {"a": "1", "b": long})]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a,b\n1,2\n1,2,3\n", "x.csv:3: got 3 fields, expected the 2 of the first line"),
+        ('a,b\n"1\n2",2\n1\n', "x.csv:4: got 1 fields, expected the 2 of the first line"),
+        ("a,a\n1,2\n", "x.csv:1: two columns have the same name: a, a"),
+        ('a,b\n1,"2\n', "x.csv:2: not valid CSV: "),
+        (b"a,b\n\xe9,2\n", "x.csv:2: is not UTF-8: invalid continuation byte at byte 1"),
+        ("a,b\n1,2\n".encode("utf-16"), "x.csv:1: is not UTF-8: "),
+        ("a,b\n", "x.csv: holds no rows"),
+        ("", "x.csv: holds no rows"),
+    ],
+)
+def test_a_broken_csv_file_is_named_with_the_line(content: str | bytes, message: str) -> None:
+    assert error_of("x.csv", content).startswith(message)
+
+
+def test_parquet_gives_nested_rows_with_their_numbers() -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    records = [{"messages": [{"role": "user", "content": TEXT}]}, {"messages": [{"role": "user", "content": None}]}]
+    pq.write_table(pa.Table.from_pylist(records), "x.parquet")
+    read = [(str(where), record) for where, record in sources.read(Source("x.parquet"))]
+    assert read == [("x.parquet row 1", records[0]), ("x.parquet row 2", records[1])]
+
+
+def test_a_broken_or_empty_parquet_file_is_named(capfd: pytest.CaptureFixture[str]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    assert error_of("x.parquet", "no parquet").startswith("x.parquet: cannot be read: ")
+    pq.write_table(pa.table({"a": pa.array([], pa.string())}), "y.parquet")
+    assert error_of("y.parquet") == "y.parquet: holds no rows"
+    assert capfd.readouterr() == ("", "")
+
+
+# --- compressed ---------------------------------------------------------------------------------
+
+
+def zst(content: bytes) -> bytes:
+    import pyarrow as pa
+
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(content)
+    return bytes(sink.getvalue())
+
+
+COMPRESS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zst}
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("x.jsonl", f'\ufeff{{"a": "{TEXT}"}}\n\n{{"a": "b"}}'),
+        ("x.json", f'[\n{{"a": "{TEXT}"}},\n{{"a": "b"}}]'),
+        ("x.csv", f'a\n"{TEXT}"\nb'),
+        ("x.txt", TEXT),
+    ],
+)
+def test_a_compressed_file_gives_the_same_rows(name: str, content: str, suffix: str) -> None:
+    plain = [(where.removeprefix(name), row) for where, row in rows(name, content)]
+    packed = name + suffix
+    assert [(w.removeprefix(packed), r) for w, r in rows(packed, COMPRESS[suffix](content.encode()))] == plain
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_a_compressed_file_that_ends_early_is_an_error_and_no_shorter_file(suffix: str) -> None:
+    content = b"".join(json.dumps({"a": number, "b": os.urandom(40).hex()}).encode() + b"\n" for number in range(9999))
+    packed = COMPRESS[suffix](content)
+    name = "x.jsonl" + suffix
+    assert len(rows(name, packed)) == 9999
+    assert error_of(name, packed[: len(packed) // 2]).startswith(f"{name}: cannot be read")
+    assert error_of(name, "no such thing").startswith(f"{name}: cannot be read: ")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "compress"), [*COMPRESS.items(), (".parquet", lambda content: b"PAR1\x15" + content)]
+)
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.csv", "x.txt"])
+def test_a_file_of_the_wrong_name_is_told_the_right_one(name: str, suffix: str, compress: Any) -> None:
+    assert error_of(name, compress(b"{}")) == f"{name}: begins as a {suffix} file does; give it that name"
+
+
+# --- a list of any size -------------------------------------------------------------------------
+
+WIDE = [
+    {"a": TEXT * 3, "b": [1.5e10, -2, True, None, {"c": '\\u12 🙂 " \\ \t' * 2}]},
+    {},
+    {"long": "x" * 700, "d": {"e": [[], {}, [[3]]]}},
+]
+
+
+@pytest.mark.parametrize("indent", [None, 0, 3])
+@pytest.mark.parametrize("ensure_ascii", [True, False])
+def test_a_list_is_the_same_wherever_its_pieces_are_cut(
+    indent: int | None, ensure_ascii: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = "\ufeff \n" + json.dumps(WIDE * 2, indent=indent, ensure_ascii=ensure_ascii) + " \n"
+    whole = rows("x.json", content)
+    assert [row for _, row in whole] == WIDE * 2
+    monkeypatch.setattr(json_text, "_READ_CHARS", 1)
+    for size in (*range(1, 40), 997):
+        monkeypatch.setattr(readers, "_PIECE_BYTES", size)
+        assert rows("x.json", content) == whole
+
+
+def test_an_error_in_a_list_has_the_same_place_wherever_its_pieces_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = [
+        '[{"a": "é"},\n\n {"a": 1, é}]',
+        '[{"a": "é"},\n {"a": "x\ny"}]',
+        '[{"a": 1} {"a": 1}]',
+        '[{"a": 1},\n {"a": "never ends}]',
+        '[{"a": 1}] é',
+        '[ \n\n{"a": 1}, \n{"a": [1 2], "b": "é"}]',
+    ]
+    whole = [error_of("x.json", content) for content in broken]
+    assert [message.partition(" at ")[0] for message in whole] == [
+        "x.json:3: not valid JSON: Expecting property name enclosed in double quotes",
+        "x.json:2: not valid JSON: Invalid control character",
+        "x.json:1: not valid JSON: expected ',' or ']' after a row",
+        "x.json:2: not valid JSON: Unterminated string starting",
+        "x.json:1: not valid JSON: text follows the list",
+        "x.json:4: not valid JSON: Expecting ',' delimiter",
+    ]
+    monkeypatch.setattr(json_text, "_READ_CHARS", 1)
+    for size in range(1, 40):
+        monkeypatch.setattr(readers, "_PIECE_BYTES", size)
+        assert [error_of("x.json", content) for content in broken] == whole
+    assert error_of("x.json", b'[{"a": "\xc3\xa9 \xe9"}]').endswith(" at byte 12")
+
+
+# --- parquet and Arrow --------------------------------------------------------------------------
+
+
+def arrow_table(num_rows: int) -> tuple[Any, list[dict[str, Any]]]:
+    import pyarrow as pa
+
+    records = [{"messages": [{"role": "user", "content": f"{TEXT} {n}"}], "n": n} for n in range(num_rows)]
+    return pa.Table.from_pylist(records), records
+
+
+@pytest.mark.parametrize("form", ["new_stream", "new_file"])
+def test_both_forms_of_arrow_are_read(form: str) -> None:
+    import pyarrow as pa
+
+    table, records = arrow_table(600)
+    with getattr(pa.ipc, form)("x.arrow", table.schema) as writer:
+        writer.write_table(table, max_chunksize=400)
+    read = [(str(where), record) for where, record in sources.read(Source("x.arrow"))]
+    assert read == [(f"x.arrow row {number}", record) for number, record in enumerate(records, 1)]
+    whole = Path("x.arrow").read_bytes()
+    assert error_of("x.arrow", whole[: len(whole) // 2]).startswith("x.arrow: cannot be read")
+    assert error_of("x.arrow", "no arrow").startswith("x.arrow: cannot be read: ")
+
+
+def test_damaged_arrow_is_an_error_and_no_crash() -> None:
+    import pyarrow as pa
+
+    table = pa.table({"a": ["xxxxx", "y"]})
+    with pa.ipc.new_stream("x.arrow", table.schema) as writer:
+        writer.write_table(table)
+    whole = Path("x.arrow").read_bytes()
+    offsets = struct.pack("<3i", 0, 5, 6)
+    assert whole.count(offsets) == 1
+    damaged = whole.replace(offsets, struct.pack("<3i", 0, 2**30, 6))
+    assert error_of("x.arrow", damaged).startswith("x.arrow: cannot be read: ")
+
+
+def test_json_of_any_shape_in_a_column_is_decoded() -> None:
+    """What `datasets` writes for tools, whose fields differ from row to row."""
+    from datasets import Dataset, Features, Json, List, Value
+
+    records = [{"n": 1, "tools": [{"a": {"b": 1}}]}, {"n": 2, "tools": [{"c": "x"}, 5]}, {"n": 3, "tools": None}]
+    features = Features({"n": Value("int64"), "tools": List(Json())})
+    Dataset.from_list(records, features=features).to_parquet("x.parquet")
+    assert [row for _, row in sources.read(Source("x.parquet"))] == records
+
+
+def test_two_columns_of_one_name_are_refused() -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table([["x"], ["y"]], names=["a", "a"]), "x.parquet")
+    assert error_of("x.parquet") == "x.parquet: two columns have the same name: a, a"

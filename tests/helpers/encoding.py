@@ -1,0 +1,26 @@
+"""Files of rows as the datasets of a run, without a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from sftx.config import DataConfig, Source
+from sftx.data.encode import Encoder
+from sftx.data.prepare import Dataset, prepare
+from sftx.data.rows import RowEncoder
+from sftx.types import Parser
+
+
+def prepared(
+    paths: Sequence[str | Path],
+    config: DataConfig,
+    parsers: Mapping[str, Parser],
+    encoder: Encoder,
+    *,
+    questions: bool = False,
+) -> Dataset:
+    """Every row of these files, encoded in this process and not cached."""
+    return prepare(
+        [Source(str(path)) for path in paths], config, RowEncoder(parsers, encoder, config, questions=questions)
+    )

