@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from sftx.config import DataConfig, Filters, Source
+from sftx.config import Filters, Source
 from sftx.data import sources
 from sftx.data.cache import Cache
 from sftx.data.examples import Examples, Writer
@@ -61,19 +61,13 @@ class Dataset:
         return self.examples.num_real_tokens
 
 
-def prepare(
-    wanted: Sequence[Source],
-    config: DataConfig,
-    encode: RowEncoder,
-    *,
-    identity: Mapping[str, Any] | None = None,
-) -> Dataset:
+def prepare(wanted: Sequence[Source], encode: RowEncoder, *, identity: Mapping[str, Any] | None = None) -> Dataset:
     """Reads, parses and encodes every row of the sources.
 
     With `identity`, all else that decides what an encoded row is (plugins, their options and code), the dataset may
-    come from the cache, and go there. Raises DataError, naming file and line: a row that cannot be read, more dropped
-    rows than `config.max_dropped` allows, or a stop token that no row trains.
+    come from the cache, and go there. Raises DataError, naming file and line, for a row that cannot be read.
     """
+    config = encode.config
     many = sum(sources.num_bytes(source) for source in wanted) > MANY_BYTES
     cache = None
     if identity is not None and wanted and (many if config.cache is None else config.cache):
@@ -88,10 +82,23 @@ def prepare(
                 data = _encode_all(wanted, encode, num_proc, Writer(directory))
                 cache.save(data, directory)
             data = cache.load() or data
-    data.ledger.check(config.max_dropped)
-    if data.has_turns and config.train_turn_end:
-        check_stop(data, encode)
     return data
+
+
+def check(data: Dataset, encode: RowEncoder, *, max_dropped: float) -> None:
+    """Raises DataError for more dropped rows than that share, or a stop token that no row trains.
+
+    A model whose stop token is never trained does not stop. Rows that were cut cannot count.
+    """
+    data.ledger.check(max_dropped)
+    template = encode.encoder.template
+    if data.trains_stop or not data.has_turns or not len(data.examples):
+        return
+    if template is not None and encode.config.train_turn_end:
+        raise DataError(
+            f"{data.examples[0].row_id}: no row trains the stop token {', '.join(template.stop)}, so the model "
+            "would never end its answer; raise data.max_length if every row was cut, or mend the template"
+        )
 
 
 def _num_cores() -> int:
@@ -222,14 +229,3 @@ def _parallel(chunks: Iterator[Chunk], encode: RowEncoder, num_proc: int) -> Ite
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def check_stop(data: Dataset, encode: RowEncoder) -> None:
-    """A model whose stop token is never trained does not stop. Rows that were cut cannot count. Raises DataError."""
-    template = encode.encoder.template
-    if template is None or not len(data.examples) or data.trains_stop:
-        return
-    raise DataError(
-        f"{data.examples[0].row_id}: no row trains the stop token {', '.join(template.stop)}, so the model "
-        "would never end its answer; raise data.max_length if every row was cut, or mend the template"
-    )

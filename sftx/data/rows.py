@@ -138,7 +138,7 @@ class RowEncoder:
     def _add(self, unit: Parsed, row: Row, filters: Filters) -> bool:
         """Encodes one unit into the row; False when that takes the whole row out."""
         config, where = self.config, row.where
-        token_ids, loss_mask, weights = self._labelled(unit)
+        token_ids, loss_mask, weights = self.labelled(unit)
         length = len(token_ids)
         if not any(loss_mask[1:]):
             row.drop(_why_nothing_is_trained([unit]), length=length)
@@ -154,7 +154,7 @@ class RowEncoder:
         if length > config.max_length and not self.wrapped:
             if config.long_rows == "error":
                 raise DataError(f"{where}: {length} tokens, more than data.max_length={config.max_length}")
-            pieces = long_rows.fit(unit, pieces[0], config, self.encoder.is_control, self._labelled)
+            pieces = long_rows.fit(unit, pieces[0], config, self.encoder.is_control, self.labelled)
             reason = f"longer than max_length={config.max_length}"
             if not pieces:
                 fills = config.long_rows != "drop" and f"its prompt alone fills max_length={config.max_length}"
@@ -166,8 +166,8 @@ class RowEncoder:
         row.examples += [_arrays(*piece, extras=unit.extras) for piece in pieces]
         return True
 
-    def _labelled(self, unit: Parsed) -> long_rows.Piece:
-        """Ids, mask and weights, with what the options say of single tokens."""
+    def labelled(self, unit: Parsed) -> long_rows.Piece:
+        """Ids, mask and weights of what `units` gave, with what the options say of single tokens."""
         token_ids, loss_mask, weights = self.encoder.encode(unit)
         if self.config.train_on_prompt:
             loss_mask = [True] * len(token_ids)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from sftx.config import Loaded, RunConfig
-from sftx.data import mixture
+from sftx.config import Loaded, RunConfig, Source
+from sftx.data import mixture, prepare
 from sftx.data.cache import code_digest
 from sftx.data.encode import Encoder
-from sftx.data.prepare import Dataset, prepare
+from sftx.data.prepare import Dataset
 from sftx.data.rows import RowEncoder
 from sftx.data.stream import Stream
 from sftx.errors import ConfigError, DataError, did_you_mean
@@ -45,21 +45,29 @@ class Setup:
     def encoder(self) -> Encoder:
         return self.encode.encoder
 
-    def train(self) -> Dataset:
-        """The training rows; empty when they are streamed. Raises DataError."""
+    def train(self, *, check: bool = True) -> Dataset:
+        """The training rows; empty when they are streamed. Raises DataError, with `check` as a run would."""
         data = self.config.data
-        found = Dataset() if data.streaming else prepare(data.train, data, self.encode, identity=self._identity())
+        if data.streaming:
+            return Dataset()
+        found = self._prepared(data.train, self.encode, check=check)
         if self.wrap_length is not None and len(found.examples):
             _check_no_groups(found)
             found.examples = found.examples.wrapped(self.wrap_length)
         return found
 
-    def held_out(self, *, questions: bool = False) -> Dataset:
-        """The held-out rows, with what can be asked of them on demand. Raises DataError."""
+    def held_out(self, *, questions: bool = False, check: bool = True) -> Dataset:
+        """The held-out rows, with what can be asked of them on demand. Raises DataError as `train` does."""
         data = self.config.data
         # Never cut into rows of one length: a loss on them must not depend on what stands beside them.
         encode = RowEncoder(self.encode.parsers, self.encoder, data, questions=questions)
-        return prepare(data.eval, data, encode, identity=self._identity())
+        return self._prepared(data.eval, encode, check=check)
+
+    def _prepared(self, wanted: Sequence[Source], encode: RowEncoder, *, check: bool) -> Dataset:
+        found = prepare.prepare(wanted, encode, identity=self._identity())
+        if check:
+            prepare.check(found, encode, max_dropped=self.config.data.max_dropped)
+        return found
 
     def plan(self, data: Dataset) -> Plan | StreamPlan:
         """The steps of the run."""

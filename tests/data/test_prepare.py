@@ -16,7 +16,7 @@ import pytest
 from encoding import prepared
 from sftx.config import DataConfig, Filters, Source
 from sftx.data import prepare as prepare_module
-from sftx.data.prepare import Dataset, prepare
+from sftx.data.prepare import Dataset, check, prepare
 from sftx.data.rows import RowEncoder
 from sftx.errors import DataError, PluginError
 from sftx.testing.kit import Kit
@@ -150,7 +150,7 @@ def test_each_source_has_its_own_filters_format_columns_and_limit(kit: Kit, tmp_
             str(second), columns={"prompt": "question", "completion": "answer"}, format="prompt-completion", limit=2
         ),
     ]
-    data = prepare(wanted, DataConfig(), RowEncoder(PARSERS, kit.encoder, DataConfig()))
+    data = prepare(wanted, RowEncoder(PARSERS, kit.encoder, DataConfig()))
     assert trained(kit, data) == ["b<|im_end|>\nd<|im_end|>\n", "r0<|im_end|>\n", "r1<|im_end|>\n"]
     assert data.examples.sources.tolist() == [0, 1, 1]
     assert data.formats == {"messages": 2, "prompt-completion": 2}
@@ -199,7 +199,9 @@ def test_a_plugin_that_cannot_be_sent_says_so(kit: Kit, tmp_path: Path) -> None:
 def cached(kit: Kit, path: Path, *, identity: Any = None, source: Any = None, **options: Any) -> Dataset:
     config = DataConfig(**{"max_length": 64, "max_dropped": 0.2, "cache": True, **options})
     encode = RowEncoder(PARSERS, kit.encoder, config, questions=True)
-    return prepare([Source(str(path), **(source or {}))], config, encode, identity=identity or {})
+    data = prepare([Source(str(path), **(source or {}))], encode, identity=identity or {})
+    check(data, encode, max_dropped=config.max_dropped)
+    return data
 
 
 def test_a_second_start_reads_the_cache(kit: Kit, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,7 +267,7 @@ from sftx_plugins.prompt_completion import PromptCompletion
 if __name__ == "__main__":
     config = DataConfig(cache=True, num_proc=int(sys.argv[2]), max_dropped=0.5)
     encode = RowEncoder({"pc": PromptCompletion()}, Kit(ChatML()).encoder, config)
-    prepare([Source(sys.argv[1])], config, encode, identity={})
+    prepare([Source(sys.argv[1])], encode, identity={})
     print("done")
 """
 

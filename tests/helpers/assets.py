@@ -1,4 +1,4 @@
-"""Real tokenizers, chat templates and demo data, which `make assets` fetches; and functions of other people's source."""
+"""Real tokenizers, chat templates and demo data, which `make assets` fetches; and functions out of others' source."""
 
 from __future__ import annotations
 

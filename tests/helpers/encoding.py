@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sftx.config import DataConfig, Source
 from sftx.data.encode import Encoder
-from sftx.data.prepare import Dataset, prepare
+from sftx.data.prepare import Dataset, check, prepare
 from sftx.data.rows import RowEncoder
 from sftx.types import Parser
 
@@ -20,7 +20,8 @@ def prepared(
     *,
     questions: bool = False,
 ) -> Dataset:
-    """Every row of these files, encoded in this process and not cached."""
-    return prepare(
-        [Source(str(path)) for path in paths], config, RowEncoder(parsers, encoder, config, questions=questions)
-    )
+    """Every row of these files, encoded, not cached, and checked as for a run."""
+    encode = RowEncoder(parsers, encoder, config, questions=questions)
+    data = prepare([Source(str(path)) for path in paths], encode)
+    check(data, encode, max_dropped=config.max_dropped)
+    return data

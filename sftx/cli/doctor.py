@@ -1,0 +1,37 @@
+"""`sftx doctor`: what is wrong with a run, before it trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from sftx import config
+from sftx.cli.options import run_options
+
+
+@click.command()
+@run_options("data")
+@click.option("--json", "as_json", is_flag=True, help="Write the findings as one JSON object.")
+@click.pass_context
+def command(ctx: click.Context, *, file: Path | None, loaded: config.Loaded, as_json: bool) -> None:
+    """Look for what is wrong with a run: its rows, its template, its tokenizer and what is known of its model.
+
+    RUN_FILE and the options are those of `sftx run`; no model weights are read. Ends with 1 when there is an error
+    among the findings.
+    """
+    del file
+    # torch and transformers are loaded here, for seconds: the options are checked by now.
+    from rich.console import Console
+
+    from sftx.cli import inspect
+    from sftx.report import doctor
+    from sftx.report.look import look
+
+    diagnosis = doctor.diagnose(look(loaded))
+    if as_json:
+        click.echo(inspect.as_json(diagnosis), nl=False)
+    else:
+        console = Console(highlight=False)
+        doctor.show(diagnosis, console if console.is_terminal else Console(highlight=False, width=120))
+    ctx.exit(int(diagnosis.failed))

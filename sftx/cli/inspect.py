@@ -1,0 +1,131 @@
+"""`sftx inspect`: what each token is, which are trained, what was dropped or cut."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from sftx import config
+from sftx.cli.options import run_options
+from sftx.errors import OutputError, one_line
+
+if TYPE_CHECKING:
+    from sftx.report.inspect import Choice, Show
+
+_FILE = click.Path(dir_okay=False, allow_dash=True)
+
+
+def _places(_ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
+    """`PATH:LINE`, or a number of all rows, as (path, number)."""
+    places = []
+    for value in values:
+        path, _, number = value.rpartition(":")
+        if not number.isdecimal() or int(number) < 1 or value.startswith(":"):
+            raise click.BadParameter(f"got {value!r}; expected PATH:LINE, or the number of a row counted from 1")
+        places.append((path, int(number)))
+    return tuple(places)
+
+
+@click.command()
+@run_options("data")
+@click.option("--rows", "most", metavar="N", type=click.IntRange(min=1), help="Rows to show.  [default: 3]")
+@click.option(
+    "--row", "places", metavar="PATH:LINE|N", multiple=True, callback=_places,
+    help="Show this row, by its place or its number; repeat for more.",
+)  # fmt: skip
+@click.option("--show", type=click.Choice(["longest", "dropped", "cut"]), help="Show these rows, not the first.")
+@click.option(
+    "--split", type=click.Choice(["train", "eval"]), default="train", show_default=True, help="Which data to look at."
+)
+@click.option("--ids", is_flag=True, help="Show the id of each token.")
+@click.option("--html", "html_path", metavar="FILE", type=_FILE, help="Write a page, complete in one file.")
+@click.option(
+    "--max-rows", metavar="N", type=click.IntRange(min=1), default=200, show_default=True, help="Rows in the page."
+)
+@click.option("--json", "json_path", metavar="FILE|-", type=_FILE, help="Write all of it as one JSON object.")
+@click.pass_context
+def command(
+    ctx: click.Context,
+    *,
+    file: Path | None,
+    loaded: config.Loaded,
+    most: int | None,
+    places: tuple[tuple[str, int], ...],
+    show: Show | None,
+    split: Literal["train", "eval"],
+    ids: bool,
+    html_path: str | None,
+    max_rows: int,
+    json_path: str | None,
+) -> None:
+    """Show what a run would train on: every token, and why it is trained or not.
+
+    RUN_FILE and the options are those of `sftx run`; no model weights are read. Rows that would stop a run are shown
+    with the reason.
+    """
+    del file
+    if places and (show is not None or most is not None):
+        raise click.UsageError("--row names the rows that are shown; leave --rows and --show out")
+    if ctx.get_parameter_source("max_rows") == click.core.ParameterSource.COMMANDLINE and html_path is None:
+        raise click.UsageError("--max-rows has no meaning without --html")
+    if split == "eval" and not loaded.config.data.eval:
+        raise click.UsageError("--split eval: the run has no held-out rows; give them with --eval-data")
+    _inspect(loaded, split, _choice(places, show, most), ids=ids, html=html_path, max_rows=max_rows, json=json_path)
+
+
+def _choice(places: tuple[tuple[str, int], ...], show: Show | None, most: int | None) -> Choice:
+    # Imported here and below: what stands above is checked before torch and transformers are loaded, for seconds.
+    from sftx.report.inspect import Choice
+
+    return Choice(show or "first", most or 3, places)
+
+
+def _inspect(
+    loaded: config.Loaded,
+    split: Literal["train", "eval"],
+    choice: Choice,
+    *,
+    ids: bool,
+    html: str | None,
+    max_rows: int,
+    json: str | None,
+) -> None:
+    from rich.console import Console
+
+    from sftx.report import inspect, terminal
+    from sftx.report.look import look
+
+    looked = look(loaded)
+    asked = inspect.inspect(looked, split, choice)
+    if json is not None:
+        _write(json, as_json(asked))
+    if html is not None:
+        from sftx.report.html import page
+
+        chosen = asked if choice.rows else inspect.sample(looked, split, max_rows)
+        _write(html, page(chosen))
+        if html != "-":
+            click.echo(f"wrote {html} ({len(chosen.rows):,} of {chosen.figures.num_rows:,} rows)", err=True)
+    if json is None and html is None:
+        console = Console(highlight=False)
+        terminal.show(asked, console if console.is_terminal else Console(highlight=False, width=120), ids=ids)
+
+
+def as_json(report: Any) -> str:
+    """A dataclass of the reports as one JSON object, with the names of its fields."""
+    return json.dumps(dataclasses.asdict(report), ensure_ascii=False, indent=1) + "\n"
+
+
+def _write(path: str, text: str) -> None:
+    """Raises OutputError."""
+    if path == "-":
+        click.echo(text, nl=False)
+        return
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {one_line(error)}") from error

@@ -1,0 +1,1 @@
+"""What a run would train on, and what is wrong with it, shown before any training: `sftx inspect`, `sftx doctor`."""
