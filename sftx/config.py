@@ -50,16 +50,23 @@ class Source:
         str, Field(min_length=1, description="File or directory of rows, directory of a saved dataset, or hub dataset.")
     ]
     weight: Annotated[
-        float, Field(gt=0, description="How often a row is seen in an epoch; when interleaving, this source's share.")
+        float,
+        Field(
+            gt=0, le=1000, description="How often a row is seen in an epoch; when interleaving, this source's share."
+        ),
     ] = 1.0
-    format: Annotated[str | None, Field(description="Parser plugin of these rows, in place of data.format.")] = None
+    format: Annotated[
+        str | None, Field(min_length=1, description="Parser plugin of these rows, in place of data.format.")
+    ] = None
     columns: Annotated[
         dict[str, str],
         Field(description="Fields that the format wants, by the columns that hold them: {prompt: question}."),
     ] = field(default_factory=dict)
     subset: Annotated[str | None, Field(description="Configuration of a hub dataset.")] = None
     split: Annotated[str | None, Field(description="Split of a hub or saved dataset; by default train.")] = None
-    limit: Annotated[int | None, Field(ge=1, description="Read at most this many rows, from the first on.")] = None
+    limit: Annotated[
+        int | None, Field(ge=1, le=10**15, description="Read at most this many rows, from the first on.")
+    ] = None
     filters: Annotated[Filters | None, Field(description="Which rows are kept, in place of data.filters.")] = None
 
 
@@ -146,7 +153,9 @@ class DataConfig:
     streaming: Annotated[
         bool, Field(description="Read while training, plan_window examples ahead; needs max_steps.")
     ] = False
-    plan_window: Annotated[int, Field(ge=1, description="Examples that are shuffled together when streaming.")] = 10_000
+    plan_window: Annotated[
+        int, Field(ge=1, le=10**9, description="Examples that are shuffled together when streaming.")
+    ] = 10_000
     num_proc: Annotated[
         int | None, Field(ge=1, description="Processes that encode; by default one a core for many rows, else one.")
     ] = None
@@ -160,7 +169,7 @@ class TrainConfig:
     """How it is trained. The names are those of transformers' TrainingArguments."""
 
     learning_rate: Annotated[float, Field(gt=0, description="Peak learning rate.")] = 2e-4
-    num_train_epochs: Annotated[float, Field(gt=0, description="Passes over the data; max_steps wins.")] = 1.0
+    num_train_epochs: Annotated[float, Field(gt=0, le=1e9, description="Passes over the data; max_steps wins.")] = 1.0
     max_steps: Annotated[int | None, Field(ge=1, description="Optimizer steps in all.")] = None
     per_device_train_batch_size: Annotated[int, Field(ge=1, description="Rows of a micro-batch.")] = 8
     gradient_accumulation_steps: Annotated[int, Field(ge=1, description="Micro-batches of a step.")] = 1

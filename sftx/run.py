@@ -215,6 +215,7 @@ class Session:
             self.observers.on_start(self.report())
             before = self.evaluate(0)
             train(self.trainer, self.plan, self.after_step)
+            self._write_ledgers()  # once more: of a stream, all rows that were read are known now
             after = self.evaluate(self.plan.num_steps)
             artefact = self.output_dir / ("adapter" if self.lm.adapters else "model")
             self.save(artefact, self.plan.num_steps)
@@ -226,8 +227,6 @@ class Session:
                 shutil.rmtree(self.output_dir, ignore_errors=True)  # nothing in it is worth a refusal of the next try
             raise
         finally:
-            if self.config.data.streaming and self.output_dir.is_dir():
-                self._write_ledgers()  # of all the rows that were read by now
             self.observers.close()
         return Result(self.output_dir, summary)
 

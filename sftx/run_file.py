@@ -107,10 +107,30 @@ def read(path: Path) -> tuple[dict[str, Any], Origins]:
         raise ConfigError(f"{path}: not valid YAML: {one_line(error)}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: got a {type(values).__name__}, expected a mapping such as `model: ...`")
+    _check_size(values, path)
     origins = Origins()
     if root is not None:
         _note_lines(root, path, "", origins)
     return values, origins
+
+
+_MOST_VALUES: Final = 100_000
+
+
+def _check_size(values: Any, path: Path) -> None:
+    """Raises ConfigError for aliases that stand for more values than anybody writes, or for themselves."""
+    sizes: dict[int, int] = {}
+
+    def size(value: Any) -> int:
+        if not isinstance(value, dict | list):
+            return 1
+        if id(value) not in sizes:
+            sizes[id(value)] = _MOST_VALUES  # what is met again while it is counted stands within itself
+            sizes[id(value)] = 1 + sum(map(size, value.values() if isinstance(value, dict) else value))
+        return sizes[id(value)]
+
+    if size(values) >= _MOST_VALUES:
+        raise ConfigError(f"{path}: its aliases stand for over {_MOST_VALUES:,} values; write out what is meant")
 
 
 def _note_lines(node: yaml.Node, path: Path, prefix: str, origins: Origins) -> None:

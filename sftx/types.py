@@ -280,7 +280,8 @@ class Template(Protocol):
 class Collator(Protocol):
     """Decides which examples share a step and a row, and makes tensors of one micro-batch.
 
-    A collator may have an attribute `wrap_length: int | None`. Where it is a number, the examples are first cut where
+    A collator that packs may have an attribute `row_length: int`, the tokens that a row holds, for reports.
+    It may have an attribute `wrap_length: int | None`. Where it is a number, the examples are first cut where
     their concatenation passes a multiple of it, so that neighbouring pieces fill rows of exactly that many tokens.
     """
 

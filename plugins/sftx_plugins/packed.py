@@ -50,6 +50,10 @@ class PackedRows:
     attention: Attention
 
     @property
+    def row_length(self) -> int:
+        return self.length
+
+    @property
     def wrap_length(self) -> int | None:
         return self.length if self.strategy == "wrapped" else None
 

@@ -67,7 +67,10 @@ def _not_applied(data: config.DataConfig) -> Iterable[str]:
 
 
 def _check_output(output: str) -> None:
-    path = Path(output).expanduser()
+    try:
+        path = Path(output).expanduser()
+    except RuntimeError as error:
+        raise OutputError(f"--output {output}: {one_line(error)}") from None
     if path.suffix not in _SUFFIXES:
         raise OutputError(
             f"--output {output}: JSON lines are written; name a file that ends in {' or '.join(_SUFFIXES)}"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import click
 
@@ -16,6 +18,7 @@ from sftx.errors import OutputError, one_line
 if TYPE_CHECKING:
     from sftx.report.inspect import Choice, Show
 
+_NUMBER: Final = re.compile(r"[1-9][0-9]{0,15}")
 _FILE = click.Path(dir_okay=False, allow_dash=True)
 
 
@@ -24,7 +27,7 @@ def _places(_ctx: click.Context, _param: click.Parameter, values: tuple[str, ...
     places = []
     for value in values:
         path, _, number = value.rpartition(":")
-        if not number.isdecimal() or int(number) < 1 or value.startswith(":"):
+        if not _NUMBER.fullmatch(number) or value.startswith(":"):
             raise click.BadParameter(f"got {value!r}; expected PATH:LINE, or the number of a row counted from 1")
         places.append((path, int(number)))
     return tuple(places)
@@ -67,7 +70,8 @@ def command(
     RUN_FILE and the options are those of `sftx run`; no model weights are read. Rows that would stop a run are shown
     with the reason.
     """
-    del file
+    data = loaded.config.data
+    _check_outputs(html_path, json_path, [file, *(Path(source.path) for source in (*data.train, *data.eval))])
     if places and (show is not None or most is not None):
         raise click.UsageError("--row names the rows that are shown; leave --rows and --show out")
     if ctx.get_parameter_source("max_rows") == click.core.ParameterSource.COMMANDLINE and html_path is None:
@@ -75,6 +79,33 @@ def command(
     if split == "eval" and not loaded.config.data.eval:
         raise click.UsageError("--split eval: the run has no held-out rows; give them with --eval-data")
     _inspect(loaded, split, _choice(places, show, most), ids=ids, html=html_path, max_rows=max_rows, json=json_path)
+
+
+def _check_outputs(html: str | None, json: str | None, inputs: Iterable[Path | None]) -> None:
+    """Raises UsageError for an output that would lose something."""
+    if html is not None and html == json:
+        raise click.UsageError(f"--html and --json are both {html}; give each a place of its own")
+    taken = {path.expanduser().resolve() for path in inputs if path is not None}
+    for option, suffix, output in (("--html", ".html", html), ("--json", ".json", json)):
+        if output is None or output == "-":
+            continue
+        path = Path(output)
+        if path.suffix != suffix:
+            raise click.UsageError(f"{option} {output}: name a file that ends in {suffix}")
+        if path.resolve() in taken or (path.exists() and _MARK not in _head(path)):
+            raise click.UsageError(f"{option} {output}: holds something else, which is not written over")
+
+
+_MARK: Final = b"sftx inspect"
+"""Stands at the beginning of what this command writes, and lets it be written again."""
+
+
+def _head(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(4096)
+    except OSError:
+        return b""
 
 
 def _choice(places: tuple[tuple[str, int], ...], show: Show | None, most: int | None) -> Choice:
@@ -117,15 +148,17 @@ def _inspect(
 
 def as_json(report: Any) -> str:
     """A dataclass of the reports as one JSON object, with the names of its fields."""
-    return json.dumps(dataclasses.asdict(report), ensure_ascii=False, indent=1) + "\n"
+    values = {"made_by": _MARK.decode()} | dataclasses.asdict(report)
+    return json.dumps(values, ensure_ascii=False, indent=1) + "\n"
 
 
 def _write(path: str, text: str) -> None:
     """Raises OutputError."""
     if path == "-":
-        click.echo(text, nl=False)
+        click.echo(text.encode(errors="backslashreplace"), nl=False)
         return
     try:
-        Path(path).write_text(text, encoding="utf-8")
+        # A name of a file that is no UTF-8 is shown with escapes.
+        Path(path).write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {one_line(error)}") from error

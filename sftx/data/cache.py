@@ -71,11 +71,19 @@ class Cache:
         return cls(cache_dir() / "encoded" / hashlib.sha256(text.encode()).hexdigest()[:32])
 
     def load(self) -> Dataset | None:
-        """What was kept; None when nothing was."""
-        from sftx.data.prepare import Dataset
-
+        """What was kept; None when nothing was, or not as it was written."""
         if not self.directory.is_dir():
             return None
+        try:
+            return self._load()
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log.warning("%s is damaged and not used: %s", self.directory, one_line(error))
+            shutil.rmtree(self.directory, ignore_errors=True)
+            return None
+
+    def _load(self) -> Dataset:
+        from sftx.data.prepare import Dataset
+
         described = json.loads((self.directory / "dataset.json").read_text(encoding="utf-8"))
         with (self.directory / "ledger.jsonl").open(encoding="utf-8") as lines:
             ledger = Ledger(Ledger.read(lines), described["num_rows"])
@@ -95,26 +103,23 @@ class Cache:
     def writing(self) -> Iterator[Path]:
         """A directory to be filled, which becomes the cache's when all went well. Raises OutputError."""
         home = self.directory.parent
-        part: Path | None = None
-        try:
+        with _explained(home):
             home.mkdir(parents=True, exist_ok=True)
             _sweep(home)
             part = Path(tempfile.mkdtemp(dir=home, prefix=_PART))
+            part.chmod(home.stat().st_mode)  # who may read the cache may read what is in it
+        try:
             with (part / "lock").open("w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)  # let go by the system, should this process be killed
                 yield part
-                try:
-                    part.replace(self.directory)
-                except OSError:
-                    if not self.directory.is_dir():  # else another process was faster, with the same
-                        raise
-        except OSError as error:
-            raise OutputError(
-                f"{home}: cannot be written: {one_line(error)}; set SFTX_CACHE to a place that can, or data.cache=false"
-            ) from error
+                with _explained(home):
+                    try:
+                        part.replace(self.directory)
+                    except OSError:
+                        if not self.directory.is_dir():  # else another process was faster, with the same
+                            raise
         finally:
-            if part is not None:
-                shutil.rmtree(part, ignore_errors=True)
+            shutil.rmtree(part, ignore_errors=True)
 
     def save(self, data: Dataset, directory: Path) -> None:
         """Writes all but the examples, which lie there already."""
@@ -124,10 +129,21 @@ class Cache:
             "trains_stop": data.trains_stop,
             "has_turns": data.has_turns,
         }
-        (directory / "dataset.json").write_text(json.dumps(described), encoding="utf-8")
-        data.ledger.write(directory / "ledger.jsonl")
-        with (directory / "questions.jsonl").open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(dataclasses.asdict(question)) + "\n" for question in data.questions)
+        with _explained(directory):
+            (directory / "dataset.json").write_text(json.dumps(described), encoding="utf-8")
+            data.ledger.write(directory / "ledger.jsonl")
+            with (directory / "questions.jsonl").open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(dataclasses.asdict(question)) + "\n" for question in data.questions)
+
+
+@contextmanager
+def _explained(home: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"{home}: cannot be written: {one_line(error)}; set SFTX_CACHE to a place that can, or data.cache=false"
+        ) from error
 
 
 def _options(config: DataConfig) -> dict[str, Any]:
@@ -142,21 +158,25 @@ def _sweep(home: Path) -> None:
                 continue  # made just now, perhaps not locked yet
             with (part / "lock").open() as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            continue
+        except (BlockingIOError, PermissionError):
+            continue  # somebody's who is at work, or another user's
         except FileNotFoundError:
             pass  # killed before it locked
         shutil.rmtree(part, ignore_errors=True)
 
 
 def code_digest(package: str) -> str:
-    """SHA-256 of the source of an imported package, or of a single module: a version that nobody forgets."""
+    """SHA-256 of the files of an imported package, or of a single module: a version that nobody forgets.
+
+    Of what the package calls elsewhere, other than sftx, only versions are known.
+    """
     module = sys.modules[package]
     digest = hashlib.sha256()
     roots = [Path(path) for path in getattr(module, "__path__", ())]
-    files = sorted(file for root in roots for file in root.rglob("*.py"))
+    files = [(root, file) for root in roots for file in sorted(root.rglob("*")) if file.is_file()]
     if not roots and getattr(module, "__file__", None):
-        files = [Path(str(module.__file__))]
-    for file in files:
-        digest.update(file.name.encode() + file.read_bytes())
+        files = [(Path(str(module.__file__)).parent, Path(str(module.__file__)))]
+    for root, file in files:
+        if "__pycache__" not in file.parts:
+            digest.update(file.relative_to(root).as_posix().encode() + file.read_bytes())
     return digest.hexdigest()

@@ -6,6 +6,7 @@ A million examples as Python lists take twenty gigabytes; as columns they take f
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeAlias, overload
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sftx.data.rows import Encoded, Row
+from sftx.errors import OutputError, one_line
 from sftx.types import Example, Location
 
 _OF_TOKENS: Final[dict[str, np.dtype[Any]]] = {
@@ -44,12 +46,17 @@ class Examples(Sequence[Example]):
         places: Sequence[tuple[str, str]],
         extras: Mapping[int, Mapping[str, Any]],
         largest_id: int,
+        *,
+        starts: NDArray[np.int64] | None = None,
     ) -> None:
+        """`starts`: where each example begins among the tokens; by default where the one before it ends."""
         self._columns = columns
         self._places = places
         """Path and unit of the locations that `files` points to."""
         self._extras = extras
-        self._ends = np.cumsum(columns["lengths"])
+        ends = np.cumsum(columns["lengths"])
+        self._starts = ends - columns["lengths"] if starts is None else starts
+        self._ends = self._starts + columns["lengths"]
         self.largest_id = largest_id
 
     @property
@@ -74,7 +81,7 @@ class Examples(Sequence[Example]):
 
     @property
     def num_real_tokens(self) -> int:
-        return int(self._ends[-1]) if len(self) else 0
+        return int(self.lengths.sum())
 
     def __len__(self) -> int:
         return len(self._columns["lengths"])
@@ -96,14 +103,14 @@ class Examples(Sequence[Example]):
 
     def tokens(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         """Ids and loss mask of an example, [length] each, not copied."""
-        span = slice(self._ends[index] - self.lengths[index], self._ends[index])
+        span = slice(self._starts[index], self._ends[index])
         return self._columns["token_ids"][span], self._columns["loss_mask"][span]
 
     def _encoded(self, at: int) -> Encoded:
         token_ids, loss_mask = self.tokens(at)
         weights = self._columns["weights"]
         if len(weights):
-            weights = weights[self._ends[at] - self.lengths[at] : self._ends[at]]
+            weights = weights[self._starts[at] : self._ends[at]]
         weighted = bool((weights != 1).any())
         part = int(self._columns["parts"][at])
         return Encoded(token_ids, loss_mask, weights if weighted else None, part, self._extras.get(at, {}))
@@ -111,31 +118,34 @@ class Examples(Sequence[Example]):
     def wrapped(self, length: int) -> Examples:
         """The same tokens, cut wherever their concatenation passes a multiple of `length`.
 
-        Neighbouring pieces then fill rows of exactly `length` tokens, the last row apart.
+        Neighbouring pieces then fill rows of `length` tokens, the last row apart. A piece that would train nothing,
+        such as a single token, is no example; what follows it does not need it.
         """
-        starts = np.union1d(self._ends - self.lengths, np.arange(0, self.num_real_tokens, length))
+        starts = np.union1d(self._starts, np.arange(0, self.num_real_tokens, length))
+        lengths = np.diff(np.append(starts, self.num_real_tokens))
+        mask = self._columns["loss_mask"]
+        num_tokens = np.add.reduceat(mask, starts, dtype=np.int64) - mask[starts] if len(starts) else starts
         whole = np.searchsorted(self._ends, starts, side="right")  # the example that each piece is of
         first = np.searchsorted(whole, whole, side="left")
         is_cut = np.bincount(whole, minlength=len(self))[whole] > 1
+        parts = np.where(is_cut, np.arange(len(starts)) - first + 1, self._columns["parts"][whole])
         columns: Columns = {name: self._columns[name] for name in _OF_TOKENS}
         columns |= {name: self._columns[name][whole] for name in ("sources", "files", "numbers")}
-        columns["lengths"] = np.diff(np.append(starts, self.num_real_tokens))
-        columns["groups"] = np.arange(len(starts))
-        columns["parts"] = np.where(is_cut, np.arange(len(starts)) - first + 1, self._columns["parts"][whole]).astype(
-            np.int32
-        )
-        extras = {n: self._extras[at] for n, at in enumerate(whole.tolist()) if at in self._extras}
-        trained = np.add.reduceat(columns["loss_mask"], starts, dtype=np.int64) if len(starts) else starts
-        columns["num_tokens"] = trained - columns["loss_mask"][starts]
-        return Examples(columns, self._places, extras, self.largest_id)
+        columns |= {"lengths": lengths, "num_tokens": num_tokens, "parts": parts, "groups": np.arange(len(starts))}
+        kept = np.flatnonzero(num_tokens)
+        columns = {name: column if name in _OF_TOKENS else column[kept] for name, column in columns.items()}
+        extras = {n: self._extras[at] for n, at in enumerate(whole[kept].tolist()) if at in self._extras}
+        return Examples(columns, self._places, extras, self.largest_id, starts=starts[kept])
 
     @classmethod
     def load(cls, directory: Path) -> Examples:
-        """What a writer wrote into `directory`, mapped."""
+        """What a writer wrote into `directory`, mapped. Raises ValueError when it is not whole."""
         described = json.loads((directory / "examples.json").read_text(encoding="utf-8"))
         columns: Columns = {}
         for name, dtype in _DTYPES.items():
             file = directory / f"{name}.bin"
+            if file.stat().st_size != described["bytes"][name]:
+                raise ValueError(f"{file} has not the size that was written")
             columns[name] = np.memmap(file, dtype, "r") if file.stat().st_size else np.empty(0, dtype)
         extras = {int(at): values for at, values in described["extras"].items()}
         places = [(path, unit) for path, unit in described["places"]]
@@ -188,7 +198,13 @@ class Writer:
     def _write(self, name: str, values: NDArray[Any]) -> None:
         data = np.ascontiguousarray(values, _DTYPES[name]).tobytes()
         sink = self._sinks[name]
-        sink.extend(data) if self._directory is None else sink.write(data)
+        if self._directory is None:
+            sink.extend(data)
+            return
+        try:
+            sink.write(data)
+        except OSError as error:
+            raise OutputError(f"{self._directory}: cannot be written: {one_line(error)}") from error
 
     def finish(self) -> Examples:
         """The examples, mapped from the files where there are any."""
@@ -199,14 +215,17 @@ class Writer:
         described = {
             "places": list(self._places),
             "largest_id": self._largest_id,
+            "bytes": {name: (self._directory / f"{name}.bin").stat().st_size for name in _DTYPES},
             "extras": self._extras,
         }
-        text = json.dumps(described, ensure_ascii=False)
-        (self._directory / "examples.json").write_text(text, encoding="utf-8")
+        (self._directory / "examples.json").write_text(json.dumps(described), encoding="utf-8")
         return Examples.load(self._directory)
 
     def close(self) -> None:
-        """Closes the files; nothing may be added after it."""
+        """Closes the files, which are then on the disk; nothing may be added after it."""
         if self._directory is not None:
             for sink in self._sinks.values():
-                sink.close()
+                if not sink.closed:
+                    sink.flush()
+                    os.fsync(sink.fileno())
+                    sink.close()

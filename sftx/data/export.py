@@ -35,7 +35,7 @@ def export(
             row = Row(where)
             line = ""
             try:
-                parsed = parse(record, where, parsers, source.format or config.format, row)
+                parsed = parse(record, row, parsers, source, config)
                 if reason := turns_filtered(parsed, filters):
                     row.drop(reason, action="filtered")
                 else:

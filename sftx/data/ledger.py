@@ -12,6 +12,8 @@ from typing import Any, Literal
 from sftx.errors import DataError
 from sftx.types import Location
 
+_MOST_SHOWN = 10
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -77,16 +79,23 @@ class Ledger:
         )
 
     def summary(self) -> list[str]:
-        """One line for each kind of entry: how many, why, and where the first stands."""
-        lines = []
-        for (action, reason), number in Counter((e.action, e.reason) for e in self.entries).most_common():
-            first = next(e for e in self.entries if (e.action, e.reason) == (action, reason))
-            lines.append(f"{number} of {self.num_rows} rows {action}: {reason} (first: {first.where})")
+        """One line for each kind of entry, the most frequent first: how many, why, and where the first stands."""
+        first: dict[tuple[str, str], Location] = {}
+        for entry in self.entries:
+            first.setdefault((entry.action, entry.reason), entry.where)
+        kinds = Counter((entry.action, entry.reason) for entry in self.entries).most_common()
+        lines = [
+            f"{number} of {self.num_rows} rows {kind[0]}: {kind[1]} (first: {first[kind]})"
+            for kind, number in kinds[:_MOST_SHOWN]
+        ]
+        if len(kinds) > _MOST_SHOWN:
+            rest = sum(number for _, number in kinds[_MOST_SHOWN:])
+            lines.append(f"{rest} more rows for {len(kinds) - _MOST_SHOWN} other reasons: see the ledger")
         return lines
 
     def write(self, path: Path) -> None:
         """Writes one JSON line an entry."""
-        with path.open("w", encoding="utf-8") as file:
+        with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(json.dumps(entry.as_dict(), ensure_ascii=False) + "\n" for entry in self.entries)
 
     @staticmethod

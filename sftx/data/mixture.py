@@ -13,6 +13,7 @@ from sftx.errors import DataError
 
 Strategy = Literal["concat", "interleave_under", "interleave_over"]
 _ONCE: Final = 1.0
+_MOST_DRAWN: Final = 10**9
 
 
 def sample(
@@ -54,7 +55,12 @@ def _numbers(sources: NDArray[np.int32], weights: Sequence[float], strategy: Str
         return [round(num * weight) for num, weight in zip(available, weights, strict=True)]
     epochs = [num / weight for num, weight in zip(available, weights, strict=True) if num]
     unit = min(epochs, default=0) if strategy == "interleave_under" else max(epochs, default=0)
-    return [round(unit * weight) if num else 0 for num, weight in zip(available, weights, strict=True)]
+    numbers = [round(unit * weight) if num else 0 for num, weight in zip(available, weights, strict=True)]
+    if sum(numbers) > _MOST_DRAWN:
+        raise DataError(
+            f"data.train: the weights ask for {sum(numbers):,} rows in an epoch; bring them nearer together"
+        )
+    return numbers
 
 
 def _draw(available: NDArray[np.int64], num: int, seed: str) -> NDArray[np.int64]:

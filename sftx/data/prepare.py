@@ -7,23 +7,23 @@ import logging
 import multiprocessing
 import os
 import pickle
+import signal
 import threading
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Final
-
-import numpy as np
+from typing import Any, Final, TypeAlias
 
 from sftx.config import Filters, Source
 from sftx.data import sources
 from sftx.data.cache import Cache
 from sftx.data.examples import Examples, Writer
 from sftx.data.ledger import Ledger
-from sftx.data.rows import Encoded, Question, Row, RowEncoder
+from sftx.data.rows import Encoded, Question, Row, RowEncoder, check_rows
 from sftx.errors import DataError, PluginError, one_line
 from sftx.types import Location, Record
 
@@ -32,11 +32,12 @@ log = logging.getLogger(__name__)
 MANY_BYTES: Final = 32 * 2**20
 """Sources larger than this are encoded by several processes and cached, unless the options say otherwise: below it, a
 few seconds of work, starting processes costs more than it gains."""
+_MOST_PROCESSES: Final = 8  # unless asked for more: each holds a tokenizer and torch, 130 to 300 MB
 _CHUNK: Final = 500  # rows sent to a process at once
 DUPLICATE: Final = "the same tokens as an earlier row"
 
-Chunk = tuple[int, str | None, Filters | None, list[tuple[Location, Record]]]
-"""Number of the source, its format and filters, and some of its rows."""
+Chunk: TypeAlias = tuple[int, Source, list[tuple[Location, Record]]]
+"""Number of the source, the source, and some of its rows."""
 
 
 @dataclass
@@ -51,6 +52,11 @@ class Dataset:
     """Whether any example trains one of the template's stop tokens."""
     has_turns: bool = False
     """Whether any row was a conversation."""
+
+    def check(self, encode: RowEncoder, *, max_dropped: float | None = None) -> None:
+        """Raises DataError for what a run is not begun with: see `check_rows`."""
+        first = self.examples[0].row_id if len(self.examples) else ""
+        check_rows(self, encode, first, max_dropped=max_dropped)
 
     @property
     def num_tokens(self) -> int:
@@ -74,31 +80,17 @@ def prepare(wanted: Sequence[Source], encode: RowEncoder, *, identity: Mapping[s
         cache = Cache.of(wanted, encode, identity)
     data = cache.load() if cache is not None else None
     if data is None:
-        num_proc = config.num_proc or (_num_cores() if many else 1)
+        num_proc = config.num_proc or (min(_num_cores(), _MOST_PROCESSES) if many else 1)
         if cache is None:
             data = _encode_all(wanted, encode, num_proc, Writer())
         else:
             with cache.writing() as directory:
                 data = _encode_all(wanted, encode, num_proc, Writer(directory))
+                if Cache.of(wanted, encode, identity or {}) != cache:
+                    raise DataError(f"{wanted[0].path}: the data changed while they were read; start again")
                 cache.save(data, directory)
             data = cache.load() or data
     return data
-
-
-def check(data: Dataset, encode: RowEncoder, *, max_dropped: float) -> None:
-    """Raises DataError for more dropped rows than that share, or a stop token that no row trains.
-
-    A model whose stop token is never trained does not stop. Rows that were cut cannot count.
-    """
-    data.ledger.check(max_dropped)
-    template = encode.encoder.template
-    if data.trains_stop or not data.has_turns or not len(data.examples):
-        return
-    if template is not None and encode.config.train_turn_end:
-        raise DataError(
-            f"{data.examples[0].row_id}: no row trains the stop token {', '.join(template.stop)}, so the model "
-            "would never end its answer; raise data.max_length if every row was cut, or mend the template"
-        )
 
 
 def _num_cores() -> int:
@@ -124,7 +116,7 @@ class _Collector:
         self._data = data
         self._writer = writer
         self._filters = filters
-        self._stop_ids = np.asarray(encode.encoder.stop_ids, np.int32)
+        self._encode = encode
         self._seen: set[bytes] | None = set() if any(f.duplicates == "drop" for f in filters) else None
 
     def __call__(self, source: int, row: Row) -> None:
@@ -140,8 +132,7 @@ class _Collector:
         data.formats[row.format] += 1
         data.questions += row.questions
         data.has_turns = data.has_turns or row.has_turns
-        if not data.trains_stop:
-            data.trains_stop = any(np.isin(one.token_ids[one.loss_mask], self._stop_ids).any() for one in row.examples)
+        data.trains_stop = data.trains_stop or self._encode.trains_stop(row)
         self._writer.add(row, source)
 
 
@@ -175,15 +166,27 @@ def _chunks(wanted: Sequence[Source]) -> Iterator[Chunk]:
     for number, source in enumerate(wanted):
         rows = sources.read(source)
         while chunk := list(islice(rows, _CHUNK)):
-            yield number, source.format, source.filters, chunk
+            yield number, source, chunk
 
 
 def _encode(encode: RowEncoder, chunk: Chunk) -> tuple[int, list[Row]]:
-    number, format, filters, rows = chunk
-    return number, [encode(where, record, format=format, filters=filters) for where, record in rows]
+    number, source, rows = chunk
+    return number, [encode(where, record, source) for where, record in rows]
 
 
 _of_this_process: RowEncoder
+
+
+@contextmanager
+def _ctrl_c_ignored() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # only there can it be said
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _start(pickled: bytes) -> None:
@@ -218,7 +221,9 @@ def _parallel(chunks: Iterator[Chunk], encode: RowEncoder, num_proc: int) -> Ite
     under_way: deque[Future[tuple[int, list[Row]]]] = deque()
     try:
         for chunk in chunks:
-            under_way.append(pool.submit(_encode_here, chunk))
+            # Workers are started with the first chunk, and inherit that Ctrl-C is for this process to act upon.
+            with nullcontext() if under_way else _ctrl_c_ignored():
+                under_way.append(pool.submit(_encode_here, chunk))
             if len(under_way) >= 2 * num_proc:
                 yield under_way.popleft().result()
         while under_way:

@@ -6,18 +6,19 @@ record -> parser -> what is trained of it -> units (one example each) -> ids and
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sftx.config import DataConfig, Filters
-from sftx.data import checked, long_rows
+from sftx.config import DataConfig, Filters, Source
+from sftx.data import checked, long_rows, sources
 from sftx.data.encode import Encoder
-from sftx.data.ledger import Entry
-from sftx.errors import DataError, SftxError
+from sftx.data.ledger import Entry, Ledger
+from sftx.errors import DataError, PluginError, SftxError, one_line
 from sftx.types import Conversation, Example, Location, Message, Parsed, Parser, Record
 
 NOTHING_TRAINED: Final = "no trained token"
@@ -97,14 +98,11 @@ class RowEncoder:
     wrapped: bool = False
     """Whether examples are cut to length later, where their concatenation is; none is too long then."""
 
-    def __call__(
-        self, where: Location, record: Record, *, format: str | None = None, filters: Filters | None = None
-    ) -> Row:
+    def __call__(self, where: Location, record: Record, source: Source) -> Row:
         """Raises DataError, naming `where`, for a record that cannot be read, unless `invalid_rows` drops those."""
         row = Row(where)
         try:
-            parsed = parse(record, where, self.parsers, format or self.config.format, row)
-            self.encode(parsed, row, filters or self.config.filters)
+            self.encode(self.parse(record, row, source), row, source.filters)
         except SftxError as error:
             if isinstance(error, DataError) and self.config.invalid_rows == "drop":
                 row.drop(str(error).removeprefix(f"{where}: "))
@@ -113,6 +111,10 @@ class RowEncoder:
                 error.args = (f"{where}: {error}",)
             raise
         return row
+
+    def parse(self, record: Record, row: Row, source: Source) -> Sequence[Parsed]:
+        """What the record of `row` holds, read as its source is. Raises DataError."""
+        return parse(record, row, self.parsers, source, self.config)
 
     def encode(self, parsed: Sequence[Parsed], row: Row, filters: Filters | None = None) -> Row:
         """Adds the examples of what a parser found to `row`; none when its entries say why."""
@@ -124,11 +126,17 @@ class RowEncoder:
         found = [unit for one in marked for unit in units(one, self.encoder)]
         if not found:  # nothing parsed, or a template that makes an example of each trained turn, and none is
             row.drop(_why_nothing_is_trained(marked))
+            return row
         row.is_group = len(parsed) > 1
         row.has_turns = any(isinstance(one, Conversation) for one in parsed)
         for unit in found:
             if not self._add(unit, row, filters):
                 return row
+        if row.is_group and len(row.examples) != len(parsed):
+            raise DataError(
+                f"{row.where}: its {len(parsed)} parts belong together, and {len(row.examples)} examples came of them; "
+                "choose another data.long_rows, or a template that does not rewrite history"
+            )
         if len(row.examples) > 1:
             row.examples = [dataclasses.replace(one, part=n) for n, one in enumerate(row.examples, 1)]
         if self.questions:
@@ -143,7 +151,8 @@ class RowEncoder:
         if not any(loss_mask[1:]):
             row.drop(_why_nothing_is_trained([unit]), length=length)
             return False
-        if isinstance(unit, Conversation) and not any(m.trained and _says_something(m) for m in unit.messages):
+        said = not isinstance(unit, Conversation) or any(m.trained and _says_something(m) for m in unit.messages)
+        if not said and not config.train_on_prompt:
             row.drop(EMPTY, length=length)  # it would teach to say nothing
             return False
         if not filters.min_length <= length <= (filters.max_length or length):
@@ -163,28 +172,37 @@ class RowEncoder:
             kept = sum(len(ids) for ids, _, _ in pieces)
             action: Literal["cut", "split"] = "split" if config.long_rows == "split" else "cut"
             row.entries.append(Entry(where, action, reason, length, kept))
-        row.examples += [_arrays(*piece, extras=unit.extras) for piece in pieces]
+        extras = _json(unit.extras)
+        row.examples += [_arrays(*piece, extras=extras) for piece in pieces]
         return True
+
+    def trains_stop(self, row: Row) -> bool:
+        """Whether an example of the row trains one of the template's stop tokens."""
+        stop = self.encoder.stop_ids
+        return any(np.isin(one.token_ids[one.loss_mask], stop).any() for one in row.examples)
 
     def labelled(self, unit: Parsed) -> long_rows.Piece:
         """Ids, mask and weights of what `units` gave, with what the options say of single tokens."""
         token_ids, loss_mask, weights = self.encoder.encode(unit)
-        if self.config.train_on_prompt:
-            loss_mask = [True] * len(token_ids)
+        ends = [False] * len(token_ids)
         if not self.config.train_turn_end and isinstance(unit, Conversation):
             stop, ended = set(self.encoder.stop_ids), False
             for at, token in enumerate(token_ids):
                 # From the stop token to the end of what is trained: the newline after it as well.
-                ended = loss_mask[at] and (ended or token in stop)
-                loss_mask[at] = loss_mask[at] and not ended
-        return token_ids, loss_mask, weights
+                ends[at] = ended = loss_mask[at] and (ended or token in stop)
+        everything = self.config.train_on_prompt
+        trained = [(on or everything) and not end for on, end in zip(loss_mask, ends, strict=True)]
+        return token_ids, trained, weights
 
 
 def parse(
-    record: Record, where: Location, parsers: Mapping[str, Parser], wanted: str | None, row: Row
+    record: Record, row: Row, parsers: Mapping[str, Parser], source: Source, config: DataConfig
 ) -> Sequence[Parsed]:
-    """What the record holds, by the parser of the wanted format or the first that accepts it."""
-    row.format = wanted or next((name for name, parser in parsers.items() if parser.accepts(record)), "")
+    """What the record of `row` holds, by the parser of the wanted format or the first that accepts it."""
+    where = row.where
+    record = sources.mapped(record, source.columns, where)
+    accepting = (name for name, parser in parsers.items() if parser.accepts(record))
+    row.format = source.format or config.format or next(accepting, "")
     if not row.format:
         known = "; ".join(f"{name}: {parser.fields}" for name, parser in parsers.items())
         fields = ", ".join(sorted(map(repr, record)))
@@ -265,6 +283,17 @@ def _arrays(token_ids: list[int], loss_mask: list[bool], weights: list[float], *
     )
 
 
+def _json(extras: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The same, as the cache will give it. Raises PluginError when it cannot."""
+    if not extras:
+        return extras
+    try:
+        values: Mapping[str, Any] = json.loads(json.dumps(extras, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise PluginError(f"a parser gave extras that are no JSON values: {one_line(error)}") from error
+    return values
+
+
 def _questions(parsed: Sequence[Parsed], where: Location, encoder: Encoder) -> Iterator[Question]:
     for one in parsed[:1]:  # of a preference pair, the answer that is preferred
         if isinstance(one, Conversation) and one.messages and one.messages[-1].role == "assistant":
@@ -278,3 +307,27 @@ def _questions(parsed: Sequence[Parsed], where: Location, encoder: Encoder) -> I
                 prompt_ids=encoder.prompt(asked),
                 reference=answer.content,
             )
+
+
+class Account(Protocol):
+    """What is known of the rows that were read so far."""
+
+    ledger: Ledger
+    has_turns: bool
+    """Whether any row was a conversation."""
+    trains_stop: bool
+    """Whether any example trains one of the template's stop tokens."""
+
+
+def check_rows(rows: Account, encode: RowEncoder, first: str, *, max_dropped: float | None = None) -> None:
+    """Raises DataError for too large a share of dropped rows, or a stop token that no row trains.
+
+    A model whose stop token is never trained does not stop. Rows that were cut cannot count. `first`: a row's id.
+    """
+    rows.ledger.check(encode.config.max_dropped if max_dropped is None else max_dropped)
+    template = encode.encoder.template
+    if template is not None and rows.has_turns and not rows.trains_stop and encode.config.train_turn_end:
+        raise DataError(
+            f"{first}: no row trains the stop token {', '.join(template.stop)}, so the model would never end its "
+            "answer; raise data.max_length if every row was cut, or mend the template"
+        )

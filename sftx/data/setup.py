@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -45,6 +46,11 @@ class Setup:
     def encoder(self) -> Encoder:
         return self.encode.encoder
 
+    @property
+    def encode_held_out(self) -> RowEncoder:
+        """Rows are never cut into one length here: a loss on them must not depend on what stands beside them."""
+        return dataclasses.replace(self.encode, wrapped=False)
+
     def train(self, *, check: bool = True) -> Dataset:
         """The training rows; empty when they are streamed. Raises DataError, with `check` as a run would."""
         data = self.config.data
@@ -52,21 +58,20 @@ class Setup:
             return Dataset()
         found = self._prepared(data.train, self.encode, check=check)
         if self.wrap_length is not None and len(found.examples):
-            _check_no_groups(found)
+            _check_can_be_cut(found)
             found.examples = found.examples.wrapped(self.wrap_length)
         return found
 
     def held_out(self, *, questions: bool = False, check: bool = True) -> Dataset:
         """The held-out rows, with what can be asked of them on demand. Raises DataError as `train` does."""
         data = self.config.data
-        # Never cut into rows of one length: a loss on them must not depend on what stands beside them.
-        encode = RowEncoder(self.encode.parsers, self.encoder, data, questions=questions)
+        encode = dataclasses.replace(self.encode_held_out, questions=questions)
         return self._prepared(data.eval, encode, check=check)
 
     def _prepared(self, wanted: Sequence[Source], encode: RowEncoder, *, check: bool) -> Dataset:
         found = prepare.prepare(wanted, encode, identity=self._identity())
         if check:
-            prepare.check(found, encode, max_dropped=self.config.data.max_dropped)
+            found.check(encode)
         return found
 
     def plan(self, data: Dataset) -> Plan | StreamPlan:
@@ -114,6 +119,8 @@ def set_up(loaded: Loaded, assembly: Assembly) -> Setup:
     added = add_missing(template.controls, tokenizer) if config.add_tokens and template is not None else []
     collator = assembly.collator(config.data.max_length)
     wrap_length: int | None = getattr(collator, "wrap_length", None)
+    if wrap_length is not None and config.data.streaming:
+        raise ConfigError("option 'data.streaming': a stream is not cut into rows of one length; leave wrapping out")
     encoder = Encoder(tokenizer, template)
     encode = RowEncoder(assembly.parsers(), encoder, config.data, wrapped=wrap_length is not None)
     return Setup(config, assembly, model, tokenizer, encode, collator, tuple(added), wrap_length)
@@ -129,7 +136,13 @@ def check_formats(loaded: Loaded, parsers: Collection[str]) -> None:
             raise ConfigError(f"{place}: option 'data.format': no parser {wanted!r} in this run{hint}")
 
 
-def _check_no_groups(data: Dataset) -> None:
+def _check_can_be_cut(data: Dataset) -> None:
+    """Raises DataError where a cut would part an answer from its question, or a pair."""
+    if data.has_turns:
+        raise DataError(
+            f"{data.examples[0].row_id}: conversations are not wrapped, since a cut parts an answer from its "
+            "question; pack them whole (packed.strategy=bfd)"
+        )
     groups = data.examples.groups
     if len(groups) != len(set(groups.tolist())):
-        raise DataError(f"{data.examples[0].row_id}: rows that belong together (pairs) cannot be wrapped")
+        raise DataError(f"{data.examples[0].row_id}: rows that belong together (pairs) are not wrapped")

@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
@@ -26,6 +27,7 @@ _SPLIT: Final = re.compile(
     r"(train|validation|valid|val|dev|test|eval)(ing|uation)?([-_.]\d+)?(-of-\d+)?", re.IGNORECASE
 )
 _MOST_SHOWN: Final = 5
+_DEEPEST: Final = 100
 
 
 def check(source: Source) -> None:
@@ -59,9 +61,17 @@ def read(source: Source, *, streaming: bool = False) -> Iterator[tuple[Location,
         empty = False
         if not isinstance(row, dict):
             raise DataError(f'{where}: got a {type(row).__name__}, expected an object such as {{"messages": [...]}}')
-        yield where, _mapped(row, source.columns, where) if source.columns else row
+        yield where, row
     if empty:
         raise DataError(f"{source.path}: holds no rows")
+
+
+def mapped(row: Record, columns: Mapping[str, str], where: Location) -> Record:
+    """The record that `columns` describe, its fields by the columns that hold them; the row itself without any.
+
+    Raises DataError for a column that is not there.
+    """
+    return {field: _lookup(row, column, where) for field, column in columns.items()} if columns else row
 
 
 def fingerprint(source: Source) -> str:
@@ -150,7 +160,7 @@ def _is_data(file: Path) -> bool:
 
 def _check_file(file: Path, path: str) -> None:
     if not file.is_file():
-        what = f"a link to {os.readlink(file)}, which is not there" if file.is_symlink() else "no regular file"
+        what = f"a link to {os.readlink(file)}, which is not there" if not file.exists() else "no regular file"
         raise DataError(f"{path}: is {what}")
     if readers.kind(file) is None:
         raise DataError(f"{path}: unknown kind of file {file.suffix!r}; known are {readers.known()}")
@@ -170,7 +180,7 @@ def _check_splits(names: list[str], path: str) -> None:
         )
 
 
-def _walk(directory: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
+def _walk(directory: Path, seen: set[tuple[int, int]], depth: int = 0) -> Iterator[Path]:
     """Every file below `directory` but hidden ones; a directory that links lead to twice is read once."""
     try:
         status = directory.stat()
@@ -179,12 +189,14 @@ def _walk(directory: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
         raise DataError(f"{directory}: cannot be read: {one_line(error)}") from error
     if (status.st_dev, status.st_ino) in seen:
         return
+    if depth > _DEEPEST:
+        raise DataError(f"{directory}: lies more than {_DEEPEST} directories deep; name one nearer to the files")
     seen.add((status.st_dev, status.st_ino))
     for entry in entries:
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
-            yield from _walk(entry, seen)
+            yield from _walk(entry, seen, depth + 1)
         else:
             yield entry
 
@@ -214,15 +226,17 @@ def _contents(source: Source, place: Path) -> list[tuple[str, Path]]:
 
 def _sha256(file: Path) -> str:
     try:
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        status = file.stat()
+        return _sha256_of(file, (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino))
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {one_line(error)}") from error
 
 
-def _mapped(row: Record, columns: Mapping[str, str], where: Location) -> Record:
-    """The record that `columns` describes: its fields by the columns that hold them."""
-    return {field: _lookup(row, column, where) for field, column in columns.items()}
+@lru_cache(maxsize=4096)
+def _sha256_of(file: Path, status: tuple[int, ...]) -> str:
+    """Once in a process for a file that nobody has touched since, as its `status` shows."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _lookup(row: Record, column: str, where: Location) -> Any:
@@ -233,7 +247,7 @@ def _lookup(row: Record, column: str, where: Location) -> Any:
     for part in column.split("."):
         if not isinstance(value, Mapping) or part not in value:
             names = [str(name) for name in value] if isinstance(value, Mapping) else []
-            hint = did_you_mean(part, names) or f"; there are {', '.join(names) or 'none'}"
+            hint = did_you_mean(part, names) or (f"; there are {', '.join(names)}" if names else "")
             raise DataError(f"{where}: columns: no column {column!r}{hint}")
         value = value[part]
     return value

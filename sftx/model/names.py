@@ -31,8 +31,8 @@ log = logging.getLogger(__name__)
 
 def cache_dir() -> Path:
     """Where converted models are kept: $SFTX_CACHE, or sftx in the user's cache directory."""
-    if "SFTX_CACHE" in os.environ:
-        return Path(os.environ["SFTX_CACHE"])
+    if os.environ.get("SFTX_CACHE"):
+        return Path(os.environ["SFTX_CACHE"]).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "sftx"
 
 

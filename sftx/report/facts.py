@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from sftx.data.encode import Encoder
 from sftx.data.prepare import Dataset
-from sftx.data.rows import Row, parse
+from sftx.data.rows import Row
 from sftx.errors import DataError
 from sftx.report.look import Look
 from sftx.report.mojibake import mojibake
@@ -92,8 +92,7 @@ class Facts:
                 break
             found.num_rows += 1
             try:
-                wanted = source.format or encode.config.format
-                parsed = parse(record, where, encode.parsers, wanted, Row(where))
+                parsed = encode.parse(record, Row(where), source)
             except DataError:
                 continue  # the ledger has it
             _look_at(found, str(where), [one for part in parsed for one in _texts_of(part)], controls, bos)

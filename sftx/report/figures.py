@@ -177,7 +177,8 @@ def filling(plan: Plan, examples: Examples, prepared: Setup) -> Filling:
     row_share = None
     if packs:
         filled = sum(int(examples.lengths[list(row)].sum()) for row in rows)
-        row_share = filled / (len(rows) * prepared.config.data.max_length)
+        capacity: int = getattr(prepared.collator, "row_length", None) or prepared.config.data.max_length
+        row_share = filled / (len(rows) * capacity)
     return Filling(packs, _share_of_batches(steps, examples, prepared), len(rows), row_share)
 
 

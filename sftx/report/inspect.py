@@ -12,7 +12,7 @@ import numpy as np
 from sftx.config import Source
 from sftx.data.ledger import Entry
 from sftx.data.prepare import Dataset
-from sftx.data.rows import Row, parse
+from sftx.data.rows import Row
 from sftx.errors import DataError
 from sftx.report.figures import Figures, figures
 from sftx.report.look import Look, Split, is_unreadable
@@ -82,7 +82,7 @@ class Choice:
 def inspect(look: Look, split: Split, choice: Choice) -> Inspection:
     """Raises SftxError: a row that was asked for is not there, a source cannot be read."""
     data = look.dataset(split)
-    shown = _Shown(look, data)
+    shown = _Shown(look, split, data)
     if choice.rows:
         rows, words = _asked_for(look, split, choice.rows, shown), "as asked for"
     elif choice.show == "first":
@@ -100,7 +100,7 @@ def sample(look: Look, split: Split, most: int) -> Inspection:
     places: dict[Place, None] = {}
     for show in ("dropped", "cut", "longest"):
         places |= dict.fromkeys(_places(data, show, part))
-    shown = _Shown(look, data)
+    shown = _Shown(look, split, data)
     few = data.ledger.num_rows <= most
     rows = [] if few else _at(look, split, list(places)[:most], shown)
     taken = {row.number for row in rows}
@@ -178,8 +178,8 @@ def _is_path(typed: str, path: str) -> bool:
 class _Shown:
     """Makes what is shown of one row; what became of it is read from the dataset's own ledger."""
 
-    def __init__(self, look: Look, data: Dataset) -> None:
-        self._encode = look.prepared.encode
+    def __init__(self, look: Look, split: Split, data: Dataset) -> None:
+        self._encode = look.prepared.encode if split == "train" else look.prepared.encode_held_out
         self._entries: dict[Place, list[Entry]] = {}
         for entry in data.ledger.entries:
             self._entries.setdefault(_place(entry.where), []).append(entry)
@@ -192,9 +192,9 @@ class _Shown:
         shown: tuple[ShownExample, ...] = ()
         try:
             if not any(map(is_unreadable, entries)):
-                row = encode(where, record, format=source.format, filters=source.filters)
+                row = encode(where, record, source)
                 as_it_is = Row(where) if is_gone else row
-                parsed = parse(record, where, encode.parsers, source.format or encode.config.format, Row(where))
+                parsed = encode.parse(record, Row(where), source)
                 found = examples(encode, parsed, as_it_is)
                 names = [one.row_id for one in as_it_is.as_examples(0)] or [str(where)] * len(found)
                 shown = tuple(ShownExample(name, tuple(one)) for name, one in zip(names, found, strict=True))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from sftx.config import DataConfig, Loaded, RunConfig, Source
-from sftx.data import prepare, setup, sources, wanted
+from sftx.data import setup, sources, wanted
 from sftx.data.ledger import Entry
 from sftx.data.prepare import Dataset
 from sftx.data.rows import EMPTY, NO_TURN, NOTHING_TRAINED, RowEncoder
@@ -70,7 +70,7 @@ def _would_stop(data: Dataset, config: DataConfig, encode: RowEncoder) -> Iterat
         unreadable = [entry for entry in data.ledger.entries if is_unreadable(entry)]
         yield from (f"{entry.where}: {entry.reason}" for entry in unreadable[:1])
     try:
-        prepare.check(data, encode, max_dropped=config.max_dropped)
+        data.check(encode, max_dropped=config.max_dropped)
     except DataError as error:
         yield str(error)
 

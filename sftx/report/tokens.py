@@ -179,7 +179,7 @@ def _of_run(run: EncodedRun, encoder: Encoder, whys: Sequence[str]) -> Iterator[
         end += len(segment.text)
         ends.append(end)
     shown, at = 0, 0
-    for token_id, piece in zip(run.token_ids, _pieces(text, encoder), strict=True):
+    for token_id, piece in zip(run.token_ids, _pieces(text, encoder, continues=run.continues), strict=True):
         # A token that spans two segments goes with the one that it begins in.
         while at + 1 < len(ends) and ends[at] <= shown:
             at += 1
@@ -188,13 +188,13 @@ def _of_run(run: EncodedRun, encoder: Encoder, whys: Sequence[str]) -> Iterator[
         shown += len(piece)
 
 
-def _pieces(text: str, encoder: Encoder) -> Iterator[str]:
+def _pieces(text: str, encoder: Encoder, *, continues: bool) -> Iterator[str]:
     """The text of each token of `encoder.plain(text)`; joined they are `text`, whatever the tokenizer leaves out.
 
     Of tokens that hold bytes of one character, the first has the character and the others nothing.
     """
     shown = 0
-    spans = encoder.offsets(text)
+    spans = encoder.offsets(text, continues=continues)
     for n, (_, end) in enumerate(spans):
         end = len(text) if n + 1 == len(spans) else max(end, shown)
         yield text[shown:end]
@@ -241,7 +241,7 @@ def _of_text(text: str, token_ids: Sequence[int], encoder: Encoder) -> Iterator[
     first = next((n for n in range(len(token_ids)) if list(token_ids[n : n + len(plain)]) == plain), 0)
     for n, token_id in enumerate(token_ids):
         if n == first:
-            for plain_id, piece in zip(plain, _pieces(text, encoder), strict=True):
+            for plain_id, piece in zip(plain, _pieces(text, encoder, continues=False), strict=True):
                 yield Token(plain_id, piece, "", False, True, 1.0, "trained: plain text, every token is")
         if not first <= n < first + len(plain):
             why = f"control token that {'begins' if n < first else 'ends'} the text, trained"

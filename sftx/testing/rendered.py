@@ -96,10 +96,15 @@ class TemplateCase:
         }
 
     def _render(self, conversation: Conversation) -> Sequence[Segment]:
-        """As a run asks for it: where history is rewritten, the last trained turn with what led to it."""
-        *_, unit = [conversation, *units(conversation, self.encoder)]
-        assert isinstance(unit, Conversation)
-        return self.template.render(unit)
+        """As a run asks for it: where history is rewritten, with the last of the trained turns alone trained."""
+        trained = [n for n, message in enumerate(conversation.messages) if message.trained]
+        if self.template.rewrites_history and trained:
+            messages = (
+                message if n == trained[-1] else dataclasses.replace(message, trainable=False)
+                for n, message in enumerate(conversation.messages)
+            )
+            conversation = dataclasses.replace(conversation, messages=tuple(messages))
+        return self.template.render(conversation)
 
     @property
     def conversations(self) -> tuple[Conversation, ...]:

@@ -71,6 +71,13 @@ def collate(collator: Collator, examples: Sequence[Example]) -> Batch:
             f"{collator}: collate made a batch of {len(batch.row_ids)} examples of {len(examples)}; every example must "
             "be in it once"
         )
+    if batch.cu_seqlens is not None:
+        borders, num = batch.cu_seqlens.tolist(), batch.input_ids_BT.numel()
+        if borders[:1] != [0] or borders[-1] != num or sorted(set(borders)) != borders:
+            raise PluginError(
+                f"{collator}: collate gave {num} tokens the cu_seqlens {borders!r:.60}, expected "
+                "rising numbers from 0 to all of them"
+            )
     return batch
 
 

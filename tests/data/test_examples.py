@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -58,22 +59,39 @@ def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, token
 
 
 @given(ROWS, st.integers(1, 20))
-def test_wrapped_keeps_every_token_and_fills_rows(tokens: Any, length: int) -> None:
+def test_wrapped_keeps_every_token_that_is_trained_and_fills_rows(tokens: Any, length: int) -> None:
     whole = written(rows_of(tokens), None)
     pieces = whole.wrapped(length)
-
-    def flat(examples: Examples, name: str) -> list[Any]:
-        return [value for example in examples for value in (getattr(example, name) or [1.0] * len(example.token_ids))]
-
-    for name in ("token_ids", "loss_mask", "weights"):
-        assert flat(pieces, name) == flat(whole, name)
-    ends = np.cumsum(pieces.lengths)
-    assert set(range(length, whole.num_real_tokens, length)) <= set(ends.tolist())
+    flat = [
+        (example.row_id, token, trained, weight)
+        for example in whole
+        for token, trained, weight in zip(
+            example.token_ids, example.loss_mask, example.weights or [1.0] * len(example.token_ids), strict=True
+        )
+    ]
+    expected = []  # the pieces, cut from a list, but for those that would train nothing
+    at = 0
+    for example in whole:
+        end = at + len(example.token_ids)
+        for start, stop in itertools.pairwise(sorted({at, end, *range(-(-at // length) * length, end, length)})):
+            if any(trained for _, _, trained, _ in flat[start + 1 : stop]):
+                expected.append(flat[start:stop])
+        at = end
+    assert [piece.token_ids for piece in pieces] == [[token for _, token, _, _ in part] for part in expected]
+    assert [piece.loss_mask for piece in pieces] == [[trained for _, _, trained, _ in part] for part in expected]
+    weights = [[weight for _, _, _, weight in part] for part in expected]
+    assert [piece.weights or [1.0] * len(piece.token_ids) for piece in pieces] == weights
+    assert [piece.row_id.partition("#")[0] for piece in pieces] == [part[0][0] for part in expected]
     assert pieces.num_tokens.tolist() == [example.num_tokens for example in pieces]
+    assert min(pieces.num_tokens.tolist(), default=1) > 0
     assert len({e.row_id for e in pieces}) == len(pieces)
     assert len(set(pieces.groups.tolist())) == len(pieces)
-    for piece in pieces:
-        assert len(piece.token_ids) <= length
+
+
+def test_wrapped_rows_of_plain_text_are_full() -> None:
+    rows = rows_of([[(7, True, 1.0)] * size for size in (5, 9, 16, 2, 11)])
+    ends = np.cumsum(written(rows, None).wrapped(8).lengths)
+    assert set(ends.tolist()) >= {8, 16, 24, 32, 40}
 
 
 def test_an_empty_set() -> None:

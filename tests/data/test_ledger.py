@@ -104,3 +104,15 @@ def test_filtered_rows_do_not_count_unless_nothing_is_left() -> None:
     Ledger(filtered, num_rows=10).check(0.0)
     with pytest.raises(DataError, match=r"rows.jsonl:1: filters.min_turns=4; the filters leave none of 9 rows"):
         Ledger(filtered, num_rows=9).check(1.0)
+
+
+def test_a_thousand_reasons_are_ten_lines_and_one() -> None:
+    entries = [Entry(line(n), "dropped", f"reason {n // 2 if n < 4 else n}", 0, 0) for n in range(1000)]
+    shown = Ledger(entries, num_rows=2000).summary()
+    assert shown[0] == "2 of 2000 rows dropped: reason 0 (first: rows.jsonl:0)"
+    assert (len(shown), shown[-1]) == (11, "988 more rows for 988 other reasons: see the ledger")
+
+
+def test_a_path_that_is_no_text_can_be_written(tmp_path: Path) -> None:
+    Ledger([Entry(Location("a\udcff.jsonl", 1), "dropped", "x", 0, 0)], 2).write(tmp_path / "ledger.jsonl")
+    assert "a\\udcff.jsonl:1" in (tmp_path / "ledger.jsonl").read_text(encoding="utf-8")

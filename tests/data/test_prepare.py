@@ -16,7 +16,7 @@ import pytest
 from encoding import prepared
 from sftx.config import DataConfig, Filters, Source
 from sftx.data import prepare as prepare_module
-from sftx.data.prepare import Dataset, check, prepare
+from sftx.data.prepare import Dataset, prepare
 from sftx.data.rows import RowEncoder
 from sftx.errors import DataError, PluginError
 from sftx.testing.kit import Kit
@@ -83,6 +83,11 @@ def many(path: Path, num: int = 1200) -> Path:
         ({"train_roles": ("user",)}, ["a<|im_end|>\nc<|im_end|>\n"]),
         ({"train_roles": ("user", "assistant"), "train_turns": "last"}, ["d<|im_end|>\n"]),
         ({"train_turn_end": False}, ["bd"]),
+        (
+            {"train_turn_end": False, "train_on_prompt": True},
+            ["<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_start|>user\nc<|im_end|>\n"
+             "<|im_start|>assistant\nd"],
+        ),
         (
             {"train_on_prompt": True},
             ["<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
@@ -181,8 +186,73 @@ def test_two_processes_give_what_one_gives(kit: Kit, tmp_path: Path) -> None:
 
 def test_an_error_in_another_process_is_the_same_error(kit: Kit, tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [talk("a", "b")] * 600 + [{"strange": 1}])
-    with pytest.raises(DataError, match=r"a\.jsonl:601: no format has the fields \['strange'\]"):
+    with pytest.raises(DataError, match=r"a\.jsonl:601: no format has the fields 'strange'; known are"):
         prepared([path], DataConfig(num_proc=2), PARSERS, kit.encoder)
+
+
+def test_a_cache_that_was_damaged_is_made_anew(kit: Kit, tmp_path: Path, cache: Path) -> None:
+    path = many(tmp_path / "a.jsonl", 30)
+    first = cached(kit, path)
+    (entry,) = cache.iterdir()
+    for name in ("token_ids.bin", "dataset.json", "examples.json", "ledger.jsonl"):
+        (entry / name).write_bytes((entry / name).read_bytes()[:-3] if name != "ledger.jsonl" else b"{")
+        assert same(first, cached(kit, path))
+    (entry / "loss_mask.bin").unlink()
+    assert same(first, cached(kit, path))
+
+
+class ChangesItsData(PromptCompletion):
+    """Appends to the file while it is read, as another process may."""
+
+    def parse(self, record: Any, where: Any) -> Any:
+        with Path(where.path).open("a") as file:
+            file.write("\n")
+        return super().parse(record, where)
+
+
+def test_data_that_change_while_they_are_read_are_not_kept(kit: Kit, tmp_path: Path, cache: Path) -> None:
+    path = many(tmp_path / "a.jsonl", 10)
+    encode = RowEncoder({"pc": ChangesItsData()}, kit.encoder, DataConfig(cache=True))
+    with pytest.raises(DataError, match=r"a\.jsonl: the data changed while they were read; start again"):
+        prepare([Source(str(path))], encode, identity={})
+    assert list(cache.iterdir()) == []
+
+
+def test_an_edited_file_of_a_plugin_s_package_is_another_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sftx.data.cache import code_digest
+
+    package = tmp_path / "acme_forms"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "form.jinja").write_text("a")
+    monkeypatch.syspath_prepend(tmp_path)
+    __import__("acme_forms")
+    before = code_digest("acme_forms")
+    assert before == code_digest("acme_forms")
+    (package / "form.jinja").write_text("b")
+    assert before != code_digest("acme_forms")
+    monkeypatch.delitem(sys.modules, "acme_forms")
+
+
+def test_a_pair_is_never_made_into_three(kit: Kit, tmp_path: Path) -> None:
+    class Pairs(PromptCompletion):
+        def parse(self, record: Any, where: Any) -> Any:
+            return super().parse(record, where) * 2
+
+    path = write(tmp_path / "a.jsonl", [{"prompt": "x", "completion": "word " * 30}])
+    with pytest.raises(DataError, match=r"its 2 parts belong together, and \d+ examples came of them"):
+        prepared([path], DataConfig(max_length=30, long_rows="split"), {"pairs": Pairs()}, kit.encoder)
+
+
+def test_a_row_that_lacks_a_column_is_a_row_that_cannot_be_read(kit: Kit, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"q": "x", "a": "y"}, {"q": "x"}])
+    source = Source(str(path), columns={"prompt": "q", "completion": "a"})
+    with pytest.raises(DataError, match=r"a\.jsonl:2: columns: no column 'a'; there are q"):
+        prepare([source], RowEncoder(PARSERS, kit.encoder, DataConfig()))
+    data = prepare([source], RowEncoder(PARSERS, kit.encoder, DataConfig(invalid_rows="drop")))
+    assert [e.reason for e in data.ledger.entries] == ["columns: no column 'a'; there are q"]
 
 
 class Unsendable(Messages):
@@ -200,7 +270,7 @@ def cached(kit: Kit, path: Path, *, identity: Any = None, source: Any = None, **
     config = DataConfig(**{"max_length": 64, "max_dropped": 0.2, "cache": True, **options})
     encode = RowEncoder(PARSERS, kit.encoder, config, questions=True)
     data = prepare([Source(str(path), **(source or {}))], encode, identity=identity or {})
-    check(data, encode, max_dropped=config.max_dropped)
+    data.check(encode)
     return data
 
 

@@ -201,7 +201,8 @@ def test_a_file_has_no_splits(option: str) -> None:
 
 def mapped(record: dict[str, Any], **columns: str) -> dict[str, Any]:
     write("x.jsonl", json.dumps(record))
-    (row,) = [row for _, row in sources.read(Source("x.jsonl", columns=columns))]
+    ((where, row),) = sources.read(Source("x.jsonl"))
+    row = dict(sources.mapped(row, columns, where))
     return dict(row)
 
 
@@ -228,8 +229,10 @@ def test_a_column_that_is_not_there_is_named_with_its_line(column: str, message:
 
 def test_a_column_that_some_rows_lack_is_named_with_the_first_such_line() -> None:
     write("x.jsonl", '{"q": 1}\n{"q": 2}\n{"a": 3}\n')
+    *others, (where, row) = sources.read(Source("x.jsonl"))
+    assert [sources.mapped(row, {"prompt": "q"}, where) for where, row in others] == [{"prompt": 1}, {"prompt": 2}]
     with pytest.raises(DataError, match=r"^x\.jsonl:3: columns: no column 'q'; there are a$"):
-        list(sources.read(Source("x.jsonl", columns={"prompt": "q"})))
+        sources.mapped(row, {"prompt": "q"}, where)
 
 
 # --- fingerprints -------------------------------------------------------------------------------

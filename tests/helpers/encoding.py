@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sftx.config import DataConfig, Source
 from sftx.data.encode import Encoder
-from sftx.data.prepare import Dataset, check, prepare
+from sftx.data.prepare import Dataset, prepare
 from sftx.data.rows import RowEncoder
 from sftx.types import Parser
 
@@ -23,5 +23,5 @@ def prepared(
     """Every row of these files, encoded, not cached, and checked as for a run."""
     encode = RowEncoder(parsers, encoder, config, questions=questions)
     data = prepare([Source(str(path)) for path in paths], encode)
-    check(data, encode, max_dropped=config.max_dropped)
+    data.check(encode)
     return data

@@ -19,7 +19,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "qwen2.5": [{"default_system": None}],
     "tokenizer": [{"enable_thinking": False}],
     "padded": [{"group_by_length": False, "pad_to_multiple_of": 8}, {"padding_free": True}],
-    "packed": [{"length": 40, "attention": "mask"}, {"strategy": "wrapped", "attention": "mask4d"}],
+    "packed": [{"length": 40, "attention": "mask"}, {"attention": "mask4d"}],
     "lora": [{"lora_dropout": 0.3}, {"modules_to_save": ["lm_head", "embed_tokens"]}],
     "masked-ce": [{"label_smoothing": 0.1, "z_loss": 1e-3}, {"workspace_mb": 1}],
 }

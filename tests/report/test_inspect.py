@@ -370,12 +370,39 @@ def invoke(*arguments: str) -> Any:
 def test_json_is_the_same_structure(make_look: Callable[..., Any], tmp_path: Path) -> None:
     from sftx.report.inspect import Choice, inspect
 
-    expected = dataclasses.asdict(inspect(make_look(ROWS), "train", Choice(most=2)))
+    expected = {"made_by": "sftx inspect"} | dataclasses.asdict(inspect(make_look(ROWS), "train", Choice(most=2)))
     done = invoke("--data", str(tmp_path / "rows.jsonl"), "--rows", "2", "--json", "-")
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout) == json.loads(json.dumps(expected))
     done = invoke("--data", str(tmp_path / "rows.jsonl"), "--rows", "2", "--json", str(tmp_path / "out.json"))
     assert json.loads((tmp_path / "out.json").read_text()) == json.loads(json.dumps(expected))
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "message"),
+    [
+        ("--json", "rows.jsonl", "name a file that ends in .json"),
+        ("--html", "other.html", "holds something else, which is not written over"),
+        ("--json", "other.json", "holds something else, which is not written over"),
+    ],
+)
+def test_nothing_is_written_over(
+    make_look: Callable[..., Any], tmp_path: Path, option: str, name: str, message: str
+) -> None:
+    make_look(ROWS)
+    for other in ("other.html", "other.json"):
+        (tmp_path / other).write_text("mine")
+    before = (tmp_path / name).read_bytes()
+    done = invoke("--data", str(tmp_path / "rows.jsonl"), option, str(tmp_path / name))
+    assert (done.exit_code, message in done.output) == (2, True), done.output
+    assert (tmp_path / name).read_bytes() == before
+
+
+def test_what_it_wrote_is_written_again(make_look: Callable[..., Any], tmp_path: Path) -> None:
+    make_look(ROWS)
+    for _ in range(2):
+        for option, name in (("--html", "look.html"), ("--json", "look.json")):
+            assert invoke("--data", str(tmp_path / "rows.jsonl"), option, str(tmp_path / name)).exit_code == 0
 
 
 def test_held_out_rows_are_looked_at(tmp_path: Path, make_look: Callable[..., Any]) -> None:

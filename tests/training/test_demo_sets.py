@@ -44,7 +44,7 @@ def test_a_demo_set_is_run_unedited(tmp_path: Path, name: str, num_rows: int, co
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert sum(entry.get("event") == "step" for entry in metrics) == 2
     ledger = [json.loads(line) for line in (out / "ledger.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert ledger == []
+    assert {entry["action"] for entry in ledger} <= {"cut"}
 
 
 @pytest.mark.parametrize(("name", "num_rows"), SETS.items())

@@ -62,8 +62,9 @@ def test_every_row_is_seen_once_a_pass_and_the_same_in_every_run(kit: Kit, tmp_p
 def test_sources_come_by_weight_and_begin_anew(kit: Kit, tmp_path: Path) -> None:
     paths = [write(tmp_path / f"{name}.jsonl", name, 10) for name in "ab"]
     found = stream(kit, [Source(paths[0], weight=3), Source(paths[1])])
-    window = next(found.windows(4000))
-    share = sum("a.jsonl" in example.row_id for example in window) / len(window)
+    examples = [example for window in islice(found.windows(50), 200) for example in window]
+    assert len(examples) > 4000
+    share = sum("a.jsonl" in example.row_id for example in examples) / len(examples)
     assert abs(share - 0.75) < 0.03  # four standard deviations
     assert found.passes[0] > found.passes[1] > 50
     assert found.ledger.num_rows == 20  # each row is accounted for once
@@ -78,6 +79,13 @@ def test_dropped_rows_stop_a_stream_too(kit: Kit, tmp_path: Path) -> None:
     path.write_text(json.dumps(bad) + "\n")
     with pytest.raises(DataError, match=r"a\.jsonl: no row of it gives an example: every trained turn is empty"):
         next(stream(kit, [Source(str(path))]).windows(10))
+
+
+def test_a_stream_whose_rows_train_no_stop_token_does_not_begin(kit: Kit, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"prompt": "x", "completion": "word " * 100}) + "\n")
+    with pytest.raises(DataError, match=r"no row trains the stop token <\|im_end\|>"):
+        next(stream(kit, [Source(str(path))], max_length=40).windows(5))
 
 
 def test_a_window_is_read_when_it_is_needed(kit: Kit, tmp_path: Path) -> None:
