@@ -69,7 +69,7 @@ def run(loaded: Loaded, *, name: str = "run") -> Result:
 
 
 def assemble(loaded: Loaded, *, name: str = "run") -> Session:
-    """Everything before the first step: all that can be wrong is found here, and nothing is written."""
+    """Everything before the first step: all that can be wrong is found here; nothing is written but the cache."""
     config = loaded.config
     names.check(config.model)
     wanted.check(config)

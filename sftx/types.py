@@ -282,7 +282,7 @@ class Collator(Protocol):
 
     A collator that packs may have an attribute `row_length: int`, the tokens that a row holds, for reports.
     It may have an attribute `wrap_length: int | None`. Where it is a number, the examples are first cut where
-    their concatenation passes a multiple of it, so that neighbouring pieces fill rows of exactly that many tokens.
+    their concatenation passes a multiple of it, so that neighbouring pieces fill rows of that many tokens.
     """
 
     def plan(

@@ -25,7 +25,7 @@ class Packed:
         Literal["bfd", "wrapped"],
         Field(
             description="bfd: whole examples, the longest first, each where it leaves the least room; wrapped: the "
-            "examples as one stream, cut into rows of exactly `length` tokens (for plain text)."
+            "examples as one stream, cut into rows of `length` tokens (for plain text)."
         ),
     ] = "bfd"
     attention: Annotated[
