@@ -154,6 +154,21 @@ class Native:
                 raise DataError(f"a turn of the role {message.role!r} thinks or calls tools; only the assistant can")
 
 
+class Bordered(Native):
+    """A form in plain text, between the tokenizer's own beginning and end of text."""
+
+    begin: str = ""
+    end: str = ""
+
+    def _known_of(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        begin, end = self._begins_with(tokenizer), end_of_text(tokenizer)
+        controls = super()._known_of(tokenizer)["controls"] | ({begin, end} - {""})
+        return {"controls": controls, "stop": (end,), "begin": begin, "end": end}
+
+    def _begins_with(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        return beginning(tokenizer)
+
+
 def beginning(tokenizer: PreTrainedTokenizerBase) -> str:
     """The token that this tokenizer puts before every text, with which its model was trained; else nothing."""
     starts = tokenizer.bos_token is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import Annotated, Final
 
 from pydantic import Field
 
 from sftx import Conversation, Message, Segment
-from sftx_plugins._template import ROUNDS, Native, Turn, beginning, end_of_text, rounds
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from sftx_plugins._template import ROUNDS, Bordered, Turn, rounds
 
 _JINJA: Final = (
     ROUNDS
@@ -31,7 +28,7 @@ _JINJA: Final = (
 
 
 @dataclass(frozen=True, eq=False)
-class AlpacaTemplate(Native):
+class AlpacaTemplate(Bordered):
     """Headings in plain text, as Stanford's Alpaca has them; the response and the end of text are trained."""
 
     default_system: Annotated[
@@ -39,16 +36,9 @@ class AlpacaTemplate(Native):
         Field(description="Text before conversations that begin without a system turn; null adds none."),
     ] = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
 
-    begin = end = ""
-
     @property
     def chat_template(self) -> str | None:
         return self._jinja(_JINJA, begin=self.begin, end=self.end, default=self.default_system)
-
-    def _known_of(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-        begin, end = beginning(tokenizer), end_of_text(tokenizer)
-        controls = super()._known_of(tokenizer)["controls"] | ({begin, end} - {""})
-        return {"controls": controls, "stop": (end,), "begin": begin, "end": end}
 
     def _turns(self, conversation: Conversation) -> Iterator[Segment]:
         system, turns = rounds(conversation, "AlpacaTemplate")

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from sftx import Conversation, Segment
-from sftx_plugins._template import Native, Turn, end_of_text
+from sftx_plugins._template import Bordered, Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,19 +27,15 @@ _JINJA: Final = """
 
 
 @dataclass(frozen=True, eq=False)
-class MaRlhf(Native):
+class MaRlhf(Bordered):
     """#SYSTEM:, #USER: and #ASSISTANT: on lines of their own; the answer and the end of text are trained."""
-
-    begin = end = ""
 
     @property
     def chat_template(self) -> str | None:
         return self._jinja(_JINJA, begin=self.begin, end=self.end)
 
-    def _known_of(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-        begin, end = tokenizer.bos_token or "", end_of_text(tokenizer)
-        controls = super()._known_of(tokenizer)["controls"] | ({begin, end} - {""})
-        return {"controls": controls, "stop": (end,), "begin": begin, "end": end}
+    def _begins_with(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        return tokenizer.bos_token or ""
 
     def _turns(self, conversation: Conversation) -> Iterator[Segment]:
         yield from Turn(self.controls, "").opening(self.begin)

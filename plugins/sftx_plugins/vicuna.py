@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import Annotated, Final
 
 from pydantic import Field
 
 from sftx import Conversation, Message, Segment
-from sftx_plugins._template import ROUNDS, Native, Turn, beginning, end_of_text, rounds
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from sftx_plugins._template import ROUNDS, Bordered, Turn, rounds
 
 _JINJA: Final = (
     ROUNDS
@@ -31,7 +28,7 @@ _JINJA: Final = (
 
 
 @dataclass(frozen=True, eq=False)
-class Vicuna(Native):
+class Vicuna(Bordered):
     """USER: and ASSISTANT: in plain text; the answer with the space before it and the end of text are trained."""
 
     default_system: Annotated[
@@ -42,16 +39,9 @@ class Vicuna(Native):
         "The assistant gives helpful, detailed, and polite answers to the user's questions."
     )
 
-    begin = end = ""
-
     @property
     def chat_template(self) -> str | None:
         return self._jinja(_JINJA, begin=self.begin, end=self.end, default=self.default_system)
-
-    def _known_of(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-        begin, end = beginning(tokenizer), end_of_text(tokenizer)
-        controls = super()._known_of(tokenizer)["controls"] | ({begin, end} - {""})
-        return {"controls": controls, "stop": (end,), "begin": begin, "end": end}
 
     def _turns(self, conversation: Conversation) -> Iterator[Segment]:
         system, turns = rounds(conversation, "Vicuna")

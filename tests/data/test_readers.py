@@ -13,34 +13,15 @@ from typing import Any
 
 import pytest
 
+from row_files import TEXT, error_of, rows, write
 from sftx import DataError
 from sftx.config import Source
 from sftx.data import json_text, readers, sources
-
-TEXT = "你好, naïve café 🙂\u2028\u0085 «x»"
 
 
 @pytest.fixture(autouse=True)
 def _in_an_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-
-
-def write(name: str, content: str | bytes) -> str:
-    Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    return name
-
-
-def rows(name: str, content: str | bytes) -> list[tuple[str, Any]]:
-    """The records of a file of that content, with their places as an error shows them."""
-    return [(str(where), record) for where, record in sources.read(Source(write(name, content)))]
-
-
-def error_of(name: str, content: str | bytes | None = None) -> str:
-    with pytest.raises(DataError) as caught:
-        list(sources.read(Source(name)) if content is None else sources.read(Source(write(name, content))))
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 # --- JSON lines ---------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ from transformers import (
     masking_utils,
 )
 
+from architectures import SHAPE
 from sftx import Attention, Batch, Example, ModelError, pack, pad
 from sftx.model import attention, document_attention
 from sftx.model.language_model import LanguageModel
@@ -46,18 +47,6 @@ from sftx_plugins.packed import Packed, PackedRows
 from sftx_plugins.padded import Padded
 
 LENGTHS = (9, 1, 5, 13)
-SHAPE: dict[str, Any] = {
-    "vocab_size": 211,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 MIXED = ["sliding_attention", "full_attention"]
 CONFIGS: dict[str, tuple[PreTrainedConfig, str | None]] = {
     "llama, grouped heads": (LlamaConfig(**SHAPE), None),

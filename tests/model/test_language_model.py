@@ -20,23 +20,12 @@ from transformers import (
     Qwen2MoeConfig,
 )
 
+from architectures import SHAPE
 from sftx import Batch, Example, ModelError
 from sftx.model.language_model import LanguageModel
 from sftx_plugins.masked_ce import MaskedCE
 from sftx_plugins.padded import Padded
 
-SHAPE: dict[str, Any] = {
-    "vocab_size": 211,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 EXPERTS = {"output_router_logits": True, "router_aux_loss_coef": 0.1}
 CONFIGS = {
     "llama": LlamaConfig(**SHAPE),

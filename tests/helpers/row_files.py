@@ -1,0 +1,32 @@
+"""Files of rows in the current directory: written, read back, or refused in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sftx import DataError
+from sftx.config import Source
+from sftx.data import sources
+
+TEXT = "你好, naïve café 🙂\u2028\u0085 «x»"
+
+
+def write(name: str, content: str | bytes) -> str:
+    Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return name
+
+
+def rows(name: str, content: str | bytes) -> list[tuple[str, Any]]:
+    """The records of a file of that content, with their places as an error shows them."""
+    return [(str(where), record) for where, record in sources.read(Source(write(name, content)))]
+
+
+def error_of(name: str, content: str | bytes | None = None) -> str:
+    with pytest.raises(DataError) as caught:
+        list(sources.read(Source(name)) if content is None else sources.read(Source(write(name, content))))
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
