@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar, cast
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
@@ -95,8 +95,14 @@ Sources = Annotated[
 """One source or several, each a path or all that is to say of it."""
 
 
-def _as_tuple(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
+
+
+def _as_roles(value: Any) -> Any:
+    """Roles one by one, or several between commas as a command line has them."""
+    items = value if isinstance(value, list | tuple) else [value]
+    parts = (item.split(",") if isinstance(item, str) else [item] for item in items)
+    return tuple(role for roles in parts for role in roles)
 
 
 @dataclass(frozen=True)
@@ -138,8 +144,8 @@ class DataConfig:
     ] = 0.05
     filters: Annotated[Filters, Field(description="Which rows are kept.")] = Filters()
     train_roles: Annotated[
-        tuple[str, ...],
-        BeforeValidator(_as_tuple, json_schema_input_type=str | list[str]),
+        tuple[Role, ...],
+        BeforeValidator(_as_roles, json_schema_input_type=Role | list[Role]),
         Field(description="Roles whose turns are trained, where the row itself does not say."),
     ] = ("assistant",)
     train_turns: Annotated[

@@ -32,10 +32,15 @@ _OPEN, _CLOSE = "<think>", "</think>"
 
 
 def conversation(messages: Sequence[Message], record: Record, where: Location, *, turns: Any = ()) -> Conversation:
-    """The messages with the record's tools. Raises DataError for a record that comes with pictures or sounds.
+    """The messages with the record's tools. Raises DataError for one with pictures or sounds, or a bad answer.
 
     `turns` is what the messages were read from: MiniMind's data has the tools in the first one, the system's.
     """
+    if isinstance(record.get("label"), bool):
+        raise DataError(
+            f"{where}: label says whether the answer is a good one (KTO), which needs a plugin of its own; leave bad "
+            "answers out, and the field"
+        )
     media = next((field for field in _MEDIA if record.get(field)), None)
     if media is not None:
         raise DataError(f"{where}: {media} cannot be trained on, only text; leave such rows out")

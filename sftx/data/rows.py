@@ -206,7 +206,10 @@ def parse(
     if not row.format:
         known = "; ".join(f"{name}: {parser.fields}" for name, parser in parsers.items())
         fields = ", ".join(sorted(map(repr, record)))
-        raise DataError(f"{where}: no format has the fields {fields:.200}; known are {known}")
+        raise DataError(
+            f"{where}: no format has the fields {fields:.200}; known are {known}; or say with `columns` of the source "
+            "which fields hold them"
+        )
     parser = parsers[row.format]
     return checked.parsed(parser, parser.parse(record, where))
 

@@ -212,7 +212,8 @@ def _written(
         style += _CONTROL
     text = visible(token.text)
     if not colours:
-        begins, ends = token.trained and not before.trained, token.trained and not (after and after.trained)
+        begins = token.trained and (number == 0 or not before.trained)
+        ends = token.trained and not (after and after.trained)
         text = f"{'«' if begins else ''}{text}{'»' if ends else ''}"
     yield text, style
     if ids:

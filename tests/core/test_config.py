@@ -134,6 +134,7 @@ def test_an_empty_run_file_is_all_defaults(write: Any) -> None:
         ("model: 5", "option 'model': got 5, expected a valid string"),
         ("model: ''", "option 'model': got \"\", expected a string of at least 1 character"),
         ("data: {train: [a.jsonl, 5]}", "option 'data.train': got [\"a.jsonl\", 5], expected a path, or an object"),
+        ("data: {train_roles: asistant}", "got \"asistant\", expected 'system', 'user', 'assistant' or 'tool'"),
         ("data: rows.jsonl", "option 'data': got \"rows.jsonl\", expected an object"),
         ("trian: {}", "option 'trian' does not exist; did you mean 'train'?"),
         ("train: {learning_rat: 1}", "option 'train.learning_rat' does not exist; did you mean 'learning_rate'?"),
@@ -329,3 +330,9 @@ def test_whatever_is_written_reads_back(values: dict[str, Any], tmp_path_factory
     path = tmp_path_factory.getbasetemp() / "written.yaml"
     run_file.write(values, path)
     assert repr(run_file.read(path)[0]) == repr(values)
+
+
+def test_several_roles_may_stand_between_commas() -> None:
+    values = {"data": {"train_roles": ["assistant,tool", "user"]}}
+    read = config.validate(config.RunConfig, values, origins=run_file.Origins())
+    assert read.data.train_roles == ("assistant", "tool", "user")

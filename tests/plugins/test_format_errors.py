@@ -136,3 +136,10 @@ def test_what_cannot_be_read_is_refused_by_its_place(parser: Parser, record: dic
         parser.parse(record, WHERE)
     assert len(str(caught.value)) < 400, "an error is a line, however long the value was"
     assert "\n" not in str(caught.value)
+
+
+def test_an_answer_that_is_said_to_be_bad_is_not_trained_on() -> None:
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    with pytest.raises(DataError, match=r"label says whether the answer is a good one \(KTO\)"):
+        Messages().parse({"messages": messages, "label": False}, Location("a.jsonl", 1))
+    assert Messages().parse({"messages": messages, "label": "sports"}, Location("a.jsonl", 1))

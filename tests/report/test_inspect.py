@@ -440,3 +440,11 @@ def test_wrong_options_are_told_before_torch_is_imported() -> None:
     )
     arguments = ["inspect", "--plugin", "chatml", "--row", "x"]
     subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True)
+
+
+def test_without_colours_every_trained_turn_stands_between_signs(make_look: Callable[..., Any], tmp_path: Path) -> None:
+    make_look(ROWS[:1])
+    done = invoke("--data", str(tmp_path / "rows.jsonl"), "--train-on-prompt", "--rows", "1")
+    assert done.exit_code == 0, done.output
+    turns = done.output.partition("rows.jsonl:1")[2].partition("«trained»")[0]
+    assert turns.count("«") == turns.count("»") > 1
