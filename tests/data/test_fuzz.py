@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from sftx.config import DataConfig
+from sftx.config import DataConfig, Source
 from sftx.data.encode import Encoder
 from sftx.data.rows import RowEncoder
 from sftx.errors import DataError
@@ -139,7 +139,7 @@ def encode(
     encoder: RowEncoder, where: Location, record: dict[str, Any]
 ) -> tuple[list[tuple[list[int], list[bool]]], int]:
     """Ids and mask of each example of a record, and how many entries of the ledger it gave. Raises DataError."""
-    row = encoder(where, record)
+    row = encoder(where, record, Source("fuzz.jsonl"))
     assert all(entry.where == where and entry.reason for entry in row.entries)
     return [(one.token_ids.tolist(), one.loss_mask.tolist()) for one in row.examples], len(row.entries)
 
