@@ -94,14 +94,13 @@ class Setup:
 
     def _identity(self) -> Mapping[str, Any]:
         """What decides, besides the options of `data` and the tokenizer, what a row becomes."""
-        found = {}
+        found: dict[str, Any] = {}
+        packages = set()
         for hook in ("sftx_parser", "sftx_template"):
             for active in self.assembly.providers(hook):
-                package = type(active.plugin).__module__.partition(".")[0]
-                found[f"{hook} {active.info.name}"] = [
-                    active.info.value, active.info.version, active.options, code_digest(package)
-                ]  # fmt: skip
-        return found
+                packages.add(type(active.plugin).__module__.partition(".")[0])
+                found[f"{hook} {active.info.name}"] = [active.info.value, active.info.version, active.options]
+        return found | {"code": {package: code_digest(package) for package in sorted(packages)}}
 
 
 def set_up(loaded: Loaded, assembly: Assembly) -> Setup:
