@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sftx import config
+from sftx import config, loading
 from sftx.model import names
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -86,7 +86,7 @@ def prepare(path: Path, model: str, num_proc: int | None) -> None:
     ]
     if num_proc is not None:
         assignments.append(("data.num_proc", num_proc, "--num-proc"))
-    loaded = config.load(None, add=["chatml"], assignments=assignments)
+    loaded = loading.load(None, add=["chatml"], assignments=assignments)
     setup = set_up(loaded, activate(loaded))
     start = time.perf_counter()
     data = setup.train()

@@ -1,7 +1,6 @@
-"""A run file and a command line become one frozen RunConfig.
+"""Every option of a run: a dataclass field with its type, bounds and help in `Annotated[...]`.
 
-Every option is a dataclass field with its type, bounds and help in `Annotated[...]`; the same function validates the
-sections of a run file and the options of a plugin. Nothing here imports torch.
+Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -9,20 +8,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar, cast
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import BeforeValidator, Field
 
-from sftx import run_file
-from sftx.errors import ConfigError, did_you_mean
-from sftx.hookspecs import DEFAULTS
-
-T = TypeVar("T")
+from sftx.validation import adapter
 
 
 @dataclass(frozen=True)
@@ -172,42 +163,116 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How it is trained. The names are those of transformers' TrainingArguments."""
+    """How it is trained. The names are those of transformers' TrainingArguments where it has the thing."""
 
     learning_rate: Annotated[float, Field(gt=0, description="Peak learning rate.")] = 2e-4
+    embedding_learning_rate: Annotated[
+        float | None, Field(gt=0, description="Peak learning rate of embedding and output head, where they train.")
+    ] = None
     num_train_epochs: Annotated[float, Field(gt=0, le=1e9, description="Passes over the data; max_steps wins.")] = 1.0
     max_steps: Annotated[int | None, Field(ge=1, description="Optimizer steps in all.")] = None
     per_device_train_batch_size: Annotated[int, Field(ge=1, description="Rows of a micro-batch.")] = 8
     gradient_accumulation_steps: Annotated[int, Field(ge=1, description="Micro-batches of a step.")] = 1
     per_device_eval_batch_size: Annotated[int, Field(ge=1, description="Rows evaluated at once.")] = 16
     lr_scheduler_type: Annotated[
-        Literal["cosine", "linear", "constant"],
+        Literal["cosine", "linear", "constant", "polynomial", "warmup_stable_decay", "minimind"],
         Field(description="Shape of the learning rate after warm-up."),
     ] = "cosine"
     warmup_steps: Annotated[
         float, Field(ge=0, description="Steps of linear warm-up; below 1 it is a share of all steps.")
     ] = 0.0
-    weight_decay: Annotated[float, Field(ge=0, description="Of AdamW; not on norms and biases.")] = 0.0
-    adam_beta1: Annotated[float, Field(ge=0, lt=1, description="AdamW's first decay rate.")] = 0.9
-    adam_beta2: Annotated[float, Field(ge=0, lt=1, description="AdamW's second decay rate.")] = 0.999
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1, description="Where the rate ends, as a share of the peak.")] = 0.0
+    lr_decay_steps: Annotated[
+        float, Field(ge=0, description="Last steps of warmup_stable_decay, which decay; below 1 a share of all steps.")
+    ] = 0.1
+    lr_decay_type: Annotated[
+        Literal["linear", "cosine", "1-sqrt"], Field(description="Shape of the decay of warmup_stable_decay.")
+    ] = "linear"
+    lr_power: Annotated[float, Field(gt=0, description="Exponent of the polynomial schedule.")] = 1.0
+    optim: Annotated[
+        Literal[
+            "adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor", "lion", "sgd", "muon", "adamw_kahan"
+        ],
+        Field(
+            description="Optimizer; those of 8 bits and paged ones are bitsandbytes'; muon trains matrices, and AdamW "
+            "the rest; adamw_kahan keeps weights and state in bfloat16."
+        ),
+    ] = "adamw"
+    weight_decay: Annotated[float, Field(ge=0, description="Decoupled weight decay; not on norms and biases.")] = 0.0
+    adam_beta1: Annotated[float, Field(ge=0, lt=1, description="AdamW's and Lion's first decay rate.")] = 0.9
+    adam_beta2: Annotated[float, Field(ge=0, lt=1, description="AdamW's and Lion's second decay rate.")] = 0.999
     adam_epsilon: Annotated[float, Field(gt=0, description="AdamW's epsilon.")] = 1e-8
+    momentum: Annotated[
+        float | None, Field(ge=0, lt=1, description="Of sgd (by default 0) and muon (by default 0.95).")
+    ] = None
     max_grad_norm: Annotated[float, Field(ge=0, description="Clip the global norm to this; 0 does not clip.")] = 1.0
     bf16: Annotated[
         bool | None, Field(description="Compute in bfloat16; by default on a GPU that can, not on a CPU.")
     ] = None
+    fp16: Annotated[bool, Field(description="Compute in float16, with a loss scale that adapts itself.")] = False
+    tf32: Annotated[
+        bool, Field(description="Let a GPU round the factors of fp32 products to TensorFloat-32: faster, less exact.")
+    ] = False
     gradient_checkpointing: Annotated[
         bool,
         Field(description="Recompute each layer in the backward pass: less memory, more time."),
     ] = False
+    selective_checkpointing: Annotated[
+        bool,
+        Field(description="With gradient_checkpointing: keep what products and attention gave, recompute the rest."),
+    ] = False
+    torch_compile: Annotated[bool, Field(description="Compile the decoder's layers with torch.compile.")] = False
     use_cpu: Annotated[bool, Field(description="Stay on the CPU even where there is a GPU.")] = False
     seed: Annotated[int, Field(ge=0, lt=2**32, description="Of data order, initialisation and dropout.")] = 42
     logging_steps: Annotated[int, Field(ge=1, description="Steps between two lines on the terminal.")] = 10
     save_steps: Annotated[int | None, Field(ge=1, description="Steps between two checkpoints.")] = None
-    save_total_limit: Annotated[int | None, Field(ge=1, description="Checkpoints kept; the oldest goes.")] = None
+    save_minutes: Annotated[
+        float | None, Field(gt=0, description="Minutes between two checkpoints; by default 30 without save_steps.")
+    ] = None
+    save_total_limit: Annotated[
+        int | None,
+        Field(ge=1, description="Newest checkpoints kept, besides the best; by default all of save_steps, else 2."),
+    ] = None
     eval_steps: Annotated[
         int | None,
         Field(ge=1, description="Steps between two evaluations; the first and last state always are."),
     ] = None
+    metric_for_best_model: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            description="Name of the held-out metric that decides which checkpoint is the best, saved and kept.",
+        ),
+    ] = None
+    greater_is_better: Annotated[
+        bool | None,
+        Field(description="Whether that metric is to be high; by default unless its name ends in loss or perplexity."),
+    ] = None
+    load_best_model_at_end: Annotated[
+        bool, Field(description="Make the result of the best checkpoint instead of the last step.")
+    ] = False
+    early_stopping_patience: Annotated[
+        int | None, Field(ge=1, description="Stop after this many evaluations in a row that are no better.")
+    ] = None
+    early_stopping_threshold: Annotated[
+        float, Field(ge=0, description="By how much an evaluation must be better to count.")
+    ] = 0.0
+
+    def __post_init__(self) -> None:
+        if self.fp16 and self.bf16:
+            raise ValueError("bf16 and fp16 exclude each other; leave one of them out")
+        if self.selective_checkpointing and not self.gradient_checkpointing:
+            raise ValueError("selective_checkpointing is a kind of gradient_checkpointing; set both")
+        if self.metric_for_best_model is None and (self.load_best_model_at_end or self.early_stopping_patience):
+            name = "load_best_model_at_end" if self.load_best_model_at_end else "early_stopping_patience"
+            raise ValueError(f"{name} needs metric_for_best_model, such as loss")
+
+    @property
+    def is_greater_better(self) -> bool:
+        """Of `metric_for_best_model`."""
+        if self.greater_is_better is not None:
+            return self.greater_is_better
+        return not str(self.metric_for_best_model).endswith(("loss", "perplexity"))
 
 
 @dataclass(frozen=True)
@@ -219,6 +284,9 @@ class GenerationConfig:
         int | None, Field(ge=1, description="Most held-out rows that are answered, evenly spread; by default all.")
     ] = None
     num_samples: Annotated[int, Field(ge=0, description="Answers shown before and after training.")] = 3
+    batch_size: Annotated[
+        int | None, Field(ge=1, description="Rows answered at once; by default per_device_eval_batch_size.")
+    ] = None
 
 
 EMBEDDED_MODEL = "sftx:smollm2-135m-instruct"
@@ -259,170 +327,5 @@ SECTIONS = frozenset(f.name for f in dataclasses.fields(RunConfig))
 
 def as_dict(config: RunConfig) -> dict[str, Any]:
     """The run file that says the same: plain JSON values, every default written out."""
-    values: dict[str, Any] = json.loads(_adapter(RunConfig).dump_json(config))
+    values: dict[str, Any] = json.loads(adapter(RunConfig).dump_json(config))
     return values
-
-
-@lru_cache
-def _adapter(cls: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(cls)
-
-
-def validate(
-    cls: type[T], values: Mapping[str, Any], *, who: str = "", prefix: str = "", origins: run_file.Origins
-) -> T:
-    """An instance of the dataclass `cls` from JSON values, strictly: no unknown key, no bool or text for a number.
-
-    Raises ConfigError: one line that names `who` (a plugin), the option and where it was set, what was got, and what
-    would do. `prefix` is the dotted name under which `origins` knows these options.
-    """
-    try:
-        # JSON mode is the strict one that still takes a list for a tuple and an int for a float.
-        built: T = _adapter(cast(Any, cls)).validate_json(
-            json.dumps(values, allow_nan=False), strict=True, extra="forbid"
-        )
-        return built
-    except ValidationError as error:
-        raise ConfigError(_explain(error.errors(), cls, who, prefix, origins)) from None
-    except (TypeError, ValueError) as error:  # not JSON: a YAML tag's own type, a number out of range, a cycle
-        raise ConfigError(f"{who or 'run file'}: {error}") from None
-
-
-def _explain(errors: Sequence[ErrorDetails], cls: type, who: str, prefix: str, origins: run_file.Origins) -> str:
-    """One line on the first wrong option; what a union would take is joined by 'or'."""
-    schema = _adapter(cls).json_schema()
-    path = _option_path([str(part) for part in errors[0]["loc"]], schema)
-    same = [e for e in errors if [str(part) for part in e["loc"]][: len(path)] == path]
-    # Of a list, the item that is wrong; not also that the list is no text.
-    same = [e for e in same if len(e["loc"]) == max(len(e["loc"]) for e in same)]
-    name = ".".join(path)
-    if not name:  # a dataclass's own check of its options together
-        return ": ".join(part for part in (origins.of(prefix.rstrip(".")), who, _expectation(same[0])) if part)
-    start = ": ".join(part for part in (origins.of(prefix + name), who, f"option {name!r}") if part)
-    if same[0]["type"] == "missing":
-        given = f"; give it with --set {prefix.removeprefix('plugins.')}{name}=..." if prefix else ""
-        return f"{start} is missing; it has no default{given}"
-    if same[0]["type"] == "unexpected_keyword_argument":
-        names = _names_at(path[:-1], schema)
-        hint = did_you_mean(path[-1], names) or ("; known are " + ", ".join(names) if names else "; it takes none")
-        return f"{start} does not exist{hint}"
-    wanted = " or ".join(dict.fromkeys(_expectation(e) for e in same))
-    return f"{start}: got {json.dumps(same[0]['input'], ensure_ascii=False)}, expected {wanted}"
-
-
-def _expectation(error: ErrorDetails) -> str:
-    message = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    message = message.replace("String should have ", "a string of ")
-    message = message[:1].lower() + message[1:]
-    return f"a number {message}" if message.startswith(("greater", "less")) else message
-
-
-def _option_path(location: Sequence[str], schema: Mapping[str, Any]) -> list[str]:
-    """The leading parts of pydantic's location that name options; the rest are union members and indices."""
-    depth = 1
-    while depth < len(location) and (location[depth].isdigit() or _names_at(location[:depth], schema)):
-        depth += 1
-    path = list(location[:depth])
-    return path[:-1] if path and path[-1].isdigit() else path  # an item of a list is named where its own options are
-
-
-def _names_at(path: Sequence[str], schema: Mapping[str, Any]) -> list[str]:
-    nodes = [schema]
-    for part in path:
-        nodes = [child for node in nodes for child in _children(node, part, schema)]
-    return [name for node in nodes for name in node.get("properties", {})]
-
-
-def _children(node: Mapping[str, Any], part: str, schema: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """What a schema says of an option, or of an item of a list: each of the forms that it may take."""
-    child = node.get("items") if part.isdigit() else node.get("properties", {}).get(part)
-    found, open_ones = [], [child] if child is not None else []
-    while open_ones:
-        one = open_ones.pop()
-        open_ones += one.get("anyOf", [])
-        if "$ref" in one:
-            open_ones.append(schema["$defs"][one["$ref"].rsplit("/", 1)[1]])
-        found.append(one)
-    return found
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A run, and where each of its values was set, for errors that can only be seen later."""
-
-    config: RunConfig
-    origins: run_file.Origins
-
-
-def load(
-    path: Path | None,
-    *,
-    add: Sequence[str] = (),
-    remove: Sequence[str] = (),
-    assignments: Sequence[tuple[str, Any, str]] = (),
-) -> Loaded:
-    """The run that a file and a command line describe together; the command line wins.
-
-    `add` and `remove` are the names after `--plugin` and `--no-plugin`; `assignments` are (dotted name, JSON value,
-    what the user typed). With neither a file nor `data.train` it is the embedded default, `sftx/demo/run.yaml`.
-    Raises ConfigError.
-    """
-    if path is None and not any(name == "data.train" for name, _, _ in assignments):
-        path = run_file.EMBEDDED
-    values, origins = run_file.read(path) if path is not None else ({}, run_file.Origins())
-    sections = ("data", "train", "generation", "plugins")
-    values = {name: value for name, value in values.items() if value is not None or name not in sections}
-    values["plugins"] = plugins = _plugin_table(values, origins)
-    wanted = {name: f"--plugin {name}" for name in add}
-    for name in add:
-        plugins.setdefault(name, {})
-    named = set(plugins)
-    for name, value, typed in assignments:
-        parts = _path(name, plugins)
-        run_file.assign(values, parts, value, typed)
-        origins.set(".".join(parts), typed)
-        if parts[0] == "plugins" and len(parts) > 1:
-            wanted.setdefault(parts[1], typed)
-    _refuse_strangers({name: typed for name, typed in wanted.items() if name not in named}, named)
-    for name in remove:
-        if name in wanted:
-            raise ConfigError(f"--no-plugin {name}: contradicts {wanted[name]}; leave one of them out")
-        plugins.pop(name, None)
-    if isinstance(without := values.setdefault("without", []), list):
-        values["without"] = [*without, *(name for name in dict.fromkeys(remove) if name not in without)]
-    return Loaded(validate(RunConfig, values, origins=origins), origins)
-
-
-def _path(name: str, plugins: Collection[str]) -> list[str]:
-    """The sections that a dotted name goes through; a plugin's own name may have dots, as qwen2.5 has."""
-    if name.partition(".")[0] not in SECTIONS:
-        name = f"plugins.{name}"
-    section, _, rest = name.partition(".")
-    owners = [plugin for plugin in plugins if rest.startswith(f"{plugin}.")] if section == "plugins" else []
-    if not owners:
-        return name.split(".")
-    owner = max(owners, key=len)
-    return [section, owner, *rest.removeprefix(f"{owner}.").split(".")]
-
-
-def _refuse_strangers(wanted: Mapping[str, str], named: Collection[str]) -> None:
-    """An option alone brings no plugin in: it would turn full fine-tuning into LoRA. The defaults are there already."""
-    for name, typed in wanted.items():
-        if not any(name in names for names in DEFAULTS.values()):
-            hint = did_you_mean(name, named) or f"; add --plugin {name}"
-            raise ConfigError(f"{typed}: plugin {name!r} is not in this run{hint}")
-
-
-def _plugin_table(values: Mapping[str, Any], origins: run_file.Origins) -> dict[str, Any]:
-    """`plugins:` as a mapping; a list of names and an empty entry are the same without options."""
-    table = values.get("plugins")
-    if table is None:
-        return {}
-    if isinstance(table, list) and all(isinstance(name, str) for name in table):
-        return {name: {} for name in table}
-    if not isinstance(table, dict):
-        raise ConfigError(
-            f"{origins.of('plugins') or 'plugins'}: got {json.dumps(table, default=str)}, expected a mapping of "
-            "plugin names to options, such as {chatml: {}, lora: {r: 16}}"
-        )
-    return {name: {} if options is None else options for name, options in table.items()}

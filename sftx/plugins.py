@@ -28,7 +28,7 @@ from sftx.types import Adapter, Collator, Loss, Metric, ModelSpec, Observer, Par
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from sftx.config import Loaded
+    from sftx.loading import Loaded
     from sftx.run_file import Origins
 
 GROUP: Final = "sftx.plugins"
@@ -164,7 +164,7 @@ def _check_host(info: PluginInfo) -> None:
 
 def instance(info: PluginInfo, cls: type, options: Mapping[str, Any], origins: Origins) -> Any:
     """The plugin with these options. Raises ConfigError for wrong ones, PluginError when run.yaml cannot hold them."""
-    from sftx.config import validate
+    from sftx.validation import validate
 
     prefix = f"plugins.{info.name}."
     with named(str(info), "reading its options"):

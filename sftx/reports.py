@@ -55,6 +55,8 @@ class StartReport:
     """Trained tokens of a step, mean."""
     is_stream: bool = False
     """Whether rows are read while training: rows and tokens above are those of the first window then."""
+    resumed_step: int | None = None
+    """The step after which an interrupted run goes on; what it reported of later steps is void. None: a new run."""
 
 
 @dataclass(frozen=True)

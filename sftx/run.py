@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from sftx import run_file
-from sftx.config import DataConfig, Loaded, RunConfig, Source, as_dict
+from sftx.config import DataConfig, RunConfig, Source, as_dict
 from sftx.data import sources, wanted
 from sftx.errors import ConfigError, ModelError, OutputError, one_line
+from sftx.loading import Loaded
 from sftx.model import names
 from sftx.plugins import Assembly, activate
 from sftx.reports import EvalReport, RunInfo, StartReport, StepReport

@@ -328,6 +328,10 @@ class Adapter(ABC):
     def attach(self, lm: LanguageModel) -> None:
         """Adds what trains. Everything else is frozen already; the model's output must not change."""
 
+    def rate_scale(self, name: str) -> float:
+        """What the learning rate of a parameter, by its name in the model, is multiplied with (LoRA+)."""
+        return 1.0
+
     @abstractmethod
     def disabled(self) -> AbstractContextManager[None]:
         """Within it the model computes what it did before training."""
@@ -347,9 +351,15 @@ class Adapter(ABC):
 
 @runtime_checkable
 class Metric(Protocol):
-    """Scores one generated answer; the mean over the held-out rows is reported under the plugin's name."""
+    """Scores generated answers.
 
-    def __call__(self, prediction: str, reference: str) -> float: ...
+    The mean over the held-out rows is reported: of a number under the plugin's name, of several under their own.
+    A metric whose score of a whole set is not the mean of its rows' (BLEU) may have a method
+    `corpus(predictions: Sequence[str], references: Sequence[str]) -> float | Mapping[str, float]`, whose score is
+    reported in place of the mean.
+    """
+
+    def __call__(self, prediction: str, reference: str) -> float | Mapping[str, float]: ...
 
 
 class Observer:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import click
 
-from sftx import config
+from sftx import loading
 from sftx.cli.options import run_options
 from sftx.errors import OutputError, one_line
 
@@ -55,7 +55,7 @@ def command(
     ctx: click.Context,
     *,
     file: Path | None,
-    loaded: config.Loaded,
+    loaded: loading.Loaded,
     most: int | None,
     places: tuple[tuple[str, int], ...],
     show: Show | None,
@@ -116,7 +116,7 @@ def _choice(places: tuple[tuple[str, int], ...], show: Show | None, most: int | 
 
 
 def _inspect(
-    loaded: config.Loaded,
+    loaded: loading.Loaded,
     split: Literal["train", "eval"],
     choice: Choice,
     *,

@@ -10,11 +10,11 @@ from typing import Annotated, Any, Final, get_args, get_origin, get_type_hints
 
 import click
 
-from sftx import config, run_file
+from sftx import config, loading, run_file
 from sftx.cli.settings import parse as parse_settings
 
 # The option that names each of these differs from the field's own name.
-_RENAMED: Final = {"data.train": "data", "data.eval": "eval-data"}
+_RENAMED: Final = {"data.train": "data", "data.eval": "eval-data", "train.torch_compile": "compile"}
 _SECTIONS: Final = {"data": config.DataConfig, "train": config.TrainConfig, "generation": config.GenerationConfig}
 
 
@@ -39,7 +39,7 @@ def run_options(*sections: str) -> Callable[[Callable[..., Any]], Callable[..., 
                 )
             options = {name: rest.pop(name) for name in list(rest) if name in ours}
             assignments = _assignments(settings, options)
-            loaded = config.load(file, add=plugins, remove=without, assignments=assignments)
+            loaded = loading.load(file, add=plugins, remove=without, assignments=assignments)
             return function(file=file, loaded=loaded, **rest)
 
         ours = {"model", "trust_remote_code", "add_tokens", "output_dir"}

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import click
 
-from sftx import config
+from sftx import config, loading
 from sftx.cli.options import run_options
 
 
 @click.command()
 @run_options("data", "train", "generation")
-def command(file: Path | None, loaded: config.Loaded) -> None:
+def command(file: Path | None, loaded: loading.Loaded) -> None:
     """Fine-tune a model as RUN_FILE (YAML) and the options say; the options win.
 
     With neither a run file nor data, it trains the embedded model on the embedded data.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from sftx.config import Loaded, RunConfig, Source
+from sftx.config import RunConfig, Source
 from sftx.data import mixture, prepare
 from sftx.data.cache import code_digest
 from sftx.data.encode import Encoder
@@ -16,6 +16,7 @@ from sftx.data.prepare import Dataset
 from sftx.data.rows import RowEncoder
 from sftx.data.stream import Stream
 from sftx.errors import ConfigError, DataError, did_you_mean
+from sftx.loading import Loaded
 from sftx.model import names
 from sftx.plugins import Assembly
 from sftx.types import Collator

@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
-from sftx.config import DataConfig, Loaded, RunConfig, Source
+from sftx.config import DataConfig, RunConfig, Source
 from sftx.data import setup, sources, wanted
 from sftx.data.ledger import Entry
 from sftx.data.prepare import Dataset
 from sftx.data.rows import EMPTY, NO_TURN, NOTHING_TRAINED, RowEncoder
 from sftx.data.setup import Setup
 from sftx.errors import DataError
+from sftx.loading import Loaded
 from sftx.model import names
 from sftx.plugins import activate
 from sftx.types import Location, Record

@@ -16,8 +16,9 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Final, TypeAlias, cast
 
-from sftx.config import as_dict, load
+from sftx.config import as_dict
 from sftx.errors import one_line
+from sftx.loading import load
 from sftx.plugins import activate
 from sftx.reports import EvalReport, Provider, RunInfo, Sample, StartReport, StepReport
 from sftx.stage import make

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sftx.config import load
+from sftx.loading import load
 from sftx.model import tiny
 from sftx.plugins import activate
 from sftx.run import Result, run

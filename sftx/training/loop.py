@@ -10,12 +10,12 @@ import math
 import random
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from sftx.config import TrainConfig
@@ -23,7 +23,7 @@ from sftx.errors import TrainingError
 from sftx.model.language_model import LanguageModel
 from sftx.reports import StepReport
 from sftx.training import checked
-from sftx.training.optimizer import make_optimizer
+from sftx.training.optimizer import RunOptimizer
 from sftx.training.plan import Steps
 from sftx.training.precision import Precision, peak_bytes
 from sftx.training.schedule import learning_rate
@@ -53,12 +53,14 @@ class Trainer:
     precision: Precision
     num_steps: int
     last_saved: str = "none"
-    optimizer: Optimizer = field(init=False)
+    check_stop: Callable[[], None] = lambda: None
+    """Called between micro-batches; raises when the run is to stop, and the step that is under way is discarded."""
+    optimizer: RunOptimizer = field(init=False)
     module: nn.Module = field(init=False)
 
     def __post_init__(self) -> None:
         self.module = TrainStep(self.lm, self.loss)
-        self.optimizer = make_optimizer(self.lm, self.config)
+        self.optimizer = RunOptimizer(self.lm, self.config)
         self.parameters = [p for p in self.lm.parameters() if p.requires_grad]
         if self.config.gradient_checkpointing:
             enable_checkpointing(self.lm.model)
@@ -80,6 +82,7 @@ class Trainer:
         loss = torch.zeros((), device=self.lm.device)
         metrics: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.lm.device))
         for micro, (batch, share) in enumerate(zip(batches, denominators, strict=True)):
+            self.check_stop()
             self._seed(number, micro)
             with self.precision.autocast():
                 out: LossSum = checked.loss_sum(self.loss, self.module(batch.to(self.lm.device)))
@@ -97,9 +100,8 @@ class Trainer:
         """One optimizer step, counted from 1. Raises TrainingError when the loss or its gradient is not finite."""
         start = time.perf_counter()
         rate = learning_rate(self.config, number - 1, self.num_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.set_learning_rate(rate)
+        self.optimizer.zero_grad()
         try:
             loss, metrics = self.accumulate(batches, number - 1)
         except (torch.OutOfMemoryError, MemoryError) as error:
@@ -125,6 +127,14 @@ class Trainer:
             peak_bytes=peak_bytes(self.lm.device),
             metrics=reported,
         )
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What the next step depends on besides weights and data: tensors by name, and JSON values."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Continues from what `state_dict` gave. Raises ModelError when it is of other parameters."""
+        self.optimizer.load_state_dict(tensors, values)
 
     def _seed(self, number: int, micro: int) -> None:
         """Makes whatever is random in the coming forward a pure function of the run's seed and its place."""
@@ -157,11 +167,11 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
     enable({"use_reentrant": False})
 
 
-def train(trainer: Trainer, plan: Steps, after_step: Callable[[StepReport], None]) -> StepReport:
-    """Runs the whole plan; `after_step` reports, saves and evaluates. Returns the last step's report."""
-    report: StepReport | None = None
-    for number, (epoch, step, examples) in enumerate(plan, 1):
-        report = trainer.step(number, epoch, trainer.micro_batches(step, examples))
-        after_step(report)
-    assert report is not None
-    return report
+def train(trainer: Trainer, plan: Steps, done: int, after_step: Callable[[StepReport], bool]) -> None:
+    """Runs the plan from where it stands, `done` steps after its beginning.
+
+    `after_step` reports, saves and evaluates; it returns whether to go on.
+    """
+    for number, (epoch, step, examples) in enumerate(plan, done + 1):
+        if not after_step(trainer.step(number, epoch, trainer.micro_batches(step, examples))):
+            return

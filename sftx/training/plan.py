@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +29,17 @@ class Steps(Protocol):
     num_steps: int
     scope: PlannedScope
 
-    def __iter__(self) -> Iterator[Planned]: ...
+    def __iter__(self) -> Iterator[Planned]:
+        """The steps from where the plan stands: its beginning, or what `load_state_dict` was given."""
+
+    def state_dict(self, done: int) -> dict[str, Any]:
+        """JSON values from which the plan goes on after `done` steps of the run.
+
+        These are the steps that iteration gave, or all but the last, which was not finished.
+        """
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from there: the next step is the one after those that were done."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,10 @@ class Plan:
         self._collator = collator
         self._config = config
         self._last: tuple[int, list[Step]] | None = None
+        self._epoch, self._before = 0, 0
+        """The epoch that is under way, and the steps of the run that came before it."""
+        self._done = 0
+        """Steps that are not given any more."""
         first = self.epoch(0)
         self.num_steps = config.max_steps or max(1, round(config.num_train_epochs * len(first)))
         self.scope = _scope(first, examples)
@@ -81,15 +95,21 @@ class Plan:
         return steps
 
     def __iter__(self) -> Iterator[Planned]:
-        epoch, done = 0, 0
         while True:
-            steps = self.epoch(epoch)
-            for number, step in enumerate(steps, 1):
-                yield epoch + number / len(steps), step, self.examples
-                done += 1
-                if done == self.num_steps:
+            steps = self.epoch(self._epoch)
+            rest = steps[self._done - self._before :]
+            for number, step in enumerate(rest, self._done - self._before + 1):
+                if self._before + number > self.num_steps:
                     return
-            epoch += 1
+                yield self._epoch + number / len(steps), step, self.examples
+            self._before += len(steps)
+            self._epoch, self._done = self._epoch + 1, self._before
+
+    def state_dict(self, done: int) -> dict[str, Any]:
+        return {"epoch": self._epoch, "steps_before": self._before, "done": done}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._epoch, self._before, self._done = state["epoch"], state["steps_before"], state["done"]
 
 
 class StreamPlan:

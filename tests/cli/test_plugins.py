@@ -18,7 +18,7 @@ from click.testing import CliRunner, Result
 import sftx
 from sftx import SftxError, run_file
 from sftx.cli import plugins as cli
-from sftx.config import load
+from sftx.loading import load
 from sftx.plugins import activate
 
 METRIC = """

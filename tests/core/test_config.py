@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import Field
 
-from sftx import config, run_file
+from sftx import config, loading, run_file, validation
 from sftx.config import RunConfig
 from sftx.errors import ConfigError
 
@@ -32,7 +32,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def load_error(*args: Any, **kwargs: Any) -> str:
     with pytest.raises(ConfigError) as caught:
-        config.load(*args, **kwargs)
+        loading.load(*args, **kwargs)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -109,7 +109,7 @@ def test_a_run_file_that_is_missing_or_not_utf8_is_named(write: Any) -> None:
 
 
 def test_an_empty_run_file_is_all_defaults(write: Any) -> None:
-    assert config.load(write("# nothing yet\n")).config == RunConfig()
+    assert loading.load(write("# nothing yet\n")).config == RunConfig()
 
 
 # --- validation ---------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def test_an_error_names_what_was_typed(write: Any) -> None:
 
 
 def test_an_int_is_a_float_and_one_path_is_a_list_of_one(write: Any) -> None:
-    loaded = config.load(write("data: {train: rows.jsonl}\ntrain: {learning_rate: 1}\n")).config
+    loaded = loading.load(write("data: {train: rows.jsonl}\ntrain: {learning_rate: 1}\n")).config
     assert loaded.train.learning_rate == 1.0
     assert isinstance(loaded.train.learning_rate, float)
     assert loaded.data.train == (config.Source("rows.jsonl"),)
@@ -203,7 +203,7 @@ def test_options_of_any_dataclass_are_validated_alike(values: dict[str, Any], me
     origins = run_file.Origins()
     origins.set("plugins.p", "run.yaml:3")
     with pytest.raises(ConfigError) as caught:
-        config.validate(Options, values, who="plugin 'p' (acme 1.0)", prefix="plugins.p.", origins=origins)
+        validation.validate(Options, values, who="plugin 'p' (acme 1.0)", prefix="plugins.p.", origins=origins)
     assert str(caught.value) == f"run.yaml:3: plugin 'p' (acme 1.0): {message}"
 
 
@@ -212,24 +212,24 @@ def test_options_of_any_dataclass_are_validated_alike(values: dict[str, Any], me
 
 def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(write: Any) -> None:
     path = write("model: a/b\ntrain: {seed: 1, max_steps: 5}\n")
-    loaded = config.load(path, assignments=[("train.seed", 2, "--seed 2"), ("model", "c/d", "--model c/d")]).config
+    loaded = loading.load(path, assignments=[("train.seed", 2, "--seed 2"), ("model", "c/d", "--model c/d")]).config
     assert (loaded.model, loaded.train.seed, loaded.train.max_steps) == ("c/d", 2, 5)
     assert loaded.train.logging_steps == config.TrainConfig().logging_steps
 
 
 def test_plugin_adds_after_those_of_the_file_and_keeps_their_options(write: Any) -> None:
     path = write("plugins:\n  lora: {r: 4}\n  chatml:\n")
-    loaded = config.load(path, add=["padded", "lora"]).config
+    loaded = loading.load(path, add=["padded", "lora"]).config
     assert list(loaded.plugins.items()) == [("lora", {"r": 4}), ("chatml", {}), ("padded", {})]
 
 
 def test_plugins_may_be_a_list_of_names(write: Any) -> None:
-    assert config.load(write("plugins: [lora, chatml]\n")).config.plugins == {"lora": {}, "chatml": {}}
+    assert loading.load(write("plugins: [lora, chatml]\n")).config.plugins == {"lora": {}, "chatml": {}}
 
 
 def test_no_plugin_removes_what_the_file_names_and_is_remembered_for_defaults(write: Any) -> None:
     path = write("plugins: {chatml: {}, lora: {}}\nwithout: [jsonl]\n")
-    loaded = config.load(path, remove=["lora", "progress", "jsonl"]).config
+    loaded = loading.load(path, remove=["lora", "progress", "jsonl"]).config
     assert list(loaded.plugins) == ["chatml"]
     assert loaded.without == ("jsonl", "lora", "progress")
 
@@ -252,8 +252,8 @@ def test_a_plugin_both_wanted_and_unwanted_on_the_command_line_is_refused(argume
 
 
 def test_set_takes_the_short_and_the_long_name_of_an_option() -> None:
-    short = config.load(None, add=["lora"], assignments=[DATA, ("lora.r", 32, "--set lora.r=32")])
-    long = config.load(None, add=["lora"], assignments=[DATA, ("plugins.lora.r", 32, "--set plugins.lora.r=32")])
+    short = loading.load(None, add=["lora"], assignments=[DATA, ("lora.r", 32, "--set lora.r=32")])
+    long = loading.load(None, add=["lora"], assignments=[DATA, ("plugins.lora.r", 32, "--set plugins.lora.r=32")])
     assert short.config == long.config
     assert short.config.plugins == {"lora": {"r": 32}}
     assert short.origins.of("plugins.lora.r") == "--set lora.r=32"
@@ -276,16 +276,16 @@ def test_with_neither_file_nor_data_it_is_the_embedded_run(
     embedded = tmp_path / "embedded.yaml"
     embedded.write_text("data: {train: 'sftx:demo/train.jsonl'}\ntrain: {seed: 7}\n", encoding="utf-8")
     monkeypatch.setattr(run_file, "EMBEDDED", embedded)
-    assert config.load(None, add=["lora"]).config.train.seed == 7
-    with_data = config.load(None, assignments=[DATA]).config
+    assert loading.load(None, add=["lora"]).config.train.seed == 7
+    with_data = loading.load(None, assignments=[DATA]).config
     assert (with_data.data.train, with_data.train) == ((config.Source("rows.jsonl"),), config.TrainConfig())
-    assert config.load(write("model: a/b\n")).config.data.train == ()
+    assert loading.load(write("model: a/b\n")).config.data.train == ()
 
 
 def test_the_embedded_run_that_ships_is_valid_and_its_data_are_there() -> None:
     from sftx.data import sources
 
-    shipped = config.load(None).config
+    shipped = loading.load(None).config
     assert shipped.data.train
     assert shipped.data.eval
     for source in (*shipped.data.train, *shipped.data.eval):
@@ -301,9 +301,9 @@ def test_a_resolved_run_file_reads_back_as_the_same_run(write: Any, tmp_path: Pa
         "plugins: {lora: {r: 4, target_modules: [q_proj]}, chatml: {default_system: '1e-4'}}\n"
         "train: {learning_rate: 1e-5, adam_epsilon: 1e-12, warmup_steps: 0.1, bf16: false}\noutput_dir: runs/x\n"
     )
-    first = config.load(path, remove=["jsonl"]).config
+    first = loading.load(path, remove=["jsonl"]).config
     run_file.write(config.as_dict(first), tmp_path / "resolved.yaml")
-    assert config.load(tmp_path / "resolved.yaml").config == first
+    assert loading.load(tmp_path / "resolved.yaml").config == first
 
 
 def test_a_resolved_run_file_writes_every_default_out() -> None:
@@ -334,5 +334,5 @@ def test_whatever_is_written_reads_back(values: dict[str, Any], tmp_path_factory
 
 def test_several_roles_may_stand_between_commas() -> None:
     values = {"data": {"train_roles": ["assistant,tool", "user"]}}
-    read = config.validate(config.RunConfig, values, origins=run_file.Origins())
+    read = validation.validate(config.RunConfig, values, origins=run_file.Origins())
     assert read.data.train_roles == ("assistant", "tool", "user")

@@ -90,9 +90,9 @@ def test_a_wrong_option_of_a_plugin_is_said_before_torch_is_imported(tmp_path: P
 def test_activating_every_built_in_plugin_of_a_run_imports_no_torch(tmp_path: Path) -> None:
     """So that whatever assembly finds (two templates, a hook that nobody fills) is said at once."""
     code = (
-        "from sftx import config, plugins\n"
+        "from sftx import loading, plugins\n"
         "given = [('data.train', ['rows.jsonl'], '--data rows.jsonl')]\n"
-        "loaded = config.load(None, add=['chatml', 'lora', 'exact-match'], assignments=given)\n"
+        "loaded = loading.load(None, add=['chatml', 'lora', 'exact-match'], assignments=given)\n"
         "assert plugins.activate(loaded).table()\n"
     )
     done, imported = start([sys.executable, "-c", code], tmp_path)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import sftx
-from sftx import config, hookspecs, plugins
+from sftx import config, hookspecs, loading, plugins
 from sftx.errors import ConfigError, DataError, PluginError, SftxError
 from sftx.hookspecs import ONE_PROVIDER, RETURNS
 
@@ -35,7 +35,7 @@ def activate(*names: str, remove: Sequence[str] = (), settings: dict[str, Any] |
     """What `--plugin NAME ... --set NAME=VALUE` make active."""
     given = [("data.train", ["rows.jsonl"], "--data rows.jsonl")]
     given += [(name, value, f"--set {name}={value}") for name, value in (settings or {}).items()]
-    return plugins.activate(config.load(None, add=names, remove=remove, assignments=given))
+    return plugins.activate(loading.load(None, add=names, remove=remove, assignments=given))
 
 
 def error_of(*names: str, kind: type[SftxError] = PluginError, **kwargs: Any) -> str:
@@ -69,7 +69,7 @@ def test_a_plugin_that_is_not_installed_is_named_with_what_typed_it_and_a_sugges
     path = tmp_path / "run.yaml"
     path.write_text("plugins:\n  chatml:\n  lorra: {r: 3}\n", encoding="utf-8")
     with pytest.raises(PluginError) as caught:
-        plugins.activate(config.load(path))
+        plugins.activate(loading.load(path))
     assert str(caught.value) == f"{path}:3: plugin 'lorra' is not installed; did you mean 'lora'?"
 
 

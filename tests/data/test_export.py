@@ -21,9 +21,9 @@ WHERE = Location("x.jsonl", 1)
 
 @pytest.fixture(scope="module")
 def parsers() -> dict[str, Parser]:
-    from sftx import config, plugins
+    from sftx import loading, plugins
 
-    return plugins.activate(config.load(None)).parsers()
+    return plugins.activate(loading.load(None)).parsers()
 
 
 def read_back(parsers: dict[str, Parser], parsed: Parsed) -> Parsed:

@@ -14,9 +14,9 @@ WHERE = Location("x.jsonl", 7)
 
 @pytest.fixture(scope="module")
 def parsers() -> dict[str, Parser]:
-    from sftx import config, hookspecs, plugins
+    from sftx import hookspecs, loading, plugins
 
-    loaded = config.load(None, assignments=[("data.train", ["x.jsonl"], "--data x.jsonl")], remove=["masked-ce"])
+    loaded = loading.load(None, assignments=[("data.train", ["x.jsonl"], "--data x.jsonl")], remove=["masked-ce"])
     assembly = plugins.Assembly(loaded.origins)
     for name in hookspecs.DEFAULTS["sftx_parser"]:
         assembly.add(plugins.find(name, plugins.discover()), {})

@@ -10,7 +10,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import yaml
 
-from sftx import config, run_file
+from sftx import config, run_file, validation
 from sftx.data import readers
 from sftx.hookspecs import DEFAULTS
 
@@ -20,7 +20,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-
 @pytest.mark.parametrize("text", re.findall(r"^```yaml\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL))
 def test_a_run_file_of_the_page_loads(text: str) -> None:
     values: dict[str, Any] = yaml.load(text, Loader=run_file._Loader)
-    assert config.validate(config.RunConfig, values, origins=run_file.Origins()).data.train
+    assert validation.validate(config.RunConfig, values, origins=run_file.Origins()).data.train
 
 
 def test_the_page_knows_every_option_of_data() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sftx import Example
-from sftx.config import load
+from sftx.loading import load
 from sftx.run import Session, assemble
 
 DPO = Path(__file__).parents[2] / "examples" / "sftx-dpo"

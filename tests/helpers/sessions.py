@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sftx.config import load
+from sftx.loading import load
 from sftx.run import Session, assemble
 
 

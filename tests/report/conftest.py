@@ -21,7 +21,6 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> str:
 
 @pytest.fixture
 def make_look(tmp_path: Path) -> MakeLook:
-    from sftx import config
     from sftx.report.look import look
 
     def make(
@@ -41,7 +40,7 @@ def make_look(tmp_path: Path) -> MakeLook:
             assignments.append(("data.eval", [write_rows(tmp_path / "held.jsonl", held_out)], ""))
         assignments += [(f"data.{name}", value, f"--{name}") for name, value in options.items()]
         assignments += [(name, value, name) for name, value in (settings or {}).items()]
-        return look(config.load(None, add=plugins, assignments=assignments))
+        return look(loading.load(None, add=plugins, assignments=assignments))
 
     return make
 

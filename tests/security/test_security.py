@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import pytest
 
 from sftx import ConfigError, DataError, ModelError, PluginError
-from sftx.config import load
+from sftx.loading import load
 
 ROOT = Path(__file__).parents[2]
 HELD: set[str] = set()

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from sftx import Observer, RunInfo, StepReport
-from sftx.config import load
 from sftx.errors import OutputError, TrainingError
+from sftx.loading import load
 from sftx.run import Session, assemble, run
 
 Start = Callable[..., Session]
