@@ -9,7 +9,7 @@ import dataclasses
 import json
 import re
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Final, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Field
 
@@ -161,6 +161,15 @@ class DataConfig:
     ] = None
 
 
+_ONLY_FOR: Final = {
+    "min_lr_ratio": ("cosine", "linear", "polynomial", "warmup_stable_decay"),
+    "lr_power": ("polynomial",),
+    "lr_decay_steps": ("warmup_stable_decay",),
+    "lr_decay_type": ("warmup_stable_decay",),
+}
+"""Options of a schedule, and the schedules that have them."""
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """How it is trained. The names are those of transformers' TrainingArguments where it has the thing."""
@@ -191,16 +200,18 @@ class TrainConfig:
     lr_power: Annotated[float, Field(gt=0, description="Exponent of the polynomial schedule.")] = 1.0
     optim: Annotated[
         Literal[
-            "adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor", "lion", "sgd", "muon", "adamw_kahan"
+            "adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor", "lion", "sgd", "muon", "adamw_bf16"
         ],
         Field(
             description="Optimizer; those of 8 bits and paged ones are bitsandbytes'; muon trains matrices, and AdamW "
-            "the rest; adamw_kahan keeps weights and state in bfloat16."
+            "the rest; adamw_bf16 keeps weights in bfloat16 and the bits that they lack beside them."
         ),
     ] = "adamw"
     weight_decay: Annotated[float, Field(ge=0, description="Decoupled weight decay; not on norms and biases.")] = 0.0
     adam_beta1: Annotated[float, Field(ge=0, lt=1, description="AdamW's and Lion's first decay rate.")] = 0.9
-    adam_beta2: Annotated[float, Field(ge=0, lt=1, description="AdamW's and Lion's second decay rate.")] = 0.999
+    adam_beta2: Annotated[
+        float | None, Field(ge=0, lt=1, description="Second decay rate of AdamW (by default 0.999) and Lion (0.99).")
+    ] = None
     adam_epsilon: Annotated[float, Field(gt=0, description="AdamW's epsilon.")] = 1e-8
     momentum: Annotated[
         float | None, Field(ge=0, lt=1, description="Of sgd (by default 0) and muon (by default 0.95).")
@@ -263,6 +274,13 @@ class TrainConfig:
             raise ValueError("bf16 and fp16 exclude each other; leave one of them out")
         if self.selective_checkpointing and not self.gradient_checkpointing:
             raise ValueError("selective_checkpointing is a kind of gradient_checkpointing; set both")
+        for name, schedules in _ONLY_FOR.items():
+            default = type(self).__dataclass_fields__[name].default
+            if getattr(self, name) != default and self.lr_scheduler_type not in schedules:
+                raise ValueError(
+                    f"{name} has no effect with lr_scheduler_type {self.lr_scheduler_type}; leave it out, or choose "
+                    f"{' or '.join(schedules)}"
+                )
         if self.metric_for_best_model is None and (self.load_best_model_at_end or self.early_stopping_patience):
             name = "load_best_model_at_end" if self.load_best_model_at_end else "early_stopping_patience"
             raise ValueError(f"{name} needs metric_for_best_model, such as loss")

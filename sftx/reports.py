@@ -95,6 +95,8 @@ class Sample:
     prompt: str
     reference: str
     prediction: str
+    full_prompt: str = ""
+    """All that the model was given, control tokens too."""
 
 
 @dataclass(frozen=True)
@@ -106,3 +108,14 @@ class EvalReport:
     """`loss` and what else the loss counts, means over its denominator; then the metric plugins' means."""
     samples: tuple[Sample, ...] = ()
     seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Result:
+    """Where a run lies, and what its summary.json says."""
+
+    output_dir: Path
+    summary: Mapping[str, Any]
+    """`num_steps`, `num_tokens` (trained), `loss` (`first`, `last`), `tokens_per_second`, `peak_bytes`, `wall_seconds`,
+    `artefact` (its directory); with `metric_for_best_model` `best` (`step`, `value`); with held-out rows `held_out`
+    (`before`, `after`: means by name) and `samples`."""

@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Final
 
 import yaml
 
-from sftx.errors import ConfigError, OutputError, one_line
+from sftx import whole_files
+from sftx.errors import ConfigError, one_line
 
 EMBEDDED: Final = Path(__file__).parent / "demo" / "run.yaml"
 """The run file of `sftx run` when neither a run file nor data is given."""
@@ -156,10 +157,7 @@ def assign(values: dict[str, Any], path: Sequence[str], value: Any, typed: str) 
 
 def write(values: dict[str, Any], path: Path) -> None:
     """Writes `values` as YAML that `read` reads back as they are. Raises OutputError."""
-    try:
-        path.write_text(yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {one_line(error)}") from None
+    whole_files.write_text(path, yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
 
 def _float(dumper: _Dumper, value: float) -> yaml.ScalarNode:

@@ -85,7 +85,8 @@ _RESULTS: Final[Mapping[tuple[str, str], tuple[type, ...]]] = {
     ("sftx_collator", "collate"): (Batch,),
     ("sftx_loss", "denominator"): (int, float),
     ("sftx_loss", "__call__"): (LossSum,),
-    ("sftx_metric", "__call__"): (int, float),
+    ("sftx_metric", "__call__"): (Mapping, int, float),
+    ("sftx_metric", "corpus"): (Mapping, int, float),
 }
 """What a stage's methods must return, where something else would fail far from its cause."""
 

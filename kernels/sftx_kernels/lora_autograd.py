@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from sftx_kernels.checks import autocasts, differentiable_once, error
 from sftx_kernels.dispatch import decide
@@ -35,7 +36,9 @@ from sftx_kernels.nf4 import dequantize_into_
 def run(group: Group, seed: Tensor | None, spec: Spec) -> tuple[Tensor, ...]:
     """The outputs of a group whose arguments have been checked, differentiable once."""
     seed = seed if spec.dropout_p else None
-    if torch.compiler.is_compiling():
+    # As one operation for whoever looks at operations: the compiler, and selective checkpointing, which keeps results
+    # and could not keep one that is added to in place.
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         parts = [list(part) for part in group[1:]]
         return tuple(_op(group.x, *parts, seed, list(spec.scalings), *spec[1:])[:-1])
     spec = _decided(spec, group)

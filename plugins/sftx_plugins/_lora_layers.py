@@ -112,6 +112,11 @@ class LoraAdapter(Adapter):
         if self._new_token_ids:
             self._token_rows = _token_rows.attach(model, self._new_token_ids)
 
+    def rate_scale(self, name: str) -> float:
+        """LoRA+ (Hayou et al. 2024, https://arxiv.org/abs/2402.12354): B learns faster than A."""
+        path, _, which = name.rpartition(".")
+        return self.options.loraplus_lr_ratio if which == "lora_B" and path in self._layers else 1.0
+
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
         trained = {name: self._full[name].data for name in self._originals}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,18 @@ class JsonLines:
 class _Writer(Observer):
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._resumed_step: int | None = None
 
     def on_start(self, report: StartReport) -> None:
-        self._path.touch()
+        """Begins the file anew; in a run that goes on, with what was told up to the step that it goes on from."""
+        self._resumed_step = report.resumed_step
+        kept, last = [], 0
+        for line in self._lines() if report.resumed_step is not None else ():
+            if line["step"] > report.resumed_step or line["step"] < last:  # later, or of the end: of the best step
+                break
+            kept.append(line)
+            last = line["step"]
+        self._replace(kept)
 
     def on_step(self, report: StepReport) -> None:
         values = dataclasses.asdict(report)
@@ -34,7 +43,20 @@ class _Writer(Observer):
         self._write({"event": "step", **values, **metrics, "tokens_per_second": report.tokens_per_second})
 
     def on_evaluate(self, report: EvalReport) -> None:
+        if report.step == self._resumed_step:  # told before, perhaps, by a process that was killed afterwards
+            told = ("evaluate", report.step)
+            self._replace([line for line in self._lines() if (line["event"], line["step"]) != told])
         self._write({"event": "evaluate", "step": report.step, **report.metrics, "seconds": report.seconds})
+
+    def _lines(self) -> list[dict[str, Any]]:
+        """What is there, but for a last line that was cut off in the middle."""
+        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True) if self._path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def _replace(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        part = self._path.with_name(f".{self._path.name}.part")
+        part.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        part.replace(self._path)
 
     def _write(self, values: Mapping[str, Any]) -> None:
         # Opened anew for each line, so that a run that is killed has written all that it reported.

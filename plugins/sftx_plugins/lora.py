@@ -28,6 +28,10 @@ class Lora:
     r: Annotated[int, Field(ge=1, description="Rank of the update.")] = 16
     lora_alpha: Annotated[float, Field(gt=0, description="The update is scaled by lora_alpha / r.")] = 32
     lora_dropout: Annotated[float, Field(ge=0, lt=1, description="Share of the update's inputs set to 0.")] = 0.0
+    loraplus_lr_ratio: Annotated[
+        float,
+        Field(gt=0, description="LoRA+: the learning rate of lora_B, as a multiple of lora_A's; 16 is the authors'."),
+    ] = 1.0
     target_modules: Annotated[
         str | tuple[str, ...],
         Field(

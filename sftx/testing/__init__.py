@@ -9,7 +9,7 @@ A file for each contract: `package`, `parser`, `template`, `collator`, `adapter`
 plugin; the other files are what the clauses of one or two contracts look at.
 """
 
-from sftx.run import Result
+from sftx.reports import Result
 from sftx.testing.adapter import check_adapter
 from sftx.testing.clauses import ContractError, Finding
 from sftx.testing.collator import check_collator

@@ -23,7 +23,7 @@ from sftx.model.load import load_spec
 from sftx.stage import make
 from sftx.testing.adapter_case import LEARNING_RATE, STEPS, Case
 from sftx.testing.clauses import ClauseError, Suite
-from sftx.training.loop import enable_checkpointing
+from sftx.training.layers import enable_checkpointing
 
 _SAME: Final = 1e-6  # the same computation: what differs is rounding
 _CLOSE: Final = 1e-5  # the same product in another order of additions, as the start-up check of a run allows

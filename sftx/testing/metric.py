@@ -1,14 +1,16 @@
-"""The contract of a metric: a number for any answer, of that answer alone."""
+"""The contract of a metric: a number for any answer, of that answer alone, or several by name."""
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sftx.stage import make
 from sftx.testing.clauses import ClauseError, Suite
 from sftx.testing.process import random_states
+from sftx.training.checked import OURS
 from sftx.types import Metric
 
 _TEXTS = (
@@ -47,14 +49,31 @@ def takes_any_text(case: _Case) -> None:
             ) from error
 
 
-@SUITE.clause("A score is a finite number.", needs=["takes-any-text"])
+@SUITE.clause("A score is a finite number, or several by name.", needs=["takes-any-text"])
 def finite_number(case: _Case) -> None:
     for prediction, reference in itertools.product(_TEXTS, _TEXTS):
         score: object = case.metric(prediction, reference)
-        if not isinstance(score, int | float) or not math.isfinite(score):
+        if not _is_finite(score):
             raise ClauseError(
                 f"the answer {prediction[:40]!r} to the reference {reference[:40]!r} has the score {score!r}; return a "
-                "finite float, since the mean over the held-out rows is reported"
+                "finite float, or a mapping of names to such, since the mean over the held-out rows is reported"
+            )
+
+
+@SUITE.clause(
+    "Several scores have the same names for any answer, none of which is one of the engine's.", needs=["finite-number"]
+)
+def names(case: _Case) -> None:
+    first: object = case.metric(_TEXTS[0], _TEXTS[0])
+    expected = _names(first)
+    if taken := [name for name in expected if name in OURS or not isinstance(name, str)]:
+        raise ClauseError(f"it reports the score {taken[0]!r}, which is the engine's or no text; choose another name")
+    for prediction, reference in itertools.product(_TEXTS, _TEXTS):
+        found = _names(case.metric(prediction, reference))
+        if found != expected:
+            raise ClauseError(
+                f"the answer {prediction[:40]!r} to the reference {reference[:40]!r} has the scores {_listed(found)}, "
+                f"the answer {_TEXTS[0]!r} to itself {_listed(expected)}; give every answer the same ones"
             )
 
 
@@ -77,6 +96,50 @@ def pure(case: _Case) -> None:
         raise ClauseError(
             f"it drew from or seeded {', '.join(drawn)}, from which training draws too; use a random.Random of its own"
         )
+
+
+@SUITE.clause(
+    "A metric with `corpus` gives any set of answers such a score too, the same whenever it is asked.",
+    needs=["names", "pure"],
+)
+def corpus(case: _Case) -> None:
+    of_set = getattr(case.metric, "corpus", None)
+    if of_set is None:
+        return
+    pairs = list(itertools.product(_TEXTS, _TEXTS))
+    sets = [pairs, *([pair] for pair in pairs[: len(_TEXTS)]), pairs[::-1], pairs]
+    scores: list[object] = []
+    for chosen in sets:
+        predictions, references = (list(texts) for texts in zip(*chosen, strict=True))
+        shown = f"corpus of {len(chosen)} answers, the first {predictions[0][:40]!r} to {references[0][:40]!r},"
+        try:
+            scores.append(of_set(predictions, references))
+        except Exception as error:
+            raise ClauseError(f"{shown} raised {type(error).__name__}: {error}; score any set") from error
+        if not _is_finite(scores[-1]) or _names(scores[-1]) & OURS or _names(scores[-1]) != _names(scores[0]):
+            raise ClauseError(
+                f"{shown} has the score {scores[-1]!r}; return a finite float, or finite floats by the same names each "
+                "time, none of them the engine's"
+            )
+    if scores[0] != scores[-1]:
+        raise ClauseError(
+            f"corpus gives the same {len(pairs)} answers {scores[0]!r} and then {scores[-1]!r}; keep nothing between "
+            "two calls"
+        )
+
+
+def _is_finite(score: object) -> bool:
+    values = list(score.values()) if isinstance(score, Mapping) else [score]
+    return bool(values) and all(isinstance(value, int | float) and math.isfinite(value) for value in values)
+
+
+def _names(score: object) -> set[object]:
+    """Of several scores; none of a single one, which has the plugin's."""
+    return set(score) if isinstance(score, Mapping) else set()
+
+
+def _listed(found: set[object]) -> str:
+    return ", ".join(sorted(map(str, found))) or "of one number"
 
 
 def check_metric(plugin: object) -> None:

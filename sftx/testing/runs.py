@@ -11,7 +11,8 @@ from typing import Any
 from sftx.loading import load
 from sftx.model import tiny
 from sftx.plugins import activate
-from sftx.run import Result, run
+from sftx.reports import Result
+from sftx.run import run
 from sftx.stage import make
 from sftx.testing.kit import CONVERSATIONS, Kit
 from sftx.types import Record

@@ -15,7 +15,7 @@ from sftx.reports import EvalReport, StepReport
 from sftx.types import Batch, Collator, Example, Loss, LossSum, Row, Step
 
 OURS: Final = frozenset(
-    {"event", "aux_loss", "perplexity", "tokens_per_second"}
+    {"event", "aux_loss", "loss_scale", "perplexity", "tokens_per_second"}
     | {field.name for report in (StepReport, EvalReport) for field in dataclasses.fields(report)}
 )
 """What reports hold under these names is neither a loss's nor a metric's to set."""

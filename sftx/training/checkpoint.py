@@ -1,66 +1,119 @@
-"""What was trained becomes a directory that others load: whole, or not there at all."""
+"""What was trained becomes a directory that others load; with the state of the run beside it, a checkpoint.
+
+`checkpoints/step-N` holds the artefact as of step N, `optimizer.safetensors`, `run_state.json`, `trainer_state.json`
+in transformers' form, and `checksums.json`, written last. Safetensors and JSON, nothing pickled.
+"""
 
 from __future__ import annotations
 
+import json
+import logging
 import re
-import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Final
 
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import TrainerState
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
-from sftx.errors import OutputError, PluginError, SftxError, one_line
+from sftx import whole_files
+from sftx.errors import OutputError, PluginError, TrainingError
 from sftx.model.language_model import LanguageModel
+from sftx.model.load import load_model
+from sftx.types import ModelSpec
 
-_CHECKPOINT = re.compile(r"step-(\d+)")
+log = logging.getLogger(__name__)
+
+_NAME: Final = re.compile(r"step-(\d+)")
+_OPTIMIZER, _STATE, _TRAINER_STATE = "optimizer.safetensors", "run_state.json", "trainer_state.json"
+_FORM: Final = 1
 
 
-def save(lm: LanguageModel, directory: Path) -> None:
+def write_artefact(lm: LanguageModel, directory: Path) -> None:
     """Writes adapters in PEFT's form, or the whole model in transformers', and the tokenizer beside it.
 
-    The files are written to a neighbour of `directory` that is then renamed. Raises OutputError; nothing is left then.
+    Raises TrainingError for weights that are not finite, PluginError for an adapter that writes none.
     """
-    part = directory.with_name(f".{directory.name}.part")
+    wrong = [name for name, p in lm.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
+    if wrong:
+        raise TrainingError(f"{len(wrong)} trained tensors are not finite (first: {wrong[0]}); nothing was saved")
     disable_progress_bar()
     try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
         if not lm.adapters:
-            lm.model.save_pretrained(part)
+            lm.model.save_pretrained(directory)
         for name, adapter in lm.adapters.items():
-            # One adapter is the artefact; several lie side by side in it.
-            place = part if len(lm.adapters) == 1 else part / name
+            place = _place(lm, name, directory)
             place.mkdir(exist_ok=True)
             adapter.save(place)
             if not any(place.glob("*.safetensors")):
                 raise PluginError(f"{adapter}: save wrote no .safetensors file, so what was trained would be lost")
-        lm.tokenizer.save_pretrained(part)
-        for file in part.rglob("*"):
-            if file.is_file():  # safetensors writes for its owner alone
-                file.chmod(0o644)
-        part.rename(directory)
-    except SftxError:
-        raise
-    except Exception as error:  # a full disk is an OSError, a SafetensorError, or tokenizers' bare Exception
-        free = shutil.disk_usage(_existing(directory)).free
-        raise OutputError(
-            f"{directory}: cannot be written: {one_line(error)} ({free / 1e6:.0f} MB free there); "
-            "make room or choose another output_dir"
-        ) from error
+        lm.tokenizer.save_pretrained(directory)
     finally:
         enable_progress_bar()
-        shutil.rmtree(part, ignore_errors=True)
 
 
-def _existing(path: Path) -> Path:
-    return next(parent for parent in path.absolute().parents if parent.exists())
+def load_weights(lm: LanguageModel, directory: Path) -> None:
+    """Reads what `write_artefact` wrote into the model, or into the adapters that are attached. Raises ModelError."""
+    for name, adapter in lm.adapters.items():
+        adapter.load(_place(lm, name, directory))
+    if not lm.adapters:
+        spec = ModelSpec(str(directory), lm.model.config, lm.model)
+        saved = load_model(spec, [], dtype=lm.head_weight.dtype, device=lm.device)
+        lm.model.load_state_dict(saved.state_dict())
 
 
-def prune(checkpoints: Path, limit: int | None) -> None:
-    """Removes the oldest checkpoints beyond `limit`."""
-    if limit is None:
-        return
-    found = sorted(
-        (int(match[1]), path) for path in checkpoints.iterdir() if (match := _CHECKPOINT.fullmatch(path.name))
-    )
-    for _, path in found[:-limit]:
-        shutil.rmtree(path, ignore_errors=True)
+def _place(lm: LanguageModel, name: str, directory: Path) -> Path:
+    """One adapter is the artefact; several lie side by side in it."""
+    return directory if len(lm.adapters) == 1 else directory / name
+
+
+def write_state(
+    directory: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any], trainer_state: TrainerState
+) -> None:
+    """Writes what a run goes on from besides its weights: tensors, and JSON values."""
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, directory / _OPTIMIZER)
+    (directory / _STATE).write_text(json.dumps({"form": _FORM, **values}, allow_nan=False), encoding="utf-8")
+    trainer_state.save_to_json(str(directory / _TRAINER_STATE))
+
+
+def read_state(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `write_state` wrote. Raises OutputError for a checkpoint of another version's form."""
+    values = json.loads((directory / _STATE).read_text(encoding="utf-8"))
+    if values.pop("form") != _FORM:
+        raise OutputError(f"{directory}: was written by another version of sftx, whose state this one cannot read")
+    with safe_open(directory / _OPTIMIZER, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, values  # noqa: SIM118
+
+
+def newest_whole(checkpoints: Path) -> Path | None:
+    """The newest checkpoint that is as it was written; damaged ones are named and set aside."""
+    if not checkpoints.is_dir():
+        return None
+    whole_files.sweep(checkpoints)
+    for path in reversed(_found(checkpoints)):
+        what = whole_files.damage(path)
+        if what is None:
+            return path
+        log.warning("%s is damaged and set aside: %s; the one before it is used", path, what)
+        aside = path.with_name(f"{path.name}.damaged")
+        whole_files.remove(aside)
+        path.rename(aside)
+    return None
+
+
+def prune(checkpoints: Path, limit: int | None, keep: Path | None) -> None:
+    """Removes the oldest checkpoints beyond `limit`, never that of `keep`."""
+    if limit is not None:
+        for path in _found(checkpoints)[:-limit]:
+            if path != keep:
+                whole_files.remove(path)
+
+
+def _found(checkpoints: Path) -> list[Path]:
+    """Oldest first."""
+    steps = {path: int(match[1]) for path in checkpoints.iterdir() if (match := _NAME.fullmatch(path.name))}
+    return sorted(steps, key=steps.__getitem__)

@@ -6,28 +6,34 @@ same examples give the same update however they are split into micro-batches.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
 import random
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from sftx.config import TrainConfig
 from sftx.errors import TrainingError
 from sftx.model.language_model import LanguageModel
 from sftx.reports import StepReport
-from sftx.training import checked
+from sftx.training import checked, memory
+from sftx.training.layers import prepare_layers
 from sftx.training.optimizer import RunOptimizer
 from sftx.training.plan import Steps
 from sftx.training.precision import Precision, peak_bytes
 from sftx.training.schedule import learning_rate
 from sftx.types import Batch, Collator, Example, Loss, LossSum, Step
+
+log = logging.getLogger(__name__)
+
+_SCALER: Final = "grad_scaler"
 
 
 class TrainStep(nn.Module):
@@ -62,8 +68,8 @@ class Trainer:
         self.module = TrainStep(self.lm, self.loss)
         self.optimizer = RunOptimizer(self.lm, self.config)
         self.parameters = [p for p in self.lm.parameters() if p.requires_grad]
-        if self.config.gradient_checkpointing:
-            enable_checkpointing(self.lm.model)
+        self.scaler = self.precision.grad_scaler()
+        prepare_layers(self.lm.model, self.config)
         self.lm.train()
 
     def micro_batches(self, step: Step, examples: Sequence[Example]) -> list[Batch]:
@@ -90,7 +96,7 @@ class Trainer:
             if out.aux_loss is not None:
                 objective = objective + out.aux_loss * (share / total)
                 metrics["aux_loss"] += out.aux_loss.detach() * (share / total)
-            objective.backward()
+            self.scaler.scale(objective).backward()
             loss += out.sum.detach() / total
             for name, value in out.metrics.items():
                 metrics[name] += value.detach() / total
@@ -101,25 +107,21 @@ class Trainer:
         start = time.perf_counter()
         rate = learning_rate(self.config, number - 1, self.num_steps)
         self.optimizer.set_learning_rate(rate)
-        self.optimizer.zero_grad()
-        try:
-            loss, metrics = self.accumulate(batches, number - 1)
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            raise TrainingError(self._out_of_memory(number, batches)) from error
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf)
-        # The one wait for the device in a step: an update by a gradient that is not finite cannot be undone.
-        loss_value, norm_value = torch.stack((loss, norm.to(loss))).tolist()
-        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
-            raise TrainingError(self._not_finite(number, loss_value, norm_value, batches))
+        with self._memory_explained(number, lambda: memory.of_step(self.config, batches)):
+            loss, norm, metrics = self._finite_gradients(number, batches)
         counted = {name: value.item() for name, value in metrics.items()}
         reported = checked.means(self.loss, counted, f"step {number}")
-        self.optimizer.step()
+        if self.scaler.is_enabled():
+            reported["loss_scale"] = self.scaler.get_scale()
+        with self._memory_explained(number, lambda: memory.of_optimizer(self.config, self.parameters)):
+            self.optimizer.step()
+        self.scaler.update()
         return StepReport(
             step=number,
             num_steps=self.num_steps,
             epoch=epoch,
-            loss=loss_value,
-            grad_norm=norm_value,
+            loss=loss,
+            grad_norm=norm,
             learning_rate=rate,
             num_tokens=sum(batch.num_tokens for batch in batches),
             num_real_tokens=sum(batch.num_real_tokens for batch in batches),
@@ -128,13 +130,45 @@ class Trainer:
             metrics=reported,
         )
 
+    def _finite_gradients(self, number: int, batches: Sequence[Batch]) -> tuple[float, float, dict[str, Tensor]]:
+        """A step's mean loss, the norm of its clipped gradients before clipping, and what else was counted.
+
+        Where float16 was too narrow for the gradients, the same micro-batches are computed again with a smaller loss
+        scale: no row goes without its update, and as seeds stand for their place, nothing else changes.
+        """
+        while True:
+            self.optimizer.zero_grad()
+            loss, metrics = self.accumulate(batches, number - 1)
+            for optimizer in self.optimizer.optimizers:
+                self.scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf)
+            # The one wait for the device in a step: an update by a gradient that is not finite cannot be undone.
+            loss_value, norm_value = torch.stack((loss, norm.to(loss))).tolist()
+            if math.isfinite(loss_value) and math.isfinite(norm_value):
+                return loss_value, norm_value, metrics
+            if not (math.isfinite(loss_value) and self._lower_scale(number)):
+                raise TrainingError(self._not_finite(number, loss_value, norm_value, batches))
+
+    def _lower_scale(self, number: int) -> bool:
+        """Halves the loss scale; returns whether there is one, the gradients asked for it, and it is 1 at least."""
+        before = self.scaler.get_scale()
+        self.scaler.update()
+        after = self.scaler.get_scale()
+        if not 1 <= after < before:
+            return False
+        log.info("step %d: gradients overflowed at a loss scale of %g; computed again at %g", number, before, after)
+        return True
+
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What the next step depends on besides weights and data: tensors by name, and JSON values."""
-        return self.optimizer.state_dict()
+        tensors, values = self.optimizer.state_dict()
+        return tensors, values | ({_SCALER: self.scaler.state_dict()} if self.scaler.is_enabled() else {})
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Continues from what `state_dict` gave. Raises ModelError when it is of other parameters."""
-        self.optimizer.load_state_dict(tensors, values)
+        self.optimizer.load_state_dict(tensors, {name: value for name, value in values.items() if name != _SCALER})
+        if self.scaler.is_enabled() and _SCALER in values:
+            self.scaler.load_state_dict(values[_SCALER])
 
     def _seed(self, number: int, micro: int) -> None:
         """Makes whatever is random in the coming forward a pure function of the run's seed and its place."""
@@ -142,15 +176,18 @@ class Trainer:
         self.lm.seed.fill_(seed)
         torch.manual_seed(seed)
 
-    def _out_of_memory(self, number: int, batches: Sequence[Batch]) -> str:
-        largest = max(batches, key=lambda batch: batch.input_ids_BT.numel())
-        rows, length = largest.input_ids_BT.shape
-        return (
-            f"step {number}: {self.lm.device} has not the memory for a micro-batch of {rows} rows of {length} tokens; "
-            f"lower per_device_train_batch_size (now {self.config.per_device_train_batch_size}) and raise "
-            "gradient_accumulation_steps by as much, which gives the same update; or set gradient_checkpointing, or "
-            f"lower data.max_length; last saved: {self.last_saved}"
-        )
+    @contextlib.contextmanager
+    def _memory_explained(self, number: int, what: Callable[[], str]) -> Iterator[None]:
+        """Raises TrainingError when memory runs out within: for `what`, and what to do."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not memory.is_out_of_memory(error):
+                raise
+            saved = "" if self.last_saved == "none" else "; then --resume goes on from there"
+            raise TrainingError(
+                f"step {number}: {self.lm.device} has not the memory for {what()}; last saved: {self.last_saved}{saved}"
+            ) from error
 
     def _not_finite(self, number: int, loss: float, norm: float, batches: Sequence[Batch]) -> str:
         rows = [row for batch in batches for row in batch.row_ids]
@@ -159,12 +196,6 @@ class Trainer:
             f"step {number}: the loss is {loss:g} and the gradient's norm {norm:g}; no update was made; rows: {shown}; "
             f"last saved: {self.last_saved}; lower learning_rate, or look at these rows"
         )
-
-
-def enable_checkpointing(model: PreTrainedModel) -> None:
-    """Under the name of this transformers: `activation_...` where it exists, `gradient_...` before."""
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
 
 
 def train(trainer: Trainer, plan: Steps, done: int, after_step: Callable[[StepReport], bool]) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import count
+from dataclasses import dataclass, fields
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from sftx.config import TrainConfig
 from sftx.data.examples import Examples
 from sftx.data.stream import Stream
+from sftx.errors import ModelError
 from sftx.training import checked
 from sftx.types import Collator, Example, Step
 
@@ -125,30 +125,71 @@ class StreamPlan:
         self._stream = stream
         self._collator = collator
         self._config = config
-        self._windows = stream.windows(window)
-        self._first = self._plan(0, [])
-        steps, self.examples, _ = self._first
-        self.scope = _scope(steps, self.examples)
+        self._size = window
+        self.num_embeddings: int | None = None
+        """Rows of the model's embedding, once it is known: windows that are read after that are held against it."""
+        self._begin(window=0, before=0, done=0, carried=[])
+        self.examples = self._examples
+        """Of the first window."""
+        self.scope = _scope(self._steps, self.examples)
 
-    def _plan(self, window: int, carried: Sequence[Example]) -> tuple[list[Step], list[Example], list[Example]]:
-        """The steps of a window, its examples, and those of them that are carried over."""
-        examples = [*carried, *next(self._windows)]
+    def _begin(self, *, window: int, before: int, done: int, carried: list[Example]) -> None:
+        """Reads and plans a window. `before`: steps before it; `done`: steps that are not given any more, those too;
+        `carried`: examples of the window before that filled no step."""
+        self._window, self._before, self._done, self._carried = window, before, done, carried
+        examples = [*carried, *self._stream.window(self._size)]
+        if self.num_embeddings is not None:
+            _check_ids(examples, self.num_embeddings)
         lengths, groups = lengths_of(examples).tolist(), groups_of(examples).tolist()
-        steps, rest = checked.plan(
+        self._steps, self._rest = checked.plan(
             self._collator, lengths, groups, epoch=0, window=window, final=False, **_arguments(self._config)
         )
-        return steps, examples, [examples[at] for at in rest]
+        self._examples = examples
 
     def __iter__(self) -> Iterator[Planned]:
-        steps, examples, carried = self._first
-        done = 0
-        for window in count(1):
-            for step in steps:
-                yield float(min(self._stream.passes)), step, examples
-                done += 1
-                if done == self.num_steps:
-                    return
-            steps, examples, carried = self._plan(window, carried)
+        while self._done < self.num_steps:
+            for step in self._steps[self._done - self._before : self.num_steps - self._before]:
+                yield float(min(self._stream.passes)), step, self._examples
+            before = self._before + len(self._steps)
+            if before >= self.num_steps:
+                return
+            carried = [self._examples[at] for at in self._rest]
+            self._begin(window=self._window + 1, before=before, done=before, carried=carried)
+
+    def state_dict(self, done: int) -> dict[str, Any]:
+        """A window is read again from its beginning: where the stream stood, and what was carried into it."""
+        return {
+            "window": self._window,
+            "steps_before": self._before,
+            "done": done,
+            "carried": [_as_json(example) for example in self._carried],
+            "stream": self._stream.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Reads the window that was under way. Raises DataError when the sources are others, or have become shorter."""
+        self._stream.load_state_dict(state["stream"])
+        carried = [_of_json(example) for example in state["carried"]]
+        self._begin(window=state["window"], before=state["steps_before"], done=state["done"], carried=carried)
+
+
+def _check_ids(examples: Sequence[Example], num_embeddings: int) -> None:
+    """Raises ModelError for a token id without an embedding, which would end in an index error deep in the forward."""
+    for example in examples:
+        if (largest := max(example.token_ids)) >= num_embeddings:
+            raise ModelError(
+                f"{example.row_id}: gives the token id {largest}, and the model's embedding has {num_embeddings} rows; "
+                "they do not belong together"
+            )
+
+
+def _as_json(example: Example) -> dict[str, Any]:
+    mask = "".join("01"[on] for on in example.loss_mask)  # a byte a token
+    return {field.name: getattr(example, field.name) for field in fields(example)} | {"loss_mask": mask}
+
+
+def _of_json(values: Mapping[str, Any]) -> Example:
+    return Example(**{**values, "loss_mask": [on == "1" for on in values["loss_mask"]]})
 
 
 def _scope(steps: Sequence[Step], examples: Sequence[Example]) -> PlannedScope:

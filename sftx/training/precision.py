@@ -16,30 +16,55 @@ from sftx.errors import ConfigError
 class Precision:
     """Where and in what numbers a run computes.
 
-    With bf16, matrix products run in bfloat16 under autocast. What trains is fp32 always: adapters, or the whole model
-    when there is none; a frozen base is kept in bfloat16.
+    With bf16 or fp16, matrix products run in it under autocast. What trains is fp32: adapters, or the whole model when
+    there is none; a frozen base is kept in the narrow dtype. `narrow_weights`: a model that trains as a whole is too.
     """
 
     device: torch.device
-    bf16: bool
+    dtype: torch.dtype
+    tf32: bool = False
+    narrow_weights: bool = False
 
     def base_dtype(self, *, frozen: bool) -> torch.dtype:
-        return torch.bfloat16 if self.bf16 and frozen else torch.float32
+        return self.dtype if frozen or self.narrow_weights else torch.float32
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)
+        narrow = self.dtype != torch.float32
+        return torch.autocast(self.device.type, dtype=self.dtype if narrow else None, enabled=narrow)
+
+    def grad_scaler(self) -> torch.amp.GradScaler:
+        """Keeps gradients within float16's range, where that is the dtype; else it does nothing."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
     def __str__(self) -> str:
-        return "bfloat16 (autocast)" if self.bf16 else "float32"
+        name = str(self.dtype).removeprefix("torch.")
+        details = [] if self.dtype == torch.float32 else ["autocast"]
+        details += ["loss scaled"] if self.dtype == torch.float16 else []
+        details += ["no fp32 copy of weights"] if self.narrow_weights else []
+        details += ["products in tf32"] if self.tf32 else []
+        return f"{name} ({', '.join(details)})" if details else name
 
 
 def choose(config: TrainConfig) -> Precision:
-    """Raises ConfigError when bf16 is asked of a GPU that lacks it."""
+    """Also switches TF32. Raises ConfigError when the options exclude each other, or this GPU lacks bf16."""
     device = torch.device("cpu" if config.use_cpu or not torch.cuda.is_available() else "cuda")
+    narrow_weights = config.optim == "adamw_bf16"
+    if narrow_weights and (config.fp16 or config.bf16 is False):
+        asked = "fp16" if config.fp16 else "bf16: false"
+        raise ConfigError(
+            f"option 'train.optim': adamw_bf16 keeps weights in bfloat16, which {asked} excludes; leave one out"
+        )
     able = device.type == "cpu" or torch.cuda.is_bf16_supported()
-    if config.bf16 and not able:
-        raise ConfigError("option 'train.bf16': this GPU has no bfloat16; leave it out")
-    return Precision(device, config.bf16 if config.bf16 is not None else device.type == "cuda" and able)
+    if not able and (config.bf16 or narrow_weights):
+        option = "bf16" if config.bf16 else "optim: adamw_bf16"
+        raise ConfigError(f"option 'train.{option}': this GPU has no bfloat16; leave it out, or set fp16")
+    by_default = narrow_weights or (device.type == "cuda" and able)
+    bf16 = not config.fp16 and (by_default if config.bf16 is None else config.bf16)
+    dtype = torch.float16 if config.fp16 else torch.bfloat16 if bf16 else torch.float32
+    tf32 = config.tf32 and device.type == "cuda"
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
+    return Precision(device, dtype, tf32, narrow_weights)
 
 
 def peak_bytes(device: torch.device) -> int:

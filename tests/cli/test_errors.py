@@ -158,7 +158,7 @@ def test_an_output_directory_that_holds_a_run_or_anything_else() -> None:
     Path("yours").mkdir()
     Path("yours/notes.txt").touch()
     tail = "already, which is never written over; choose another"
-    assert error_of(*BASE, "--output-dir", "mine") == f"output_dir mine: holds a run {tail}"
+    assert error_of(*BASE, "--output-dir", "mine") == f"output_dir mine: holds a run {tail}, or go on with it: --resume"
     assert error_of(*BASE, "--output-dir", "yours") == f"output_dir yours: holds files {tail}"
     assert error_of(*BASE, "--output-dir", "rows.jsonl").startswith("output_dir rows.jsonl: is a file")
 

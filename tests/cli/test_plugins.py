@@ -117,7 +117,7 @@ def test_info_shows_where_a_plugin_comes_from_and_what_it_takes(install_plugin: 
         "careful.floor  number >= 0 <= 1  required  Lowest score.\n"
         "careful.mode   string | null     null      How.\n"
     )
-    assert "It takes no options." in plugins("info", "exact-match").stdout
+    assert "It takes no options." in plugins("info", "jsonl").stdout
 
 
 # --- check --------------------------------------------------------------------------------------

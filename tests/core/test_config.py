@@ -129,7 +129,7 @@ def test_an_empty_run_file_is_all_defaults(write: Any) -> None:
         ("train: {max_steps: 0}", "got 0, expected a number greater than or equal to 1"),
         ("train: {learning_rate: 0}", "got 0, expected a number greater than 0"),
         ("data: {max_dropped: 1.5}", "got 1.5, expected a number less than or equal to 1"),
-        ("train: {lr_scheduler_type: cosin}", "got \"cosin\", expected 'cosine', 'linear' or 'constant'"),
+        ("train: {lr_scheduler_type: cosin}", "got \"cosin\", expected 'cosine', 'linear', 'constant', 'polynomial'"),
         ("train: {seed: null}", "option 'train.seed': got null, expected a valid integer"),
         ("model: 5", "option 'model': got 5, expected a valid string"),
         ("model: ''", "option 'model': got \"\", expected a string of at least 1 character"),

@@ -198,7 +198,7 @@ def test_wrong_options_name_what_was_typed_the_plugin_its_distribution_and_the_b
     assert message == f"--set lora.rr=8: plugin 'lora' (sftx {sftx.__version__}): " + (
         "option 'rr' does not exist; did you mean 'r'?"
     )
-    message = error_of("exact-match", kind=ConfigError, settings={"exact-match.r": 8})
+    message = error_of("jsonl", kind=ConfigError, settings={"jsonl.r": 8})
     assert message.endswith("option 'r' does not exist; it takes none")
 
 

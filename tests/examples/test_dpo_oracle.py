@@ -13,7 +13,8 @@ import pytest
 
 from sftx import Example
 from sftx.loading import load
-from sftx.run import Session, assemble
+from sftx.run import assemble
+from sftx.session import Session
 
 DPO = Path(__file__).parents[2] / "examples" / "sftx-dpo"
 BETA, STEPS = 0.5, 10

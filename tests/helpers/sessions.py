@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from sftx.loading import load
-from sftx.run import Session, assemble
+from sftx.run import assemble
+from sftx.session import Session
 
 
 def session_of(model: Path, data: Path, *plugins: str, **options: Any) -> Session:

@@ -41,7 +41,7 @@ from sftx import Attention, Batch, Example, ModelError, pack, pad
 from sftx.model import attention, document_attention
 from sftx.model.language_model import LanguageModel
 from sftx.model.probe import check_packing
-from sftx.training.loop import enable_checkpointing
+from sftx.training.layers import enable_checkpointing
 from sftx_plugins.masked_ce import MaskedCE
 from sftx_plugins.packed import Packed, PackedRows
 from sftx_plugins.padded import Padded

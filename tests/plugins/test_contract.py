@@ -20,7 +20,10 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "tokenizer": [{"enable_thinking": False}],
     "padded": [{"group_by_length": False, "pad_to_multiple_of": 8}, {"padding_free": True}],
     "packed": [{"length": 40, "attention": "mask"}, {"attention": "mask4d"}],
-    "lora": [{"lora_dropout": 0.3}, {"modules_to_save": ["lm_head", "embed_tokens"]}],
+    "bleu": [{"tokenize": "char", "lowercase": True}],
+    "rouge": [{"tokenizer": "unicode"}],
+    "exact-match": [{"as_json": True}],
+    "lora": [{"lora_dropout": 0.3, "loraplus_lr_ratio": 16}, {"modules_to_save": ["lm_head", "embed_tokens"]}],
     "masked-ce": [{"label_smoothing": 0.1, "z_loss": 1e-3}, {"workspace_mb": 1}],
 }
 """Options under which a plugin is checked too; with its defaults it always is."""

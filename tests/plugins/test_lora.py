@@ -10,7 +10,7 @@ import pytest
 
 from sessions import session_of
 from sftx.errors import ConfigError, ModelError
-from sftx.run import Session
+from sftx.session import Session
 
 ROWS = [{"prompt": f"what is {n} plus one", "completion": f"{n + 1} " * (n % 5 + 1)} for n in range(24)]
 

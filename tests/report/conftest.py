@@ -21,6 +21,7 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> str:
 
 @pytest.fixture
 def make_look(tmp_path: Path) -> MakeLook:
+    from sftx import loading
     from sftx.report.look import look
 
     def make(

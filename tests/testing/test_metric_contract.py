@@ -36,7 +36,21 @@ class Whole(Overlap):
         return prediction == reference
 
 
-@pytest.mark.parametrize("plugin", [built_in("exact-match"), Overlap(), Whole()], ids=lambda p: type(p).__name__)
+class Both(Overlap):
+    """Two scores of an answer, and two of a set that are no means."""
+
+    def __call__(self, prediction: str, reference: str) -> Any:
+        return {"overlap": super().__call__(prediction, reference), "empty": prediction == ""}
+
+    def corpus(self, predictions: list[str], references: list[str]) -> Any:
+        scores = [super(Both, self).__call__(*pair) for pair in zip(predictions, references, strict=True)]
+        return {"highest": max(scores), "lowest": min(scores)}
+
+
+GOOD = [built_in("exact-match"), built_in("json-valid"), Overlap(), Whole(), Both()]
+
+
+@pytest.mark.parametrize("plugin", GOOD, ids=lambda p: type(p).__name__)
 def test_good_metrics_keep_every_clause(plugin: object) -> None:
     assert {(finding.clause, finding.status, finding.message) for finding in SUITE.findings(plugin)} == {
         (clause, "ok", "") for clause in ("made", *(clause.name for clause in SUITE.clauses))
@@ -74,6 +88,66 @@ class GivesText(Overlap):
         return f"{super().__call__(prediction, reference):.2f}"
 
 
+class GivesNone(Overlap):
+    def __call__(self, prediction: str, reference: str) -> Any:
+        return {}
+
+
+class OneIsNaN(Both):
+    def __call__(self, prediction: str, reference: str) -> Any:
+        return super().__call__(prediction, reference) | ({} if prediction else {"overlap": float("nan")})
+
+
+class LeavesOneOut(Both):
+    def __call__(self, prediction: str, reference: str) -> Any:
+        scores = super().__call__(prediction, reference)
+        return scores if prediction else {"empty": 1.0}
+
+
+class NumberOrNames(Both):
+    def __call__(self, prediction: str, reference: str) -> Any:
+        return super().__call__(prediction, reference) if prediction else 0.0
+
+
+class ReportsLoss(Overlap):
+    def __call__(self, prediction: str, reference: str) -> Any:
+        return {"loss": 1 - super().__call__(prediction, reference)}
+
+
+class CountsNames(Overlap):
+    def __call__(self, prediction: str, reference: str) -> Any:
+        return {1: super().__call__(prediction, reference)}
+
+
+class SetIsNaN(Both):
+    def corpus(self, predictions: list[str], references: list[str]) -> Any:
+        return float("nan")
+
+
+class SetReportsLoss(Both):
+    def corpus(self, predictions: list[str], references: list[str]) -> Any:
+        return {"loss": 1.0}
+
+
+class SetNamesVary(Both):
+    def corpus(self, predictions: list[str], references: list[str]) -> Any:
+        return {f"of {len(predictions)}": 1.0}
+
+
+class SetOfTwo(Both):
+    """Divides by one less than the rows."""
+
+    def corpus(self, predictions: list[str], references: list[str]) -> Any:
+        return sum(map(len, predictions)) / (len(predictions) - 1)
+
+
+class SetRemembers(Both):
+    calls: ClassVar[Iterator[int]] = itertools.count()
+
+    def corpus(self, predictions: list[str], references: list[str]) -> Any:
+        return next(self.calls)
+
+
 class Remembers(Overlap):
     """Scores by how often it has been asked."""
 
@@ -97,6 +171,17 @@ BAD = [
     (GivesNothing, "finite-number", "has the score None; return a finite float"),
     (GivesNaN, "finite-number", "to the reference '' has the score nan; return a finite float"),
     (GivesText, "finite-number", "has the score '1.00'; return a finite float"),
+    (GivesNone, "finite-number", "has the score {}; return a finite float"),
+    (OneIsNaN, "finite-number", "has the score {'overlap': nan"),
+    (LeavesOneOut, "names", "has the scores empty, the answer 'Paris' to itself empty, overlap; give every answer"),
+    (NumberOrNames, "names", "has the scores of one number, the answer 'Paris' to itself empty, overlap"),
+    (ReportsLoss, "names", "it reports the score 'loss', which is the engine's"),
+    (CountsNames, "names", "it reports the score 1, which is the engine's or no text"),
+    (SetIsNaN, "corpus", "has the score nan; return a finite float"),
+    (SetReportsLoss, "corpus", "has the score {'loss': 1.0}; return a finite float, or finite floats by the same"),
+    (SetNamesVary, "corpus", "corpus of 1 answers, the first 'Paris' to 'Paris', has the score {'of 1': 1.0}"),
+    (SetOfTwo, "corpus", "corpus of 1 answers, the first 'Paris' to 'Paris', raised ZeroDivisionError"),
+    (SetRemembers, "corpus", "corpus gives the same 144 answers 0 and then"),
     (Remembers, "pure", "after others were scored; keep nothing between two calls"),
 ]
 

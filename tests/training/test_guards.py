@@ -213,13 +213,11 @@ def test_running_out_of_memory_in_evaluation_is_one_line_that_says_what_to_lower
 
 
 def test_an_adapter_that_saves_nothing_is_stopped(tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
-    from sftx.training import checkpoint
-
     session = session_of(tiny_model_dir, data)
     session.lm.adapters["lora"].save = lambda directory: None  # type: ignore[method-assign]
     with pytest.raises(PluginError, match=r"wrote no \.safetensors file, so what was trained would be lost"):
-        checkpoint.save(session.lm, tmp_path / "adapter")
-    assert list(tmp_path.glob("adapter*")) == []
+        session.save()
+    assert not list(session.directory.checkpoints.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sessions import session_of
-from sftx.run import Session
+from sftx.session import Session
 
 ROWS = 20
 
@@ -101,7 +101,8 @@ def test_peft_loads_the_adapter_and_computes_our_logits(real_model_dir: Path, ro
         for name, parameter in session.lm.named_parameters():
             if name.endswith("lora_B"):  # zero at first, which would hide any mistake
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
-    checkpoint.save(session.lm, tmp_path / "adapter")
+    (tmp_path / "adapter").mkdir()
+    checkpoint.write_artefact(session.lm, tmp_path / "adapter")
 
     base = AutoModelForCausalLM.from_pretrained(real_model_dir, dtype=torch.float32)
     config = PeftConfig.from_pretrained(tmp_path / "adapter")
@@ -157,7 +158,7 @@ def _gradient(session: Session, step: Any, size: int) -> Any:
 
     trainer = session.trainer
     trainer.config = dataclasses.replace(trainer.config, per_device_train_batch_size=size)
-    trainer.optimizer.zero_grad(set_to_none=True)
+    trainer.optimizer.zero_grad()
     batches = trainer.micro_batches(step, session.data.examples)
     assert len(batches) == -(-len(step) // size)
     trainer.accumulate(batches, 0)

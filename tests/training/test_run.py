@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,7 @@ import pytest
 from sftx import Observer, RunInfo, StepReport
 from sftx.errors import OutputError, TrainingError
 from sftx.loading import load
-from sftx.run import Session, assemble, run
-
-Start = Callable[..., Session]
+from sftx.run import assemble, run
 
 
 @pytest.fixture
@@ -59,8 +56,8 @@ def test_a_run_directory_holds_all_that_the_run_was(tiny_model_dir: Path, data: 
     out = data / "out"
     assert result.output_dir == out
     assert {p.name for p in out.iterdir()} == {
-        "adapter", "checkpoints", "ledger.jsonl", "ledger-held-out.jsonl", "manifest.json", "metrics.jsonl", "run.yaml",
-        "summary.json",
+        "adapter", "checkpoints", "generated_predictions.jsonl", "ledger.jsonl", "ledger-held-out.jsonl",
+        "manifest.json", "metrics.jsonl", "run.yaml", "summary.json",
     }  # fmt: skip
     assert {p.name for p in (out / "checkpoints").iterdir()} == {"step-6", "step-9"}
     for artefact in (out / "adapter", *(out / "checkpoints").iterdir()):
@@ -202,7 +199,7 @@ def test_an_observer_that_fails_is_named_once_and_switched_off(
 def test_norms_and_biases_do_not_decay(tiny_model_dir: Path, data: Path) -> None:
     session = assemble(options(tiny_model_dir, data, plugins=["chatml"], train__weight_decay=0.1))
     names = {id(p): name for name, p in session.lm.named_parameters()}
-    decayed, others = session.trainer.optimizer.param_groups
+    decayed, others = session.trainer.optimizer.optimizers[0].param_groups
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
     assert all("norm" in names[id(p)] for p in others["params"])
     assert len(others["params"]) == 5
@@ -223,7 +220,7 @@ def test_runs_that_start_at_once_take_different_directories(
 ) -> None:
     monkeypatch.chdir(data)
     sessions = [assemble(options(tiny_model_dir, data, train__max_steps=1, output_dir=None)) for _ in range(2)]
-    assert {session.output_dir for session in sessions} == {Path("runs/run-1")}, "both chose it before either made it"
+    assert {s.directory.path for s in sessions} == {Path("runs/run-1")}, "both chose it before either made it"
     places = [session.run(0.0).output_dir for session in sessions]
     assert places == [Path("runs/run-1"), Path("runs/run-2")]
     assert all(len(lines(place / "metrics.jsonl")) == 1 for place in places)
@@ -240,6 +237,6 @@ def test_a_directory_taken_meanwhile_is_not_touched(tiny_model_dir: Path, data: 
 
 def test_the_run_info_of_an_observer_is_the_resolved_run(tiny_model_dir: Path, data: Path) -> None:
     session = assemble(options(tiny_model_dir, data))
-    info = RunInfo(session.output_dir, session.resolved)
+    info = RunInfo(session.directory.path, session.resolved)
     assert info.config["plugins"]["lora"]["r"] == 16
     assert info.config["plugins"]["padded"]["group_by_length"] is True

@@ -62,7 +62,7 @@ def test_every_row_is_seen_once_a_pass_and_the_same_in_every_run(kit: Kit, tmp_p
 def test_sources_come_by_weight_and_begin_anew(kit: Kit, tmp_path: Path) -> None:
     paths = [write(tmp_path / f"{name}.jsonl", name, 10) for name in "ab"]
     found = stream(kit, [Source(paths[0], weight=3), Source(paths[1])])
-    examples = [example for window in islice(found.windows(50), 200) for example in window]
+    examples = [example for _ in range(200) for example in found.window(50)]
     assert len(examples) > 4000
     share = sum("a.jsonl" in example.row_id for example in examples) / len(examples)
     assert abs(share - 0.75) < 0.03  # four standard deviations
@@ -75,17 +75,17 @@ def test_dropped_rows_stop_a_stream_too(kit: Kit, tmp_path: Path) -> None:
     good, bad = ({"prompt": "x", "completion": text} for text in ("y", ""))
     path.write_text("".join(json.dumps(row) + "\n" for row in [good, bad] * 20))
     with pytest.raises(DataError, match="rows train nothing or were dropped"):
-        next(stream(kit, [Source(str(path))]).windows(10))
+        stream(kit, [Source(str(path))]).window(10)
     path.write_text(json.dumps(bad) + "\n")
     with pytest.raises(DataError, match=r"a\.jsonl: no row of it gives an example: every trained turn is empty"):
-        next(stream(kit, [Source(str(path))]).windows(10))
+        stream(kit, [Source(str(path))]).window(10)
 
 
 def test_a_stream_whose_rows_train_no_stop_token_does_not_begin(kit: Kit, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"prompt": "x", "completion": "word " * 100}) + "\n")
     with pytest.raises(DataError, match=r"no row trains the stop token <\|im_end\|>"):
-        next(stream(kit, [Source(str(path))], max_length=40).windows(5))
+        stream(kit, [Source(str(path))], max_length=40).window(5)
 
 
 def test_a_window_is_read_when_it_is_needed(kit: Kit, tmp_path: Path) -> None:

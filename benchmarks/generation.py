@@ -1,0 +1,118 @@
+"""What answering the demo's held-out rows takes: in batches, and one row at a time, by the embedded model in fp32.
+
+All rows are answered in batches of `--batch-size`; one at a time, `--single` of them, evenly spread. Both take turns,
+so that whoever else uses the machine slows both. Ratios are of seconds a row, by the clock and of the process's CPU
+time (which, with one thread, does not count what others take). Answers of the same row must be equal. Into
+benchmarks/results/cpu/generation.json, or --out; exits with 1 below five times, or when an answer differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from sftx import loading
+from sftx.data.setup import set_up
+from sftx.model.language_model import LanguageModel
+from sftx.model.load import load_model, load_spec
+from sftx.plugins import activate
+
+ROOT = Path(__file__).resolve().parents[1]
+OUT = ROOT / "benchmarks" / "results" / "cpu" / "generation.json"
+WANTED = 5.0
+
+
+@dataclass
+class Clock:
+    """Answers, and what they took."""
+
+    lm: LanguageModel
+    stop_ids: Sequence[int]
+    max_new_tokens: int
+    wall_s: float = 0.0
+    cpu_s: float = 0.0
+    answers: dict[int, list[int]] = field(default_factory=dict)
+
+    def answer(self, prompts: Sequence[Sequence[int]], rows: Sequence[int], batch_size: int) -> None:
+        wall, cpu = time.perf_counter(), time.process_time()
+        found = self.lm.generate(
+            [prompts[row] for row in rows],
+            max_new_tokens=self.max_new_tokens,
+            stop_ids=self.stop_ids,
+            batch_size=batch_size,
+        )
+        self.wall_s += time.perf_counter() - wall
+        self.cpu_s += time.process_time() - cpu
+        self.answers.update(zip(rows, found, strict=True))
+
+    def summary(self) -> dict[str, float]:
+        num = len(self.answers)
+        return {
+            "rows": num,
+            "wall_s_per_row": self.wall_s / num,
+            "cpu_s_per_row": self.cpu_s / num,
+            "tokens_per_answer": sum(map(len, self.answers.values())) / num,
+        }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch-size", type=int, help="by default the demo's")
+    parser.add_argument("--single", type=int, default=20, help="rows answered one at a time")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=OUT)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+
+    loaded = loading.load(None, add=["chatml", "exact-match"])  # the embedded run file
+    prepared = set_up(loaded, activate(loaded))
+    prompts = [question.prompt_ids for question in prepared.held_out(questions=True).questions]
+    config = loaded.config
+    batch_size = arguments.batch_size or config.generation.batch_size or config.train.per_device_eval_batch_size
+    model = load_model(load_spec(prepared.model), [], dtype=torch.float32, device=torch.device("cpu"))
+    lm = LanguageModel(model, prepared.tokenizer)
+    batched, single = (
+        Clock(lm, prepared.encoder.stop_ids, config.generation.max_new_tokens) for _ in ("batched", "single")
+    )
+    lm.generate(prompts[:1], max_new_tokens=2, stop_ids=(), batch_size=1)  # what only the first one takes
+
+    by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    batches = [by_length[at : at + batch_size] for at in range(0, len(by_length), batch_size)]
+    sample = [n * len(prompts) // arguments.single for n in range(arguments.single)]
+    for turn, rows in enumerate(batches):
+        single.answer(prompts, sample[turn :: len(batches)], 1)
+        batched.answer(prompts, rows, batch_size)
+        print(f"{turn + 1} of {len(batches)}", batched.summary(), single.summary(), flush=True)
+
+    wrong = [row for row, answer in single.answers.items() if answer != batched.answers[row]]
+    one, many = single.summary(), batched.summary()
+    result = {
+        "cores": os.cpu_count(),
+        "machine": platform.processor() or platform.machine(),
+        "threads": arguments.threads,
+        "load_average": os.getloadavg(),
+        "batch_size": batch_size,
+        "max_new_tokens": config.generation.max_new_tokens,
+        "prompt_tokens": sum(map(len, prompts)) / len(prompts),
+        "batched": many,
+        "single": one,
+        "different_answers": len(wrong),
+        "times_faster_wall": one["wall_s_per_row"] / many["wall_s_per_row"],
+        "times_faster_cpu": one["cpu_s_per_row"] / many["cpu_s_per_row"],
+    }
+    print(json.dumps(result, indent=2))
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return 0 if not wrong and min(result["times_faster_wall"], result["times_faster_cpu"]) >= WANTED else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,36 @@
+"""What the metrics share: libraries that are imported only when used, strict JSON, and scripts without spaces."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from typing import Any, Final
+
+from sftx import PluginError
+
+SPACELESS: Final = re.compile(
+    r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao, Burmese, Khmer
+    r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"  # Japanese, Chinese
+)
+"""A character of a script that puts no spaces between words."""
+
+
+def library(module: str, distribution: str) -> Any:
+    """The module of a library that not every run needs. Raises PluginError with the line that installs it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise PluginError(f"needs the library {distribution}; pip install {distribution}, or sftx[metrics]") from error
+
+
+def parse_json(text: str) -> Any:
+    """The value that a JSON text is. Raises ValueError for any other, also for NaN, which Python alone lets pass."""
+    try:
+        return json.loads(text, parse_constant=_refuse)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")

@@ -1,0 +1,294 @@
+"""A run that is assembled: trains, evaluates, saves, and goes on where an interrupted one stopped."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sftx.config import RunConfig
+from sftx.errors import ConfigError, OutputError
+from sftx.plugins import Assembly
+from sftx.reports import EvalReport, Result, RunInfo, StartReport, StepReport
+from sftx.run_directory import RunDirectory
+from sftx.signals import Patience, Stop
+from sftx.training import checkpoint
+from sftx.training.evaluate import Evaluator, write_predictions
+from sftx.training.loop import Trainer, train
+from sftx.training.observers import Observers
+from sftx.training.plan import Plan, StreamPlan
+from sftx.training.state import RunState
+from sftx.whole_files import directory as whole_directory
+
+if TYPE_CHECKING:
+    from sftx.data.prepare import Dataset
+    from sftx.model.language_model import LanguageModel
+
+log = logging.getLogger(__name__)
+
+_MINUTES, _LIMIT = 30.0, 2  # between two checkpoints, and of them, of a run that does not say
+
+
+@dataclass
+class Session:
+    """What a run stands on, and what it does."""
+
+    config: RunConfig
+    resolved: Mapping[str, Any]
+    """The run file, every default and every plugin's options written out."""
+    manifest: Mapping[str, Any]
+    """Versions, and hashes of what it reads."""
+    assembly: Assembly
+    directory: RunDirectory
+    choose: Callable[[], RunDirectory]
+    """Gives another one when another run took this. Raises OutputError."""
+    data: Dataset
+    held_out: Dataset
+    plan: Plan | StreamPlan
+    lm: LanguageModel
+    trainer: Trainer
+    evaluator: Evaluator
+    checkpoint: Path | None = None
+    """What the run goes on from; its weights are in the model already."""
+    state: RunState = field(default_factory=RunState)
+    _saved_step: int | None = None
+    _saved_at: float = 0.0
+    _started: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._observe()
+
+    def _observe(self) -> None:
+        self.observers = Observers(self.assembly.observers(RunInfo(self.directory.path, self.resolved)))
+
+    def run(self, started: float) -> Result:
+        """The whole run. `started`: time.monotonic() when it began. Raises SftxError; Stop when a signal ended it."""
+        self._started, self._saved_at = started, time.monotonic()
+        self._claim()
+        with Patience("this micro-batch") as patience:
+            self.trainer.check_stop = self.evaluator.check_stop = patience.check
+            try:
+                self._begin()
+                self._train()
+                summary = self._finish()
+            except Stop as stop:
+                raise self._stopped(stop) from None
+            except BaseException:
+                self._clean_up()
+                raise
+            finally:
+                self.observers.close()
+                self.directory.release()
+        return Result(self.directory.path, summary)
+
+    # --- the way --------------------------------------------------------------------------------
+
+    def _claim(self) -> None:
+        while not self.directory.claim():
+            taken, self.directory = self.directory.path, self.choose()
+            if self.directory.path == taken:
+                raise OutputError(f"output_dir {taken}: another process is at work in it")
+            self._observe()
+
+    def _begin(self) -> None:
+        """Writes what the run is, or takes up the state of what there is; and evaluates that."""
+        if self.checkpoint is not None:
+            self._restore(self.checkpoint)
+        else:
+            self.directory.write_start(self.resolved, self.manifest)
+        self._write_ledgers()
+        self.observers.on_start(self.report())
+        if self.state.before is None or self._is_evaluation_due():
+            is_best = self._evaluate(self.state.step)
+            if is_best:
+                self.save()
+
+    def _restore(self, saved: Path) -> None:
+        tensors, values = checkpoint.read_state(saved)
+        self.state = RunState.of(values["run"])
+        self.plan.load_state_dict(values["plan"])
+        self.trainer.load_state_dict(tensors, values["trainer"])
+        self.trainer.last_saved, self._saved_step = str(saved), self.state.step
+
+    def _train(self) -> None:
+        if not self._is_over():
+            train(self.trainer, self.plan, self.state.step, self._after_step)
+        self._write_ledgers()  # once more: of a stream, all rows that were read are known now
+
+    def _finish(self) -> dict[str, Any]:
+        """Writes the artefact and the summary."""
+        options, state = self.config.train, self.state
+        if state.step < self.plan.num_steps:
+            name = options.metric_for_best_model
+            log.info("ends after step %d: %s was no better %d times in a row", state.step, name, state.num_worse)
+        best = self.directory.checkpoints / f"step-{state.best_step}"
+        if options.load_best_model_at_end and state.best_step not in (None, state.step):
+            checkpoint.load_weights(self.lm, best)
+            log.info("the result is that of step %d, the best %s", state.best_step, options.metric_for_best_model)
+            self._evaluate(state.best_step or 0)
+        artefact = self.directory.path / ("adapter" if self.lm.adapters else "model")
+        with whole_directory(artefact) as part:
+            self._write_artefact(part)
+        self.observers.on_save(state.step, artefact)
+        summary = self.summary(artefact)
+        self.directory.write_summary(summary)
+        self.observers.on_end(summary)
+        return summary
+
+    def _after_step(self, report: StepReport) -> bool:
+        """Reports a step, evaluates and saves where the options ask for it; returns whether to go on."""
+        options = self.config.train
+        self.state.add_step(report, logged=report.step % options.logging_steps == 0)
+        self.observers.on_step(report)
+        is_best = self._evaluate(report.step) if self._is_evaluation_due() else False
+        if is_best or self._is_save_due():
+            self.save()
+        return not self._is_over()
+
+    def _is_over(self) -> bool:
+        patience = self.config.train.early_stopping_patience
+        is_stopped_early = patience is not None and self.state.num_worse >= patience
+        return is_stopped_early or self.state.step >= self.plan.num_steps
+
+    def _is_evaluation_due(self) -> bool:
+        step, every = self.state.step, self.config.train.eval_steps
+        is_done = self.state.latest is not None and self.state.latest.step >= step
+        return not is_done and ((every is not None and step % every == 0) or step == self.plan.num_steps)
+
+    def _is_save_due(self) -> bool:
+        every, minutes = self.config.train.save_steps, self.config.train.save_minutes
+        if every is not None and self.state.step % every == 0:
+            return True
+        minutes = _MINUTES if every is None and minutes is None else minutes
+        return minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+
+    # --- evaluation and saving ------------------------------------------------------------------
+
+    def _evaluate(self, step: int) -> bool:
+        """The held-out rows, if there are any; returns whether the model was never better."""
+        if not len(self.held_out.examples):
+            return False
+        report = self.evaluator(self.lm, step)
+        if report.samples:
+            write_predictions(self.directory.file("generated_predictions.jsonl"), report.samples)
+        self.observers.on_evaluate(report)
+        name = self.config.train.metric_for_best_model
+        if name is not None and name not in report.metrics:
+            raise ConfigError(f"metric_for_best_model {name!r} is not reported; there are {', '.join(report.metrics)}")
+        shown = replace(report, samples=report.samples[: self.config.generation.num_samples])
+        value = None if name is None else report.metrics[name]
+        return self.state.add_evaluation(shown, value, self.config.train)
+
+    def save(self) -> None:
+        """A checkpoint of the last step that is done."""
+        state, options = self.state, self.config.train
+        place = self.directory.checkpoints / f"step-{state.step}"
+        tensors, values = self.trainer.state_dict()
+        run = replace(state, wall_seconds=self._wall_seconds()).as_dict()
+        with whole_directory(place, checksums=True) as part:
+            self._write_artefact(part)
+            checkpoint.write_state(
+                part,
+                tensors,
+                {"run": run, "plan": self.plan.state_dict(state.step), "trainer": values},
+                state.as_trainer_state(options, self.plan.num_steps, self.directory.checkpoints),
+            )
+        self._saved_step, self._saved_at, self.trainer.last_saved = state.step, time.monotonic(), str(place)
+        by_clock = options.save_steps is None
+        limit = options.save_total_limit or (_LIMIT if by_clock else None)
+        best = None if state.best_step is None else self.directory.checkpoints / f"step-{state.best_step}"
+        checkpoint.prune(self.directory.checkpoints, limit, keep=best)
+        self.observers.on_save(state.step, place)
+
+    def _write_artefact(self, directory: Path) -> None:
+        checkpoint.write_artefact(self.lm, directory)
+
+    def _write_ledgers(self) -> None:
+        for name, data in (("ledger.jsonl", self.data), ("ledger-held-out.jsonl", self.held_out)):
+            if data.ledger.num_rows:
+                data.ledger.write(self.directory.file(name))
+
+    # --- how it ends otherwise ------------------------------------------------------------------
+
+    def _stopped(self, stop: Stop) -> Stop:
+        """Saves the last step that is done, when a signal came. Returns what is to be told."""
+        name, state = stop.signal.name, self.state
+        if self._saved_step != state.step and state.step > 0:
+            self.save()
+        if self._saved_step is None:
+            self._clean_up()
+            return Stop(stop.signal, f"stopped by {name} before a step was done; nothing was kept")
+        return Stop(
+            stop.signal,
+            f"stopped by {name} after step {state.step} of {self.plan.num_steps}; saved {self.trainer.last_saved}; "
+            f"the same command with --resume goes on (output_dir {self.directory.path})",
+        )
+
+    def _clean_up(self) -> None:
+        if self.state.step == 0 and not self.directory.resumed:
+            shutil.rmtree(self.directory.path, ignore_errors=True)  # nothing in it is worth a refusal of the next try
+
+    # --- what is told ---------------------------------------------------------------------------
+
+    def report(self) -> StartReport:
+        """What was derived from options, data and model."""
+        data, plan = self.data, self.plan
+        parameters = {id(p): p for p in self.lm.parameters()}.values()
+        return StartReport(
+            providers=self.assembly.table(),
+            model=self.config.model,
+            device=str(self.lm.device),
+            dtype=str(self.trainer.precision),
+            num_parameters=sum(p.numel() for p in parameters),
+            num_trainable=sum(p.numel() for p in parameters if p.requires_grad),
+            num_rows=data.ledger.num_rows,
+            num_examples=plan.scope.num_examples,
+            num_tokens=plan.scope.num_tokens,
+            num_real_tokens=plan.scope.num_real_tokens,
+            num_eval_rows=self.held_out.ledger.num_rows,
+            formats=dict(data.formats),
+            ledger=(*data.ledger.summary(), *self.held_out.ledger.summary()),
+            num_steps=plan.num_steps,
+            tokens_per_step=plan.scope.num_tokens / max(1, plan.scope.num_steps),
+            is_stream=self.config.data.streaming,
+            resumed_step=None if self.checkpoint is None else self.state.step,
+        )
+
+    def summary(self, artefact: Path) -> dict[str, Any]:
+        """What summary.json holds: JSON values only."""
+        state = self.state
+        summary: dict[str, Any] = {
+            "num_steps": state.step,
+            "loss": {"first": state.first_loss, "last": state.last_loss},
+            "num_tokens": state.num_tokens,
+            "tokens_per_second": state.num_real_tokens / state.seconds,
+            "peak_bytes": state.peak_bytes,
+            "wall_seconds": self._wall_seconds(),
+            "artefact": str(artefact),
+        }
+        if state.best_step is not None:
+            summary["best"] = {"step": state.best_step, "value": state.best_value}
+        if state.before is not None and state.latest is not None:
+            summary["held_out"] = {"before": dict(state.before.metrics), "after": dict(state.latest.metrics)}
+            summary["samples"] = _compared(state.before, state.latest)
+        return summary
+
+    def _wall_seconds(self) -> float:
+        return self.state.wall_seconds + time.monotonic() - self._started
+
+
+def _compared(before: EvalReport, after: EvalReport) -> list[dict[str, str]]:
+    return [
+        {
+            "row": then.row_id,
+            "prompt": then.prompt,
+            "reference": then.reference,
+            "before": then.prediction,
+            "after": now.prediction,
+        }
+        for then, now in zip(before.samples, after.samples, strict=True)
+    ]

@@ -1,0 +1,76 @@
+"""SIGINT, SIGTERM and SIGHUP end a run where nothing is lost by it; a second one ends the process at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from types import FrameType, TracebackType
+from typing import Any, Final
+
+_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Stop(KeyboardInterrupt):
+    """A signal asks the process to end. The command line prints the message and exits with `exit_code`."""
+
+    def __init__(self, signum: int, message: str = "") -> None:
+        self.signal = signal.Signals(signum)
+        super().__init__(message or f"stopped by {self.signal.name}")
+
+    @property
+    def exit_code(self) -> int:
+        """As a shell has it: 128 and the signal's number."""
+        return 128 + self.signal
+
+
+def raise_stop() -> None:
+    """From now on each of these signals is an exception, as SIGINT is, so that what was begun is tidied up."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise Stop(signum)
+
+    for number in _heeded():
+        signal.signal(number, stop)
+
+
+class Patience:
+    """Within it the first signal is only noted, for `check` to raise at a place where a run can end."""
+
+    def __init__(self, what: str) -> None:
+        """`what` is waited for, as the user is told: 'this micro-batch'."""
+        self._what = what
+        self._noted: int | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Patience:
+        self._before = {number: signal.signal(number, self._note) for number in _heeded()}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def check(self) -> None:
+        """Raises Stop when a signal came."""
+        if self._noted is not None:
+            raise Stop(self._noted)
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if self._noted is not None:
+            os._exit(Stop(signum).exit_code)
+        self._noted = signum
+        name = signal.Signals(signum).name
+        # Not by print, which may be in the middle of another line's work.
+        line = f"\nsftx: {name}: stopping after {self._what}; once more stops at once\n"
+        os.write(sys.__stderr__.fileno() if sys.__stderr__ is not None else 2, line.encode())
+
+
+def _heeded() -> list[signal.Signals]:
+    """None outside of the main thread, where whoever calls sees to them; none that nohup or a shell has ignored."""
+    if threading.current_thread() is not threading.main_thread():
+        return []
+    return [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]

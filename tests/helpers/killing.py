@@ -1,0 +1,289 @@
+"""Runs as processes of their own, to be killed at any instant and gone on with.
+
+A process that imports torch and transformers needs seconds; these are forked from one that has imported them already,
+and then do what the command `sftx` does with the same arguments.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+_IMPORTED = (
+    "torch",
+    "datasets",
+    "transformers.models.llama.modeling_llama",
+    "sftx.cli.run",
+    "sftx.data.setup",
+    "sftx.model.probe",
+    "sftx.session",
+    "sftx_plugins._lora_layers",
+    "sftx_plugins.exact_match",
+    "sftx_plugins.masked_ce",
+    "sftx_plugins.packed",
+    "sftx_plugins.padded",
+    "sftx_plugins.progress",
+)
+PATIENCE_S = 120.0
+"""A run of these tests that takes longer hangs."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kind of run that is killed: its arguments without the output directory. `{data}` is where the rows lie."""
+
+    name: str
+    arguments: tuple[str, ...]
+
+    def command(self, data: Path, model: Path, *more: str) -> list[str]:
+        """The arguments of `sftx`, for the directory `out` below where it is run."""
+        given = [argument.format(data=data) for argument in self.arguments]
+        return ["run", "--model", str(model), "--output-dir", "out", *given, *more]
+
+
+def case(name: str, text: str) -> Case:
+    return Case(name, tuple(text.split()))
+
+
+_COMMON = (
+    "--plugin chatml --learning-rate 1e-2 --data {data}/train.jsonl --eval-data {data}/held.jsonl "
+    "--gradient-accumulation-steps 2 --per-device-train-batch-size 2 --eval-steps 3 --save-steps 2 "
+    "--save-total-limit 2 --max-steps 12 --max-new-tokens 6 --logging-steps 4 --max-dropped 0.2 "
+)
+CASES = (
+    case(
+        "padded",
+        _COMMON + "--plugin lora --set lora.lora_dropout=0.2 --plugin exact-match --warmup-steps 3",
+    ),
+    case(
+        "packed",
+        _COMMON + "--plugin packed --set packed.length=96 --learning-rate 1e-3 --weight-decay 0.1",
+    ),
+    case(
+        "streaming",
+        _COMMON
+        + "--plugin lora --set lora.lora_dropout=0.1 --plugin packed --set packed.length=96 --streaming "
+        + "--plan-window 14 --data {data}/more.jsonl:0.5",
+    ),
+    case(
+        "best",
+        _COMMON
+        + "--plugin lora --set lora.lora_dropout=0.2 --plugin exact-match --metric-for-best-model loss "
+        + "--load-best-model-at-end --early-stopping-patience 2 --save-total-limit 1 --learning-rate 0.2 "
+        + "--save-steps 3 --eval-steps 2",
+    ),
+)
+
+
+def write_rows(directory: Path) -> None:
+    """The rows of CASES: of unequal lengths, one that is dropped, and enough for two epochs and a bit."""
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    for name, num in (("train", 21), ("more", 9), ("held", 5)):
+        rows = [
+            {"prompt": f"{name}: count to {n}", "completion": " ".join(words[: 1 + n * 7 % 10])} for n in range(num)
+        ]
+        if name == "train":
+            rows[4]["completion"] = ""
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (directory / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+
+
+def _work(command: Sequence[str], directory: Path) -> None:
+    """What the child does: the command `sftx` in `directory`, what it prints into files there."""
+    os.chdir(directory)
+    for name, number in (("stdout.txt", 1), ("stderr.txt", 2)):
+        descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    sys.stdout, sys.stderr = (os.fdopen(os.dup(number), "w", buffering=1) for number in (1, 2))
+
+    import torch
+
+    from sftx.cli import main
+
+    torch.set_num_threads(1)
+    main.main(args=list(command), prog_name="sftx")
+
+
+@dataclass
+class Process:
+    """A run that is under way in `directory`."""
+
+    directory: Path
+    child: BaseProcess
+    begun: float = field(default_factory=time.monotonic)
+
+    def wait(self) -> int:
+        """The exit code, or minus the signal that ended it. Raises TimeoutError."""
+        self.child.join(PATIENCE_S)
+        if self.child.exitcode is None:
+            self.child.kill()
+            raise TimeoutError(f"still running after {PATIENCE_S:g} s: {self.directory}")
+        return self.child.exitcode
+
+    def until(self, true: Callable[[], bool]) -> bool:
+        """Waits for something; False when the process ended before."""
+        while self.child.is_alive():
+            if true():
+                return True
+            if time.monotonic() - self.begun > PATIENCE_S:
+                self.child.kill()
+                raise TimeoutError(f"waited over {PATIENCE_S:g} s: {self.directory}")
+            time.sleep(0.0005)
+        return False
+
+    def signal(self, number: int) -> None:
+        if self.child.pid is not None and self.child.is_alive():
+            os.kill(self.child.pid, number)
+
+    @property
+    def printed(self) -> str:
+        """All that runs in this directory have printed so far."""
+        return "".join((self.directory / name).read_text(encoding="utf-8") for name in ("stdout.txt", "stderr.txt"))
+
+
+class Runs:
+    """Starts runs of the tiny model on the rows of `write_rows`; what they never had to survive is kept to compare."""
+
+    def __init__(self, root: Path, model: Path) -> None:
+        self.root, self.model = root, model
+        self.root.mkdir(parents=True, exist_ok=True)
+        write_rows(self.root)
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(list(_IMPORTED))
+        self._undisturbed: dict[Case, tuple[Path, float]] = {}
+        self._numbers: Iterator[int] = iter(range(1, 1_000_000))
+
+    def directory(self, name: str) -> Path:
+        path = self.root / f"{name}-{next(self._numbers)}"
+        path.mkdir()
+        return path
+
+    def start(self, case: Case, directory: Path, *more: str) -> Process:
+        command = case.command(self.root, self.model, *more)
+        child = self._context.Process(target=_work, args=(command, directory), name=f"sftx-{case.name}")
+        child.start()
+        return Process(directory, child)
+
+    def undisturbed(self, case: Case) -> tuple[Path, float]:
+        """The run directory of a run that nothing happened to, and the seconds from its first file to its end."""
+        if case not in self._undisturbed:
+            process = self.start(case, self.directory(f"{case.name}-undisturbed"))
+            out = process.directory / "out"
+            process.until(out.exists)
+            begun = time.monotonic()
+            code = process.wait()
+            assert code == 0, f"{case.name} ended with {code}: {process.printed}"
+            self._undisturbed[case] = out, time.monotonic() - begun
+        return self._undisturbed[case]
+
+    def killed(self, case: Case, rng: random.Random, number: int = signal.SIGKILL, kills: int = 1) -> Killed:
+        """A run that is killed `kills` times at random instants, each time gone on with, and let end."""
+        _, seconds = self.undisturbed(case)
+        directory = self.directory(case.name)
+        story, codes = [], []
+        more: tuple[str, ...] = ()
+        for _ in range(kills):
+            process = self.start(case, directory, *more)
+            instant = _instant(directory, seconds, rng)
+            story.append(instant.name)
+            if instant.wait(process):
+                process.signal(number)
+            codes.append(process.wait())
+            more = ("--resume",)
+        process = self.start(case, directory, *more)
+        codes.append(process.wait())
+        return Killed(case, directory / "out", story, codes, process.printed)
+
+
+@dataclass(frozen=True)
+class Killed:
+    """What came of a run that was killed and gone on with."""
+
+    case: Case
+    output_dir: Path
+    story: list[str]
+    """When it was killed, each time."""
+    codes: list[int]
+    """How each of its processes ended, the last one undisturbed."""
+    printed: str
+
+    def remove(self) -> None:
+        shutil.rmtree(self.output_dir.parent)
+
+
+@dataclass(frozen=True)
+class _Instant:
+    name: str
+    wait: Callable[[Process], bool]
+    """Returns when it has come; False when the run was over before."""
+
+
+def _instant(directory: Path, seconds: float, rng: random.Random) -> _Instant:
+    """One time in three in the midst of saving, one in ten before the first step, else anywhere in the run."""
+    out, draw = directory / "out", rng.random()
+    if draw < 1 / 3:
+        which, delay = rng.randrange(1, 8), rng.choice((0.0, rng.uniform(0, 0.03)))
+        saving = _Saving(out, is_saving=bool(_parts(out)))
+        return _Instant(f"{1e3 * delay:.1f} ms into save {which}", lambda p: p.until(lambda: saving.seen(which, delay)))
+    if draw < 1 / 3 + 1 / 10:
+        delay = rng.uniform(0, 1.5)
+        return _Instant(f"{delay:.3f} s after its start", lambda p: p.until(_after(delay)))
+    delay = rng.uniform(0, 1.05 * seconds)
+
+    def wait(process: Process) -> bool:
+        lines = _size(out / "metrics.jsonl")
+        return process.until(lambda: _size(out / "metrics.jsonl") != lines) and process.until(_after(delay))
+
+    return _Instant(f"{delay:.3f} s after its first line", wait)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return -1
+
+
+def _after(seconds: float) -> Callable[[], bool]:
+    """Whether so long has passed, from the first time that it is asked."""
+    begun: list[float] = []
+
+    def passed() -> bool:
+        begun.append(time.monotonic())
+        return begun[-1] - begun[0] >= seconds
+
+    return passed
+
+
+def _parts(out: Path) -> list[Path]:
+    """What is being written."""
+    return [path for place in (out, out / "checkpoints") for path in place.glob(".*.part")]
+
+
+@dataclass
+class _Saving:
+    """Counts the artefacts whose writing has begun."""
+
+    out: Path
+    begun: int = 0
+    at: float = 0.0
+    is_saving: bool = False
+
+    def seen(self, which: int, delay: float) -> bool:
+        """Whether the writing of artefact number `which`, counted from 1, began `delay` seconds ago."""
+        now = bool(_parts(self.out))
+        if now and not self.is_saving:
+            self.begun, self.at = self.begun + 1, time.monotonic()
+        self.is_saving = now
+        return self.begun >= which and time.monotonic() - self.at >= delay

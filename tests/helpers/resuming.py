@@ -1,0 +1,69 @@
+"""What the tests of interrupted runs share: the command in this process, run directories as they lay in the midst."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+
+from killing import CASES, Case, Runs, case
+from same_end import differences
+
+PADDED, PACKED, STREAMING, BEST = CASES
+SHORT = case(
+    "short",
+    "--plugin chatml --plugin lora --set lora.lora_dropout=0.2 --learning-rate 1e-2 --data {data}/train.jsonl "
+    "--eval-data {data}/held.jsonl --gradient-accumulation-steps 2 --per-device-train-batch-size 2 --eval-steps 3 "
+    "--save-steps 2 --save-total-limit 1 --max-steps 6 --max-dropped 0.2",
+)
+
+
+Sftx = Callable[..., Result]
+"""The command in this process: `sftx(case, directory, more arguments)`."""
+
+
+def checkpoints(out: Path) -> list[str]:
+    return sorted((path.name for path in (out / "checkpoints").iterdir()), key=lambda name: int(name.split("-")[1]))
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def copy(out: Path, runs: Runs, name: str) -> Path:
+    """A directory that holds a copy of that run directory."""
+    directory = runs.directory(name)
+    shutil.copytree(out, directory / "out")
+    return directory
+
+
+def only_shared(ours: Path, theirs: Path) -> list[str]:
+    """The differences, less those of which checkpoints there are: but the last must be in both."""
+    left, right = checkpoints(ours), checkpoints(theirs)
+    assert left[-1] == right[-1]
+    found = differences(ours, theirs)
+    return [line for line in found if not (line.startswith("checkpoints/") and ": only in " in line)]
+
+
+def interrupted(runs: Runs, sftx: Sftx, wanted: Case, step: int, *more: str) -> tuple[Path, Path]:
+    """A directory with the run as it lay when `step` began, and the directory of the run at its end."""
+    from sftx.training.loop import Trainer
+
+    begin = Trainer.step
+    directory, copies = runs.directory(wanted.name), []
+
+    def step_(trainer: Trainer, number: int, *rest: Any) -> Any:
+        if number == step:
+            copies.append(copy(directory / "out", runs, "interrupted"))
+        return begin(trainer, number, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "step", step_)
+        result = sftx(wanted, directory, *more)
+    assert result.exit_code == 0, result.output
+    return copies[0], directory / "out"

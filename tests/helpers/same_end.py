@@ -1,0 +1,60 @@
+"""Whether two runs left the same behind: every byte of it but how long things took."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+TIMES = frozenset({"seconds", "tokens_per_second", "peak_bytes", "wall_seconds", "eval_runtime"})
+"""What two runs of the same may differ in, by the name it has in any file of JSON values."""
+_SUMS = "checksums.json"
+"""Of files that hold times: it differs where they do, and is held against its files instead."""
+
+
+def differences(ours: Path, theirs: Path, *, ignore: frozenset[str] = frozenset()) -> list[str]:
+    """One line for each file of two run directories that is not the same; the values of TIMES are left out.
+
+    `ignore`: names of JSON values that may differ too.
+    """
+    found = []
+    files = {root: {str(p.relative_to(root)) for p in root.rglob("*") if p.is_file()} for root in (ours, theirs)}
+    found += [f"{name}: only in {ours}" for name in sorted(files[ours] - files[theirs])]
+    found += [f"{name}: only in {theirs}" for name in sorted(files[theirs] - files[ours])]
+    for name in sorted(files[ours] & files[theirs]):
+        if Path(name).name == _SUMS:
+            continue
+        left, right = (_content(root / name, TIMES | ignore) for root in (ours, theirs))
+        if left != right:
+            found.append(f"{name}: {_where(left, right)}")
+    return found
+
+
+def _content(path: Path, drop: frozenset[str]) -> Any:
+    if path.suffix == ".json":
+        return _without(json.loads(path.read_text(encoding="utf-8")), drop)
+    if path.suffix == ".jsonl":
+        return [_without(json.loads(line), drop) for line in path.read_text(encoding="utf-8").splitlines()]
+    return path.read_bytes()
+
+
+def _without(value: Any, drop: frozenset[str]) -> Any:
+    if isinstance(value, dict):
+        return {key: _without(inner, drop) for key, inner in value.items() if key not in drop}
+    if isinstance(value, list):
+        return [_without(inner, drop) for inner in value]
+    return value
+
+
+def _where(left: Any, right: Any, path: str = "") -> str:
+    """The first place where two values part."""
+    if isinstance(left, dict) and isinstance(right, dict) and left.keys() == right.keys():
+        return next(_where(left[key], right[key], f"{path}.{key}") for key in left if left[key] != right[key])
+    if isinstance(left, list) and isinstance(right, list) and len(left) == len(right):
+        at = next(at for at, pair in enumerate(zip(left, right, strict=True)) if pair[0] != pair[1])
+        return _where(left[at], right[at], f"{path}[{at}]")
+    if isinstance(left, bytes) and isinstance(right, bytes):
+        pairs = zip(left, right, strict=False)
+        at = next((at for at, pair in enumerate(pairs) if pair[0] != pair[1]), min(len(left), len(right)))
+        return f"{len(left)} and {len(right)} bytes, the same up to byte {at}"
+    return f"{path.lstrip('.') or 'value'}: {left!r:.200} and {right!r:.200}"
