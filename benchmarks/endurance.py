@@ -2,9 +2,10 @@
 
 LoRA r16 on all linear layers, packed rows of 512 tokens, two micro-batches a step; held-out rows are evaluated and
 answered, and checkpoints saved, all along. It is `sftx run` in a process of its own, which SIGTERM ends. What the first
-quarter of the time brings (first evaluation, first checkpoint, caches that fill) is warm-up. Into
-benchmarks/results/cpu/endurance.json, or --out, come the samples, and the growth of a line fitted to those after it, by
-least squares, over their whole time and relative to its beginning. Linux only: memory is read from /proc.
+quarter of the time brings (first evaluation, first checkpoint, caches that fill) is warm-up. After it, memory goes up
+and down with each micro-batch by a fifth; what stays is the lowest of each of nine equal stretches. Into
+benchmarks/results/cpu/endurance.json, or --out, come the samples, and the growth of a line fitted to these nine by
+least squares, over their time and relative to its beginning. Linux only: memory is read from /proc.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import argparse
 import json
 import os
 import platform
-import shutil
 import signal
 import statistics
 import subprocess
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "benchmarks" / "results" / "cpu" / "endurance.json"
 GOAL = 0.01
 """Growth that is not to be reached."""
-WARM_UP = 0.25
+WARM_UP, STRETCHES = 0.25, 9
 COMMAND = (
     "run --plugin chatml --plugin lora --plugin packed --plugin exact-match --set packed.length=512 --max-length 512 "
     "--data sftx:demo/train.jsonl --eval-data held_out.jsonl --per-device-train-batch-size 1 "
@@ -44,25 +44,35 @@ def main() -> int:
     parser.add_argument("--every", type=float, default=5.0, help="seconds between two samples (5)")
     parser.add_argument("--directory", type=Path, default=Path("endurance"), help="where the run lies (endurance)")
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--again", action="store_true", help="only look at the samples that lie in the directory")
     options = parser.parse_args()
     if not Path("/proc/self/statm").is_file():
         print("/proc is needed, which this system lacks", file=sys.stderr)
+        return 2
+    if options.again:
+        samples = [(s, b) for s, b in json.loads((options.directory / "samples.json").read_text(encoding="utf-8"))]
+        return _conclude(samples, options.directory / "run", options.out)
+    if options.directory.exists():
+        print(f"{options.directory} exists already; name another with --directory", file=sys.stderr)
         return 2
     samples, code = _run(options.directory, options.minutes, options.every)
     if code != 128 + signal.SIGTERM:
         print(f"the run ended with {code}; see {options.directory}/stderr.txt", file=sys.stderr)
         return 1
-    report = _report(samples, options.directory / "run")
+    return _conclude(samples, options.directory / "run", options.out)
+
+
+def _conclude(samples: list[tuple[float, int]], run: Path, out: Path) -> int:
+    report = _report(samples, run)
     _print(report)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report) + "\n", encoding="utf-8")
-    print(f"written: {options.out}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report) + "\n", encoding="utf-8")
+    print(f"written: {out}")
     return int(not report["growth"] < GOAL)
 
 
 def _run(directory: Path, minutes: float, every: float) -> tuple[list[tuple[float, int]], int]:
     """(seconds since the first step, bytes) again and again, and the exit code."""
-    shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     held_out = (ROOT / "sftx" / "demo" / "held_out.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (directory / "held_out.jsonl").write_text("".join(held_out[:HELD_OUT_ROWS]), encoding="utf-8")
@@ -99,8 +109,12 @@ def _resident_bytes(pid: int) -> int:
 def _report(samples: list[tuple[float, int]], run: Path) -> dict[str, Any]:
     end = samples[-1][0]
     settled = [(seconds, resident) for seconds, resident in samples if seconds >= WARM_UP * end]
-    line = statistics.linear_regression(*zip(*settled, strict=True))
-    begin = line.intercept + line.slope * settled[0][0]
+    length = (end - settled[0][0]) / STRETCHES
+    floors: dict[int, int] = {}
+    for seconds, resident in settled:
+        stretch = min(STRETCHES - 1, int((seconds - settled[0][0]) / length))
+        floors[stretch] = min(resident, floors.get(stretch, resident))
+    line = statistics.linear_regression(list(floors), list(floors.values()))
     events = [json.loads(text) for text in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [event for event in events if event["event"] == "step"]
     return {
@@ -115,9 +129,10 @@ def _report(samples: list[tuple[float, int]], run: Path) -> dict[str, Any]:
         "evaluations": len(events) - len(steps),
         "loss": [steps[0]["loss"], steps[-1]["loss"]],
         "warm_up_minutes": WARM_UP * end / 60,
-        "bytes_after_warm_up": begin,
-        "growth": line.slope * (settled[-1][0] - settled[0][0]) / begin,
-        "spread": statistics.pstdev([b - line.intercept - line.slope * s for s, b in settled]) / begin,
+        "bytes_after_warm_up": line.intercept,
+        "floors": list(floors.values()),
+        "growth": line.slope * (STRETCHES - 1) / line.intercept,
+        "highest_bytes": max(resident for _, resident in settled),
         "samples": [[round(seconds, 1), resident] for seconds, resident in samples],
     }
 
@@ -131,7 +146,8 @@ def _print(report: dict[str, Any]) -> None:
     missed = "" if report["growth"] < GOAL else ", missed"
     print(
         f"resident memory {report['bytes_after_warm_up'] / 1e6:.0f} MB after {report['warm_up_minutes']:.0f} minutes; "
-        f"growth since {report['growth']:+.2%} (goal under {GOAL:.0%}{missed}), spread {report['spread']:.2%}"
+        f"growth since {report['growth']:+.2%} (goal under {GOAL:.0%}{missed}), "
+        f"highest {report['highest_bytes'] / 1e6:.0f} MB"
     )
 
 

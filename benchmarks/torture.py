@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -59,6 +60,8 @@ def main() -> int:
         number += 1
     print(", ".join(f"{name} {count}" for name, count in kills.items()))
     print(f"{kills.total()} kills in {number} runs, {wrong} of which ended otherwise than one that was never killed")
+    if not wrong:
+        shutil.rmtree(directory)
     return int(wrong > 0)
 
 

@@ -113,6 +113,7 @@ class Session:
         self.plan.load_state_dict(values["plan"])
         self.trainer.load_state_dict(tensors, values["trainer"])
         self.trainer.last_saved, self._saved_step = str(saved), self.state.step
+        self._prune()
 
     def _train(self) -> None:
         if not self._is_over():
@@ -198,11 +199,15 @@ class Session:
                 state.as_trainer_state(options, self.plan.num_steps, self.directory.checkpoints),
             )
         self._saved_step, self._saved_at, self.trainer.last_saved = state.step, time.monotonic(), str(place)
-        by_clock = options.save_steps is None
-        limit = options.save_total_limit or (_LIMIT if by_clock else None)
-        best = None if state.best_step is None else self.directory.checkpoints / f"step-{state.best_step}"
-        checkpoint.prune(self.directory.checkpoints, limit, keep=best)
+        self._prune()
         self.observers.on_save(state.step, place)
+
+    def _prune(self) -> None:
+        """Removes checkpoints beyond those that are to be kept, of a process too that was killed before it could."""
+        options, checkpoints = self.config.train, self.directory.checkpoints
+        limit = options.save_total_limit or (_LIMIT if options.save_steps is None else None)
+        best = None if self.state.best_step is None else checkpoints / f"step-{self.state.best_step}"
+        checkpoint.prune(checkpoints, limit, keep=best)
 
     def _write_artefact(self, directory: Path) -> None:
         checkpoint.write_artefact(self.lm, directory)

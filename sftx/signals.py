@@ -35,6 +35,12 @@ def raise_stop() -> None:
         signal.signal(number, stop)
 
 
+def ignore() -> None:
+    """From now on: for a process that is ending already, whose exit code is decided."""
+    for number in _heeded():
+        signal.signal(number, signal.SIG_IGN)
+
+
 class Patience:
     """Within it the first signal is only noted, for `check` to raise at a place where a run can end."""
 

@@ -38,6 +38,7 @@ class _Writer(Observer):
         self._replace(kept)
 
     def on_step(self, report: StepReport) -> None:
+        self._resumed_step = None
         values = dataclasses.asdict(report)
         metrics = values.pop("metrics")
         self._write({"event": "step", **values, **metrics, "tokens_per_second": report.tokens_per_second})

@@ -10,9 +10,9 @@ from typing import Any, Final, NoReturn
 
 import click
 
-from sftx import __version__
+from sftx import __version__, signals
 from sftx.errors import SftxError, one_line, printable
-from sftx.signals import Stop, raise_stop
+from sftx.signals import Stop
 
 _COMMANDS: Final[Mapping[str, str]] = {
     "run": "Fine-tune a model.",
@@ -43,7 +43,7 @@ class _Lazy(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         _show_notes()
-        raise_stop()
+        signals.raise_stop()
         try:
             return super().invoke(ctx)
         except SftxError as error:
@@ -59,6 +59,7 @@ class _Lazy(click.Group):
                 raise
             _fail(f"{type(error).__name__}: {one_line(error)}")
         except Stop as stop:
+            signals.ignore()
             click.echo(f"sftx: {printable(str(stop))}", err=True)
             sys.exit(stop.exit_code)
         except KeyboardInterrupt:

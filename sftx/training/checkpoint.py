@@ -17,7 +17,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import TrainerState
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from sftx import whole_files
@@ -72,12 +71,12 @@ def _place(lm: LanguageModel, name: str, directory: Path) -> Path:
 
 
 def write_state(
-    directory: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any], trainer_state: TrainerState
+    directory: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any], trainer_state: Mapping[str, Any]
 ) -> None:
     """Writes what a run goes on from besides its weights: tensors, and JSON values."""
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, directory / _OPTIMIZER)
     (directory / _STATE).write_text(json.dumps({"form": _FORM, **values}, allow_nan=False), encoding="utf-8")
-    trainer_state.save_to_json(str(directory / _TRAINER_STATE))
+    (directory / _TRAINER_STATE).write_text(json.dumps(trainer_state, indent=2, allow_nan=False), encoding="utf-8")
 
 
 def read_state(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerState
-
 from sftx.config import TrainConfig
 from sftx.reports import EvalReport, Sample, StepReport
 
@@ -77,24 +75,30 @@ class RunState:
         """What `as_dict` gave."""
         return cls(**values | {name: _report(values[name]) for name in ("before", "latest")})
 
-    def as_trainer_state(self, config: TrainConfig, num_steps: int, checkpoints: Path) -> TrainerState:
-        """As transformers' Trainer writes it, for the tools that read it."""
-        best = None if self.best_step is None else str(checkpoints / f"step-{self.best_step}")
-        return TrainerState(
-            epoch=self.epoch,
-            global_step=self.step,
-            max_steps=num_steps,
-            logging_steps=config.logging_steps,
-            eval_steps=config.eval_steps or num_steps,
-            save_steps=config.save_steps or num_steps,
-            train_batch_size=config.per_device_train_batch_size,
-            num_train_epochs=max(1, round(config.num_train_epochs)),
-            num_input_tokens_seen=self.num_real_tokens,
-            log_history=self.history,
-            best_metric=self.best_value,
-            best_global_step=self.best_step,
-            best_model_checkpoint=best,
-        )
+    def as_trainer_state(self, config: TrainConfig, num_steps: int, checkpoints: Path) -> dict[str, Any]:
+        """As transformers' TrainerState is written, for the tools that read it."""
+        return {
+            "epoch": self.epoch,
+            "global_step": self.step,
+            "max_steps": num_steps,
+            "logging_steps": config.logging_steps,
+            "eval_steps": config.eval_steps or num_steps,
+            "save_steps": config.save_steps or num_steps,
+            "train_batch_size": config.per_device_train_batch_size,
+            "num_train_epochs": max(1, round(config.num_train_epochs)),
+            "num_input_tokens_seen": self.num_real_tokens,
+            "total_flos": 0,
+            "log_history": self.history,
+            "best_metric": self.best_value,
+            "best_global_step": self.best_step,
+            "best_model_checkpoint": None if self.best_step is None else str(checkpoints / f"step-{self.best_step}"),
+            "is_local_process_zero": True,
+            "is_world_process_zero": True,
+            "is_hyper_param_search": False,
+            "trial_name": None,
+            "trial_params": None,
+            "stateful_callbacks": {},
+        }
 
 
 def _report(values: dict[str, Any] | None) -> EvalReport | None:

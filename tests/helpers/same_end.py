@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sftx.whole_files import CHECKSUMS, damage
+
 TIMES = frozenset({"seconds", "tokens_per_second", "peak_bytes", "wall_seconds", "eval_runtime"})
 """What two runs of the same may differ in, by the name it has in any file of JSON values."""
-_SUMS = "checksums.json"
-"""Of files that hold times: it differs where they do, and is held against its files instead."""
 
 
 def differences(ours: Path, theirs: Path, *, ignore: frozenset[str] = frozenset()) -> list[str]:
@@ -22,7 +22,9 @@ def differences(ours: Path, theirs: Path, *, ignore: frozenset[str] = frozenset(
     found += [f"{name}: only in {ours}" for name in sorted(files[ours] - files[theirs])]
     found += [f"{name}: only in {theirs}" for name in sorted(files[theirs] - files[ours])]
     for name in sorted(files[ours] & files[theirs]):
-        if Path(name).name == _SUMS:
+        if Path(name).name == CHECKSUMS:  # those of files that hold times differ: each is held against its own files
+            places = ((root / name).parent for root in (ours, theirs))
+            found += [f"{place}: {what}" for place in places if (what := damage(place)) is not None]
             continue
         left, right = (_content(root / name, TIMES | ignore) for root in (ours, theirs))
         if left != right:

@@ -39,7 +39,7 @@ def test_options_become_dtypes(options: dict[str, object], frozen: object, train
 
 @pytest.mark.parametrize("options", [{"fp16": True}, {"bf16": False}])
 def test_weights_in_bfloat16_need_it(options: dict[str, bool]) -> None:
-    with pytest.raises(ConfigError, match=r"adamw_kahan keeps weights in bfloat16, which (fp16|bf16: false) excludes"):
+    with pytest.raises(ConfigError, match=r"adamw_bf16 keeps weights in bfloat16, which (fp16|bf16: false) excludes"):
         precision.choose(TrainConfig(use_cpu=True, optim="adamw_bf16", **options))
 
 
