@@ -6,6 +6,7 @@ record -> parser -> what is trained of it -> units (one example each) -> ids and
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -308,8 +309,19 @@ def _questions(parsed: Sequence[Parsed], where: Location, encoder: Encoder) -> I
                 row_id=str(where),
                 prompt=before[-1].content if before else "",
                 prompt_ids=encoder.prompt(asked),
-                reference=answer.content,
+                reference=_said(asked, answer, encoder),
             )
+
+
+def _said(asked: Conversation, answer: Message, encoder: Encoder) -> str:
+    """The answer as a model that was trained on it gives it, and as what it generates is decoded: with its reasoning
+    and its calls in the template's form, up to the stop token."""
+    turn = dataclasses.replace(answer, trainable=True)
+    whole = dataclasses.replace(asked, messages=(*_untrained(asked.messages), turn))
+    token_ids, loss_mask, _ = encoder.encode(whole)
+    said = itertools.compress(token_ids, loss_mask)
+    until_stop = itertools.takewhile(lambda token: token not in encoder.stop_ids, said)
+    return str(encoder.tokenizer.decode(list(until_stop), skip_special_tokens=True))
 
 
 class Account(Protocol):

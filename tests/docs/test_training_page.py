@@ -1,0 +1,69 @@
+"""What docs/training.md names is there, and what is there it names."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import signal
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import pytest
+
+from sftx.config import GenerationConfig, TrainConfig
+from sftx.signals import Stop
+
+PAGE = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+OPTIONS = {field.name for config in (TrainConfig, GenerationConfig) for field in dataclasses.fields(config)}
+
+
+def tables() -> list[list[list[str]]]:
+    """Of each table, the rows of cells, without the line below the heading."""
+    found = re.findall(r"(?:^\|.*\n)+", PAGE, re.MULTILINE)
+    return [
+        [
+            [cell.strip() for cell in line.strip("|\n").split(" | ")]
+            for line in table.splitlines()
+            if "| ---" not in line
+        ]
+        for table in found
+    ]
+
+
+def column(heading: str) -> list[str]:
+    """What stands between backticks in the first column of the tables with that heading."""
+    cells = [row[0] for table in tables() if table[0][0] == heading for row in table[1:]]
+    assert cells, heading
+    return re.findall(r"`([^`]+)`", " ".join(cells))
+
+
+def test_every_option_of_a_table_exists() -> None:
+    assert {name for name in column("option") if not name.startswith("--")} <= OPTIONS
+
+
+@pytest.mark.parametrize(("heading", "option"), [("`optim`", "optim"), ("`lr_scheduler_type`", "lr_scheduler_type")])
+def test_every_choice_has_its_line(heading: str, option: str) -> None:
+    assert sorted(column(heading)) == sorted(get_args(get_type_hints(TrainConfig)[option]))
+
+
+def test_every_metric_has_its_line() -> None:
+    from sftx.plugins import discover
+
+    metrics = {info.name for info in discover() if info.package == "sftx" and "sftx_plugins" in info.value}
+    named = set(column("plugin"))
+    assert named <= metrics
+    assert named == {"exact-match", "rouge", "bleu", "json-valid"}
+
+
+def test_exit_codes_are_those_of_the_signals() -> None:
+    codes = next(row for table in tables() if table[0][0] == "exit code" for row in table if "SIGHUP" in row[1])
+    numbers = [int(number) for number in codes[0].split(", ")]
+    assert numbers == [Stop(number).exit_code for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)]
+
+
+def test_the_files_of_a_checkpoint_are_those_that_are_written() -> None:
+    from sftx import whole_files
+    from sftx.training import checkpoint
+
+    written = {checkpoint._OPTIMIZER, checkpoint._STATE, checkpoint._TRAINER_STATE, whole_files.CHECKSUMS}
+    assert written | {"adapter_model.safetensors", "model.safetensors"} == set(column("file"))
