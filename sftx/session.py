@@ -68,22 +68,25 @@ class Session:
     def run(self, started: float) -> Result:
         """The whole run. `started`: time.monotonic() when it began. Raises SftxError; Stop when a signal ended it."""
         self._started, self._saved_at = started, time.monotonic()
-        self._claim()
-        with Patience("this micro-batch") as patience:
-            self.trainer.check_stop = self.evaluator.check_stop = patience.check
-            try:
-                self._begin()
-                self._train()
-                summary = self._finish()
-            except Stop as stop:
-                raise self._stopped(stop) from None
-            except BaseException:
-                self._clean_up()
-                raise
-            finally:
-                self.observers.close()
-                self.directory.release()
-        return Result(self.directory.path, summary)
+        try:
+            self._claim()
+            with Patience("this micro-batch") as patience:
+                self.trainer.check_stop = self.evaluator.check_stop = patience.check
+                return Result(self.directory.path, self._run())
+        finally:
+            self.observers.close()
+            self.directory.release()
+
+    def _run(self) -> dict[str, Any]:
+        try:
+            self._begin()
+            self._train()
+            return self._finish()
+        except Stop as stop:
+            raise self._stopped(stop) from None
+        except BaseException:
+            self._clean_up()
+            raise
 
     # --- the way --------------------------------------------------------------------------------
 
@@ -128,6 +131,8 @@ class Session:
             log.info("ends after step %d: %s was no better %d times in a row", state.step, name, state.num_worse)
         best = self.directory.checkpoints / f"step-{state.best_step}"
         if options.load_best_model_at_end and state.best_step not in (None, state.step):
+            if self._saved_step != state.step:
+                self.save()  # from here on the weights are no longer those of the last step
             checkpoint.load_weights(self.lm, best)
             log.info("the result is that of step %d, the best %s", state.best_step, options.metric_for_best_model)
             self._evaluate(state.best_step or 0)

@@ -38,7 +38,7 @@ def raise_stop() -> None:
 def ignore() -> None:
     """From now on: for a process that is ending already, whose exit code is decided."""
     for number in _heeded():
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, lambda signum, frame: None)  # SIG_IGN would hold for what is started from here, too
 
 
 class Patience:

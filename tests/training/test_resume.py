@@ -191,6 +191,34 @@ def test_wherever_a_signal_finds_a_run_no_step_is_half_done(
     assert places > 12, "twelve micro-batches at least were passed"
 
 
+def test_a_signal_while_the_best_checkpoint_is_evaluated_loses_neither(
+    runs: Runs, sftx: Sftx, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By then the model has the weights of the best step, and the run's counters are those of the last."""
+    from sftx.signals import Patience
+
+    check, places, wanted = Patience.check, 0, 0
+
+    def signalled(patience: Patience) -> None:
+        nonlocal places
+        places += 1
+        if places == wanted:
+            os.kill(os.getpid(), signal.SIGTERM)
+        check(patience)
+
+    monkeypatch.setattr(Patience, "check", signalled)
+    undisturbed = runs.directory("best-undisturbed")
+    assert sftx(BEST, undisturbed).exit_code == 0
+    summary = json.loads((undisturbed / "out" / "summary.json").read_text())
+    assert summary["best"]["step"] < summary["num_steps"], "the best was the last, which proves nothing"
+    for chosen in (places, places - 1):
+        wanted, places = chosen, 0
+        directory = runs.directory("best-stopped")
+        assert sftx(BEST, directory).exit_code == 128 + signal.SIGTERM
+        assert sftx(BEST, directory, "--resume").exit_code == 0
+        assert not only_shared(undisturbed / "out", directory / "out")
+
+
 def test_a_second_signal_ends_a_run_at_once_and_the_last_checkpoint_is_whole(runs: Runs) -> None:
     from sftx.whole_files import damage
 
