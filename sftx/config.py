@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Final, Literal, TypeAlias
 
@@ -161,6 +162,11 @@ class DataConfig:
     ] = None
 
 
+def _known_by(names: Mapping[str, str]) -> Callable[[Any], Any]:
+    """Takes transformers' name of a thing for ours."""
+    return lambda value: names.get(value, value) if isinstance(value, str) else value
+
+
 _ONLY_FOR: Final = {
     "min_lr_ratio": ("cosine", "linear", "polynomial", "warmup_stable_decay"),
     "lr_power": ("polynomial",),
@@ -185,6 +191,7 @@ class TrainConfig:
     per_device_eval_batch_size: Annotated[int, Field(ge=1, description="Rows evaluated at once.")] = 16
     lr_scheduler_type: Annotated[
         Literal["cosine", "linear", "constant", "polynomial", "warmup_stable_decay", "minimind"],
+        BeforeValidator(_known_by({"cosine_with_min_lr": "cosine", "constant_with_warmup": "constant"})),
         Field(description="Shape of the learning rate after warm-up."),
     ] = "cosine"
     warmup_steps: Annotated[
@@ -202,6 +209,12 @@ class TrainConfig:
         Literal[
             "adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor", "lion", "sgd", "muon", "adamw_bf16"
         ],
+        BeforeValidator(
+            _known_by(
+                {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_bnb_8bit": "adamw_8bit"}
+                | {"paged_adamw_32bit": "paged_adamw", "lion_32bit": "lion"}
+            )
+        ),
         Field(
             description="Optimizer; those of 8 bits and paged ones are bitsandbytes'; muon trains matrices, and AdamW "
             "the rest; adamw_bf16 keeps weights in bfloat16 and the bits that they lack beside them."
@@ -242,7 +255,10 @@ class TrainConfig:
     ] = None
     save_total_limit: Annotated[
         int | None,
-        Field(ge=1, description="Newest checkpoints kept, besides the best; by default all of save_steps, else 2."),
+        Field(
+            ge=1,
+            description="Newest checkpoints kept, besides the best; by default all of save_steps, 2 of save_minutes.",
+        ),
     ] = None
     eval_steps: Annotated[
         int | None,
@@ -252,7 +268,7 @@ class TrainConfig:
         str | None,
         Field(
             min_length=1,
-            description="Name of the held-out metric that decides which checkpoint is the best, saved and kept.",
+            description="Held-out metric that decides which checkpoint is the best, saved and kept; loss where needed.",
         ),
     ] = None
     greater_is_better: Annotated[
@@ -281,16 +297,31 @@ class TrainConfig:
                     f"{name} has no effect with lr_scheduler_type {self.lr_scheduler_type}; leave it out, or choose "
                     f"{' or '.join(schedules)}"
                 )
-        if self.metric_for_best_model is None and (self.load_best_model_at_end or self.early_stopping_patience):
+        if self.early_stopping_threshold and self.early_stopping_patience is None:
+            raise ValueError("early_stopping_threshold has no effect without early_stopping_patience; set both")
+        if self.eval_steps is None and (self.load_best_model_at_end or self.early_stopping_patience):
             name = "load_best_model_at_end" if self.load_best_model_at_end else "early_stopping_patience"
-            raise ValueError(f"{name} needs metric_for_best_model, such as loss")
+            raise ValueError(f"{name} needs eval_steps: without them there is one evaluation, at the end")
+
+    @property
+    def checkpoints_kept(self) -> int | None:
+        """The newest so many; None: all."""
+        by_clock = self.save_steps is None or self.save_minutes is not None
+        return self.save_total_limit or (2 if by_clock else None)
+
+    @property
+    def best_metric(self) -> str | None:
+        """`metric_for_best_model` as it is reported here; transformers puts `eval_` before the name. By default the
+        loss, where something depends on what is best."""
+        by_default = "loss" if self.load_best_model_at_end or self.early_stopping_patience else None
+        return by_default if self.metric_for_best_model is None else self.metric_for_best_model.removeprefix("eval_")
 
     @property
     def is_greater_better(self) -> bool:
-        """Of `metric_for_best_model`."""
+        """Of `best_metric`."""
         if self.greater_is_better is not None:
             return self.greater_is_better
-        return not str(self.metric_for_best_model).endswith(("loss", "perplexity"))
+        return not str(self.best_metric).endswith(("loss", "perplexity"))
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ import importlib.metadata
 import logging
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 from sftx import run_directory
 from sftx.config import DataConfig, RunConfig, Source, as_dict
@@ -24,6 +24,7 @@ from sftx.loading import Loaded
 from sftx.model import names
 from sftx.plugins import Assembly, activate
 from sftx.reports import Result
+from sftx.run_directory import RunDirectory
 from sftx.types import Example
 
 if TYPE_CHECKING:
@@ -55,14 +56,32 @@ def run(loaded: Loaded, *, name: str = "run", resume: bool = False) -> Result:
     checkpoint; one that is complete is left as it is. Raises SftxError, and Stop when a signal ended it.
     """
     started = time.monotonic()
-    if resume and (done := run_directory.finished(loaded.config.output_dir, name)) is not None:
-        log.info("%s is complete, nothing is left to do", done.output_dir)
-        return done
-    return assemble(loaded, name=name, resume=resume).run(started)
+    begun = _begin(loaded, name, resume=resume)
+    with begun.directory.held():
+        if (done := begun.directory.finished()) is not None:
+            log.info("%s is complete, nothing is left to do", done.output_dir)
+            return done
+        return _assemble(begun).run(started)
 
 
 def assemble(loaded: Loaded, *, name: str = "run", resume: bool = False) -> Session:
     """Everything before the first step: all that can be wrong is found here; nothing is written but the cache."""
+    begun = _begin(loaded, name, resume=resume)
+    return _assemble(begun)
+
+
+class _Begun(NamedTuple):
+    """What is known of a run before torch is imported."""
+
+    loaded: Loaded
+    choose: Callable[[], RunDirectory]
+    directory: RunDirectory
+    assembly: Assembly
+    resolved: dict[str, Any]
+
+
+def _begin(loaded: Loaded, name: str, *, resume: bool) -> _Begun:
+    """Raises SftxError for what is wrong with options and plugins, and when another run lies in the directory."""
     config = loaded.config
     names.check(config.model)
     wanted.check(config)
@@ -71,17 +90,24 @@ def assemble(loaded: Loaded, *, name: str = "run", resume: bool = False) -> Sess
     assembly = activate(loaded)
     resolved = as_dict(config) | {"plugins": {active.info.name: active.options for active in assembly.active}}
     if directory.resumed:
-        directory.check_same(resolved)
+        directory.check_same(resolved, [active.info.name for active in assembly.providers("sftx_observer")])
+    return _Begun(loaded, choose, directory, assembly, resolved)
+
+
+def _assemble(begun: _Begun) -> Session:
+    loaded, choose, directory, assembly, resolved = begun
+    config = loaded.config
 
     # From here on torch and transformers are needed: seconds of imports, after everything that is quick to check.
     from sftx.data.setup import set_up
     from sftx.session import Session
-    from sftx.training import checkpoint
     from sftx.training import precision as precisions
+    from sftx.training.checkpoint import Checkpoints
     from sftx.training.evaluate import Evaluator
     from sftx.training.loop import Trainer
 
-    saved = checkpoint.newest_whole(directory.checkpoints) if directory.resumed else None
+    checkpoints = Checkpoints(directory.file("checkpoints"), config.train.checkpoints_kept)
+    saved = checkpoints.newest_whole() if directory.resumed else None
     precision = precisions.choose(config.train)
     prepared = set_up(loaded, assembly)
     metrics, loss = assembly.metrics(), assembly.loss()
@@ -115,6 +141,7 @@ def assemble(loaded: Loaded, *, name: str = "run", resume: bool = False) -> Sess
             batch_size=config.train.per_device_eval_batch_size,
             generation=config.generation,
         ),
+        checkpoints=checkpoints,
         checkpoint=saved,
     )
 
@@ -126,8 +153,10 @@ def _check_evaluation(config: RunConfig, held_out: Dataset, metrics: Mapping[str
             f"the metric {', '.join(metrics)} needs held-out conversations that end with an assistant's turn; "
             "give some with --eval-data, or leave the metric out"
         )
-    if config.train.metric_for_best_model is not None and not len(held_out.examples):
-        raise ConfigError("metric_for_best_model needs held-out rows; give some with --eval-data")
+    options = config.train
+    for name, wanted_ in (("metric_for_best_model", options.best_metric), ("eval_steps", options.eval_steps)):
+        if wanted_ is not None and not len(held_out.examples):
+            raise ConfigError(f"option 'train.{name}' needs held-out rows; give some with --eval-data, or leave it out")
 
 
 def _load(
@@ -161,14 +190,14 @@ def _load(
         lm.check()
         check_packing(lm, prepared.collator, examples)
     if saved is not None and adapters:
-        load_weights(lm, saved)
+        load_weights(lm, saved, trust_remote_code=config.trust_remote_code)
     return lm
 
 
 def _check_fit(config: RunConfig, plan: Plan | StreamPlan, lm: LanguageModel, held_out: Dataset) -> None:
     """Raises ModelError for token ids without an embedding; notes what is likely a mistake."""
     from sftx.training.plan import StreamPlan
-    from sftx.training.schedule import num_warmup_steps
+    from sftx.training.schedule import num_decay_steps, num_warmup_steps
 
     num_rows = cast(Any, lm.model.get_input_embeddings()).weight.shape[0]
     largest = max(plan.scope.largest_id, held_out.examples.largest_id)
@@ -184,6 +213,9 @@ def _check_fit(config: RunConfig, plan: Plan | StreamPlan, lm: LanguageModel, he
     if limit is not None and longest > limit:
         log.warning("the longest row has %d tokens, the model was made for %d; lower data.max_length", longest, limit)
     warmup = num_warmup_steps(config.train, plan.num_steps)
+    decay = num_decay_steps(config.train, plan.num_steps)
+    if config.train.lr_scheduler_type == "warmup_stable_decay" and warmup + decay >= plan.num_steps:
+        log.warning("%d steps of warm-up and %d of decay leave no level part of %d", warmup, decay, plan.num_steps)
     if warmup >= plan.num_steps:
         log.warning(
             "all %d steps are warm-up (warmup_steps %d): the peak rate is never reached", plan.num_steps, warmup
@@ -194,6 +226,8 @@ def _manifest(
     config: RunConfig, assembly: Assembly, prepared: Setup, lm: LanguageModel, precision: Precision
 ) -> dict[str, Any]:
     """Versions, device and plugins, and hashes of what is read."""
+    import torch
+
     from sftx import __version__
     from sftx.model.load import fingerprint
 
@@ -203,6 +237,7 @@ def _manifest(
         "platform": platform.platform(),
         "libraries": {name: _version(name) for name in _LIBRARIES},
         "device": str(lm.device),
+        "num_threads": torch.get_num_threads(),
         "dtype": str(precision),
         "plugins": [dataclasses.asdict(provider) for provider in assembly.table()],
         "model": {
@@ -217,8 +252,8 @@ def _manifest(
 
 
 def _described(source: Source, config: DataConfig) -> dict[str, Any]:
-    """A source and what its content was; of a stream, which is not read twice over only to say that, how much."""
-    content = f"{sources.num_bytes(source)} bytes" if config.streaming else sources.fingerprint(source)
+    """A source and what its content was; a stream is not read twice over only to say that, but at its ends."""
+    content = sources.glance(source) if config.streaming else sources.fingerprint(source)
     return {"path": source.path, "subset": source.subset, "split": source.split, "fingerprint": content}
 
 

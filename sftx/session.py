@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from sftx.config import RunConfig
-from sftx.errors import ConfigError, OutputError
+from sftx.errors import ConfigError, DataError, OutputError, SftxError, TrainingError, did_you_mean, one_line
+from sftx.model.memory import is_out_of_memory
 from sftx.plugins import Assembly
 from sftx.reports import EvalReport, Result, RunInfo, StartReport, StepReport
 from sftx.run_directory import RunDirectory
@@ -22,6 +23,7 @@ from sftx.training.loop import Trainer, train
 from sftx.training.observers import Observers
 from sftx.training.plan import Plan, StreamPlan
 from sftx.training.state import RunState
+from sftx.whole_files import damage, write_json
 from sftx.whole_files import directory as whole_directory
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_MINUTES, _LIMIT = 30.0, 2  # between two checkpoints, and of them, of a run that does not say
+_MINUTES: Final = 30.0  # between two checkpoints of a run that does not say
 
 
 @dataclass
@@ -52,6 +54,7 @@ class Session:
     lm: LanguageModel
     trainer: Trainer
     evaluator: Evaluator
+    checkpoints: checkpoint.Checkpoints
     checkpoint: Path | None = None
     """What the run goes on from; its weights are in the model already."""
     state: RunState = field(default_factory=RunState)
@@ -70,7 +73,7 @@ class Session:
         self._started, self._saved_at = started, time.monotonic()
         try:
             self._claim()
-            with Patience("this micro-batch") as patience:
+            with Patience() as patience:
                 self.trainer.check_stop = self.evaluator.check_stop = patience.check
                 return Result(self.directory.path, self._run())
         finally:
@@ -84,6 +87,10 @@ class Session:
             return self._finish()
         except Stop as stop:
             raise self._stopped(stop) from None
+        except DataError:
+            if self.state.step > 0 and self._saved_step != self.state.step:
+                self.save()  # a stream whose source is gone: the steps that are done are as good as ever
+            raise
         except BaseException:
             self._clean_up()
             raise
@@ -101,22 +108,32 @@ class Session:
         """Writes what the run is, or takes up the state of what there is; and evaluates that."""
         if self.checkpoint is not None:
             self._restore(self.checkpoint)
+            self.directory.complete(self.manifest)
         else:
             self.directory.write_start(self.resolved, self.manifest)
         self._write_ledgers()
         self.observers.on_start(self.report())
-        if self.state.before is None or self._is_evaluation_due():
-            is_best = self._evaluate(self.state.step)
-            if is_best:
-                self.save()
+        self._warn_if_best_is_lost()
+        if len(self.held_out.examples) and (self.state.before is None or self._is_evaluation_due()):
+            self._evaluate(self.state.step)
+            if self.checkpoint is not None:
+                self.save()  # again, as the interrupted evaluation belongs to it
 
     def _restore(self, saved: Path) -> None:
-        tensors, values = checkpoint.read_state(saved)
-        self.state = RunState.of(values["run"])
-        self.plan.load_state_dict(values["plan"])
-        self.trainer.load_state_dict(tensors, values["trainer"])
+        try:
+            tensors, values = checkpoint.read_state(saved)
+            self.state = RunState.of(values["run"])
+            self.plan.load_state_dict(values["plan"])
+            self.trainer.load_state_dict(tensors, values["trainer"])
+        except SftxError:
+            raise
+        except Exception as error:  # of JSON, of safetensors, or a value that is not there
+            raise OutputError(
+                f"{saved}: its state cannot be read: {type(error).__name__}: {one_line(error)}; move it away, and "
+                "--resume takes the one before it"
+            ) from error
         self.trainer.last_saved, self._saved_step = str(saved), self.state.step
-        self._prune()
+        self.checkpoints.prune(keep=self.state.best_step)  # of a process too that was killed before it could
 
     def _train(self) -> None:
         if not self._is_over():
@@ -127,28 +144,45 @@ class Session:
         """Writes the artefact and the summary."""
         options, state = self.config.train, self.state
         if state.step < self.plan.num_steps:
-            name = options.metric_for_best_model
+            name = options.best_metric
             log.info("ends after step %d: %s was no better %d times in a row", state.step, name, state.num_worse)
-        best = self.directory.checkpoints / f"step-{state.best_step}"
-        if options.load_best_model_at_end and state.best_step not in (None, state.step):
-            if self._saved_step != state.step:
-                self.save()  # from here on the weights are no longer those of the last step
-            checkpoint.load_weights(self.lm, best)
-            log.info("the result is that of step %d, the best %s", state.best_step, options.metric_for_best_model)
-            self._evaluate(state.best_step or 0)
+        is_last = state.best_step in (None, state.step)
+        if options.load_best_model_at_end and not is_last and not self._warn_if_best_is_lost():
+            self._take_best(state.best_step or 0)
         artefact = self.directory.path / ("adapter" if self.lm.adapters else "model")
         with whole_directory(artefact) as part:
-            self._write_artefact(part)
+            checkpoint.write_artefact(self.lm, part)
         self.observers.on_save(state.step, artefact)
+        write_json(self.directory.file("trainer_state.json"), self._trainer_state())
         summary = self.summary(artefact)
         self.directory.write_summary(summary)
         self.observers.on_end(summary)
         return summary
 
+    def _take_best(self, step: int) -> None:
+        if self._saved_step != self.state.step:
+            self.save()  # from here on the weights are no longer those of the last step
+        best = self.checkpoints.at(step)
+        checkpoint.load_weights(self.lm, best, trust_remote_code=self.config.trust_remote_code)
+        log.info("the result is that of step %d, the best %s", step, self.config.train.best_metric)
+        self._evaluate(step)
+
+    def _warn_if_best_is_lost(self) -> bool:
+        """Whether the checkpoint that was the best so far cannot become the result."""
+        step = self.state.best_step
+        if step is None or not self.config.train.load_best_model_at_end:
+            return False
+        what = damage(self.checkpoints.at(step))
+        if what is not None:
+            place = self.checkpoints.at(step)
+            log.warning("%s, the best so far, is lost: %s; the result will be another step's", place, what)
+        return what is not None
+
     def _after_step(self, report: StepReport) -> bool:
         """Reports a step, evaluates and saves where the options ask for it; returns whether to go on."""
         options = self.config.train
-        self.state.add_step(report, logged=report.step % options.logging_steps == 0)
+        is_end = report.step in (1, report.num_steps)
+        self.state.add_step(report, logged=is_end or report.step % options.logging_steps == 0)
         self.observers.on_step(report)
         is_best = self._evaluate(report.step) if self._is_evaluation_due() else False
         if is_best or self._is_save_due():
@@ -182,40 +216,36 @@ class Session:
         if report.samples:
             write_predictions(self.directory.file("generated_predictions.jsonl"), report.samples)
         self.observers.on_evaluate(report)
-        name = self.config.train.metric_for_best_model
+        name = self.config.train.best_metric
         if name is not None and name not in report.metrics:
-            raise ConfigError(f"metric_for_best_model {name!r} is not reported; there are {', '.join(report.metrics)}")
+            hint = did_you_mean(name, report.metrics) or f"; there are {', '.join(report.metrics)}"
+            raise ConfigError(f"metric_for_best_model {name!r} is not reported{hint}; other metrics come with --plugin")
         shown = replace(report, samples=report.samples[: self.config.generation.num_samples])
         value = None if name is None else report.metrics[name]
         return self.state.add_evaluation(shown, value, self.config.train)
 
     def save(self) -> None:
         """A checkpoint of the last step that is done."""
-        state, options = self.state, self.config.train
-        place = self.directory.checkpoints / f"step-{state.step}"
+        state, place = self.state, self.checkpoints.at(self.state.step)
         tensors, values = self.trainer.state_dict()
         run = replace(state, wall_seconds=self._wall_seconds()).as_dict()
-        with whole_directory(place, checksums=True) as part:
-            self._write_artefact(part)
-            checkpoint.write_state(
-                part,
-                tensors,
-                {"run": run, "plan": self.plan.state_dict(state.step), "trainer": values},
-                state.as_trainer_state(options, self.plan.num_steps, self.directory.checkpoints),
-            )
+        try:
+            with whole_directory(place, checksums=True) as part:
+                checkpoint.write_artefact(self.lm, part)
+                all_values = {"run": run, "plan": self.plan.state_dict(state.step), "trainer": values}
+                checkpoint.write_state(part, tensors, all_values, self._trainer_state())
+        except OutputError as error:
+            if is_out_of_memory(error):
+                raise TrainingError(
+                    f"step {state.step}: no memory to gather what is to be saved; last saved: {self.trainer.last_saved}"
+                ) from error
+            raise
         self._saved_step, self._saved_at, self.trainer.last_saved = state.step, time.monotonic(), str(place)
-        self._prune()
+        self.checkpoints.prune(keep=state.best_step)
         self.observers.on_save(state.step, place)
 
-    def _prune(self) -> None:
-        """Removes checkpoints beyond those that are to be kept, of a process too that was killed before it could."""
-        options, checkpoints = self.config.train, self.directory.checkpoints
-        limit = options.save_total_limit or (_LIMIT if options.save_steps is None else None)
-        best = None if self.state.best_step is None else checkpoints / f"step-{self.state.best_step}"
-        checkpoint.prune(checkpoints, limit, keep=best)
-
-    def _write_artefact(self, directory: Path) -> None:
-        checkpoint.write_artefact(self.lm, directory)
+    def _trainer_state(self) -> dict[str, Any]:
+        return self.state.as_trainer_state(self.config.train, self.plan.num_steps, self.checkpoints.directory)
 
     def _write_ledgers(self) -> None:
         for name, data in (("ledger.jsonl", self.data), ("ledger-held-out.jsonl", self.held_out)):
@@ -292,6 +322,7 @@ class Session:
 
 
 def _compared(before: EvalReport, after: EvalReport) -> list[dict[str, str]]:
+    answers = {sample.row_id: sample for sample in after.samples}
     return [
         {
             "row": then.row_id,
@@ -300,5 +331,6 @@ def _compared(before: EvalReport, after: EvalReport) -> list[dict[str, str]]:
             "before": then.prediction,
             "after": now.prediction,
         }
-        for then, now in zip(before.samples, after.samples, strict=True)
+        for then in before.samples
+        if (now := answers.get(then.row_id)) is not None
     ]

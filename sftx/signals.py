@@ -1,15 +1,21 @@
-"""SIGINT, SIGTERM and SIGHUP end a run where nothing is lost by it; a second one ends the process at once."""
+"""SIGINT, SIGTERM, SIGHUP and SIGUSR1 end a run where nothing is lost by it; a second one ends the process at once."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any, Final
 
-_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""Slurm sends SIGUSR1 where it is asked to warn; it ends a process as the others do."""
+
+_ONE_EVENT_S: Final = 1.0
+"""A signal to a process and to its group, or by way of a wrapper, comes twice within this time."""
 
 
 class Stop(KeyboardInterrupt):
@@ -44,10 +50,9 @@ def ignore() -> None:
 class Patience:
     """Within it the first signal is only noted, for `check` to raise at a place where a run can end."""
 
-    def __init__(self, what: str) -> None:
-        """`what` is waited for, as the user is told: 'this micro-batch'."""
-        self._what = what
+    def __init__(self) -> None:
         self._noted: int | None = None
+        self._noted_at = 0.0
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Patience:
@@ -67,12 +72,15 @@ class Patience:
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self._noted is not None:
-            os._exit(Stop(signum).exit_code)
-        self._noted = signum
-        name = signal.Signals(signum).name
-        # Not by print, which may be in the middle of another line's work.
-        line = f"\nsftx: {name}: stopping after {self._what}; once more stops at once\n"
-        os.write(sys.__stderr__.fileno() if sys.__stderr__ is not None else 2, line.encode())
+            if time.monotonic() - self._noted_at > _ONE_EVENT_S:
+                os._exit(Stop(signum).exit_code)
+            return
+        self._noted, self._noted_at = signum, time.monotonic()
+        line = f"\nsftx: {signal.Signals(signum).name}: stopping where nothing is lost; once more stops at once\n"
+        # Not by print, which may be in the middle of another line's work; a terminal that is gone takes nothing.
+        with contextlib.suppress(OSError, ValueError):
+            if sys.__stderr__ is not None:
+                os.write(sys.__stderr__.fileno(), line.encode())
 
 
 def _heeded() -> list[signal.Signals]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import itertools
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -48,27 +51,25 @@ def directory(path: Path, *, checksums: bool = False) -> Iterator[Path]:
     try:
         for leftover in (part, old):
             shutil.rmtree(leftover, ignore_errors=True)
+        made = [path.parent, *itertools.takewhile(lambda parent: not parent.exists(), path.parent.parents)]
         part.mkdir(parents=True)
         yield part
         files = [file for file in sorted(part.rglob("*")) if file.is_file()]
         if checksums:
             write_json(part / CHECKSUMS, {file.relative_to(part).as_posix(): _described(file) for file in files})
         for file in files:
-            file.chmod(0o644)  # safetensors writes for its owner alone
-            _sync(file)
-        _sync(part)
+            file.chmod(0o666 & ~_umask())  # safetensors writes for its owner alone
+        for place in (*part.rglob("*"), part):
+            _sync(place)
         if path.exists():
             path.rename(old)
         part.rename(path)
-        _sync(path.parent)
+        for parent in made:
+            _sync(parent)
     except SftxError:
         raise
     except Exception as error:  # a full disk is an OSError, a SafetensorError, or tokenizers' bare Exception
-        free = shutil.disk_usage(_existing(path)).free
-        raise OutputError(
-            f"{path}: cannot be written: {one_line(error)} ({free / 1e6:.0f} MB free there); "
-            "make room or choose another output_dir"
-        ) from error
+        raise OutputError(f"{path}: cannot be written: {one_line(error)}{_advice(error, path)}") from error
     finally:
         if not path.exists() and old.exists():
             old.rename(path)
@@ -80,6 +81,8 @@ def damage(path: Path) -> str | None:
     """What is wrong with a directory that was written with checksums; None when it is as it was written."""
     try:
         expected: dict[str, dict[str, Any]] = json.loads((path / CHECKSUMS).read_text(encoding="utf-8"))
+        if not expected:
+            return f"{CHECKSUMS} names no file"
         for name, described in expected.items():
             file = path / name
             if not file.is_file():
@@ -126,6 +129,22 @@ def _described(file: Path) -> dict[str, Any]:
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _advice(error: BaseException, path: Path) -> str:
+    """What to do where there is no room, of which safetensors and tokenizers tell in words alone."""
+    number = getattr(error, "errno", None)
+    if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and not re.search(r"space|quota|too large", str(error)):
+        return ""
+    free = shutil.disk_usage(_existing(path)).free
+    return f" ({free / 1e6:.0f} MB free there); make room, or keep fewer checkpoints with --save-total-limit"
+
+
+def _umask() -> int:
+    """What new files are not allowed; there is no way to only look."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _existing(path: Path) -> Path:

@@ -34,7 +34,7 @@ class _Validity:
     def __call__(self, prediction: str, reference: str) -> float:
         try:
             return float(self.fits(parse_json(prediction)))
-        except ValueError:
+        except (ValueError, RecursionError):  # nested deeper than a schema can be followed
             return 0.0
 
 

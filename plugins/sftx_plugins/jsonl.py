@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,13 +51,22 @@ class _Writer(Observer):
         self._write({"event": "evaluate", "step": report.step, **report.metrics, "seconds": report.seconds})
 
     def _lines(self) -> list[dict[str, Any]]:
-        """What is there, but for a last line that was cut off in the middle."""
-        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True) if self._path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        """What is there, up to a line that was cut off in the middle."""
+        text = self._path.read_text(encoding="utf-8", errors="replace") if self._path.exists() else ""
+        found = []
+        for line in text.splitlines():
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                break
+        return found
 
     def _replace(self, lines: Sequence[Mapping[str, Any]]) -> None:
         part = self._path.with_name(f".{self._path.name}.part")
-        part.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        with part.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+            file.flush()
+            os.fsync(file.fileno())
         part.replace(self._path)
 
     def _write(self, values: Mapping[str, Any]) -> None:

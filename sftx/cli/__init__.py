@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import sys
@@ -60,7 +61,8 @@ class _Lazy(click.Group):
             _fail(f"{type(error).__name__}: {one_line(error)}")
         except Stop as stop:
             signals.ignore()
-            click.echo(f"sftx: {printable(str(stop))}", err=True)
+            with contextlib.suppress(OSError, ValueError):  # of a terminal that is gone
+                click.echo(f"sftx: {printable(str(stop))}", err=True)
             sys.exit(stop.exit_code)
         except KeyboardInterrupt:
             click.echo("sftx: interrupted", err=True)

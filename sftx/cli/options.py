@@ -14,7 +14,12 @@ from sftx import config, loading, run_file
 from sftx.cli.settings import parse as parse_settings
 
 # The option that names each of these differs from the field's own name.
-_RENAMED: Final = {"data.train": "data", "data.eval": "eval-data", "train.torch_compile": "compile"}
+_RENAMED: Final = {
+    "data.train": "data",
+    "data.eval": "eval-data",
+    "train.torch_compile": "compile",
+    "generation.batch_size": "generation-batch-size",
+}
 _SECTIONS: Final = {"data": config.DataConfig, "train": config.TrainConfig, "generation": config.GenerationConfig}
 
 

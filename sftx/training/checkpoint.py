@@ -10,6 +10,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -55,13 +56,14 @@ def write_artefact(lm: LanguageModel, directory: Path) -> None:
         enable_progress_bar()
 
 
-def load_weights(lm: LanguageModel, directory: Path) -> None:
+def load_weights(lm: LanguageModel, directory: Path, *, trust_remote_code: bool) -> None:
     """Reads what `write_artefact` wrote into the model, or into the adapters that are attached. Raises ModelError."""
     for name, adapter in lm.adapters.items():
         adapter.load(_place(lm, name, directory))
     if not lm.adapters:
-        spec = ModelSpec(str(directory), lm.model.config, lm.model)
-        saved = load_model(spec, [], dtype=lm.head_weight.dtype, device=lm.device)
+        spec = ModelSpec(str(directory), lm.model.config, lm.model, trust_remote_code)
+        # On the host: the device holds the model already, and the optimizer's state.
+        saved = load_model(spec, [], dtype=lm.head_weight.dtype, device=torch.device("cpu"))
         lm.model.load_state_dict(saved.state_dict())
 
 
@@ -88,31 +90,44 @@ def read_state(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return {name: file.get_tensor(name) for name in file.keys()}, values  # noqa: SIM118
 
 
-def newest_whole(checkpoints: Path) -> Path | None:
-    """The newest checkpoint that is as it was written; damaged ones are named and set aside."""
-    if not checkpoints.is_dir():
+@dataclass(frozen=True)
+class Checkpoints:
+    """Those of one run, `step-N` in `directory`; the newest `limit` are kept, or all."""
+
+    directory: Path
+    limit: int | None
+
+    def at(self, step: int | None) -> Path:
+        return self.directory / f"step-{step}"
+
+    def newest_whole(self) -> Path | None:
+        """The newest that is as it was written; damaged ones are named and set aside."""
+        if not self.directory.exists():
+            return None
+        if not self.directory.is_dir():
+            raise OutputError(f"{self.directory}: is no directory of checkpoints; move it away")
+        whole_files.sweep(self.directory)
+        found = self._found()
+        for path in reversed(found):
+            what = whole_files.damage(path)
+            if what is None:
+                return path
+            log.warning("%s is damaged and set aside: %s", path, what)
+            aside = path.with_name(f"{path.name}.damaged")
+            whole_files.remove(aside)
+            path.rename(aside)
+        if found:
+            log.warning("no whole checkpoint is left in %s: the run begins anew", self.directory)
         return None
-    whole_files.sweep(checkpoints)
-    for path in reversed(_found(checkpoints)):
-        what = whole_files.damage(path)
-        if what is None:
-            return path
-        log.warning("%s is damaged and set aside: %s; the one before it is used", path, what)
-        aside = path.with_name(f"{path.name}.damaged")
-        whole_files.remove(aside)
-        path.rename(aside)
-    return None
 
+    def prune(self, *, keep: int | None) -> None:
+        """Removes the oldest beyond the limit, never that of the step to `keep`."""
+        if self.limit is not None:
+            for path in self._found()[: -self.limit]:
+                if path != self.at(keep):
+                    whole_files.remove(path)
 
-def prune(checkpoints: Path, limit: int | None, keep: Path | None) -> None:
-    """Removes the oldest checkpoints beyond `limit`, never that of `keep`."""
-    if limit is not None:
-        for path in _found(checkpoints)[:-limit]:
-            if path != keep:
-                whole_files.remove(path)
-
-
-def _found(checkpoints: Path) -> list[Path]:
-    """Oldest first."""
-    steps = {path: int(match[1]) for path in checkpoints.iterdir() if (match := _NAME.fullmatch(path.name))}
-    return sorted(steps, key=steps.__getitem__)
+    def _found(self) -> list[Path]:
+        """Oldest first."""
+        steps = {path: int(match[1]) for path in self.directory.iterdir() if (match := _NAME.fullmatch(path.name))}
+        return sorted(steps, key=steps.__getitem__)

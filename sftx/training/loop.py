@@ -184,9 +184,8 @@ class Trainer:
         except (RuntimeError, MemoryError) as error:
             if not memory.is_out_of_memory(error):
                 raise
-            saved = "" if self.last_saved == "none" else "; then --resume goes on from there"
             raise TrainingError(
-                f"step {number}: {self.lm.device} has not the memory for {what()}; last saved: {self.last_saved}{saved}"
+                f"step {number}: {self.lm.device} has not the memory for {what()}; last saved: {self.last_saved}"
             ) from error
 
     def _not_finite(self, number: int, loss: float, norm: float, batches: Sequence[Batch]) -> str:

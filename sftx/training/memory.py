@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 from torch import Tensor
 
 from sftx.config import TrainConfig
 from sftx.model.memory import is_out_of_memory
 from sftx.types import Batch
+
+_SAME: Final = "the same run, which --resume goes on with"
 
 __all__ = ["fewer_rows", "is_out_of_memory", "of_optimizer", "of_step"]
 
@@ -24,9 +27,9 @@ def _remedy(config: TrainConfig, batch: Batch) -> str:
     if config.per_device_train_batch_size > 1:
         return fewer_rows(config)
     if not config.gradient_checkpointing:
-        return "set --gradient-checkpointing, which computes each layer twice and keeps one: the same update"
+        return f"set --gradient-checkpointing, which computes each layer twice and keeps one: {_SAME}"
     if config.selective_checkpointing:
-        return "leave selective_checkpointing out, which keeps several results of each layer: the same update"
+        return f"leave selective_checkpointing out, which keeps several results of each layer: {_SAME}"
     longest = batch.input_ids_BT.shape[1]
     documents = 1 if batch.cu_seqlens is None else len(batch.cu_seqlens) - 1
     if documents > 1:
@@ -44,7 +47,7 @@ def fewer_rows(config: TrainConfig) -> str:
     share = "half" if rows == 2 * fewer else f"1/{rows // fewer} of"
     return (
         f"set --per-device-train-batch-size {fewer} --gradient-accumulation-steps {micro_batches * rows // fewer} "
-        f"(now {rows} and {micro_batches}): the same update in {share} the memory for rows"
+        f"(now {rows} and {micro_batches}), {share} the memory for rows: {_SAME}"
     )
 
 

@@ -348,7 +348,7 @@ def test_a_disk_that_is_full_while_saving_leaves_no_half_written_artefact(
         result = run(*base, *plugins, "--model", tiny_model_dir)
     assert result.exit_code == 1, result.output
     assert result.stderr.startswith(f"sftx: error: {Path('out', artefact)}: cannot be written: ")
-    assert result.stderr.endswith(" MB free there); make room or choose another output_dir\n")
+    assert result.stderr.endswith(" MB free there); make room, or keep fewer checkpoints with --save-total-limit\n")
     assert result.stderr.count("\n") == 1
     assert {path.name for path in Path("out").iterdir()} == {
         "run.yaml",

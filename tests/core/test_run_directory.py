@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ MANIFEST: dict[str, Any] = {
     "device": "cpu",
     "dtype": "float32",
     "libraries": {"torch": "2.13.0"},
-    "plugins": [{"plugin": "lora", "version": "0.1.0"}],
+    "plugins": [{"plugin": "lora", "stage": "adapter", "version": "0.1.0"}],
     "model": {"name": "m", "sha256": "aa"},
     "data": [{"path": "a.jsonl", "fingerprint": "bb"}],
     "eval_data": [],
@@ -61,7 +62,7 @@ def begun(tmp_path: Path) -> RunDirectory:
 )
 def test_another_run_does_not_go_on_here(begun: RunDirectory, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        begun.check_same(resolved(**options))
+        begun.check_same(resolved(**options), [])
 
 
 @pytest.mark.parametrize(
@@ -70,13 +71,14 @@ def test_another_run_does_not_go_on_here(begun: RunDirectory, options: dict[str,
         ({}, None),
         ({"train__save_steps": 5, "train__logging_steps": 1, "output_dir": "elsewhere", "data__num_proc": 2}, None),
         ({"train__per_device_train_batch_size": 2, "train__gradient_accumulation_steps": 4}, "split otherwise"),
+        ({"plugins": ["chatml", "lora", "wandb"]}, None),
         ({"train__gradient_checkpointing": True}, "train.gradient_checkpointing changed: the results are the same but"),
     ],
 )
 def test_what_computes_the_same_may_change(
     begun: RunDirectory, caplog: pytest.LogCaptureFixture, options: dict[str, Any], told: str | None
 ) -> None:
-    begun.check_same(resolved(**options))
+    begun.check_same(resolved(**options), ["jsonl", "progress", "wandb"])
     assert (told in caplog.text) if told is not None else not caplog.text
 
 
@@ -121,11 +123,16 @@ def test_the_last_numbered_run_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
         directory.release()
     going_on = run_directory.resume(None, "demo")
     assert (going_on.path, going_on.resumed) == (Path("runs/demo-2"), True)
-    assert run_directory.finished(None, "demo") is None
-    going_on.write_summary({"num_steps": 3})
-    done = run_directory.finished(None, "demo")
+    assert going_on.finished() is None
+    going_on.write_summary({"artefact": "runs/demo-2/adapter"})
+    assert going_on.finished() is None, "what it came to is not there"
+    Path("runs/demo-2/adapter").mkdir()
+    done = going_on.finished()
     assert done is not None
-    assert (done.output_dir, done.summary) == (Path("runs/demo-2"), {"num_steps": 3})
+    assert (done.output_dir, done.summary) == (Path("runs/demo-2"), {"artefact": "runs/demo-2/adapter"})
+    shutil.rmtree("runs/demo-1")
+    assert run_directory.resume(None, "demo").path == Path("runs/demo-2"), "a gap is none"
+    assert run_directory.new(None, "demo").path == Path("runs/demo-3")
 
 
 def test_files_of_others_are_no_run(tmp_path: Path) -> None:
@@ -143,7 +150,7 @@ def test_what_a_kill_left_is_no_obstacle(tmp_path: Path) -> None:
     directory = run_directory.resume(str(tmp_path), "run")
     assert not directory.resumed
     assert directory.claim()
-    assert not list(tmp_path.iterdir())
     directory.write_start(resolved(), MANIFEST)
     assert json.loads((tmp_path / "manifest.json").read_text()) == MANIFEST
+    assert {path.name for path in tmp_path.iterdir()} == {"run.yaml", "manifest.json"}
     directory.release()

@@ -18,30 +18,31 @@ def test_the_first_signal_is_noted_until_it_is_asked_for(
     number: signal.Signals, capfd: pytest.CaptureFixture[str]
 ) -> None:
     before = signal.getsignal(number)
-    with Patience("this micro-batch") as patience:
+    with Patience() as patience:
         patience.check()
         os.kill(os.getpid(), number)
         with pytest.raises(Stop) as caught:
             patience.check()
     assert (caught.value.signal, caught.value.exit_code) == (number, 128 + number)
     assert signal.getsignal(number) == before
-    assert f"sftx: {number.name}: stopping after this micro-batch" in capfd.readouterr().err
+    assert f"sftx: {number.name}: stopping where nothing is lost" in capfd.readouterr().err
 
 
 def test_the_second_ends_the_process_at_once() -> None:
     code = (
-        "import os, signal\nfrom sftx.signals import Patience\n"
-        "with Patience('this'):\n    os.kill(os.getpid(), signal.SIGTERM)\n    os.kill(os.getpid(), signal.SIGINT)\n"
+        "import os, signal, time\nfrom sftx.signals import Patience\n"
+        "with Patience():\n    os.kill(os.getpid(), signal.SIGTERM)\n    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    print('one event', flush=True)\n    time.sleep(1.1)\n    os.kill(os.getpid(), signal.SIGINT)\n"
         "    print('never')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (130, "")
+    assert (done.returncode, done.stdout) == (130, "one event\n")
 
 
 def test_ignored_signals_stay_ignored_and_other_threads_are_left_alone() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with Patience("this") as patience:
+        with Patience() as patience:
             os.kill(os.getpid(), signal.SIGHUP)
             patience.check()
     finally:
@@ -49,7 +50,7 @@ def test_ignored_signals_stay_ignored_and_other_threads_are_left_alone() -> None
     found = []
 
     def elsewhere() -> None:
-        with Patience("this"):
+        with Patience():
             found.append(signal.getsignal(signal.SIGTERM))
 
     expected = signal.getsignal(signal.SIGTERM)

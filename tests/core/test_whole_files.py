@@ -42,7 +42,7 @@ def test_a_directory_is_described_file_by_file(tmp_path: Path) -> None:
         (lambda d: (d / "inner/b.safetensors").write_bytes(b"neW" * 1000), "has another SHA-256 than was written"),
         (lambda d: (d / whole_files.CHECKSUMS).unlink(), "checksums.json is missing"),
         (lambda d: os.truncate(d / whole_files.CHECKSUMS, 20), "cannot be read"),
-        (lambda d: (d / whole_files.CHECKSUMS).write_text("[]"), "cannot be read"),
+        (lambda d: (d / whole_files.CHECKSUMS).write_text("{}"), "names no file"),
         (lambda d: (d / whole_files.CHECKSUMS).write_text('{"a.json": 1}'), "cannot be read"),
     ],
 )
@@ -121,7 +121,9 @@ def test_a_foreign_error_is_told_with_the_room_that_is_left(tmp_path: Path) -> N
             fill(part)
             raise SafetensorError("No space left on device")
 
-    with pytest.raises(OutputError, match=r"d: cannot be written: No space left on device \(\d+ MB free there\)"):
+    with pytest.raises(
+        OutputError, match=r"d: cannot be written: No space left on device \(\d+ MB free there\); make room"
+    ):
         write()
     assert not list(tmp_path.iterdir())
 

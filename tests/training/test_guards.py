@@ -217,7 +217,7 @@ def test_an_adapter_that_saves_nothing_is_stopped(tiny_model_dir: Path, data: Pa
     session.lm.adapters["lora"].save = lambda directory: None  # type: ignore[method-assign]
     with pytest.raises(PluginError, match=r"wrote no \.safetensors file, so what was trained would be lost"):
         session.save()
-    assert not list(session.directory.checkpoints.iterdir())
+    assert not list(session.checkpoints.directory.iterdir())
 
 
 @pytest.mark.parametrize(

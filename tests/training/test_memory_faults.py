@@ -54,14 +54,13 @@ BATCH, LONG, PACKED = pad(rows(4)), pad(rows(1)), pack(rows(6))
         (
             {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
             BATCH,
-            "set --per-device-train-batch-size 2 --gradient-accumulation-steps 4 (now 4 and 2): the same "
-            "update in half the memory",
+            "set --per-device-train-batch-size 2 --gradient-accumulation-steps 4 (now 4 and 2), half "
+            "the memory for rows: the same run, which --resume goes on with",
         ),
         (
             {"per_device_train_batch_size": 9},
             BATCH,
-            "set --per-device-train-batch-size 3 --gradient-accumulation-steps 3 (now 9 and 1): the same update in 1/3 "
-            "of the memory",
+            "set --per-device-train-batch-size 3 --gradient-accumulation-steps 3 (now 9 and 1), 1/3 of the memory",
         ),
         ({"per_device_train_batch_size": 7}, BATCH, "size 1 --gradient-accumulation-steps 7 (now 7 and 1)"),
         ({}, LONG, "set --gradient-checkpointing"),
@@ -90,7 +89,7 @@ def test_an_optimizer_without_room_for_its_state_says_so(model: Path, monkeypatc
         trainer.step(2, 0, batches_of(trainer))
     assert "cpu has not the memory for the state of optim adamw" in str(caught.value)
     assert "--optim adafactor" in str(caught.value)
-    assert str(caught.value).endswith("last saved: runs/x/checkpoints/step-1; then --resume goes on from there")
+    assert str(caught.value).endswith("last saved: runs/x/checkpoints/step-1")
 
 
 def test_other_errors_stay_what_they_are(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

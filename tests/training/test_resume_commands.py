@@ -134,7 +134,7 @@ def test_a_disk_that_fills_up_costs_one_checkpoint_and_one_line(runs: Runs) -> N
     assert len(errors) == 1, process.printed
     assert errors[0].startswith("sftx: error: out/checkpoints/step-")
     assert "cannot be written: " in errors[0]
-    assert "make room or choose another output_dir" in errors[0]
+    assert "make room, or keep fewer checkpoints with --save-total-limit" in errors[0]
     assert not list((directory / "out").rglob("*.part"))
     assert runs.start(PADDED, directory, "--resume").wait() == 0
     assert not differences(runs.undisturbed(PADDED)[0], directory / "out")
