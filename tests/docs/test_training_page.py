@@ -58,7 +58,9 @@ def test_every_metric_has_its_line() -> None:
 def test_exit_codes_are_those_of_the_signals() -> None:
     codes = next(row for table in tables() if table[0][0] == "exit code" for row in table if "SIGHUP" in row[1])
     numbers = [int(number) for number in codes[0].split(", ")]
-    assert numbers == [Stop(number).exit_code for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)]
+    assert numbers == [
+        Stop(number).exit_code for number in (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
+    ]
 
 
 def test_the_files_of_a_checkpoint_are_those_that_are_written() -> None:

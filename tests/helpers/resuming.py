@@ -21,6 +21,7 @@ SHORT = case(
     "--eval-data {data}/held.jsonl --gradient-accumulation-steps 2 --per-device-train-batch-size 2 --eval-steps 3 "
     "--save-steps 2 --save-total-limit 1 --max-steps 6 --max-dropped 0.2",
 )
+LLAMA3 = Case("llama3", tuple("llama3" if part == "chatml" else part for part in SHORT.arguments))
 
 
 Sftx = Callable[..., Result]

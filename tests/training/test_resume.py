@@ -22,7 +22,20 @@ from typing import Any
 import pytest
 
 from killing import Case, Runs
-from resuming import BEST, PACKED, PADDED, SHORT, STREAMING, Sftx, checkpoints, copy, interrupted, lines, only_shared
+from resuming import (
+    BEST,
+    LLAMA3,
+    PACKED,
+    PADDED,
+    SHORT,
+    STREAMING,
+    Sftx,
+    checkpoints,
+    copy,
+    interrupted,
+    lines,
+    only_shared,
+)
 from same_end import differences
 
 SEED = int(os.environ.get("SFTX_KILL_SEED", time.time_ns() % 10**6))
@@ -160,7 +173,7 @@ def test_wherever_a_signal_finds_a_run_no_step_is_half_done(
 
     check = Patience.check
     undisturbed, places = runs.undisturbed(SHORT)[0], 0
-    for wanted in range(1, 1000, 3 if number == signal.SIGTERM else 8):
+    for wanted in range(1, 1000, 1 if number == signal.SIGTERM else 7):
         places = 0
 
         def signalled(patience: Patience, wanted: int = wanted) -> None:
@@ -324,6 +337,8 @@ def test_the_best_checkpoint_and_the_patience_of_early_stopping_outlive_an_inter
         (PACKED, "--optim adamw_bf16 --bf16 --max-steps 6"),
         (PACKED, "--fp16 --max-steps 6"),
         (SHORT, "--gradient-checkpointing"),
+        (SHORT, "--set lora.modules_to_save=[lm_head,embed_tokens]"),
+        (LLAMA3, "--add-tokens"),
     ],
     ids=lambda value: value if isinstance(value, str) else value.name,
 )
