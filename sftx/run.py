@@ -66,8 +66,7 @@ def run(loaded: Loaded, *, name: str = "run", resume: bool = False) -> Result:
 
 def assemble(loaded: Loaded, *, name: str = "run", resume: bool = False) -> Session:
     """Everything before the first step: all that can be wrong is found here; nothing is written but the cache."""
-    begun = _begin(loaded, name, resume=resume)
-    return _assemble(begun)
+    return _assemble(_begin(loaded, name, resume=resume))
 
 
 class _Begun(NamedTuple):
@@ -90,7 +89,7 @@ def _begin(loaded: Loaded, name: str, *, resume: bool) -> _Begun:
     assembly = activate(loaded)
     resolved = as_dict(config) | {"plugins": {active.info.name: active.options for active in assembly.active}}
     if directory.resumed:
-        directory.check_same(resolved, [active.info.name for active in assembly.providers("sftx_observer")])
+        directory.check_same(resolved, [dataclasses.asdict(provider) for provider in assembly.table()])
     return _Begun(loaded, choose, directory, assembly, resolved)
 
 
@@ -154,8 +153,8 @@ def _check_evaluation(config: RunConfig, held_out: Dataset, metrics: Mapping[str
             "give some with --eval-data, or leave the metric out"
         )
     options = config.train
-    for name, wanted_ in (("metric_for_best_model", options.best_metric), ("eval_steps", options.eval_steps)):
-        if wanted_ is not None and not len(held_out.examples):
+    for name, given in (("metric_for_best_model", options.best_metric), ("eval_steps", options.eval_steps)):
+        if given is not None and not len(held_out.examples):
             raise ConfigError(f"option 'train.{name}' needs held-out rows; give some with --eval-data, or leave it out")
 
 

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,12 +52,13 @@ class RunDirectory:
     def file(self, name: str) -> Path:
         return self.path / name
 
-    def check_same(self, resolved: Mapping[str, Any], observers: Collection[str]) -> None:
+    def check_same(self, resolved: Mapping[str, Any], plugins: Sequence[Mapping[str, Any]]) -> None:
         """Raises ConfigError when the run that is to go on here was another than `resolved`.
 
-        The plugins that are `observers` only, now or then, may be others: they change nothing.
+        Of `plugins`, the lines of its assembled table, those that only observe may be others than they were: they
+        change nothing.
         """
-        observers = {*observers, *_observers((self.read_json(_MANIFEST) or {}).get("plugins", ()))}
+        observers = _observers(plugins) | _observers((self.read_json(_MANIFEST) or {}).get("plugins", ()))
         before = _options(run_file.read(self.file(_RUN))[0], observers)
         now = _options(json.loads(json.dumps(resolved)), observers)
         changed = {name for name in before.keys() | now.keys() if before.get(name) != now.get(name)} - _FREE

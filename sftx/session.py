@@ -90,6 +90,7 @@ class Session:
         except DataError:
             if self.state.step > 0 and self._saved_step != self.state.step:
                 self.save()  # a stream whose source is gone: the steps that are done are as good as ever
+            self._clean_up()
             raise
         except BaseException:
             self._clean_up()

@@ -351,9 +351,8 @@ class Adapter(ABC):
 
 @runtime_checkable
 class Metric(Protocol):
-    """Scores generated answers.
+    """Scores generated answers; the mean over the held-out rows is reported, of several scores by their names.
 
-    The mean over the held-out rows is reported: of a number under the plugin's name, of several under their own.
     A metric whose score of a whole set is not the mean of its rows' (BLEU) may have a method
     `corpus(predictions: Sequence[str], references: Sequence[str]) -> float | Mapping[str, float]`, whose score is
     reported in place of the mean.
