@@ -25,7 +25,8 @@ def sftx(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sftx]:
     """The command in this process: `sftx(case, directory, more arguments)`."""
     from sftx.cli import main
 
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    # As a terminal has them, whatever started the tests ignores.
+    handlers = {n: signal.signal(n, signal.default_int_handler) for n in (signal.SIGINT, signal.SIGTERM)}
 
     def run(wanted: Case, directory: Path, *more: str) -> Result:
         monkeypatch.chdir(directory)

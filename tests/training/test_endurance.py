@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import statistics
 import sys
@@ -67,13 +68,13 @@ def small_model(directory: Path) -> Path:
     return directory
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/statm is Linux's")
-def test_memory_does_not_grow_with_the_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def measured(directory: Path) -> list[Sample]:
+    """Trains in this process; after MICRO_BATCHES each one leaves something behind."""
     from sftx.training.loop import Trainer
 
     words = ["one", "two", "three", "four", "five"]
     rows = [{"prompt": f"{n}", "completion": " ".join(words[: 1 + n % 5])} for n in range(64)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     samples: list[Sample] = []
     kept: list[list[float]] = []
     step = Trainer.step
@@ -87,11 +88,11 @@ def test_memory_does_not_grow_with_the_steps(tmp_path: Path, monkeypatch: pytest
             samples.append((done, resident_bytes()))
         return report
 
-    monkeypatch.setattr(Trainer, "step", sampled)
+    Trainer.step = sampled  # type: ignore[method-assign]
     given = {
-        "model": str(small_model(tmp_path / "model")),
-        "data.train": str(tmp_path / "rows.jsonl"),
-        "output_dir": str(tmp_path / "run"),
+        "model": str(small_model(directory / "model")),
+        "data.train": str(directory / "rows.jsonl"),
+        "output_dir": str(directory / "run"),
         "plugins.lora.target_modules": ["q_proj", "down_proj"],
         "plugins.lora.lora_dropout": 0.1,
         "train.per_device_train_batch_size": 1,
@@ -100,7 +101,14 @@ def test_memory_does_not_grow_with_the_steps(tmp_path: Path, monkeypatch: pytest
         "train.logging_steps": 500,
     }
     run(load(None, add=["chatml", "lora"], assignments=[(name, value, name) for name, value in given.items()]))
+    return samples
 
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/statm is Linux's")
+def test_memory_does_not_grow_with_the_steps(tmp_path: Path) -> None:
+    # A process of its own: in one that has had gigabytes and given them back, a leak would fill the holes unseen.
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        samples = pool.apply(measured, (tmp_path,))
     # Half of them fill what fills only once: caches, the allocator's free lists.
     settled = [sample for sample in samples if MICRO_BATCHES / 2 < sample[0] <= MICRO_BATCHES]
     leaking = [sample for sample in samples if sample[0] > MICRO_BATCHES]

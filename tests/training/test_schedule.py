@@ -99,7 +99,11 @@ def test_warmup_below_one_is_a_share_of_all_steps() -> None:
 
 
 def test_decay_below_one_is_a_share_of_all_steps_and_leaves_warmup_alone() -> None:
-    assert num_decay_steps(TrainConfig(lr_decay_steps=0.1), 30) == 3
-    assert num_decay_steps(TrainConfig(lr_decay_steps=0.1), 31) == 4
-    assert num_decay_steps(TrainConfig(lr_decay_steps=25, warmup_steps=10), 30) == 20
-    assert num_decay_steps(TrainConfig(lr_decay_steps=25, warmup_steps=40), 30) == 0
+    def steps(num_steps: int, decay: float, warmup: float = 0.0) -> int:
+        config = TrainConfig(lr_scheduler_type="warmup_stable_decay", lr_decay_steps=decay, warmup_steps=warmup)
+        return num_decay_steps(config, num_steps)
+
+    assert steps(30, 0.1) == 3
+    assert steps(31, 0.1) == 4
+    assert steps(30, 25, warmup=10) == 20
+    assert steps(30, 25, warmup=40) == 0
