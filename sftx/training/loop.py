@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from sftx.config import TrainConfig
 from sftx.errors import TrainingError
 from sftx.model.language_model import LanguageModel
+from sftx.model.memory import is_out_of_memory
 from sftx.reports import StepReport
 from sftx.training import checked, memory
 from sftx.training.layers import prepare_layers
@@ -182,7 +183,7 @@ class Trainer:
         try:
             yield
         except (RuntimeError, MemoryError) as error:
-            if not memory.is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             raise TrainingError(
                 f"step {number}: {self.lm.device} has not the memory for {what()}; last saved: {self.last_saved}"

@@ -8,12 +8,9 @@ from typing import Final
 from torch import Tensor
 
 from sftx.config import TrainConfig
-from sftx.model.memory import is_out_of_memory
 from sftx.types import Batch
 
 _SAME: Final = "the same run, which --resume goes on with"
-
-__all__ = ["fewer_rows", "is_out_of_memory", "of_optimizer", "of_step"]
 
 
 def of_step(config: TrainConfig, batches: Sequence[Batch]) -> str:

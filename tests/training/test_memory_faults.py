@@ -13,6 +13,7 @@ import torch
 from sftx.config import TrainConfig
 from sftx.data.batch import pack, pad
 from sftx.errors import TrainingError
+from sftx.model.memory import is_out_of_memory
 from sftx.training import memory
 from tests.helpers.trainers import batches_of, rows, small_model, trainer_of
 
@@ -42,7 +43,7 @@ def wrapped(cause: BaseException) -> BaseException:
     ],
 )
 def test_errors_of_memory_are_told_from_others(error: BaseException, expected: bool) -> None:
-    assert memory.is_out_of_memory(error) is expected
+    assert is_out_of_memory(error) is expected
 
 
 BATCH, LONG, PACKED = pad(rows(4)), pad(rows(1)), pack(rows(6))
