@@ -187,7 +187,9 @@ class TrainConfig:
     num_train_epochs: Annotated[float, Field(gt=0, le=1e9, description="Passes over the data; max_steps wins.")] = 1.0
     max_steps: Annotated[int | None, Field(ge=1, description="Optimizer steps in all.")] = None
     per_device_train_batch_size: Annotated[int, Field(ge=1, description="Rows of a micro-batch.")] = 8
-    gradient_accumulation_steps: Annotated[int, Field(ge=1, description="Micro-batches of a step.")] = 1
+    gradient_accumulation_steps: Annotated[
+        int, Field(ge=1, description="Micro-batches of a step, of all processes together.")
+    ] = 1
     per_device_eval_batch_size: Annotated[int, Field(ge=1, description="Rows evaluated at once.")] = 16
     lr_scheduler_type: Annotated[
         Literal["cosine", "linear", "constant", "polynomial", "warmup_stable_decay", "minimind"],
@@ -247,6 +249,15 @@ class TrainConfig:
     ] = False
     torch_compile: Annotated[bool, Field(description="Compile the decoder's layers with torch.compile.")] = False
     use_cpu: Annotated[bool, Field(description="Stay on the CPU even where there is a GPU.")] = False
+    distributed: Annotated[
+        Literal["ddp", "fsdp2"],
+        Field(
+            description="Of several processes: each holds the whole model (ddp), or its share of every layer (fsdp2)."
+        ),
+    ] = "ddp"
+    fsdp_offload: Annotated[
+        bool, Field(description="With fsdp2: keep the shares, and the optimizer's state, in the host's memory.")
+    ] = False
     seed: Annotated[int, Field(ge=0, lt=2**32, description="Of data order, initialisation and dropout.")] = 42
     logging_steps: Annotated[int, Field(ge=1, description="Steps between two lines on the terminal.")] = 10
     save_steps: Annotated[int | None, Field(ge=1, description="Steps between two checkpoints.")] = None
@@ -288,6 +299,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.fp16 and self.bf16:
             raise ValueError("bf16 and fp16 exclude each other; leave one of them out")
+        if self.fsdp_offload and self.distributed != "fsdp2":
+            raise ValueError("fsdp_offload has no effect without distributed: fsdp2; set both")
         if self.selective_checkpointing and not self.gradient_checkpointing:
             raise ValueError("selective_checkpointing is a kind of gradient_checkpointing; set both")
         for name, schedules in _ONLY_FOR.items():

@@ -55,6 +55,8 @@ class StartReport:
     """Trained tokens of a step, mean."""
     is_stream: bool = False
     """Whether rows are read while training: rows and tokens above are those of the first window then."""
+    num_processes: int = 1
+    """That share the rows of each step."""
     resumed_step: int | None = None
     """The step after which an interrupted run goes on; what it reported of later steps is void. None: a new run."""
 
@@ -100,6 +102,18 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class TokenLosses:
+    """One held-out row, token by token, as the model finds it at that time."""
+
+    row_id: str
+    tokens: tuple[str, ...]
+    """The text of each."""
+    losses: tuple[float | None, ...]
+    """Of each token, given those before it: negative log-likelihood in nats. None for the first, which has none."""
+    trained: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
 class EvalReport:
     """One evaluation on held-out rows; step 0 is the model before training."""
 
@@ -108,6 +122,7 @@ class EvalReport:
     """`loss` and what else the loss counts, means over its denominator; then the metric plugins' means."""
     samples: tuple[Sample, ...] = ()
     seconds: float = 0.0
+    token_losses: TokenLosses | None = None
 
 
 @dataclass(frozen=True)

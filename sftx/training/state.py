@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sftx.config import TrainConfig
-from sftx.reports import EvalReport, Sample, StepReport
+from sftx.reports import EvalReport, Sample, StepReport, TokenLosses
 
 
 @dataclass
@@ -104,4 +104,12 @@ class RunState:
 def _report(values: dict[str, Any] | None) -> EvalReport | None:
     if values is None:
         return None
-    return EvalReport(**values | {"samples": tuple(Sample(**sample) for sample in values["samples"])})
+    losses = values.get("token_losses")
+    shown = None if losses is None else TokenLosses(**{name: _tuple(value) for name, value in losses.items()})
+    samples = tuple(Sample(**sample) for sample in values["samples"])
+    return EvalReport(**values | {"samples": samples, "token_losses": shown})
+
+
+def _tuple(value: Any) -> Any:
+    """JSON has lists alone."""
+    return tuple(value) if isinstance(value, list) else value
