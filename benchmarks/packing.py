@@ -88,7 +88,7 @@ def _load(bf16: bool) -> tuple[Any, Any]:
     from sftx.model.language_model import LanguageModel
     from sftx.model.load import load_model, load_spec, load_tokenizer
     from sftx.training import precision as precisions
-    from sftx.training.loop import TrainStep
+    from sftx.training.engines import TrainStep
     from sftx_plugins.chatml import ChatML
     from sftx_plugins.lora import Lora
     from sftx_plugins.masked_ce import MaskedCE

@@ -6,12 +6,30 @@ A run in one process is `Ranks()`, to which every method is a plain call. Import
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Final, TypeVar
+
+from sftx.errors import SftxError
 
 T = TypeVar("T")
 
 _SET_BY_LAUNCHERS: Final = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class ElsewhereError(SftxError):
+    """What another process of this run raised, which tells it; every process ends by it."""
+
+    def __init__(self, rank: int, message: str) -> None:
+        self.rank = rank
+        super().__init__(f"rank {rank}: {message}")
+
+
+class LostError(SftxError):
+    """Another process of this run is gone: killed, or its host is. What ended it is told there, if at all."""
+
+    exit_code = 75  # EX_TEMPFAIL: to start again may help
 
 
 class Ranks:
@@ -21,6 +39,9 @@ class Ranks:
     size: int = 1
     local_rank: int = 0
     """Among the processes of this host: the number of its GPU."""
+    local_size: int = 1
+    met: bool = False
+    """Whether there is a process group: of several processes, or of one that torchrun started."""
 
     @property
     def is_main(self) -> bool:
@@ -39,13 +60,25 @@ class Ranks:
         """The same, once the main process is through: the others find what it left in the cache."""
         return work()
 
+    def in_turn(self, work: Callable[[], T]) -> T:
+        """The same, by one process of each host after another."""
+        return work()
+
     def sums(self, values: Sequence[float]) -> list[float]:
         """Each added up over all processes, in fp64."""
         return list(values)
 
+    def largest(self, value: float) -> float:
+        """The largest of all processes."""
+        return value
+
     def gathered(self, value: T) -> list[T]:
         """The values of all processes, by rank."""
         return [value]
+
+    def watching(self) -> AbstractContextManager[None]:
+        """Within it, where another process is gone, that is a LostError."""
+        return nullcontext()
 
     def close(self) -> None:
         """Leaves the others."""
@@ -54,6 +87,12 @@ class Ranks:
 def is_launched() -> bool:
     """Whether torchrun, or what sets the same variables, started this process as one of a run."""
     return all(name in os.environ for name in _SET_BY_LAUNCHERS)
+
+
+def have_met() -> bool:
+    """Whether this process has met the others: from then on an error may be its own alone."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and bool(distributed.is_initialized())
 
 
 def is_main() -> bool:

@@ -6,12 +6,15 @@ options before torch is imported, data before weights are read; the run director
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import logging
+import math
+import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
@@ -23,9 +26,9 @@ from sftx.errors import ConfigError, ModelError
 from sftx.loading import Loaded
 from sftx.model import names
 from sftx.plugins import Assembly, activate
+from sftx.ranks import Ranks, is_launched, is_main
 from sftx.reports import Result
 from sftx.run_directory import RunDirectory
-from sftx.types import Example
 
 if TYPE_CHECKING:
     from sftx.data.prepare import Dataset
@@ -57,8 +60,11 @@ def run(loaded: Loaded, *, name: str = "run", resume: bool = False) -> Result:
     """
     started = time.monotonic()
     begun = _begin(loaded, name, resume=resume)
-    with begun.directory.held():
-        if (done := begun.directory.finished()) is not None:
+    ranks = begun.ranks
+    with contextlib.ExitStack() as stack:
+        stack.callback(ranks.close)
+        ranks.on_main(lambda: stack.enter_context(begun.directory.held()))
+        if (done := ranks.on_main(begun.directory.finished)) is not None:
             log.info("%s is complete, nothing is left to do", done.output_dir)
             return done
         return _assemble(begun).run(started)
@@ -73,6 +79,7 @@ class _Begun(NamedTuple):
     """What is known of a run before torch is imported."""
 
     loaded: Loaded
+    ranks: Ranks
     choose: Callable[[], RunDirectory]
     directory: RunDirectory
     assembly: Assembly
@@ -84,21 +91,56 @@ def _begin(loaded: Loaded, name: str, *, resume: bool) -> _Begun:
     config = loaded.config
     names.check(config.model)
     wanted.check(config)
+    resume = resume or _starts_again(config)
     choose = partial(run_directory.resume if resume else run_directory.new, config.output_dir, name)
-    directory = choose()
+    directory = choose() if is_main() else RunDirectory(Path())
     assembly = activate(loaded)
     resolved = as_dict(config) | {"plugins": {active.info.name: active.options for active in assembly.active}}
+    ranks = _meet(config)
+    directory = ranks.on_main(lambda: directory)
     if directory.resumed:
-        directory.check_same(resolved, [dataclasses.asdict(provider) for provider in assembly.table()])
-    return _Begun(loaded, choose, directory, assembly, resolved)
+        providers = [dataclasses.asdict(provider) for provider in assembly.table()]
+        ranks.on_main(lambda: directory.check_same(resolved, providers))
+    return _Begun(loaded, ranks, choose, directory, assembly, resolved)
+
+
+def _starts_again(config: RunConfig) -> bool:
+    """Whether torchrun has started the processes once more. Raises ConfigError where they could not find their run."""
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and is_launched() and config.output_dir is None:
+        raise ConfigError(
+            "with --max-restarts of torchrun give --output-dir too: what starts again finds its run there"
+        )
+    return is_launched() and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def _meet(config: RunConfig) -> Ranks:
+    """The ranks of this process: those that were started with it, or itself alone. Raises ConfigError, LostError."""
+    train = config.train
+    if not is_launched():
+        if train.fsdp_offload:
+            raise ConfigError("option 'train.fsdp_offload': needs processes of their own; --nproc 1 starts one")
+        return Ranks()
+    size = int(os.environ["WORLD_SIZE"])
+    rows = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    if rows % size:
+        raise ConfigError(
+            f"{size} processes cannot share the {rows} rows of a step evenly (per_device_train_batch_size "
+            f"{train.per_device_train_batch_size} times gradient_accumulation_steps "
+            f"{train.gradient_accumulation_steps}); start {math.gcd(size, rows)}, or change one of the two"
+        )
+    from sftx.training.distributed import Processes
+
+    return Processes(train)
 
 
 def _assemble(begun: _Begun) -> Session:
-    loaded, choose, directory, assembly, resolved = begun
+    loaded, ranks, choose, directory, assembly, resolved = begun
     config = loaded.config
 
     # From here on torch and transformers are needed: seconds of imports, after everything that is quick to check.
     from sftx.data.setup import set_up
+    from sftx.model.probe import check_packing
+    from sftx.report.evidence import shown_rows
     from sftx.session import Session
     from sftx.training import precision as precisions
     from sftx.training.checkpoint import Checkpoints
@@ -106,34 +148,49 @@ def _assemble(begun: _Begun) -> Session:
     from sftx.training.loop import Trainer
 
     checkpoints = Checkpoints(directory.file("checkpoints"), config.train.checkpoints_kept)
-    saved = checkpoints.newest_whole() if directory.resumed else None
-    precision = precisions.choose(config.train)
-    prepared = set_up(loaded, assembly)
+    saved = ranks.on_main(checkpoints.newest_whole) if directory.resumed else None
+    precision = precisions.choose(config.train, ranks.local_rank)
+    prepared = ranks.main_first(lambda: set_up(loaded, assembly))
     metrics, loss = assembly.metrics(), assembly.loss()
-    data, held_out = prepared.train(), prepared.held_out(questions=bool(metrics))
+    # One process encodes; where the rows are many, the others take them from the cache.
+    data = ranks.main_first(prepared.train)
+    held_out = ranks.main_first(lambda: prepared.held_out(questions=bool(metrics)))
     _check_evaluation(config, held_out, metrics)
     plan = prepared.plan(data)
-    lm = _load(config, prepared, precision, plan.examples, saved)
+
+    def load() -> Trainer:
+        lm = _load(config, prepared, precision, saved)
+        return Trainer(lm, loss, prepared.collator, config.train, precision, plan.num_steps, ranks)
+
+    # Each reads all of a model before it keeps its share: by turns, so that a host has it in memory once.
+    by_turns = ranks.met and config.train.distributed == "fsdp2"
+    trainer = ranks.in_turn(load) if by_turns else load()
+    lm = trainer.lm
+    with ranks.watching(), precision.autocast():
+        trainer.engine.step.within(lm.check)
+        trainer.engine.step.within(lambda: check_packing(lm, prepared.collator, plan.examples))
     _check_fit(config, plan, lm, held_out)
-    manifest = _manifest(config, assembly, prepared, lm, precision)
+    manifest = _manifest(config, assembly, prepared, lm, precision, ranks)
     if directory.resumed:
-        directory.check_inputs(manifest)
+        ranks.on_main(lambda: directory.check_inputs(manifest))
     return Session(
         config=config,
         resolved=resolved,
         manifest=manifest,
         assembly=assembly,
+        ranks=ranks,
         directory=directory,
         choose=choose,
         data=data,
         held_out=held_out,
         plan=plan,
         lm=lm,
-        trainer=Trainer(lm, loss, prepared.collator, config.train, precision, plan.num_steps),
+        trainer=trainer,
         evaluator=Evaluator(
             held_out,
             collator=prepared.collator,
-            loss=loss,
+            engine=trainer.engine,
+            ranks=ranks,
             metrics=metrics,
             precision=precision,
             stop_ids=prepared.encoder.stop_ids,
@@ -142,6 +199,7 @@ def _assemble(begun: _Begun) -> Session:
         ),
         checkpoints=checkpoints,
         checkpoint=saved,
+        rows=shown_rows(plan.examples, prepared.tokenizer) if ranks.is_main else [],
     )
 
 
@@ -158,36 +216,31 @@ def _check_evaluation(config: RunConfig, held_out: Dataset, metrics: Mapping[str
             raise ConfigError(f"option 'train.{name}' needs held-out rows; give some with --eval-data, or leave it out")
 
 
-def _load(
-    config: RunConfig, prepared: Setup, precision: Precision, examples: Sequence[Example], saved: Path | None
-) -> LanguageModel:
-    """The model with its adapters, checked to compute what its own forward computes, packed rows of examples too.
-
-    Its weights are those of a checkpoint where one is `saved`.
-    """
+def _load(config: RunConfig, prepared: Setup, precision: Precision, saved: Path | None) -> LanguageModel:
+    """The model with its adapters; its weights are those of a checkpoint where one is `saved`."""
     import torch
 
     from sftx.model.generate import generation_defaults
     from sftx.model.language_model import LanguageModel
     from sftx.model.load import load_model, load_spec
-    from sftx.model.probe import check_packing
     from sftx.model.tokens import ids_of
+    from sftx.training import engines
     from sftx.training.checkpoint import load_weights
 
     spec = load_spec(prepared.model, trust_remote_code=config.trust_remote_code)
     spec = dataclasses.replace(spec, new_token_ids=ids_of(prepared.added_tokens, prepared.tokenizer))
     adapters = prepared.assembly.adapters(spec)
+    engines.check(config.train, has_adapters=bool(adapters))
     if saved is not None and not adapters:
         spec = dataclasses.replace(spec, name=str(saved))
     dtype = precision.base_dtype(frozen=bool(adapters))
-    model = load_model(spec, list(adapters.values()), dtype=dtype, device=precision.device)
+    # What is shared out goes to the device layer by layer, as a share.
+    device = torch.device("cpu") if is_launched() and config.train.distributed == "fsdp2" else precision.device
+    model = load_model(spec, list(adapters.values()), dtype=dtype, device=device)
     lm = LanguageModel(model, prepared.tokenizer)
     torch.manual_seed(config.train.seed)
     lm.attach(adapters)
     lm.model.generation_config = generation_defaults(lm, prepared.encoder.stop_ids)  # what is saved stops by itself
-    with precision.autocast():
-        lm.check()
-        check_packing(lm, prepared.collator, examples)
     if saved is not None and adapters:
         load_weights(lm, saved, trust_remote_code=config.trust_remote_code)
     return lm
@@ -222,7 +275,7 @@ def _check_fit(config: RunConfig, plan: Plan | StreamPlan, lm: LanguageModel, he
 
 
 def _manifest(
-    config: RunConfig, assembly: Assembly, prepared: Setup, lm: LanguageModel, precision: Precision
+    config: RunConfig, assembly: Assembly, prepared: Setup, lm: LanguageModel, precision: Precision, ranks: Ranks
 ) -> dict[str, Any]:
     """Versions, device and plugins, and hashes of what is read."""
     import torch
@@ -238,6 +291,7 @@ def _manifest(
         "device": str(lm.device),
         "num_threads": torch.get_num_threads(),
         "dtype": str(precision),
+        "num_processes": ranks.size,
         "plugins": [dataclasses.asdict(provider) for provider in assembly.table()],
         "model": {
             "name": config.model,

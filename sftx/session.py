@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -14,6 +15,9 @@ from sftx.config import RunConfig
 from sftx.errors import ConfigError, DataError, OutputError, SftxError, TrainingError, did_you_mean, one_line
 from sftx.model.memory import is_out_of_memory
 from sftx.plugins import Assembly
+from sftx.ranks import Ranks
+from sftx.report.evidence import as_evidence
+from sftx.report.run_report import write_reports
 from sftx.reports import EvalReport, Result, RunInfo, StartReport, StepReport
 from sftx.run_directory import RunDirectory
 from sftx.signals import Patience, Stop
@@ -45,6 +49,8 @@ class Session:
     manifest: Mapping[str, Any]
     """Versions, and hashes of what it reads."""
     assembly: Assembly
+    ranks: Ranks
+    """Every process of the run has a session. What is written and told is the main one's; what it decides holds."""
     directory: RunDirectory
     choose: Callable[[], RunDirectory]
     """Gives another one when another run took this. Raises OutputError."""
@@ -57,6 +63,8 @@ class Session:
     checkpoints: checkpoint.Checkpoints
     checkpoint: Path | None = None
     """What the run goes on from; its weights are in the model already."""
+    rows: Sequence[dict[str, Any]] = ()
+    """Training examples for the report."""
     state: RunState = field(default_factory=RunState)
     _saved_step: int | None = None
     _saved_at: float = 0.0
@@ -66,7 +74,8 @@ class Session:
         self._observe()
 
     def _observe(self) -> None:
-        self.observers = Observers(self.assembly.observers(RunInfo(self.directory.path, self.resolved)))
+        info = RunInfo(self.directory.path, self.resolved)
+        self.observers = Observers(self.assembly.observers(info) if self.ranks.is_main else [])
 
     def run(self, started: float) -> Result:
         """The whole run. `started`: time.monotonic() when it began. Raises SftxError; Stop when a signal ended it."""
@@ -74,11 +83,17 @@ class Session:
         try:
             self._claim()
             with Patience() as patience:
-                self.trainer.check_stop = self.evaluator.check_stop = patience.check
+                self.trainer.check_stop = self.evaluator.check_stop = lambda: self._check_stop(patience)
                 return Result(self.directory.path, self._run())
         finally:
             self.observers.close()
             self.directory.release()
+
+    def _check_stop(self, patience: Patience) -> None:
+        """Raises Stop in every process when a signal came to one."""
+        signum = int(self.ranks.largest(patience.noted or 0))
+        if signum:
+            raise Stop(signum)
 
     def _run(self) -> dict[str, Any]:
         try:
@@ -99,20 +114,23 @@ class Session:
     # --- the way --------------------------------------------------------------------------------
 
     def _claim(self) -> None:
+        path = self.ranks.on_main(self._claimed)
+        if self.directory.path != path:
+            self.directory = replace(self.directory, path=path)
+
+    def _claimed(self) -> Path:
         while not self.directory.claim():
             taken, self.directory = self.directory.path, self.choose()
             if self.directory.path == taken:
                 raise OutputError(f"output_dir {taken}: another process is at work in it")
             self._observe()
+        return self.directory.path
 
     def _begin(self) -> None:
         """Writes what the run is, or takes up the state of what there is; and evaluates that."""
         if self.checkpoint is not None:
             self._restore(self.checkpoint)
-            self.directory.complete(self.manifest)
-        else:
-            self.directory.write_start(self.resolved, self.manifest)
-        self._write_ledgers()
+        self.ranks.on_main(self._write_start)
         self.observers.on_start(self.report())
         self._warn_if_best_is_lost()
         if len(self.held_out.examples) and (self.state.before is None or self._is_evaluation_due()):
@@ -120,7 +138,21 @@ class Session:
             if self.checkpoint is not None:
                 self.save()  # again, as the interrupted evaluation belongs to it
 
+    def _write_start(self) -> None:
+        if self.checkpoint is not None:
+            self.directory.complete(self.manifest)
+        else:
+            self.directory.write_start(self.resolved, self.manifest)
+        self._write_ledgers()
+        self._write_evidence()
+
     def _restore(self, saved: Path) -> None:
+        self.ranks.together(lambda: self._read_state(saved))
+        self.trainer.last_saved, self._saved_step = str(saved), self.state.step
+        # Of a process too that was killed before it could.
+        self.ranks.on_main(lambda: self.checkpoints.prune(keep=self.state.best_step))
+
+    def _read_state(self, saved: Path) -> None:
         try:
             tensors, values = checkpoint.read_state(saved)
             self.state = RunState.of(values["run"])
@@ -133,13 +165,11 @@ class Session:
                 f"{saved}: its state cannot be read: {type(error).__name__}: {one_line(error)}; move it away, and "
                 "--resume takes the one before it"
             ) from error
-        self.trainer.last_saved, self._saved_step = str(saved), self.state.step
-        self.checkpoints.prune(keep=self.state.best_step)  # of a process too that was killed before it could
 
     def _train(self) -> None:
         if not self._is_over():
             train(self.trainer, self.plan, self.state.step, self._after_step)
-        self._write_ledgers()  # once more: of a stream, all rows that were read are known now
+        self.ranks.on_main(self._write_ledgers)  # once more: of a stream, all rows that were read are known now
 
     def _finish(self) -> dict[str, Any]:
         """Writes the artefact and the summary."""
@@ -151,20 +181,32 @@ class Session:
         if options.load_best_model_at_end and not is_last and not self._warn_if_best_is_lost():
             self._take_best(state.best_step or 0)
         artefact = self.directory.path / ("adapter" if self.lm.adapters else "model")
-        with whole_directory(artefact) as part:
-            checkpoint.write_artefact(self.lm, part)
+        self._write_together(artefact, lambda part: checkpoint.write_artefact(self.lm, part, self.ranks))
         self.observers.on_save(state.step, artefact)
+        return self.ranks.on_main(lambda: self._conclude(artefact))
+
+    def _conclude(self, artefact: Path) -> dict[str, Any]:
+        """What the main process writes and tells last."""
         write_json(self.directory.file("trainer_state.json"), self._trainer_state())
         summary = self.summary(artefact)
         self.directory.write_summary(summary)
         self.observers.on_end(summary)
+        _write_reports(self.directory.path)
         return summary
+
+    def _write_together(self, place: Path, write: Callable[[Path], None], *, checksums: bool = False) -> None:
+        """A directory that every process writes to, there whole or not at all."""
+        with contextlib.ExitStack() as stack:
+            part = self.ranks.on_main(lambda: stack.enter_context(whole_directory(place, checksums=checksums)))
+            write(part)
+            self.ranks.on_main(stack.close)
 
     def _take_best(self, step: int) -> None:
         if self._saved_step != self.state.step:
             self.save()  # from here on the weights are no longer those of the last step
         best = self.checkpoints.at(step)
-        checkpoint.load_weights(self.lm, best, trust_remote_code=self.config.trust_remote_code)
+        trusted = self.config.trust_remote_code
+        self.ranks.in_turn(lambda: checkpoint.load_weights(self.lm, best, trust_remote_code=trusted))
         log.info("the result is that of step %d, the best %s", step, self.config.train.best_metric)
         self._evaluate(step)
 
@@ -173,9 +215,9 @@ class Session:
         step = self.state.best_step
         if step is None or not self.config.train.load_best_model_at_end:
             return False
-        what = damage(self.checkpoints.at(step))
+        place = self.checkpoints.at(step)
+        what = self.ranks.on_main(lambda: damage(place))
         if what is not None:
-            place = self.checkpoints.at(step)
             log.warning("%s, the best so far, is lost: %s; the result will be another step's", place, what)
         return what is not None
 
@@ -205,7 +247,7 @@ class Session:
         if every is not None and self.state.step % every == 0:
             return True
         minutes = _MINUTES if every is None and minutes is None else minutes
-        return minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+        return minutes is not None and self.ranks.on_main(lambda: time.monotonic() - self._saved_at >= 60 * minutes)
 
     # --- evaluation and saving ------------------------------------------------------------------
 
@@ -215,7 +257,8 @@ class Session:
             return False
         report = self.evaluator(self.lm, step)
         if report.samples:
-            write_predictions(self.directory.file("generated_predictions.jsonl"), report.samples)
+            file = self.directory.file("generated_predictions.jsonl")
+            self.ranks.on_main(lambda: write_predictions(file, report.samples))
         self.observers.on_evaluate(report)
         name = self.config.train.best_metric
         if name is not None and name not in report.metrics:
@@ -223,18 +266,23 @@ class Session:
             raise ConfigError(f"metric_for_best_model {name!r} is not reported{hint}; other metrics come with --plugin")
         shown = replace(report, samples=report.samples[: self.config.generation.num_samples])
         value = None if name is None else report.metrics[name]
-        return self.state.add_evaluation(shown, value, self.config.train)
+        is_best = self.state.add_evaluation(shown, value, self.config.train)
+        self.ranks.on_main(self._write_evidence)
+        return is_best
 
     def save(self) -> None:
         """A checkpoint of the last step that is done."""
         state, place = self.state, self.checkpoints.at(self.state.step)
         tensors, values = self.trainer.state_dict()
         run = replace(state, wall_seconds=self._wall_seconds()).as_dict()
+        all_values = {"run": run, "plan": self.plan.state_dict(state.step), "trainer": values}
+
+        def write(part: Path) -> None:
+            checkpoint.write_artefact(self.lm, part, self.ranks, consolidated=False)
+            checkpoint.write_state(part, tensors, all_values, self._trainer_state(), self.ranks)
+
         try:
-            with whole_directory(place, checksums=True) as part:
-                checkpoint.write_artefact(self.lm, part)
-                all_values = {"run": run, "plan": self.plan.state_dict(state.step), "trainer": values}
-                checkpoint.write_state(part, tensors, all_values, self._trainer_state())
+            self._write_together(place, write, checksums=True)
         except OutputError as error:
             if is_out_of_memory(error):
                 raise TrainingError(
@@ -242,7 +290,7 @@ class Session:
                 ) from error
             raise
         self._saved_step, self._saved_at, self.trainer.last_saved = state.step, time.monotonic(), str(place)
-        self.checkpoints.prune(keep=state.best_step)
+        self.ranks.on_main(lambda: self.checkpoints.prune(keep=state.best_step))
         self.observers.on_save(state.step, place)
 
     def _trainer_state(self) -> dict[str, Any]:
@@ -252,6 +300,10 @@ class Session:
         for name, data in (("ledger.jsonl", self.data), ("ledger-held-out.jsonl", self.held_out)):
             if data.ledger.num_rows:
                 data.ledger.write(self.directory.file(name))
+
+    def _write_evidence(self) -> None:
+        before, after = (None if one is None else one.token_losses for one in (self.state.before, self.state.latest))
+        write_json(self.directory.file("evidence.json"), as_evidence(self.rows, before, after))
 
     # --- how it ends otherwise ------------------------------------------------------------------
 
@@ -270,7 +322,7 @@ class Session:
         )
 
     def _clean_up(self) -> None:
-        if self.state.step == 0 and not self.directory.resumed:
+        if self.ranks.is_main and self.state.step == 0 and not self.directory.resumed:
             shutil.rmtree(self.directory.path, ignore_errors=True)  # nothing in it is worth a refusal of the next try
 
     # --- what is told ---------------------------------------------------------------------------
@@ -294,6 +346,7 @@ class Session:
             formats=dict(data.formats),
             ledger=(*data.ledger.summary(), *self.held_out.ledger.summary()),
             num_steps=plan.num_steps,
+            num_processes=self.ranks.size,
             tokens_per_step=plan.scope.num_tokens / max(1, plan.scope.num_steps),
             is_stream=self.config.data.streaming,
             resumed_step=None if self.checkpoint is None else self.state.step,
@@ -320,6 +373,14 @@ class Session:
 
     def _wall_seconds(self) -> float:
         return self.state.wall_seconds + time.monotonic() - self._started
+
+
+def _write_reports(directory: Path) -> None:
+    """report.html and loss.png. What is wrong with them is no reason for a run to fail."""
+    try:
+        write_reports(directory)
+    except Exception as error:
+        log.warning("the report of %s could not be written: %s: %s", directory, type(error).__name__, one_line(error))
 
 
 def _compared(before: EvalReport, after: EvalReport) -> list[dict[str, str]]:

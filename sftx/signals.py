@@ -65,10 +65,10 @@ class Patience:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def check(self) -> None:
-        """Raises Stop when a signal came."""
-        if self._noted is not None:
-            raise Stop(self._noted)
+    @property
+    def noted(self) -> int | None:
+        """The signal that came."""
+        return self._noted
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self._noted is not None:

@@ -5,19 +5,23 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import os
 import sys
+import warnings
 from collections.abc import Mapping
 from typing import Any, Final, NoReturn
 
 import click
 
-from sftx import __version__, signals
+from sftx import __version__, ranks, signals
 from sftx.errors import SftxError, one_line, printable
+from sftx.ranks import ElsewhereError, LostError
 from sftx.signals import Stop
 
 _COMMANDS: Final[Mapping[str, str]] = {
     "run": "Fine-tune a model.",
     "inspect": "Show what a run would train on, token by token.",
+    "report": "Write a page on what came of a run, or of several.",
     "doctor": "Look for what is wrong with a run, before it trains.",
     "data": "Convert the data of a run.",
     "plugins": "List plugins and describe them.",
@@ -44,13 +48,16 @@ class _Lazy(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         _show_notes()
+        if not ranks.is_main():
+            os.environ |= {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+            warnings.simplefilter("ignore")  # the main process has the same
         signals.raise_stop()
         try:
             return super().invoke(ctx)
         except SftxError as error:
             if ctx.params.get("debug"):
                 raise
-            _fail(one_line(error, max_chars=2000))
+            _fail(one_line(error, max_chars=2000), error)
         except click.UsageError as error:
             raise click.UsageError(printable(error.format_message()), error.ctx) from None
         except BrokenPipeError:  # the reader of a pipe has had enough, which click knows how to end
@@ -62,16 +69,21 @@ class _Lazy(click.Group):
         except Stop as stop:
             signals.ignore()
             with contextlib.suppress(OSError, ValueError):  # of a terminal that is gone
-                click.echo(f"sftx: {printable(str(stop))}", err=True)
+                if ranks.is_main():
+                    click.echo(f"sftx: {printable(str(stop))}", err=True)
             sys.exit(stop.exit_code)
         except KeyboardInterrupt:
             click.echo("sftx: interrupted", err=True)
             sys.exit(130)
 
 
-def _fail(line: str) -> NoReturn:
-    click.echo(f"sftx: error: {printable(line)}", err=True)
-    sys.exit(1)
+def _fail(line: str, error: SftxError | None = None) -> NoReturn:
+    """Ends the process; of several the main one tells what is wrong in all, another one only what is wrong in it."""
+    if ranks.is_main():
+        click.echo(f"sftx: error: {printable(line)}", err=True)
+    elif ranks.have_met() and not isinstance(error, ElsewhereError | LostError):
+        click.echo(f"sftx: error: rank {os.environ['RANK']}: {printable(line)}", err=True)
+    sys.exit(error.exit_code if isinstance(error, LostError) else 1)
 
 
 class _Printable(logging.Formatter):
@@ -82,7 +94,7 @@ class _Printable(logging.Formatter):
 def _show_notes() -> None:
     """Only our own messages: the libraries' loggers have handlers of their own."""
     notes = logging.getLogger("sftx")
-    notes.setLevel(logging.INFO)
+    notes.setLevel(logging.INFO if ranks.is_main() else logging.ERROR)
     handler = logging.StreamHandler()
     handler.setFormatter(_Printable())
     notes.handlers = [handler]

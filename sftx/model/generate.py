@@ -46,7 +46,10 @@ def answers(
         ids_BT, mask_BT = _left_padded([prompts[index] for index in chosen])
         with torch.no_grad(), _answering(lm, settings):
             out_BT = cast(Any, lm.model).generate(
-                input_ids=ids_BT.to(lm.device), attention_mask=mask_BT.to(lm.device), stopping_criteria=stopping
+                input_ids=ids_BT.to(lm.device),
+                attention_mask=mask_BT.to(lm.device),
+                stopping_criteria=stopping,
+                synced_gpus=False,  # the whole model is here: no process waits for another's answers
             )
         for index, ids in zip(chosen, out_BT[:, ids_BT.shape[1] :].tolist(), strict=True):
             yield index, _until_stop(ids, stop_ids)

@@ -102,10 +102,10 @@ class LanguageModel(nn.Module):
             padded = batch.num_real_tokens < batch.input_ids_BT.numel()
             mask_BT = _length_mask(cast(Tensor, batch.lengths_B), batch.input_ids_BT) if padded else None
             arguments = {"attention_mask": mask_BT, "position_ids": batch.position_ids_BT if padded else None}
-        if self._routes:
+        if self.routes:
             arguments["output_router_logits"] = True
         out = self.model.get_decoder()(input_ids=batch.input_ids_BT, use_cache=False, **arguments)
-        aux_loss = self._aux_loss(out.router_logits, mask_BT) if self._routes else None
+        aux_loss = self._aux_loss(out.router_logits, mask_BT) if self.routes else None
         return HiddenOut(out.last_hidden_state, aux_loss)
 
     def attention_of(self, batch: Batch) -> Attention:
@@ -138,7 +138,7 @@ class LanguageModel(nn.Module):
         return logits_BTV
 
     @property
-    def _routes(self) -> bool:
+    def routes(self) -> bool:
         """Whether the architecture adds a router's loss to its own, as its configuration asks."""
         return bool(getattr(self.config, "output_router_logits", False))
 

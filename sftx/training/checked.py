@@ -84,10 +84,16 @@ def collate(collator: Collator, examples: Sequence[Example]) -> Batch:
 def denominators(loss: Loss, batches: Sequence[Batch]) -> list[float]:
     """What the sums of these batches are of. Raises PluginError when they are no numbers to divide by."""
     found = [loss.denominator(batch) for batch in batches]
-    numbers = not any(isinstance(value, bool) for value in found)
-    if not (numbers and all(0 <= value < math.inf for value in found) and sum(found) > 0):
-        raise PluginError(f"{loss}: denominator gave {found} in one step, expected more than 0")
+    if any(isinstance(value, bool) or not 0 <= value < math.inf for value in found):
+        raise PluginError(f"{loss}: denominator gave {found}, expected numbers that are not below 0")
     return found
+
+
+def total(loss: Loss, denominator: float) -> float:
+    """What a step's sums are divided by. Raises PluginError when that is 0."""
+    if not denominator > 0:
+        raise PluginError(f"{loss}: denominator gave 0 for all of a step, expected more than 0")
+    return denominator
 
 
 def loss_sum(loss: Loss, out: LossSum) -> LossSum:

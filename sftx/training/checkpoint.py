@@ -1,21 +1,23 @@
 """What was trained becomes a directory that others load; with the state of the run beside it, a checkpoint.
 
 `checkpoints/step-N` holds the artefact as of step N, `optimizer.safetensors`, `run_state.json`, `trainer_state.json`
-in transformers' form, and `checksums.json`, written last. Safetensors and JSON, nothing pickled.
+in transformers' form, and `checksums.json`, written last. Safetensors and JSON, nothing pickled. Of a model that is
+shared out among processes each writes a file of its own, in transformers' form of several files with an index; every
+tensor in them is whole, so that any number of processes can read them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
@@ -24,38 +26,75 @@ from sftx import whole_files
 from sftx.errors import OutputError, PluginError, TrainingError
 from sftx.model.language_model import LanguageModel
 from sftx.model.load import load_model
+from sftx.ranks import Ranks
+from sftx.training import shards
+from sftx.training.engines import is_share, is_shared, local, share_of
 from sftx.types import ModelSpec
 
 log = logging.getLogger(__name__)
 
 _NAME: Final = re.compile(r"step-(\d+)")
-_OPTIMIZER, _STATE, _TRAINER_STATE = "optimizer.safetensors", "run_state.json", "trainer_state.json"
+_OPTIMIZER, _STATE, _TRAINER_STATE = f"{shards.OPTIMIZER}.safetensors", "run_state.json", "trainer_state.json"
 _FORM: Final = 1
 
 
-def write_artefact(lm: LanguageModel, directory: Path) -> None:
+def write_artefact(lm: LanguageModel, directory: Path, ranks: Ranks, *, consolidated: bool = True) -> None:
     """Writes adapters in PEFT's form, or the whole model in transformers', and the tokenizer beside it.
 
-    Raises TrainingError for weights that are not finite, PluginError for an adapter that writes none.
+    Every process calls it. Of a model that is shared out, the main process writes one file, or when not
+    `consolidated`, every process its own. Raises TrainingError for weights that are not finite, PluginError for an
+    adapter that writes none.
     """
-    wrong = [name for name, p in lm.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
-    if wrong:
-        raise TrainingError(f"{len(wrong)} trained tensors are not finite (first: {wrong[0]}); nothing was saved")
+    wrong = [n for n, p in lm.named_parameters() if p.requires_grad and not torch.isfinite(local(p)).all()]
+    num_wrong, first = max(ranks.gathered((len(wrong), wrong[0] if wrong else "")))
+    if num_wrong:
+        raise TrainingError(f"{num_wrong} trained tensors are not finite (first: {first}); nothing was saved")
+    with _quiet():
+        if not lm.adapters and is_shared(lm):
+            _write_shared(lm, directory, ranks, consolidated=consolidated)
+        ranks.on_main(lambda: _write_whole(lm, directory))
+
+
+def _write_whole(lm: LanguageModel, directory: Path) -> None:
+    """What the main process has of it all by itself."""
+    if not lm.adapters and not is_shared(lm):
+        lm.model.save_pretrained(directory)
+    for name, adapter in lm.adapters.items():
+        place = _place(lm, name, directory)
+        place.mkdir(exist_ok=True)
+        adapter.save(place)
+        if not any(place.glob("*.safetensors")):
+            raise PluginError(f"{adapter}: save wrote no .safetensors file, so what was trained would be lost")
+    lm.tokenizer.save_pretrained(directory)
+
+
+def _write_shared(lm: LanguageModel, directory: Path, ranks: Ranks, *, consolidated: bool) -> None:
+    weights = lm.model.state_dict(keep_vars=True)  # tied weights are one parameter under two names
+    if consolidated:
+        gathered = shards.gather(weights, ranks, owner=lambda name: 0)
+        # As transformers writes it: under the names of the architecture's files, tied weights once.
+        ranks.on_main(lambda: lm.model.save_pretrained(directory, state_dict=gathered))
+        return
+    shards.write(weights, directory, shards.MODEL, ranks)
+    ranks.on_main(lambda: _write_configuration(lm, directory))
+
+
+def _write_configuration(lm: LanguageModel, directory: Path) -> None:
+    lm.model.config.save_pretrained(directory)
+    if lm.model.generation_config is not None:
+        lm.model.generation_config.save_pretrained(directory)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
     disable_progress_bar()
     try:
-        if not lm.adapters:
-            lm.model.save_pretrained(directory)
-        for name, adapter in lm.adapters.items():
-            place = _place(lm, name, directory)
-            place.mkdir(exist_ok=True)
-            adapter.save(place)
-            if not any(place.glob("*.safetensors")):
-                raise PluginError(f"{adapter}: save wrote no .safetensors file, so what was trained would be lost")
-        lm.tokenizer.save_pretrained(directory)
+        yield
     finally:
         enable_progress_bar()
 
 
+@torch.no_grad()
 def load_weights(lm: LanguageModel, directory: Path, *, trust_remote_code: bool) -> None:
     """Reads what `write_artefact` wrote into the model, or into the adapters that are attached. Raises ModelError."""
     for name, adapter in lm.adapters.items():
@@ -63,8 +102,9 @@ def load_weights(lm: LanguageModel, directory: Path, *, trust_remote_code: bool)
     if not lm.adapters:
         spec = ModelSpec(str(directory), lm.model.config, lm.model, trust_remote_code)
         # On the host: the device holds the model already, and the optimizer's state.
-        saved = load_model(spec, [], dtype=lm.head_weight.dtype, device=torch.device("cpu"))
-        lm.model.load_state_dict(saved.state_dict())
+        saved = load_model(spec, [], dtype=lm.head_weight.dtype, device=torch.device("cpu")).state_dict()
+        for name, own in lm.model.state_dict().items():
+            local(own).copy_(local(share_of(saved[name], own)))
 
 
 def _place(lm: LanguageModel, name: str, directory: Path) -> Path:
@@ -73,21 +113,38 @@ def _place(lm: LanguageModel, name: str, directory: Path) -> Path:
 
 
 def write_state(
+    directory: Path,
+    tensors: Mapping[str, Tensor],
+    values: Mapping[str, Any],
+    trainer_state: Mapping[str, Any],
+    ranks: Ranks,
+) -> None:
+    """Writes what a run goes on from besides its weights: tensors, and JSON values. Every process calls it."""
+    if any(map(is_share, tensors.values())):
+        shards.write(tensors, directory, shards.OPTIMIZER, ranks)
+    ranks.on_main(lambda: _write_values(directory, tensors, values, trainer_state))
+
+
+def _write_values(
     directory: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any], trainer_state: Mapping[str, Any]
 ) -> None:
-    """Writes what a run goes on from besides its weights: tensors, and JSON values."""
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, directory / _OPTIMIZER)
+    if not any(map(is_share, tensors.values())):
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, directory / _OPTIMIZER
+        )
     (directory / _STATE).write_text(json.dumps({"form": _FORM, **values}, allow_nan=False), encoding="utf-8")
     (directory / _TRAINER_STATE).write_text(json.dumps(trainer_state, indent=2, allow_nan=False), encoding="utf-8")
 
 
-def read_state(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `write_state` wrote. Raises OutputError for a checkpoint of another version's form."""
+def read_state(directory: Path) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
+    """What `write_state` wrote; tensors are read when they are asked for.
+
+    Raises OutputError for a checkpoint of another version's form.
+    """
     values = json.loads((directory / _STATE).read_text(encoding="utf-8"))
     if values.pop("form") != _FORM:
         raise OutputError(f"{directory}: was written by another version of sftx, whose state this one cannot read")
-    with safe_open(directory / _OPTIMIZER, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, values  # noqa: SIM118
+    return shards.Saved(directory, shards.OPTIMIZER), values
 
 
 @dataclass(frozen=True)

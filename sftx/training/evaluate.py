@@ -25,19 +25,23 @@ from sftx.errors import TrainingError
 from sftx.model.generate import answers
 from sftx.model.language_model import LanguageModel
 from sftx.model.memory import is_out_of_memory
+from sftx.ranks import Ranks
+from sftx.report.evidence import choose_row, token_losses
 from sftx.reports import EvalReport, Sample
 from sftx.training import checked
+from sftx.training.engines import Engine
 from sftx.training.precision import Precision
 from sftx.training.scores import scores
-from sftx.types import Collator, Loss, Metric
+from sftx.types import Collator, Metric
 
 log = logging.getLogger(__name__)
 
 
 class Evaluator:
-    """Evaluates one model on one held-out set; logits are never kept.
+    """Evaluates one model on one held-out set; logits are never kept. Several processes share the rows.
 
-    `check_stop` is called between batches, and between the tokens of answers; it raises when the run is to stop.
+    `check_stop` is called between batches, by one process alone also between the tokens of answers; it raises when the
+    run is to stop.
     """
 
     def __init__(
@@ -45,7 +49,8 @@ class Evaluator:
         data: Dataset,
         *,
         collator: Collator,
-        loss: Loss,
+        engine: Engine,
+        ranks: Ranks,
         metrics: Mapping[str, Metric],
         precision: Precision,
         stop_ids: Sequence[int],
@@ -56,7 +61,9 @@ class Evaluator:
         self._examples = data.examples
         self._questions = _spread(data.questions, generation.max_rows)
         self._collator = collator
-        self._loss = loss
+        self._engine = engine
+        self._ranks = ranks
+        self._loss = engine.step.loss
         self._metrics = metrics
         self._precision = precision
         self._stop_ids = stop_ids
@@ -70,43 +77,59 @@ class Evaluator:
         training = lm.training
         lm.eval()
         try:
-            with torch.no_grad(), self._precision.autocast():
+            with torch.no_grad(), self._precision.autocast(), self._ranks.watching():
                 with _enough_memory(lm, f"step {step}: to evaluate", "per_device_eval_batch_size", self._batch_size):
                     means = self._losses(lm, self._examples, step)
                 with _enough_memory(lm, f"step {step}: to answer", "generation.batch_size", self._answered_at_once):
-                    samples = self._answers(lm, self._questions) if self._metrics else ()
+                    samples = self._samples(lm) if self._metrics else ()
+                row = choose_row(self._examples)
+                losses = None if row is None else self._engine.step.within(lambda: token_losses(lm, row))
         finally:
             lm.train(training)
-        means |= scores(self._metrics, samples, taken=means.keys())
-        return EvalReport(step, means, samples, time.perf_counter() - start)
+        means |= self._ranks.on_main(lambda: scores(self._metrics, samples, taken=means.keys()))
+        return EvalReport(step, means, samples, time.perf_counter() - start, losses)
 
     def _losses(self, lm: LanguageModel, examples: Examples, step: int) -> dict[str, float]:
         """The loss and what else it counts, over the whole set's denominator."""
         sums: defaultdict[str, float] = defaultdict(float)
-        total = 0.0
+        denominator = 0.0
         batches = _batches(examples, self._batch_size)
-        for indices in tqdm(batches, "evaluating", unit=" batches", delay=2, disable=None, leave=False):
+        rounds = range(self._ranks.rank, _rounded_up(len(batches), self._ranks.size), self._ranks.size)
+        for number in tqdm(rounds, "evaluating", unit=" batches", delay=2, disable=None, leave=False):
             self.check_stop()
+            counts = number < len(batches)  # a process that has no batch left computes along
+            indices = batches[number if counts else 0]
             batch = checked.collate(self._collator, [examples[index] for index in indices.tolist()])
-            total += sum(checked.denominators(self._loss, [batch]))
-            out = checked.loss_sum(self._loss, self._loss(lm, batch.to(lm.device)))
-            sums["loss"] += out.sum.item()
+            out = checked.loss_sum(self._loss, self._engine.step(batch.to(lm.device)))
+            denominator += counts * sum(checked.denominators(self._loss, [batch]))
+            sums["loss"] += counts * out.sum.item()
             for name, value in out.metrics.items():
-                sums[name] += value.item()
-        means = {name: value / total for name, value in sums.items()}
+                sums[name] += counts * value.item()
+        names = sorted(sums)
+        *added, total = self._ranks.sums([*(sums[name] for name in names), denominator])
+        total = checked.total(self._loss, total)
+        means = {name: value / total for name, value in zip(names, added, strict=True)}
         loss = means.pop("loss")
         if not math.isfinite(loss):
             raise TrainingError(f"step {step}: the loss of the held-out rows is {loss:g}; look at the model")
         return {"loss": loss, **checked.means(self._loss, means, f"the evaluation after step {step}")}
 
-    def _answers(self, lm: LanguageModel, questions: Sequence[Question]) -> tuple[Sample, ...]:
-        log.info("answering %d held-out rows", len(questions))
-        answered: dict[int, list[int]] = {}
+    def _samples(self, lm: LanguageModel) -> tuple[Sample, ...]:
+        log.info("answering %d held-out rows", len(self._questions))
+        with self._engine.whole():
+            found = self._answers(lm) if self._ranks.size == 1 else self._shared_answers(lm)
+        return tuple(_sample(lm, question, found[number]) for number, question in enumerate(self._questions))
+
+    def _answers(self, lm: LanguageModel) -> dict[int, list[int]]:
+        """By the number of the question."""
+        answered = {}
         # On a terminal only, and only when it takes longer than a moment.
-        with tqdm(total=len(questions), desc="answering", unit=" rows", delay=2, disable=None, leave=False) as bar:
+        with tqdm(
+            total=len(self._questions), desc="answering", unit=" rows", delay=2, disable=None, leave=False
+        ) as bar:
             for number, ids in answers(
                 lm,
-                [question.prompt_ids for question in questions],
+                [question.prompt_ids for question in self._questions],
                 max_new_tokens=self._max_new_tokens,
                 stop_ids=self._stop_ids,
                 batch_size=self._answered_at_once,
@@ -114,7 +137,28 @@ class Evaluator:
             ):
                 answered[number] = ids
                 bar.update()
-        return tuple(_sample(lm, question, answered[number]) for number, question in enumerate(questions))
+        return answered
+
+    def _shared_answers(self, lm: LanguageModel) -> dict[int, list[int]]:
+        """The same by several processes: each answers a batch, then they look together whether to stop."""
+        order = sorted(range(len(self._questions)), key=lambda number: -len(self._questions[number].prompt_ids))
+        batches = [order[at : at + self._answered_at_once] for at in range(0, len(order), self._answered_at_once)]
+        answered: dict[int, list[int]] = {}
+        for start in range(0, len(batches), self._ranks.size):
+            self.check_stop()
+            for batch in batches[start : start + self._ranks.size][self._ranks.rank :][:1]:
+                found = lm.generate(
+                    [self._questions[number].prompt_ids for number in batch],
+                    max_new_tokens=self._max_new_tokens,
+                    stop_ids=self._stop_ids,
+                    batch_size=self._answered_at_once,
+                )
+                answered |= zip(batch, found, strict=True)
+        return {number: ids for one in self._ranks.gathered(answered) for number, ids in one.items()}
+
+
+def _rounded_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Steps of examples become optimizer updates.
 
-Each micro-batch's loss is a sum; the whole step's denominator is known on the host before the first forward, so the
-same examples give the same update however they are split into micro-batches.
+Each micro-batch's loss is a sum; the whole step's denominator, of all processes, is known on the host before the first
+forward, so the same examples give the same update however they are split into micro-batches and among processes.
 """
 
 from __future__ import annotations
@@ -23,30 +23,41 @@ from sftx.config import TrainConfig
 from sftx.errors import TrainingError
 from sftx.model.language_model import LanguageModel
 from sftx.model.memory import is_out_of_memory
+from sftx.ranks import Ranks
 from sftx.reports import StepReport
 from sftx.training import checked, memory
+from sftx.training.engines import Engine, TrainStep, engine, whole
 from sftx.training.layers import prepare_layers
 from sftx.training.optimizer import RunOptimizer
 from sftx.training.plan import Steps
 from sftx.training.precision import Precision, peak_bytes
 from sftx.training.schedule import learning_rate
-from sftx.types import Batch, Collator, Example, Loss, LossSum, Step
+from sftx.training.shares import deal
+from sftx.types import Batch, Collator, Example, Loss, Step
 
 log = logging.getLogger(__name__)
 
 _SCALER: Final = "grad_scaler"
 
 
-class TrainStep(nn.Module):
-    """One forward from a batch to its loss sum: what a wrapper for several devices wraps, the loss inside."""
+@dataclass(frozen=True)
+class MicroBatch:
+    """What this process computes at one time."""
 
-    def __init__(self, lm: LanguageModel, loss: Loss) -> None:
-        super().__init__()
-        self.lm = lm
-        self.loss = loss
+    batch: Batch
+    counts: bool = True
+    """False where this process has no rows left while others have: it computes along, and adds nothing."""
 
-    def forward(self, batch: Batch) -> LossSum:
-        return self.loss(self.lm, batch)
+
+@dataclass(frozen=True)
+class _Counted:
+    """What the micro-batches of a step hold, over all processes."""
+
+    shares: list[float]
+    """Of each micro-batch here, its denominator."""
+    total: float
+    num_tokens: int
+    num_real_tokens: int
 
 
 @dataclass
@@ -59,59 +70,79 @@ class Trainer:
     config: TrainConfig
     precision: Precision
     num_steps: int
+    ranks: Ranks = field(default_factory=Ranks)
     last_saved: str = "none"
     check_stop: Callable[[], None] = lambda: None
     """Called between micro-batches; raises when the run is to stop, and the step that is under way is discarded."""
+    engine: Engine = field(init=False)
     optimizer: RunOptimizer = field(init=False)
-    module: nn.Module = field(init=False)
 
     def __post_init__(self) -> None:
-        self.module = TrainStep(self.lm, self.loss)
-        self.optimizer = RunOptimizer(self.lm, self.config)
+        prepare_layers(self.lm.model, self.config)
+        self.engine = engine(TrainStep(self.lm, self.loss), self.ranks, self.config, self.precision)
+        self.optimizer = RunOptimizer(self.lm, self.config)  # of shares, where there are
         self.parameters = [p for p in self.lm.parameters() if p.requires_grad]
         self.scaler = self.precision.grad_scaler()
-        prepare_layers(self.lm.model, self.config)
         self.lm.train()
 
-    def micro_batches(self, step: Step, examples: Sequence[Example]) -> list[Batch]:
-        """The rows of a step, `per_device_train_batch_size` at a time, on the host."""
-        size = self.config.per_device_train_batch_size
-        batches = []
-        for at in range(0, len(step), size):
-            chosen = [examples[index] for row in step[at : at + size] for index in row]
-            batches.append(checked.collate(self.collator, chosen))
-        return batches
+    def micro_batches(self, step: Step, examples: Sequence[Example]) -> list[MicroBatch]:
+        """This process's share of a step, `per_device_train_batch_size` rows at a time, on the host."""
+        lengths = [sum(len(examples[index].token_ids) for index in row) for row in step]
+        rounds = deal(lengths, self.ranks.size, self.config.per_device_train_batch_size)
+        shortest = min(range(len(step)), key=lengths.__getitem__)
+        micro_batches = []
+        for shares in rounds:
+            rows = shares[self.ranks.rank]
+            chosen = [examples[index] for row in rows or (shortest,) for index in step[row]]
+            micro_batches.append(MicroBatch(checked.collate(self.collator, chosen), counts=bool(rows)))
+        return micro_batches
 
-    def accumulate(self, batches: Sequence[Batch], number: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def _count(self, micro_batches: Sequence[MicroBatch]) -> _Counted:
+        ours = [one.batch for one in micro_batches if one.counts]
+        found = iter(checked.denominators(self.loss, ours))
+        shares = [next(found) if one.counts else 0.0 for one in micro_batches]
+        sums = (sum(shares), sum(batch.num_tokens for batch in ours), sum(batch.num_real_tokens for batch in ours))
+        total, num_tokens, num_real_tokens = self.ranks.sums(sums)
+        return _Counted(shares, checked.total(self.loss, total), int(num_tokens), int(num_real_tokens))
+
+    def accumulate(
+        self, micro_batches: Sequence[MicroBatch], counted: _Counted, number: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Adds the gradients of one step (counted from 0); returns its mean loss and what else was counted."""
-        denominators = checked.denominators(self.loss, batches)
-        total = sum(denominators)
+        total = counted.total
         loss = torch.zeros((), device=self.lm.device)
-        metrics: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.lm.device))
-        for micro, (batch, share) in enumerate(zip(batches, denominators, strict=True)):
+        metrics: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros_like(loss))
+        for micro, (one, share) in enumerate(zip(micro_batches, counted.shares, strict=True)):
             self.check_stop()
-            self._seed(number, micro)
-            with self.precision.autocast():
-                out: LossSum = checked.loss_sum(self.loss, self.module(batch.to(self.lm.device)))
-            objective = out.sum / total
-            if out.aux_loss is not None:
-                objective = objective + out.aux_loss * (share / total)
-                metrics["aux_loss"] += out.aux_loss.detach() * (share / total)
-            self.scaler.scale(objective).backward()
-            loss += out.sum.detach() / total
+            self._seed(number, micro * self.ranks.size + self.ranks.rank)
+            with self.engine.accumulating(last=micro == len(micro_batches) - 1):
+                with self.precision.autocast():
+                    out = checked.loss_sum(self.loss, self.engine(one.batch.to(self.lm.device)))
+                counts = float(one.counts)
+                objective = out.sum * counts / total
+                if out.aux_loss is not None:
+                    objective = objective + out.aux_loss * (share / total)
+                    metrics["aux_loss"] += out.aux_loss.detach() * (share / total)
+                self.scaler.scale(objective * self.engine.gradient_scale).backward()
+            loss += out.sum.detach() * counts / total
             for name, value in out.metrics.items():
-                metrics[name] += value.detach() / total
-        return loss, metrics
+                metrics[name] += value.detach() * counts / total
+        self.engine.after_backward()
+        names = sorted(metrics)
+        added = self.engine.add_up(torch.stack([loss, *(metrics[name].to(loss) for name in names)]))
+        return added[0], dict(zip(names, added[1:], strict=True))
 
-    def step(self, number: int, epoch: float, batches: Sequence[Batch]) -> StepReport:
+    def step(self, number: int, epoch: float, micro_batches: Sequence[MicroBatch]) -> StepReport:
         """One optimizer step, counted from 1. Raises TrainingError when the loss or its gradient is not finite."""
         start = time.perf_counter()
         rate = learning_rate(self.config, number - 1, self.num_steps)
         self.optimizer.set_learning_rate(rate)
-        with self._memory_explained(number, lambda: memory.of_step(self.config, batches)):
-            loss, norm, metrics = self._finite_gradients(number, batches)
-        counted = {name: value.item() for name, value in metrics.items()}
-        reported = checked.means(self.loss, counted, f"step {number}")
+        counted = self._count(micro_batches)
+        batches = [one.batch for one in micro_batches]
+        with self.ranks.watching(), self._memory_explained(number, lambda: memory.of_step(self.config, batches)):
+            loss, norm, metrics = self._finite_gradients(number, micro_batches, counted)
+        means = {name: value.item() for name, value in metrics.items()}
+        reported = checked.means(self.loss, means, f"step {number}")
         if self.scaler.is_enabled():
             reported["loss_scale"] = self.scaler.get_scale()
         with self._memory_explained(number, lambda: memory.of_optimizer(self.config, self.parameters)):
@@ -124,14 +155,16 @@ class Trainer:
             loss=loss,
             grad_norm=norm,
             learning_rate=rate,
-            num_tokens=sum(batch.num_tokens for batch in batches),
-            num_real_tokens=sum(batch.num_real_tokens for batch in batches),
+            num_tokens=counted.num_tokens,
+            num_real_tokens=counted.num_real_tokens,
             seconds=time.perf_counter() - start,
-            peak_bytes=peak_bytes(self.lm.device),
+            peak_bytes=int(self.ranks.largest(peak_bytes(self.lm.device))),
             metrics=reported,
         )
 
-    def _finite_gradients(self, number: int, batches: Sequence[Batch]) -> tuple[float, float, dict[str, Tensor]]:
+    def _finite_gradients(
+        self, number: int, micro_batches: Sequence[MicroBatch], counted: _Counted
+    ) -> tuple[float, float, dict[str, Tensor]]:
         """A step's mean loss, the norm of its clipped gradients before clipping, and what else was counted.
 
         Where float16 was too narrow for the gradients, the same micro-batches are computed again with a smaller loss
@@ -139,16 +172,18 @@ class Trainer:
         """
         while True:
             self.optimizer.zero_grad()
-            loss, metrics = self.accumulate(batches, number - 1)
+            loss, metrics = self.accumulate(micro_batches, counted, number - 1)
             for optimizer in self.optimizer.optimizers:
                 self.scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf)
+            norm = whole(nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf))
             # The one wait for the device in a step: an update by a gradient that is not finite cannot be undone.
             loss_value, norm_value = torch.stack((loss, norm.to(loss))).tolist()
             if math.isfinite(loss_value) and math.isfinite(norm_value):
                 return loss_value, norm_value, metrics
             if not (math.isfinite(loss_value) and self._lower_scale(number)):
-                raise TrainingError(self._not_finite(number, loss_value, norm_value, batches))
+                ours = [row for one in micro_batches if one.counts for row in one.batch.row_ids]
+                rows = [row for rows in self.ranks.gathered(ours) for row in rows]
+                raise TrainingError(self._not_finite(number, loss_value, norm_value, rows))
 
     def _lower_scale(self, number: int) -> bool:
         """Halves the loss scale; returns whether there is one, the gradients asked for it, and it is 1 at least."""
@@ -189,8 +224,7 @@ class Trainer:
                 f"step {number}: {self.lm.device} has not the memory for {what()}; last saved: {self.last_saved}"
             ) from error
 
-    def _not_finite(self, number: int, loss: float, norm: float, batches: Sequence[Batch]) -> str:
-        rows = [row for batch in batches for row in batch.row_ids]
+    def _not_finite(self, number: int, loss: float, norm: float, rows: Sequence[str]) -> str:
         shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
         return (
             f"step {number}: the loss is {loss:g} and the gradient's norm {norm:g}; no update was made; rows: {shown}; "

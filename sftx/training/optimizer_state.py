@@ -10,9 +10,11 @@ from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from sftx.errors import ModelError
+from sftx.training.engines import local, share_of
 from sftx.training.parameter_groups import Trained
 
 PARAMETERS: Final = "parameters"
@@ -43,7 +45,7 @@ def gather(optimizers: Sequence[Optimizer], members: Sequence[Trained]) -> tuple
         entries = {entry: value for entry, value in state.items() if isinstance(value, Tensor)}
         for entry, value in entries.items():
             # safetensors refuses two names of one memory: bitsandbytes' tables of codes are the same for all.
-            place = value.untyped_storage().data_ptr()
+            place = local(value).untyped_storage().data_ptr()
             tensors[f"{name}/{entry}"] = value.clone() if place in seen else value.contiguous()
             seen.add(place)
         parameters[name] = {
@@ -101,6 +103,8 @@ def _placed(owned: _Owned, entry: str, value: Tensor) -> Tensor:
         return value.to(parameter.device if on_device else "cpu", copy=True)
     if value.shape != parameter.shape:
         return value.to(parameter.device, copy=True)
+    if isinstance(parameter, DTensor):
+        return share_of(value, parameter)
     make_buffer = getattr(owned.optimizer, "get_state_buffer", None)  # bitsandbytes', whose memory may be paged
     made = make_buffer(parameter, dtype=value.dtype) if make_buffer else torch.empty_like(parameter, dtype=value.dtype)
     return made.copy_(value)

@@ -45,9 +45,12 @@ class Precision:
         return f"{name} ({', '.join(details)})" if details else name
 
 
-def choose(config: TrainConfig) -> Precision:
-    """Also switches TF32. Raises ConfigError when the options exclude each other, or this GPU lacks bf16."""
-    device = torch.device("cpu" if config.use_cpu or not torch.cuda.is_available() else "cuda")
+def choose(config: TrainConfig, local_rank: int = 0) -> Precision:
+    """Also switches TF32. `local_rank`: the number of the GPU, where there are any.
+
+    Raises ConfigError when the options exclude each other, or this GPU lacks bf16."""
+    on_cpu = config.use_cpu or not torch.cuda.is_available()
+    device = torch.device("cpu") if on_cpu else torch.device("cuda", local_rank)
     narrow_weights = config.optim == "adamw_bf16"
     if narrow_weights and (config.fp16 or config.bf16 is False):
         asked = "fp16" if config.fp16 else "bf16: false"

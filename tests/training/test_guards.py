@@ -178,7 +178,7 @@ def test_a_loss_that_is_no_sum_of_scalars_is_stopped(
     tiny_model_dir: Path, data: Path, change: Any, message: str
 ) -> None:
     session = session_of(tiny_model_dir, data)
-    session.trainer.loss = session.trainer.module.loss = Changed(change)
+    session.trainer.loss = session.trainer.engine.step.loss = Changed(change)
     with pytest.raises(PluginError, match=message):
         session.trainer.step(1, 0.1, session.trainer.micro_batches(session.plan.epoch(0)[0], session.data.examples))
 

@@ -1,0 +1,154 @@
+"""The processes that torchrun started meet: what they agree upon goes over gloo, gradients over the device's own way.
+
+What two of them would decide differently (a clock, a signal, a file that is there or not) is decided by one and told
+to the others; what goes wrong in one of them ends all, and is told once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from typing import Any, Final, Generic, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+
+from sftx.config import TrainConfig
+from sftx.errors import ConfigError, SftxError, one_line
+from sftx.ranks import ElsewhereError, LostError, Ranks
+
+T = TypeVar("T")
+
+# The main process encodes a large set, or writes a large file, while the others wait. That one of them is gone is seen
+# at once, from its closed connections, and not by this.
+_PATIENCE: Final = timedelta(days=2)
+
+_GONE: Final = re.compile(r"gloo|NCCL|closed by peer|reset by peer|[Bb]roken pipe|[Ss]ocket [Tt]imeout")
+"""What torch's messages have in common when a peer does not answer: they are RuntimeErrors as all others are."""
+
+
+class Processes(Ranks):
+    """The processes of one run that torchrun started, on one host or several."""
+
+    met = True
+
+    def __init__(self, config: TrainConfig) -> None:
+        """Waits for the others. Raises ConfigError when there are more processes than GPUs; LostError."""
+        self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        on_cpu = config.use_cpu or not torch.cuda.is_available()
+        if not on_cpu:
+            num_gpus = torch.cuda.device_count()
+            if self.local_rank >= num_gpus:
+                raise ConfigError(
+                    f"{self.local_size} processes on a host with {num_gpus} GPUs: start one a GPU, or --use-cpu"
+                )
+            torch.cuda.set_device(self.local_rank)
+        try:
+            # Both for a GPU: fsdp_offload has its gradients on the host.
+            dist.init_process_group("gloo" if on_cpu else "cpu:gloo,cuda:nccl")
+            self._host = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        except Exception as error:  # torch has several for a store or a peer that is not to be reached
+            raise LostError(f"the {self.size} processes of the run did not meet: {one_line(error)}") from error
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        outcome = _Outcome.of(work, self.rank) if self.is_main else None
+        told: list[Any] = [None if outcome is None else outcome.told()]
+        with self.watching():
+            dist.broadcast_object_list(told, src=0, group=self._host)
+        return (outcome or told[0]).result()
+
+    def together(self, work: Callable[[], T]) -> T:
+        outcome = _Outcome.of(work, self.rank)
+        failed = [one for one in self.gathered(outcome.failure()) if one is not None]
+        if failed and (outcome.error is None or failed[0].rank != self.rank):
+            outcome = failed[0]
+        return outcome.result()
+
+    def main_first(self, work: Callable[[], T]) -> T:
+        return self._in_turn(work, 0 if self.is_main else 1, 2)
+
+    def in_turn(self, work: Callable[[], T]) -> T:
+        return self._in_turn(work, self.local_rank, self.local_size)
+
+    def _in_turn(self, work: Callable[[], T], turn: int, num_turns: int) -> T:
+        done: list[T] = []
+        for number in range(num_turns):
+            done += self.together(partial(_once, work) if number == turn else list)
+        return done[0]
+
+    def sums(self, values: Sequence[float]) -> list[float]:
+        return self._reduced(values, dist.ReduceOp.SUM)
+
+    def largest(self, value: float) -> float:
+        return self._reduced([value], dist.ReduceOp.MAX)[0]
+
+    def gathered(self, value: T) -> list[T]:
+        found: list[Any] = [None] * self.size
+        with self.watching():
+            dist.all_gather_object(found, value, group=self._host)
+        return found
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            if not (isinstance(error, dist.DistError) or _GONE.search(str(error))):
+                raise
+            raise LostError(f"another process of the run is gone: {one_line(error)}") from error
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _reduced(self, values: Sequence[float], how: Any) -> list[float]:
+        tensor = torch.tensor(values, dtype=torch.float64)
+        with self.watching():
+            dist.all_reduce(tensor, how, group=self._host)
+        return tensor.tolist()
+
+
+def _once(work: Callable[[], T]) -> list[T]:
+    return [work()]
+
+
+@dataclass(frozen=True)
+class _Outcome(Generic[T]):
+    """What came of a piece of work in one process, in a form that the others can be told."""
+
+    rank: int
+    value: T | None = None
+    error: Exception | None = None
+    message: str | None = None
+    """Of an error elsewhere."""
+
+    @classmethod
+    def of(cls, work: Callable[[], T], rank: int) -> _Outcome[T]:
+        try:
+            return cls(rank, work())
+        except Exception as error:  # an SftxError, or whatever a plugin or a library raises
+            return cls(rank, error=error)
+
+    def told(self) -> _Outcome[T]:
+        """The same without the exception itself, which cannot always be pickled."""
+        if self.error is None:
+            return self
+        kind = "" if isinstance(self.error, SftxError) else f"{type(self.error).__name__}: "
+        return _Outcome(self.rank, message=f"{kind}{self.error}")
+
+    def failure(self) -> _Outcome[T] | None:
+        return None if self.error is None else self.told()
+
+    def result(self) -> T:
+        if self.error is not None:
+            raise self.error
+        if self.message is not None:
+            raise ElsewhereError(self.rank, self.message)
+        return cast(T, self.value)

@@ -1,0 +1,230 @@
+"""How a model's parameters lie in the processes of a run, and how their gradients come together.
+
+`Engine` is one process. `Replicated` is torch's DistributedDataParallel: every process has the whole model. `Sharded`
+is torch's fully_shard (FSDP2): every process has its share of each decoder layer, of what is left, of their gradients
+and of the optimizer's state; a layer is whole only while it computes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any, Final, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import register_fsdp_forward_method as register_forward
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from sftx.config import TrainConfig
+from sftx.errors import ConfigError
+from sftx.model.language_model import LanguageModel
+from sftx.ranks import Ranks
+from sftx.training.layers import decoder_layers
+from sftx.training.precision import Precision
+from sftx.types import Batch, Loss, LossSum
+
+T = TypeVar("T")
+
+_BY_ELEMENT: Final = ("adamw", "sgd", "lion")
+"""Optimizers that update each number of a tensor by itself, so that a share of it is as good as the whole."""
+
+
+class TrainStep(nn.Module):
+    """One forward from a batch to its loss sum: what is wrapped for several processes, the loss inside."""
+
+    def __init__(self, lm: LanguageModel, loss: Loss) -> None:
+        super().__init__()
+        self.lm = lm
+        self.loss = loss
+
+    def forward(self, batch: Batch) -> LossSum:
+        return self.loss(self.lm, batch)
+
+    def within(self, work: Callable[[], T]) -> T:
+        """What `work` gives, which may call the model: parameters that belong to no layer are whole within it."""
+        return work()
+
+
+class Engine:
+    """One process, which has all there is."""
+
+    def __init__(self, step: TrainStep) -> None:
+        self.step = step
+
+    def __call__(self, batch: Batch) -> LossSum:
+        """The loss of a micro-batch whose gradient is wanted."""
+        out: LossSum = self.step(batch)
+        return out
+
+    def accumulating(self, *, last: bool) -> AbstractContextManager[None]:
+        """Around forward and backward of one micro-batch; `last` of a step."""
+        return contextlib.nullcontext()
+
+    def after_backward(self) -> None:
+        """Once all gradients of a step are there."""
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Within it every process has the whole model, and may call it without the others."""
+        return contextlib.nullcontext()
+
+    def add_up(self, values: Tensor) -> Tensor:
+        """Each added up over all processes."""
+        return values
+
+    @property
+    def gradient_scale(self) -> float:
+        """What a loss is multiplied with because gradients are averaged over the processes."""
+        return 1.0
+
+
+class Replicated(Engine):
+    """Every process has the whole model; gradients are added up while the last backward of a step runs."""
+
+    def __init__(self, step: TrainStep, ranks: Ranks, device: torch.device) -> None:
+        super().__init__(step)
+        self._ranks = ranks
+        self._module = DistributedDataParallel(
+            step,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=step.lm.routes,  # experts that no token of a micro-batch goes to
+        )
+
+    def __call__(self, batch: Batch) -> LossSum:
+        out: LossSum = self._module(batch)
+        return out
+
+    @contextlib.contextmanager
+    def accumulating(self, *, last: bool) -> Iterator[None]:
+        with contextlib.nullcontext() if last else self._module.no_sync():
+            yield
+
+    def add_up(self, values: Tensor) -> Tensor:
+        dist.all_reduce(values)
+        return values
+
+    @property
+    def gradient_scale(self) -> float:
+        return float(self._ranks.size)
+
+
+class Sharded(Engine):
+    """Every process has its share of the model. What adapters train is whole in each, as they save and load it.
+
+    The base that they leave frozen is shared out as it is, in whatever dtype, so that a quantised one fits too.
+    """
+
+    def __init__(self, step: TrainStep, ranks: Ranks, config: TrainConfig, precision: Precision) -> None:
+        """Moves the model to the device, layer by layer."""
+        super().__init__(step)
+        self._ranks = ranks
+        model, device = step.lm.model, precision.device
+        self._replicated = [p for p in step.parameters() if p.requires_grad] if step.lm.adapters else []
+        for parameter in self._replicated:
+            parameter.data = parameter.data.to(device)
+        shared: dict[str, Any] = {
+            "mesh": dist.device_mesh.init_device_mesh(device.type, (ranks.size,)),
+            "ignored_params": set(self._replicated),
+            "offload_policy": _offload(device) if config.fsdp_offload else OffloadPolicy(),
+        }
+        # Weights that train in fp32 are sent in the dtype of the products; states stay as autocast has them.
+        narrow = None if step.lm.adapters or precision.dtype == torch.float32 else precision.dtype
+        policy = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for layer in decoder_layers(model):
+            fully_shard(layer, mp_policy=policy, **shared)
+        fully_shard(step, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), **shared)
+        register_forward(step, "within")
+
+    def after_backward(self) -> None:
+        for parameter in self._replicated:
+            if parameter.grad is None:  # of an expert that no token of this process went to
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= self._ranks.size
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        modules = [module for module in self.step.modules() if isinstance(module, FSDPModule)]
+        self.step.within(lambda: None)  # torch takes the first module that is called for the outermost one
+        for module in modules:
+            module.set_reshard_after_forward(False, recurse=False)
+            module.unshard()
+        try:
+            yield
+        finally:
+            # torch fetches, in a backward pass, what it saw called before: from here on that is the same everywhere.
+            self.step.within(lambda: None)
+            for module in modules:
+                module.set_reshard_after_forward(not isinstance(module, TrainStep), recurse=False)
+                module.reshard()
+
+    def add_up(self, values: Tensor) -> Tensor:
+        dist.all_reduce(values)
+        return values
+
+    @property
+    def gradient_scale(self) -> float:
+        return float(self._ranks.size)
+
+
+def check(config: TrainConfig, *, has_adapters: bool) -> None:
+    """Raises ConfigError for what cannot be done on shares of a model."""
+    if config.distributed != "fsdp2":
+        return
+    if config.fp16:
+        raise ConfigError(
+            "option 'train.fp16': its loss scale is not kept together over the shares of fsdp2; use bf16, or ddp"
+        )
+    if not has_adapters and config.optim not in _BY_ELEMENT:
+        raise ConfigError(
+            f"option 'train.optim': {config.optim} needs whole tensors, of which fsdp2 gives each process a share; "
+            f"take {', '.join(_BY_ELEMENT[:-1])} or {_BY_ELEMENT[-1]}, train an adapter (--plugin lora), or use ddp"
+        )
+
+
+def engine(step: TrainStep, ranks: Ranks, config: TrainConfig, precision: Precision) -> Engine:
+    """What the options and the number of processes ask for."""
+    if not ranks.met:
+        return Engine(step)
+    if config.distributed == "ddp":
+        return Replicated(step, ranks, precision.device)
+    return Sharded(step, ranks, config, precision)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor of which this process may have a share; every process must ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def is_share(tensor: Tensor) -> bool:
+    """Whether this process has a part of the tensor only."""
+    return isinstance(tensor, DTensor)
+
+
+def is_shared(lm: LanguageModel) -> bool:
+    """Whether the model's parameters are shared out."""
+    return any(map(is_share, lm.model.parameters()))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process has of the tensor: nothing is sent."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def share_of(value: Tensor, like: Tensor) -> Tensor:
+    """Of a whole tensor what this process has of `like`, on its device; nothing is sent."""
+    if not isinstance(like, DTensor):
+        return value.to(like.device, copy=True)
+    mesh = like.device_mesh
+    share = distribute_tensor(value.to(mesh.device_type), mesh, like.placements, src_data_rank=None)
+    return share.to(local(like).device)  # the host, where shares are kept there
+
+
+def _offload(device: torch.device) -> CPUOffloadPolicy:
+    return CPUOffloadPolicy(pin_memory=device.type == "cuda")

@@ -1,0 +1,99 @@
+"""Named tensors that are shared out among processes become safetensors files, one a process, and back.
+
+The files and their index are in transformers' form: `model-00001-of-00004.safetensors`, `model.safetensors.index.json`.
+Every tensor in them is whole: each is put together in the process that writes it, one at a time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sftx.errors import OutputError
+from sftx.ranks import Ranks
+from sftx.training.engines import whole
+
+MODEL: Final = "model"
+OPTIMIZER: Final = "optimizer"
+
+
+def gather(tensors: Mapping[str, Tensor], ranks: Ranks, owner: Callable[[str], int]) -> dict[str, Tensor]:
+    """The tensors that this process is the owner of, whole, on the host; of two names of one tensor the first."""
+    ours: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        complete = whole(tensor.detach())  # sent to every process, and let go of at once where it is not wanted
+        if owner(name) == ranks.rank:
+            ours[name] = complete.cpu().clone().contiguous()
+    return ours
+
+
+def write(tensors: Mapping[str, Tensor], directory: Path, stem: str, ranks: Ranks) -> None:
+    """Writes a file a process, each with about as many bytes, and the index. Every process calls it."""
+    owners = _owners(tensors, ranks.size)
+    ours = gather(tensors, ranks, owners.__getitem__)
+    files = [f"{stem}-{rank + 1:05d}-of-{ranks.size:05d}.safetensors" for rank in range(ranks.size)]
+    ranks.together(lambda: save_file(ours, directory / files[ranks.rank], metadata={"format": "pt"}))
+    names = ranks.gathered(list(ours))
+    index = {
+        "metadata": {"total_size": int(ranks.sums([sum(tensor.nbytes for tensor in ours.values())])[0])},
+        "weight_map": {name: file for file, held in zip(files, names, strict=True) for name in held},
+    }
+    ranks.on_main(lambda: _index(directory, stem).write_text(json.dumps(index, indent=2), encoding="utf-8"))
+
+
+def _owners(tensors: Mapping[str, Tensor], num_ranks: int) -> dict[str, int]:
+    """Of each tensor, largest first, the process with the fewest bytes so far."""
+    totals = [0] * num_ranks
+    owners = {}
+    for name in sorted(tensors, key=lambda name: -_num_bytes(tensors[name])):
+        owners[name] = totals.index(min(totals))
+        totals[owners[name]] += _num_bytes(tensors[name])
+    return owners
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _index(directory: Path, stem: str) -> Path:
+    return directory / f"{stem}.safetensors.index.json"
+
+
+class Saved(Mapping[str, Tensor]):
+    """The tensors of one file, or of several with their index; each is read when it is asked for."""
+
+    def __init__(self, directory: Path, stem: str) -> None:
+        """Raises OutputError when there is neither."""
+        single, index = directory / f"{stem}.safetensors", _index(directory, stem)
+        self._directory = directory
+        if single.exists():
+            with safe_open(single, framework="pt") as file:
+                self._files = dict.fromkeys(file.keys(), single.name)
+        elif index.exists():
+            self._files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        else:
+            raise OutputError(f"{single}: is missing")
+        self._open: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        file = self._files[name]
+        if file not in self._open:
+            self._open[file] = safe_open(self._directory / file, framework="pt")
+        tensor: Tensor = self._open[file].get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
