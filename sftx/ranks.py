@@ -15,6 +15,10 @@ from sftx.errors import SftxError
 
 T = TypeVar("T")
 
+UNEXPECTED: Final = 70
+"""A rank's exit code (EX_SOFTWARE) for what is no error of its user's making, and starting again may help. For the
+user it is 1, as of one process."""
+
 _SET_BY_LAUNCHERS: Final = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 

@@ -27,7 +27,7 @@ from sftx.loading import Loaded
 from sftx.model import names
 from sftx.plugins import Assembly, activate
 from sftx.ranks import Ranks, is_launched, is_main
-from sftx.reports import Result
+from sftx.reports import Result, RunInfo
 from sftx.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -146,10 +146,14 @@ def _assemble(begun: _Begun) -> Session:
     from sftx.training.checkpoint import Checkpoints
     from sftx.training.evaluate import Evaluator
     from sftx.training.loop import Trainer
+    from sftx.training.observers import Observers
 
     checkpoints = Checkpoints(directory.file("checkpoints"), config.train.checkpoints_kept)
     saved = ranks.on_main(checkpoints.newest_whole) if directory.resumed else None
     precision = precisions.choose(config.train, ranks.local_rank)
+    # Made before anything takes long: what they need and is not installed is told now.
+    info = RunInfo(directory.path, resolved)
+    observers = ranks.together(lambda: Observers(assembly.observers(info) if ranks.is_main else []))
     prepared = ranks.main_first(lambda: set_up(loaded, assembly))
     metrics, loss = assembly.metrics(), assembly.loss()
     # One process encodes; where the rows are many, the others take them from the cache.
@@ -181,6 +185,7 @@ def _assemble(begun: _Begun) -> Session:
         ranks=ranks,
         directory=directory,
         choose=choose,
+        observers=observers,
         data=data,
         held_out=held_out,
         plan=plan,

@@ -54,6 +54,8 @@ class Session:
     directory: RunDirectory
     choose: Callable[[], RunDirectory]
     """Gives another one when another run took this. Raises OutputError."""
+    observers: Observers
+    """Of the main process; the others have none."""
     data: Dataset
     held_out: Dataset
     plan: Plan | StreamPlan
@@ -69,13 +71,6 @@ class Session:
     _saved_step: int | None = None
     _saved_at: float = 0.0
     _started: float = 0.0
-
-    def __post_init__(self) -> None:
-        self._observe()
-
-    def _observe(self) -> None:
-        info = RunInfo(self.directory.path, self.resolved)
-        self.observers = Observers(self.assembly.observers(info) if self.ranks.is_main else [])
 
     def run(self, started: float) -> Result:
         """The whole run. `started`: time.monotonic() when it began. Raises SftxError; Stop when a signal ended it."""
@@ -123,7 +118,7 @@ class Session:
             taken, self.directory = self.directory.path, self.choose()
             if self.directory.path == taken:
                 raise OutputError(f"output_dir {taken}: another process is at work in it")
-            self._observe()
+            self.observers = Observers(self.assembly.observers(RunInfo(self.directory.path, self.resolved)))
         return self.directory.path
 
     def _begin(self) -> None:

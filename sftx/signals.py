@@ -11,10 +11,12 @@ import time
 from types import FrameType, TracebackType
 from typing import Any, Final
 
-_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+from sftx.ranks import is_main
+
+SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 """Slurm sends SIGUSR1 where it is asked to warn; it ends a process as the others do."""
 
-_ONE_EVENT_S: Final = 1.0
+ONE_EVENT_S: Final = 1.0
 """A signal to a process and to its group, or by way of a wrapper, comes twice within this time."""
 
 
@@ -72,10 +74,12 @@ class Patience:
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self._noted is not None:
-            if time.monotonic() - self._noted_at > _ONE_EVENT_S:
+            if time.monotonic() - self._noted_at > ONE_EVENT_S:
                 os._exit(Stop(signum).exit_code)
             return
         self._noted, self._noted_at = signum, time.monotonic()
+        if not is_main():
+            return  # the main process says it
         line = f"\nsftx: {signal.Signals(signum).name}: stopping where nothing is lost; once more stops at once\n"
         # Not by print, which may be in the middle of another line's work; a terminal that is gone takes nothing.
         with contextlib.suppress(OSError, ValueError):
@@ -87,4 +91,4 @@ def _heeded() -> list[signal.Signals]:
     """None outside of the main thread, where whoever calls sees to them; none that nohup or a shell has ignored."""
     if threading.current_thread() is not threading.main_thread():
         return []
-    return [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    return [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]

@@ -7,6 +7,8 @@ import importlib
 import logging
 import os
 import sys
+import time
+import traceback
 import warnings
 from collections.abc import Mapping
 from typing import Any, Final, NoReturn
@@ -24,10 +26,15 @@ _COMMANDS: Final[Mapping[str, str]] = {
     "report": "Write a page on what came of a run, or of several.",
     "doctor": "Look for what is wrong with a run, before it trains.",
     "data": "Convert the data of a run.",
+    "plan": "Tell what memory and time a run needs, before it is begun.",
     "plugins": "List plugins and describe them.",
     "bench": "Measure the kernels against torch and every installed peer.",
 }
 """Each command, which is `command` in the module of its name, with the line that `--help` shows for it."""
+
+
+_LAUNCHER_S: Final = 1.0
+"""What started the processes tells better why one of them is gone, and ends the others in this time."""
 
 
 class _Lazy(click.Group):
@@ -60,8 +67,8 @@ class _Lazy(click.Group):
             _fail(one_line(error, max_chars=2000), error)
         except click.UsageError as error:
             raise click.UsageError(printable(error.format_message()), error.ctx) from None
-        except BrokenPipeError:  # the reader of a pipe has had enough, which click knows how to end
-            raise
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise  # click knows how to end by these; the last is that the reader of a pipe has had enough
         except OSError as error:  # a full disk behind stdout, a directory that is gone
             if ctx.params.get("debug"):
                 raise
@@ -75,10 +82,17 @@ class _Lazy(click.Group):
         except KeyboardInterrupt:
             click.echo("sftx: interrupted", err=True)
             sys.exit(130)
+        except Exception:
+            if not ranks.is_launched():
+                raise
+            traceback.print_exc()
+            sys.exit(ranks.UNEXPECTED)
 
 
 def _fail(line: str, error: SftxError | None = None) -> NoReturn:
     """Ends the process; of several the main one tells what is wrong in all, another one only what is wrong in it."""
+    if isinstance(error, LostError):
+        time.sleep(_LAUNCHER_S)
     if ranks.is_main():
         click.echo(f"sftx: error: {printable(line)}", err=True)
     elif ranks.have_met() and not isinstance(error, ElsewhereError | LostError):

@@ -1,19 +1,12 @@
-"""What `sftx inspect` shows, as one page that fetches nothing: a template, its data as JSON, a policy that allows both.
-
-The page's own script builds everything with text nodes, so that what a row says is never read as HTML; the policy
-allows that script by its hash and nothing else.
-"""
+"""What `sftx inspect` shows, as one page that fetches nothing: a template and its data as JSON."""
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import hashlib
-import json
-import re
 from pathlib import Path
 from typing import Any, Final
 
+from sftx.report.filled import filled
 from sftx.report.inspect import Inspection, ShownExample
 from sftx.report.terminal import summary
 
@@ -24,22 +17,7 @@ _MOST_TOKENS: Final = 4000
 
 def page(inspection: Inspection) -> str:
     """The whole page."""
-    template = _PAGE.read_text(encoding="utf-8")
-    policy = (
-        f"default-src 'none'; style-src '{_hash(template, 'style')}'; script-src '{_hash(template, 'script')}'; "
-        "base-uri 'none'; form-action 'none'"
-    )
-    # A row that spells </script> or <!-- must not end the block that holds it.
-    data = json.dumps(_data(inspection), ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-    head, middle, tail = re.split(r"\{\{policy\}\}|\{\{data\}\}", template)
-    return f"{head}{policy}{middle}{data}{tail}"
-
-
-def _hash(template: str, tag: str) -> str:
-    """The source expression of the inline element `tag`, as Content Security Policy has it."""
-    found = re.search(rf"<{tag}>(.*?)</{tag}>", template, flags=re.DOTALL)
-    assert found is not None
-    return "sha256-" + base64.b64encode(hashlib.sha256(found[1].encode()).digest()).decode()
+    return filled(_PAGE, _data(inspection))
 
 
 def _data(inspection: Inspection) -> dict[str, Any]:

@@ -51,8 +51,12 @@ class Processes(Ranks):
                 )
             torch.cuda.set_device(self.local_rank)
         try:
+            store, rank, size = next(dist.rendezvous("env://"))
+            # torchrun's store outlives the processes: those that start again must not read the addresses of the dead.
+            store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
             # Both for a GPU: fsdp_offload has its gradients on the host.
-            dist.init_process_group("gloo" if on_cpu else "cpu:gloo,cuda:nccl")
+            backend = "gloo" if on_cpu else "cpu:gloo,cuda:nccl"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size)
             self._host = dist.new_group(backend="gloo", timeout=_PATIENCE)
         except Exception as error:  # torch has several for a store or a peer that is not to be reached
             raise LostError(f"the {self.size} processes of the run did not meet: {one_line(error)}") from error

@@ -8,6 +8,7 @@ and of the optimizer's state; a layer is whole only while it computes.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Final, TypeVar
@@ -32,6 +33,11 @@ T = TypeVar("T")
 
 _BY_ELEMENT: Final = ("adamw", "sgd", "lion")
 """Optimizers that update each number of a tensor by itself, so that a share of it is as good as the whole."""
+
+
+# What is the same in all processes is not sent before each forward; the option has another name from torch 2.13 on.
+_OPTIONS: Final = inspect.signature(DistributedDataParallel).parameters
+_BUFFERS: Final = "forward_sync_buffers" if "forward_sync_buffers" in _OPTIONS else "broadcast_buffers"
 
 
 class TrainStep(nn.Module):
@@ -91,7 +97,7 @@ class Replicated(Engine):
         self._module = DistributedDataParallel(
             step,
             device_ids=[device.index] if device.type == "cuda" else None,
-            broadcast_buffers=False,
+            **{_BUFFERS: False},
             gradient_as_bucket_view=True,
             find_unused_parameters=step.lm.routes,  # experts that no token of a micro-batch goes to
         )

@@ -50,19 +50,19 @@ class Evaluator:
         *,
         collator: Collator,
         engine: Engine,
-        ranks: Ranks,
         metrics: Mapping[str, Metric],
         precision: Precision,
         stop_ids: Sequence[int],
         batch_size: int,
         generation: GenerationConfig,
+        ranks: Ranks | None = None,
         check_stop: Callable[[], None] = lambda: None,
     ) -> None:
         self._examples = data.examples
         self._questions = _spread(data.questions, generation.max_rows)
         self._collator = collator
         self._engine = engine
-        self._ranks = ranks
+        self._ranks = ranks or Ranks()
         self._loss = engine.step.loss
         self._metrics = metrics
         self._precision = precision

@@ -50,7 +50,7 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
-class _Counted:
+class Counted:
     """What the micro-batches of a step hold, over all processes."""
 
     shares: list[float]
@@ -97,16 +97,16 @@ class Trainer:
             micro_batches.append(MicroBatch(checked.collate(self.collator, chosen), counts=bool(rows)))
         return micro_batches
 
-    def _count(self, micro_batches: Sequence[MicroBatch]) -> _Counted:
+    def count(self, micro_batches: Sequence[MicroBatch]) -> Counted:
         ours = [one.batch for one in micro_batches if one.counts]
         found = iter(checked.denominators(self.loss, ours))
         shares = [next(found) if one.counts else 0.0 for one in micro_batches]
         sums = (sum(shares), sum(batch.num_tokens for batch in ours), sum(batch.num_real_tokens for batch in ours))
         total, num_tokens, num_real_tokens = self.ranks.sums(sums)
-        return _Counted(shares, checked.total(self.loss, total), int(num_tokens), int(num_real_tokens))
+        return Counted(shares, checked.total(self.loss, total), int(num_tokens), int(num_real_tokens))
 
     def accumulate(
-        self, micro_batches: Sequence[MicroBatch], counted: _Counted, number: int
+        self, micro_batches: Sequence[MicroBatch], counted: Counted, number: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Adds the gradients of one step (counted from 0); returns its mean loss and what else was counted."""
         total = counted.total
@@ -137,7 +137,7 @@ class Trainer:
         start = time.perf_counter()
         rate = learning_rate(self.config, number - 1, self.num_steps)
         self.optimizer.set_learning_rate(rate)
-        counted = self._count(micro_batches)
+        counted = self.count(micro_batches)
         batches = [one.batch for one in micro_batches]
         with self.ranks.watching(), self._memory_explained(number, lambda: memory.of_step(self.config, batches)):
             loss, norm, metrics = self._finite_gradients(number, micro_batches, counted)
@@ -163,7 +163,7 @@ class Trainer:
         )
 
     def _finite_gradients(
-        self, number: int, micro_batches: Sequence[MicroBatch], counted: _Counted
+        self, number: int, micro_batches: Sequence[MicroBatch], counted: Counted
     ) -> tuple[float, float, dict[str, Tensor]]:
         """A step's mean loss, the norm of its clipped gradients before clipping, and what else was counted.
 

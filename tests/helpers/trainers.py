@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sftx import Batch, Collator, Example
+from sftx import Collator, Example
 from sftx.config import TrainConfig
 from sftx.model.language_model import LanguageModel
 from sftx.model.load import load_model, load_spec
 from sftx.training import precision
-from sftx.training.loop import Trainer
+from sftx.training.loop import MicroBatch, Trainer
 from sftx_plugins.lora import Lora
 from sftx_plugins.masked_ce import MaskedCE
 from sftx_plugins.packed import PackedRows
@@ -53,17 +53,17 @@ def rows(count: int, seed: int = 0, longest: int = 40) -> list[Example]:
     ]
 
 
-def batches_of(trainer: Trainer, seed: int = 0) -> list[Batch]:
+def batches_of(trainer: Trainer, seed: int = 0) -> list[MicroBatch]:
     """Those of one step: rows of one example, or of several where the collator packs."""
     each = 3 if isinstance(trainer.collator, PackedRows) else 1
     step = [tuple(range(at, at + each)) for at in range(0, ROWS_PER_STEP * each, each)]
     return trainer.micro_batches(tuple(step), rows(ROWS_PER_STEP * each, seed))
 
 
-def gradients(trainer: Trainer, batches: Sequence[Batch]) -> dict[str, torch.Tensor]:
+def gradients(trainer: Trainer, batches: Sequence[MicroBatch]) -> dict[str, torch.Tensor]:
     """Of one step, by the parameters' names."""
     trainer.optimizer.zero_grad()
-    trainer.accumulate(batches, 0)
+    trainer.accumulate(batches, trainer.count(batches), 0)
     return {name: p.grad.clone() for name, p in trainer.lm.named_parameters() if p.grad is not None}
 
 

@@ -17,6 +17,7 @@ from sftx.data.rows import Question
 from sftx.errors import OutputError, PluginError, TrainingError
 from sftx.reports import Sample
 from sftx.session import Session
+from sftx.training.engines import Engine, TrainStep
 from sftx.training.evaluate import Evaluator, write_predictions
 
 ROWS = 23
@@ -38,7 +39,7 @@ def session(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> S
 def evaluator(session: Session, batch_size: int, **changed: Any) -> Evaluator:
     given: dict[str, Any] = {
         "collator": session.trainer.collator,
-        "loss": session.trainer.loss,
+        "engine": session.trainer.engine,
         "metrics": {},
         "precision": session.trainer.precision,
         "stop_ids": (2,),
@@ -103,7 +104,8 @@ class Keeps:
 def test_nothing_is_kept_from_batch_to_batch(session: Session) -> None:
     growth, of_keeping = Growth(), Growth()
     evaluator(session, 1, check_stop=growth)(session.lm, 0)
-    evaluator(session, 1, check_stop=of_keeping, loss=Keeps(session.trainer.loss))(session.lm, 0)
+    keeps = Engine(TrainStep(session.lm, Keeps(session.trainer.loss)))
+    evaluator(session, 1, check_stop=of_keeping, engine=keeps)(session.lm, 0)
     assert growth.calls == ROWS
     logits_bytes = 4 * session.lm.head_weight.shape[0]
     assert of_keeping.per_batch == pytest.approx(logits_bytes, rel=0.01), "it would be seen"
@@ -235,7 +237,7 @@ def test_a_prompt_is_written_with_its_control_tokens_and_an_answer_without(sessi
     asked = Evaluator(
         held_out,
         collator=session.trainer.collator,
-        loss=session.trainer.loss,
+        engine=session.trainer.engine,
         metrics={"exact": exact},
         precision=session.trainer.precision,
         stop_ids=(),

@@ -161,7 +161,7 @@ def _gradient(session: Session, step: Any, size: int) -> Any:
     trainer.optimizer.zero_grad()
     batches = trainer.micro_batches(step, session.data.examples)
     assert len(batches) == -(-len(step) // size)
-    trainer.accumulate(batches, 0)
+    trainer.accumulate(batches, trainer.count(batches), 0)
     return torch.cat([p.grad.flatten() for p in trainer.parameters if p.grad is not None])
 
 

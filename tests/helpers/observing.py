@@ -1,0 +1,122 @@
+"""Runs of the tiny model that a tracking tool observes, and what metrics.jsonl says of them to compare with."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sftx.loading import load
+from sftx.reports import Result, RunInfo
+from sftx.run import run
+from sftx.testing.observer_case import events, run_info, tell
+
+STEPS, SAVED, STOPPED = 6, 3, 5
+"""Of a whole run; the step of its only checkpoint before it stops; the step in which it stops."""
+HOSTILE = 'a b/../<x>|"é"\\//\ud800' + "n" * 300
+"""A name that a metric of a plugin may have."""
+
+
+class InterruptedRunError(Exception):
+    """What ends a run here, of which the engine knows nothing."""
+
+
+def train(plugin: str, directory: Path, *, resume: bool = False, **settings: Any) -> Result:
+    """Six steps on eight rows, evaluated and saved after the third and the last; it lies in `directory`/run."""
+    rows = [{"prompt": f"count to {n}", "completion": " ".join("abcdefgh"[: n + 1])} for n in range(8)]
+    directory.mkdir(exist_ok=True)
+    (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    given = {
+        "model": "sftx:tiny",
+        "data.train": [str(directory / "rows.jsonl")],
+        "data.eval": [str(directory / "rows.jsonl")],
+        "output_dir": str(directory / "run"),
+        "train.max_steps": STEPS,
+        "train.per_device_train_batch_size": 2,
+        "train.learning_rate": 1e-2,
+        "train.eval_steps": SAVED,
+        "train.save_steps": SAVED,
+        "train.use_cpu": True,
+        "generation.max_rows": 3,
+        "generation.num_samples": 2,
+        "generation.max_new_tokens": 4,
+        **{name.replace("__", "."): value for name, value in settings.items()},
+    }
+    loaded = load(
+        None,
+        add=["chatml", "lora", "exact-match", plugin],
+        assignments=[(name, value, f"{name}={value}") for name, value in given.items()],
+    )
+    return run(loaded, name="observed", resume=resume)
+
+
+def stop_in(step: int, error: BaseException, look: Callable[[], object] = lambda: None) -> pytest.MonkeyPatch:
+    """Every training stops when that step begins, until the patch is undone. `look` is called just before."""
+    from sftx.training.loop import Trainer
+
+    begin = Trainer.step
+
+    def stopping(trainer: Trainer, number: int, *rest: Any) -> Any:
+        if number == step:
+            look()
+            raise error
+        return begin(trainer, number, *rest)
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(Trainer, "step", stopping)
+    return patch
+
+
+def told(run_directory: Path, event: str, name: str) -> dict[int, float]:
+    """What metrics.jsonl has under that name, by step."""
+    lines = map(json.loads, (run_directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return {line["step"]: line[name] for line in lines if line["event"] == event}
+
+
+def play(plugin: object, place: Path, change: Callable[[str, tuple[Any, ...]], tuple[Any, ...]]) -> RunInfo:
+    """A whole run's events without the run, each with its arguments as `change` has them."""
+    from sftx.stage import make
+
+    info = run_info(place)
+    observer = make(plugin, "sftx_observer", run=info)
+    for name, arguments in events(info):
+        tell(observer, (name, change(name, arguments)), info)
+    return info
+
+
+# --- W&B's files ---------------------------------------------------------------------------------
+
+_BLOCK, _HEADER = 32768, 7
+
+
+def wandb_records(path: Path) -> Iterator[Any]:
+    """The records of a `.wandb` file, as W&B's own protobuf messages.
+
+    Python has no reader of them from W&B any more. The file is a log of LevelDB's form after a header of seven bytes:
+    blocks of 32 KiB with chunks, each a checksum (4 bytes), a length (2) and a type: whole, first, middle, last (1).
+    """
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, place, payload = path.read_bytes(), _HEADER, b""
+    assert data[:4] == b":W&B"
+    while place + _HEADER <= len(data):
+        if _BLOCK - place % _BLOCK < _HEADER:  # what is left of a block is too short for a chunk
+            place += _BLOCK - place % _BLOCK
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, place)
+        if kind == 0:
+            break
+        payload += data[place + _HEADER : place + _HEADER + length]
+        place += _HEADER + length
+        if kind in (1, 4):
+            yield Record.FromString(payload)
+            payload = b""
+
+
+def wandb_files(directory: Path) -> Sequence[Path]:
+    """One for each process that took part, in the order of time."""
+    return sorted(directory.glob("wandb/*run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime_ns)

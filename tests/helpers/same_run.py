@@ -1,0 +1,68 @@
+"""Whether a run in several processes is that of one: to 1e-5 in its losses, at every step and of held-out rows.
+
+What differs is the order in which fp32 sums are added up: a loss of 6 has steps of 5e-7 between its numbers.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ranked import lines
+
+DDP: Final = "--distributed ddp "
+FSDP2: Final = "--distributed fsdp2 "
+
+
+def compare(out: Path, alone: Path) -> None:
+    """Raises AssertionError at the first thing that two run directories differ in."""
+    compare_steps(out, alone)
+    compare_evaluations(out, alone)
+    compare_artefacts(out, alone)
+
+
+def of_kind(out: Path, event: str) -> list[dict[str, Any]]:
+    return [line for line in lines(out) if line["event"] == event]
+
+
+def compare_steps(out: Path, alone: Path) -> None:
+    ours, theirs = of_kind(out, "step"), of_kind(alone, "step")
+    for name in ("step", "epoch", "num_tokens", "num_real_tokens", "learning_rate"):
+        assert [step[name] for step in ours] == [step[name] for step in theirs], name
+    assert len(theirs) == 10
+    for step, reference in zip(ours, theirs, strict=True):
+        assert step["loss"] == pytest.approx(reference["loss"], rel=0, abs=1e-5)
+        assert step["grad_norm"] == pytest.approx(reference["grad_norm"], rel=1e-4, abs=0)
+
+
+def compare_evaluations(out: Path, alone: Path) -> None:
+    ours, theirs = of_kind(out, "evaluate"), of_kind(alone, "evaluate")
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs] == [0, 5, 10]
+    for line, reference in zip(ours, theirs, strict=True):
+        assert line.keys() == reference.keys()
+        for name in line.keys() - {"event", "step", "seconds"}:
+            rel = 1e-5 if name == "perplexity" else 0
+            assert line[name] == pytest.approx(reference[name], rel=rel, abs=1e-5), name
+    answers = "generated_predictions.jsonl"
+    assert (out / answers).exists() == (alone / answers).exists()
+    if (alone / answers).exists():
+        assert (out / answers).read_text() == (alone / answers).read_text()
+
+
+def compare_artefacts(out: Path, alone: Path) -> None:
+    """The same files, and weights that went the same way: the difference is small against what training changed."""
+    names = {path.relative_to(alone) for path in alone.rglob("*") if path.is_file()}
+    assert {path.relative_to(out) for path in out.rglob("*") if path.is_file()} == names
+    (weights,) = (name for name in names if name.name.endswith("model.safetensors"))
+    ours, theirs = load_file(out / weights), load_file(alone / weights)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert tensor.dtype == theirs[name].dtype
+        torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=3e-5, msg=lambda m, name=name: f"{name}: {m}")
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["num_tokens"] == json.loads((alone / "summary.json").read_text())["num_tokens"]
