@@ -9,6 +9,9 @@ from collections.abc import Iterable
 class SftxError(Exception):
     """Root of them all: the command line prints the message and exits with 1."""
 
+    rank: int | None = None
+    """Of the process that raised it, once the processes of a run have met: it may be the only one."""
+
 
 class ConfigError(SftxError):
     """The run file or the command line says something that cannot be."""

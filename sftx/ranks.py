@@ -6,6 +6,7 @@ A run in one process is `Ranks()`, to which every method is a plain call. Import
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -20,6 +21,10 @@ UNEXPECTED: Final = 70
 user it is 1, as of one process."""
 
 _SET_BY_LAUNCHERS: Final = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+_GONE: Final = re.compile(r"gloo|NCCL|closed by peer|reset by peer|[Bb]roken pipe|[Ss]ocket [Tt]imeout")
+"""What torch's messages have in common when a peer does not answer: most are RuntimeErrors as all others are."""
 
 
 class ElsewhereError(SftxError):
@@ -93,10 +98,11 @@ def is_launched() -> bool:
     return all(name in os.environ for name in _SET_BY_LAUNCHERS)
 
 
-def have_met() -> bool:
-    """Whether this process has met the others: from then on an error may be its own alone."""
-    distributed = sys.modules.get("torch.distributed")
-    return distributed is not None and bool(distributed.is_initialized())
+def is_lost(error: BaseException) -> bool:
+    """Whether torch says by it that another process does not answer."""
+    distributed = sys.modules.get("torch.distributed")  # which nothing here imports
+    known = distributed is not None and isinstance(error, distributed.DistError)
+    return is_launched() and (known or (isinstance(error, RuntimeError) and bool(_GONE.search(str(error)))))
 
 
 def is_main() -> bool:

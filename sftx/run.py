@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 from sftx import run_directory
 from sftx.config import DataConfig, RunConfig, Source, as_dict
 from sftx.data import sources, wanted
-from sftx.errors import ConfigError, ModelError
+from sftx.errors import ConfigError, ModelError, SftxError
 from sftx.loading import Loaded
 from sftx.model import names
 from sftx.plugins import Assembly, activate
-from sftx.ranks import Ranks, is_launched, is_main
+from sftx.ranks import Ranks, is_launched
 from sftx.reports import Result, RunInfo
 from sftx.run_directory import RunDirectory
 
@@ -63,11 +63,15 @@ def run(loaded: Loaded, *, name: str = "run", resume: bool = False) -> Result:
     ranks = begun.ranks
     with contextlib.ExitStack() as stack:
         stack.callback(ranks.close)
-        ranks.on_main(lambda: stack.enter_context(begun.directory.held()))
-        if (done := ranks.on_main(begun.directory.finished)) is not None:
-            log.info("%s is complete, nothing is left to do", done.output_dir)
-            return done
-        return _assemble(begun).run(started)
+        try:
+            ranks.on_main(lambda: stack.enter_context(begun.directory.held()) and None)
+            if (done := ranks.on_main(begun.directory.finished)) is not None:
+                log.info("%s is complete, nothing is left to do", done.output_dir)
+                return done
+            return _assemble(begun).run(started)
+        except SftxError as error:
+            error.rank = ranks.rank
+            raise
 
 
 def assemble(loaded: Loaded, *, name: str = "run", resume: bool = False) -> Session:
@@ -91,35 +95,29 @@ def _begin(loaded: Loaded, name: str, *, resume: bool) -> _Begun:
     config = loaded.config
     names.check(config.model)
     wanted.check(config)
-    resume = resume or _starts_again(config)
-    choose = partial(run_directory.resume if resume else run_directory.new, config.output_dir, name)
-    directory = choose() if is_main() else RunDirectory(Path())
+    _check_processes(config)
     assembly = activate(loaded)
     resolved = as_dict(config) | {"plugins": {active.info.name: active.options for active in assembly.active}}
     ranks = _meet(config)
-    directory = ranks.on_main(lambda: directory)
+    # Each host counts the starts that were its own fault.
+    resume = resume or ranks.largest(float(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))) > 0
+    choose = partial(run_directory.resume if resume else run_directory.new, config.output_dir, name)
+    directory = ranks.on_main(choose)
     if directory.resumed:
         providers = [dataclasses.asdict(provider) for provider in assembly.table()]
         ranks.on_main(lambda: directory.check_same(resolved, providers))
     return _Begun(loaded, ranks, choose, directory, assembly, resolved)
 
 
-def _starts_again(config: RunConfig) -> bool:
-    """Whether torchrun has started the processes once more. Raises ConfigError where they could not find their run."""
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and is_launched() and config.output_dir is None:
-        raise ConfigError(
-            "with --max-restarts of torchrun give --output-dir too: what starts again finds its run there"
-        )
-    return is_launched() and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-
-
-def _meet(config: RunConfig) -> Ranks:
-    """The ranks of this process: those that were started with it, or itself alone. Raises ConfigError, LostError."""
+def _check_processes(config: RunConfig) -> None:
+    """Raises ConfigError for options that the processes which torchrun started cannot have."""
     train = config.train
     if not is_launched():
         if train.fsdp_offload:
             raise ConfigError("option 'train.fsdp_offload': needs processes of their own; --nproc 1 starts one")
-        return Ranks()
+        return
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and config.output_dir is None:
+        raise ConfigError("torchrun --max-restarts needs --output-dir: what starts again finds its run there")
     size = int(os.environ["WORLD_SIZE"])
     rows = train.per_device_train_batch_size * train.gradient_accumulation_steps
     if rows % size:
@@ -128,9 +126,15 @@ def _meet(config: RunConfig) -> Ranks:
             f"{train.per_device_train_batch_size} times gradient_accumulation_steps "
             f"{train.gradient_accumulation_steps}); start {math.gcd(size, rows)}, or change one of the two"
         )
+
+
+def _meet(config: RunConfig) -> Ranks:
+    """The ranks of this process: those that were started with it, or itself alone. Raises ConfigError, LostError."""
+    if not is_launched():
+        return Ranks()
     from sftx.training.distributed import Processes
 
-    return Processes(train)
+    return Processes(config.train)
 
 
 def _assemble(begun: _Begun) -> Session:

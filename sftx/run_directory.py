@@ -32,6 +32,7 @@ _FREE: Final = frozenset(
 _ROUNDING: Final = frozenset(
     {"generation.batch_size", "train.per_device_eval_batch_size", "train.gradient_checkpointing"}
     | {"train.selective_checkpointing", "train.torch_compile", "train.use_cpu"}
+    | {"train.distributed", "train.fsdp_offload"}
 )
 """What only changes the order in which numbers are added."""
 
@@ -276,4 +277,5 @@ def _content(described: Any) -> Any:
 def _versions(manifest: Mapping[str, Any]) -> dict[str, Any]:
     plugins = {f"plugin {plugin['plugin']}": plugin["version"] for plugin in manifest.get("plugins", ())}
     named = {name: manifest.get(name) for name in ("sftx", "python", "device", "num_threads", "dtype")}
+    named["processes"] = manifest.get("num_processes", 1)
     return {**named, **manifest.get("libraries", {}), **plugins}

@@ -10,6 +10,7 @@ from typing import Any, Final, cast
 
 from sftx.errors import DataError, PluginError, SftxError, did_you_mean, one_line
 from sftx.hookspecs import RETURNS
+from sftx.ranks import is_lost
 from sftx.types import Adapter, Batch, LossSum, Observer
 
 
@@ -68,12 +69,14 @@ def named(who: str, what: str) -> Iterator[None]:
 
 
 def _is_not_its_fault(error: BaseException, hook: str, method: str) -> bool:
-    """Whether a row of data, a full device or a full disk is to blame, of which the engine tells more."""
+    """Whether a row of data, a full device or disk, or a lost process is to blame, of which the engine tells more."""
     if isinstance(error, DataError):
         return hook in ("sftx_parser", "sftx_template")
     if method == "save" and (isinstance(error, OSError) or type(error).__name__ == "SafetensorError"):
         return True
     torch = sys.modules.get("torch")  # which nothing here imports
+    if is_lost(error):
+        return True
     return isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
 
 

@@ -95,8 +95,8 @@ def _fail(line: str, error: SftxError | None = None) -> NoReturn:
         time.sleep(_LAUNCHER_S)
     if ranks.is_main():
         click.echo(f"sftx: error: {printable(line)}", err=True)
-    elif ranks.have_met() and not isinstance(error, ElsewhereError | LostError):
-        click.echo(f"sftx: error: rank {os.environ['RANK']}: {printable(line)}", err=True)
+    elif error is not None and error.rank is not None and not isinstance(error, ElsewhereError | LostError):
+        click.echo(f"sftx: error: rank {error.rank}: {printable(line)}", err=True)
     sys.exit(error.exit_code if isinstance(error, LostError) else 1)
 
 

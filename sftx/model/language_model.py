@@ -39,6 +39,8 @@ class LanguageModel(nn.Module):
         self.tokenizer = tokenizer
         self.config = model.config.get_text_config()
         self.adapters: dict[str, Adapter] = {}
+        self.computes_on: torch.device | None = None
+        """Where that is not where the parameters are: shares of a model may be kept on the host."""
         self.seed = torch.zeros((), dtype=torch.int64)
         self._varlen: bool | None = None  # not asked for yet
         self._head = model.get_output_embeddings()
@@ -47,7 +49,7 @@ class LanguageModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.head_weight.device
+        return self.computes_on or next(self.parameters()).device
 
     @property
     def head_weight(self) -> Tensor:

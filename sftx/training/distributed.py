@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
+import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,10 +18,12 @@ from typing import Any, Final, Generic, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 
 from sftx.config import TrainConfig
 from sftx.errors import ConfigError, SftxError, one_line
-from sftx.ranks import ElsewhereError, LostError, Ranks
+from sftx.ranks import ElsewhereError, LostError, Ranks, is_lost
 
 T = TypeVar("T")
 
@@ -28,8 +31,8 @@ T = TypeVar("T")
 # at once, from its closed connections, and not by this.
 _PATIENCE: Final = timedelta(days=2)
 
-_GONE: Final = re.compile(r"gloo|NCCL|closed by peer|reset by peer|[Bb]roken pipe|[Ss]ocket [Tt]imeout")
-"""What torch's messages have in common when a peer does not answer: they are RuntimeErrors as all others are."""
+_MEETING: Final = timedelta(minutes=15)
+"""For all processes to have imported torch and to be there."""
 
 
 class Processes(Ranks):
@@ -51,9 +54,8 @@ class Processes(Ranks):
                 )
             torch.cuda.set_device(self.local_rank)
         try:
-            store, rank, size = next(dist.rendezvous("env://"))
-            # torchrun's store outlives the processes: those that start again must not read the addresses of the dead.
-            store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            store, rank, size = next(rendezvous("env://"))
+            store = PrefixStore(_session(store, rank, size), store)
             # Both for a GPU: fsdp_offload has its gradients on the host.
             backend = "gloo" if on_cpu else "cpu:gloo,cuda:nccl"
             dist.init_process_group(backend, store=store, rank=rank, world_size=size)
@@ -104,7 +106,7 @@ class Processes(Ranks):
         try:
             yield
         except RuntimeError as error:
-            if not (isinstance(error, dist.DistError) or _GONE.search(str(error))):
+            if not is_lost(error):
                 raise
             raise LostError(f"another process of the run is gone: {one_line(error)}") from error
 
@@ -117,6 +119,34 @@ class Processes(Ranks):
         with self.watching():
             dist.all_reduce(tensor, how, group=self._host)
         return tensor.tolist()
+
+
+def _session(store: Any, rank: int, size: int) -> str:
+    """A name that the processes of this start alone have. Raises LostError when they do not all come.
+
+    torchrun's store outlives the processes that it starts again, and must not give them the addresses of the dead. Its
+    own count of restarts is another one on each host. So each process calls itself by a name of its own, under which
+    the main process answers; it asks until all have confirmed.
+    """
+    own = uuid.uuid4().hex
+    if rank:
+        store.set(f"sftx/called/{rank}", own)
+        store.wait([f"sftx/answer/{own}"], _MEETING)
+        name = str(store.get(f"sftx/answer/{own}").decode())
+        store.set(f"sftx/confirmed/{name}/{rank}", "")
+        return name
+    until = time.monotonic() + _MEETING.total_seconds()
+    missing = set(range(1, size))
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"sftx/confirmed/{own}/{other}"]):
+                missing.remove(other)
+            elif store.check([f"sftx/called/{other}"]):
+                store.set(f"sftx/answer/{store.get(f'sftx/called/{other}').decode()}", own)
+        if time.monotonic() > until:
+            raise LostError(f"rank {', '.join(map(str, sorted(missing)))} did not come within {_MEETING}")
+        time.sleep(0.02)
+    return own
 
 
 def _once(work: Callable[[], T]) -> list[T]:

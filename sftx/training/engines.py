@@ -94,10 +94,11 @@ class Replicated(Engine):
     def __init__(self, step: TrainStep, ranks: Ranks, device: torch.device) -> None:
         super().__init__(step)
         self._ranks = ranks
+        buffers: dict[str, Any] = {_BUFFERS: False}
         self._module = DistributedDataParallel(
             step,
             device_ids=[device.index] if device.type == "cuda" else None,
-            **{_BUFFERS: False},
+            **buffers,
             gradient_as_bucket_view=True,
             find_unused_parameters=step.lm.routes,  # experts that no token of a micro-batch goes to
         )
@@ -131,6 +132,7 @@ class Sharded(Engine):
         super().__init__(step)
         self._ranks = ranks
         model, device = step.lm.model, precision.device
+        step.lm.computes_on = device
         self._replicated = [p for p in step.parameters() if p.requires_grad] if step.lm.adapters else []
         for parameter in self._replicated:
             parameter.data = parameter.data.to(device)

@@ -186,7 +186,7 @@ def test_a_second_signal_within_a_second_is_the_same_event(launched: Launcher) -
 
 
 def test_a_later_signal_kills(launched: Launcher) -> None:
-    done = launched(stopping(60), _ONE_EVENT_S=0.1)
+    done = launched(stopping(60), ONE_EVENT_S=0.1)
     done.said("pid", 2)
     os.kill(done.pid, signal.SIGINT)
     done.said("got", 2)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ranked import Group, Prepare, Starter, lines
+from ranked import PATIENCE_S, Prepare, Starter, lines
 from same_end import differences
 from same_run import DDP, FSDP2
 
@@ -19,15 +22,16 @@ def mark_process(rank: int) -> None:
     Path(f"pid-{rank}").write_text(str(os.getpid()))
 
 
-def wait_for_step(group: Group, step: int) -> None:
-    group.until(lambda: (group.out / "metrics.jsonl").exists() and lines_so_far(group, step))
+def steps_so_far(out: Path) -> int:
+    """What a run that is under way has reported."""
+    path = out / "metrics.jsonl"
+    whole = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return max((json.loads(line)["step"] for line in whole if line.endswith("\n")), default=0)
 
 
-def lines_so_far(group: Group, step: int) -> bool:
-    text = (group.out / "metrics.jsonl").read_text()
-    return any(
-        json.loads(line).get("step", 0) >= step for line in text.splitlines(keepends=True) if line.endswith("\n")
-    )
+def differing(ours: Path, theirs: Path) -> list[str]:
+    """The files that differ, but for the report, which shows how long steps took."""
+    return [line for line in differences(ours, theirs) if not line.startswith("report.html: ")]
 
 
 # --- killed -------------------------------------------------------------------------------------
@@ -59,7 +63,36 @@ def test_a_rank_that_is_killed_under_torchrun_leaves_no_trace(mode: str, starter
     out = group.succeed()
     assert (group.directory / "killed").exists()
     assert [line["step"] for line in lines(out) if line["event"] == "step"] == list(range(1, 11))
-    assert differences(out, undisturbed) == []
+    assert differing(out, undisturbed) == []
+
+
+def test_a_rank_that_is_killed_under_nproc_leaves_no_trace(starter: Starter, common: str) -> None:
+    """The command itself, and its rank killed from outside, at whatever place it is in."""
+    arguments = f"{common} --distributed fsdp2 --max-steps 60 --save-steps 3 --save-total-limit 2".split()
+    undisturbed = starter.run(arguments, 2).succeed()
+    directory = starter.directory("nproc")
+    out = directory / "out"
+    command = [sys.executable, "-m", "sftx", "run", *arguments, "--output-dir", "out", "--nproc", "2"]
+    with (directory / "printed").open("w") as printed:
+        launcher = subprocess.Popen([*command, "--max-restarts", "1"], cwd=directory, stdout=printed, stderr=printed)
+    try:
+        while not (reached := steps_so_far(out) >= 5) and launcher.poll() is None:
+            time.sleep(0.002)
+        assert reached, (directory / "printed").read_text()
+        os.kill(pid_of_rank(1, launcher.pid), signal.SIGKILL)
+        assert launcher.wait(PATIENCE_S) == 0, (directory / "printed").read_text()
+    finally:
+        launcher.kill()
+        launcher.wait()
+    assert "rank 1 was killed by SIGKILL; starting again" in (directory / "printed").read_text()
+    assert differing(out, undisturbed) == []
+
+
+def pid_of_rank(rank: int, launcher: int) -> int:
+    """Of the processes that this one has started."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    (pid,) = (pid for pid in children if f"RANK={rank}" in Path(f"/proc/{pid}/environ").read_text().split("\0"))
+    return int(pid)
 
 
 # --- signals ------------------------------------------------------------------------------------
@@ -69,7 +102,7 @@ def test_a_rank_that_is_killed_under_torchrun_leaves_no_trace(mode: str, starter
 def test_a_signal_to_one_rank_stops_and_saves_all(mode: str, rank: int, starter: Starter, common: str) -> None:
     arguments = f"{common} {mode} --max-steps 400".split()
     group = starter.run(arguments, 2, prepare=mark_process)
-    wait_for_step(group, 3)
+    group.until(lambda: steps_so_far(group.out) >= 3)
     os.kill(int((group.directory / f"pid-{rank}").read_text()), signal.SIGTERM)
     assert group.wait() == [143, 143]
     assert group.printed().count("stopped by SIGTERM after step") == 1, group.printed()

@@ -114,7 +114,7 @@ def test_the_script_for_slurm_is_one_for_bash() -> None:
     from sftx import signals
 
     handled = re.search(r"SIGNALS_TO_HANDLE=(\S+)", script).group(1).split(",")  # type: ignore[union-attr]
-    assert {number.name for number in signals._SIGNALS} <= set(handled)
+    assert {number.name for number in signals.SIGNALS} <= set(handled)
 
 
 @pytest.mark.parametrize("command", COMMANDS[:2])
