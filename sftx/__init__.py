@@ -9,7 +9,7 @@ from sftx import _deprecated
 from sftx.data.batch import pack, pad
 from sftx.errors import ConfigError, DataError, ModelError, OutputError, PluginError, SftxError, TrainingError
 from sftx.hookspecs import hookimpl
-from sftx.reports import EvalReport, Provider, RunInfo, Sample, StartReport, StepReport
+from sftx.reports import EvalReport, Provider, RunInfo, Sample, StartReport, StepReport, TokenLosses
 from sftx.types import (
     IGNORE_INDEX,
     Adapter,
@@ -90,6 +90,7 @@ __all__ = [
     "Step",
     "StepReport",
     "Template",
+    "TokenLosses",
     "Tokens",
     "ToolCall",
     "TrainingError",
