@@ -26,11 +26,7 @@ OPTIMIZER: Final = "optimizer"
 def gather(tensors: Mapping[str, Tensor], ranks: Ranks, owner: Callable[[str], int]) -> dict[str, Tensor]:
     """The tensors that this process is the owner of, whole, on the host; of two names of one tensor the first."""
     ours: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        if id(tensor) in seen:
-            continue
-        seen.add(id(tensor))
+    for name, tensor in _once(tensors).items():
         complete = whole(tensor.detach())  # sent to every process, and let go of at once where it is not wanted
         if owner(name) == ranks.rank:
             ours[name] = complete.cpu().clone().contiguous()
@@ -39,7 +35,7 @@ def gather(tensors: Mapping[str, Tensor], ranks: Ranks, owner: Callable[[str], i
 
 def write(tensors: Mapping[str, Tensor], directory: Path, stem: str, ranks: Ranks) -> None:
     """Writes a file a process, each with about as many bytes, and the index. Every process calls it."""
-    owners = _owners(tensors, ranks.size)
+    owners = _owners(_once(tensors), ranks.size)
     ours = gather(tensors, ranks, owners.__getitem__)
     files = [f"{stem}-{rank + 1:05d}-of-{ranks.size:05d}.safetensors" for rank in range(ranks.size)]
     ranks.together(lambda: save_file(ours, directory / files[ranks.rank], metadata={"format": "pt"}))
@@ -49,6 +45,12 @@ def write(tensors: Mapping[str, Tensor], directory: Path, stem: str, ranks: Rank
         "weight_map": {name: file for file, held in zip(files, names, strict=True) for name in held},
     }
     ranks.on_main(lambda: _index(directory, stem).write_text(json.dumps(index, indent=2), encoding="utf-8"))
+
+
+def _once(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without the second names of tensors that are there already."""
+    names = {id(tensor): name for name, tensor in reversed(list(tensors.items()))}
+    return {name: tensor for name, tensor in tensors.items() if names[id(tensor)] == name}
 
 
 def _owners(tensors: Mapping[str, Tensor], num_ranks: int) -> dict[str, int]:

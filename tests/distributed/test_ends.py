@@ -9,13 +9,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from rank_faults import kill_rank_1_in_step_5, raise_between_steps, raise_in_a_forward, raise_in_the_main_process
 from ranked import PATIENCE_S, Prepare, Starter, lines
-from same_end import differences
-from same_run import DDP, FSDP2
+from same_run import DDP, FSDP2, differing
 
 
 def mark_process(rank: int) -> None:
@@ -29,28 +28,7 @@ def steps_so_far(out: Path) -> int:
     return max((json.loads(line)["step"] for line in whole if line.endswith("\n")), default=0)
 
 
-def differing(ours: Path, theirs: Path) -> list[str]:
-    """The files that differ, but for the report, which shows how long steps took."""
-    return [line for line in differences(ours, theirs) if not line.startswith("report.html: ")]
-
-
 # --- killed -------------------------------------------------------------------------------------
-
-
-def kill_rank_1_in_step_5(rank: int) -> None:
-    """In the midst of it, and the first time alone."""
-    from sftx.training.loop import Trainer
-
-    update = Trainer.accumulate
-    if rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-
-        def accumulate(trainer: Trainer, batches: Any, counted: Any, number: int) -> Any:
-            if number == 4:  # counted from 0
-                Path("killed").touch()
-                os.kill(os.getpid(), signal.SIGKILL)
-            return update(trainer, batches, counted, number)
-
-        Trainer.accumulate = accumulate  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("mode", [DDP + "--plugin lora --set lora.lora_dropout=0.1", FSDP2], ids=["lora", "full"])
@@ -113,41 +91,6 @@ def test_a_signal_to_one_rank_stops_and_saves_all(mode: str, rank: int, starter:
 
 
 # --- errors of one rank -------------------------------------------------------------------------
-
-
-def _raise_at(owner: type, name: str, call: int) -> None:
-    """From now on the method raises when it is called so many times."""
-    method, calls = getattr(owner, name), iter(range(1, call + 1))
-
-    def raising(*arguments: Any) -> Any:
-        if next(calls) == call:
-            raise ValueError("a row that this rank alone has")
-        return method(*arguments)
-
-    setattr(owner, name, raising)
-
-
-def raise_between_steps(rank: int) -> None:
-    from sftx.training.loop import Trainer
-
-    if rank == 1:
-        _raise_at(Trainer, "micro_batches", 3)
-
-
-def raise_in_a_forward(rank: int) -> None:
-    """In the midst of a step, where the others wait for this one's gradients."""
-    from sftx_plugins.masked_ce import MaskedCE
-
-    if rank == 1:
-        _raise_at(MaskedCE, "__call__", 8)
-
-
-def raise_in_the_main_process(rank: int) -> None:
-    """While it writes, and the others wait."""
-    from sftx.training import checkpoint
-
-    if rank == 0:
-        _raise_at(checkpoint, "_write_values", 1)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("prepare", [raise_between_steps, raise_in_a_forward, raise_in_the_main_process])

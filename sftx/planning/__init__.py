@@ -1,0 +1,1 @@
+"""`sftx plan`: what a run needs, from its configuration alone."""

@@ -1,0 +1,296 @@
+"""A run's configuration becomes a plan: parameters, memory by kind, what fits, time and cost. Nothing is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+from sftx.config import RunConfig
+from sftx.loading import Loaded
+from sftx.model import names
+from sftx.planning.devices import Device
+from sftx.planning.rehearsal import Rehearsal, rehearse
+from sftx.planning.tally import Kind
+from sftx.plugins import Assembly, activate
+from sftx.training import precision as precisions
+from sftx.training.precision import Precision
+
+# Beside tensors: the CUDA context with its kernels, cuBLAS workspaces, and what the caching allocator cannot hand out.
+_GPU_PROCESS_BYTES: Final = 3 * 2**28
+_MOST_RANKS: Final = 64
+_UTILISATION: Final = 0.4
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that one process needs, by what they are for, and which of its rows and lengths they were planned with."""
+
+    rows: int
+    max_length: int
+    num_tokens: int
+    num_parameters: int
+    num_trainable: int
+    longest: int | None
+    """Tokens that the model was made for, where its configuration says."""
+    kinds: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.kinds.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `sftx plan` tells; JSON values and dataclasses of these."""
+
+    model: str
+    device: Device
+    dtype: str
+    num_processes: int
+    distributed: str
+    need: Need
+    fits: bool | None
+    """None: it was not asked what for."""
+    largest_batch: int | None
+    largest_length: int | None
+    advice: tuple[str, ...]
+    tokens_per_second: float | None
+    seconds: float | None
+    price: float | None
+    assumptions: tuple[str, ...]
+
+
+@dataclass
+class Planner:
+    """Plans of one run on one kind of device."""
+
+    loaded: Loaded
+    device: Device
+    num_processes: int = 1
+
+    @cached_property
+    def assembly(self) -> Assembly:
+        return activate(self.loaded)
+
+    @property
+    def config(self) -> RunConfig:
+        return self.loaded.config
+
+    @cached_property
+    def process_bytes(self) -> int:
+        """Of a process that has imported what a run imports; asked for first before a rehearsal adds to this one."""
+        return _resident_bytes()
+
+    @cached_property
+    def model(self) -> str:
+        """Where its config.json is: nothing else is needed. Raises ModelError."""
+        place = Path(self.config.model).expanduser()
+        if not (place / "config.json").is_file():
+            names.check(self.config.model)
+        return names.resolve(self.config.model)
+
+    @cached_property
+    def precision(self) -> Precision:
+        """As the device would choose, on the CPU, where it is rehearsed. Planned for are GPUs that have bfloat16."""
+        train = self.config.train
+        bf16 = True if self.device.is_gpu and train.bf16 is None and not train.fp16 else train.bf16
+        return precisions.choose(dataclasses.replace(train, use_cpu=True, bf16=bf16))
+
+    def need(self, *, rows: int | None = None, max_length: int | None = None, **changed: Any) -> Need:
+        """With these in place of what the run says. Raises SftxError."""
+        assert self.process_bytes
+        train = dataclasses.replace(self.config.train, torch_compile=False, **changed)
+        rows = rows or train.per_device_train_batch_size
+        max_length = max_length or self.config.data.max_length
+        found = rehearse(
+            self.assembly,
+            train,
+            self.precision,
+            model=self.model,
+            trust_remote_code=self.config.trust_remote_code,
+            rows=rows,
+            max_length=max_length,
+            on_gpu=self.device.is_gpu,
+        )
+        return Need(
+            rows,
+            max_length,
+            found.num_tokens,
+            found.num_parameters,
+            found.num_trainable,
+            found.longest,
+            self.kinds(found),
+        )
+
+    def kinds(self, found: Rehearsal, num_processes: int | None = None) -> dict[str, int]:
+        """Bytes of one of several processes, at the moment of the most."""
+        ranks = num_processes or self.num_processes
+        moments = [self._shared(found, moment, ranks) for moment in found.moments]
+        most = max(moments, key=_sum)
+        most["process"] = _GPU_PROCESS_BYTES if self.device.is_gpu else self.process_bytes
+        return most
+
+    def _shared(self, found: Rehearsal, moment: Mapping[Kind, int], ranks: int) -> dict[str, int]:
+        here: dict[str, int] = dict(moment.items())
+        if ranks == 1:
+            return here
+        if self.config.train.distributed == "ddp":
+            return here | {"gradients": here["gradients"] + found.trainable_bytes}  # its buckets
+        is_whole = found.num_trainable < found.num_parameters  # adapters: every rank has them in full
+        kept = found.trainable_bytes if is_whole else 0
+        here["weights"] = kept + math.ceil((here["weights"] - kept) / ranks)
+        if not is_whole:
+            here["gradients"] = math.ceil(here["gradients"] / ranks)
+            here["optimizer"] = math.ceil(here["optimizer"] / ranks)
+        if self.config.train.fsdp_offload and self.device.is_gpu:
+            here |= {"weights": 0, "gradients": 0, "optimizer": 0}
+        return here | {"gathered layers": found.largest_layers}
+
+
+def _sum(kinds: dict[str, int]) -> int:
+    return sum(kinds.values())
+
+
+def _resident_bytes() -> int:
+    """What this process holds, which has imported what a run imports."""
+    import sftx.session  # noqa: F401
+    from sftx.training.precision import peak_bytes
+
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        import torch
+
+        return peak_bytes(torch.device("cpu"))
+    import resource
+
+    return int(statm.read_text().split()[1]) * resource.getpagesize()
+
+
+def plan(
+    loaded: Loaded,
+    device: Device,
+    *,
+    num_processes: int = 1,
+    tokens_per_second: float | None = None,
+    price_per_hour: float | None = None,
+    num_tokens: int | None = None,
+) -> Plan:
+    """The whole plan. Raises SftxError for what a run could not be begun with."""
+    planner = Planner(loaded, device, num_processes)
+    need = planner.need()
+    limit = device.num_bytes
+    fits = None if limit is None else need.total <= limit
+    largest = _largest_batch(planner, need, limit) if limit is not None else None
+    length = _largest_length(planner, need, limit) if limit is not None else None
+    rate, how = _rate(planner, need, tokens_per_second)
+    seconds = None if rate is None or num_tokens is None else num_tokens / rate
+    hours = None if seconds is None else seconds / 3600
+    train = loaded.config.train
+    return Plan(
+        model=loaded.config.model,
+        device=device,
+        dtype=str(planner.precision),
+        num_processes=num_processes,
+        distributed=train.distributed,
+        need=need,
+        fits=fits,
+        largest_batch=largest,
+        largest_length=length,
+        advice=() if fits is not False else _advice(planner, need, limit or 0),
+        tokens_per_second=rate,
+        seconds=seconds,
+        price=None if hours is None or price_per_hour is None else hours * price_per_hour,
+        assumptions=(*_assumptions(planner, need), *how),
+    )
+
+
+def _largest_batch(planner: Planner, need: Need, limit: int) -> int:
+    """Rows that fit, 0 when not one does: a line through two rehearsals, and then as far down as it takes."""
+    other = planner.need(rows=1 if need.rows > 1 else 2)
+    low, high = sorted((need, other), key=lambda one: one.rows)
+    each = max(1.0, (high.total - low.total) / (high.rows - low.rows))
+    rows = max(0, int(low.rows + (limit - low.total) / each))
+    while rows > 0 and planner.need(rows=rows).total > limit:
+        rows = min(rows - 1, int(rows * 0.97))
+    return rows
+
+
+def _largest_length(planner: Planner, need: Need, limit: int) -> int:
+    """Tokens of one row that fits, 0 when none does; no more than the model was made for."""
+    long = planner.need(rows=1)
+    short = planner.need(rows=1, max_length=max(2, need.max_length // 2))
+    each = max(1.0, (long.total - short.total) / max(1, long.max_length - short.max_length))
+    found = max(0, int(short.max_length + (limit - short.total) / each))
+    return found if need.longest is None else min(found, need.longest)
+
+
+def _advice(planner: Planner, need: Need, limit: int) -> tuple[str, ...]:
+    """What to change, each with what it would need then; what fits first."""
+    train = planner.config.train
+    tried: list[tuple[str, Need]] = []
+    if not train.gradient_checkpointing:
+        tried.append(("--gradient-checkpointing", planner.need(gradient_checkpointing=True)))
+    if need.rows > 1:
+        fewer = f"--per-device-train-batch-size 1 --gradient-accumulation-steps {need.rows}"
+        tried.append((fewer, planner.need(rows=1, gradient_checkpointing=True)))
+        if not train.gradient_checkpointing:
+            tried[-1] = (f"{fewer} --gradient-checkpointing", tried[-1][1])
+    half = max(2, need.max_length // 2)
+    tried.append((f"--max-length {half}", planner.need(max_length=half)))
+    if need.num_trainable == need.num_parameters and train.optim == "adamw":
+        tried.append(("--optim adafactor", planner.need(optim="adafactor")))
+    lines = [
+        f"{what}: {one.total / 1e9:.1f} GB, {'fits' if one.total <= limit else 'does not fit alone'}"
+        for what, one in sorted(tried, key=lambda pair: pair[1].total > limit)
+    ]
+    if need.num_trainable == need.num_parameters:
+        lines.append("--plugin lora: no gradients and no optimizer state for a frozen base")
+    if planner.num_processes == 1:
+        lines.append("--distributed fsdp2 --nproc N: each of N processes holds its share of the weights")
+    return tuple(lines)
+
+
+def _rate(planner: Planner, need: Need, given: float | None) -> tuple[float | None, tuple[str, ...]]:
+    """Tokens a second of all processes, and how that is known."""
+    if given is not None:
+        return given, (f"{given:g} tokens/s as given",)
+    if planner.device.flops is None:
+        return None, ()
+    # Forward 2, gradients of the inputs 2, of the weights 2 (Kaplan et al. 2020, arXiv:2001.08361, section 2.1).
+    each = (4 * need.num_parameters + 2 * need.num_trainable) * (
+        4 / 3 if planner.config.train.gradient_checkpointing else 1
+    )
+    rate = planner.device.flops * _UTILISATION / each * planner.num_processes
+    return rate, (
+        f"{rate:,.0f} tokens/s: {_UTILISATION:.0%} of {planner.device.flops / 1e12:.0f} TFLOP/s, {each / 1e9:.1f} "
+        "GFLOP a token, without attention's products",
+    )
+
+
+def _assumptions(planner: Planner, need: Need) -> tuple[str, ...]:
+    train = planner.config.train
+    lines = [f"every row has {need.max_length} tokens, all of them trained"]
+    if train.torch_compile:
+        lines.append("as without torch_compile, which needs less")
+    if planner.device.is_gpu:
+        lines.append(
+            f"{_GPU_PROCESS_BYTES / 2**30:g} GiB for the CUDA context, libraries' workspaces and fragmentation; "
+            "the kernels' path in plain torch; a GPU with bfloat16"
+        )
+    else:
+        lines.append(
+            "memory of the process as this one has it, with the same imports; MALLOC_MMAP_THRESHOLD_=65536 in the "
+            "environment, without which glibc keeps what is freed (docs/planning.md)"
+        )
+    if planner.num_processes > 1:
+        lines.append(
+            "ddp: buckets as large as the gradients"
+            if train.distributed == "ddp"
+            else "fsdp2: two of the largest layers whole at a time"
+        )
+    return tuple(lines)

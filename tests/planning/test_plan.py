@@ -1,0 +1,179 @@
+"""The planner: what it counts against real models and real steps, what fits, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from sftx import loading
+from sftx.cli import main
+from sftx.errors import ConfigError
+from sftx.planning import devices
+from tests.planning import configs
+
+GB = 10**9
+
+
+def planner(model: str, *plugins: str, device: devices.Device = devices.CPU, ranks: int = 1, **options: Any) -> Any:
+    from sftx.planning.plan import Planner
+
+    values = {"model": model, "data.train": "none.jsonl", "data.max_length": 32} | options
+    assignments = [(name, value, name) for name, value in values.items()]
+    return Planner(loading.load(None, add=plugins, assignments=assignments), device, ranks)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> str:
+    from sftx.model import tiny
+
+    return str(tiny.model_dir())
+
+
+# --- counts -------------------------------------------------------------------------------------
+
+
+def test_parameters_are_those_of_the_real_model(tiny: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    need = planner(tiny).need()
+    assert need.num_parameters == need.num_trainable == AutoModelForCausalLM.from_pretrained(tiny).num_parameters()
+
+
+def test_what_lora_trains_is_what_peft_trains(tiny: str) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    theirs = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny), LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+    need = planner(tiny, "lora").need()
+    assert need.num_trainable == theirs.get_nb_trainable_parameters()[0]
+
+
+@pytest.mark.parametrize("name", configs.CONFIGS)
+def test_public_models_have_as_many_parameters_as_their_makers_say(name: str, tmp_path: Path) -> None:
+    from sftx.model.load import load_spec
+
+    assert load_spec(str(configs.write(name, tmp_path))).skeleton.num_parameters() == configs.NUM_PARAMETERS[name]
+
+
+@pytest.mark.parametrize("plugins", [(), ("lora",), ("packed",), ("lora", "packed")])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_rehearsal_counts_what_a_real_step_makes(tiny: str, plugins: tuple[str, ...], checkpointing: bool) -> None:
+    """The same tally around a real step, whose tensors have memory and values."""
+    import torch
+
+    from sftx.model.language_model import LanguageModel
+    from sftx.model.load import load_model, load_spec
+    from sftx.planning.rehearsal import StepTally, _batch, rehearse
+    from sftx.training.engines import TrainStep
+    from sftx.training.layers import prepare_layers
+
+    plan = planner(tiny, *plugins, **{"train.gradient_checkpointing": checkpointing, "train.optim": "sgd"})
+    train, ours = plan.config.train, {"model": tiny, "trust_remote_code": False, "on_gpu": False}
+    found = rehearse(plan.assembly, train, plan.precision, rows=8, max_length=512, **ours).moments[1]
+    spec = load_spec(tiny)
+    adapters = plan.assembly.adapters(spec)
+    model = load_model(spec, list(adapters.values()), dtype=torch.float32, device=torch.device("cpu"))
+    lm = LanguageModel(model, None)  # type: ignore[arg-type]
+    lm.attach(adapters)
+    prepare_layers(model, train)
+    lm.train()
+    batch, tally = _batch(plan.assembly.collator(512), 8, 512), StepTally()
+    with tally:
+        tally.count([*lm.parameters(), *lm.buffers()], "weights")
+        TrainStep(lm, plan.assembly.loss())(batch).sum.backward()
+    assert sum(found.values()) == pytest.approx(sum(tally.peak.values()), rel=0.02)
+    assert found["weights"] == tally.peak["weights"]
+
+
+# --- what follows from the counts ---------------------------------------------------------------
+
+
+def test_more_rows_longer_rows_and_no_checkpointing_need_more(tiny: str) -> None:
+    plan = planner(tiny)
+    base = plan.need(rows=2).total
+    assert base < plan.need(rows=4).total
+    assert base < plan.need(rows=2, max_length=64).total
+    assert plan.need(rows=8, gradient_checkpointing=True).total < plan.need(rows=8).total
+
+
+def test_shares_of_fsdp2_are_smaller_and_buckets_of_ddp_are_more(tiny: str) -> None:
+    one = planner(tiny).need(rows=1)
+    ddp = planner(tiny, ranks=2).need(rows=1)
+    fsdp2 = planner(tiny, ranks=2, **{"train.distributed": "fsdp2"}).need(rows=1)
+    assert ddp.total > one.total
+    assert fsdp2.kinds["weights"] == pytest.approx(one.kinds["weights"] / 2, abs=1)
+    assert fsdp2.kinds["optimizer"] == pytest.approx(one.kinds["optimizer"] / 2, abs=1)
+
+
+def test_a_large_model_is_planned_from_its_config_alone(tmp_path: Path) -> None:
+    directory = str(configs.write("llama-3-8b", tmp_path))
+    need = planner(directory, "lora", device=devices.parse("24GB"), **{"train.gradient_checkpointing": True}).need(
+        rows=1, max_length=512
+    )
+    # 8.03e9 weights of 2 bytes, and LoRA's 4.2e7 of 4.
+    assert need.kinds["weights"] == pytest.approx(2 * 8.03e9 + 4 * 4.19e7, rel=0.001)
+    assert need.total < 24 * GB
+
+
+# --- the command --------------------------------------------------------------------------------
+
+
+def invoke(*arguments: str) -> Any:
+    return CliRunner().invoke(main, ["plan", "--data", "none.jsonl", "--max-length", "32", *arguments])
+
+
+def test_it_exits_with_0_when_it_fits_and_with_1_when_not(tiny: str) -> None:
+    fits = invoke("--model", tiny, "--gpu", "2GB", "--num-tokens", "3600000", "--tokens-per-second", "1000", "--json")
+    values = json.loads(fits.output)
+    assert fits.exit_code == 0
+    assert values["fits"] is True
+    assert values["seconds"] == 3600
+    too_large = invoke("--model", tiny, "--gpu", "0.8GB", "--per-device-train-batch-size", "4")
+    assert too_large.exit_code == 1
+    assert "does not fit" in too_large.output
+    assert "--gradient-checkpointing" in too_large.output
+
+
+@pytest.mark.parametrize(("text", "num_bytes"), [("24GB", 24 * GB), ("22.5GiB", int(22.5 * 2**30)), ("80 gb", 80 * GB)])
+def test_sizes_are_read(text: str, num_bytes: int) -> None:
+    assert devices.parse(text).num_bytes == num_bytes
+
+
+@pytest.mark.parametrize("text", ["24", "GB", "0GB", "-1GB", "24MB", "24GB more", ""])
+def test_other_sizes_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="expected a GPU's memory, such as 24GB"):
+        devices.parse(text)
+
+
+# --- against a real run -------------------------------------------------------------------------
+
+CASES = [("lora", "--gradient-checkpointing", 2, 128), ("full", "", 1, 128)]
+
+
+@pytest.mark.parametrize(("kind", "option", "rows", "length"), CASES)
+def test_planned_within_a_tenth_of_the_peak_of_a_real_run(
+    kind: str, option: str, rows: int, length: int, real_model_dir: Path, tmp_path: Path
+) -> None:
+    lines = [{"input_ids": [100 + at % 4000 for at in range(length - (row > 0))]} for row in range(rows)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(json.dumps(line) for line in lines * 2) + "\n", encoding="utf-8")
+    options = ["--model", str(real_model_dir), "--data", str(data), "--max-length", str(length), "--use-cpu"]
+    options += ["--per-device-train-batch-size", str(rows), *filter(None, [option])]
+    options += ["--plugin", "lora"] if kind == "lora" else []
+    # Large blocks go back to the system when they are freed; glibc would keep them.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    sftx = [sys.executable, "-m", "sftx"]
+    out = tmp_path / "out"
+    subprocess.run([*sftx, "run", *options, "--max-steps", "2", "--output-dir", str(out)], env=environment, check=True)
+    planned = subprocess.run([*sftx, "plan", *options, "--json"], env=environment, check=True, capture_output=True)
+    measured = json.loads((out / "summary.json").read_text())["peak_bytes"]
+    assert json.loads(planned.stdout)["need"]["total"] == pytest.approx(measured, rel=0.1)
