@@ -62,7 +62,7 @@ def _draw(file: Any, runs: Sequence[tuple[str, Columns, Columns]]) -> None:
         axes = figure.add_subplot()
         lines = [line for n, run in enumerate(runs) for line in _curves(axes, n, run, is_alone=len(runs) == 1)]
         axes.set_xlabel("step")
-        axes.set_ylabel("loss (nats per trained token)" if len(runs) == 1 else "loss, held-out with dots")
+        axes.set_ylabel("loss" if len(runs) == 1 else "training loss; held-out with dots")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         _label(axes, lines, runs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Final
@@ -11,6 +10,7 @@ from typing import Final
 import pytest
 from safetensors import safe_open
 
+from rank_faults import end_after_step_5
 from ranked import Starter
 from same_run import DDP, FSDP2, compare
 
@@ -26,20 +26,6 @@ def written_by(starter: Starter, arguments: list[str], size: int) -> Path:
     assert codes[0] == 137, group.printed()
     assert [path.name for path in (group.out / "checkpoints").iterdir()] == ["step-5"]
     return group.directory
-
-
-def end_after_step_5(rank: int) -> None:
-    """As kill -9 would, when the save is done."""
-    from sftx.training.loop import Trainer
-
-    begin = Trainer.step
-
-    def step(trainer: Trainer, number: int, *rest: object) -> object:
-        if number == 6:
-            os._exit(137)
-        return begin(trainer, number, *rest)  # type: ignore[arg-type]
-
-    Trainer.step = step  # type: ignore[assignment, method-assign]
 
 
 @pytest.mark.parametrize(("mode", "before", "others"), ONWARD)

@@ -117,7 +117,7 @@ def test_the_script_for_slurm_is_one_for_bash() -> None:
     assert {number.name for number in signals.SIGNALS} <= set(handled)
 
 
-@pytest.mark.parametrize("command", COMMANDS[:2])
+@pytest.mark.parametrize("command", COMMANDS[:2], ids=["sftx", "torchrun"])
 def test_the_commands_of_one_host_train(command: str, tmp_path: Path) -> None:
     """As they stand on the page, but with two processes for eight, and a run file of the tiny model."""
     from sftx.model.tiny import model_dir

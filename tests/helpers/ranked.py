@@ -31,7 +31,6 @@ PATIENCE_S = 300.0
 _IMPORTED = (
     *killing._IMPORTED,
     "torch._dynamo.backends.debugging",
-    "torch._functorch.aot_autograd",
     "torch.distributed.fsdp",
     "torch.distributed.run",
     "torch.nn.parallel.distributed",

@@ -21,7 +21,7 @@ def differences(ours: Path, theirs: Path, *, ignore: frozenset[str] = frozenset(
     files = {root: {str(p.relative_to(root)) for p in root.rglob("*") if p.is_file()} for root in (ours, theirs)}
     found += [f"{name}: only in {ours}" for name in sorted(files[ours] - files[theirs])]
     found += [f"{name}: only in {theirs}" for name in sorted(files[theirs] - files[ours])]
-    for name in sorted(files[ours] & files[theirs]):
+    for name in sorted(files[ours] & files[theirs] - {"report.html"}):  # which shows the others, times too
         if Path(name).name == CHECKSUMS:  # those of files that hold times differ: each is held against its own files
             places = ((root / name).parent for root in (ours, theirs))
             found += [f"{place}: {what}" for place in places if (what := damage(place)) is not None]

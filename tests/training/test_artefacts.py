@@ -145,7 +145,7 @@ def test_a_checkpoint_holds_a_trainer_state_that_transformers_reads(adapted: Pat
 
 def test_nothing_in_a_run_directory_is_pickled(full: Path, adapted: Path) -> None:
     files = [path for out in (full, adapted) for path in out.rglob("*") if path.is_file()]
-    assert {path.suffix for path in files} == {".json", ".jsonl", ".jinja", ".safetensors", ".yaml"}
+    assert {path.suffix for path in files} == {".json", ".jsonl", ".jinja", ".safetensors", ".yaml", ".html", ".png"}
     for path in files:
         assert not path.read_bytes().startswith(PICKLED), path
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from sessions import session_of
+from sftx.ranks import Ranks
 from sftx.session import Session
 
 ROWS = 20
@@ -102,7 +103,7 @@ def test_peft_loads_the_adapter_and_computes_our_logits(real_model_dir: Path, ro
             if name.endswith("lora_B"):  # zero at first, which would hide any mistake
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
     (tmp_path / "adapter").mkdir()
-    checkpoint.write_artefact(session.lm, tmp_path / "adapter")
+    checkpoint.write_artefact(session.lm, tmp_path / "adapter", Ranks())
 
     base = AutoModelForCausalLM.from_pretrained(real_model_dir, dtype=torch.float32)
     config = PeftConfig.from_pretrained(tmp_path / "adapter")

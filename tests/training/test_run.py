@@ -56,8 +56,9 @@ def test_a_run_directory_holds_all_that_the_run_was(tiny_model_dir: Path, data: 
     out = data / "out"
     assert result.output_dir == out
     assert {p.name for p in out.iterdir()} == {
-        "adapter", "checkpoints", "generated_predictions.jsonl", "ledger.jsonl", "ledger-held-out.jsonl",
-        "manifest.json", "metrics.jsonl", "run.yaml", "summary.json", "trainer_state.json",
+        "adapter", "checkpoints", "evidence.json", "generated_predictions.jsonl", "ledger.jsonl",
+        "ledger-held-out.jsonl", "loss.png", "manifest.json", "metrics.jsonl", "report.html", "run.yaml",
+        "summary.json", "trainer_state.json",
     }  # fmt: skip
     assert {p.name for p in (out / "checkpoints").iterdir()} == {"step-6", "step-9"}
     for artefact in (out / "adapter", *(out / "checkpoints").iterdir()):
