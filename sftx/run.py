@@ -27,6 +27,7 @@ from sftx.loading import Loaded
 from sftx.model import names
 from sftx.plugins import Assembly, activate
 from sftx.ranks import Ranks, is_launched
+from sftx.report.run_report import complete_reports
 from sftx.reports import Result, RunInfo
 from sftx.run_directory import RunDirectory
 
@@ -67,6 +68,7 @@ def run(loaded: Loaded, *, name: str = "run", resume: bool = False) -> Result:
             ranks.on_main(lambda: stack.enter_context(begun.directory.held()) and None)
             if (done := ranks.on_main(begun.directory.finished)) is not None:
                 log.info("%s is complete, nothing is left to do", done.output_dir)
+                ranks.on_main(partial(complete_reports, done.output_dir, again=False))
                 return done
             return _assemble(begun).run(started)
         except SftxError as error:

@@ -17,7 +17,7 @@ from sftx.model.memory import is_out_of_memory
 from sftx.plugins import Assembly
 from sftx.ranks import Ranks
 from sftx.report.evidence import as_evidence
-from sftx.report.run_report import write_reports
+from sftx.report.run_report import complete_reports
 from sftx.reports import EvalReport, Result, RunInfo, StartReport, StepReport
 from sftx.run_directory import RunDirectory
 from sftx.signals import Patience, Stop
@@ -186,7 +186,7 @@ class Session:
         summary = self.summary(artefact)
         self.directory.write_summary(summary)
         self.observers.on_end(summary)
-        _write_reports(self.directory.path)
+        complete_reports(self.directory.path)
         return summary
 
     def _write_together(self, place: Path, write: Callable[[Path], None], *, checksums: bool = False) -> None:
@@ -368,14 +368,6 @@ class Session:
 
     def _wall_seconds(self) -> float:
         return self.state.wall_seconds + time.monotonic() - self._started
-
-
-def _write_reports(directory: Path) -> None:
-    """report.html and loss.png. What is wrong with them is no reason for a run to fail."""
-    try:
-        write_reports(directory)
-    except Exception as error:
-        log.warning("the report of %s could not be written: %s: %s", directory, type(error).__name__, one_line(error))
 
 
 def _compared(before: EvalReport, after: EvalReport) -> list[dict[str, str]]:

@@ -30,7 +30,8 @@ def command(*, runs: tuple[Path, ...], output: Path | None) -> None:
     Of two or more RUN_DIRs the curves lie over one another, with what differs between the runs. A run may still be
     under way. The page is complete in one file and fetches nothing; loss.png needs matplotlib.
     """
-    from sftx.report.run_report import PAGE, PICTURE, read, write
+    from sftx.report.run_record import read
+    from sftx.report.run_report import PAGE, PICTURE, notes, write
 
     if len({run.resolve() for run in runs}) < len(runs):
         raise click.UsageError("one run is named twice; name each once")
@@ -39,15 +40,12 @@ def command(*, runs: tuple[Path, ...], output: Path | None) -> None:
     for path in (page, picture):
         _check_free(path)
     records = [read(run) for run in runs]
-    if not any(record.steps["step"] or record.evaluations["step"] for record in records):
-        log.warning("no step of %s is recorded; the page has no curves", "this run" if len(runs) == 1 else "these runs")
+    for n, note in notes(records):
+        log.warning("%s: %s", runs[n], note)
     try:
         page.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{page.parent}: cannot be made: {one_line(error)}") from error
-    for record in records:
-        for note in record.notes:
-            log.warning("%s: %s", record.path, note)
     for path in write(records, page, picture):
         click.echo(f"wrote {printable(str(path))}")
 

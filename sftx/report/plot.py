@@ -23,6 +23,8 @@ MARK: Final = b"sftx report"
 
 _COLOURS: Final = ("#0072b2", "#c2500a", "#00795a", "#8f3f97", "#8a6d00", "#b5306b", "#444444")
 _DASHES: Final[tuple[Any, ...]] = ("-", (0, (6, 2)), (0, (2, 2)), (0, (8, 2, 2, 2)))
+_MANY: Final = 4
+"""Runs, past which only smoothed curves are drawn, and small dots."""
 _SPAN: Final = 40
 """Steps are smoothed over this part of the run, beside the line that is not."""
 
@@ -60,7 +62,7 @@ def _draw(file: Any, runs: Sequence[tuple[str, Columns, Columns]]) -> None:
         figure = Figure(figsize=(8, 4.5 if len(runs) <= 6 else 6), dpi=120, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
-        lines = [line for n, run in enumerate(runs) for line in _curves(axes, n, run, is_alone=len(runs) == 1)]
+        lines = [line for n, run in enumerate(runs) for line in _curves(axes, n, run, len(runs))]
         axes.set_xlabel("step")
         axes.set_ylabel("loss" if len(runs) == 1 else "training loss; held-out with dots")
         axes.grid(alpha=0.3)
@@ -69,24 +71,23 @@ def _draw(file: Any, runs: Sequence[tuple[str, Columns, Columns]]) -> None:
         figure.savefig(file, format="png", metadata={"Software": MARK.decode()})
 
 
-def _curves(axes: Axes, n: int, run: tuple[str, Columns, Columns], *, is_alone: bool) -> list[tuple[Any, str]]:
+def _curves(axes: Axes, n: int, run: tuple[str, Columns, Columns], num_runs: int) -> list[tuple[Any, str]]:
     """Draws those of one run; returns what the legend shows, with its text."""
     name, steps, evaluations = run
+    is_alone, is_one_of_many = num_runs == 1, num_runs > _MANY
     colour, dashes = _COLOURS[n % len(_COLOURS)], _DASHES[n % len(_DASHES)]
     found = []
     x, y = _points(steps, "loss")
     if y:
         span = max(1.0, len(y) / _SPAN)
-        is_long = span > 1
-        (line,) = axes.plot(x, y, color=colour, linestyle=dashes, linewidth=0.8 if is_long else 1.6,
-                            alpha=0.35 if is_long else 1)  # fmt: skip
-        if is_long:
-            (line,) = axes.plot(x, smoothed(y, span), color=colour, linestyle=dashes, linewidth=1.8)
+        if span > 1 and not is_one_of_many:
+            axes.plot(x, y, color=colour, linewidth=0.8, alpha=0.35)
+        (line,) = axes.plot(x, smoothed(y, span), color=colour, linestyle=dashes, linewidth=1.7)
         found.append((line, "training" if is_alone else name))
     x, y = _points(evaluations, "loss")
     if y:
-        colour = _COLOURS[1] if is_alone else colour
-        (dots,) = axes.plot(x, y, color=colour, marker="o", markersize=5, linewidth=1, linestyle=":")
+        colour, size = _COLOURS[1] if is_alone else colour, 3 if is_one_of_many else 5
+        (dots,) = axes.plot(x, y, color=colour, marker="o", markersize=size, linewidth=1, linestyle=":")
         found += [(dots, "held-out" if is_alone else name)] if is_alone or not found else []
     return found
 

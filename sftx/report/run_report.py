@@ -6,15 +6,20 @@ torch.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from sftx import whole_files
+from sftx.errors import one_line
 from sftx.report import compare, plot
 from sftx.report.compare import mapping, mappings, shown
+from sftx.report.evidence import FILE as EVIDENCE
 from sftx.report.filled import filled
 from sftx.report.run_record import Columns, RunRecord, number, read, thinned
+
+log = logging.getLogger(__name__)
 
 PAGE, PICTURE = "report.html", "loss.png"
 
@@ -31,6 +36,19 @@ def write_reports(run_dir: Path) -> None:
     Raises OutputError when it cannot be written, ConfigError when there is no run.
     """
     write([read(run_dir)], run_dir / PAGE, run_dir / PICTURE)
+
+
+def complete_reports(run_dir: Path, *, again: bool = True) -> None:
+    """The same for a run that is through, which is none the worse when it cannot be done: the reason is told.
+
+    `again`: also where there is a page, of the run while it was under way.
+    """
+    if not again and (run_dir / PAGE).exists():
+        return
+    try:
+        write_reports(run_dir)
+    except Exception as error:
+        log.warning("the report of %s could not be written: %s: %s", run_dir, type(error).__name__, one_line(error))
 
 
 def write(records: Sequence[RunRecord], page: Path, picture: Path) -> list[Path]:
@@ -50,15 +68,22 @@ def page_data(records: Sequence[RunRecord]) -> dict[str, Any]:
     return {
         "runs": [_run(name, record) for name, record in zip(names, records, strict=True)],
         "figures": {"labels": labels, "values": [[one.get(label, "") for label in labels] for one in figures]},
-        "notes": [
-            f"{name}: {note}" if several else note
-            for name, record in zip(names, records, strict=True)
-            for note in record.notes
-        ],
+        "notes": [list(note) for note in notes(records)],
         "options": compare.options(records) if several else [],
         "versions": compare.versions(records) if several else [],
         "details": None if several else _details(records[0]),
     }
+
+
+def notes(records: Sequence[RunRecord]) -> list[tuple[int, str]]:
+    """What is missing or damaged, with the number of the run; of several, without what their page does not show."""
+    several = len(records) > 1
+    return [
+        (n, note)
+        for n, record in enumerate(records)
+        for note in record.notes
+        if not (several and note.startswith(EVIDENCE))
+    ]
 
 
 # --- figures ------------------------------------------------------------------------------------

@@ -169,24 +169,25 @@ def test_wherever_a_signal_finds_a_run_no_step_is_half_done(
     runs: Runs, sftx: Sftx, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     """The signal comes at one place after another where a run may stop: between micro-batches, and in evaluations."""
+    from sftx.session import Session
     from sftx.signals import Patience
 
-    check = Patience.check
+    check = Session._check_stop
     undisturbed, places = runs.undisturbed(SHORT)[0], 0
     for wanted in range(1, 1000, 1 if number == signal.SIGTERM else 7):
         places = 0
 
-        def signalled(patience: Patience, wanted: int = wanted) -> None:
+        def signalled(session: Session, patience: Patience, wanted: int = wanted) -> None:
             nonlocal places
             places += 1
             if places == wanted:
                 os.kill(os.getpid(), number)
-            check(patience)
+            check(session, patience)
 
-        monkeypatch.setattr(Patience, "check", signalled)
+        monkeypatch.setattr(Session, "_check_stop", signalled)
         directory = runs.directory("stopped")
         stopped = sftx(SHORT, directory)
-        monkeypatch.setattr(Patience, "check", check)
+        monkeypatch.setattr(Session, "_check_stop", check)
         if places < wanted:
             assert stopped.exit_code == 0
             break
@@ -208,18 +209,19 @@ def test_a_signal_while_the_best_checkpoint_is_evaluated_loses_neither(
     runs: Runs, sftx: Sftx, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By then the model has the weights of the best step, and the run's counters are those of the last."""
+    from sftx.session import Session
     from sftx.signals import Patience
 
-    check, places, wanted = Patience.check, 0, 0
+    check, places, wanted = Session._check_stop, 0, 0
 
-    def signalled(patience: Patience) -> None:
+    def signalled(session: Session, patience: Patience) -> None:
         nonlocal places
         places += 1
         if places == wanted:
             os.kill(os.getpid(), signal.SIGTERM)
-        check(patience)
+        check(session, patience)
 
-    monkeypatch.setattr(Patience, "check", signalled)
+    monkeypatch.setattr(Session, "_check_stop", signalled)
     undisturbed = runs.directory("best-undisturbed")
     assert sftx(BEST, undisturbed).exit_code == 0
     summary = json.loads((undisturbed / "out" / "summary.json").read_text())
