@@ -52,11 +52,12 @@ def complete_reports(run_dir: Path, *, again: bool = True) -> None:
 
 
 def write(records: Sequence[RunRecord], page: Path, picture: Path) -> list[Path]:
-    """Writes both, each whole; returns what was written. Raises OutputError."""
+    """Writes both, each whole, the page last; returns what was written. Raises OutputError."""
     names = compare.names([record.path for record in records])
-    whole_files.write_text(page, filled(_TEMPLATE, page_data(records)))
     curves = [(name, record.steps, record.evaluations) for name, record in zip(names, records, strict=True)]
-    return [page, picture] if plot.write(picture, curves) else [page]
+    is_drawn = plot.write(picture, curves)
+    whole_files.write_text(page, filled(_TEMPLATE, page_data(records)))
+    return [page, picture] if is_drawn else [page]
 
 
 def page_data(records: Sequence[RunRecord]) -> dict[str, Any]:

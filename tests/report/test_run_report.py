@@ -8,85 +8,17 @@ import json
 import math
 import re
 import shutil
-import subprocess
-import sys
-from collections.abc import Sequence
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
 
-from sftx import run_file
-from sftx.errors import ConfigError
-from sftx.report import compare, plot
+from run_pages import Page, as_json, lines, sftx, step, write_run
 from sftx.report.run_record import read, thinned
 from sftx.report.run_report import figures_of, page_data, write_reports
 
 HOSTILE = "</script><img src=x onerror=alert(1)><!-- {{data}} {{policy}} \u2028 \ud800 \u202e ש"
 BLANK = "an empty run"
-
-
-class Page(HTMLParser):
-    """The elements of a page, and the text of its scripts and styles."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.inline: list[tuple[str, dict[str, str | None], str]] = []
-        self.text = path.read_text(encoding="utf-8")
-        self.feed(self.text)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        if self.elements and self.elements[-1][0] in ("script", "style") and data.strip():
-            self.inline.append((*self.elements[-1], data))
-
-    @property
-    def data(self) -> Any:
-        (text,) = [text for _, attributes, text in self.inline if attributes.get("id") == "data"]
-        return json.loads(text)
-
-    def only(self, tag: str) -> str:
-        (text,) = [text for of, attributes, text in self.inline if of == tag and not attributes]
-        return text
-
-
-def step(number: int, **values: Any) -> dict[str, Any]:
-    usual = {"loss": 2.0 / number, "grad_norm": 1.0, "learning_rate": 1e-3, "tokens_per_second": 50.0}
-    more = {"num_steps": 4, "num_tokens": 10, "seconds": 6.0, "peak_bytes": 10**9 + number, "epoch": number / 4}
-    return {"event": "step", "step": number, **usual, **more, **values}
-
-
-def lines(values: Sequence[Any]) -> str:
-    return "".join(json.dumps(one) + "\n" for one in values)
-
-
-def write_run(path: Path, *, metrics: str | None = None, config: Any = None, **files: Any) -> Path:
-    """A run directory by hand; `files`: JSON values by the names of files without their ends."""
-    path.mkdir(parents=True)
-    run_file.write({"model": "m", "plugins": {"lora": {"r": 8}}} if config is None else config, path / "run.yaml")
-    evaluations = [{"event": "evaluate", "step": n, "loss": 1.0 - n / 8, "seconds": 1.0} for n in (0, 4)]
-    usual = lines([evaluations[0], *map(step, range(1, 5)), evaluations[1]])
-    (path / "metrics.jsonl").write_text(usual if metrics is None else metrics, encoding="utf-8")
-    for name, values in files.items():
-        (path / f"{name}.json").write_text(json.dumps(values), encoding="utf-8")
-    return path
-
-
-def as_json(runs: Sequence[Path]) -> Any:
-    """What the page of these runs holds."""
-    return json.loads(json.dumps(page_data([read(run) for run in runs]), allow_nan=False))
-
-
-def sftx(*arguments: Any) -> Result:
-    from sftx.cli import main
-
-    return CliRunner().invoke(main, ["report", *map(str, arguments)], catch_exceptions=False)
 
 
 # --- a real run ---------------------------------------------------------------------------------
@@ -306,7 +238,7 @@ def test_text_is_data_and_nothing_else(hostile: Path, tmp_path: Path) -> None:
 
 
 def test_nothing_is_fetched_and_only_its_own_script_may_run(hostile: Path, tmp_path: Path) -> None:
-    done = sftx(hostile, write_run(tmp_path / "$\\frac{_"), "-o", tmp_path / "_out")
+    done = sftx(hostile, write_run(tmp_path / "_$\\frac{$"), "-o", tmp_path / "_out")
     assert done.exit_code == 0, done.output
     page = Page(tmp_path / "_out" / "report.html")
     for tag, attributes in page.elements:
@@ -344,7 +276,7 @@ def contrast(one: str, other: str) -> float:
 def test_colours_are_legible(tmp_path: Path, scheme: str) -> None:
     run = write_run(tmp_path / "run")
     write_reports(run)
-    light, _, dark = Page(run / "report.html").only("style").partition("@media (prefers-color-scheme: dark)")
+    light, _, dark = Page(run / "report.html").only("style").partition("@media screen and (prefers-color-scheme: dark)")
     css = light if scheme == "light" else dark.partition("\n}")[0]
     colour = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", css))
     papers = {"ink": ["page", "card", "plain-2", "button"], "soft": ["page", "card", "plain-2"], "warn": ["card"]}
@@ -356,99 +288,3 @@ def test_colours_are_legible(tmp_path: Path, scheme: str) -> None:
     assert all(contrast(colour[f"c{n}"], colour["card"]) >= 3 for n in range(7))
     heat = [_luminance(colour[f"h{n}"]) for n in range(7)]
     assert heat == sorted(heat, reverse=scheme == "light"), "a higher loss stands out more"
-
-
-# --- several runs -------------------------------------------------------------------------------
-
-
-def test_runs_lie_over_one_another_and_what_differs_is_told(tmp_path: Path) -> None:
-    one = write_run(
-        tmp_path / "x" / "same",
-        config={"output_dir": "x", "plugins": {"chatml": {}, "lora": {"r": 8}}, "train": {"seed": 1, "lr": 0.1}},
-        manifest={"libraries": {"torch": "2.11", "numpy": "2"}, "data": [{"path": "d", "fingerprint": "1"}]},
-    )
-    other = write_run(
-        tmp_path / "y" / "same",
-        metrics=lines([step(n) for n in range(1, 9)]),
-        config={"output_dir": "y", "plugins": {"chatml": {}}, "train": {"seed": 1, "lr": 0.2}},
-        manifest={"libraries": {"torch": "2.13", "numpy": "2"}, "data": [{"path": "d", "fingerprint": "2"}]},
-    )
-    done = sftx(one, other, "-o", tmp_path / "both.html")
-    assert done.exit_code == 0, done.output
-    data = Page(tmp_path / "both.html").data
-    assert [run["name"] for run in data["runs"]] == ["x/same", "y/same"]
-    assert [len(run["steps"]["step"]) for run in data["runs"]] == [4, 8]
-    assert data["options"] == [
-        ["plugins", ["chatml, lora", "chatml"]],
-        ["plugins.lora.r", ["8", compare.NOT_SET]],
-        ["train.lr", ["0.1", "0.2"]],
-    ]
-    assert data["versions"] == [["torch", ["2.11", "2.13"]], ["training data d", ["1", "2"]]]
-    assert data["details"] is None
-    assert (tmp_path / "both-loss.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_names_have_as_many_parts_as_they_need() -> None:
-    paths = [Path("/r/a/run"), Path("/r/b/run"), Path("/r/c")]
-    assert compare.names(paths) == ["a/run", "b/run", "c"]
-
-
-def test_the_average_is_not_pulled_to_the_first_value() -> None:
-    assert plot.smoothed([3.0, 3.0, 3.0], 10) == pytest.approx([3.0, 3.0, 3.0])
-    assert plot.smoothed([1.0, 2.0, 4.0], 1) == [1.0, 2.0, 4.0]
-    first, second = plot.smoothed([0.0, 1.0], 3)
-    assert (first, second) == pytest.approx((0.0, 1 / 1.5)), "weights 1/2 and 1"
-
-
-# --- the command --------------------------------------------------------------------------------
-
-
-def test_the_command_refuses_what_is_no_run(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "file").touch()
-    for name, said in (("empty", "holds no run"), ("file", "is a file"), ("nowhere", "no such directory")):
-        with pytest.raises(ConfigError, match=said):
-            read(tmp_path / name)
-        done = sftx(tmp_path / name)
-        assert done.exit_code == 1
-        assert said in done.stderr
-    run = write_run(tmp_path / "run")
-    done = sftx(run, tmp_path / "run" / ".." / "run")
-    assert done.exit_code == 2
-    assert "named twice" in done.stderr
-    assert sftx().exit_code == 2
-
-
-def test_what_is_no_report_is_not_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = [write_run(tmp_path / name) for name in "ab"]
-    monkeypatch.chdir(tmp_path)
-    assert sftx(*runs).stdout.splitlines() == ["wrote report.html", "wrote loss.png"]
-    assert sftx(*runs).exit_code == 0, "its own files it writes again"
-    for name in ("report.html", "loss.png"):
-        kept = (tmp_path / name).read_bytes()
-        (tmp_path / name).write_text("mine")
-        done = sftx(*runs)
-        assert done.exit_code == 1
-        assert f"{name}: holds something else" in done.stderr
-        assert (tmp_path / name).read_text() == "mine"
-        (tmp_path / name).write_bytes(kept)
-
-
-def test_without_matplotlib_the_page_is_written_all_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    run = write_run(tmp_path / "run")
-    with caplog.at_level("INFO", logger="sftx"):
-        write_reports(run)
-    assert (run / "report.html").exists()
-    assert not (run / "loss.png").exists()
-    (line,) = [line for line in caplog.messages if "matplotlib" in line]
-    assert "sftx[plot]" in line
-
-
-def test_a_report_needs_no_torch(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run")
-    code = f"import sys; from sftx.report.run_report import write_reports; from pathlib import Path\n\
-write_reports(Path({str(run)!r})); sys.exit(any(name in sys.modules for name in ('torch', 'transformers')))"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
