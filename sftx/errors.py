@@ -11,6 +11,8 @@ class SftxError(Exception):
 
     rank: int | None = None
     """Of the process that raised it, once the processes of a run have met: it may be the only one."""
+    is_shared: bool = False
+    """Whether the other processes know it, of which the main one tells it."""
 
 
 class ConfigError(SftxError):

@@ -22,7 +22,7 @@ from typing import Any, Final
 
 from sftx import ranks, run_directory
 from sftx.errors import ConfigError, OutputError, one_line
-from sftx.ranks import UNEXPECTED, LostError
+from sftx.ranks import TELLS, UNEXPECTED, LostError
 from sftx.signals import ONE_EVENT_S, SIGNALS, Stop
 
 _LAST_WORDS_S: Final = 30.0
@@ -76,6 +76,11 @@ class Ended:
         return self.is_killed or self.code in (UNEXPECTED, LostError.exit_code)
 
     @property
+    def is_unexplained(self) -> bool:
+        """Whether it ended as no command of ours does, which tells why; or only because another one had."""
+        return self.stop is None and self.code not in (1, 2, UNEXPECTED)
+
+    @property
     def weight(self) -> int:
         """Of several, the heaviest is the cause, and the first of those: a rank fails, too, when another is gone."""
         if self.is_killed or self.stop is not None:
@@ -84,7 +89,8 @@ class Ended:
 
     def __str__(self) -> str:
         if not self.is_killed:
-            return f"rank {self.rank} ended with an error"
+            how = f"exit code {self.code}" if self.is_unexplained else "an error"
+            return f"rank {self.rank} ended with {how}"
         try:
             return f"rank {self.rank} was killed by {signal.Signals(-self.code).name}"
         except ValueError:  # a real-time signal has no name
@@ -226,6 +232,8 @@ class Launch:
             again = f", after {self.num_restarts} restarts" if self.num_restarts else ""
             memory = "; the system does that when memory runs out" if self.failure.code == -signal.SIGKILL else ""
             _tell(f"sftx: error: {self.failure}{again}{memory}")
+        elif self.failure.is_unexplained:
+            _tell(f"sftx: error: {self.failure}")
         return self.failure.exit_code
 
     @contextlib.contextmanager
@@ -281,11 +289,12 @@ def launch(command: Sequence[str], *, nproc: int | None, max_restarts: int = 0, 
 
 
 def environment(num_processes: int) -> dict[str, str]:
-    """What every rank of a host has besides what torchrun sets: its share of the cores, unless the user has said."""
+    """What every rank of a host has besides what torchrun sets: its share of the cores, unless the user has said; and
+    that what ends a rank is told by this process."""
     if "OMP_NUM_THREADS" in os.environ:
-        return {}
+        return {TELLS: "1"}
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return {"OMP_NUM_THREADS": str(max(1, num_cores // num_processes))}
+    return {TELLS: "1", "OMP_NUM_THREADS": str(max(1, num_cores // num_processes))}
 
 
 def sftx_command(arguments: Sequence[str]) -> list[str]:

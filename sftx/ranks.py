@@ -8,13 +8,16 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Final, TypeVar
 
-from sftx.errors import SftxError
+from sftx.errors import ConfigError, SftxError
 
 T = TypeVar("T")
+
+TELLS: Final = "SFTX_LAUNCHER_TELLS"
+"""Set in the environment of processes whose parent tells which of them ended, and how."""
 
 UNEXPECTED: Final = 70
 """A rank's exit code (EX_SOFTWARE) for what is no error of its user's making, and starting again may help. For the
@@ -23,15 +26,20 @@ user it is 1, as of one process."""
 _SET_BY_LAUNCHERS: Final = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-_GONE: Final = re.compile(r"gloo|NCCL|closed by peer|reset by peer|[Bb]roken pipe|[Ss]ocket [Tt]imeout")
-"""What torch's messages have in common when a peer does not answer: most are RuntimeErrors as all others are."""
+_GONE: Final = re.compile(
+    r"closed by peer|reset by peer|broken pipe|timed? ?out|connection refused|ncclRemoteError", re.I
+)
+"""What torch says when a peer does not answer; gloo's errors are RuntimeErrors as all others are."""
 
 
 class ElsewhereError(SftxError):
     """What another process of this run raised, which tells it; every process ends by it."""
 
-    def __init__(self, rank: int, message: str) -> None:
+    def __init__(self, rank: int, message: str, kind: str) -> None:
         self.rank = rank
+        self.kind = kind
+        """The name of its class."""
+        self.is_shared = True
         super().__init__(f"rank {rank}: {message}")
 
 
@@ -85,6 +93,10 @@ class Ranks:
         """The values of all processes, by rank."""
         return [value]
 
+    def names(self, own: Iterable[str]) -> list[str]:
+        """All that any process has, in one order: what the loss counts may differ from batch to batch."""
+        return sorted({name for names in self.gathered(list(own)) for name in names})
+
     def watching(self) -> AbstractContextManager[None]:
         """Within it, where another process is gone, that is a LostError."""
         return nullcontext()
@@ -101,10 +113,34 @@ def is_launched() -> bool:
 def is_lost(error: BaseException) -> bool:
     """Whether torch says by it that another process does not answer."""
     distributed = sys.modules.get("torch.distributed")  # which nothing here imports
-    known = distributed is not None and isinstance(error, distributed.DistError)
+    known = distributed is not None and isinstance(error, distributed.DistNetworkError)
     return is_launched() and (known or (isinstance(error, RuntimeError) and bool(_GONE.search(str(error)))))
 
 
 def is_main() -> bool:
     """As `Ranks.is_main`, for what comes before the processes have met."""
     return not is_launched() or os.environ["RANK"] == "0"
+
+
+def number(name: str, default: int | None = None) -> int:
+    """A variable that a launcher sets. Raises ConfigError when it is no number."""
+    text = os.environ.get(name, "" if default is None else str(default))
+    if not text.isdecimal():
+        raise ConfigError(f"the environment has {name}={text!r}, expected a number; start with torchrun or --nproc")
+    return int(text)
+
+
+def check_environment() -> None:
+    """Raises ConfigError for variables that no launcher sets like that."""
+    if is_launched():
+        rank, size = number("RANK"), number("WORLD_SIZE")
+        if rank >= size:
+            raise ConfigError(f"the environment has RANK={rank} and WORLD_SIZE={size}; ranks count from 0 to below it")
+        for name in ("MASTER_PORT", "TORCHELASTIC_RESTART_COUNT"):
+            number(name, 0)
+    elif "RANK" in os.environ and "WORLD_SIZE" in os.environ and number("WORLD_SIZE") > 1:
+        missing = [name for name in _SET_BY_LAUNCHERS if name not in os.environ]
+        raise ConfigError(
+            f"the environment has RANK and WORLD_SIZE but not {' and '.join(missing)}: this process would train alone; "
+            "start with torchrun or --nproc, or take the two out"
+        )

@@ -10,8 +10,6 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import logging
-import math
-import os
 import platform
 import time
 from collections.abc import Callable, Mapping
@@ -26,7 +24,7 @@ from sftx.errors import ConfigError, ModelError, SftxError
 from sftx.loading import Loaded
 from sftx.model import names
 from sftx.plugins import Assembly, activate
-from sftx.ranks import Ranks, is_launched
+from sftx.ranks import Ranks, check_environment, is_launched, number
 from sftx.report.run_report import complete_reports
 from sftx.reports import Result, RunInfo
 from sftx.run_directory import RunDirectory
@@ -72,7 +70,7 @@ def run(loaded: Loaded, *, name: str = "run", resume: bool = False) -> Result:
                 return done
             return _assemble(begun).run(started)
         except SftxError as error:
-            error.rank = ranks.rank
+            error.rank = ranks.rank if error.rank is None else error.rank
             raise
 
 
@@ -97,12 +95,18 @@ def _begin(loaded: Loaded, name: str, *, resume: bool) -> _Begun:
     config = loaded.config
     names.check(config.model)
     wanted.check(config)
-    _check_processes(config)
+    check_environment()
+    if is_launched():
+        check_processes(config, number("WORLD_SIZE"))
+    elif config.train.fsdp_offload:
+        raise ConfigError("option 'train.fsdp_offload': needs processes of their own; --nproc 1 starts one")
+    elif config.train.distributed != "ddp":
+        log.info("distributed: %s has no effect in one process; --nproc starts several", config.train.distributed)
     assembly = activate(loaded)
     resolved = as_dict(config) | {"plugins": {active.info.name: active.options for active in assembly.active}}
     ranks = _meet(config)
     # Each host counts the starts that were its own fault.
-    resume = resume or ranks.largest(float(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))) > 0
+    resume = resume or ranks.largest(number("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     choose = partial(run_directory.resume if resume else run_directory.new, config.output_dir, name)
     directory = ranks.on_main(choose)
     if directory.resumed:
@@ -111,22 +115,18 @@ def _begin(loaded: Loaded, name: str, *, resume: bool) -> _Begun:
     return _Begun(loaded, ranks, choose, directory, assembly, resolved)
 
 
-def _check_processes(config: RunConfig) -> None:
-    """Raises ConfigError for options that the processes which torchrun started cannot have."""
-    train = config.train
-    if not is_launched():
-        if train.fsdp_offload:
-            raise ConfigError("option 'train.fsdp_offload': needs processes of their own; --nproc 1 starts one")
-        return
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and config.output_dir is None:
+def check_processes(config: RunConfig, num_processes: int) -> None:
+    """Raises ConfigError when so many processes cannot do this run."""
+    if number("TORCHELASTIC_MAX_RESTARTS", 0) and config.output_dir is None:
         raise ConfigError("torchrun --max-restarts needs --output-dir: what starts again finds its run there")
-    size = int(os.environ["WORLD_SIZE"])
+    train = config.train
     rows = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    if rows % size:
+    if rows % num_processes:
+        fewer = max(n for n in range(1, min(rows, num_processes) + 1) if rows % n == 0)
         raise ConfigError(
-            f"{size} processes cannot share the {rows} rows of a step evenly (per_device_train_batch_size "
+            f"{num_processes} processes cannot share the {rows} rows of a step evenly (per_device_train_batch_size "
             f"{train.per_device_train_batch_size} times gradient_accumulation_steps "
-            f"{train.gradient_accumulation_steps}); start {math.gcd(size, rows)}, or change one of the two"
+            f"{train.gradient_accumulation_steps}); start {fewer}, or change one of the two"
         )
 
 
@@ -175,6 +175,7 @@ def _assemble(begun: _Begun) -> Session:
     # Each reads all of a model before it keeps its share: by turns, so that a host has it in memory once.
     by_turns = ranks.met and config.train.distributed == "fsdp2"
     trainer = ranks.in_turn(load) if by_turns else load()
+    trainer.engine.make_equal()
     lm = trainer.lm
     with ranks.watching(), precision.autocast():
         trainer.engine.step.within(lm.check)

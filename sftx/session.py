@@ -97,7 +97,10 @@ class Session:
             return self._finish()
         except Stop as stop:
             raise self._stopped(stop) from None
-        except DataError:
+        except SftxError as error:
+            if not isinstance(error, DataError) and getattr(error, "kind", "") != DataError.__name__:
+                self._clean_up()
+                raise
             if self.state.step > 0 and self._saved_step != self.state.step:
                 self.save()  # a stream whose source is gone: the steps that are done are as good as ever
             self._clean_up()
@@ -193,7 +196,8 @@ class Session:
         """A directory that every process writes to, there whole or not at all."""
         with contextlib.ExitStack() as stack:
             part = self.ranks.on_main(lambda: stack.enter_context(whole_directory(place, checksums=checksums)))
-            write(part)
+            with self.ranks.watching():
+                write(part)
             self.ranks.on_main(stack.close)
 
     def _take_best(self, step: int) -> None:

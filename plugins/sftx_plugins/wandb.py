@@ -30,6 +30,8 @@ from sftx_plugins._tracking import (
 log = logging.getLogger(__name__)
 
 _EXTRA = "wandb"
+_INIT_S: Final = 20.0
+"""For the server to answer; the run goes on without W&B when it does not."""
 _FINISH_S: Final = 20.0
 """Less than the 30 seconds that Slurm and Kubernetes give a process to end; what is not sent by then stays on disk."""
 _FLUSH_S: Final = 0.2
@@ -68,6 +70,7 @@ class WeightsAndBiases:
             console="off",
             silent=True,
             symlink=False,
+            init_timeout=_INIT_S,
             finish_timeout=_FINISH_S,
             disable_git=not self.save_code,
             disable_code=not self.save_code,

@@ -17,7 +17,7 @@ import click
 
 from sftx import __version__, ranks, signals
 from sftx.errors import SftxError, one_line, printable
-from sftx.ranks import ElsewhereError, LostError
+from sftx.ranks import LostError
 from sftx.signals import Stop
 
 _COMMANDS: Final[Mapping[str, str]] = {
@@ -92,10 +92,11 @@ class _Lazy(click.Group):
 def _fail(line: str, error: SftxError | None = None) -> NoReturn:
     """Ends the process; of several the main one tells what is wrong in all, another one only what is wrong in it."""
     if isinstance(error, LostError):
+        signals.ignore()  # what started the processes ends them, and the exit code is decided
         time.sleep(_LAUNCHER_S)
-    if ranks.is_main():
+    if ranks.is_main() and not (isinstance(error, LostError) and ranks.TELLS in os.environ):
         click.echo(f"sftx: error: {printable(line)}", err=True)
-    elif error is not None and error.rank is not None and not isinstance(error, ElsewhereError | LostError):
+    elif error is not None and error.rank is not None and not (error.is_shared or isinstance(error, LostError)):
         click.echo(f"sftx: error: rank {error.rank}: {printable(line)}", err=True)
     sys.exit(error.exit_code if isinstance(error, LostError) else 1)
 

@@ -30,7 +30,7 @@ _SPAN: Final = 40
 
 
 def write(path: Path, runs: Sequence[tuple[str, Columns, Columns]]) -> bool:
-    """Draws name, steps and evaluations of each run; False, with a line in the log, where matplotlib is missing.
+    """Draws name, steps and evaluations of each run; False, with a line in the log, where matplotlib cannot.
 
     Whole, or what was there before. Raises OutputError.
     """
@@ -47,6 +47,10 @@ def write(path: Path, runs: Sequence[tuple[str, Columns, Columns]]) -> bool:
     except OSError as error:
         part.unlink(missing_ok=True)
         raise OutputError(f"{path}: cannot be written: {one_line(error)}") from error
+    except Exception as error:  # numbers at the end of what a float can hold
+        part.unlink(missing_ok=True)
+        log.warning("no %s: matplotlib cannot draw it: %s: %s", path.name, type(error).__name__, one_line(error))
+        return False
     return True
 
 

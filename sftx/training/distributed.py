@@ -7,7 +7,6 @@ to the others; what goes wrong in one of them ends all, and is told once.
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -22,8 +21,8 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from sftx.config import TrainConfig
-from sftx.errors import ConfigError, SftxError, one_line
-from sftx.ranks import ElsewhereError, LostError, Ranks, is_lost
+from sftx.errors import ConfigError, SftxError, TrainingError, one_line
+from sftx.ranks import ElsewhereError, LostError, Ranks, is_lost, number
 
 T = TypeVar("T")
 
@@ -42,9 +41,8 @@ class Processes(Ranks):
 
     def __init__(self, config: TrainConfig) -> None:
         """Waits for the others. Raises ConfigError when there are more processes than GPUs; LostError."""
-        self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.rank, self.size = number("RANK"), number("WORLD_SIZE")
+        self.local_rank, self.local_size = number("LOCAL_RANK", 0), number("LOCAL_WORLD_SIZE", 1)
         on_cpu = config.use_cpu or not torch.cuda.is_available()
         if not on_cpu:
             num_gpus = torch.cuda.device_count()
@@ -60,8 +58,9 @@ class Processes(Ranks):
             backend = "gloo" if on_cpu else "cpu:gloo,cuda:nccl"
             dist.init_process_group(backend, store=store, rank=rank, world_size=size)
             self._host = dist.new_group(backend="gloo", timeout=_PATIENCE)
-        except Exception as error:  # torch has several for a store or a peer that is not to be reached
-            raise LostError(f"the {self.size} processes of the run did not meet: {one_line(error)}") from error
+        except Exception as error:  # torch has several for a store, a peer, or a network that is not to be reached
+            kind = LostError if is_lost(error) or isinstance(error, LostError) else TrainingError
+            raise kind(f"the {self.size} processes of the run did not meet: {one_line(error)}") from error
 
     def on_main(self, work: Callable[[], T]) -> T:
         outcome = _Outcome.of(work, self.rank) if self.is_main else None
@@ -81,12 +80,12 @@ class Processes(Ranks):
         return self._in_turn(work, 0 if self.is_main else 1, 2)
 
     def in_turn(self, work: Callable[[], T]) -> T:
-        return self._in_turn(work, self.local_rank, self.local_size)
+        return self._in_turn(work, self.local_rank, int(self.largest(self.local_size)))
 
     def _in_turn(self, work: Callable[[], T], turn: int, num_turns: int) -> T:
         done: list[T] = []
-        for number in range(num_turns):
-            done += self.together(partial(_once, work) if number == turn else list)
+        for now in range(num_turns):
+            done += self.together(partial(_once, work) if now == turn else list)
         return done[0]
 
     def sums(self, values: Sequence[float]) -> list[float]:
@@ -108,7 +107,7 @@ class Processes(Ranks):
         except RuntimeError as error:
             if not is_lost(error):
                 raise
-            raise LostError(f"another process of the run is gone: {one_line(error)}") from error
+            raise LostError("another process of the run is gone") from error
 
     def close(self) -> None:
         if dist.is_initialized():
@@ -162,6 +161,7 @@ class _Outcome(Generic[T]):
     error: Exception | None = None
     message: str | None = None
     """Of an error elsewhere."""
+    kind: str = ""
 
     @classmethod
     def of(cls, work: Callable[[], T], rank: int) -> _Outcome[T]:
@@ -174,15 +174,18 @@ class _Outcome(Generic[T]):
         """The same without the exception itself, which cannot always be pickled."""
         if self.error is None:
             return self
-        kind = "" if isinstance(self.error, SftxError) else f"{type(self.error).__name__}: "
-        return _Outcome(self.rank, message=f"{kind}{self.error}")
+        kind = type(self.error).__name__
+        message = str(self.error) if isinstance(self.error, SftxError) else f"{kind}: {self.error}"
+        return _Outcome(self.rank, message=message, kind=kind)
 
     def failure(self) -> _Outcome[T] | None:
         return None if self.error is None else self.told()
 
     def result(self) -> T:
+        if isinstance(self.error, SftxError):
+            self.error.is_shared = True
         if self.error is not None:
             raise self.error
         if self.message is not None:
-            raise ElsewhereError(self.rank, self.message)
+            raise ElsewhereError(self.rank, self.message, self.kind)
         return cast(T, self.value)

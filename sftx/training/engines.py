@@ -11,11 +11,12 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.fsdp import register_fsdp_forward_method as register_forward
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -67,6 +68,9 @@ class Engine:
         out: LossSum = self.step(batch)
         return out
 
+    def make_equal(self) -> None:
+        """Gives what trains in every process the values of the main one's. Every process calls it, once."""
+
     def accumulating(self, *, last: bool) -> AbstractContextManager[None]:
         """Around forward and backward of one micro-batch; `last` of a step."""
         return contextlib.nullcontext()
@@ -88,19 +92,38 @@ class Engine:
         return 1.0
 
 
-class Replicated(Engine):
+class _OfSeveral(Engine):
+    """What is the same however the model lies in the processes."""
+
+    def __init__(self, step: TrainStep, ranks: Ranks) -> None:
+        super().__init__(step)
+        self._ranks = ranks
+
+    def add_up(self, values: Tensor) -> Tensor:
+        dist.all_reduce(values)
+        return values
+
+    @property
+    def gradient_scale(self) -> float:
+        return float(self._ranks.size)
+
+
+class Replicated(_OfSeveral):
     """Every process has the whole model; gradients are added up while the last backward of a step runs."""
 
     def __init__(self, step: TrainStep, ranks: Ranks, device: torch.device) -> None:
-        super().__init__(step)
-        self._ranks = ranks
+        super().__init__(step, ranks)
         buffers: dict[str, Any] = {_BUFFERS: False}
+        # torch has no public way to leave out what is frozen, which need not be sent.
+        fixed = [name for name, p in step.named_parameters(remove_duplicate=False) if not p.requires_grad]
+        fixed += [name for name, _ in step.named_buffers(remove_duplicate=False)]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(step, fixed)
         self._module = DistributedDataParallel(
             step,
             device_ids=[device.index] if device.type == "cuda" else None,
             **buffers,
             gradient_as_bucket_view=True,
-            find_unused_parameters=step.lm.routes,  # experts that no token of a micro-batch goes to
+            find_unused_parameters=has_experts(step.lm) or _trains_beyond_text(step.lm),
         )
 
     def __call__(self, batch: Batch) -> LossSum:
@@ -112,16 +135,8 @@ class Replicated(Engine):
         with contextlib.nullcontext() if last else self._module.no_sync():
             yield
 
-    def add_up(self, values: Tensor) -> Tensor:
-        dist.all_reduce(values)
-        return values
 
-    @property
-    def gradient_scale(self) -> float:
-        return float(self._ranks.size)
-
-
-class Sharded(Engine):
+class Sharded(_OfSeveral):
     """Every process has its share of the model. What adapters train is whole in each, as they save and load it.
 
     The base that they leave frozen is shared out as it is, in whatever dtype, so that a quantised one fits too.
@@ -129,15 +144,15 @@ class Sharded(Engine):
 
     def __init__(self, step: TrainStep, ranks: Ranks, config: TrainConfig, precision: Precision) -> None:
         """Moves the model to the device, layer by layer."""
-        super().__init__(step)
-        self._ranks = ranks
+        super().__init__(step, ranks)
         model, device = step.lm.model, precision.device
         step.lm.computes_on = device
         self._replicated = [p for p in step.parameters() if p.requires_grad] if step.lm.adapters else []
         for parameter in self._replicated:
             parameter.data = parameter.data.to(device)
         shared: dict[str, Any] = {
-            "mesh": dist.device_mesh.init_device_mesh(device.type, (ranks.size,)),
+            # Of the group that there is: to make another, all would have to come here at the same time.
+            "mesh": DeviceMesh.from_group(cast(Any, dist.group.WORLD), device.type),
             "ignored_params": set(self._replicated),
             "offload_policy": _offload(device) if config.fsdp_offload else OffloadPolicy(),
         }
@@ -148,13 +163,27 @@ class Sharded(Engine):
             fully_shard(layer, mp_policy=policy, **shared)
         fully_shard(step, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), **shared)
         register_forward(step, "within")
+        if not step.lm.adapters and has_experts(step.lm):
+            cast(Any, step).set_reduce_scatter_unused_params(True)
+
+    def make_equal(self) -> None:
+        for parameter in self._replicated:
+            dist.broadcast(parameter.data, src=0)
 
     def after_backward(self) -> None:
-        for parameter in self._replicated:
-            if parameter.grad is None:  # of an expert that no token of this process went to
-                parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad)
-            parameter.grad /= self._ranks.size
+        # A gradient that is nowhere stays away, as in one process: what is unused neither decays nor has a state.
+        counts = self._ranks.sums([parameter.grad is not None for parameter in self._replicated])
+        used = [p for p, count in zip(self._replicated, counts, strict=True) if count]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in used]
+        for dtype in {gradient.dtype for gradient in gradients}:
+            alike = [gradient for gradient in gradients if gradient.dtype == dtype]
+            summed = torch.cat([gradient.flatten() for gradient in alike])
+            dist.all_reduce(summed)
+            summed /= self._ranks.size
+            for gradient, part in zip(alike, summed.split([one.numel() for one in alike]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+        for parameter, gradient in zip(used, gradients, strict=True):
+            parameter.grad = gradient
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
@@ -172,13 +201,18 @@ class Sharded(Engine):
                 module.set_reshard_after_forward(not isinstance(module, TrainStep), recurse=False)
                 module.reshard()
 
-    def add_up(self, values: Tensor) -> Tensor:
-        dist.all_reduce(values)
-        return values
 
-    @property
-    def gradient_scale(self) -> float:
-        return float(self._ranks.size)
+def has_experts(lm: LanguageModel) -> bool:
+    """Whether tokens choose between experts, so that some of them may get no gradient in one process."""
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    return lm.routes or any(getattr(lm.config, name, None) for name in names)
+
+
+def _trains_beyond_text(lm: LanguageModel) -> bool:
+    """Whether what trains is not all of decoder and head: a tower for pictures gets no gradient from text."""
+    parts = (lm.model.get_decoder(), lm.model.get_output_embeddings())
+    reached = {id(parameter) for part in parts for parameter in part.parameters()}
+    return any(p.requires_grad and id(p) not in reached for p in lm.parameters())
 
 
 def check(config: TrainConfig, *, has_adapters: bool) -> None:

@@ -105,7 +105,7 @@ class Evaluator:
             sums["loss"] += counts * out.sum.item()
             for name, value in out.metrics.items():
                 sums[name] += counts * value.item()
-        names = sorted(sums)
+        names = self._ranks.names(sums)
         *added, total = self._ranks.sums([*(sums[name] for name in names), denominator])
         total = checked.total(self._loss, total)
         means = {name: value / total for name, value in zip(names, added, strict=True)}

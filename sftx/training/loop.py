@@ -128,7 +128,7 @@ class Trainer:
             for name, value in out.metrics.items():
                 metrics[name] += value.detach() * counts / total
         self.engine.after_backward()
-        names = sorted(metrics)
+        names = self.ranks.names(metrics)
         added = self.engine.add_up(torch.stack([loss, *(metrics[name].to(loss) for name in names)]))
         return added[0], dict(zip(names, added[1:], strict=True))
 
@@ -183,7 +183,9 @@ class Trainer:
             if not (math.isfinite(loss_value) and self._lower_scale(number)):
                 ours = [row for one in micro_batches if one.counts for row in one.batch.row_ids]
                 rows = [row for rows in self.ranks.gathered(ours) for row in rows]
-                raise TrainingError(self._not_finite(number, loss_value, norm_value, rows))
+                error = TrainingError(self._not_finite(number, loss_value, norm_value, rows))
+                error.is_shared = True  # the sums are everybody's
+                raise error
 
     def _lower_scale(self, number: int) -> bool:
         """Halves the loss scale; returns whether there is one, the gradients asked for it, and it is 1 at least."""
@@ -237,6 +239,15 @@ def train(trainer: Trainer, plan: Steps, done: int, after_step: Callable[[StepRe
 
     `after_step` reports, saves and evaluates; it returns whether to go on.
     """
-    for number, (epoch, step, examples) in enumerate(plan, done + 1):
-        if not after_step(trainer.step(number, epoch, trainer.micro_batches(step, examples))):
+    steps = iter(plan)
+
+    def read() -> tuple[float, list[MicroBatch]] | None:
+        planned = next(steps, None)
+        return None if planned is None else (planned[0], trainer.micro_batches(*planned[1:]))
+
+    number = done
+    # A source that is gone, or a collator that fails, may be so in one process alone.
+    while (found := trainer.ranks.together(read)) is not None:
+        number += 1
+        if not after_step(trainer.step(number, *found)):
             return

@@ -29,7 +29,7 @@ def gather(tensors: Mapping[str, Tensor], ranks: Ranks, owner: Callable[[str], i
     for name, tensor in _once(tensors).items():
         complete = whole(tensor.detach())  # sent to every process, and let go of at once where it is not wanted
         if owner(name) == ranks.rank:
-            ours[name] = complete.cpu().clone().contiguous()
+            ours[name] = complete.cpu().contiguous()
     return ours
 
 
