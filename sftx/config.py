@@ -186,7 +186,14 @@ class TrainConfig:
     ] = None
     num_train_epochs: Annotated[float, Field(gt=0, le=1e9, description="Passes over the data; max_steps wins.")] = 1.0
     max_steps: Annotated[int | None, Field(ge=1, description="Optimizer steps in all.")] = None
-    per_device_train_batch_size: Annotated[int, Field(ge=1, description="Rows of a micro-batch.")] = 8
+    per_device_train_batch_size: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="Rows computed at once by a process; times gradient_accumulation_steps, rows of a step, "
+            "however many processes there are.",
+        ),
+    ] = 8
     gradient_accumulation_steps: Annotated[
         int, Field(ge=1, description="Micro-batches of a step, of all processes together.")
     ] = 1

@@ -122,11 +122,12 @@ def check_processes(config: RunConfig, num_processes: int) -> None:
     train = config.train
     rows = train.per_device_train_batch_size * train.gradient_accumulation_steps
     if rows % num_processes:
-        fewer = max(n for n in range(1, min(rows, num_processes) + 1) if rows % n == 0)
+        numbers = [n for n in range(1, min(rows, 64) + 1) if rows % n == 0]
+        fitting = f"{', '.join(map(str, numbers[:-1]))} or {numbers[-1]}" if numbers[1:] else "1"
         raise ConfigError(
             f"{num_processes} processes cannot share the {rows} rows of a step evenly (per_device_train_batch_size "
             f"{train.per_device_train_batch_size} times gradient_accumulation_steps "
-            f"{train.gradient_accumulation_steps}); start {fewer}, or change one of the two"
+            f"{train.gradient_accumulation_steps}); start {fitting}, or change one of the two"
         )
 
 

@@ -65,11 +65,12 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 def widens(like: Tensor, dtype: torch.dtype | None = None) -> bool:
     """Whether products in `dtype` (the tensor's own, if not given) where this tensor lies are made in fp32, for want
     of instructions for it."""
-    return like.is_cpu and not _cpu_multiplies(dtype or like.dtype)
+    return like.is_cpu and not cpu_multiplies(dtype or like.dtype)
 
 
 @functools.cache
-def _cpu_multiplies(dtype: torch.dtype) -> bool:
+def cpu_multiplies(dtype: torch.dtype) -> bool:
+    """Whether this CPU has instructions for products in `dtype`."""
     if torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2", "AVX512"):
         return True  # not an x86, whose list of instructions is all that is known here
     if dtype == torch.bfloat16:

@@ -176,7 +176,7 @@ def _forward(
     decision = decide("cross_entropy", hidden_ND.device, dtype, asked=backend)
     formula = Formula(label_smoothing, z_loss, softcap, logit_scale)
     num_rows = labels_M.shape[0]
-    chunk_rows = chunk_rows or _choose_chunk(weight_VD, dtype, workspace_bytes, trained=want_weight)
+    chunk_rows = chunk_rows or choose_chunk(weight_VD, dtype, workspace_bytes, trained=want_weight)
     kind = hidden_ND.device.type
     with torch.autocast(kind, enabled=False) if autocasts(kind) else nullcontext():
         # Cast once, not once a chunk; no copy where the dtype is right already.
@@ -306,8 +306,12 @@ def _logits_buffer(weight_VD: Tensor, num_rows: int, *, aligned: bool) -> Tensor
     return weight_VD.new_empty(num_rows, stride)[:, :V]
 
 
-def _choose_chunk(weight_VD: Tensor, dtype: torch.dtype, workspace_bytes: int | None, *, trained: bool) -> int:
-    """Small chunks read the head's weight again and again, so the size follows from neither V nor D."""
+def choose_chunk(weight_VD: Tensor, dtype: torch.dtype, workspace_bytes: int | None, *, trained: bool) -> int:
+    """How many rows have their logits made at once, when no count is given.
+
+    Small chunks read the head's weight again and again, so it follows from neither V nor D, but from the device: any
+    other than the CPU is taken for a GPU. `dtype` of the products; `trained`: the head's gradient is wanted too.
+    """
     on_cpu = 192 if widens(weight_VD, dtype) else 256
     rows = on_cpu if weight_VD.is_cpu else 4096 if trained else 2048
     return rows if workspace_bytes is None else min(rows, workspace_bytes // (weight_VD.shape[0] * dtype.itemsize))

@@ -116,7 +116,7 @@ def _derived(report: StartReport, output_dir: Path) -> Table:
         ("rows", f"{report.num_rows:,} ({formats}), held out {report.num_eval_rows:,}"),
         ("tokens", f"{report.num_real_tokens:,} {scope}, trained {report.num_tokens:,} ({trained:.1%})"),
         ("steps", f"{report.num_steps:,}, {report.tokens_per_step:.0f} trained tokens a step"),
-        ("processes", f"{report.num_processes}, which share the rows of each step" * (report.num_processes > 1)),
+        ("processes", f"{report.num_processes}, which share the rows of a step" * (report.num_processes > 1)),
         ("output", str(output_dir)),
     ):
         if not value:

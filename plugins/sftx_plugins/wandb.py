@@ -110,6 +110,8 @@ class _Run(Tracker):
         self._wandb = wandb
         self._arguments = arguments
         self._run: Any = None
+        self._sent: int | None = None
+        """The step of the row that was sent last."""
 
     def begin(self, report: StartReport) -> None:
         run_id = kept_id(self.run, "wandb", report) or secrets.token_hex(4)
@@ -144,7 +146,9 @@ class _Run(Tracker):
         self._run.log(dict(values), step=step)
 
     def on_save(self, step: int, directory: Path) -> None:
-        self._run.log({}, step=step, commit=True)
+        if step != self._sent:  # the result is saved at a step that a checkpoint may have sent already
+            self._run.log({}, step=step, commit=True)
+        self._sent = step
 
     def samples(self, samples: Sequence[Sample], step: int) -> None:
         columns = ["row", "prompt", "reference", "prediction"]

@@ -108,11 +108,12 @@ class _Printable(logging.Formatter):
 
 def _show_notes() -> None:
     """Only our own messages: the libraries' loggers have handlers of their own."""
-    notes = logging.getLogger("sftx")
-    notes.setLevel(logging.INFO if ranks.is_main() else logging.ERROR)
     handler = logging.StreamHandler()
     handler.setFormatter(_Printable())
-    notes.handlers = [handler]
+    for name in ("sftx", "sftx_plugins"):
+        notes = logging.getLogger(name)
+        notes.setLevel(logging.INFO if ranks.is_main() else logging.ERROR)
+        notes.handlers = [handler]
 
 
 @click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})

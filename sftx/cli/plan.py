@@ -11,7 +11,8 @@ import click
 
 from sftx import loading
 from sftx.cli.options import run_options
-from sftx.planning import devices
+from sftx.errors import ConfigError
+from sftx.planning import MOST_ROWS, MOST_TOKENS, devices
 
 if TYPE_CHECKING:
     from sftx.planning.plan import Plan
@@ -48,6 +49,12 @@ def command(
     The model's config.json is enough. Exits with 1 when --gpu is given and the run does not fit.
     """
     device = devices.parse(gpu or "cpu")
+    rows, length = loaded.config.train.per_device_train_batch_size, loaded.config.data.max_length
+    if rows > MOST_ROWS or length > MOST_TOKENS:
+        raise ConfigError(
+            f"a batch of {rows} rows of {length} tokens is not planned; {MOST_ROWS} rows and {MOST_TOKENS} tokens are "
+            "the most"
+        )
     from sftx.planning.plan import plan
 
     found = plan(
@@ -60,6 +67,7 @@ def command(
     )
     if as_json:
         values = dataclasses.asdict(found)
+        del values["need"]["moments"]
         values["need"]["total"] = found.need.total
         click.echo(json.dumps(values, indent=1))
     else:
@@ -85,14 +93,14 @@ def _show(found: Plan) -> None:
     for kind, size in need.kinds.items():
         table.add_row(kind, f"{size / 1e9:.2f}")
     table.add_section()
-    table.add_row("peak", f"{need.total / 1e9:.2f}")
+    table.add_row(f"peak, in {need.when}", f"{need.total / 1e9:.2f}")
     console.print(table)
     if found.fits is not None:
         room = (found.device.num_bytes or 0) / 1e9
         verdict = "fits" if found.fits else "does not fit"
         console.print(f"{verdict}: {need.total / 1e9:.1f} of {room:.1f} GB", markup=False)
         console.print(
-            f"largest batch: {found.largest_batch} rows of {need.max_length} tokens; longest single row: "
+            f"largest batch: {found.largest_batch} rows of {need.max_length} tokens a process; longest single row: "
             f"{found.largest_length} tokens",
             markup=False,
         )

@@ -67,8 +67,8 @@ def _texts() -> Iterator[str]:
 def model_dir() -> Path:
     """A directory with the model (tied embeddings, fp32) and its tokenizer; it goes when the process ends."""
     import torch
+    from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
     directory = Path(tempfile.mkdtemp(prefix="sftx-tiny-"))
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
@@ -86,12 +86,13 @@ def model_dir() -> Path:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    disable_progress_bar()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)  # the CPU's alone: nobody's numbers on a GPU are touched
-            LlamaForCausalLM(config).save_pretrained(directory)
-    finally:
-        enable_progress_bar()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)  # the CPU's alone: nobody's numbers on a GPU are touched
+        model = LlamaForCausalLM(config)
+    config.architectures = [type(model).__name__]
+    # Not by save_pretrained, which writes in the first of several processes alone: here each has a directory.
+    config.to_json_file(directory / "config.json")
+    model.generation_config.to_json_file(directory / "generation_config.json")
+    save_file(dict(model.named_parameters()), directory / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save_pretrained(directory)
     return directory

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
-from sftx.config import RunConfig
+from sftx.config import RunConfig, TrainConfig
 from sftx.loading import Loaded
 from sftx.model import names
+from sftx.planning import MOST_ROWS
 from sftx.planning.devices import Device
-from sftx.planning.rehearsal import Rehearsal, rehearse
-from sftx.planning.tally import Kind
-from sftx.plugins import Assembly, activate
+from sftx.planning.rehearsal import Moment, Rehearsals
+from sftx.plugins import activate
 from sftx.training import precision as precisions
 from sftx.training.precision import Precision
 
 # Beside tensors: the CUDA context with its kernels, cuBLAS workspaces, and what the caching allocator cannot hand out.
 _GPU_PROCESS_BYTES: Final = 3 * 2**28
-_MOST_RANKS: Final = 64
+_RANKS: Final = (2, 4, 8, 16, 32, 64)
 _UTILISATION: Final = 0.4
 
 
@@ -37,7 +38,11 @@ class Need:
     num_trainable: int
     longest: int | None
     """Tokens that the model was made for, where its configuration says."""
+    when: str
+    """What the process is at when it needs the most."""
     kinds: Mapping[str, int]
+    moments: Mapping[str, Sequence[Moment]] = field(repr=False)
+    """Of one process that has all of the model."""
 
     @property
     def total(self) -> int:
@@ -72,10 +77,7 @@ class Planner:
     loaded: Loaded
     device: Device
     num_processes: int = 1
-
-    @cached_property
-    def assembly(self) -> Assembly:
-        return activate(self.loaded)
+    _needs: dict[Any, Need] = field(default_factory=dict)
 
     @property
     def config(self) -> RunConfig:
@@ -101,59 +103,73 @@ class Planner:
         bf16 = True if self.device.is_gpu and train.bf16 is None and not train.fp16 else train.bf16
         return precisions.choose(dataclasses.replace(train, use_cpu=True, bf16=bf16))
 
+    @cached_property
+    def rehearsals(self) -> Rehearsals:
+        return Rehearsals(
+            activate(self.loaded),
+            self.precision,
+            self.model,
+            trust_remote_code=self.config.trust_remote_code,
+            on_gpu=self.device.is_gpu,
+        )
+
     def need(self, *, rows: int | None = None, max_length: int | None = None, **changed: Any) -> Need:
         """With these in place of what the run says. Raises SftxError."""
-        assert self.process_bytes
         train = dataclasses.replace(self.config.train, torch_compile=False, **changed)
         rows = rows or train.per_device_train_batch_size
         max_length = max_length or self.config.data.max_length
-        found = rehearse(
-            self.assembly,
-            train,
-            self.precision,
-            model=self.model,
-            trust_remote_code=self.config.trust_remote_code,
-            rows=rows,
-            max_length=max_length,
-            on_gpu=self.device.is_gpu,
-        )
+        key = (rows, max_length, *sorted(changed.items()))
+        if key not in self._needs:
+            assert self.process_bytes
+            self._needs[key] = self._rehearsed(train, rows, max_length)
+        return self._needs[key]
+
+    def _rehearsed(self, train: TrainConfig, rows: int, max_length: int) -> Need:
+        rehearsals = self.rehearsals
+        moments = {
+            "the update": [rehearsals.update(train)],
+            "forward and backward": rehearsals.step(train, rows=rows, max_length=max_length),
+        }
+        counts = rehearsals.counts
         return Need(
             rows,
             max_length,
-            found.num_tokens,
-            found.num_parameters,
-            found.num_trainable,
-            found.longest,
-            self.kinds(found),
+            rehearsals.num_tokens(rows, max_length),
+            counts.num_parameters,
+            counts.num_trainable,
+            counts.longest,
+            *self._largest(moments, train.distributed, self.num_processes),
+            moments,
         )
 
-    def kinds(self, found: Rehearsal, num_processes: int | None = None) -> dict[str, int]:
-        """Bytes of one of several processes, at the moment of the most."""
-        ranks = num_processes or self.num_processes
-        moments = [self._shared(found, moment, ranks) for moment in found.moments]
-        most = max(moments, key=_sum)
-        most["process"] = _GPU_PROCESS_BYTES if self.device.is_gpu else self.process_bytes
-        return most
+    def shared(self, need: Need, distributed: str, num_processes: int) -> Need:
+        """The same for one of so many processes. Raises nothing, rehearses nothing."""
+        when, kinds = self._largest(need.moments, distributed, num_processes)
+        return dataclasses.replace(need, when=when, kinds=kinds)
 
-    def _shared(self, found: Rehearsal, moment: Mapping[Kind, int], ranks: int) -> dict[str, int]:
+    def _largest(
+        self, moments: Mapping[str, Sequence[Moment]], distributed: str, ranks: int
+    ) -> tuple[str, Mapping[str, int]]:
+        each = [(when, self._share(moment, distributed, ranks)) for when, found in moments.items() for moment in found]
+        when, most = max(each, key=lambda pair: sum(pair[1].values()))
+        return when, most | {"process": _GPU_PROCESS_BYTES if self.device.is_gpu else self.process_bytes}
+
+    def _share(self, moment: Moment, distributed: str, ranks: int) -> dict[str, int]:
         here: dict[str, int] = dict(moment.items())
+        counts = self.rehearsals.counts
         if ranks == 1:
             return here
-        if self.config.train.distributed == "ddp":
-            return here | {"gradients": here["gradients"] + found.trainable_bytes}  # its buckets
-        is_whole = found.num_trainable < found.num_parameters  # adapters: every rank has them in full
-        kept = found.trainable_bytes if is_whole else 0
+        if distributed == "ddp":
+            return here | {"gradients": here["gradients"] + counts.trainable_bytes}  # its buckets
+        is_whole = counts.num_trainable < counts.num_parameters  # adapters: every rank has them in full
+        kept = counts.trainable_bytes if is_whole else 0
         here["weights"] = kept + math.ceil((here["weights"] - kept) / ranks)
         if not is_whole:
             here["gradients"] = math.ceil(here["gradients"] / ranks)
             here["optimizer"] = math.ceil(here["optimizer"] / ranks)
         if self.config.train.fsdp_offload and self.device.is_gpu:
             here |= {"weights": 0, "gradients": 0, "optimizer": 0}
-        return here | {"gathered layers": found.largest_layers}
-
-
-def _sum(kinds: dict[str, int]) -> int:
-    return sum(kinds.values())
+        return here | {"gathered layers": counts.largest_layers}
 
 
 def _resident_bytes() -> int:
@@ -185,7 +201,7 @@ def plan(
     need = planner.need()
     limit = device.num_bytes
     fits = None if limit is None else need.total <= limit
-    largest = _largest_batch(planner, need, limit) if limit is not None else None
+    largest = _largest_batch(planner, limit) if limit is not None else None
     length = _largest_length(planner, need, limit) if limit is not None else None
     rate, how = _rate(planner, need, tokens_per_second)
     seconds = None if rate is None or num_tokens is None else num_tokens / rate
@@ -209,49 +225,67 @@ def plan(
     )
 
 
-def _largest_batch(planner: Planner, need: Need, limit: int) -> int:
-    """Rows that fit, 0 when not one does: a line through two rehearsals, and then as far down as it takes."""
-    other = planner.need(rows=1 if need.rows > 1 else 2)
-    low, high = sorted((need, other), key=lambda one: one.rows)
-    each = max(1.0, (high.total - low.total) / (high.rows - low.rows))
-    rows = max(0, int(low.rows + (limit - low.total) / each))
-    while rows > 0 and planner.need(rows=rows).total > limit:
-        rows = min(rows - 1, int(rows * 0.97))
-    return rows
+def _largest_batch(planner: Planner, limit: int) -> int:
+    """Rows that fit, 0 when not one does."""
+    return _most(lambda rows: planner.need(rows=rows).total, limit, 1, 2, at_most=MOST_ROWS)
 
 
 def _largest_length(planner: Planner, need: Need, limit: int) -> int:
     """Tokens of one row that fits, 0 when none does; no more than the model was made for."""
-    long = planner.need(rows=1)
-    short = planner.need(rows=1, max_length=max(2, need.max_length // 2))
-    each = max(1.0, (long.total - short.total) / max(1, long.max_length - short.max_length))
-    found = max(0, int(short.max_length + (limit - short.total) / each))
-    return found if need.longest is None else min(found, need.longest)
+    half = max(2, need.max_length // 2)
+    return _most(
+        lambda length: planner.need(rows=1, max_length=length).total, limit, half, max(half + 1, need.max_length),
+        at_most=need.longest or sys.maxsize,
+    )  # fmt: skip
+
+
+def _most(total: Callable[[int], int], limit: int, first: int, second: int, *, at_most: int = sys.maxsize) -> int:
+    """The largest number whose total is within the limit, to 1 %; totals rise, nearly on a straight line.
+
+    The line through the last two that were asked for says the next, between the largest that is known to fit and the
+    smallest that is known not to.
+    """
+    seen = [(first, total(first)), (second, total(second))]
+    while True:
+        fits = max((at for at, size in seen if size <= limit), default=0)
+        over = min((at for at, size in seen if size > limit), default=at_most + 1)
+        if over - fits <= max(1, fits // 100):
+            return min(fits, at_most)
+        (a, of_a), (b, of_b) = seen[-2:]
+        guess = b + math.floor((limit - of_b) * (b - a) / max(1, of_b - of_a))
+        if guess == fits:
+            return fits  # the line says that one more does not fit
+        guess = min(max(guess, fits + 1), over - 1)
+        seen.append((guess, total(guess)))
 
 
 def _advice(planner: Planner, need: Need, limit: int) -> tuple[str, ...]:
     """What to change, each with what it would need then; what fits first."""
     train = planner.config.train
+    trains_all = need.num_trainable == need.num_parameters
     tried: list[tuple[str, Need]] = []
     if not train.gradient_checkpointing:
         tried.append(("--gradient-checkpointing", planner.need(gradient_checkpointing=True)))
     if need.rows > 1:
         fewer = f"--per-device-train-batch-size 1 --gradient-accumulation-steps {need.rows}"
-        tried.append((fewer, planner.need(rows=1, gradient_checkpointing=True)))
-        if not train.gradient_checkpointing:
-            tried[-1] = (f"{fewer} --gradient-checkpointing", tried[-1][1])
+        more = "" if train.gradient_checkpointing else " --gradient-checkpointing"
+        accumulated = {"gradient_accumulation_steps": need.rows * train.gradient_accumulation_steps}
+        tried.append((fewer + more, planner.need(rows=1, gradient_checkpointing=True, **accumulated)))
     half = max(2, need.max_length // 2)
     tried.append((f"--max-length {half}", planner.need(max_length=half)))
-    if need.num_trainable == need.num_parameters and train.optim == "adamw":
+    if trains_all and train.optim == "adamw":
         tried.append(("--optim adafactor", planner.need(optim="adafactor")))
+    if planner.num_processes == 1:
+        shares = [(ranks, planner.shared(need, "fsdp2", ranks)) for ranks in _RANKS]
+        enough = next((pair for pair in shares if pair[1].total <= limit), shares[-1])
+        tried.append((f"--distributed fsdp2 --nproc {enough[0]}, each on a device of its own", enough[1]))
     lines = [
         f"{what}: {one.total / 1e9:.1f} GB, {'fits' if one.total <= limit else 'does not fit alone'}"
         for what, one in sorted(tried, key=lambda pair: pair[1].total > limit)
     ]
-    if need.num_trainable == need.num_parameters:
-        lines.append("--plugin lora: no gradients and no optimizer state for a frozen base")
-    if planner.num_processes == 1:
-        lines.append("--distributed fsdp2 --nproc N: each of N processes holds its share of the weights")
+    if trains_all:
+        frozen = need.num_parameters * planner.precision.base_dtype(frozen=True).itemsize
+        lines.append(f"--plugin lora: {frozen / 1e9:.1f} GB of frozen weights, which need no gradient and no state")
     return tuple(lines)
 
 
@@ -276,7 +310,7 @@ def _assumptions(planner: Planner, need: Need) -> tuple[str, ...]:
     train = planner.config.train
     lines = [f"every row has {need.max_length} tokens, all of them trained"]
     if train.torch_compile:
-        lines.append("as without torch_compile, which needs less")
+        lines.append("as without torch_compile, whose buffers are not known before it compiles")
     if planner.device.is_gpu:
         lines.append(
             f"{_GPU_PROCESS_BYTES / 2**30:g} GiB for the CUDA context, libraries' workspaces and fragmentation; "
@@ -285,8 +319,10 @@ def _assumptions(planner: Planner, need: Need) -> tuple[str, ...]:
     else:
         lines.append(
             "memory of the process as this one has it, with the same imports; MALLOC_MMAP_THRESHOLD_=65536 in the "
-            "environment, without which glibc keeps what is freed (docs/planning.md)"
+            "environment, without which glibc keeps what is freed, up to 35 % more (docs/planning.md)"
         )
+    if planner.config.data.eval:
+        lines.append("without the held-out evaluation; a lower --per-device-eval-batch-size makes that smaller")
     if planner.num_processes > 1:
         lines.append(
             "ddp: buckets as large as the gradients"

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,6 +20,15 @@ Kind: TypeAlias = Literal["weights", "gradients", "optimizer", "activations", "h
 KINDS: Final[tuple[Kind, ...]] = ("weights", "gradients", "optimizer", "activations", "head")
 
 
+class Phase(NamedTuple):
+    """A part of a step whose own peak is kept."""
+
+    name: Literal["start", "forward", "head", "backward"]
+    turn: int = 0
+    """Which forward through the model, where a loss has several."""
+    layer: int = 0
+
+
 class Tally(TorchDispatchMode):
     """Within it, every storage that an operation makes is counted, as of the kind that `making` says."""
 
@@ -27,15 +36,23 @@ class Tally(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.live: dict[Kind, int] = dict.fromkeys(KINDS, 0)
         """Bytes of what stands now."""
-        self.peak: dict[Kind, int] = dict(self.live)
-        """Bytes of what stood when they were most, since the last `forget`."""
+        self.peaks: dict[Phase, dict[Kind, int]] = {}
+        """Bytes of what stood when they were most in each phase, since the last `forget`."""
         self._kind: Kind = "activations"
+        self._phase = Phase("start")
+        self._total = 0
+        self._most: dict[Phase, int] = {}
         self._known: dict[int, tuple[int, Kind, weakref.ref[Any]]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         self.see(out)
         return out
+
+    @property
+    def peak(self) -> dict[Kind, int]:
+        """The largest of all phases."""
+        return max(self.peaks.values(), key=lambda kinds: sum(kinds.values()))
 
     def see(self, out: Any) -> None:
         """Counts whatever tensors an operation gave that were not there before."""
@@ -69,9 +86,15 @@ class Tally(TorchDispatchMode):
         self._change(kind, num_bytes)
         self._change(kind, -num_bytes)
 
+    def enter(self, phase: Phase) -> None:
+        """What is to come belongs to this phase."""
+        self._phase = phase
+        self._look()
+
     def forget(self) -> None:
-        """From now on the peak is that of what is to come."""
-        self.peak = dict(self.live)
+        """From now on the peaks are those of what is to come."""
+        self.peaks, self._most = {}, {}
+        self._look()
 
     def _add(self, tensor: Tensor, kind: Kind) -> None:
         storage = tensor.untyped_storage()
@@ -85,5 +108,11 @@ class Tally(TorchDispatchMode):
 
     def _change(self, kind: Kind, size: int) -> None:
         self.live[kind] += size
-        if size > 0 and sum(self.live.values()) > sum(self.peak.values()):
-            self.forget()
+        self._total += size
+        if size > 0:
+            self._look()
+
+    def _look(self) -> None:
+        if self._total > self._most.get(self._phase, -1):
+            self._most[self._phase] = self._total
+            self.peaks[self._phase] = dict(self.live)

@@ -203,9 +203,10 @@ class Sharded(_OfSeveral):
 
 
 def has_experts(lm: LanguageModel) -> bool:
-    """Whether tokens choose between experts, so that some of them may get no gradient in one process."""
-    names = ("num_experts", "num_local_experts", "n_routed_experts")
-    return lm.routes or any(getattr(lm.config, name, None) for name in names)
+    """Whether there are experts, modules of their own, to some of which no token of a process may go. Where they are
+    one tensor, as transformers has them, all of it gets a gradient."""
+    lists = [m for name, m in lm.named_modules() if isinstance(m, nn.ModuleList) and name.endswith(".experts")]
+    return any(parameter.requires_grad for experts in lists for parameter in experts.parameters())
 
 
 def _trains_beyond_text(lm: LanguageModel) -> bool:

@@ -65,7 +65,7 @@ say("stdin", sys.stdin.read() == "", "its own session", os.getsid(0) == os.getpi
 
 def test_the_users_number_of_threads_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    assert launch.environment(2) == {}
+    assert "OMP_NUM_THREADS" not in launch.environment(2)
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(9), raising=False)
     assert [launch.environment(n)["OMP_NUM_THREADS"] for n in (1, 2, 9, 20)] == ["9", "4", "1", "1"]
@@ -95,7 +95,8 @@ time.sleep(60)
     assert sum("rank 1 start" in line for line in done.out) == num_starts
     again = [f"sftx: rank 1 ended with an error; starting again from the last checkpoint ({n} of 2)" for n in (1, 2)]
     told = [line for line in done.err if line != "sftx: error: mine"]
-    assert told == again[: num_starts - 1]
+    unexplained = ["sftx: error: rank 1 ended with exit code 5"] if code == 5 else []
+    assert told == again[: num_starts - 1] + unexplained
     assert done.err.count("sftx: error: mine") == num_starts
 
 

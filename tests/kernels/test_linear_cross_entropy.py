@@ -173,7 +173,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def bf16_units(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a CPU that multiplies bf16 itself; where it does not, products are made in fp32."""
-    monkeypatch.setattr("sftx_kernels.gemm._cpu_multiplies", lambda dtype: True)
+    monkeypatch.setattr("sftx_kernels.gemm.cpu_multiplies", lambda dtype: True)
 
 
 # ---- values and gradients

@@ -72,24 +72,24 @@ def test_a_rehearsal_counts_what_a_real_step_makes(tiny: str, plugins: tuple[str
 
     from sftx.model.language_model import LanguageModel
     from sftx.model.load import load_model, load_spec
-    from sftx.planning.rehearsal import StepTally, _batch, rehearse
+    from sftx.planning.stage import StepTally, make_batch
     from sftx.training.engines import TrainStep
     from sftx.training.layers import prepare_layers
 
     plan = planner(tiny, *plugins, **{"train.gradient_checkpointing": checkpointing, "train.optim": "sgd"})
-    train, ours = plan.config.train, {"model": tiny, "trust_remote_code": False, "on_gpu": False}
-    found = rehearse(plan.assembly, train, plan.precision, rows=8, max_length=512, **ours).moments[1]
+    train, assembly = plan.config.train, plan.rehearsals.assembly
+    found = max(plan.rehearsals.step(train, rows=8, max_length=512), key=lambda moment: sum(moment.values()))
     spec = load_spec(tiny)
-    adapters = plan.assembly.adapters(spec)
+    adapters = assembly.adapters(spec)
     model = load_model(spec, list(adapters.values()), dtype=torch.float32, device=torch.device("cpu"))
     lm = LanguageModel(model, None)  # type: ignore[arg-type]
     lm.attach(adapters)
     prepare_layers(model, train)
     lm.train()
-    batch, tally = _batch(plan.assembly.collator(512), 8, 512), StepTally()
+    batch, tally = make_batch(assembly.collator(512), 8, 512), StepTally()
     with tally:
         tally.count([*lm.parameters(), *lm.buffers()], "weights")
-        TrainStep(lm, plan.assembly.loss())(batch).sum.backward()
+        TrainStep(lm, assembly.loss())(batch).sum.backward()
     assert sum(found.values()) == pytest.approx(sum(tally.peak.values()), rel=0.02)
     assert found["weights"] == tally.peak["weights"]
 
