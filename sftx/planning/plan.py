@@ -160,7 +160,7 @@ class Planner:
         if ranks == 1:
             return here
         if distributed == "ddp":
-            return here | {"gradients": here["gradients"] + counts.trainable_bytes}  # its buckets
+            return here | {"gradients": counts.trainable_bytes}  # views of its buckets, which are always there
         is_whole = counts.num_trainable < counts.num_parameters  # adapters: every rank has them in full
         kept = counts.trainable_bytes if is_whole else 0
         here["weights"] = kept + math.ceil((here["weights"] - kept) / ranks)
@@ -325,7 +325,7 @@ def _assumptions(planner: Planner, need: Need) -> tuple[str, ...]:
         lines.append("without the held-out evaluation; a lower --per-device-eval-batch-size makes that smaller")
     if planner.num_processes > 1:
         lines.append(
-            "ddp: buckets as large as the gradients"
+            "ddp: gradients are there all the time, as views of its buckets"
             if train.distributed == "ddp"
             else "fsdp2: two of the largest layers whole at a time"
         )

@@ -30,7 +30,11 @@ class Precision:
 
     def autocast(self) -> torch.autocast:
         narrow = self.dtype != torch.float32
-        return torch.autocast(self.device.type, dtype=self.dtype if narrow else None, enabled=narrow)
+        # Without autocast's cache, which keeps a narrow copy of every weight until the forward is over, also of layers
+        # that are computed again: 2 bytes a parameter, for weights that are used once.
+        return torch.autocast(
+            self.device.type, dtype=self.dtype if narrow else None, enabled=narrow, cache_enabled=False
+        )
 
     def grad_scaler(self) -> torch.amp.GradScaler:
         """Keeps gradients within float16's range, where that is the dtype; else it does nothing."""
