@@ -28,12 +28,14 @@ from sftx.ranks import Ranks, check_environment, is_launched, number
 from sftx.report.run_report import complete_reports
 from sftx.reports import Result, RunInfo
 from sftx.run_directory import RunDirectory
+from sftx.types import Loss
 
 if TYPE_CHECKING:
     from sftx.data.prepare import Dataset
     from sftx.data.setup import Setup
     from sftx.model.language_model import LanguageModel
     from sftx.session import Session
+    from sftx.training.loop import Trainer
     from sftx.training.plan import Plan, StreamPlan
     from sftx.training.precision import Precision
 
@@ -146,13 +148,11 @@ def _assemble(begun: _Begun) -> Session:
 
     # From here on torch and transformers are needed: seconds of imports, after everything that is quick to check.
     from sftx.data.setup import set_up
-    from sftx.model.probe import check_packing
     from sftx.report.evidence import shown_rows
     from sftx.session import Session
     from sftx.training import precision as precisions
     from sftx.training.checkpoint import Checkpoints
     from sftx.training.evaluate import Evaluator
-    from sftx.training.loop import Trainer
     from sftx.training.observers import Observers
 
     checkpoints = Checkpoints(directory.file("checkpoints"), config.train.checkpoints_kept)
@@ -168,21 +168,9 @@ def _assemble(begun: _Begun) -> Session:
     held_out = ranks.main_first(lambda: prepared.held_out(questions=bool(metrics)))
     _check_evaluation(config, held_out, metrics)
     plan = prepared.plan(data)
-
-    def load() -> Trainer:
-        lm = _load(config, prepared, precision, saved)
-        return Trainer(lm, loss, prepared.collator, config.train, precision, plan.num_steps, ranks)
-
-    # Each reads all of a model before it keeps its share: by turns, so that a host has it in memory once.
-    by_turns = ranks.met and config.train.distributed == "fsdp2"
-    trainer = ranks.in_turn(load) if by_turns else load()
-    trainer.engine.make_equal()
-    lm = trainer.lm
-    with ranks.watching(), precision.autocast():
-        trainer.engine.step.within(lm.check)
-        trainer.engine.step.within(lambda: check_packing(lm, prepared.collator, plan.examples))
-    _check_fit(config, plan, lm, held_out)
-    manifest = _manifest(config, assembly, prepared, lm, precision, ranks)
+    trainer = _trainer(config, prepared, plan, loss, precision, saved, ranks)
+    _check_fit(config, plan, trainer.lm, held_out)
+    manifest = _manifest(config, assembly, prepared, trainer.lm, precision, ranks)
     if directory.resumed:
         ranks.on_main(lambda: directory.check_inputs(manifest))
     return Session(
@@ -197,7 +185,7 @@ def _assemble(begun: _Begun) -> Session:
         data=data,
         held_out=held_out,
         plan=plan,
-        lm=lm,
+        lm=trainer.lm,
         trainer=trainer,
         evaluator=Evaluator(
             held_out,
@@ -227,6 +215,34 @@ def _check_evaluation(config: RunConfig, held_out: Dataset, metrics: Mapping[str
     for name, given in (("metric_for_best_model", options.best_metric), ("eval_steps", options.eval_steps)):
         if given is not None and not len(held_out.examples):
             raise ConfigError(f"option 'train.{name}' needs held-out rows; give some with --eval-data, or leave it out")
+
+
+def _trainer(
+    config: RunConfig,
+    prepared: Setup,
+    plan: Plan | StreamPlan,
+    loss: Loss,
+    precision: Precision,
+    saved: Path | None,
+    ranks: Ranks,
+) -> Trainer:
+    """The model, ready to train, and checked to compute what its own forward computes, packed rows of examples too."""
+    from sftx.model.probe import check_packing
+    from sftx.training.loop import Trainer
+
+    def load() -> Trainer:
+        lm = _load(config, prepared, precision, saved)
+        return Trainer(lm, loss, prepared.collator, config.train, precision, plan.num_steps, ranks)
+
+    # Each reads all of a model before it keeps its share: by turns, so that a host has it in memory once.
+    by_turns = ranks.met and config.train.distributed == "fsdp2"
+    trainer = ranks.in_turn(load) if by_turns else load()
+    trainer.engine.make_equal()
+    step, lm = trainer.engine.step, trainer.lm
+    with ranks.watching(), precision.autocast():
+        step.within(lm.check)
+        step.within(lambda: check_packing(lm, prepared.collator, plan.examples))
+    return trainer
 
 
 def _load(config: RunConfig, prepared: Setup, precision: Precision, saved: Path | None) -> LanguageModel:
