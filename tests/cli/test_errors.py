@@ -355,6 +355,7 @@ def test_a_disk_that_is_full_while_saving_leaves_no_half_written_artefact(
         "manifest.json",
         "metrics.jsonl",
         "ledger.jsonl",
+        "evidence.json",
     }
 
 

@@ -193,17 +193,21 @@ def test_a_pickle_of_weights_runs_nothing(tiny_model: Path, rows: Path, marker: 
 
 
 @holds(
-    "What sftx writes is safetensors, JSON, JSON lines, YAML and the tokenizer's text files: nothing that is pickled."
+    "What sftx writes is safetensors, JSON, JSON lines, YAML, the tokenizer's text files, an HTML page and a PNG: "
+    "nothing that is pickled."
 )
 @pytest.mark.parametrize("plugins", [(), ("lora",)], ids=["full", "lora"])
 def test_what_is_written_is_no_pickle(tiny_model: Path, rows: Path, plugins: tuple[str, ...]) -> None:
     run_of(tiny_model, rows, *plugins, train__save_steps=1)
     written = [path for path in (rows.parent / "run").rglob("*") if path.is_file()]
-    assert {path.suffix for path in written} <= {".safetensors", ".json", ".jsonl", ".yaml", ".jinja", ".txt"}
+    text = {".json", ".jsonl", ".yaml", ".jinja", ".txt", ".html"}
+    assert {path.suffix for path in written} <= {".safetensors", ".png"} | text
     assert any(path.suffix == ".safetensors" for path in written)
     for path in written:
-        if path.suffix != ".safetensors":
+        if path.suffix in text:
             path.read_text(encoding="utf-8")
+        elif path.suffix == ".png":
+            assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
 # --- data ---------------------------------------------------------------------------------------

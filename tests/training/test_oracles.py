@@ -113,7 +113,7 @@ def test_peft_loads_the_adapter_and_computes_our_logits(real_model_dir: Path, ro
     assert [key for key in result.missing_keys if "lora" in key] == []
     assert list(result.unexpected_keys) == []
 
-    batch = session.trainer.micro_batches(session.plan.epoch(0)[0][:2], session.data.examples)[0]
+    batch = session.trainer.micro_batches(session.plan.epoch(0)[0][:2], session.data.examples)[0].batch
     with torch.no_grad():
         session.lm.eval()
         ours = session.lm.logits(session.lm.hidden(batch).hidden_BTD)
