@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -110,3 +112,11 @@ def test_the_scale_goes_on_where_it_was(model: Path) -> None:
         assert (got.loss, got.grad_norm, got.metrics) == (expected.loss, expected.grad_norm, expected.metrics)
     assert got.metrics["loss_scale"] == 2**17, "grown after the third step"
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters, resumed.parameters, strict=True))
+
+
+def test_the_peak_is_this_process_s_own() -> None:
+    """A notebook or a test runner with gigabytes starts a run; getrusage() would tell of theirs."""
+    ours = "import torch; from sftx.training.precision import peak_bytes; print(peak_bytes(torch.device('cpu')))"
+    parent = f"import subprocess, sys; held = bytearray(2 * 10**9); subprocess.run([sys.executable, '-c', {ours!r}])"
+    told = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True, timeout=120)
+    assert 10**8 < int(told.stdout) < 10**9
