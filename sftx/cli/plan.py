@@ -67,7 +67,6 @@ def command(
     )
     if as_json:
         values = dataclasses.asdict(found)
-        del values["need"]["moments"]
         values["need"]["total"] = found.need.total
         click.echo(json.dumps(values, indent=1))
     else:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from sftx.config import RunConfig, TrainConfig
 from sftx.loading import Loaded
@@ -18,13 +18,18 @@ from sftx.planning import MOST_ROWS
 from sftx.planning.devices import Device
 from sftx.planning.rehearsal import Moment, Rehearsals
 from sftx.plugins import activate
+from sftx.run import check_processes
+from sftx.training import engines, shares
 from sftx.training import precision as precisions
 from sftx.training.precision import Precision
 
 # Beside tensors: the CUDA context with its kernels, cuBLAS workspaces, and what the caching allocator cannot hand out.
 _GPU_PROCESS_BYTES: Final = 3 * 2**28
+_Moments: TypeAlias = Mapping[str, Sequence[Moment]]
 _RANKS: Final = (2, 4, 8, 16, 32, 64)
 _UTILISATION: Final = 0.4
+_FARTHEST: Final = 16
+"""Times what is known to fit is the most that is tried next."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +46,6 @@ class Need:
     when: str
     """What the process is at when it needs the most."""
     kinds: Mapping[str, int]
-    moments: Mapping[str, Sequence[Moment]] = field(repr=False)
-    """Of one process that has all of the model."""
 
     @property
     def total(self) -> int:
@@ -77,7 +80,7 @@ class Planner:
     loaded: Loaded
     device: Device
     num_processes: int = 1
-    _needs: dict[Any, Need] = field(default_factory=dict)
+    _rehearsed: dict[tuple[Any, ...], _Moments] = field(default_factory=dict)
 
     @property
     def config(self) -> RunConfig:
@@ -113,43 +116,44 @@ class Planner:
             on_gpu=self.device.is_gpu,
         )
 
-    def need(self, *, rows: int | None = None, max_length: int | None = None, **changed: Any) -> Need:
-        """With these in place of what the run says. Raises SftxError."""
+    def need(
+        self, *, rows: int | None = None, max_length: int | None = None, ranks: int | None = None, **changed: Any
+    ) -> Need:
+        """With these in place of what the run says: `rows` at once in each of so many processes. Raises SftxError."""
         train = dataclasses.replace(self.config.train, torch_compile=False, **changed)
-        rows = rows or train.per_device_train_batch_size
+        ranks = ranks or self.num_processes
         max_length = max_length or self.config.data.max_length
-        key = (rows, max_length, *sorted(changed.items()))
-        if key not in self._needs:
-            assert self.process_bytes
-            self._needs[key] = self._rehearsed(train, rows, max_length)
-        return self._needs[key]
-
-    def _rehearsed(self, train: TrainConfig, rows: int, max_length: int) -> Need:
-        rehearsals = self.rehearsals
-        moments = {
-            "the update": [rehearsals.update(train)],
-            "forward and backward": rehearsals.step(train, rows=rows, max_length=max_length),
-        }
-        counts = rehearsals.counts
+        if rows is None:
+            rows_of_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
+            rounds, rows = shares.size(rows_of_step, ranks, train.per_device_train_batch_size)
+            train = dataclasses.replace(train, gradient_accumulation_steps=rounds)
+        moments = self._moments(train, rows, max_length)
+        when, kinds = self._largest(moments, train.distributed, ranks)
+        counts = self.rehearsals.counts
         return Need(
             rows,
             max_length,
-            rehearsals.num_tokens(rows, max_length),
+            self.rehearsals.num_tokens(rows, max_length),
             counts.num_parameters,
             counts.num_trainable,
             counts.longest,
-            *self._largest(moments, train.distributed, self.num_processes),
-            moments,
+            when,
+            kinds,
         )
 
-    def shared(self, need: Need, distributed: str, num_processes: int) -> Need:
-        """The same for one of so many processes. Raises nothing, rehearses nothing."""
-        when, kinds = self._largest(need.moments, distributed, num_processes)
-        return dataclasses.replace(need, when=when, kinds=kinds)
+    def _moments(self, train: TrainConfig, rows: int, max_length: int) -> _Moments:
+        """Of one process that has all of the model."""
+        assert self.process_bytes
+        accumulates = train.gradient_accumulation_steps > 1
+        key = (rows, max_length, accumulates, train.gradient_checkpointing, train.optim)
+        if key not in self._rehearsed:
+            self._rehearsed[key] = {
+                "the update": [self.rehearsals.update(train)],
+                "forward and backward": self.rehearsals.step(train, rows=rows, max_length=max_length),
+            }
+        return self._rehearsed[key]
 
-    def _largest(
-        self, moments: Mapping[str, Sequence[Moment]], distributed: str, ranks: int
-    ) -> tuple[str, Mapping[str, int]]:
+    def _largest(self, moments: _Moments, distributed: str, ranks: int) -> tuple[str, Mapping[str, int]]:
         each = [(when, self._share(moment, distributed, ranks)) for when, found in moments.items() for moment in found]
         when, most = max(each, key=lambda pair: sum(pair[1].values()))
         return when, most | {"process": _GPU_PROCESS_BYTES if self.device.is_gpu else self.process_bytes}
@@ -197,8 +201,11 @@ def plan(
     num_tokens: int | None = None,
 ) -> Plan:
     """The whole plan. Raises SftxError for what a run could not be begun with."""
+    check_processes(loaded.config, num_processes)
     planner = Planner(loaded, device, num_processes)
     need = planner.need()
+    if num_processes > 1:
+        engines.check(loaded.config.train, has_adapters=need.num_trainable < need.num_parameters)
     limit = device.num_bytes
     fits = None if limit is None else need.total <= limit
     largest = _largest_batch(planner, limit) if limit is not None else None
@@ -240,22 +247,23 @@ def _largest_length(planner: Planner, need: Need, limit: int) -> int:
 
 
 def _most(total: Callable[[int], int], limit: int, first: int, second: int, *, at_most: int = sys.maxsize) -> int:
-    """The largest number whose total is within the limit, to 1 %; totals rise, nearly on a straight line.
+    """The largest number whose total is within the limit, to 1 %; totals rise, mostly on a straight line.
 
     The line through the last two that were asked for says the next, between the largest that is known to fit and the
-    smallest that is known not to.
+    smallest that is known not to; every third is halfway between these, for totals that lie on no line.
     """
     seen = [(first, total(first)), (second, total(second))]
     while True:
         fits = max((at for at, size in seen if size <= limit), default=0)
         over = min((at for at, size in seen if size > limit), default=at_most + 1)
-        if over - fits <= max(1, fits // 100):
+        near = max(1, fits // 100)
+        if over - fits <= near:
             return min(fits, at_most)
         (a, of_a), (b, of_b) = seen[-2:]
         guess = b + math.floor((limit - of_b) * (b - a) / max(1, of_b - of_a))
-        if guess == fits:
-            return fits  # the line says that one more does not fit
-        guess = min(max(guess, fits + 1), over - 1)
+        if len(seen) % 3 == 1:
+            guess = (fits + over) // 2
+        guess = min(max(guess, fits + near), over - 1, _FARTHEST * max(fits, second))
         seen.append((guess, total(guess)))
 
 
@@ -263,22 +271,20 @@ def _advice(planner: Planner, need: Need, limit: int) -> tuple[str, ...]:
     """What to change, each with what it would need then; what fits first."""
     train = planner.config.train
     trains_all = need.num_trainable == need.num_parameters
-    tried: list[tuple[str, Need]] = []
-    if not train.gradient_checkpointing:
-        tried.append(("--gradient-checkpointing", planner.need(gradient_checkpointing=True)))
+    rows_of_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    lean: dict[str, Any] = {} if train.gradient_checkpointing else {"gradient_checkpointing": True}
+    changes = [lean] if lean else []
     if need.rows > 1:
-        fewer = f"--per-device-train-batch-size 1 --gradient-accumulation-steps {need.rows}"
-        more = "" if train.gradient_checkpointing else " --gradient-checkpointing"
-        accumulated = {"gradient_accumulation_steps": need.rows * train.gradient_accumulation_steps}
-        tried.append((fewer + more, planner.need(rows=1, gradient_checkpointing=True, **accumulated)))
+        lean = lean | {"per_device_train_batch_size": 1, "gradient_accumulation_steps": rows_of_step}
+        changes.append(lean)
+    tried = [(_flags(change), planner.need(**change)) for change in changes]
     half = max(2, need.max_length // 2)
     tried.append((f"--max-length {half}", planner.need(max_length=half)))
     if trains_all and train.optim == "adamw":
         tried.append(("--optim adafactor", planner.need(optim="adafactor")))
-    if planner.num_processes == 1:
-        shares = [(ranks, planner.shared(need, "fsdp2", ranks)) for ranks in _RANKS]
-        enough = next((pair for pair in shares if pair[1].total <= limit), shares[-1])
-        tried.append((f"--distributed fsdp2 --nproc {enough[0]}, each on a device of its own", enough[1]))
+    ranks = [ranks for ranks in _RANKS if rows_of_step % ranks == 0]
+    if planner.num_processes == 1 and ranks and engines.can_share(train, has_adapters=not trains_all):
+        tried.append(_spread(planner, [{}, *changes], ranks, limit))
     lines = [
         f"{what}: {one.total / 1e9:.1f} GB, {'fits' if one.total <= limit else 'does not fit alone'}"
         for what, one in sorted(tried, key=lambda pair: pair[1].total > limit)
@@ -287,6 +293,23 @@ def _advice(planner: Planner, need: Need, limit: int) -> tuple[str, ...]:
         frozen = need.num_parameters * planner.precision.base_dtype(frozen=True).itemsize
         lines.append(f"--plugin lora: {frozen / 1e9:.1f} GB of frozen weights, which need no gradient and no state")
     return tuple(lines)
+
+
+def _spread(planner: Planner, changes: Sequence[dict[str, Any]], ranks: Sequence[int], limit: int) -> tuple[str, Need]:
+    """The fewest processes of fsdp2 that are enough, with the first of the changes that makes them so."""
+
+    def tried(change: dict[str, Any], number: int) -> tuple[str, Need]:
+        flags = " ".join([f"--distributed fsdp2 --nproc {number}", *filter(None, [_flags(change)])])
+        return f"{flags}, each on a device of its own", planner.need(ranks=number, distributed="fsdp2", **change)
+
+    each = (tried(change, number) for change in changes for number in ranks)
+    return next((pair for pair in each if pair[1].total <= limit), tried(changes[-1], ranks[-1]))
+
+
+def _flags(change: Mapping[str, Any]) -> str:
+    """As the command line takes it."""
+    words = [f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in change.items()]
+    return " ".join(words)
 
 
 def _rate(planner: Planner, need: Need, given: float | None) -> tuple[float | None, tuple[str, ...]]:

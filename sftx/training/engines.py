@@ -216,19 +216,23 @@ def _trains_beyond_text(lm: LanguageModel) -> bool:
     return any(p.requires_grad and id(p) not in reached for p in lm.parameters())
 
 
+def can_share(config: TrainConfig, *, has_adapters: bool) -> bool:
+    """Whether fsdp2 is able to do it."""
+    return not config.fp16 and (has_adapters or config.optim in _BY_ELEMENT)
+
+
 def check(config: TrainConfig, *, has_adapters: bool) -> None:
     """Raises ConfigError for what cannot be done on shares of a model."""
-    if config.distributed != "fsdp2":
+    if config.distributed != "fsdp2" or can_share(config, has_adapters=has_adapters):
         return
     if config.fp16:
         raise ConfigError(
             "option 'train.fp16': its loss scale is not kept together over the shares of fsdp2; use bf16, or ddp"
         )
-    if not has_adapters and config.optim not in _BY_ELEMENT:
-        raise ConfigError(
-            f"option 'train.optim': {config.optim} needs whole tensors, of which fsdp2 gives each process a share; "
-            f"take {', '.join(_BY_ELEMENT[:-1])} or {_BY_ELEMENT[-1]}, train an adapter (--plugin lora), or use ddp"
-        )
+    raise ConfigError(
+        f"option 'train.optim': {config.optim} needs whole tensors, of which fsdp2 gives each process a share; "
+        f"take {', '.join(_BY_ELEMENT[:-1])} or {_BY_ELEMENT[-1]}, train an adapter (--plugin lora), or use ddp"
+    )
 
 
 def engine(step: TrainStep, ranks: Ranks, config: TrainConfig, precision: Precision) -> Engine:

@@ -9,6 +9,12 @@ Share = tuple[int, ...]
 """Positions of rows in a step: one micro-batch. Empty where rows run out: that process has nothing to add."""
 
 
+def size(num_rows: int, num_ranks: int, rows_at_once: int) -> tuple[int, int]:
+    """Rounds of a step, and the most rows that a process has in one of them."""
+    num_rounds = math.ceil(num_rows / (num_ranks * rows_at_once))
+    return num_rounds, math.ceil(num_rows / (num_ranks * num_rounds))
+
+
 def deal(num_tokens: Sequence[int], num_ranks: int, rows_at_once: int) -> list[list[Share]]:
     """Rounds of micro-batches, one for each rank, of at most `rows_at_once` rows: `deal(...)[round][rank]`.
 
@@ -21,8 +27,7 @@ def deal(num_tokens: Sequence[int], num_ranks: int, rows_at_once: int) -> list[l
         return [[tuple(rows[at : at + rows_at_once])] for at in range(0, len(rows), rows_at_once)]
     longest_first = sorted(rows, key=lambda row: -num_tokens[row])
     totals = [0] * num_ranks
-    num_rounds = math.ceil(len(rows) / (num_ranks * rows_at_once))
-    per_round = num_ranks * math.ceil(len(rows) / (num_ranks * num_rounds))
+    per_round = num_ranks * size(len(rows), num_ranks, rows_at_once)[1]
     rounds: list[list[Share]] = []
     for start in range(0, len(rows), per_round):
         chosen = longest_first[start : start + per_round]

@@ -18,11 +18,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
     | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
     | {"num_attention_heads": 64, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "tie_word_embeddings": False},
 }
+SMOLLM2 = {"model_type": "llama", "vocab_size": 49152, "max_position_embeddings": 8192} | {
+    **{"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "tie_word_embeddings": True},
+    **{"num_attention_heads": 9, "num_key_value_heads": 3, "rms_norm_eps": 1e-5, "rope_theta": 100000},
+}
 NUM_PARAMETERS = {"llama-3-8b": 8_030_261_248, "qwen2.5-7b": 7_615_616_512, "llama-3-70b": 70_553_706_496}
 """As their makers count them."""
 
 
-def write(name: str, directory: Path) -> Path:
+def write(config: dict[str, Any], directory: Path) -> str:
     """A directory with nothing but config.json."""
-    (directory / "config.json").write_text(json.dumps(CONFIGS[name]), encoding="utf-8")
-    return directory
+    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return str(directory)

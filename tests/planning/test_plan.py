@@ -11,11 +11,15 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sftx import loading
 from sftx.cli import main
+from sftx.config import TrainConfig
 from sftx.errors import ConfigError
 from sftx.planning import devices
+from sftx.planning import plan as plans
 from tests.planning import configs
 
 GB = 10**9
@@ -61,7 +65,10 @@ def test_what_lora_trains_is_what_peft_trains(tiny: str) -> None:
 def test_public_models_have_as_many_parameters_as_their_makers_say(name: str, tmp_path: Path) -> None:
     from sftx.model.load import load_spec
 
-    assert load_spec(str(configs.write(name, tmp_path))).skeleton.num_parameters() == configs.NUM_PARAMETERS[name]
+    assert (
+        load_spec(configs.write(configs.CONFIGS[name], tmp_path)).skeleton.num_parameters()
+        == configs.NUM_PARAMETERS[name]
+    )
 
 
 @pytest.mark.parametrize("plugins", [(), ("lora",), ("packed",), ("lora", "packed")])
@@ -94,6 +101,20 @@ def test_a_rehearsal_counts_what_a_real_step_makes(tiny: str, plugins: tuple[str
     assert found["weights"] == tally.peak["weights"]
 
 
+@pytest.mark.parametrize("plugins", [(), ("lora",), ("packed",), ("lora", "packed")])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_few_layers_tell_of_many(plugins: tuple[str, ...], checkpointing: bool, tmp_path: Path) -> None:
+    """The same bytes of every kind as when all layers are gone through."""
+    directory = configs.write(configs.SMOLLM2 | {"num_hidden_layers": 6}, tmp_path)
+    rehearsals = planner(directory, *plugins).rehearsals
+    train = TrainConfig(gradient_checkpointing=checkpointing)
+    assert rehearsals.counts.alike
+    few = rehearsals.step(train, rows=4, max_length=256)
+    rehearsals.counts = rehearsals.counts._replace(alike=False)
+    every = rehearsals.step(train, rows=4, max_length=256)
+    assert max(few, key=lambda moment: sum(moment.values())) == max(every, key=lambda moment: sum(moment.values()))
+
+
 # --- what follows from the counts ---------------------------------------------------------------
 
 
@@ -116,13 +137,27 @@ def test_shares_of_fsdp2_are_smaller_and_gradients_of_ddp_are_always_there(tiny:
 
 
 def test_a_large_model_is_planned_from_its_config_alone(tmp_path: Path) -> None:
-    directory = str(configs.write("llama-3-8b", tmp_path))
+    directory = configs.write(configs.CONFIGS["llama-3-8b"], tmp_path)
     need = planner(directory, "lora", device=devices.parse("24GB"), **{"train.gradient_checkpointing": True}).need(
         rows=1, max_length=512
     )
     # 8.03e9 weights of 2 bytes, and LoRA's 4.2e7 of 4.
     assert need.kinds["weights"] == pytest.approx(2 * 8.03e9 + 4 * 4.19e7, rel=0.001)
     assert need.total < 24 * GB
+
+
+@given(st.integers(0, 10_000), st.integers(0, 500), st.integers(0, 3), st.integers(2, 5_000))
+def test_the_largest_that_fits_is_found_to_a_hundredth(base: int, slope: int, bend: int, limit: int) -> None:
+    def total(number: int) -> int:
+        asked.append(number)
+        return base + slope * number + bend * number**2 // 100
+
+    asked: list[int] = []
+    most = plans._most(total, limit, 1, 2, at_most=3_000)
+    assert most == 0 or total(most) <= limit
+    beyond = most + max(1, most // 100)
+    assert beyond > 3_000 or total(beyond) > limit
+    assert len(asked) < 40
 
 
 # --- the command --------------------------------------------------------------------------------
@@ -142,6 +177,29 @@ def test_it_exits_with_0_when_it_fits_and_with_1_when_not(tiny: str) -> None:
     assert too_large.exit_code == 1
     assert "does not fit" in too_large.output
     assert "--gradient-checkpointing" in too_large.output
+    uneven = invoke("--model", tiny, "--nproc", "3", "--per-device-train-batch-size", "4")
+    assert uneven.exit_code == 1
+    assert "3 processes cannot share the 4 rows of a step evenly" in uneven.output
+
+
+def test_processes_that_share_a_step_have_fewer_rows_at_once(tiny: str) -> None:
+    step = {"train.per_device_train_batch_size": 4, "train.gradient_accumulation_steps": 2}
+    needs = [planner(tiny, ranks=ranks, **step).need() for ranks in (1, 2, 4, 8)]
+    assert [need.rows for need in needs] == [4, 4, 2, 1]
+    totals = [need.total for need in needs[1:]]
+    assert totals == sorted(totals, reverse=True)
+
+
+def test_what_is_advised_is_planned_to_fit(tmp_path: Path) -> None:
+    """A full fine-tune on a small card: nothing alone is enough, several processes with checkpointing are."""
+    model = configs.write(configs.SMOLLM2 | {"num_hidden_layers": 6}, tmp_path)
+    options = ["--model", model, "--gpu", "1.5GB", "--max-length", "2048", "--per-device-train-batch-size", "8"]
+    first = json.loads(invoke(*options, "--json").output)["advice"][0]
+    assert first.endswith(" GB, fits")
+    advised = first.partition(",")[0].split()
+    result = invoke(*options, *advised, "--json")
+    assert result.exit_code == 0, result.output
+    assert f"{json.loads(result.output)['need']['total'] / 1e9:.1f} GB, fits" in first
 
 
 @pytest.mark.parametrize(("text", "num_bytes"), [("24GB", 24 * GB), ("22.5GiB", int(22.5 * 2**30)), ("80 gb", 80 * GB)])
