@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -17,6 +18,8 @@ PATIENCE_S = 60.0
 def _work(directory: Path, environment: Mapping[str, str], nproc: int, max_restarts: int, settings: Mapping) -> None:
     """What the launching process does, as the command line would: `directory/rank.py` in so many processes."""
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as on a terminal, whatever started the tests ignores
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.chdir(directory)
     os.environ.pop("OMP_NUM_THREADS", None)
     os.environ.update(environment)
