@@ -9,14 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 from sftx.config import RunConfig, TrainConfig
 from sftx.loading import Loaded
 from sftx.model import names
-from sftx.planning import MOST_ROWS
+from sftx.planning import MOST_ROWS, sharing
 from sftx.planning.devices import Device
-from sftx.planning.rehearsal import Moment, Rehearsals
+from sftx.planning.rehearsal import Rehearsals
+from sftx.planning.sharing import Moments
 from sftx.plugins import activate
 from sftx.run import check_processes
 from sftx.training import engines, shares
@@ -25,7 +26,6 @@ from sftx.training.precision import Precision
 
 # Beside tensors: the CUDA context with its kernels, cuBLAS workspaces, and what the caching allocator cannot hand out.
 _GPU_PROCESS_BYTES: Final = 3 * 2**28
-_Moments: TypeAlias = Mapping[str, Sequence[Moment]]
 _RANKS: Final = (2, 4, 8, 16, 32, 64)
 _UTILISATION: Final = 0.4
 _FARTHEST: Final = 16
@@ -80,7 +80,7 @@ class Planner:
     loaded: Loaded
     device: Device
     num_processes: int = 1
-    _rehearsed: dict[tuple[Any, ...], _Moments] = field(default_factory=dict)
+    _rehearsed: dict[tuple[Any, ...], Moments] = field(default_factory=dict)
 
     @property
     def config(self) -> RunConfig:
@@ -141,7 +141,7 @@ class Planner:
             kinds,
         )
 
-    def _moments(self, train: TrainConfig, rows: int, max_length: int) -> _Moments:
+    def _moments(self, train: TrainConfig, rows: int, max_length: int) -> Moments:
         """Of one process that has all of the model."""
         assert self.process_bytes
         accumulates = train.gradient_accumulation_steps > 1
@@ -153,27 +153,21 @@ class Planner:
             }
         return self._rehearsed[key]
 
-    def _largest(self, moments: _Moments, distributed: str, ranks: int) -> tuple[str, Mapping[str, int]]:
-        each = [(when, self._share(moment, distributed, ranks)) for when, found in moments.items() for moment in found]
-        when, most = max(each, key=lambda pair: sum(pair[1].values()))
-        return when, most | {"process": _GPU_PROCESS_BYTES if self.device.is_gpu else self.process_bytes}
-
-    def _share(self, moment: Moment, distributed: str, ranks: int) -> dict[str, int]:
-        here: dict[str, int] = dict(moment.items())
+    def _largest(self, moments: Moments, distributed: str, ranks: int) -> tuple[str, Mapping[str, int]]:
         counts = self.rehearsals.counts
         if ranks == 1:
-            return here
-        if distributed == "ddp":
-            return here | {"gradients": counts.trainable_bytes}  # views of its buckets, which are always there
-        is_whole = counts.num_trainable < counts.num_parameters  # adapters: every rank has them in full
-        kept = counts.trainable_bytes if is_whole else 0
-        here["weights"] = kept + math.ceil((here["weights"] - kept) / ranks)
-        if not is_whole:
-            here["gradients"] = math.ceil(here["gradients"] / ranks)
-            here["optimizer"] = math.ceil(here["optimizer"] / ranks)
-        if self.config.train.fsdp_offload and self.device.is_gpu:
-            here |= {"weights": 0, "gradients": 0, "optimizer": 0}
-        return here | {"gathered layers": counts.largest_layers}
+            each = sharing.of_one(moments)
+        elif distributed == "ddp":
+            each = sharing.of_ddp(moments, counts)
+        else:
+            each = sharing.of_fsdp2(moments, counts, ranks, sent_itemsize=self.precision.dtype.itemsize)
+        when, most = max(map(self._on_device, each), key=lambda pair: sum(pair[1].values()))
+        return when, most | {"process": _GPU_PROCESS_BYTES if self.device.is_gpu else self.process_bytes}
+
+    def _on_device(self, pair: sharing.Pair) -> sharing.Pair:
+        if not (self.config.train.fsdp_offload and self.device.is_gpu):
+            return pair
+        return pair[0], pair[1] | {"weights": 0, "gradients": 0, "optimizer": 0}
 
 
 def _resident_bytes() -> int:
@@ -350,6 +344,6 @@ def _assumptions(planner: Planner, need: Need) -> tuple[str, ...]:
         lines.append(
             "ddp: gradients are there all the time, as views of its buckets"
             if train.distributed == "ddp"
-            else "fsdp2: two of the largest layers whole at a time"
+            else "fsdp2: what lies outside of the layers is whole for all of a step, and of layers those at work"
         )
     return tuple(lines)

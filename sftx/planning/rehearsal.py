@@ -50,8 +50,11 @@ class Counts(NamedTuple):
     num_parameters: int
     num_trainable: int
     trainable_bytes: int
-    largest_layers: int
-    """Bytes of the two largest of: decoder layers, and what is outside of them."""
+    shared_outside: int
+    """Bytes of what lies outside of the decoder's layers, and of the largest of these, without what adapters train."""
+    shared_layer: int
+    embedding: int
+    """Bytes of the rows that tokens are looked up in: the last that has its gradient, tied or not."""
     longest: int | None
     """Tokens that the model was made for, where its configuration says."""
     depth: int
@@ -85,13 +88,15 @@ class Rehearsals:
         with torch.device("meta"):
             lm = self._built(self._skeleton())
             trained, layers = [p for p in lm.parameters() if p.requires_grad], decoder_layers(lm.model)
-            sizes = sorted(_bytes(list(layer.parameters())) for layer in layers)
-            outside = _bytes(list(lm.parameters())) - sum(sizes)
+            shared = {id(p) for p in lm.parameters() if not (p.requires_grad and lm.adapters)}
+            sizes = [_bytes([p for p in layer.parameters() if id(p) in shared]) for layer in layers]
             return Counts(
                 num_parameters=sum(p.numel() for p in lm.parameters()),
                 num_trainable=sum(p.numel() for p in trained),
                 trainable_bytes=_bytes(trained),
-                largest_layers=sum(sorted([*sizes, outside])[-2:]),
+                shared_outside=_bytes([p for p in lm.parameters() if id(p) in shared]) - sum(sizes),
+                shared_layer=max(sizes, default=0),
+                embedding=_bytes(list(lm.model.get_input_embeddings().parameters())),
                 longest=getattr(lm.config, "max_position_embeddings", None),
                 depth=len(layers),
                 alike=_container(lm.model) is not None and all(_facts(one) == _facts(layers[0]) for one in layers),
