@@ -38,6 +38,7 @@ def of_fsdp2(moments: Moments, counts: Counts, num_ranks: int, *, sent_itemsize:
     kept = counts.trainable_bytes if with_adapters else 0
     outside, layer = counts.shared_outside, counts.shared_layer
     sent = layer if with_adapters else layer * sent_itemsize // 4
+    # A layer at work, the next one's copies and their buffer; going back, gradients as computed and their fp32 buffer.
     at_work = outside + 3 * sent + (0 if with_adapters else sent + layer)
 
     def own(of_all: int) -> int:

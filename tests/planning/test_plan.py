@@ -65,10 +65,8 @@ def test_what_lora_trains_is_what_peft_trains(tiny: str) -> None:
 def test_public_models_have_as_many_parameters_as_their_makers_say(name: str, tmp_path: Path) -> None:
     from sftx.model.load import load_spec
 
-    assert (
-        load_spec(configs.write(configs.CONFIGS[name], tmp_path)).skeleton.num_parameters()
-        == configs.NUM_PARAMETERS[name]
-    )
+    spec = load_spec(configs.write(configs.CONFIGS[name], tmp_path))
+    assert spec.skeleton.num_parameters() == configs.NUM_PARAMETERS[name]
 
 
 @pytest.mark.parametrize("plugins", [(), ("lora",), ("packed",), ("lora", "packed")])
