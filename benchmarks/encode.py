@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sftx import config, loading
+from sftx.config import loading, options
 from sftx.model import names
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,7 +43,7 @@ def main() -> int:
         data = Path(work) / "rows.jsonl"
         generate(data, arguments.rows)
         environment = os.environ | {"SFTX_CACHE": str(Path(work) / "cache"), "TOKENIZERS_PARALLELISM": "false"}
-        command = [sys.executable, __file__, "--prepare", str(data), "--model", names.resolve(config.EMBEDDED_MODEL)]
+        command = [sys.executable, __file__, "--prepare", str(data), "--model", names.resolve(options.EMBEDDED_MODEL)]
         command += [] if arguments.num_proc is None else ["--num-proc", str(arguments.num_proc)]
         runs = {name: watched(command, environment) for name in ("first", "second")}
         result = {
@@ -76,8 +76,8 @@ def generate(path: Path, num_rows: int) -> None:
 
 def prepare(path: Path, model: str, num_proc: int | None) -> None:
     """In a process of its own: what `sftx run` does between options and model, on its last line as JSON."""
-    from sftx.data.setup import set_up
-    from sftx.plugins import activate
+    from sftx.assembly.registry import activate
+    from sftx.data.pipeline import set_up
 
     assignments: list[tuple[str, Any, str]] = [
         ("model", model, "--model"),
@@ -91,7 +91,7 @@ def prepare(path: Path, model: str, num_proc: int | None) -> None:
     start = time.perf_counter()
     data = setup.train()
     seconds = time.perf_counter() - start
-    print(json.dumps({"prepare_s": seconds, "examples": len(data.examples), "tokens": data.num_real_tokens}))
+    print(json.dumps({"prepare_s": seconds, "examples": len(data.examples), "tokens": data.num_input_tokens}))
 
 
 def watched(command: list[str], environment: dict[str, str]) -> dict[str, Any]:

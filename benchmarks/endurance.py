@@ -125,7 +125,7 @@ def _report(samples: list[tuple[float, int]], run: Path) -> dict[str, Any]:
         "minutes": end / 60,
         "steps": len(steps),
         "micro_batches": 2 * len(steps),
-        "tokens": sum(step["num_real_tokens"] for step in steps),
+        "tokens": sum(step["num_input_tokens"] for step in steps),
         "evaluations": len(events) - len(steps),
         "loss": [steps[0]["loss"], steps[-1]["loss"]],
         "warm_up_minutes": WARM_UP * end / 60,

@@ -19,11 +19,11 @@ from pathlib import Path
 
 import torch
 
-from sftx import loading
-from sftx.data.setup import set_up
+from sftx.assembly.registry import activate
+from sftx.config import loading
+from sftx.data.pipeline import set_up
 from sftx.model.language_model import LanguageModel
 from sftx.model.load import load_model, load_spec
-from sftx.plugins import activate
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "benchmarks" / "results" / "cpu" / "generation.json"

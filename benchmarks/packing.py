@@ -82,16 +82,16 @@ def _load(bf16: bool) -> tuple[Any, Any]:
     """What a run trains with: forward and backward of one batch, and the encoder."""
     import torch
 
-    from sftx.config import EMBEDDED_MODEL, TrainConfig
-    from sftx.data.encode import Encoder
+    from sftx.config.options import EMBEDDED_MODEL, TrainConfig
+    from sftx.data.encoder import Encoder
     from sftx.model import names
     from sftx.model.language_model import LanguageModel
     from sftx.model.load import load_model, load_spec, load_tokenizer
-    from sftx.training import precision as precisions
-    from sftx.training.engines import TrainStep
-    from sftx_plugins.chatml import ChatML
-    from sftx_plugins.lora import Lora
-    from sftx_plugins.masked_ce import MaskedCE
+    from sftx.trainer import precision as precisions
+    from sftx.trainer.parallel import TrainStep
+    from sftx_plugins.adapters.lora import Lora
+    from sftx_plugins.losses.masked_ce import MaskedCE
+    from sftx_plugins.templates.chatml import ChatML
 
     name = names.resolve(EMBEDDED_MODEL)
     precision = precisions.choose(TrainConfig(bf16=bf16, use_cpu=True))
@@ -106,7 +106,7 @@ def _load(bf16: bool) -> tuple[Any, Any]:
 
     def step(batch: Any) -> None:
         with precision.autocast():
-            loss = module(batch).sum / batch.num_tokens
+            loss = module(batch).sum / batch.num_label_tokens
         loss.backward()
         module.zero_grad(set_to_none=True)
 
@@ -116,7 +116,7 @@ def _load(bf16: bool) -> tuple[Any, Any]:
 def _examples(encoder: Any, length: int) -> list[Any]:
     """The rows that fit, encoded."""
     from sftx import Example, Location
-    from sftx_plugins.alpaca import Alpaca
+    from sftx_plugins.parsers.alpaca import Alpaca
 
     parser, examples = Alpaca().sftx_parser(), []
     for number, record in enumerate(json.loads(DATA.read_text(encoding="utf-8")), 1):
@@ -129,8 +129,8 @@ def _examples(encoder: Any, length: int) -> list[Any]:
 
 def _kinds(examples: Sequence[Any], length: int, num: int) -> tuple[dict[str, Kind], float]:
     """Micro-batches of each kind, and the share of the packed rows that is filled."""
-    from sftx_plugins.packed import Packed
-    from sftx_plugins.padded import Padded
+    from sftx_plugins.collators.packed import Packed
+    from sftx_plugins.collators.padded import Padded
 
     kinds = {
         "random": _kind(Padded(group_by_length=False).sftx_collator(), examples, ROWS, num),
@@ -147,10 +147,10 @@ def _kind(collator: Any, examples: Sequence[Any], rows: int, num: int) -> Kind:
     batches = [collator.collate([examples[index] for row in step for index in row]) for step in steps]
     # By what they cost: a position in the body of the model, and about a quarter of that in the head where it is
     # trained. Packed rows differ in the latter only: those of long documents have more of it.
-    batches.sort(key=lambda batch: batch.input_ids_BT.numel() + batch.num_tokens / 4)
+    batches.sort(key=lambda batch: batch.input_ids_BT.numel() + batch.num_label_tokens / 4)
     positions = sum(batch.input_ids_BT.numel() for batch in batches)
     chosen = [batches[int((number + 0.5) * len(batches) / num)] for number in range(num)]
-    return Kind(chosen, padding=1 - sum(batch.num_real_tokens for batch in batches) / positions)
+    return Kind(chosen, padding=1 - sum(batch.num_input_tokens for batch in batches) / positions)
 
 
 def _steps(collator: Any, examples: Sequence[Any], rows: int) -> list[Any]:
@@ -175,7 +175,7 @@ def _measure(step: Any, kinds: dict[str, Kind]) -> None:
             start = time.perf_counter()
             step(batch)
             kind.seconds.append(time.perf_counter() - start)
-            kind.tokens.append(batch.num_real_tokens)
+            kind.tokens.append(batch.num_input_tokens)
 
 
 def _report(kinds: dict[str, Kind], efficiency: float, *, length: int, bf16: bool, num_examples: int) -> dict[str, Any]:

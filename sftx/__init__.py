@@ -6,10 +6,10 @@ Importing this package imports neither torch nor transformers.
 from typing import TYPE_CHECKING, Any
 
 from sftx import _deprecated
-from sftx.data.batch import pack, pad
+from sftx.assembly.hookspecs import hookimpl
+from sftx.data.collate import pack, pad
 from sftx.errors import ConfigError, DataError, ModelError, OutputError, PluginError, SftxError, TrainingError
-from sftx.hookspecs import hookimpl
-from sftx.reports import EvalReport, Provider, RunInfo, Sample, StartReport, StepReport, TokenLosses
+from sftx.events import EvalReport, Provider, RunInfo, Sample, StartReport, StepReport, TokenLosses
 from sftx.types import (
     IGNORE_INDEX,
     Adapter,

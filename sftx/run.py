@@ -17,27 +17,27 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
-from sftx import run_directory
-from sftx.config import DataConfig, RunConfig, Source, as_dict
+from sftx.assembly.registry import Assembly, activate
+from sftx.checkpoint import run_directory
+from sftx.checkpoint.run_directory import RunDirectory
+from sftx.config.loading import Loaded
+from sftx.config.options import DataConfig, RunConfig, Source, as_dict
 from sftx.data import sources, wanted
+from sftx.distributed.process_group import ProcessGroup, check_environment, env_int, is_launched
 from sftx.errors import ConfigError, ModelError, SftxError
-from sftx.loading import Loaded
+from sftx.events import Result, RunInfo
+from sftx.inspection.run_report.run_report import complete_reports
 from sftx.model import names
-from sftx.plugins import Assembly, activate
-from sftx.ranks import Ranks, check_environment, is_launched, number
-from sftx.report.run_report import complete_reports
-from sftx.reports import Result, RunInfo
-from sftx.run_directory import RunDirectory
 from sftx.types import Loss
 
 if TYPE_CHECKING:
-    from sftx.data.prepare import Dataset
-    from sftx.data.setup import Setup
+    from sftx.data.pipeline import Setup
+    from sftx.data.preprocess import Dataset
+    from sftx.data.sampler import Plan, StreamPlan
     from sftx.model.language_model import LanguageModel
-    from sftx.session import Session
-    from sftx.training.loop import Trainer
-    from sftx.training.plan import Plan, StreamPlan
-    from sftx.training.precision import Precision
+    from sftx.trainer.precision import Precision
+    from sftx.trainer.session import Session
+    from sftx.trainer.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -61,18 +61,18 @@ def run(loaded: Loaded, *, name: str = "run", resume: bool = False) -> Result:
     """
     started = time.monotonic()
     begun = _begin(loaded, name, resume=resume)
-    ranks = begun.ranks
+    process_group = begun.process_group
     with contextlib.ExitStack() as stack:
-        stack.callback(ranks.close)
+        stack.callback(process_group.close)
         try:
-            ranks.on_main(lambda: stack.enter_context(begun.directory.held()) and None)
-            if (done := ranks.on_main(begun.directory.finished)) is not None:
+            process_group.run_on_rank0(lambda: stack.enter_context(begun.directory.held()) and None)
+            if (done := process_group.run_on_rank0(begun.directory.finished)) is not None:
                 log.info("%s is complete, nothing is left to do", done.output_dir)
-                ranks.on_main(partial(complete_reports, done.output_dir, again=False))
+                process_group.run_on_rank0(partial(complete_reports, done.output_dir, again=False))
                 return done
             return _assemble(begun).run(started)
         except SftxError as error:
-            error.rank = ranks.rank if error.rank is None else error.rank
+            error.rank = process_group.rank if error.rank is None else error.rank
             raise
 
 
@@ -85,7 +85,7 @@ class _Begun(NamedTuple):
     """What is known of a run before torch is imported."""
 
     loaded: Loaded
-    ranks: Ranks
+    process_group: ProcessGroup
     choose: Callable[[], RunDirectory]
     directory: RunDirectory
     assembly: Assembly
@@ -99,27 +99,27 @@ def _begin(loaded: Loaded, name: str, *, resume: bool) -> _Begun:
     wanted.check(config)
     check_environment()
     if is_launched():
-        check_processes(config, number("WORLD_SIZE"))
+        check_processes(config, env_int("WORLD_SIZE"))
     elif config.train.fsdp_offload:
         raise ConfigError("option 'train.fsdp_offload': needs processes of their own; --nproc 1 starts one")
     elif config.train.distributed != "ddp":
         log.info("distributed: %s has no effect in one process; --nproc starts several", config.train.distributed)
     assembly = activate(loaded)
     resolved = as_dict(config) | {"plugins": {active.info.name: active.options for active in assembly.active}}
-    ranks = _meet(config)
+    process_group = _meet(config)
     # Each host counts the starts that were its own fault.
-    resume = resume or ranks.largest(number("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    resume = resume or process_group.all_reduce_max(env_int("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     choose = partial(run_directory.resume if resume else run_directory.new, config.output_dir, name)
-    directory = ranks.on_main(choose)
+    directory = process_group.run_on_rank0(choose)
     if directory.resumed:
         providers = [dataclasses.asdict(provider) for provider in assembly.table()]
-        ranks.on_main(lambda: directory.check_same(resolved, providers))
-    return _Begun(loaded, ranks, choose, directory, assembly, resolved)
+        process_group.run_on_rank0(lambda: directory.check_same(resolved, providers))
+    return _Begun(loaded, process_group, choose, directory, assembly, resolved)
 
 
 def check_processes(config: RunConfig, num_processes: int) -> None:
     """Raises ConfigError when so many processes cannot do this run."""
-    if number("TORCHELASTIC_MAX_RESTARTS", 0) and config.output_dir is None:
+    if env_int("TORCHELASTIC_MAX_RESTARTS", 0) and config.output_dir is None:
         raise ConfigError("torchrun --max-restarts needs --output-dir: what starts again finds its run there")
     train = config.train
     rows = train.per_device_train_batch_size * train.gradient_accumulation_steps
@@ -133,52 +133,54 @@ def check_processes(config: RunConfig, num_processes: int) -> None:
         )
 
 
-def _meet(config: RunConfig) -> Ranks:
-    """The ranks of this process: those that were started with it, or itself alone. Raises ConfigError, LostError."""
+def _meet(config: RunConfig) -> ProcessGroup:
+    """Initialises the process group. Raises ConfigError, TrainingError, LostPeerError."""
     if not is_launched():
-        return Ranks()
-    from sftx.training.distributed import Processes
+        return ProcessGroup()
+    from sftx.distributed.torch_process_group import TorchProcessGroup
 
-    return Processes(config.train)
+    return TorchProcessGroup(config.train)
 
 
 def _assemble(begun: _Begun) -> Session:
-    loaded, ranks, choose, directory, assembly, resolved = begun
+    loaded, process_group, choose, directory, assembly, resolved = begun
     config = loaded.config
 
     # From here on torch and transformers are needed: seconds of imports, after everything that is quick to check.
-    from sftx.data.setup import set_up
-    from sftx.report.evidence import shown_rows
-    from sftx.session import Session
-    from sftx.training import precision as precisions
-    from sftx.training.checkpoint import Checkpoints
-    from sftx.training.evaluate import Evaluator
-    from sftx.training.observers import Observers
+    from sftx.checkpoint.checkpoint import Checkpoints
+    from sftx.data.pipeline import set_up
+    from sftx.trainer import precision as precisions
+    from sftx.trainer.evaluate import Evaluator
+    from sftx.trainer.evidence import shown_rows
+    from sftx.trainer.observers import Observers
+    from sftx.trainer.session import Session
 
     checkpoints = Checkpoints(directory.file("checkpoints"), config.train.checkpoints_kept)
-    saved = ranks.on_main(checkpoints.newest_whole) if directory.resumed else None
-    precision = precisions.choose(config.train, ranks.local_rank)
+    saved = process_group.run_on_rank0(checkpoints.newest_whole) if directory.resumed else None
+    precision = precisions.choose(config.train, process_group.local_rank)
     # Made before anything takes long: what they need and is not installed is told now.
     info = RunInfo(directory.path, resolved)
-    observers = ranks.together(lambda: Observers(assembly.observers(info) if ranks.is_main else []))
-    prepared = ranks.main_first(lambda: set_up(loaded, assembly))
+    observers = process_group.all_or_raise(
+        lambda: Observers(assembly.observers(info) if process_group.is_rank0 else [])
+    )
+    prepared = process_group.rank0_first(lambda: set_up(loaded, assembly))
     metrics, loss = assembly.metrics(), assembly.loss()
     # One process encodes; where the rows are many, the others take them from the cache.
-    data = ranks.main_first(prepared.train)
-    held_out = ranks.main_first(lambda: prepared.held_out(questions=bool(metrics)))
+    data = process_group.rank0_first(prepared.train)
+    held_out = process_group.rank0_first(lambda: prepared.held_out(questions=bool(metrics)))
     _check_evaluation(config, held_out, metrics)
     plan = prepared.plan(data)
-    trainer = _trainer(config, prepared, plan, loss, precision, saved, ranks)
+    trainer = _trainer(config, prepared, plan, loss, precision, saved, process_group)
     _check_fit(config, plan, trainer.lm, held_out)
-    manifest = _manifest(config, assembly, prepared, trainer.lm, precision, ranks)
+    manifest = _manifest(config, assembly, prepared, trainer.lm, precision, process_group)
     if directory.resumed:
-        ranks.on_main(lambda: directory.check_inputs(manifest))
+        process_group.run_on_rank0(lambda: directory.check_inputs(manifest))
     return Session(
         config=config,
         resolved=resolved,
         manifest=manifest,
         assembly=assembly,
-        ranks=ranks,
+        process_group=process_group,
         directory=directory,
         choose=choose,
         observers=observers,
@@ -191,7 +193,7 @@ def _assemble(begun: _Begun) -> Session:
             held_out,
             collator=prepared.collator,
             engine=trainer.engine,
-            ranks=ranks,
+            process_group=process_group,
             metrics=metrics,
             precision=precision,
             stop_ids=prepared.encoder.stop_ids,
@@ -200,7 +202,7 @@ def _assemble(begun: _Begun) -> Session:
         ),
         checkpoints=checkpoints,
         checkpoint=saved,
-        rows=shown_rows(plan.examples, prepared.tokenizer) if ranks.is_main else [],
+        rows=shown_rows(plan.examples, prepared.tokenizer) if process_group.is_rank0 else [],
     )
 
 
@@ -224,22 +226,22 @@ def _trainer(
     loss: Loss,
     precision: Precision,
     saved: Path | None,
-    ranks: Ranks,
+    process_group: ProcessGroup,
 ) -> Trainer:
     """The model, ready to train, and checked to compute what its own forward computes, packed rows of examples too."""
-    from sftx.model.probe import check_packing
-    from sftx.training.loop import Trainer
+    from sftx.trainer.self_checks import check_packing
+    from sftx.trainer.trainer import Trainer
 
     def load() -> Trainer:
         lm = _load(config, prepared, precision, saved)
-        return Trainer(lm, loss, prepared.collator, config.train, precision, plan.num_steps, ranks)
+        return Trainer(lm, loss, prepared.collator, config.train, precision, plan.num_steps, process_group)
 
     # Each reads all of a model before it keeps its share: by turns, so that a host has it in memory once.
-    by_turns = ranks.met and config.train.distributed == "fsdp2"
-    trainer = ranks.in_turn(load) if by_turns else load()
-    trainer.engine.make_equal()
+    by_turns = process_group.is_initialized and config.train.distributed == "fsdp2"
+    trainer = process_group.one_rank_at_a_time(load) if by_turns else load()
+    trainer.engine.broadcast_parameters()
     step, lm = trainer.engine.step, trainer.lm
-    with ranks.watching(), precision.autocast():
+    with process_group.detect_lost_peers(), precision.autocast():
         step.within(lm.check)
         step.within(lambda: check_packing(lm, prepared.collator, plan.examples))
     return trainer
@@ -249,17 +251,17 @@ def _load(config: RunConfig, prepared: Setup, precision: Precision, saved: Path 
     """The model with its adapters; its weights are those of a checkpoint where one is `saved`."""
     import torch
 
+    from sftx.checkpoint.checkpoint import load_weights
+    from sftx.model.added_tokens import ids_of
     from sftx.model.generate import generation_defaults
     from sftx.model.language_model import LanguageModel
     from sftx.model.load import load_model, load_spec
-    from sftx.model.tokens import ids_of
-    from sftx.training import engines
-    from sftx.training.checkpoint import load_weights
+    from sftx.trainer import parallel
 
     spec = load_spec(prepared.model, trust_remote_code=config.trust_remote_code)
     spec = dataclasses.replace(spec, new_token_ids=ids_of(prepared.added_tokens, prepared.tokenizer))
     adapters = prepared.assembly.adapters(spec)
-    engines.check(config.train, has_adapters=bool(adapters))
+    parallel.check(config.train, has_adapters=bool(adapters))
     if saved is not None and not adapters:
         spec = dataclasses.replace(spec, name=str(saved))
     dtype = precision.base_dtype(frozen=bool(adapters))
@@ -277,8 +279,8 @@ def _load(config: RunConfig, prepared: Setup, precision: Precision, saved: Path 
 
 def _check_fit(config: RunConfig, plan: Plan | StreamPlan, lm: LanguageModel, held_out: Dataset) -> None:
     """Raises ModelError for token ids without an embedding; notes what is likely a mistake."""
-    from sftx.training.plan import StreamPlan
-    from sftx.training.schedule import num_decay_steps, num_warmup_steps
+    from sftx.data.sampler import StreamPlan
+    from sftx.trainer.schedule import num_decay_steps, num_warmup_steps
 
     num_rows = cast(Any, lm.model.get_input_embeddings()).weight.shape[0]
     largest = max(plan.scope.largest_id, held_out.examples.largest_id)
@@ -304,7 +306,12 @@ def _check_fit(config: RunConfig, plan: Plan | StreamPlan, lm: LanguageModel, he
 
 
 def _manifest(
-    config: RunConfig, assembly: Assembly, prepared: Setup, lm: LanguageModel, precision: Precision, ranks: Ranks
+    config: RunConfig,
+    assembly: Assembly,
+    prepared: Setup,
+    lm: LanguageModel,
+    precision: Precision,
+    process_group: ProcessGroup,
 ) -> dict[str, Any]:
     """Versions, device and plugins, and hashes of what is read."""
     import torch
@@ -320,7 +327,7 @@ def _manifest(
         "device": str(lm.device),
         "num_threads": torch.get_num_threads(),
         "dtype": str(precision),
-        "num_processes": ranks.size,
+        "num_processes": process_group.world_size,
         "plugins": [dataclasses.asdict(provider) for provider in assembly.table()],
         "model": {
             "name": config.model,

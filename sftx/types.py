@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PretrainedConfig, PreTrainedModel
 
+    from sftx.events import EvalReport, StartReport, StepReport
     from sftx.model.language_model import LanguageModel
-    from sftx.reports import EvalReport, StartReport, StepReport
 
 IGNORE_INDEX = -100
 """The label of a position that is not trained."""
@@ -139,7 +139,7 @@ class Example:
     extras: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def num_tokens(self) -> int:
+    def num_label_tokens(self) -> int:
         """Trained tokens. The first token has nothing before it that could predict it."""
         return sum(self.loss_mask[1:])
 
@@ -174,9 +174,9 @@ class Batch:
     max_seqlen: int
     """Length of the longest document, in tokens."""
     row_ids: tuple[str, ...]
-    num_tokens: int
+    num_label_tokens: int
     """Trained tokens: labels that are not IGNORE_INDEX. On the host, so that nothing waits for the device."""
-    num_real_tokens: int
+    num_input_tokens: int
     """Tokens that are not padding."""
     token_weights_BT: Tensor | None = None
     """fp32, loss weight of each label; None: all 1"""

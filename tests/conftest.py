@@ -10,12 +10,17 @@ import importlib
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner, Result
+
+from killing import Case, Runs
+from resuming import Sftx
 
 _WORKER = "PYTEST_XDIST_WORKER" in os.environ
 _CACHE = tempfile.mkdtemp(prefix="sftx-tests-")
@@ -49,7 +54,7 @@ def _same_every_time() -> None:
 @pytest.fixture(scope="session")
 def real_model_dir() -> Path:
     """The embedded model, SmolLM2-135M-Instruct, as safetensors; converted into the user's cache when it is not."""
-    from sftx.config import EMBEDDED_MODEL
+    from sftx.config.options import EMBEDDED_MODEL
     from sftx.model.names import resolve
 
     directory = Path(resolve(EMBEDDED_MODEL))
@@ -140,3 +145,27 @@ def install_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     yield install
     for module in modules:
         sys.modules.pop(module, None)
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    from sftx.model.tiny import model_dir
+
+    return Runs(tmp_path_factory.mktemp("runs"), model_dir())
+
+
+@pytest.fixture
+def sftx(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sftx]:
+    """The command in this process: `sftx(case, directory, more arguments)`."""
+    from sftx.cli import main
+
+    # As a terminal has them, whatever started the tests ignores.
+    handlers = {n: signal.signal(n, signal.default_int_handler) for n in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(wanted: Case, directory: Path, *more: str) -> Result:
+        monkeypatch.chdir(directory)
+        return CliRunner().invoke(main, wanted.command(runs.root, runs.model, *more), catch_exceptions=False)
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

@@ -15,10 +15,11 @@ from typing import Any, Final, NoReturn
 
 import click
 
-from sftx import __version__, ranks, signals
+from sftx import __version__
+from sftx.distributed import process_group, signals
+from sftx.distributed.process_group import LostPeerError
+from sftx.distributed.signals import Stop
 from sftx.errors import SftxError, one_line, printable
-from sftx.ranks import LostError
-from sftx.signals import Stop
 
 _COMMANDS: Final[Mapping[str, str]] = {
     "run": "Fine-tune a model.",
@@ -55,7 +56,7 @@ class _Lazy(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         _show_notes()
-        if not ranks.is_main():
+        if not process_group.is_rank0():
             os.environ |= {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
             warnings.simplefilter("ignore")  # the main process has the same
         signals.raise_stop()
@@ -76,29 +77,30 @@ class _Lazy(click.Group):
         except Stop as stop:
             signals.ignore()
             with contextlib.suppress(OSError, ValueError):  # of a terminal that is gone
-                if ranks.is_main():
+                if process_group.is_rank0():
                     click.echo(f"sftx: {printable(str(stop))}", err=True)
             sys.exit(stop.exit_code)
         except KeyboardInterrupt:
             click.echo("sftx: interrupted", err=True)
             sys.exit(130)
         except Exception:
-            if not ranks.is_launched():
+            if not process_group.is_launched():
                 raise
             traceback.print_exc()
-            sys.exit(ranks.UNEXPECTED)
+            sys.exit(process_group.UNEXPECTED)
 
 
 def _fail(line: str, error: SftxError | None = None) -> NoReturn:
     """Ends the process; of several the main one tells what is wrong in all, another one only what is wrong in it."""
-    if isinstance(error, LostError):
+    if isinstance(error, LostPeerError):
         signals.ignore()  # what started the processes ends them, and the exit code is decided
         time.sleep(_LAUNCHER_S)
-    if ranks.is_main() and not (isinstance(error, LostError) and ranks.TELLS in os.environ):
+    launcher_reports = isinstance(error, LostPeerError) and process_group.LAUNCHER_REPORTS in os.environ
+    if process_group.is_rank0() and not launcher_reports:
         click.echo(f"sftx: error: {printable(line)}", err=True)
-    elif error is not None and error.rank is not None and not (error.is_shared or isinstance(error, LostError)):
+    elif error is not None and error.rank is not None and not (error.is_shared or isinstance(error, LostPeerError)):
         click.echo(f"sftx: error: rank {error.rank}: {printable(line)}", err=True)
-    sys.exit(error.exit_code if isinstance(error, LostError) else 1)
+    sys.exit(error.exit_code if isinstance(error, LostPeerError) else 1)
 
 
 class _Printable(logging.Formatter):
@@ -112,7 +114,7 @@ def _show_notes() -> None:
     handler.setFormatter(_Printable())
     for name in ("sftx", "sftx_plugins"):
         notes = logging.getLogger(name)
-        notes.setLevel(logging.INFO if ranks.is_main() else logging.ERROR)
+        notes.setLevel(logging.INFO if process_group.is_rank0() else logging.ERROR)
         notes.handlers = [handler]
 
 

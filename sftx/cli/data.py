@@ -10,8 +10,8 @@ from pathlib import Path
 
 import click
 
-from sftx import config, loading
 from sftx.cli.options import run_options
+from sftx.config import loading, options
 from sftx.errors import ConfigError, OutputError, one_line, printable
 
 _SUFFIXES = (".jsonl", ".ndjson")
@@ -31,11 +31,11 @@ def export(file: Path | None, loaded: loading.Loaded, output: str) -> None:
     Each row is written once, whatever the weight of its source. Filters that count tokens do not apply; nor does
     max_length.
     """
+    from sftx.assembly.registry import activate
     from sftx.data import sources
     from sftx.data.export import export as lines_of
     from sftx.data.ledger import Ledger
-    from sftx.data.setup import check_formats
-    from sftx.plugins import activate
+    from sftx.data.pipeline import check_formats
 
     data = loaded.config.data
     if not data.train:
@@ -59,7 +59,7 @@ def export(file: Path | None, loaded: loading.Loaded, output: str) -> None:
     click.echo(printable(f"{ledger.num_rows - gone} of {ledger.num_rows} rows written to {output}"), err=True)
 
 
-def _not_applied(data: config.DataConfig) -> Iterable[str]:
+def _not_applied(data: options.DataConfig) -> Iterable[str]:
     for filters in dict.fromkeys(source.filters or data.filters for source in data.train):
         if filters.min_length or filters.max_length is not None:
             yield "filters.min_length and max_length count tokens, which an export has none of: not applied"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from sftx import loading
 from sftx.cli.options import run_options
+from sftx.config import loading
 
 
 @click.command()
@@ -25,8 +25,8 @@ def command(ctx: click.Context, *, file: Path | None, loaded: loading.Loaded, as
     from rich.console import Console
 
     from sftx.cli import inspect
-    from sftx.report import doctor
-    from sftx.report.look import look
+    from sftx.inspection.dataset_view import look
+    from sftx.inspection.diagnosis import doctor
 
     diagnosis = doctor.diagnose(look(loaded))
     if as_json:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import click
 
-from sftx import loading
 from sftx.cli.options import run_options
+from sftx.config import loading
 from sftx.errors import OutputError, one_line
 
 if TYPE_CHECKING:
-    from sftx.report.inspect import Choice, Show
+    from sftx.inspection.token_report.inspect import Choice, Show
 
 _NUMBER: Final = re.compile(r"[1-9][0-9]{0,15}")
 _FILE = click.Path(dir_okay=False, allow_dash=True)
@@ -110,7 +110,7 @@ def _head(path: Path) -> bytes:
 
 def _choice(places: tuple[tuple[str, int], ...], show: Show | None, most: int | None) -> Choice:
     # Imported here and below: what stands above is checked before torch and transformers are loaded, for seconds.
-    from sftx.report.inspect import Choice
+    from sftx.inspection.token_report.inspect import Choice
 
     return Choice(show or "first", most or 3, places)
 
@@ -127,15 +127,15 @@ def _inspect(
 ) -> None:
     from rich.console import Console
 
-    from sftx.report import inspect, terminal
-    from sftx.report.look import look
+    from sftx.inspection.dataset_view import look
+    from sftx.inspection.token_report import inspect, terminal
 
     looked = look(loaded)
     asked = inspect.inspect(looked, split, choice)
     if json is not None:
         _write(json, as_json(asked))
     if html is not None:
-        from sftx.report.html import page
+        from sftx.inspection.token_report.html import page
 
         chosen = asked if choice.rows else inspect.sample(looked, split, max_rows)
         _write(html, page(chosen))

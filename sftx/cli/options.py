@@ -10,8 +10,8 @@ from typing import Annotated, Any, Final, get_args, get_origin, get_type_hints
 
 import click
 
-from sftx import config, loading, run_file
 from sftx.cli.settings import parse as parse_settings
+from sftx.config import loading, options, run_file
 
 # The option that names each of these differs from the field's own name.
 _RENAMED: Final = {
@@ -20,7 +20,7 @@ _RENAMED: Final = {
     "train.torch_compile": "compile",
     "generation.batch_size": "generation-batch-size",
 }
-_SECTIONS: Final = {"data": config.DataConfig, "train": config.TrainConfig, "generation": config.GenerationConfig}
+_SECTIONS: Final = {"data": options.DataConfig, "train": options.TrainConfig, "generation": options.GenerationConfig}
 
 
 def run_options(*sections: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from sftx import loading
 from sftx.cli.options import run_options
+from sftx.config import loading
 from sftx.errors import ConfigError
-from sftx.planning import MOST_ROWS, MOST_TOKENS, devices
+from sftx.inspection.memory_plan import MOST_ROWS, MOST_TOKENS, devices
 
 if TYPE_CHECKING:
-    from sftx.planning.plan import Plan
+    from sftx.inspection.memory_plan.plan import Plan
 
 
 @click.command()
@@ -55,7 +55,7 @@ def command(
             f"a batch of {rows} rows of {length} tokens is not planned; {MOST_ROWS} rows and {MOST_TOKENS} tokens are "
             "the most"
         )
-    from sftx.planning.plan import plan
+    from sftx.inspection.memory_plan.plan import plan
 
     found = plan(
         loaded,

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sftx.assembly.registry import PluginInfo, discover, find, hooks_of, instance, load_class
+from sftx.assembly.stages import named
 from sftx.cli import new
 from sftx.errors import PluginError, printable
-from sftx.plugins import PluginInfo, discover, find, hooks_of, instance, load_class
-from sftx.stage import named
 
 if TYPE_CHECKING:
     from sftx.testing import Finding
@@ -98,7 +98,7 @@ def check(name: str, settings: tuple[str, ...], model: Path | None, as_json: boo
     Exits with 1 when a clause is broken. docs/plugins.md has the contract.
     """
     from sftx.cli.settings import parse as parse_settings
-    from sftx.run_file import Origins
+    from sftx.config.run_file import Origins
 
     try:
         found = find(name, discover())
@@ -154,8 +154,8 @@ def _print_findings(found: PluginInfo, findings: Sequence[Finding]) -> None:
 @click.option("--all", "every", is_flag=True, help="With every installed plugin, all of which are imported for it.")
 def schema(names: tuple[str, ...], every: bool) -> None:
     """Print the JSON schema of a run file with the plugins NAME... and the default ones, for editors."""
-    from sftx.hookspecs import DEFAULTS
-    from sftx.schema import run_file_schema
+    from sftx.assembly.hookspecs import DEFAULTS
+    from sftx.config.json_schema import run_file_schema
 
     installed = discover()
     defaults = [name for provided in DEFAULTS.values() for name in provided]

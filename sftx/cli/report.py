@@ -30,8 +30,8 @@ def command(*, runs: tuple[Path, ...], output: Path | None) -> None:
     Of two or more RUN_DIRs the curves lie over one another, with what differs between the runs. A run may still be
     under way. The page is complete in one file and fetches nothing; loss.png needs matplotlib.
     """
-    from sftx.report.run_record import read
-    from sftx.report.run_report import PAGE, PICTURE, notes, write
+    from sftx.inspection.run_report.run_record import read
+    from sftx.inspection.run_report.run_report import PAGE, PICTURE, notes, write
 
     if len({run.resolve() for run in runs}) < len(runs):
         raise click.UsageError("one run is named twice; name each once")

@@ -8,8 +8,8 @@ from typing import Final
 
 import click
 
-from sftx import config, loading
 from sftx.cli.options import run_options
+from sftx.config import loading, options
 
 _ARGUMENTS: Final = "sftx.run.arguments"
 
@@ -66,8 +66,8 @@ def command(
 
 def _launch(loaded: loading.Loaded, name: str, *, resume: bool, nproc: int, max_restarts: int) -> int:
     """Starts the same command as `nproc` ranks; returns its exit code."""
-    from sftx import launch
-    from sftx.plugins import activate
+    from sftx.assembly.registry import activate
+    from sftx.distributed import launch
     from sftx.run import check_processes
 
     ctx = click.get_current_context()
@@ -83,7 +83,7 @@ def _launch(loaded: loading.Loaded, name: str, *, resume: bool, nproc: int, max_
         )
 
 
-def _name(file: Path | None, loaded: config.RunConfig) -> str:
+def _name(file: Path | None, loaded: options.RunConfig) -> str:
     """What the default output directory is called after: the run file, or the first file of data."""
     source = str(file) if file is not None else next((source.path for source in loaded.data.train), "run")
     if source.startswith("sftx:"):

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from sftx.config import SECTIONS
-from sftx.run_file import parse_value
+from sftx.config.options import SECTIONS
+from sftx.config.run_file import parse_value
 
 
 def parse(settings: Sequence[str]) -> list[tuple[str, Any, str]]:

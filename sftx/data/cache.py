@@ -22,16 +22,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from sftx.config import DataConfig, Source
+from sftx.config.options import DataConfig, Source
 from sftx.data import sources
-from sftx.data.examples import Examples
+from sftx.data.dataset import Examples
 from sftx.data.ledger import Ledger
-from sftx.data.rows import Question, RowEncoder
+from sftx.data.row_encoder import Question, RowEncoder
 from sftx.errors import OutputError, one_line
 from sftx.model.names import cache_dir
 
 if TYPE_CHECKING:
-    from sftx.data.prepare import Dataset
+    from sftx.data.preprocess import Dataset
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class Cache:
             return None
 
     def _load(self) -> Dataset:
-        from sftx.data.prepare import Dataset
+        from sftx.data.preprocess import Dataset
 
         described = json.loads((self.directory / "dataset.json").read_text(encoding="utf-8"))
         with (self.directory / "ledger.jsonl").open(encoding="utf-8") as lines:

@@ -10,10 +10,10 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from sftx.config import DataConfig, Source
+from sftx.config.options import DataConfig, Source
 from sftx.data import sources
 from sftx.data.ledger import Ledger
-from sftx.data.rows import Row, mark, parse, turns_filtered
+from sftx.data.row_encoder import Row, mark, parse, turns_filtered
 from sftx.errors import DataError, SftxError
 from sftx.types import Conversation, Location, Message, Parsed, Parser, PlainText, Record, ToolCall
 

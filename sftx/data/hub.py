@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
-from sftx.config import Source
+from sftx.config.options import Source
 from sftx.data.readers import Rows, Skip
 from sftx.errors import DataError, SftxError, did_you_mean, one_line
 from sftx.types import Location

@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
-from sftx.config import Source
+from sftx.config.options import Source
 from sftx.data import hub, readers
 from sftx.errors import ConfigError, DataError, did_you_mean, one_line
 from sftx.types import Location, Record

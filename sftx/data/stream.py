@@ -11,10 +11,10 @@ from itertools import accumulate
 from operator import eq
 from typing import Any
 
-from sftx.config import Source
+from sftx.config.options import Source
 from sftx.data import sources
 from sftx.data.ledger import Entry, Ledger
-from sftx.data.rows import Row, RowEncoder, check_rows
+from sftx.data.row_encoder import Row, RowEncoder, check_rows
 from sftx.errors import DataError
 from sftx.types import Example, Location, Record
 

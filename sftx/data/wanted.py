@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sftx.config import RunConfig
+from sftx.config.options import RunConfig
 from sftx.data import sources
 from sftx.errors import ConfigError
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sftx.errors import ModelError
-from sftx.model import attention
+from sftx.model import packed_attention
 from sftx.model.generate import answers
 from sftx.types import Adapter, Attention, Batch, HiddenOut
 
@@ -98,16 +98,16 @@ class LanguageModel(nn.Module):
         mask_BT = None
         if batch.cu_seqlens is not None:
             chosen = self.attention_of(batch)
-            arguments = attention.decoder_arguments(batch, chosen, self.config, self.head_weight.dtype)
+            arguments = packed_attention.decoder_arguments(batch, chosen, self.config, self.head_weight.dtype)
         else:
             # Rows of one length need no mask, and the causal kernels that take none are faster.
-            padded = batch.num_real_tokens < batch.input_ids_BT.numel()
+            padded = batch.num_input_tokens < batch.input_ids_BT.numel()
             mask_BT = _length_mask(cast(Tensor, batch.lengths_B), batch.input_ids_BT) if padded else None
             arguments = {"attention_mask": mask_BT, "position_ids": batch.position_ids_BT if padded else None}
-        if self.routes:
+        if self.has_router_loss:
             arguments["output_router_logits"] = True
         out = self.model.get_decoder()(input_ids=batch.input_ids_BT, use_cache=False, **arguments)
-        aux_loss = self._aux_loss(out.router_logits, mask_BT) if self.routes else None
+        aux_loss = self._aux_loss(out.router_logits, mask_BT) if self.has_router_loss else None
         return HiddenOut(out.last_hidden_state, aux_loss)
 
     def attention_of(self, batch: Batch) -> Attention:
@@ -115,7 +115,7 @@ class LanguageModel(nn.Module):
         if batch.attention != "varlen":
             return batch.attention
         if self._varlen is None:
-            reason = attention.use_varlen(self.model.get_decoder())
+            reason = packed_attention.use_varlen(self.model.get_decoder())
             self._varlen = True
             if reason is not None:
                 self.give_up_varlen(reason)
@@ -140,7 +140,7 @@ class LanguageModel(nn.Module):
         return logits_BTV
 
     @property
-    def routes(self) -> bool:
+    def has_router_loss(self) -> bool:
         """Whether the architecture adds a router's loss to its own, as its configuration asks."""
         return bool(getattr(self.config, "output_router_logits", False))
 
@@ -168,8 +168,8 @@ class LanguageModel(nn.Module):
             cu_seqlens=None,
             max_seqlen=_PROBE_TOKENS,
             row_ids=("probe",),
-            num_tokens=_PROBE_TOKENS,
-            num_real_tokens=_PROBE_TOKENS,
+            num_label_tokens=_PROBE_TOKENS,
+            num_input_tokens=_PROBE_TOKENS,
         )
         training = self.training
         self.eval()

@@ -18,9 +18,9 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from sftx.errors import ModelError, one_line
+from sftx.model.added_tokens import make_room
 from sftx.model.memory import is_out_of_memory
 from sftx.model.names import HUB_ID, INSTALL
-from sftx.model.tokens import make_room
 from sftx.types import Adapter, ModelSpec
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
-from sftx.config import EMBEDDED_MODEL
+from sftx.config.options import EMBEDDED_MODEL
 from sftx.errors import ModelError, OutputError, one_line
 
 TINY_MODEL: Final = "sftx:tiny"

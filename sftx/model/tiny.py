@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from sftx.run_file import EMBEDDED
+from sftx.config.run_file import EMBEDDED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -21,9 +21,9 @@ from typing import Final
 from packaging.version import Version
 
 import sftx
+from sftx.assembly.hookspecs import PROJECT, RETURNS, TEMPLATES
+from sftx.assembly.registry import discover
 from sftx.errors import ConfigError, OutputError
-from sftx.hookspecs import PROJECT, RETURNS, TEMPLATES
-from sftx.plugins import discover
 
 HOOKS: Final = tuple(hook.removeprefix(f"{PROJECT}_") for hook in RETURNS)
 _PREFIX: Final = f"{PROJECT}-"
@@ -83,8 +83,8 @@ def write_package(name: str, hook: str, directory: Path) -> list[Path]:
 
 def _check_name(names: Names) -> None:
     """Raises ConfigError for a name that is malformed, taken, or reserved."""
-    from sftx.config import SECTIONS  # which other commands of the group need not wait for
-    from sftx.run_file import parse_value
+    from sftx.config.options import SECTIONS  # which other commands of the group need not wait for
+    from sftx.config.run_file import parse_value
 
     name = names.name
     if not _NAME.fullmatch(name):

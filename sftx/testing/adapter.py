@@ -18,12 +18,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sftx.assembly.stages import make
 from sftx.errors import SftxError, one_line
 from sftx.model.load import load_spec
-from sftx.stage import make
 from sftx.testing.adapter_case import LEARNING_RATE, STEPS, Case
 from sftx.testing.clauses import ClauseError, Suite
-from sftx.training.layers import enable_checkpointing
+from sftx.trainer.layers import enable_checkpointing
 
 _SAME: Final = 1e-6  # the same computation: what differs is rounding
 _CLOSE: Final = 1e-5  # the same product in another order of additions, as the start-up check of a run allows

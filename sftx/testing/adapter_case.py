@@ -17,10 +17,10 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from sftx.data.batch import groups_of
+from sftx.assembly.stages import make
+from sftx.data.collate import groups_of
 from sftx.model.language_model import LanguageModel
 from sftx.model.load import load_model, load_spec
-from sftx.stage import make
 from sftx.testing.kit import Kit, built_in
 from sftx.types import IGNORE_INDEX, Adapter, Batch
 

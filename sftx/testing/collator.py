@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sftx.data.batch import groups_of
+from sftx.assembly.stages import make
+from sftx.data.collate import groups_of
 from sftx.model.language_model import LanguageModel
-from sftx.stage import make
 from sftx.testing.batches import differences, varied
 from sftx.testing.clauses import ClauseError, Suite
 from sftx.testing.kit import MAX_LENGTH, Kit
@@ -240,7 +240,7 @@ def batches_every_example(case: _Case) -> None:
 
 
 @SUITE.clause(
-    "A batch counts what it holds: num_tokens, num_real_tokens, max_seqlen; its tensors are [B, T] and int64, and "
+    "A batch counts its tokens: num_label_tokens, num_input_tokens, max_seqlen; its tensors are [B, T] and int64, and "
     "position ids begin at 0 in each document.",
     needs=["batches-every-example"],
 )
@@ -263,8 +263,13 @@ def counts_what_it_holds(case: _Case) -> None:
             raise ClauseError(f"token_weights_BT is {weights_BT.dtype} {list(weights_BT.shape)}; make it fp32 [B, T]")
         lengths = [len(example.token_ids) for example in examples]
         counts: tuple[tuple[str, object, int, str], ...] = (
-            ("num_tokens", batch.num_tokens, int((labels_BT != IGNORE_INDEX).sum()), "labels are not IGNORE_INDEX"),
-            ("num_real_tokens", batch.num_real_tokens, sum(lengths), "tokens are not padding"),
+            (
+                "num_label_tokens",
+                batch.num_label_tokens,
+                int((labels_BT != IGNORE_INDEX).sum()),
+                "labels are not IGNORE_INDEX",
+            ),
+            ("num_input_tokens", batch.num_input_tokens, sum(lengths), "tokens are not padding"),
             ("max_seqlen", batch.max_seqlen, max(lengths), "tokens are in the longest example"),
         )
         for name, seen, right, meaning in counts:

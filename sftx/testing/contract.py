@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from sftx.assembly.registry import PluginInfo, hooks_of, instance, load_class
+from sftx.config.run_file import Origins
 from sftx.errors import ConfigError, PluginError, SftxError, one_line
 from sftx.model.load import load_spec
-from sftx.plugins import PluginInfo, hooks_of, instance, load_class
-from sftx.run_file import Origins
 from sftx.testing import adapter, collator, loss, metric, observer, package, parser, template
 from sftx.testing.clauses import Finding, Suite
 from sftx.testing.runs import run_tiny

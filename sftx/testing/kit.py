@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from sftx.config import DataConfig
-from sftx.data.encode import Encoder
-from sftx.data.rows import Row, RowEncoder
+from sftx.assembly.hookspecs import DEFAULTS, TEMPLATES
+from sftx.assembly.registry import Assembly, discover, find
+from sftx.assembly.stages import make
+from sftx.config.options import DataConfig
+from sftx.config.run_file import Origins
+from sftx.data.encoder import Encoder
+from sftx.data.row_encoder import Row, RowEncoder
 from sftx.errors import DataError
-from sftx.hookspecs import DEFAULTS, TEMPLATES
 from sftx.model import tiny
 from sftx.model.language_model import LanguageModel
 from sftx.model.load import load_model, load_spec, load_tokenizer
-from sftx.plugins import Assembly, discover, find
-from sftx.run_file import Origins
-from sftx.stage import make
 from sftx.types import Adapter, Collator, Conversation, Example, Location, Loss, Message, ModelSpec, Parser, Template
 
 if TYPE_CHECKING:

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sftx.data.batch import groups_of
+from sftx.assembly.stages import make
+from sftx.data.collate import groups_of
 from sftx.model.language_model import LanguageModel
-from sftx.stage import make
 from sftx.testing.batches import copy_of, differences, varied, widened
 from sftx.testing.clauses import ClauseError, Suite
 from sftx.testing.kit import Kit, built_in
@@ -154,7 +154,7 @@ def knows_its_denominator(case: _Case) -> None:
         first, again = (_number(case.loss.denominator(copy_of(batch))) for _ in range(2))
         if not 0 < first < math.inf:
             raise ClauseError(
-                f"the denominator of {len(batch.row_ids)} examples with {batch.num_tokens} trained tokens is {first}; "
+                f"the denominator of {len(batch.row_ids)} examples, {batch.num_label_tokens} label tokens is {first}; "
                 "return how many tokens, or pairs, the sum is of"
             )
         if first != again:

@@ -7,10 +7,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sftx.stage import make
+from sftx.assembly.stages import make
+from sftx.assembly.training_checks import OURS
 from sftx.testing.clauses import ClauseError, Suite
 from sftx.testing.process import random_states
-from sftx.training.checked import OURS
 from sftx.types import Metric
 
 _TEXTS = (

@@ -9,10 +9,11 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from sftx.config import TrainConfig
+from sftx.assembly.stages import make
+from sftx.config.options import TrainConfig
+from sftx.data.sampler import Plan
 from sftx.errors import one_line
-from sftx.reports import RunInfo
-from sftx.stage import make
+from sftx.events import RunInfo
 from sftx.testing.clauses import ClauseError, Suite
 from sftx.testing.kit import Kit, built_in
 from sftx.testing.observer_case import (
@@ -27,9 +28,8 @@ from sftx.testing.observer_case import (
     workplace,
 )
 from sftx.testing.process import TERMINAL, process
-from sftx.training.loop import Trainer
-from sftx.training.plan import Plan
-from sftx.training.precision import choose
+from sftx.trainer.precision import choose
+from sftx.trainer.trainer import Trainer
 from sftx.types import Observer
 
 

@@ -16,12 +16,12 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Final, TypeAlias, cast
 
-from sftx.config import as_dict
+from sftx.assembly.registry import activate
+from sftx.assembly.stages import make
+from sftx.config.loading import load
+from sftx.config.options import as_dict
 from sftx.errors import one_line
-from sftx.loading import load
-from sftx.plugins import activate
-from sftx.reports import EvalReport, Provider, RunInfo, Sample, StartReport, StepReport
-from sftx.stage import make
+from sftx.events import EvalReport, Provider, RunInfo, Sample, StartReport, StepReport
 from sftx.testing.clauses import ClauseError
 from sftx.testing.process import PROCESS, process
 from sftx.types import Observer
@@ -79,8 +79,8 @@ def _start(*, held_out: bool) -> StartReport:
         num_trainable=4_000,
         num_rows=8,
         num_examples=7,
-        num_tokens=90,
-        num_real_tokens=200,
+        num_label_tokens=90,
+        num_input_tokens=200,
         num_eval_rows=2 if held_out else 0,
         formats={"messages": 8},
         ledger=("1 of 8 rows dropped: longer than data.max_length (rows.jsonl:3)",),
@@ -97,8 +97,8 @@ def _step(number: int) -> StepReport:
         loss=3.0 / number,
         grad_norm=1.5,
         learning_rate=1e-4,
-        num_tokens=45,
-        num_real_tokens=100,
+        num_label_tokens=45,
+        num_input_tokens=100,
         seconds=0.25,
         peak_bytes=500_000_000,
         metrics={"token_accuracy": 0.25 * number, "perplexity": 20.0 / number},
@@ -118,7 +118,7 @@ def summary(artefact: Path, *, held_out: bool = True) -> dict[str, Any]:
     values: dict[str, Any] = {
         "num_steps": NUM_STEPS,
         "loss": {"first": 3.0, "last": 1.5},
-        "num_tokens": 90,
+        "num_label_tokens": 90,
         "tokens_per_second": 400.0,
         "peak_bytes": 500_000_000,
         "wall_seconds": 1.5,

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sftx.config import DataConfig
-from sftx.data.rows import Row, RowEncoder
+from sftx.assembly.stages import make
+from sftx.config.options import DataConfig
+from sftx.data.row_encoder import Row, RowEncoder
 from sftx.errors import DataError, SftxError, one_line
-from sftx.stage import make
 from sftx.testing.clauses import ClauseError, Suite
 from sftx.testing.kit import Kit
 from sftx.testing.rendered import difference

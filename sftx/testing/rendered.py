@@ -13,9 +13,9 @@ from functools import cached_property
 from itertools import takewhile
 from typing import Final
 
-from sftx.config import DataConfig
-from sftx.data.encode import Encoder
-from sftx.data.rows import mark, units
+from sftx.config.options import DataConfig
+from sftx.data.encoder import Encoder
+from sftx.data.row_encoder import mark, units
 from sftx.errors import DataError
 from sftx.testing.kit import CONVERSATIONS, Kit
 from sftx.types import Conversation, Message, Segment, Template

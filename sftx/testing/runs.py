@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sftx.loading import load
+from sftx.assembly.registry import activate
+from sftx.assembly.stages import make
+from sftx.config.loading import load
+from sftx.events import Result
 from sftx.model import tiny
-from sftx.plugins import activate
-from sftx.reports import Result
 from sftx.run import run
-from sftx.stage import make
 from sftx.testing.kit import CONVERSATIONS, Kit
 from sftx.types import Record
 

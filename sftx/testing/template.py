@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
-from sftx.data.encode import check_controls
+from sftx.data.encoder import check_controls
 from sftx.errors import DataError, PluginError, one_line
 from sftx.testing.clauses import ClauseError, Suite
 from sftx.testing.rendered import PLAIN, SPECIAL, TemplateCase, Written, asked_of, difference

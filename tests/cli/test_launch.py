@@ -13,11 +13,11 @@ import pytest
 from click.testing import CliRunner
 
 from launching import Launcher, is_running, state
-from sftx import launch
 from sftx.cli import main
+from sftx.distributed import launch
+from sftx.distributed.launch import Ended
+from sftx.distributed.process_group import UNEXPECTED, LostPeerError
 from sftx.errors import ConfigError, OutputError
-from sftx.launch import Ended
-from sftx.ranks import UNEXPECTED, LostError
 
 
 @pytest.fixture(scope="module")
@@ -141,11 +141,11 @@ def test_restarts_come_to_an_end(launched: Launcher) -> None:
 
 
 def test_the_cause_is_not_who_ended_first() -> None:
-    stopped, lost, unexpected = Ended(0, 143), Ended(1, LostError.exit_code), Ended(2, UNEXPECTED)
+    stopped, lost, unexpected = Ended(0, 143), Ended(1, LostPeerError.exit_code), Ended(2, UNEXPECTED)
     error, killed = Ended(3, 1), Ended(4, -9)
     ordered = sorted([killed, stopped, error, unexpected, lost], key=lambda ended: ended.weight)
     assert ordered == [lost, stopped, unexpected, error, killed]
-    assert [ended.exit_code for ended in ordered] == [LostError.exit_code, 143, 1, 1, 137]
+    assert [ended.exit_code for ended in ordered] == [LostPeerError.exit_code, 143, 1, 1, 137]
     assert [ended.can_pass for ended in ordered] == [True, False, True, False, True]
     assert (Ended(0, -15).exit_code, Ended(0, -15).can_pass) == (143, False)
 
@@ -329,19 +329,19 @@ def test_a_launch_within_a_launch_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_there_are_as_many_ranks_as_gpus_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sftx import elastic
+    from sftx.distributed import agent
 
     for num_gpus, wanted, becomes in ((0, 3, 3), (4, None, 4), (4, 4, 4), (4, 1, 1)):
-        monkeypatch.setattr(elastic.torch.cuda, "device_count", lambda n=num_gpus: n)
-        assert elastic.num_processes(wanted, use_cpu=False) == becomes
-    assert elastic.num_processes(8, use_cpu=True) == 8
+        monkeypatch.setattr(agent.torch.cuda, "device_count", lambda n=num_gpus: n)
+        assert agent.num_processes(wanted, use_cpu=False) == becomes
+    assert agent.num_processes(8, use_cpu=True) == 8
     with pytest.raises(ConfigError, match="--nproc 5: a GPU has one process, and torch sees 4"):
-        elastic.num_processes(5, use_cpu=False)
+        agent.num_processes(5, use_cpu=False)
     with pytest.raises(ConfigError, match="--use-cpu leaves none"):
-        elastic.num_processes(None, use_cpu=True)
-    monkeypatch.setattr(elastic.torch.cuda, "device_count", lambda: 0)
+        agent.num_processes(None, use_cpu=True)
+    monkeypatch.setattr(agent.torch.cuda, "device_count", lambda: 0)
     with pytest.raises(ConfigError, match="torch sees none on this host"):
-        elastic.num_processes(None, use_cpu=False)
+        agent.num_processes(None, use_cpu=False)
 
 
 def test_options_of_the_launch_are_taken_out_of_a_command_line() -> None:

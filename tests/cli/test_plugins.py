@@ -16,10 +16,11 @@ import yaml
 from click.testing import CliRunner, Result
 
 import sftx
-from sftx import SftxError, run_file
+from sftx import SftxError
+from sftx.assembly.registry import activate
 from sftx.cli import plugins as cli
-from sftx.loading import load
-from sftx.plugins import activate
+from sftx.config import run_file
+from sftx.config.loading import load
 
 METRIC = """
 from dataclasses import dataclass

@@ -19,8 +19,8 @@ from click.testing import CliRunner
 from environments import make_environment
 from sftx import ConfigError, OutputError, SftxError
 from sftx.cli.new import command
-from sftx.config import SECTIONS
-from sftx.loading import load
+from sftx.config.loading import load
+from sftx.config.options import SECTIONS
 from sftx.scaffold import HOOKS, sftx_range, write_package
 
 REPOSITORY = Path(__file__).parents[2]

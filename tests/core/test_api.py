@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 import sftx
-from sftx import _deprecated, hookspecs
+from sftx import _deprecated
+from sftx.assembly import hookspecs
 
 GOLDEN = Path(__file__).with_name("api.txt")
 
@@ -91,7 +92,7 @@ def test_a_former_name_gives_the_one_of_today_and_warns_with_versions(monkeypatc
 def test_a_plugin_that_uses_a_deprecated_hook_or_argument_is_named(
     monkeypatch: pytest.MonkeyPatch, what: str, install_plugin: Any
 ) -> None:
-    from sftx.plugins import discover, find, hooks_of, load_class
+    from sftx.assembly.registry import discover, find, hooks_of, load_class
 
     code = (
         "from dataclasses import dataclass\nimport sftx\n\n\n@dataclass(frozen=True, eq=False)\nclass Watch:\n"

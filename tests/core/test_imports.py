@@ -90,10 +90,11 @@ def test_a_wrong_option_of_a_plugin_is_said_before_torch_is_imported(tmp_path: P
 def test_activating_every_built_in_plugin_of_a_run_imports_no_torch(tmp_path: Path) -> None:
     """So that whatever assembly finds (two templates, a hook that nobody fills) is said at once."""
     code = (
-        "from sftx import loading, plugins\n"
+        "from sftx.assembly import registry\n"
+        "from sftx.config import loading\n"
         "given = [('data.train', ['rows.jsonl'], '--data rows.jsonl')]\n"
         "loaded = loading.load(None, add=['chatml', 'lora', 'exact-match'], assignments=given)\n"
-        "assert plugins.activate(loaded).table()\n"
+        "assert registry.activate(loaded).table()\n"
     )
     done, imported = start([sys.executable, "-c", code], tmp_path)
     assert done.returncode == 0, done.stderr
@@ -127,7 +128,7 @@ def test_the_core_does_not_know_the_built_in_plugins() -> None:
 
 
 def test_a_run_needs_no_test_kit() -> None:
-    allowed = ("sftx/testing/", "sftx/pytest_plugin.py", "sftx/cli/plugins.py")
+    allowed = ("sftx/testing/", "sftx/testing/pytest_plugin.py", "sftx/cli/plugins.py")
     found = [place for place, module, _ in imports(ROOT / "sftx") if module.startswith("sftx.testing")]
     assert found
     assert [place for place in found if not place.startswith(allowed)] == []

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sftx import Conversation, DataError, Location, Message, Parsed, Parser, PlainText, Tokens, ToolCall
-from sftx.config import DataConfig, Filters, Source
+from sftx.config.options import DataConfig, Filters, Source
 from sftx.data import export
 from sftx.data.ledger import Ledger
 
@@ -21,9 +21,10 @@ WHERE = Location("x.jsonl", 1)
 
 @pytest.fixture(scope="module")
 def parsers() -> dict[str, Parser]:
-    from sftx import loading, plugins
+    from sftx.assembly import registry
+    from sftx.config import loading
 
-    return plugins.activate(loading.load(None)).parsers()
+    return registry.activate(loading.load(None)).parsers()
 
 
 def read_back(parsers: dict[str, Parser], parsed: Parsed) -> Parsed:

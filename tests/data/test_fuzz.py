@@ -17,13 +17,13 @@ from typing import Any
 
 import pytest
 
-from sftx.config import DataConfig, Source
-from sftx.data.encode import Encoder
-from sftx.data.rows import RowEncoder
+from sftx.assembly.hookspecs import DEFAULTS
+from sftx.assembly.registry import discover, find, load_class
+from sftx.config.options import DataConfig, Source
+from sftx.data.encoder import Encoder
+from sftx.data.row_encoder import RowEncoder
 from sftx.errors import DataError
-from sftx.hookspecs import DEFAULTS
 from sftx.model.tiny import make_tokenizer
-from sftx.plugins import discover, find, load_class
 from sftx.types import Conversation, Location, Message, Parsed, Parser, PlainText, Tokens
 from wrong_rows import FORBIDDEN, places, texts, wrong_rows
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from sftx import DataError
-from sftx.config import Source
+from sftx.config.options import Source
 from sftx.data import hub, sources
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from row_files import TEXT, error_of, rows, write
 from sftx import DataError
-from sftx.config import Source
+from sftx.config.options import Source
 from sftx.data import json_text, readers, sources
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sftx.config import Source
+from sftx.config.options import Source
 from sftx.data import hub, readers, sources
 from sftx.errors import DataError
 

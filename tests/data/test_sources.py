@@ -14,7 +14,7 @@ import pytest
 import sftx
 from row_files import TEXT, error_of, rows, write
 from sftx import ConfigError, DataError
-from sftx.config import Source
+from sftx.config.options import Source
 from sftx.data import readers, sources
 
 
@@ -259,7 +259,7 @@ def test_what_cannot_be_a_hub_dataset_is_no_such_file(name: str) -> None:
 MEASURE = """
 import sys
 import pyarrow.parquet
-from sftx.config import Source
+from sftx.config.options import Source
 from sftx.data import sources
 
 def resident_mib():

@@ -42,7 +42,7 @@ class Case:
 
 def compile_quickly(rank: int) -> None:
     """The layers' graphs as torch traces them, run by torch itself: the C++ compiler would take a minute a case."""
-    from sftx.training import layers
+    from sftx.trainer import layers
 
     assert layers.compile_layers.__kwdefaults__ == {"backend": "inductor"}
     layers.compile_layers.__kwdefaults__["backend"] = "eager"

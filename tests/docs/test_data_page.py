@@ -10,9 +10,9 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import yaml
 
-from sftx import config, run_file, validation
+from sftx.assembly.hookspecs import DEFAULTS
+from sftx.config import options, run_file, validation
 from sftx.data import readers
-from sftx.hookspecs import DEFAULTS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
 
@@ -20,20 +20,20 @@ PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-
 @pytest.mark.parametrize("text", re.findall(r"^```yaml\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL))
 def test_a_run_file_of_the_page_loads(text: str) -> None:
     values: dict[str, Any] = yaml.load(text, Loader=run_file._Loader)
-    assert validation.validate(config.RunConfig, values, origins=run_file.Origins()).data.train
+    assert validation.validate(options.RunConfig, values, origins=run_file.Origins()).data.train
 
 
 def test_the_page_knows_every_option_of_data() -> None:
     blocks = re.findall(r"^```\w*\n(.*?)^```$|^    (.*)$", PAGE, flags=re.MULTILINE | re.DOTALL)
     text = re.sub(r"^```.*?^```$", "", PAGE, flags=re.MULTILINE | re.DOTALL)
     shown = set(re.findall(r"[a-z_]+", " ".join([*re.findall(r"`[^`]+`", text), *map(str, blocks)])))
-    for cls in (config.DataConfig, config.Source, config.Filters):
+    for cls in (options.DataConfig, options.Source, options.Filters):
         missing = {field.name for field in dataclasses.fields(cls)} - shown - {"train", "eval"}
         assert not missing, cls
 
 
 def test_the_page_knows_every_policy_and_strategy() -> None:
-    hints = get_type_hints(config.DataConfig)
+    hints = get_type_hints(options.DataConfig)
     for option in ("long_rows", "mix_strategy"):
         assert all(value in PAGE for value in get_args(hints[option])), option
 

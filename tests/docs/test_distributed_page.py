@@ -14,7 +14,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import yaml
 
-from sftx.config import TrainConfig
+from sftx.config.options import TrainConfig
 
 PAGE = (Path(__file__).parents[2] / "docs" / "distributed.md").read_text(encoding="utf-8")
 COMMANDS = [
@@ -111,7 +111,7 @@ def test_the_script_for_slurm_is_one_for_bash() -> None:
     assert script.startswith("#!/bin/bash\n#SBATCH ")
     warned = int(re.search(r"--signal=USR1@(\d+)", script).group(1))  # type: ignore[union-attr]
     assert int(re.search(r"--shutdown-timeout (\d+)", script).group(1)) < warned  # type: ignore[union-attr]
-    from sftx import signals
+    from sftx.distributed import signals
 
     handled = re.search(r"SIGNALS_TO_HANDLE=(\S+)", script).group(1).split(",")  # type: ignore[union-attr]
     assert {number.name for number in signals.SIGNALS} <= set(handled)

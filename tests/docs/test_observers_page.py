@@ -7,12 +7,12 @@ import re
 import tomllib
 from pathlib import Path
 
-from sftx.reports import EvalReport, StepReport
+from sftx.events import EvalReport, StepReport
 from sftx.types import Observer
-from sftx_plugins._tracking import evaluation_values, step_values
-from sftx_plugins.mlflow import MLflow
-from sftx_plugins.tensorboard import TensorBoard
-from sftx_plugins.wandb import WeightsAndBiases
+from sftx_plugins.observers._tracking import evaluation_values, step_values
+from sftx_plugins.observers.mlflow import MLflow
+from sftx_plugins.observers.tensorboard import TensorBoard
+from sftx_plugins.observers.wandb import WeightsAndBiases
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "observers.md").read_text(encoding="utf-8")

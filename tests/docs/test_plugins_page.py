@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from environments import Environment, make_environment
-from sftx.hookspecs import RETURNS
+from sftx.assembly.hookspecs import RETURNS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "plugins.md").read_text(encoding="utf-8")
 TUTORIAL = PAGE.partition("## A plugin in ten minutes")[2].partition("\n## ")[0]

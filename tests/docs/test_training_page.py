@@ -10,8 +10,8 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from sftx.config import GenerationConfig, TrainConfig
-from sftx.signals import Stop
+from sftx.config.options import GenerationConfig, TrainConfig
+from sftx.distributed.signals import Stop
 
 PAGE = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
 OPTIONS = {field.name for config in (TrainConfig, GenerationConfig) for field in dataclasses.fields(config)}
@@ -47,7 +47,7 @@ def test_every_choice_has_its_line(heading: str, option: str) -> None:
 
 
 def test_every_metric_has_its_line() -> None:
-    from sftx.plugins import discover
+    from sftx.assembly.registry import discover
 
     metrics = {info.name for info in discover() if info.package == "sftx" and "sftx_plugins" in info.value}
     named = set(column("plugin"))
@@ -64,8 +64,8 @@ def test_exit_codes_are_those_of_the_signals() -> None:
 
 
 def test_the_files_of_a_checkpoint_are_those_that_are_written() -> None:
-    from sftx import whole_files
-    from sftx.training import checkpoint
+    from sftx import atomic_files
+    from sftx.checkpoint import checkpoint
 
-    written = {checkpoint._OPTIMIZER, checkpoint._STATE, checkpoint._TRAINER_STATE, whole_files.CHECKSUMS}
+    written = {checkpoint._OPTIMIZER, checkpoint._STATE, checkpoint._TRAINER_STATE, atomic_files.CHECKSUMS}
     assert written | {"adapter_model.safetensors", "model.safetensors"} == set(column("file"))

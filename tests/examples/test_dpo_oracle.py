@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from sftx import Example
-from sftx.loading import load
+from sftx.config.loading import load
 from sftx.run import assemble
-from sftx.session import Session
+from sftx.trainer.session import Session
 
 DPO = Path(__file__).parents[2] / "examples" / "sftx-dpo"
 BETA, STEPS = 0.5, 10

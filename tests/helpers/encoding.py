@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from sftx.config import DataConfig, Source
-from sftx.data.encode import Encoder
-from sftx.data.prepare import Dataset, prepare
-from sftx.data.rows import RowEncoder
+from sftx.config.options import DataConfig, Source
+from sftx.data.encoder import Encoder
+from sftx.data.preprocess import Dataset, prepare
+from sftx.data.row_encoder import RowEncoder
 from sftx.types import Parser
 
 

@@ -32,7 +32,7 @@ def _work(directory: Path, environment: Mapping[str, str], nproc: int, max_resta
     import click
 
     import sftx.cli
-    from sftx import launch
+    from sftx.distributed import launch
 
     for name, value in settings.items():
         setattr(launch, name, value)
@@ -98,13 +98,15 @@ class Launcher:
     def __init__(self, root: Path) -> None:
         self._root = root
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["torch.distributed.elastic.agent.server.api", "sftx.elastic", "sftx.cli"])
+        self._context.set_forkserver_preload(
+            ["torch.distributed.elastic.agent.server.api", "sftx.distributed.agent", "sftx.cli"]
+        )
         self._num = 0
 
     def __call__(
         self, script: str, *, nproc: int = 2, max_restarts: int = 0, environment: Mapping = {}, **settings: object
     ) -> Launched:
-        """`settings`: other values for constants of `sftx.launch`."""
+        """`settings`: other values for constants of `sftx.distributed.launch`."""
         self._num += 1
         directory = self._root / str(self._num)
         directory.mkdir()

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from sftx.loading import load
-from sftx.reports import Result, RunInfo
+from sftx.config.loading import load
+from sftx.events import Result, RunInfo
 from sftx.run import run
 from sftx.testing.observer_case import events, run_info, tell
 
@@ -56,7 +56,7 @@ def train(plugin: str, directory: Path, *, resume: bool = False, **settings: Any
 
 def stop_in(step: int, error: BaseException, look: Callable[[], object] = lambda: None) -> pytest.MonkeyPatch:
     """Every training stops when that step begins, until the patch is undone. `look` is called just before."""
-    from sftx.training.loop import Trainer
+    from sftx.trainer.trainer import Trainer
 
     begin = Trainer.step
 
@@ -79,7 +79,7 @@ def told(run_directory: Path, event: str, name: str) -> dict[int, float]:
 
 def play(plugin: object, place: Path, change: Callable[[str, tuple[Any, ...]], tuple[Any, ...]]) -> RunInfo:
     """A whole run's events without the run, each with its arguments as `change` has them."""
-    from sftx.stage import make
+    from sftx.assembly.stages import make
 
     info = run_info(place)
     observer = make(plugin, "sftx_observer", run=info)

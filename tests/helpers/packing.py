@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sftx import Batch, Example, pack
-from sftx_plugins.padded import Padded
+from sftx_plugins.collators.padded import Padded
 
 
 class Packed(Padded):

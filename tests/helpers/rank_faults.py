@@ -10,7 +10,7 @@ from typing import Any
 
 def kill_rank_1_in_step_5(rank: int) -> None:
     """In the midst of it, and the first time alone, which is told from the file `killed`."""
-    from sftx.training.loop import Trainer
+    from sftx.trainer.trainer import Trainer
 
     update = Trainer.accumulate
 
@@ -26,7 +26,7 @@ def kill_rank_1_in_step_5(rank: int) -> None:
 
 def end_after_step_5(rank: int) -> None:
     """Every rank, as by kill -9, once the checkpoint of that step is written."""
-    from sftx.training.loop import Trainer
+    from sftx.trainer.trainer import Trainer
 
     begin = Trainer.step
 
@@ -51,7 +51,7 @@ def _raise_at(owner: Any, name: str, call: int) -> None:
 
 
 def raise_between_steps(rank: int) -> None:
-    from sftx.training.loop import Trainer
+    from sftx.trainer.trainer import Trainer
 
     if rank == 1:
         _raise_at(Trainer, "micro_batches", 3)
@@ -59,7 +59,7 @@ def raise_between_steps(rank: int) -> None:
 
 def raise_in_a_forward(rank: int) -> None:
     """In the midst of a step, where the others wait for this one's gradients."""
-    from sftx_plugins.masked_ce import MaskedCE
+    from sftx_plugins.losses.masked_ce import MaskedCE
 
     if rank == 1:
         _raise_at(MaskedCE, "__call__", 8)
@@ -67,7 +67,7 @@ def raise_in_a_forward(rank: int) -> None:
 
 def raise_in_the_main_process(rank: int) -> None:
     """While it writes, and the others wait."""
-    from sftx.training import checkpoint
+    from sftx.checkpoint import checkpoint
 
     if rank == 0:
         _raise_at(checkpoint, "_write_values", 1)

@@ -34,9 +34,9 @@ _IMPORTED = (
     "torch.distributed.fsdp",
     "torch.distributed.run",
     "torch.nn.parallel.distributed",
-    "sftx_plugins.bleu",
-    "sftx_plugins.jsonl",
-    "sftx_plugins.rouge",
+    "sftx_plugins.metrics.bleu",
+    "sftx_plugins.observers.jsonl",
+    "sftx_plugins.metrics.rouge",
 )
 _SHARED = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 

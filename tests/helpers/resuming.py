@@ -53,7 +53,7 @@ def only_shared(ours: Path, theirs: Path) -> list[str]:
 
 def interrupted(runs: Runs, sftx: Sftx, wanted: Case, step: int, *more: str) -> tuple[Path, Path]:
     """A directory with the run as it lay when `step` began, and the directory of the run at its end."""
-    from sftx.training.loop import Trainer
+    from sftx.trainer.trainer import Trainer
 
     begin = Trainer.step
     directory, copies = runs.directory(wanted.name), []

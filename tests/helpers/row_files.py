@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sftx import DataError
-from sftx.config import Source
+from sftx.config.options import Source
 from sftx.data import sources
 
 TEXT = "你好, naïve café 🙂\u2028\u0085 «x»"

@@ -10,9 +10,9 @@ from typing import Any
 
 from click.testing import CliRunner, Result
 
-from sftx import run_file
-from sftx.report.run_record import read
-from sftx.report.run_report import page_data
+from sftx.config import run_file
+from sftx.inspection.run_report.run_record import read
+from sftx.inspection.run_report.run_report import page_data
 
 
 class Page(HTMLParser):
@@ -45,7 +45,7 @@ class Page(HTMLParser):
 
 def step(number: int, **values: Any) -> dict[str, Any]:
     usual = {"loss": 2.0 / number, "grad_norm": 1.0, "learning_rate": 1e-3, "tokens_per_second": 50.0}
-    more = {"num_steps": 4, "num_tokens": 10, "seconds": 6.0, "peak_bytes": 10**9 + number, "epoch": number / 4}
+    more = {"num_steps": 4, "num_label_tokens": 10, "seconds": 6.0, "peak_bytes": 10**9 + number, "epoch": number / 4}
     return {"event": "step", "step": number, **usual, **more, **values}
 
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sftx.whole_files import CHECKSUMS, damage
+from sftx.atomic_files import CHECKSUMS, damage
 
 TIMES = frozenset({"seconds", "tokens_per_second", "peak_bytes", "wall_seconds", "eval_runtime"})
 """What two runs of the same may differ in, by the name it has in any file of JSON values."""

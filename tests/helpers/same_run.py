@@ -33,7 +33,7 @@ def of_kind(out: Path, event: str) -> list[dict[str, Any]]:
 
 def compare_steps(out: Path, alone: Path) -> None:
     ours, theirs = of_kind(out, "step"), of_kind(alone, "step")
-    for name in ("step", "epoch", "num_tokens", "num_real_tokens", "learning_rate"):
+    for name in ("step", "epoch", "num_label_tokens", "num_input_tokens", "learning_rate"):
         assert [step[name] for step in ours] == [step[name] for step in theirs], name
     assert len(theirs) == 10
     for step, reference in zip(ours, theirs, strict=True):
@@ -66,7 +66,7 @@ def compare_artefacts(out: Path, alone: Path) -> None:
         assert tensor.dtype == theirs[name].dtype
         torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=3e-5, msg=lambda m, name=name: f"{name}: {m}")
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["num_tokens"] == json.loads((alone / "summary.json").read_text())["num_tokens"]
+    assert summary["num_label_tokens"] == json.loads((alone / "summary.json").read_text())["num_label_tokens"]
 
 
 def differing(ours: Path, theirs: Path) -> list[str]:

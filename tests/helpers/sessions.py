@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sftx.loading import load
+from sftx.config.loading import load
 from sftx.run import assemble
-from sftx.session import Session
+from sftx.trainer.session import Session
 
 
 def session_of(model: Path, data: Path, *plugins: str, **options: Any) -> Session:

@@ -15,8 +15,8 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from sftx import Conversation, Message, Segment, ToolCall
-from sftx.data.encode import Encoder
-from sftx.stage import make
+from sftx.assembly.stages import make
+from sftx.data.encoder import Encoder
 from sftx.testing.kit import built_in
 
 ASSETS = Path(__file__).parents[2] / ".assets"

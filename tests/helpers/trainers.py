@@ -10,15 +10,15 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sftx import Collator, Example
-from sftx.config import TrainConfig
+from sftx.config.options import TrainConfig
 from sftx.model.language_model import LanguageModel
 from sftx.model.load import load_model, load_spec
-from sftx.training import precision
-from sftx.training.loop import MicroBatch, Trainer
-from sftx_plugins.lora import Lora
-from sftx_plugins.masked_ce import MaskedCE
-from sftx_plugins.packed import PackedRows
-from sftx_plugins.padded import Padded
+from sftx.trainer import precision
+from sftx.trainer.trainer import MicroBatch, Trainer
+from sftx_plugins.adapters.lora import Lora
+from sftx_plugins.collators.packed import PackedRows
+from sftx_plugins.collators.padded import Padded
+from sftx_plugins.losses.masked_ce import MaskedCE
 
 ROWS_PER_STEP = 4
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from sftx.data.batch import pad
+from sftx.data.collate import pad
 from sftx.model.generate import answers, generation_defaults
 from sftx.model.language_model import LanguageModel
 from sftx.model.load import load_spec

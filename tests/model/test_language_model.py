@@ -23,8 +23,8 @@ from transformers import (
 from architectures import SHAPE
 from sftx import Batch, Example, ModelError
 from sftx.model.language_model import LanguageModel
-from sftx_plugins.masked_ce import MaskedCE
-from sftx_plugins.padded import Padded
+from sftx_plugins.collators.padded import Padded
+from sftx_plugins.losses.masked_ce import MaskedCE
 
 EXPERTS = {"output_router_logits": True, "router_aux_loss_coef": 0.1}
 CONFIGS = {
@@ -84,7 +84,7 @@ def test_the_loss_is_the_architectures_own(name: str) -> None:
     rows = examples()
     batch = Padded().collate(rows)
     out = MaskedCE()(lm, batch)
-    ours = out.sum / batch.num_tokens + (0 if out.aux_loss is None else out.aux_loss)
+    ours = out.sum / batch.num_label_tokens + (0 if out.aux_loss is None else out.aux_loss)
     theirs = model(**their_inputs(rows), use_cache=False).loss
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     assert (out.aux_loss is not None) == ("router" in name)
@@ -150,5 +150,5 @@ def test_a_batch_moves_with_all_its_tensors() -> None:
     batch.extras["scores"] = torch.ones(2)
     moved: Batch = batch.to(torch.device("meta"))
     assert moved.input_ids_BT.device.type == moved.labels_BT.device.type == moved.extras["scores"].device.type == "meta"
-    assert moved.num_tokens == batch.num_tokens
+    assert moved.num_label_tokens == batch.num_label_tokens
     assert batch.input_ids_BT.device.type == "cpu"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from sftx.data.batch import pad
+from sftx.data.collate import pad
 from sftx.model.language_model import LanguageModel
 from sftx.model.load import load_model, load_spec, load_tokenizer
 from sftx.types import Example

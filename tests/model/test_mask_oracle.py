@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import assets
-from sftx.model.attention import block_mask
+from sftx.model.packed_attention import block_mask
 
 
 @given(

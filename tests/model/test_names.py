@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sftx import ModelError
-from sftx.config import EMBEDDED_MODEL
+from sftx.config.options import EMBEDDED_MODEL
 from sftx.model import names
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from sftx.plugins import PluginInfo, discover
-from sftx.run_file import Origins
+from sftx.assembly.registry import PluginInfo, discover
+from sftx.config.run_file import Origins
 
 BUILT_IN = [info for info in discover() if info.package == "sftx"]
 OPTIONS: dict[str, list[dict[str, Any]]] = {

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from sftx import DataError, Location, Parser
-from sftx_plugins.alpaca import Alpaca
-from sftx_plugins.hh_rlhf import HHRLHF
-from sftx_plugins.messages import Messages
-from sftx_plugins.prompt_completion import PromptCompletion
-from sftx_plugins.sharegpt import ShareGPT
-from sftx_plugins.text import Text
-from sftx_plugins.tokens import TokenIds
+from sftx_plugins.parsers.alpaca import Alpaca
+from sftx_plugins.parsers.hh_rlhf import HHRLHF
+from sftx_plugins.parsers.messages import Messages
+from sftx_plugins.parsers.prompt_completion import PromptCompletion
+from sftx_plugins.parsers.sharegpt import ShareGPT
+from sftx_plugins.parsers.text import Text
+from sftx_plugins.parsers.tokens import TokenIds
 
 WHERE = Location("rows.jsonl", 7)
 USER = {"role": "user", "content": "x"}

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 
 from sftx import Conversation, DataError, Location, Message, Parser, PlainText, Tokens, ToolCall
-from sftx.hookspecs import DEFAULTS
-from sftx.plugins import discover, find, load_class
-from sftx_plugins._turns import split_reasoning
-from sftx_plugins.alpaca import Alpaca
-from sftx_plugins.hh_rlhf import HHRLHF
-from sftx_plugins.messages import Messages
-from sftx_plugins.prompt_completion import PromptCompletion
-from sftx_plugins.sharegpt import ShareGPT
-from sftx_plugins.tokens import TokenIds
+from sftx.assembly.hookspecs import DEFAULTS
+from sftx.assembly.registry import discover, find, load_class
+from sftx_plugins.parsers._turns import split_reasoning
+from sftx_plugins.parsers.alpaca import Alpaca
+from sftx_plugins.parsers.hh_rlhf import HHRLHF
+from sftx_plugins.parsers.messages import Messages
+from sftx_plugins.parsers.prompt_completion import PromptCompletion
+from sftx_plugins.parsers.sharegpt import ShareGPT
+from sftx_plugins.parsers.tokens import TokenIds
 
 ASSETS = Path(__file__).parents[2] / ".assets"
 WHERE = Location("rows.jsonl", 7)

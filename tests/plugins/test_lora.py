@@ -10,7 +10,7 @@ import pytest
 
 from sessions import session_of
 from sftx.errors import ConfigError, ModelError
-from sftx.session import Session
+from sftx.trainer.session import Session
 
 ROWS = [{"prompt": f"what is {n} plus one", "completion": f"{n + 1} " * (n % 5 + 1)} for n in range(24)]
 
@@ -144,7 +144,7 @@ def test_layers_that_another_adapter_has_changed_are_refused(
     tiny_model_dir: Path, data: Path, install_plugin: Any
 ) -> None:
     code = (
-        "import dataclasses\nimport sftx\nfrom sftx_plugins.lora import Lora\n\n\n"
+        "import dataclasses\nimport sftx\nfrom sftx_plugins.adapters.lora import Lora\n\n\n"
         "@dataclasses.dataclass(frozen=True, eq=False)\nclass Again(Lora):\n    pass\n"
     )
     install_plugin("acme", code, {"again": "Again"})

@@ -18,13 +18,13 @@ from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import DefaultTokenizer
 
 from sftx import PluginError
-from sftx.reports import Sample
+from sftx.events import Sample
 from sftx.testing.kit import built_in
-from sftx.training.scores import scores
-from sftx_plugins.bleu import Bleu
-from sftx_plugins.exact_match import ExactMatch
-from sftx_plugins.json_valid import JsonValid
-from sftx_plugins.rouge import Rouge, UnicodeWords
+from sftx.trainer.scores import scores
+from sftx_plugins.metrics.bleu import Bleu
+from sftx_plugins.metrics.exact_match import ExactMatch
+from sftx_plugins.metrics.json_valid import JsonValid
+from sftx_plugins.metrics.rouge import Rouge, UnicodeWords
 
 PREDICTIONS = [
     "The cat sat on the mat.",
@@ -246,7 +246,8 @@ def test_a_missing_library_is_named_with_what_installs_it(
 
 def test_plugins_import_their_libraries_only_when_used() -> None:
     code = (
-        "import sys, sftx_plugins.bleu, sftx_plugins.rouge, sftx_plugins.json_valid, sftx_plugins.exact_match\n"
+        "import sys\n"
+        "from sftx_plugins.metrics import bleu, exact_match, json_valid, rouge\n"
         "print(sorted({'sacrebleu', 'rouge_score', 'jsonschema', 'torch', 'nltk'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

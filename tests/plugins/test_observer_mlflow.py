@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from observing import HOSTILE, SAVED, STEPS, STOPPED, InterruptedRunError, play, stop_in, told, train
+from sftx.assembly.registry import activate
+from sftx.config.loading import load
+from sftx.distributed.signals import Stop
 from sftx.errors import ConfigError
-from sftx.loading import load
-from sftx.plugins import activate
-from sftx.reports import RunInfo
-from sftx.signals import Stop
-from sftx_plugins.mlflow import MLflow
+from sftx.events import RunInfo
+from sftx_plugins.observers.mlflow import MLflow
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -67,7 +67,7 @@ def run_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_step_and_evaluation_is_there_once(run_directory: Path) -> None:
     client, run = read(run_directory)
     assert run.info.status == "FINISHED"
-    for name in ("loss", "grad_norm", "learning_rate", "epoch", "num_tokens"):
+    for name in ("loss", "grad_norm", "learning_rate", "epoch", "num_label_tokens"):
         expected = told(run_directory, "step", name)
         assert list(expected) == list(range(1, STEPS + 1))
         assert history(client, run, f"train/{name}") == list(expected.items())
@@ -91,7 +91,7 @@ def test_answers_options_table_and_result_are_there(run_directory: Path) -> None
     samples = json.loads((place / "samples" / f"step-{STEPS}.json").read_text(encoding="utf-8"))
     summary = json.loads((run_directory / "summary.json").read_text(encoding="utf-8"))
     assert [(s["row_id"], s["prediction"]) for s in samples] == [(s["row"], s["after"]) for s in summary["samples"]]
-    assert run.data.metrics["summary/num_tokens"] == summary["num_tokens"]
+    assert run.data.metrics["summary/num_label_tokens"] == summary["num_label_tokens"]
     assert run.data.metrics["summary/held_out/after/loss"] == summary["held_out"]["after"]["loss"]
 
 
@@ -119,7 +119,7 @@ def test_any_name_and_text_is_taken(tmp_path: Path) -> None:
 
 
 def test_a_long_option_is_cut_and_stands_whole_in_run_yaml(tmp_path: Path) -> None:
-    from sftx.stage import make
+    from sftx.assembly.stages import make
     from sftx.testing.observer_case import events, run_info, tell
 
     info = run_info(tmp_path)

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from observing import HOSTILE, SAVED, STEPS, STOPPED, InterruptedRunError, play, stop_in, told, train
+from sftx.assembly.registry import activate
+from sftx.config.loading import load
 from sftx.errors import ConfigError
-from sftx.loading import load
-from sftx.plugins import activate
-from sftx.reports import RunInfo
-from sftx_plugins.tensorboard import TensorBoard
+from sftx.events import RunInfo
+from sftx_plugins.observers.tensorboard import TensorBoard
 
 
 def read(directory: Path) -> Any:
@@ -60,7 +60,7 @@ def near(values: dict[int, float]) -> list[Any]:
 
 def test_every_step_and_evaluation_is_there_once(run_directory: Path) -> None:
     reader = read(run_directory / "tensorboard")
-    for name in ("loss", "grad_norm", "learning_rate", "epoch", "num_tokens", "peak_bytes"):
+    for name in ("loss", "grad_norm", "learning_rate", "epoch", "num_label_tokens", "peak_bytes"):
         expected = told(run_directory, "step", name)
         assert list(expected) == list(range(1, STEPS + 1))
         assert scalars(reader, f"train/{name}") == near(expected)

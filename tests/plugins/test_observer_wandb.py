@@ -27,11 +27,11 @@ from observing import (
     wandb_files,
     wandb_records,
 )
+from sftx.assembly.registry import activate
+from sftx.config.loading import load
 from sftx.errors import ConfigError
-from sftx.loading import load
-from sftx.plugins import activate
-from sftx.reports import RunInfo
-from sftx_plugins.wandb import WeightsAndBiases
+from sftx.events import RunInfo
+from sftx_plugins.observers.wandb import WeightsAndBiases
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -91,7 +91,7 @@ def test_every_step_and_evaluation_is_there(run_directory: Path) -> None:
         list(range(STOPPED)),
         list(range(SAVED + 1, STEPS + 1)),
     ]
-    for name in ("loss", "grad_norm", "learning_rate", "epoch", "num_tokens"):
+    for name in ("loss", "grad_norm", "learning_rate", "epoch", "num_label_tokens"):
         assert history(files, f"train/{name}") == told(run_directory, "step", name)
     for name in ("loss", "exact-match"):
         expected = told(run_directory, "evaluate", name)
@@ -179,7 +179,7 @@ def test_online_without_a_key_is_an_error_and_no_question(tmp_path: Path) -> Non
 def test_with_a_key_it_goes_online_unless_the_environment_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     import wandb
 
-    from sftx_plugins.wandb import _mode
+    from sftx_plugins.observers.wandb import _mode
 
     monkeypatch.setattr(wandb, "login", lambda **given: given == {"prompt": False, "verify": False})
     assert _mode(wandb, None) == "online"

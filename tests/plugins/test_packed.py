@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sftx import IGNORE_INDEX, ConfigError, Example, Step, pack, pad
-from sftx_plugins.packed import Packed, PackedRows
-from sftx_plugins.padded import Padded
+from sftx_plugins.collators.packed import Packed, PackedRows
+from sftx_plugins.collators.padded import Padded
 
 
 def rows_of(
@@ -164,7 +164,7 @@ def test_a_row_is_its_documents_one_after_the_other() -> None:
     assert batch.cu_seqlens is not None
     assert batch.cu_seqlens.tolist() == [0, 5, 6, 9]
     assert batch.lengths_B is None
-    assert (batch.max_seqlen, batch.num_tokens, batch.num_real_tokens, batch.attention) == (5, 4, 9, "mask4d")
+    assert (batch.max_seqlen, batch.num_label_tokens, batch.num_input_tokens, batch.attention) == (5, 4, 9, "mask4d")
     assert batch.token_weights_BT is None
 
 
@@ -176,7 +176,7 @@ def test_labels_and_weights_are_those_of_padded_rows() -> None:
     real = padded.position_ids_BT < padded.lengths_B[:, None]  # type: ignore[index]
     assert packed.labels_BT[0].tolist() == padded.labels_BT[real].tolist()
     assert packed.token_weights_BT[0].tolist() == padded.token_weights_BT[real].tolist()
-    assert packed.num_tokens == padded.num_tokens == (packed.labels_BT != IGNORE_INDEX).sum()
+    assert packed.num_label_tokens == padded.num_label_tokens == (packed.labels_BT != IGNORE_INDEX).sum()
 
 
 def test_padding_free_packs_the_rows_of_a_padded_plan() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sftx import IGNORE_INDEX, Example
-from sftx_plugins.padded import Padded
+from sftx_plugins.collators.padded import Padded
 
 
 def plan(padded: Padded, lengths: list[int], groups: list[int] | None = None, **changes: object) -> object:
@@ -52,7 +52,7 @@ def test_the_plan_is_pure_in_seed_epoch_and_window() -> None:
 
 def test_the_plan_is_the_same_in_another_process() -> None:
     code = (
-        "from sftx_plugins.padded import Padded;"
+        "from sftx_plugins.collators.padded import Padded;"
         "print(Padded().plan(list(range(2, 60)), list(range(58)), seed=3, epoch=1, window=0,"
         " examples_per_step=4, final=True))"
     )
@@ -87,8 +87,8 @@ def test_labels_are_shifted_and_padding_is_masked_by_length() -> None:
     assert batch.lengths_B is not None
     assert batch.lengths_B.tolist() == [4, 2]
     assert batch.position_ids_BT.tolist() == [list(range(6))] * 2
-    assert (batch.num_tokens, batch.num_real_tokens, batch.max_seqlen) == (3, 6, 4)
+    assert (batch.num_label_tokens, batch.num_input_tokens, batch.max_seqlen) == (3, 6, 4)
     assert batch.token_weights_BT is not None
     assert batch.token_weights_BT[1, 0] == pytest.approx(0.5)
-    assert batch.num_tokens == sum(e.num_tokens for e in (first, second))
+    assert batch.num_label_tokens == sum(e.num_label_tokens for e in (first, second))
     assert batch.row_ids == ("a", "b")

@@ -10,8 +10,8 @@ from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from sftx import Conversation, DataError, Message, ToolCall
-from sftx.data.encode import Encoder
-from sftx.data.rows import units
+from sftx.data.encoder import Encoder
+from sftx.data.row_encoder import units
 from templating import (
     TOOLS,
     as_dicts,

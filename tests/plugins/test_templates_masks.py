@@ -8,7 +8,7 @@ from itertools import groupby
 import pytest
 
 from sftx import Conversation, Message
-from sftx.data.rows import units
+from sftx.data.row_encoder import units
 from templating import BRIEFED, CALLED, ROUNDS, TOOLS, chat, encoded_by, text_of, trl_mask
 
 EQUAL = [

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 from sftx import Conversation, DataError, Message, PluginError, Segment, ToolCall
-from sftx.data.encode import Encoder
+from sftx.data.encoder import Encoder
 from sftx.errors import ConfigError
 from sftx.model.tiny import make_tokenizer
-from sftx_plugins._jinja_template import JinjaTemplate
-from sftx_plugins.tokenizer import TokenizerTemplate
+from sftx_plugins.templates.jinja.template import JinjaTemplate
+from sftx_plugins.templates.jinja.tokenizer import TokenizerTemplate
 
 ASSETS = Path(__file__).parents[2] / ".assets"
 DAY = datetime.date(2024, 7, 26)
@@ -495,7 +495,7 @@ def test_a_template_that_reads_texts_by_their_length_is_refused(tmp_path: Path) 
 
 
 def test_it_writes_what_chatml_writes() -> None:
-    from sftx_plugins.chatml import ChatML
+    from sftx_plugins.templates.chatml import ChatML
 
     tokenizer = make_tokenizer()
     made = TokenizerTemplate().sftx_template(tokenizer)

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import pytest
 
 from sftx import ConfigError, DataError, ModelError, PluginError
-from sftx.loading import load
+from sftx.config.loading import load
 
 ROOT = Path(__file__).parents[2]
 HELD: set[str] = set()
@@ -93,7 +93,7 @@ def test_a_plugin_is_imported_when_it_is_named_and_not_before(
 @holds("`sftx --help`, `sftx plugins list` and a run's own default plugins import no third-party plugin.")
 @holds("`sftx plugins schema --all` imports every installed plugin, and says so.")
 def test_commands_import_what_they_say(install_plugin: Any, marker: Path, tmp_path: Path) -> None:
-    from sftx.plugins import activate
+    from sftx.assembly.registry import activate
 
     install_plugin("acme", MARKING_PLUGIN.format(marker=str(marker)), {"acme": "Plugin"})
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "site-packages")}
@@ -115,7 +115,7 @@ def test_commands_import_what_they_say(install_plugin: Any, marker: Path, tmp_pa
 
 @holds("A name that two distributions claim is refused; neither is imported.")
 def test_a_claimed_name_imports_neither(install_plugin: Any, marker: Path) -> None:
-    from sftx.plugins import activate
+    from sftx.assembly.registry import activate
 
     for distribution in ("acme", "acme-copy"):
         install_plugin(distribution, MARKING_PLUGIN.format(marker=str(marker)), {"acme": "Plugin"})
@@ -273,7 +273,7 @@ def test_a_run_file_makes_no_objects(tmp_path: Path, marker: Path) -> None:
 )
 def test_jinja_stays_in_the_sandbox(tiny_model: Path, rows: Path, marker: Path, tmp_path: Path) -> None:
     from sftx.testing.template import SUITE
-    from sftx_plugins.chatml import ChatML
+    from sftx_plugins.templates.chatml import ChatML
 
     attack = (
         "{% for c in ''.__class__.__mro__[1].__subclasses__() if c.__name__ == 'Popen' %}"
@@ -311,10 +311,10 @@ def test_imports_are_quiet(tmp_path: Path) -> None:
         "socket.socket.connect = socket.socket.connect_ex = refuse\n"
         "socket.create_connection = socket.getaddrinfo = refuse\n"
         "import sftx, sftx_kernels, sftx.testing, sftx.testing.contract, sftx.run, sftx.cli.run\n"
-        "from sftx.plugins import discover, load_class\n"
+        "from sftx.assembly.registry import discover, load_class\n"
         "for info in discover():\n"
         "    load_class(info)\n"
-        "import sftx_plugins._lora_layers\n"
+        "import sftx_plugins.adapters.lora_layers\n"
         "print('quiet')\n"
     )
     online = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}

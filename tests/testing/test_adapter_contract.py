@@ -19,12 +19,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from contracts import assert_every_clause_is_broken, assert_fails_only
 from sftx import LanguageModel, ModelSpec, hookimpl
-from sftx.plugins import discover, hooks_of, load_class
+from sftx.assembly.registry import discover, hooks_of, load_class
 from sftx.testing import ContractError
 from sftx.testing.adapter import SUITE, check_adapter
 from sftx.testing.kit import built_in
-from sftx_plugins._lora_layers import WEIGHTS, LoraAdapter, LoraLinear
-from sftx_plugins.lora import Lora
+from sftx_plugins.adapters.lora import Lora
+from sftx_plugins.adapters.lora_layers import WEIGHTS, LoraAdapter, LoraLinear
 
 
 class Good(LoraAdapter):

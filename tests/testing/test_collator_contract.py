@@ -19,7 +19,7 @@ from sftx.testing.clauses import MADE
 from sftx.testing.collator import SUITE, check_collator
 from sftx.testing.kit import Kit, built_in
 from sftx.testing.process import random_states_kept
-from sftx_plugins.padded import Padded
+from sftx_plugins.collators.padded import Padded
 
 
 class InOrder(Padded):
@@ -124,13 +124,13 @@ class NoBorders(Packed):
 
 class CountsTheFirstToken(Padded):
     def collate(self, examples: Sequence[Example]) -> Batch:
-        return change(super().collate(examples), num_tokens=sum(sum(e.loss_mask) for e in examples) + 1)
+        return change(super().collate(examples), num_label_tokens=sum(sum(e.loss_mask) for e in examples) + 1)
 
 
 class CountsPadding(Padded):
     def collate(self, examples: Sequence[Example]) -> Batch:
         batch = super().collate(examples)
-        return change(batch, num_real_tokens=batch.input_ids_BT.numel())
+        return change(batch, num_input_tokens=batch.input_ids_BT.numel())
 
 
 class CountsOnTheDevice(Padded):
@@ -148,7 +148,7 @@ class SmallLabels(Padded):
 class PositionsRunOn(Packed):
     def collate(self, examples: Sequence[Example]) -> Batch:
         batch = super().collate(examples)
-        return change(batch, position_ids_BT=torch.arange(batch.num_real_tokens)[None])
+        return change(batch, position_ids_BT=torch.arange(batch.num_input_tokens)[None])
 
 
 class PadsAtRandom(Padded):
@@ -170,7 +170,7 @@ class WritesIntoExamples(Padded):
 
 
 def recounted(batch: Batch, labels_BT: torch.Tensor) -> Batch:
-    return change(batch, labels_BT=labels_BT, num_tokens=int((labels_BT != IGNORE_INDEX).sum()))
+    return change(batch, labels_BT=labels_BT, num_label_tokens=int((labels_BT != IGNORE_INDEX).sum()))
 
 
 class ForgetsWeights(Padded):
@@ -248,8 +248,8 @@ BAD = [
     (RowIdsOfTheFirst, "batches-every-example", "row_id belongs into row_ids once"),
     (Cuts, "batches-every-example", "are no document of the batch"),
     (NoBorders, "batches-every-example", "set lengths_B"),
-    (CountsTheFirstToken, "counts-what-it-holds", "num_tokens is"),
-    (CountsPadding, "counts-what-it-holds", "num_real_tokens is"),
+    (CountsTheFirstToken, "counts-what-it-holds", "num_label_tokens is"),
+    (CountsPadding, "counts-what-it-holds", "num_input_tokens is"),
     (CountsOnTheDevice, "counts-what-it-holds", "max_seqlen is tensor("),
     (SmallLabels, "counts-what-it-holds", "labels_BT is torch.int32"),
     (PositionsRunOn, "counts-what-it-holds", "count from 0 in each"),

@@ -46,7 +46,7 @@ class CrossEntropy:
         return self
 
     def denominator(self, batch: Batch) -> float:
-        return float(batch.num_tokens)
+        return float(batch.num_label_tokens)
 
     def logits(self, lm: LanguageModel, batch: Batch) -> Tensor:
         return lm.logits(lm.hidden(batch).hidden_BTD)
@@ -195,7 +195,7 @@ class CountsCalls(CrossEntropy):
     calls: ClassVar[Iterator[int]] = itertools.count(1)
 
     def denominator(self, batch: Batch) -> float:
-        return float(batch.num_tokens + next(self.calls))
+        return float(batch.num_label_tokens + next(self.calls))
 
 
 class KeepsTheGraph(CrossEntropy):
@@ -252,13 +252,13 @@ class PaddedGradient(CrossEntropy):
 class Mean(CrossEntropy):
     def __call__(self, lm: LanguageModel, batch: Batch) -> LossSum:
         out = super().__call__(lm, batch)
-        return change(out, sum=out.sum / batch.num_tokens)
+        return change(out, sum=out.sum / batch.num_label_tokens)
 
 
 class MeanMetric(CrossEntropy):
     def __call__(self, lm: LanguageModel, batch: Batch) -> LossSum:
         out = super().__call__(lm, batch)
-        return change(out, metrics={"nll": out.metrics["nll"] / batch.num_tokens})
+        return change(out, metrics={"nll": out.metrics["nll"] / batch.num_label_tokens})
 
 
 class OneForABatch(CrossEntropy):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sftx.plugins import discover, find
+from sftx.assembly.registry import discover, find
 from sftx.testing.package import SUITE
 
 GOOD = '''"""A metric."""
@@ -79,7 +79,11 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         {"code": GOOD + "\n\nfrom sftx_plugins import padded\n"},
         "imports sftx_plugins, whose modules are not public",
     ),
-    ("imports-public-names", {"code": GOOD + "\n\nimport sftx.config\n"}, "imports sftx.config of sftx.config"),
+    (
+        "imports-public-names",
+        {"code": GOOD + "\n\nimport sftx.config.options\n"},
+        "imports sftx.config.options of sftx.config",
+    ),
     ("imports-lightly", {"code": GOOD.replace("from sftx", "import torch\nfrom sftx", 1)}, "imports torch"),
     ("is-frozen", {"code": GOOD.replace("frozen=True, ", "")}, "declare it as @dataclass(frozen=True, eq=False)"),
     (

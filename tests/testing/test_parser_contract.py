@@ -10,7 +10,7 @@ import pytest
 
 from contracts import assert_every_clause_is_broken, assert_fails_only
 from sftx import Conversation, DataError, Location, Message, Parsed, PlainText, Record, Tokens, hookimpl
-from sftx.hookspecs import DEFAULTS
+from sftx.assembly.hookspecs import DEFAULTS
 from sftx.testing import ContractError
 from sftx.testing.kit import built_in
 from sftx.testing.parser import SUITE, check_parser

@@ -15,7 +15,7 @@ from sftx import Conversation, DataError, Message, Segment, hookimpl
 from sftx.testing import ContractError
 from sftx.testing.kit import built_in
 from sftx.testing.template import SUITE, check_template
-from sftx_plugins.chatml import END, START, ChatML
+from sftx_plugins.templates.chatml import END, START, ChatML
 
 EOT = "<|endoftext|>"
 

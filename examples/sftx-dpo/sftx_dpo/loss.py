@@ -71,7 +71,7 @@ def log_likelihoods(lm: LanguageModel, batch: Batch, hidden: HiddenOut) -> Tenso
         batch.labels_BT.flatten(),
         bias_V=lm.head_bias,
         token_weights_N=None if weights_BT is None else weights_BT.flatten(),
-        num_valid=batch.num_tokens,
+        num_valid=batch.num_label_tokens,
         softcap=lm.softcap,
         logit_scale=lm.logit_scale,
         reduction="none",

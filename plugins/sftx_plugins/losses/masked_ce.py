@@ -1,0 +1,65 @@
+"""Cross-entropy of the trained tokens, without ever holding their logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
+
+from sftx import Batch, Loss, LossSum, hookimpl
+
+if TYPE_CHECKING:
+    from sftx import LanguageModel  # needs torch, which options are checked before
+
+
+@dataclass(frozen=True, eq=False)
+class MaskedCE:
+    """Next-token cross-entropy over the trained tokens: head and loss in one pass, chunk by chunk."""
+
+    label_smoothing: Annotated[
+        float,
+        Field(ge=0, lt=1, description="Share of the target that is spread over the vocabulary, in training only."),
+    ] = 0.0
+    z_loss: Annotated[
+        float, Field(ge=0, description="Weight of log(sum(exp(logits)))^2, which keeps logits small, in training only.")
+    ] = 0.0
+    workspace_mb: Annotated[
+        int | None,
+        Field(ge=1, description="Most MiB that one chunk of logits may take; by default a chunk is 256 rows on a CPU."),
+    ] = None
+
+    @hookimpl
+    def sftx_loss(self) -> Loss:
+        return self
+
+    def denominator(self, batch: Batch) -> float:
+        return float(batch.num_label_tokens)
+
+    def __call__(self, lm: LanguageModel, batch: Batch) -> LossSum:
+        import torch
+
+        from sftx_kernels import linear_cross_entropy
+
+        hidden = lm.hidden(batch)
+        weights_BT = batch.token_weights_BT
+        # What regularises training is no part of a held-out loss.
+        evaluating = not torch.is_grad_enabled()
+        out = linear_cross_entropy(
+            hidden.hidden_BTD.flatten(0, 1),
+            lm.head_weight,
+            batch.labels_BT.flatten(),
+            bias_V=lm.head_bias,
+            token_weights_N=None if weights_BT is None else weights_BT.flatten(),
+            num_valid=batch.num_label_tokens,
+            label_smoothing=0.0 if evaluating else self.label_smoothing,
+            z_loss=0.0 if evaluating else self.z_loss,
+            softcap=lm.softcap,
+            logit_scale=lm.logit_scale,
+            workspace_bytes=None if self.workspace_mb is None else self.workspace_mb * 2**20,
+            stats=evaluating,
+        )
+        metrics = {}
+        if out.correct_N is not None:
+            metrics = {"token_accuracy": out.correct_N.sum(), "nll": out.loss}
+        return LossSum(out.loss, hidden.aux_loss, metrics)

@@ -1,0 +1,61 @@
+"""BLEU of all answers together, by sacrebleu."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from sftx import Metric, PluginError, hookimpl
+from sftx_plugins.metrics._answers import SPACELESS, library
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Bleu:
+    """sacrebleu's BLEU of the whole held-out set, from 0 to 100 (Papineni et al. 2002; Post 2018)."""
+
+    tokenize: Annotated[
+        Literal["13a", "intl", "zh", "ja-mecab", "ko-mecab", "char", "none"],
+        Field(description="How text becomes words, by sacrebleu's names; zh for Chinese, char for any script."),
+    ] = "13a"
+    lowercase: Annotated[bool, Field(description="Compare in lower case.")] = False
+
+    @hookimpl
+    def sftx_metric(self) -> Metric:
+        bleu = library("sacrebleu.metrics", "sacrebleu").BLEU
+        try:
+            options = {"tokenize": self.tokenize, "lowercase": self.lowercase}
+            return _Bleu(self.tokenize, bleu(**options), bleu(**options, effective_order=True))
+        except (ImportError, RuntimeError) as error:  # the tokenizers of Japanese and Korean are libraries of their own
+            raise PluginError(f"tokenize={self.tokenize}: {error}") from error
+
+
+@dataclass
+class _Bleu:
+    tokenize: str
+    of_sets: Any
+    of_sentences: Any
+    """Without the orders of which a short sentence has no n-gram at all."""
+    warned: bool = False
+    """Whether it has been said that sentences are taken for words."""
+
+    def __call__(self, prediction: str, reference: str) -> float:
+        return float(self.of_sentences.sentence_score(prediction, [reference]).score)
+
+    def corpus(self, predictions: Sequence[str], references: Sequence[str]) -> float:
+        spaceless = 0 if self.warned else sum(bool(SPACELESS.search(text)) for text in references)
+        if spaceless and self.tokenize in ("13a", "intl", "none"):
+            self.warned = True
+            log.warning(
+                "bleu: %d of %d references are in a script without spaces, whose sentences tokenize=%s takes for one "
+                "word each; set bleu.tokenize=zh for Chinese, or char",
+                spaceless,
+                len(references),
+                self.tokenize,
+            )
+        return float(self.of_sets.corpus_score(list(predictions), [list(references)]).score)

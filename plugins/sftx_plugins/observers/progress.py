@@ -1,0 +1,145 @@
+"""The run on the terminal: what was assembled and derived, a bar while it trains, the result. Plain lines elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich import markup
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from sftx import EvalReport, Observer, RunInfo, StartReport, StepReport, hookimpl
+
+_PLAIN_WIDTH = 120
+
+
+@dataclass(frozen=True, eq=False)
+class Progress:
+    """Prints the start, every logging_steps-th step, evaluations and the result."""
+
+    @hookimpl
+    def sftx_observer(self, run: RunInfo) -> Observer:
+        console = Console()
+        if not console.is_terminal:
+            console = Console(width=_PLAIN_WIDTH)
+        return _Terminal(console, run.config["train"]["logging_steps"], run.output_dir)
+
+
+class _Terminal(Observer):
+    def __init__(self, console: Console, logging_steps: int, output_dir: Path) -> None:
+        self._console = console
+        self._logging_steps = logging_steps
+        self._output_dir = output_dir
+        self._bar = Bar(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=None)
+
+    def on_start(self, report: StartReport) -> None:
+        self._console.print(_assembled(report), "", _derived(report, self._output_dir), "", sep="\n")
+        for line in report.ledger:
+            self._print(f"note: {line}")
+        if report.resumed_step is not None:
+            self._print(f"goes on after step {report.resumed_step}")
+        self._bar.update(self._task, total=report.num_steps, completed=report.resumed_step or 0)
+
+    def on_step(self, report: StepReport) -> None:
+        line = (
+            f"loss {report.loss:.4f}  lr {report.learning_rate:.2e}  grad norm {report.grad_norm:.3f}  "
+            f"{report.tokens_per_second:.0f} tokens/s"
+        )
+        line += "".join(f"  {name} {value:.4g}" for name, value in report.metrics.items())
+        self._bar.start()
+        self._bar.update(self._task, completed=report.step, description=line)
+        if report.step % self._logging_steps == 0 or report.step in (1, report.num_steps):
+            self._print(f"step {report.step}/{report.num_steps}  {line}")
+        if report.step == report.num_steps:
+            self._bar.stop()
+
+    def on_evaluate(self, report: EvalReport) -> None:
+        values = "  ".join(f"{name} {value:.4g}" for name, value in report.metrics.items())
+        self._print(f"held-out, step {report.step}: {values}  ({report.seconds:.0f} s)")
+
+    def on_save(self, step: int, directory: Path) -> None:
+        self._print(f"saved {directory}")
+
+    def on_end(self, summary: Mapping[str, Any]) -> None:
+        if summary.get("samples"):
+            self._console.print(_samples(summary["samples"]))
+        if "held_out" in summary:
+            self._console.print(_scores(summary["held_out"]["before"], summary["held_out"]["after"]))
+        self._print(
+            f"{summary['num_steps']} steps, {summary['tokens_per_second']:.0f} tokens/s, "
+            f"peak {summary['peak_bytes'] / 1e9:.1f} GB, {summary['wall_seconds']:.0f} s in all"
+        )
+        self._print(f"result: {summary['artefact']}")
+
+    def close(self) -> None:
+        self._bar.stop()
+
+    def _print(self, line: str) -> None:
+        self._console.print(escape(line), soft_wrap=True, highlight=False)
+
+
+def _assembled(report: StartReport) -> Table:
+    table = Table("stage", "plugin", "distribution", "options", box=None, header_style="bold", pad_edge=False)
+    shown: set[str] = set()
+    for p in report.providers:
+        # A plugin that fills several stages has its options once.
+        options = ", ".join(f"{name}={value}" for name, value in p.options.items()) if p.plugin not in shown else ""
+        shown.add(p.plugin)
+        table.add_row(p.stage, escape(p.plugin), escape(f"{p.distribution} {p.version}"), escape(options))
+    return table
+
+
+def _derived(report: StartReport, output_dir: Path) -> Table:
+    share = report.num_trainable / report.num_parameters
+    formats = ", ".join(f"{number} {name}" for name, number in report.formats.items())
+    trained = report.num_label_tokens / max(1, report.num_input_tokens)
+    scope = "in the first window" if report.is_stream else "an epoch"
+    table = Table.grid(padding=(0, 2))
+    for name, value in (
+        ("model", f"{report.model} on {report.device}, {report.dtype}"),
+        ("parameters", f"{report.num_parameters:,}, trained {report.num_trainable:,} ({share:.2%})"),
+        ("rows", f"{report.num_rows:,} ({formats}), held out {report.num_eval_rows:,}"),
+        ("tokens", f"{report.num_input_tokens:,} {scope}, trained {report.num_label_tokens:,} ({trained:.1%})"),
+        ("steps", f"{report.num_steps:,}, {report.tokens_per_step:.0f} trained tokens a step"),
+        ("processes", f"{report.num_processes}, which share the rows of a step" * (report.num_processes > 1)),
+        ("output", str(output_dir)),
+    ):
+        if not value:
+            continue
+        table.add_row(f"[bold]{name}[/bold]", escape(value))
+    return table
+
+
+def _samples(samples: list[Mapping[str, str]]) -> Table:
+    table = Table("request", "before", "after", "expected", title="held-out rows", show_lines=True)
+    for sample in samples:
+        table.add_row(*(escape(sample[name]) for name in ("prompt", "before", "after", "reference")))
+    return table
+
+
+def _scores(before: Mapping[str, float], after: Mapping[str, float]) -> Table:
+    table = Table("held-out", "before", "after", box=None, header_style="bold", pad_edge=False)
+    for name in before:
+        if name in after:
+            table.add_row(escape(name), f"{before[name]:.4g}", f"{after[name]:.4g}")
+    return table
+
+
+def escape(text: str) -> str:
+    """Text as it stands, for the terminal: no markup of rich, and no control character that a row may hold."""
+    return markup.escape("".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text))

@@ -1,0 +1,54 @@
+"""`{"instruction": ..., "input": ..., "output": ..., "system": ..., "history": [[q, a], ...]}`: Stanford Alpaca's form.
+
+`system`, `history` and `tools` are LLaMA-Factory's additions, and so is the way the input is joined: on a line of its
+own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from sftx import Conversation, DataError, Location, Message, Parser, Record, hookimpl
+from sftx_plugins.parsers import _turns, _values
+
+
+@dataclass(frozen=True, eq=False)
+class Alpaca:
+    """An instruction, perhaps with an input, and its output; earlier turns in history are trained too."""
+
+    fields: ClassVar[str] = "instruction, output (input, system, history, tools)"
+    samples: ClassVar[Sequence[Record]] = (
+        {"instruction": "What is 2 + 3?", "output": "5"},
+        {
+            "system": "Answer in one word.",
+            "history": [["The capital of France?", "Paris"]],
+            "instruction": "Translate into German.",
+            "input": "house",
+            "output": "Haus",
+        },
+        {"instruction": "用一句话介绍长城。", "input": "", "output": "长城是中国古代的防御工程。"},
+    )
+
+    @hookimpl
+    def sftx_parser(self) -> Parser:
+        return self
+
+    def accepts(self, record: Record) -> bool:
+        return "instruction" in record and "output" in record
+
+    def parse(self, record: Record, where: Location) -> tuple[Conversation, ...]:
+        messages: list[Message] = []
+        history = record.get("history")
+        for number, pair in enumerate(_values.list_of([] if history is None else history, "history", where)):
+            if not isinstance(pair, list) or len(pair) != 2:
+                raise DataError(f"{where}: history[{number}] is no pair [question, answer]")
+            question, answer = (_values.text(side, f"history[{number}][{n}]", where) for n, side in enumerate(pair))
+            messages += (Message("user", question), _turns.answer(answer))
+        instruction = _values.text(record.get("instruction"), "instruction", where)
+        extra = _values.optional_text(record, "input", where)
+        messages.append(Message("user", "\n".join(part for part in (instruction, extra) if part)))
+        messages.append(_turns.answer(_values.text(record.get("output"), "output", where)))
+        system = _values.optional_text(record, "system", where)
+        return (_turns.conversation(_turns.with_system(system, messages, where), record, where),)

@@ -1,0 +1,12 @@
+"""Gemma 3: the form of Gemma, whose system text its own template has too; text only, no images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sftx_plugins.templates.gemma import Gemma
+
+
+@dataclass(frozen=True, eq=False)
+class Gemma3(Gemma):
+    """Turns of user and model, word for word as Gemma 3's own template; text only."""

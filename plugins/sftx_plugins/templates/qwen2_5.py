@@ -1,0 +1,24 @@
+"""Qwen2.5: ChatML with a system text of its own where a conversation has none, and tools in the form of Hermes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
+
+from sftx_plugins.templates.chatml import CALL, END, RESPONSE, ROLES, START, ChatML
+from sftx_plugins.templates.native import THINK
+
+
+@dataclass(frozen=True, eq=False)
+class Qwen25(ChatML):
+    """ChatML as Qwen2.5's own template writes it, its default system text and its tools with it."""
+
+    default_system: Annotated[
+        str | None, Field(description="System text of conversations that begin without one; null adds none.")
+    ] = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+
+    controls = frozenset({START, END}) | CALL
+    optional = THINK | RESPONSE
+    roles = ROLES

@@ -1,0 +1,62 @@
+"""What to lower, and by how much, when memory runs out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from torch import Tensor
+
+from sftx.config.options import TrainConfig
+from sftx.types import Batch
+
+_SAME: Final = "the same run, which --resume goes on with"
+
+
+def of_step(config: TrainConfig, batches: Sequence[Batch]) -> str:
+    """What was too large in forward or backward, and the first thing to change that leaves the update as it is."""
+    largest = max(batches, key=lambda batch: batch.input_ids_BT.numel())
+    rows, length = largest.input_ids_BT.shape
+    return f"a micro-batch of {_counted(rows, 'row')} of {length} tokens; {_remedy(config, largest)}"
+
+
+def _remedy(config: TrainConfig, batch: Batch) -> str:
+    if config.per_device_train_batch_size > 1:
+        return fewer_rows(config)
+    if not config.gradient_checkpointing:
+        return f"set --gradient-checkpointing, which computes each layer twice and keeps one: {_SAME}"
+    if config.selective_checkpointing:
+        return f"leave selective_checkpointing out, which keeps several results of each layer: {_SAME}"
+    longest = batch.input_ids_BT.shape[1]
+    documents = 1 if batch.cu_seqlens is None else len(batch.cu_seqlens) - 1
+    if documents > 1:
+        return (
+            f"let a packed row hold fewer tokens (this one has {longest}, in {documents} documents): "
+            f"--set packed.length={max(batch.max_seqlen, longest // 2)}"
+        )
+    return f"lower data.max_length (this row has {longest} tokens): --max-length {max(2, longest // 2)}"
+
+
+def fewer_rows(config: TrainConfig) -> str:
+    """Fewer rows at once and as many in a step, which gives the same update."""
+    rows, micro_batches = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    fewer = next(rows // divisor for divisor in range(2, rows + 1) if rows % divisor == 0)
+    share = "half" if rows == 2 * fewer else f"1/{rows // fewer} of"
+    return (
+        f"set --per-device-train-batch-size {fewer} --gradient-accumulation-steps {micro_batches * rows // fewer} "
+        f"(now {rows} and {micro_batches}), {share} the memory for rows: {_SAME}"
+    )
+
+
+def of_optimizer(config: TrainConfig, parameters: Sequence[Tensor]) -> str:
+    """What the optimizer's state, which is made in the first step, asks for."""
+    num_trained = sum(parameter.numel() for parameter in parameters)
+    lean = "adafactor" if config.optim != "adafactor" else "sgd"
+    return (
+        f"the state of optim {config.optim} for {num_trained:,} trained parameters; train fewer, as an adapter does "
+        f"(--plugin lora), or set --optim {lean}, which keeps less of each"
+    )
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

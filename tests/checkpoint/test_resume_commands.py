@@ -1,0 +1,147 @@
+"""`--resume` with another command, without a run, of one that is complete; and disks that are full or read-only."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from killing import Runs
+from resuming import PACKED, PADDED, SHORT, Sftx, copy, interrupted, lines
+from same_end import differences
+
+
+@pytest.fixture(scope="module")
+def stopped(runs: Runs) -> Path:
+    """A run directory that is not complete."""
+    directory = runs.directory("stopped")
+    process = runs.start(PACKED, directory)
+    process.until((directory / "out" / "checkpoints" / "step-4").exists)
+    process.signal(signal.SIGKILL)
+    process.wait()
+    return directory / "out"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("--learning-rate 1e-4", "train.learning_rate 0.001, and is 0.0001 now"),
+        ("--set packed.length=80", "plugins.packed.length 96, and is 80 now"),
+        ("--plugin lora", "plugins"),
+        ("--seed 1", "train.seed 42, and is 1 now"),
+        ("--gradient-accumulation-steps 3", "train.gradient_accumulation_steps 2, and is 3 now"),
+        ("--data {root}/more.jsonl", "data.train"),
+    ],
+)
+def test_another_run_is_no_continuation(runs: Runs, sftx: Sftx, stopped: Path, change: str, named: str) -> None:
+    directory = copy(stopped, runs, "changed")
+    before = {path: path.stat().st_mtime_ns for path in (directory / "out").rglob("*")}
+    result = sftx(PACKED, directory, "--resume", *change.format(root=runs.root).split())
+    assert result.exit_code == 1
+    assert "--resume: out was begun with" in result.output
+    assert named in result.output
+    assert {path: path.stat().st_mtime_ns for path in (directory / "out").rglob("*")} == before, "nothing was touched"
+
+
+def test_other_rows_of_the_same_name_are_refused(runs: Runs, sftx: Sftx, stopped: Path) -> None:
+    directory, rows = copy(stopped, runs, "rows"), runs.root / "train.jsonl"
+    content = rows.read_text()
+    try:
+        rows.write_text(content.replace("count", "number"))
+        result = sftx(PACKED, directory, "--resume")
+    finally:
+        rows.write_text(content)
+    assert result.exit_code == 1
+    assert "--resume: out was begun with another content of data" in result.output
+
+
+def test_the_rows_of_a_step_may_be_split_otherwise(runs: Runs, sftx: Sftx, stopped: Path) -> None:
+    directory = copy(stopped, runs, "split")
+    split = ("--per-device-train-batch-size", "1", "--gradient-accumulation-steps", "4")
+    result = sftx(PACKED, directory, "--resume", *split)
+    assert result.exit_code == 0, result.output
+    assert "the same but for rounding" in result.output
+    ours, theirs = (lines(out / "metrics.jsonl") for out in (directory / "out", runs.undisturbed(PACKED)[0]))
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert mine.get("num_label_tokens") == other.get("num_label_tokens")
+
+
+def test_a_complete_run_is_left_as_it_is(runs: Runs, sftx: Sftx) -> None:
+    directory = copy(runs.undisturbed(PACKED)[0], runs, "complete")
+    before = {path: path.stat().st_mtime_ns for path in (directory / "out").rglob("*")}
+    result = sftx(PACKED, directory, "--resume")
+    assert result.exit_code == 0
+    assert result.output == "out is complete, nothing is left to do\n"
+    assert {path: path.stat().st_mtime_ns for path in (directory / "out").rglob("*")} == before
+
+
+def test_where_there_is_no_run_it_begins_and_files_are_never_touched(runs: Runs, sftx: Sftx) -> None:
+    directory = runs.directory("none")
+    result = sftx(SHORT, directory, "--resume")
+    assert result.exit_code == 0
+    assert "--resume: there is no run in out yet; it begins" in result.output
+    assert not differences(runs.undisturbed(SHORT)[0], directory / "out")
+    other = runs.directory("files")
+    (other / "out").mkdir()
+    (other / "out" / "thesis.txt").write_text("years of work")
+    result = sftx(SHORT, other, "--resume")
+    assert result.exit_code == 1
+    assert "--resume: out holds files and no run" in result.output
+    assert [path.name for path in (other / "out").iterdir()] == ["thesis.txt"]
+
+
+def test_the_run_file_that_a_run_wrote_goes_on_with_it(runs: Runs, sftx: Sftx, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sftx.cli import main
+
+    directory, end = interrupted(runs, sftx, SHORT, 4)
+    monkeypatch.chdir(directory)
+    result = CliRunner().invoke(main, ["run", "out/run.yaml", "--resume"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert not differences(end, directory / "out")
+
+
+def test_without_a_directory_the_newest_run_of_that_name_goes_on(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sftx.cli import main
+
+    monkeypatch.chdir(runs.directory("newest"))
+    command = [part for part in SHORT.command(runs.root, runs.model) if part not in ("--output-dir", "out")]
+    for number, more in ((1, []), (2, []), (2, ["--resume"])):
+        result = CliRunner().invoke(main, [*command, *more], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        if more:
+            assert result.output == f"runs/train-{number} is complete, nothing is left to do\n"
+    assert [path.name for path in sorted(Path("runs").iterdir())] == ["train-1", "train-2"]
+
+
+# --- disks --------------------------------------------------------------------------------------
+
+
+def test_a_disk_that_fills_up_costs_one_checkpoint_and_one_line(runs: Runs) -> None:
+    """No file of the run may grow over 50 kB from its second checkpoint on: of the next one some do."""
+    import resource
+
+    directory = runs.directory("full")
+    process = runs.start(PADDED, directory)
+    process.until((directory / "out" / "checkpoints" / "step-2").exists)
+    assert process.child.pid is not None
+    resource.prlimit(process.child.pid, resource.RLIMIT_FSIZE, (50_000, 50_000))
+    assert process.wait() == 1, process.printed
+    errors = [line for line in process.printed.splitlines() if "error" in line]
+    assert len(errors) == 1, process.printed
+    assert errors[0].startswith("sftx: error: out/checkpoints/step-")
+    assert "cannot be written: " in errors[0]
+    assert "make room, or keep fewer checkpoints with --save-total-limit" in errors[0]
+    assert not list((directory / "out").rglob("*.part"))
+    assert runs.start(PADDED, directory, "--resume").wait() == 0
+    assert not differences(runs.undisturbed(PADDED)[0], directory / "out")
+
+
+def test_a_place_that_cannot_be_written_is_told_before_training(runs: Runs, sftx: Sftx) -> None:
+    result = sftx(SHORT, runs.directory("read-only"), "--output-dir", "/proc/sftx-run")
+    assert result.exit_code == 1
+    assert "output_dir /proc/sftx-run: cannot be written" in result.output
+    assert "step 1" not in result.output

@@ -1,0 +1,156 @@
+"""Which directory a run gets, and what may be otherwise when it goes on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sftx.checkpoint import run_directory
+from sftx.checkpoint.run_directory import RunDirectory
+from sftx.config.loading import load
+from sftx.config.options import as_dict
+from sftx.errors import ConfigError, OutputError
+
+
+def resolved(**options: Any) -> dict[str, Any]:
+    given = {"model": "m", "data.train": ["a.jsonl"], "lora.r": 16} | {
+        n.replace("__", "."): v for n, v in options.items()
+    }
+    plugins = given.pop("plugins", ["chatml", "lora"])
+    return as_dict(load(None, add=plugins, assignments=[(n, v, n) for n, v in given.items()]).config)
+
+
+MANIFEST: dict[str, Any] = {
+    "sftx": "0.1.0",
+    "python": "3.11.7",
+    "device": "cpu",
+    "dtype": "float32",
+    "libraries": {"torch": "2.13.0"},
+    "plugins": [{"plugin": "lora", "stage": "adapter", "version": "0.1.0"}],
+    "model": {"name": "m", "sha256": "aa"},
+    "data": [{"path": "a.jsonl", "fingerprint": "bb"}],
+    "eval_data": [],
+}
+
+
+@pytest.fixture
+def begun(tmp_path: Path) -> RunDirectory:
+    directory = run_directory.new(str(tmp_path / "out"), "run")
+    assert directory.claim()
+    directory.write_start(resolved(), MANIFEST)
+    directory.release()
+    return run_directory.resume(str(tmp_path / "out"), "run")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"train__learning_rate": 1e-3}, "was begun with train.learning_rate 0.0002, and is 0.001 now; give the same"),
+        ({"data__train": ["b.jsonl"]}, "was begun with data.train .*a.jsonl.*, and is .*b.jsonl.* now"),
+        ({"lora__r": 4}, "was begun with plugins.lora.r 16, and is 4 now"),
+        (
+            {"plugins": ["lora", "chatml"]},
+            r'was begun with plugins \["chatml", "lora"\], and is \["lora", "chatml"\] now',
+        ),
+        ({"train__per_device_train_batch_size": 4}, "train.per_device_train_batch_size 8, and is 4 now"),
+        ({"train__seed": 1, "train__max_steps": 3}, "train.max_steps null, and is 3 now, and 1 more differ"),
+    ],
+)
+def test_another_run_does_not_go_on_here(begun: RunDirectory, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        begun.check_same(resolved(**options), [])
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({}, None),
+        ({"train__save_steps": 5, "train__logging_steps": 1, "output_dir": "elsewhere", "data__num_proc": 2}, None),
+        ({"train__per_device_train_batch_size": 2, "train__gradient_accumulation_steps": 4}, "split otherwise"),
+        ({"plugins": ["chatml", "lora", "wandb"]}, None),
+        ({"train__gradient_checkpointing": True}, "train.gradient_checkpointing changed: the results are the same but"),
+    ],
+)
+def test_what_computes_the_same_may_change(
+    begun: RunDirectory, caplog: pytest.LogCaptureFixture, options: dict[str, Any], told: str | None
+) -> None:
+    begun.check_same(resolved(**options), [{"plugin": "wandb", "stage": "observer"}])
+    assert (told in caplog.text) if told is not None else not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"model": {"name": "m", "sha256": "cc"}}, "another content of model"),
+        ({"data": [{"path": "a.jsonl", "fingerprint": "cc"}]}, "another content of data"),
+        ({"eval_data": [{"path": "b.jsonl", "fingerprint": "cc"}]}, "another content of eval data"),
+    ],
+)
+def test_other_inputs_under_the_same_names_are_refused(
+    begun: RunDirectory, changed: dict[str, Any], message: str
+) -> None:
+    begun.check_inputs(MANIFEST)
+    with pytest.raises(ConfigError, match=message):
+        begun.check_inputs(MANIFEST | changed)
+
+
+def test_other_versions_are_told(begun: RunDirectory, caplog: pytest.LogCaptureFixture) -> None:
+    begun.check_inputs(MANIFEST | {"libraries": {"torch": "2.11.0"}})
+    assert "not what this run was begun with: torch 2.13.0 -> 2.11.0; results may differ" in caplog.text
+
+
+def test_a_directory_has_one_process_at_a_time(begun: RunDirectory) -> None:
+    again = run_directory.resume(str(begun.path), "run")
+    assert begun.claim()
+    assert not again.claim()
+    begun.release()
+    assert again.claim()
+    again.release()
+
+
+def test_the_last_numbered_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_directory.resume(None, "demo").path == Path("runs/demo-1")
+    for number in (1, 2):
+        directory = run_directory.new(None, "demo")
+        assert directory.path == Path(f"runs/demo-{number}")
+        assert directory.claim()
+        directory.write_start(resolved(), MANIFEST)
+        directory.release()
+    going_on = run_directory.resume(None, "demo")
+    assert (going_on.path, going_on.resumed) == (Path("runs/demo-2"), True)
+    assert going_on.finished() is None
+    going_on.write_summary({"artefact": "runs/demo-2/adapter"})
+    assert going_on.finished() is None, "what it came to is not there"
+    Path("runs/demo-2/adapter").mkdir()
+    done = going_on.finished()
+    assert done is not None
+    assert (done.output_dir, done.summary) == (Path("runs/demo-2"), {"artefact": "runs/demo-2/adapter"})
+    shutil.rmtree("runs/demo-1")
+    assert run_directory.resume(None, "demo").path == Path("runs/demo-2"), "a gap is none"
+    assert run_directory.new(None, "demo").path == Path("runs/demo-3")
+
+
+def test_files_of_others_are_no_run(tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("dear")
+    for choose in (run_directory.new, run_directory.resume):
+        with pytest.raises(OutputError, match="holds files"):
+            choose(str(tmp_path), "run")
+    with pytest.raises(OutputError, match="is a file"):
+        run_directory.resume(str(tmp_path / "letter.txt"), "run")
+
+
+def test_what_a_kill_left_is_no_obstacle(tmp_path: Path) -> None:
+    """Killed between making the directory and writing run.yaml."""
+    (tmp_path / ".run.yaml.part").write_text("mod")
+    directory = run_directory.resume(str(tmp_path), "run")
+    assert not directory.resumed
+    assert directory.claim()
+    directory.write_start(resolved(), MANIFEST)
+    assert json.loads((tmp_path / "manifest.json").read_text()) == MANIFEST
+    assert {path.name for path in tmp_path.iterdir()} == {"run.yaml", "manifest.json"}
+    directory.release()

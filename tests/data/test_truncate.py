@@ -1,0 +1,169 @@
+"""Rows that do not fit: each policy keeps what it says, and none trains a stop where the text did not stop."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import assets
+from sftx.config.options import DataConfig
+from sftx.data.row_encoder import Row, RowEncoder
+from sftx.data.truncate import fit, infer_lengths
+from sftx.errors import DataError
+from sftx.testing.kit import Kit
+from sftx.types import Conversation, Location, Message, PlainText
+from sftx_plugins.templates.chatml import ChatML
+
+WHERE = Location("rows.jsonl", 7)
+STOP = 3
+"""The control token of the pieces below, in which every other id is plain text."""
+
+
+@pytest.fixture(scope="module")
+def kit() -> Kit:
+    return Kit(ChatML())
+
+
+def turns(*lengths: int) -> Conversation:
+    roles = ("user", "assistant")
+    return Conversation(
+        tuple(Message(roles[n % 2], " ".join(f"w{n}x{i}" for i in range(length))) for n, length in enumerate(lengths))
+    )
+
+
+def encode(kit: Kit, conversation: Any, **options: Any) -> Row:
+    return RowEncoder({}, kit.encoder, DataConfig(**options)).encode([conversation], Row(WHERE))
+
+
+def test_lengths_are_llama_factorys() -> None:
+    assert infer_lengths(3000, 2000, 1000) == (600, 400)
+    assert infer_lengths(1000, 100, 1000) == (900, 100)
+
+
+@settings(max_examples=500)
+@given(st.integers(0, 5000), st.integers(0, 5000), st.integers(1, 3000))
+def test_lengths_are_those_of_llama_factorys_own_function(prompt: int, answer: int, limit: int) -> None:
+    theirs = assets.function(assets.path("llamafactory", "processor_utils.py"), "infer_seqlen")
+    if prompt + answer > 0:
+        assert infer_lengths(prompt, answer, limit) == theirs(prompt, answer, limit)
+
+
+def test_cut_end_keeps_the_beginning_and_loses_the_stop(kit: Kit) -> None:
+    whole = encode(kit, turns(20, 40)).examples[0]
+    row = encode(kit, turns(20, 40), max_length=len(whole.token_ids) - 10)
+    (cut,) = row.examples
+    assert cut.token_ids.tolist() == whole.token_ids[:-10].tolist()
+    assert kit.encoder.stop_ids[0] not in cut.token_ids[cut.loss_mask]
+    assert [(e.action, e.length, e.kept) for e in row.entries] == [
+        ("cut", len(whole.token_ids), len(whole.token_ids) - 10)
+    ]
+
+
+def test_cut_oldest_leaves_whole_turns_out_and_keeps_the_system(kit: Kit) -> None:
+    conversation = Conversation((Message("system", "Be brief."), *turns(30, 5, 30, 6, 10, 7).messages))
+    limit = len(encode(kit, Conversation((conversation.messages[0], *conversation.messages[3:]))).examples[0].token_ids)
+    (cut,) = encode(kit, conversation, long_rows="cut_oldest", max_length=limit).examples
+    text = kit.tokenizer.decode(cut.token_ids)
+    assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nw2x0 ")
+    assert "w0x" not in text
+    assert "w1x" not in text
+    assert cut.token_ids[cut.loss_mask].tolist().count(kit.encoder.stop_ids[0]) == 2
+
+
+def test_cut_oldest_drops_a_row_whose_last_turns_alone_are_too_long(kit: Kit) -> None:
+    row = encode(kit, turns(5, 5, 50, 50), long_rows="cut_oldest", max_length=40)
+    assert not row.examples
+    assert row.entries[0].reason == "its prompt alone fills max_length=40"
+
+
+def test_cut_proportional_keeps_the_frame_of_the_turns(kit: Kit) -> None:
+    conversation = turns(100, 80)
+    whole = encode(kit, conversation).examples[0]
+    limit = len(whole.token_ids) // 2
+    (cut,) = encode(kit, conversation, long_rows="cut_proportional", max_length=limit).examples
+    num_answer = int(whole.loss_mask.sum())
+    expected = infer_lengths(len(whole.token_ids) - num_answer, num_answer, limit)
+    assert (int((~cut.loss_mask).sum()), int(cut.loss_mask.sum())) == expected
+    text = kit.tokenizer.decode(cut.token_ids)
+    assert text.startswith("<|im_start|>user\nw0x0 w0x1 ")
+    assert "<|im_end|>\n<|im_start|>assistant\nw1x0 w1x1 " in text
+    assert kit.encoder.stop_ids[0] not in cut.token_ids[cut.loss_mask]
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_cut_proportional_keeps_what_llama_factory_keeps_of_every_turn(data: st.DataObject) -> None:
+    theirs = assets.function(assets.path("llamafactory", "processor_utils.py"), "infer_seqlen")
+    pairs = data.draw(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=5))
+    limit = data.draw(st.integers(2, 100))
+    ids: list[int] = []
+    mask: list[bool] = []
+    for prompt, answer in pairs:
+        ids += [10 + n for n in range(prompt)] + [100 + n for n in range(answer - 1)] + [STOP]
+        mask += [False] * prompt + [True] * answer
+    total, expected = 0, []
+    for prompt, answer in pairs:
+        if total >= limit:
+            break
+        kept = theirs(prompt, answer, limit - total)
+        expected.append(kept)
+        total += sum(kept)
+    piece = (ids, mask, [1.0] * len(ids))
+    config = DataConfig(max_length=limit, long_rows="cut_proportional")
+    found = fit(PlainText(""), piece, config, lambda token: token == STOP, lambda unit: piece)
+    if not found:
+        assert not any(answer for n, (_, answer) in enumerate(expected) if n or expected[0][0])
+        return
+    ((kept_ids, kept_mask, _),) = found
+    assert len(kept_ids) == total <= limit
+    assert sum(kept_mask) == sum(answer for _, answer in expected)
+    # A stop that is trained ends an answer of which nothing was cut.
+    assert [t for t, on in zip(kept_ids, kept_mask, strict=True) if on].count(STOP) == sum(
+        kept == answer for (_, kept), (_, answer) in zip(expected, pairs, strict=False)
+    )
+
+
+def test_split_keeps_every_token_once(kit: Kit) -> None:
+    text = PlainText(" ".join(f"w{n}" for n in range(200)))
+    (whole,) = encode(kit, text, max_length=10_000).examples
+    row = encode(kit, text, max_length=64, long_rows="split")
+    assert [token for piece in row.examples for token in piece.token_ids.tolist()] == whole.token_ids.tolist()
+    assert [piece.part for piece in row.examples] == list(range(1, len(row.examples) + 1))
+    assert all(len(piece.token_ids) == 64 for piece in row.examples[:-1])
+    assert [e.action for e in row.entries] == ["split"]
+
+
+def test_drop_and_error(kit: Kit) -> None:
+    row = encode(kit, turns(20, 40), max_length=30, long_rows="drop")
+    assert (row.examples, row.entries[0].reason) == ([], "longer than max_length=30")
+    with pytest.raises(DataError, match=r"rows.jsonl:7: \d+ tokens, more than data.max_length=30"):
+        encode(kit, turns(20, 40), max_length=30, long_rows="error")
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.integers(1, 30), min_size=2, max_size=8),
+    st.integers(4, 120),
+    st.sampled_from(["cut_end", "cut_oldest", "cut_proportional", "split", "drop"]),
+)
+def test_no_policy_gives_a_long_example_or_a_false_stop(lengths: list[int], limit: int, policy: Any) -> None:
+    kit = _SHARED
+    answers = turns(*lengths).messages[1::2]
+    right = [f"{m.content}<|im_end|>" for m in answers]
+    row = encode(kit, turns(*lengths), max_length=limit, long_rows=policy)
+    for example in row.examples:
+        assert len(example.token_ids) <= limit
+        assert example.loss_mask[1:].any()
+        for on, run in groupby(range(len(example.token_ids)), key=lambda at: bool(example.loss_mask[at])):
+            said = kit.tokenizer.decode(example.token_ids[list(run)])
+            if on and "<|im_end|>" in said:
+                answer = said.removesuffix("\n")
+                # Whole, or the end of one whose beginning stands in the piece before.
+                assert answer in right or (policy == "split" and any(whole.endswith(answer) for whole in right))
+
+
+_SHARED = Kit(ChatML())

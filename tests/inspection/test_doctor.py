@@ -1,0 +1,292 @@
+"""Every check finds what it is for, and is silent where there is nothing to find."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+ASSETS = Path(__file__).parents[2] / ".assets" / "llamafactory"
+
+
+def turns(user: str, assistant: str, **more: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}], **more}
+
+
+GOOD = [turns(f"What is {n} and {n}?", f"It is {2 * n}, as anybody can see.") for n in range(10)]
+HELD = [turns(f"What is {n} times {n}?", f"It is {n * n}.") for n in range(3)]
+
+
+@pytest.fixture
+def findings(make_look: Callable[..., Any]) -> Callable[..., list[tuple[str, str, str]]]:
+    """(severity, check, what was seen) of each finding on these rows."""
+    from sftx.inspection.diagnosis.doctor import diagnose
+
+    def find(rows: list[dict[str, Any]], **options: Any) -> list[tuple[str, str, str]]:
+        found = diagnose(make_look(rows, **options)).findings
+        assert all(finding.fix for finding in found)
+        return [(finding.severity, finding.check, finding.seen) for finding in found]
+
+    return find
+
+
+Find = Callable[..., list[tuple[str, str, str]]]
+
+
+def of(check: str, found: list[tuple[str, str, str]]) -> list[tuple[str, str]]:
+    return [(severity, seen) for severity, name, seen in found if name == check]
+
+
+def test_nothing_is_found_where_nothing_is_wrong(findings: Find, make_model: Callable[..., Path]) -> None:
+    def pad_apart(tokenizer: Any) -> None:
+        tokenizer.pad_token = "<|im_start|>"
+
+    assert findings(GOOD, held_out=HELD, model=make_model(pad_apart)) == []
+
+
+# --- rows ---------------------------------------------------------------------------------------
+
+OF_ROWS: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str, str, str]] = {
+    "a format that nobody knows": ([*GOOD, {"a": 1}], {}, "unreadable-rows", "error", "1 row cannot be read: "),
+    "the same, dropped": ([*GOOD, {"a": 1}], {"invalid_rows": "drop"}, "unreadable-rows", "warning", "rows.jsonl:11"),
+    "too many without an answer": (
+        [*GOOD, {"messages": [{"role": "user", "content": "x"}]}], {}, "dropped-rows", "error", "more than data.max",
+    ),
+    "all of them": ([{"messages": [{"role": "user", "content": "x"}]}], {}, "dropped-rows", "error", "1 of 1 rows"),
+    "duplicates": ([*GOOD, GOOD[3]], {}, "duplicated-rows", "warning", "1 of 11 examples"),
+    "cut rows": ([*GOOD, turns("x", "y " * 300)], {"max_length": 200}, "cut-rows", "warning", "in 1 of them no"),
+    "little trained": ([turns("x " * 300, "y")] * 1, {}, "trained-share", "warning", "of the tokens are trained"),
+    "all trained": (GOOD, {"train_on_prompt": True}, "trained-share", "warning", "of the tokens are trained"),
+    "an empty turn": ([*GOOD, turns("  ", "nothing to say?")], {}, "empty-turns", "warning", "rows.jsonl:11"),
+    "mojibake": ([*GOOD, turns("x", "itâ€™s a cafÃ©")], {}, "damaged-text", "warning", "rows.jsonl:11 has 'â€™'"),
+    "a lost byte": ([*GOOD, turns("x", "caf\ufffd")], {}, "damaged-text", "warning", "rows.jsonl:11"),
+    "rendered before": (
+        [*GOOD, turns("x", "y<|im_end|>")], {}, "spelled-controls", "note", "rows.jsonl:11 has <|im_end|>",
+    ),
+    "text with a BOS": ([*GOOD, turns("<|endoftext|>x", "y")], {}, "spelled-controls", "warning", "begins with"),
+    "much padding": ([*GOOD, turns("x", "y " * 300)], {}, "full-batches", "note", "padding"),
+    "two BOS": ([*GOOD, {"input_ids": [0, 0, 65, 66], "labels": [-100, -100, 65, 66]}], {}, "bos", "error", "twice"),
+    "an end that is not trained": (GOOD, {"train_turn_end": False}, "stop-tokens", "warning", "no example trains"),
+    "every answer cut": ([turns("x", "y " * 300)], {"max_length": 50}, "stop-tokens", "error", "no example trains"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OF_ROWS)
+def test_what_is_wrong_with_rows_is_found(findings: Find, name: str) -> None:
+    rows, options, check, severity, words = OF_ROWS[name]
+    assert (severity, True) in [(found, words in seen) for found, seen in of(check, findings(rows, **options))]
+    quiet = [seen for found, seen in of(check, findings(GOOD)) if found == severity and words in seen]
+    assert quiet == []
+
+
+def test_rows_that_are_trained_and_held_out_are_found(findings: Find) -> None:
+    other_answer = turns("What is 4 and 4?", "I do not know.")
+    found = of("leakage", findings(GOOD, held_out=[*HELD, GOOD[2], other_answer]))
+    assert [severity for severity, _ in found] == ["error", "warning"]
+    assert "1 of 5 held-out examples are trained on" in found[0][1]
+    assert "rows.jsonl:3" in found[0][1]
+    assert "1 of 5 held-out examples ask what a training row asks" in found[1][1]
+    assert "rows.jsonl:5" in found[1][1]
+    assert of("leakage", findings(GOOD, held_out=HELD)) == []
+
+
+def test_half_empty_packed_rows_are_found(findings: Find) -> None:
+    options: dict[str, Any] = {"plugins": ["chatml", "packed"]}
+    long = [turns("x", f"{n} " + "y " * 60) for n in range(10)]
+    lengths = len("<|im_start|>user\nx")  # more than half of the row is one example, so that no two fit
+    found = of("full-batches", findings(long, max_length=230 + lengths, **options))
+    assert [severity for severity, _ in found] == ["note"]
+    assert "packed rows are" in found[0][1]
+    assert of("full-batches", findings(GOOD * 20, max_length=2000, **options)) == []
+
+
+# --- template, tokenizer, model -----------------------------------------------------------------
+
+
+def _writes_bos(tokenizer: Any) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+
+
+def test_a_template_without_the_tokenizers_bos_is_found(findings: Find, make_model: Callable[..., Path]) -> None:
+    ((severity, seen),) = of("bos", findings(GOOD, model=make_model(_writes_bos)))
+    assert severity == "warning"
+    assert "no example begins with '<|endoftext|>'" in seen
+    assert of("bos", findings([{"text": "plain"}], model=make_model(_writes_bos, called="other"))) == []
+
+
+def test_padding_with_eos_is_noted(findings: Find, make_model: Callable[..., Path]) -> None:
+    ((severity, seen),) = of("stop-tokens", findings(GOOD, model=make_model(called="alike")))
+    assert severity == "note"
+    assert "harmless here" in seen
+    apart = make_model(lambda tokenizer: setattr(tokenizer, "pad_token", "<|im_end|>"))
+    assert of("stop-tokens", findings(GOOD, model=apart)) == []
+
+
+@pytest.mark.parametrize(("eos", "number"), [(0, 1), ([0, 2], 0), (2, 0)])
+def test_generation_that_stops_elsewhere_is_found(
+    findings: Find, make_model: Callable[..., Path], eos: int | list[int], number: int
+) -> None:
+    model = make_model()
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    found = [seen for _, seen in of("stop-tokens", findings(GOOD, model=model)) if "generation_config" in seen]
+    assert len(found) == number
+
+
+def test_a_template_unlike_the_tokenizers_is_found(findings: Find, make_model: Callable[..., Path]) -> None:
+    def another(tokenizer: Any) -> None:
+        tokenizer.chat_template = (
+            "{% for m in messages %}{{ '<|im_start|>' + m.role + ': ' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+        )
+
+    ((severity, seen),) = of("own-template", findings(GOOD, model=make_model(another)))
+    assert severity == "warning"
+    assert "is '\\n' by the run's template and ':' by the tokenizer's own" in seen
+
+    def with_default(tokenizer: Any) -> None:
+        start = "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\\nHello<|im_end|>\\n' }}{% endif %}"
+        tokenizer.chat_template = start + tokenizer.chat_template
+
+    ((severity, seen),) = of("own-template", findings(GOOD, model=make_model(with_default, called="default")))
+    assert severity == "note", "its form is the same"
+    assert "without a system text" in seen
+    assert of("own-template", findings(GOOD)) == []
+
+    def broken(tokenizer: Any) -> None:
+        tokenizer.chat_template = "{{ raise_exception('no') }}"
+
+    assert of("own-template", findings(GOOD, model=make_model(broken, called="broken"))) == []
+
+
+def test_a_vocabulary_that_is_too_small_is_found(findings: Find, make_model: Callable[..., Path]) -> None:
+    found = of("vocabulary", findings(GOOD, model=make_model(vocab_size=300)))
+    assert [severity for severity, _ in found] == ["error", "error"]
+    assert "embedding of 640 rows, config.json says vocab_size=300" in found[0][1]
+    assert "the embedding has 300 rows" in found[1][1]
+    unused = make_model(lambda tokenizer: tokenizer.add_tokens([f"<unused{n}>" for n in range(200)]), called="unused")
+    ((severity, seen),) = of("vocabulary", findings(GOOD, model=unused))
+    assert severity == "warning"
+    assert "knows 712 tokens, the embedding has 640 rows" in seen
+    assert of("vocabulary", findings(GOOD)) == []
+
+
+def test_a_base_model_with_a_chat_template_is_found(findings: Find, make_model: Callable[..., Path]) -> None:
+    def without(tokenizer: Any) -> None:
+        tokenizer.chat_template = None
+
+    model, lora = make_model(without), ["chatml", "lora"]
+    ((severity, seen),) = of("base-model", findings(GOOD, model=model, plugins=lora))
+    assert severity == "warning"
+    assert "<|im_end|>, <|im_start|>" in seen
+    assert [severity for severity, _ in of("base-model", findings(GOOD, model=model))] == ["note"], "all is trained"
+    trained = {"lora.modules_to_save": ["embed_tokens"]}
+    assert [s for s, _ in of("base-model", findings(GOOD, model=model, plugins=lora, settings=trained))] == ["note"]
+    named = of("base-model", findings(GOOD, model=make_model(called="tiny-0.1B-Base"), plugins=lora))
+    assert "calls itself a base model" in named[0][1]
+    assert of("base-model", findings(GOOD, plugins=lora, model=make_model(called="database-instruct"))) == []
+
+
+def test_rows_past_the_models_length_are_found(findings: Find, make_model: Callable[..., Path]) -> None:
+    ((severity, seen),) = of("positions", findings(GOOD, model=make_model(max_position_embeddings=16)))
+    assert severity == "warning"
+    assert "the model was made for 16" in seen
+    assert of("positions", findings(GOOD)) == []
+
+
+# --- mojibake -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["It’s a naïve café, “déjà vu” — Straße, Ελλάδα, Привет, 日本語テスト, 请用中文回答我的问题", "žluťoučký kůň"],
+)
+@pytest.mark.parametrize("wrong", ["cp1252", "latin-1"])
+def test_text_read_in_the_wrong_encoding_is_found(text: str, wrong: str) -> None:
+    from sftx.inspection.diagnosis.mojibake import mojibake
+
+    damaged = "".join(
+        bytes([byte]).decode(wrong, "ignore") or bytes([byte]).decode("latin-1") for byte in text.encode("utf-8")
+    )
+    assert mojibake(damaged)
+    assert not mojibake(text)
+
+
+def test_chinese_read_as_gbk_is_found() -> None:
+    from sftx.inspection.diagnosis.mojibake import mojibake
+
+    assert mojibake("请用中文回答我的问题吧吧".encode().decode("gb18030", "ignore"))
+    assert mojibake("锟斤拷")
+
+
+@pytest.mark.parametrize(
+    "text", ["MANHÃ”, disse", "CAFÉ” and É“", "”Å” och ”Ä”, ”Ö”", "ÂNGELA", "50 µm ± 2 °C · §3 ½", "Ça, c’est «bien»"]
+)
+def test_text_of_western_languages_is_none(text: str) -> None:
+    from sftx.inspection.diagnosis.mojibake import mojibake
+
+    assert not mojibake(text)
+
+
+@pytest.mark.parametrize("name", ["alpaca_zh_demo.json", "dpo_zh_demo.json", "glaive_toolcall_zh_demo.json"])
+def test_real_chinese_is_none(name: str) -> None:
+    from sftx.inspection.diagnosis.mojibake import mojibake
+
+    path = ASSETS / name
+    assert path.is_file(), "run `make assets`"
+    strings: list[str] = []
+
+    def collect(value: Any) -> None:
+        if isinstance(value, str):
+            strings.append(value)
+        for one in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+            collect(one)
+
+    collect(json.loads(path.read_text(encoding="utf-8")))
+    assert len(strings) > 900
+    found = [(piece, text) for text in strings if (piece := mojibake(text))]
+    assert all("\ufffd" in text or piece in ("锟斤拷", "烫烫烫") for piece, text in found), found[:3]
+    assert len(found) <= 0.01 * len(strings)
+
+
+# --- the command --------------------------------------------------------------------------------
+
+
+def invoke(*arguments: str) -> Any:
+    from sftx.cli import main
+
+    return CliRunner().invoke(main, ["doctor", "--model", "sftx:tiny", "--plugin", "chatml", *arguments])
+
+
+def test_the_exit_code_says_whether_there_is_an_error(make_look: Callable[..., Any], tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    make_look(GOOD)
+    done = invoke("--data", str(rows))
+    assert done.exit_code == 0, done.output
+    assert "16 checks on 10 rows: 0 errors, 1 warning, 1 note" in done.stdout
+    make_look([*GOOD, {"\x1b[2J": 1}])
+    done = invoke("--data", str(rows))
+    assert done.exit_code == 1
+    assert done.stdout.startswith("error")
+    assert "\x1b" not in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 120
+    done = invoke("--data", str(rows), "--json")
+    assert done.exit_code == 1
+    said = json.loads(done.stdout)
+    assert {"error", "note"} <= {finding["severity"] for finding in said["findings"]}
+    assert len(said["checks"]) == 16
+
+
+def test_the_embedded_default_is_sound(real_model_dir: Path) -> None:
+    from sftx.cli import main
+
+    del real_model_dir  # it sees to it that the embedded model is converted
+    done = CliRunner().invoke(main, ["doctor", "--plugin", "chatml", "--plugin", "lora"])
+    assert done.exit_code == 0, done.output
+    assert "0 errors, 0 warnings" in done.stdout
