@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 from sftx.assembly.registry import Assembly, activate
 from sftx.checkpoint import run_directory
 from sftx.checkpoint.run_directory import RunDirectory
-from sftx.config.loading import Loaded
+from sftx.config.loading import LoadedConfig
 from sftx.config.options import DataConfig, RunConfig, Source, as_dict
 from sftx.data import sources, wanted
 from sftx.distributed.process_group import ProcessGroup, check_environment, env_int, is_launched
@@ -53,7 +53,7 @@ _LIBRARIES: Final = (
 )
 
 
-def run(loaded: Loaded, *, name: str = "run", resume: bool = False) -> Result:
+def run(loaded: LoadedConfig, *, name: str = "run", resume: bool = False) -> Result:
     """Trains as `loaded` says; `name` begins the name of the default output directory.
 
     `resume`: goes on with the run of the same options that lies in the output directory, from its newest whole
@@ -76,7 +76,7 @@ def run(loaded: Loaded, *, name: str = "run", resume: bool = False) -> Result:
             raise
 
 
-def assemble(loaded: Loaded, *, name: str = "run", resume: bool = False) -> Session:
+def assemble(loaded: LoadedConfig, *, name: str = "run", resume: bool = False) -> Session:
     """Everything before the first step: all that can be wrong is found here; nothing is written but the cache."""
     return _assemble(_begin(loaded, name, resume=resume))
 
@@ -84,7 +84,7 @@ def assemble(loaded: Loaded, *, name: str = "run", resume: bool = False) -> Sess
 class _Begun(NamedTuple):
     """What is known of a run before torch is imported."""
 
-    loaded: Loaded
+    loaded: LoadedConfig
     process_group: ProcessGroup
     choose: Callable[[], RunDirectory]
     directory: RunDirectory
@@ -92,7 +92,7 @@ class _Begun(NamedTuple):
     resolved: dict[str, Any]
 
 
-def _begin(loaded: Loaded, name: str, *, resume: bool) -> _Begun:
+def _begin(loaded: LoadedConfig, name: str, *, resume: bool) -> _Begun:
     """Raises SftxError for what is wrong with options and plugins, and when another run lies in the directory."""
     config = loaded.config
     names.check(config.model)

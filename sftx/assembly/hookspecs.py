@@ -6,7 +6,6 @@ Each must return what its annotation says: a plugin that has nothing to give doe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
 import pluggy
@@ -70,14 +69,3 @@ RETURNS: Final[dict[str, type]] = {
 
 ONE_PROVIDER: Final = frozenset({"sftx_template", "sftx_collator", "sftx_loss"})
 """Hooks that at most one plugin may fill."""
-
-DEFAULTS: Final[Mapping[str, tuple[str, ...]]] = {
-    "sftx_parser": ("messages", "prompt-completion", "alpaca", "sharegpt", "hh-rlhf", "tokens", "text"),
-    "sftx_collator": ("padded",),
-    "sftx_loss": ("masked-ce",),
-    "sftx_observer": ("progress", "jsonl"),
-}
-"""The plugins of a run that names none for a hook. Where a hook takes many, they come after those that are named."""
-
-TEMPLATES: Final = ("chatml", "qwen3", "qwen2.5", "llama3", "gemma3", "gemma", "phi", "deepseek3", "mistral", "llama2")
-"""The built-in templates: tried on the tokenizer when a run has none, to say which would fit."""

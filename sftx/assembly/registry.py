@@ -20,8 +20,9 @@ import pluggy
 
 from sftx import _deprecated
 from sftx.assembly import hookspecs
-from sftx.assembly.hookspecs import DEFAULTS, ONE_PROVIDER, PROJECT, RETURNS
+from sftx.assembly.hookspecs import ONE_PROVIDER, PROJECT, RETURNS
 from sftx.assembly.stages import Guarded, arguments_of, make, named
+from sftx.config.default_plugins import DEFAULT_PLUGINS
 from sftx.errors import PluginError, did_you_mean, one_line
 from sftx.events import Provider, RunInfo
 from sftx.types import Adapter, Collator, Loss, Metric, ModelSpec, Observer, Parser, Template
@@ -29,7 +30,7 @@ from sftx.types import Adapter, Collator, Loss, Metric, ModelSpec, Observer, Par
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from sftx.config.loading import Loaded
+    from sftx.config.loading import LoadedConfig
     from sftx.config.run_file import Origins
 
 GROUP: Final = "sftx.plugins"
@@ -219,7 +220,7 @@ def _host_version() -> str:
     return __version__
 
 
-def activate(loaded: Loaded) -> Assembly:
+def activate(loaded: LoadedConfig) -> Assembly:
     """The plugins of a run: the named ones in their order, then the defaults of what they leave open.
 
     Raises PluginError, ConfigError.
@@ -231,7 +232,7 @@ def activate(loaded: Loaded) -> Assembly:
     assembly = Assembly(origins)
     for name, options in config.plugins.items():
         assembly.add(find(name, installed, origin=origins.of(f"plugins.{name}") or f"--plugin {name}"), options)
-    for hook, names in DEFAULTS.items():
+    for hook, names in DEFAULT_PLUGINS.items():
         if hook in ONE_PROVIDER and assembly.providers(hook):
             continue
         for name in names:
@@ -271,8 +272,8 @@ class Assembly:
             if len(providers) > 1:
                 both = " and ".join(str(active.info) for active in providers)
                 raise PluginError(f"{both} both fill {hook}, which takes one; leave one of them out")
-            if not providers and hook in DEFAULTS:
-                default = DEFAULTS[hook][0]
+            if not providers and hook in DEFAULT_PLUGINS:
+                default = DEFAULT_PLUGINS[hook][0]
                 raise PluginError(f"no plugin fills {hook}; name one with --plugin, by default it is {default!r}")
 
     @property

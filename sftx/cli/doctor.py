@@ -14,7 +14,7 @@ from sftx.config import loading
 @run_options("data")
 @click.option("--json", "as_json", is_flag=True, help="Write the findings as one JSON object.")
 @click.pass_context
-def command(ctx: click.Context, *, file: Path | None, loaded: loading.Loaded, as_json: bool) -> None:
+def command(ctx: click.Context, *, file: Path | None, loaded: loading.LoadedConfig, as_json: bool) -> None:
     """Look for what is wrong with a run: its rows, its template, its tokenizer and what is known of its model.
 
     RUN_FILE and the options are those of `sftx run`; no model weights are read. Ends with 1 when there is an error

@@ -55,7 +55,7 @@ def command(
     ctx: click.Context,
     *,
     file: Path | None,
-    loaded: loading.Loaded,
+    loaded: loading.LoadedConfig,
     most: int | None,
     places: tuple[tuple[str, int], ...],
     show: Show | None,
@@ -116,7 +116,7 @@ def _choice(places: tuple[tuple[str, int], ...], show: Show | None, most: int | 
 
 
 def _inspect(
-    loaded: loading.Loaded,
+    loaded: loading.LoadedConfig,
     split: Literal["train", "eval"],
     choice: Choice,
     *,

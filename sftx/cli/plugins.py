@@ -97,7 +97,7 @@ def check(name: str, settings: tuple[str, ...], model: Path | None, as_json: boo
 
     Exits with 1 when a clause is broken. docs/plugins.md has the contract.
     """
-    from sftx.cli.settings import parse as parse_settings
+    from sftx.cli.options import parse_settings
     from sftx.config.run_file import Origins
 
     try:
@@ -154,11 +154,11 @@ def _print_findings(found: PluginInfo, findings: Sequence[Finding]) -> None:
 @click.option("--all", "every", is_flag=True, help="With every installed plugin, all of which are imported for it.")
 def schema(names: tuple[str, ...], every: bool) -> None:
     """Print the JSON schema of a run file with the plugins NAME... and the default ones, for editors."""
-    from sftx.assembly.hookspecs import DEFAULTS
+    from sftx.config.default_plugins import DEFAULT_PLUGINS
     from sftx.config.json_schema import run_file_schema
 
     installed = discover()
-    defaults = [name for provided in DEFAULTS.values() for name in provided]
+    defaults = [name for provided in DEFAULT_PLUGINS.values() for name in provided]
     classes: dict[str, type] = {}
     if every:
         click.echo(f"sftx: importing all {len(installed)} installed plugins", err=True)

@@ -47,7 +47,7 @@ def _number(ctx: click.Context, param: click.Parameter, value: str | None) -> in
     help="With --nproc: start again, from the last checkpoint, when a process was killed.  [default: 0]",
 )
 def command(
-    file: Path | None, loaded: loading.Loaded, *, resume: bool, nproc: int | None, max_restarts: int | None
+    file: Path | None, loaded: loading.LoadedConfig, *, resume: bool, nproc: int | None, max_restarts: int | None
 ) -> None:
     """Fine-tune a model as RUN_FILE (YAML) and the options say; the options win.
 
@@ -64,7 +64,7 @@ def command(
     run(loaded, name=name, resume=resume)
 
 
-def _launch(loaded: loading.Loaded, name: str, *, resume: bool, nproc: int, max_restarts: int) -> int:
+def _launch(loaded: loading.LoadedConfig, name: str, *, resume: bool, nproc: int, max_restarts: int) -> int:
     """Starts the same command as `nproc` ranks; returns its exit code."""
     from sftx.assembly.registry import activate
     from sftx.distributed import launch

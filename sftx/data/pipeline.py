@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sftx.assembly.registry import Assembly
-from sftx.config.loading import Loaded
+from sftx.config.loading import LoadedConfig
 from sftx.config.options import RunConfig, Source
 from sftx.data import mixture, preprocess
 from sftx.data.cache import code_digest
@@ -104,7 +104,7 @@ class Setup:
         return found | {"code": {package: code_digest(package) for package in sorted(packages)}}
 
 
-def set_up(loaded: Loaded, assembly: Assembly) -> Setup:
+def set_up(loaded: LoadedConfig, assembly: Assembly) -> Setup:
     """Raises ConfigError, PluginError, ModelError; reads no data yet."""
     from sftx.model.added_tokens import add_missing
     from sftx.model.load import load_tokenizer
@@ -126,7 +126,7 @@ def set_up(loaded: Loaded, assembly: Assembly) -> Setup:
     return Setup(config, assembly, model, tokenizer, encode, collator, tuple(added), wrap_length)
 
 
-def check_formats(loaded: Loaded, parsers: Collection[str]) -> None:
+def check_formats(loaded: LoadedConfig, parsers: Collection[str]) -> None:
     """Raises ConfigError when a parser that is to read rows is not in the run."""
     data = loaded.config.data
     for wanted in (data.format, *(source.format for source in (*data.train, *data.eval))):

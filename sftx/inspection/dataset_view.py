@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from sftx.assembly.registry import activate
-from sftx.config.loading import Loaded
+from sftx.config.loading import LoadedConfig
 from sftx.config.options import DataConfig, RunConfig, Source
 from sftx.data import pipeline, sources, wanted
 from sftx.data.ledger import Entry
@@ -76,14 +76,14 @@ def _would_stop(data: Dataset, config: DataConfig, encode: RowEncoder) -> Iterat
         yield str(error)
 
 
-def look(loaded: Loaded) -> Look:
+def look(loaded: LoadedConfig) -> Look:
     """Everything that needs no data and no weights. Raises SftxError."""
     config = loaded.config
     names.check(config.model)
     wanted.check(config)
     assembly = activate(loaded)
     lenient = dataclasses.replace(config, data=_lenient(config.data))
-    return Look(config, pipeline.set_up(Loaded(lenient, loaded.origins), assembly))
+    return Look(config, pipeline.set_up(LoadedConfig(lenient, loaded.origins), assembly))
 
 
 def _lenient(data: DataConfig) -> DataConfig:

@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from sftx.config.run_file import EMBEDDED
+from sftx.paths import DEMO_RUN_FILE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,7 +58,7 @@ def make_tokenizer() -> PreTrainedTokenizerBase:
 
 
 def _texts() -> Iterator[str]:
-    with (EMBEDDED.parent / "held_out.jsonl").open(encoding="utf-8") as rows:
+    with (DEMO_RUN_FILE.with_name("held_out.jsonl")).open(encoding="utf-8") as rows:
         for row in rows:
             yield from (message["content"] for message in json.loads(row)["messages"])
 

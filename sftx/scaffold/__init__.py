@@ -21,8 +21,9 @@ from typing import Final
 from packaging.version import Version
 
 import sftx
-from sftx.assembly.hookspecs import PROJECT, RETURNS, TEMPLATES
+from sftx.assembly.hookspecs import PROJECT, RETURNS
 from sftx.assembly.registry import discover
+from sftx.config.default_plugins import TEMPLATES
 from sftx.errors import ConfigError, OutputError
 
 HOOKS: Final = tuple(hook.removeprefix(f"{PROJECT}_") for hook in RETURNS)
@@ -83,8 +84,8 @@ def write_package(name: str, hook: str, directory: Path) -> list[Path]:
 
 def _check_name(names: Names) -> None:
     """Raises ConfigError for a name that is malformed, taken, or reserved."""
+    from sftx.config import run_file
     from sftx.config.options import SECTIONS  # which other commands of the group need not wait for
-    from sftx.config.run_file import parse_value
 
     name = names.name
     if not _NAME.fullmatch(name):
@@ -94,8 +95,9 @@ def _check_name(names: Names) -> None:
         )
     if name in SECTIONS:
         raise ConfigError(f"{name!r} is a section of the run file, which no plugin can be called; choose another name")
-    if parse_value(name) != name:
-        raise ConfigError(f"{name!r} is {parse_value(name)} in a run file, not a name; choose another name")
+    value, _ = run_file.parse(name)
+    if value != name:
+        raise ConfigError(f"{name!r} is {value} in a run file, not a name; choose another name")
     taken = [str(info) for info in discover() if info.name == name]
     if taken:
         raise ConfigError(f"{name!r} is installed already, as {' and '.join(taken)}; choose another name")

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from sftx.assembly.hookspecs import DEFAULTS, TEMPLATES
 from sftx.assembly.registry import Assembly, discover, find
 from sftx.assembly.stages import make
+from sftx.config.default_plugins import DEFAULT_PLUGINS, TEMPLATES
 from sftx.config.options import DataConfig
 from sftx.config.run_file import Origins
 from sftx.data.encoder import Encoder
@@ -72,11 +72,11 @@ class Kit:
 
     @cached_property
     def collator(self) -> Collator:
-        return cast(Collator, self._make("sftx_collator", DEFAULTS["sftx_collator"][0], max_length=MAX_LENGTH))
+        return cast(Collator, self._make("sftx_collator", DEFAULT_PLUGINS["sftx_collator"][0], max_length=MAX_LENGTH))
 
     @cached_property
     def loss(self) -> Loss:
-        return cast(Loss, self._make("sftx_loss", DEFAULTS["sftx_loss"][0]))
+        return cast(Loss, self._make("sftx_loss", DEFAULT_PLUGINS["sftx_loss"][0]))
 
     @cached_property
     def encoder(self) -> Encoder:

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 import sftx
-from sftx.assembly import hookspecs, registry
+from sftx.assembly import registry
 from sftx.assembly.hookspecs import ONE_PROVIDER, RETURNS
 from sftx.config import loading, options
+from sftx.config.default_plugins import DEFAULT_PLUGINS, TEMPLATES
 from sftx.errors import ConfigError, DataError, PluginError, SftxError
 
 HEAD = "from dataclasses import dataclass\nimport sftx\n"
@@ -445,7 +446,7 @@ def _hooks(name: str) -> list[str]:
 
 
 def test_every_default_is_a_built_in_plugin() -> None:
-    named = {name for names in hookspecs.DEFAULTS.values() for name in names} | set(hookspecs.TEMPLATES)
+    named = {name for names in DEFAULT_PLUGINS.values() for name in names} | set(TEMPLATES)
     assert named <= set(BUILT_IN)
 
 

@@ -81,7 +81,7 @@ def test_what_stands_before_the_answer_and_what_is_trained(
 
 
 def test_every_native_template_stands_in_these_tests() -> None:
-    from sftx.assembly.hookspecs import TEMPLATES
+    from sftx.config.default_plugins import TEMPLATES
 
     assert {name for name, *_ in RENDERED} == set(REAL)
     # The others would fit any tokenizer, or any that ChatML fits, so that naming them would say nothing.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from sftx.assembly.registry import activate
-from sftx.config.loading import Loaded
+from sftx.config.loading import LoadedConfig
 from sftx.config.options import RunConfig, TrainConfig
 from sftx.data import balance
 from sftx.inspection.memory_plan import MOST_ROWS, fake_sharding
@@ -78,7 +78,7 @@ class Plan:
 class Planner:
     """Plans of one run on one kind of device."""
 
-    loaded: Loaded
+    loaded: LoadedConfig
     device: Device
     num_processes: int = 1
     _rehearsed: dict[tuple[Any, ...], Moments] = field(default_factory=dict)
@@ -187,7 +187,7 @@ def _resident_bytes() -> int:
 
 
 def plan(
-    loaded: Loaded,
+    loaded: LoadedConfig,
     device: Device,
     *,
     num_processes: int = 1,
