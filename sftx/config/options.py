@@ -95,6 +95,10 @@ Sources = Annotated[
 """One source or several; each is a path or a mapping of the fields of Source."""
 
 Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
+if TYPE_CHECKING:
+    Optimizer: TypeAlias = str
+else:
+    Optimizer = Literal[tuple(optimizers.OPTIMIZERS)]
 
 
 def _as_roles(value: Any) -> Any:
@@ -183,12 +187,6 @@ def _resolve_alias(names: Mapping[str, str]) -> Callable[[Any], Any]:
     return lambda value: names.get(value, value) if isinstance(value, str) else value
 
 
-if TYPE_CHECKING:
-    _Optimizer: TypeAlias = str
-else:
-    _Optimizer = Literal[tuple(optimizers.OPTIMIZERS)]
-
-
 _ONLY_FOR: Final = {
     "min_lr_ratio": ("cosine", "linear", "polynomial", "warmup_stable_decay"),
     "lr_power": ("polynomial",),
@@ -210,19 +208,19 @@ class TrainConfig:
     num_train_epochs: Annotated[
         float, Field(gt=0, le=1e9, description="Passes over the training data; max_steps overrides it.")
     ] = 1.0
-    max_steps: Annotated[int | None, Field(ge=1, description="Total number of optimizer steps.")] = None
+    max_steps: Annotated[int | None, Field(ge=1, description="Optimizer steps in all.")] = None
     per_device_train_batch_size: Annotated[
         int,
         Field(
             ge=1,
-            description="Rows of a micro-batch, which one process computes at once. Times gradient_accumulation_steps "
-            "it is the number of rows of an optimizer step, however many processes there are.",
+            description="Rows computed at once by a process; times gradient_accumulation_steps, rows of a step, "
+            "however many processes there are.",
         ),
     ] = 8
     gradient_accumulation_steps: Annotated[
-        int, Field(ge=1, description="Micro-batches of an optimizer step, over all processes.")
+        int, Field(ge=1, description="Micro-batches of a step, of all processes together.")
     ] = 1
-    per_device_eval_batch_size: Annotated[int, Field(ge=1, description="Rows of an evaluation batch.")] = 16
+    per_device_eval_batch_size: Annotated[int, Field(ge=1, description="Rows evaluated at once.")] = 16
     lr_scheduler_type: Annotated[
         Literal["cosine", "linear", "constant", "polynomial", "warmup_stable_decay", "minimind"],
         BeforeValidator(_resolve_alias({"cosine_with_min_lr": "cosine", "constant_with_warmup": "constant"})),
@@ -241,7 +239,7 @@ class TrainConfig:
     ] = "linear"
     lr_power: Annotated[float, Field(gt=0, description="Exponent of the polynomial schedule.")] = 1.0
     optim: Annotated[
-        _Optimizer,
+        Optimizer,
         BeforeValidator(_resolve_alias(optimizers.ALIASES)),
         Field(
             description="Optimizer. The 8-bit and paged ones are from bitsandbytes; muon trains the matrices of the "

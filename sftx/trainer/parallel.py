@@ -22,6 +22,7 @@ from torch.distributed.fsdp import register_fsdp_forward_method as register_forw
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from sftx.config.optimizers import OPTIMIZERS, names_where
 from sftx.config.options import TrainConfig
 from sftx.distributed.process_group import ProcessGroup
 from sftx.errors import ConfigError
@@ -31,10 +32,6 @@ from sftx.trainer.precision import Precision
 from sftx.types import Batch, Loss, LossSum
 
 T = TypeVar("T")
-
-_BY_ELEMENT: Final = ("adamw", "sgd", "lion")
-"""Optimizers that update each number of a tensor by itself, so that a share of it is as good as the whole."""
-
 
 # What is the same in all processes is not sent before each forward; the option has another name from torch 2.13 on.
 _OPTIONS: Final = inspect.signature(DistributedDataParallel).parameters
@@ -218,7 +215,7 @@ def _trains_beyond_text(lm: LanguageModel) -> bool:
 
 def can_share(config: TrainConfig, *, has_adapters: bool) -> bool:
     """Whether fsdp2 is able to do it."""
-    return not config.fp16 and (has_adapters or config.optim in _BY_ELEMENT)
+    return not config.fp16 and (has_adapters or OPTIMIZERS[config.optim].elementwise)
 
 
 def check(config: TrainConfig, *, has_adapters: bool) -> None:
@@ -231,7 +228,7 @@ def check(config: TrainConfig, *, has_adapters: bool) -> None:
         )
     raise ConfigError(
         f"option 'train.optim': {config.optim} needs whole tensors, of which fsdp2 gives each process a share; "
-        f"take {', '.join(_BY_ELEMENT[:-1])} or {_BY_ELEMENT[-1]}, train an adapter (--plugin lora), or use ddp"
+        f"take {names_where('elementwise')}, train an adapter (--plugin lora), or use ddp"
     )
 
 

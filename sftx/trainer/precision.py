@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from sftx.config.optimizers import OPTIMIZERS
 from sftx.config.options import TrainConfig
 from sftx.errors import ConfigError
 
@@ -57,15 +58,15 @@ def choose(config: TrainConfig, local_rank: int = 0) -> Precision:
     Raises ConfigError when the options exclude each other, or this GPU lacks bf16."""
     on_cpu = config.use_cpu or not torch.cuda.is_available()
     device = torch.device("cpu") if on_cpu else torch.device("cuda", local_rank)
-    narrow_weights = config.optim == "adamw_bf16"
+    narrow_weights = OPTIMIZERS[config.optim].bf16_weights
     if narrow_weights and (config.fp16 or config.bf16 is False):
         asked = "fp16" if config.fp16 else "bf16: false"
         raise ConfigError(
-            f"option 'train.optim': adamw_bf16 keeps weights in bfloat16, which {asked} excludes; leave one out"
+            f"option 'train.optim': {config.optim} keeps weights in bfloat16, which {asked} excludes; leave one out"
         )
     able = device.type == "cpu" or torch.cuda.is_bf16_supported()
     if not able and (config.bf16 or narrow_weights):
-        option = "bf16" if config.bf16 else "optim: adamw_bf16"
+        option = "bf16" if config.bf16 else f"optim: {config.optim}"
         raise ConfigError(f"option 'train.{option}': this GPU has no bfloat16; leave it out, or set fp16")
     by_default = narrow_weights or (device.type == "cuda" and able)
     bf16 = not config.fp16 and (by_default if config.bf16 is None else config.bf16)

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from sftx.assembly.registry import activate
 from sftx.config.loading import LoadedConfig
+from sftx.config.optimizers import leaner_than
 from sftx.config.options import RunConfig, TrainConfig
 from sftx.data import balance
 from sftx.inspection.memory_plan import MOST_ROWS, fake_sharding
@@ -275,8 +276,8 @@ def _advice(planner: Planner, need: Need, limit: int) -> tuple[str, ...]:
     tried = [(_flags(change), planner.need(**change)) for change in changes]
     half = max(2, need.max_length // 2)
     tried.append((f"--max-length {half}", planner.need(max_length=half)))
-    if trains_all and train.optim == "adamw":
-        tried.append(("--optim adafactor", planner.need(optim="adafactor")))
+    if trains_all and (leaner := leaner_than(train.optim)):
+        tried.append((f"--optim {leaner}", planner.need(optim=leaner)))
     ranks = [ranks for ranks in _RANKS if rows_of_step % ranks == 0]
     if planner.num_processes == 1 and ranks and parallel.can_share(train, has_adapters=not trains_all):
         tried.append(_spread(planner, [{}, *changes], ranks, limit))
