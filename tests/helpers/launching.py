@@ -32,10 +32,10 @@ def _work(directory: Path, environment: Mapping[str, str], nproc: int, max_resta
     import click
 
     import sftx.cli
-    from sftx.distributed import launch
+    from sftx.distributed import launch, supervisor
 
     for name, value in settings.items():
-        setattr(launch, name, value)
+        setattr(supervisor, name, value)
 
     @click.command()
     def rank() -> None:
@@ -99,14 +99,14 @@ class Launcher:
         self._root = root
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(
-            ["torch.distributed.elastic.agent.server.api", "sftx.distributed.agent", "sftx.cli"]
+            ["torch.distributed.elastic.agent.server.api", "sftx.distributed.launch", "sftx.cli"]
         )
         self._num = 0
 
     def __call__(
         self, script: str, *, nproc: int = 2, max_restarts: int = 0, environment: Mapping = {}, **settings: object
     ) -> Launched:
-        """`settings`: other values for constants of `sftx.distributed.launch`."""
+        """`settings`: other values for constants of `sftx.distributed.supervisor`."""
         self._num += 1
         directory = self._root / str(self._num)
         directory.mkdir()
