@@ -110,7 +110,7 @@ class Agent(SimpleElasticAgent):
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         # A new store for every start: in torch's single one gloo would find the addresses of the previous processes.
-        self._store = TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)
+        self._ranks_store = TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)
         return self._supervisor.start([self._environment(worker_group, worker) for worker in worker_group.workers])
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
@@ -140,8 +140,8 @@ class Agent(SimpleElasticAgent):
             "LOCAL_WORLD_SIZE": spec.local_world_size,
             "ROLE_WORLD_SIZE": worker.role_world_size,
             "GROUP_WORLD_SIZE": group.group_world_size,
-            "MASTER_ADDR": self._store.host,
-            "MASTER_PORT": self._store.port,
+            "MASTER_ADDR": self._ranks_store.host,
+            "MASTER_PORT": self._ranks_store.port,
             "TORCHELASTIC_RUN_ID": spec.rdzv_handler.get_run_id(),
             "TORCHELASTIC_RESTART_COUNT": self._supervisor.num_restarts,
             "TORCHELASTIC_MAX_RESTARTS": spec.max_restarts,

@@ -56,8 +56,7 @@ class DeferredSignals:
     """
 
     def __init__(self) -> None:
-        self.pending: int | None = None
-        """The number of the signal that arrived."""
+        self._pending: int | None = None
         self._pending_since = 0.0
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -71,15 +70,20 @@ class DeferredSignals:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    @property
+    def pending(self) -> int | None:
+        """The number of the signal that arrived, None before one did."""
+        return self._pending
+
     def _record(self, signum: int, frame: FrameType | None) -> None:
-        if self.pending is not None:
+        if self._pending is not None:
             if time.monotonic() - self._pending_since > ONE_EVENT_S:
                 os._exit(Stop(signum).exit_code)
             return
-        self.pending, self._pending_since = signum, time.monotonic()
+        self._pending, self._pending_since = signum, time.monotonic()
         if not is_rank0():
             return
-        line = f"\nsftx: {signal.Signals(signum).name}: stopping where no work is lost; once more stops at once\n"
+        line = f"\nsftx: {signal.Signals(signum).name}: stopping where no work is lost; a second signal stops at once\n"
         # os.write and not print, which may be interrupted in the middle of a line; the terminal may be closed.
         with contextlib.suppress(OSError, ValueError):
             if sys.__stderr__ is not None:

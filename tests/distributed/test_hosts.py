@@ -19,12 +19,16 @@ def agents(*more: str) -> list[list[str]]:
     ]
 
 
-@pytest.mark.parametrize("mode", [DDP, FSDP2 + "--plugin lora"], ids=["ddp", "fsdp2-lora"])
+@pytest.mark.parametrize(
+    "mode",
+    [pytest.param(DDP, id="ddp"), pytest.param(FSDP2 + "--plugin lora", id="fsdp2-lora", marks=pytest.mark.slow)],
+)
 def test_two_hosts_give_the_run_of_one_process(mode: str, starter: Starter, common: str) -> None:
     arguments = f"{common} {mode}".split()
     compare(starter.torchrun(agents(), arguments).succeed(), starter.alone(arguments))
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_on_one_host_leaves_no_trace(starter: Starter, common: str) -> None:
     """The other host's torchrun starts its process again too, and counts no failure of its own."""
     arguments = f"{common} {FSDP2} --save-steps 3".split()

@@ -15,8 +15,15 @@ from ranked import Starter
 from same_run import DDP, FSDP2, compare
 
 LORA: Final = "--plugin lora "
-ONWARD: Final = [(DDP, 2, (4,)), (FSDP2, 2, (1, 4)), (FSDP2, 1, (2,)), (FSDP2, 4, (2,)), (FSDP2 + LORA, 2, (1, 4))]
-"""How the run is shared, in how many processes its checkpoint is written, and in how many it goes on."""
+ONWARD: Final = [
+    pytest.param(FSDP2, 2, (1, 4), id="fsdp2-2"),
+    pytest.param(FSDP2 + LORA, 2, (4,), id="fsdp2-lora-2"),
+    pytest.param(DDP, 2, (4,), id="ddp-2", marks=pytest.mark.slow),
+    pytest.param(FSDP2, 1, (2,), id="fsdp2-1", marks=pytest.mark.slow),
+    pytest.param(FSDP2, 4, (2,), id="fsdp2-4", marks=pytest.mark.slow),
+    pytest.param(FSDP2 + LORA, 2, (1,), id="fsdp2-lora-2-to-1", marks=pytest.mark.slow),
+]
+"""The strategy, the number of processes that write the checkpoint, and the numbers that it goes on in."""
 
 
 def written_by(starter: Starter, arguments: list[str], size: int) -> Path:

@@ -49,26 +49,30 @@ def compile_quickly(rank: int) -> None:
 
 
 CASES: Final = (
-    Case("full", 2, DDP),
     Case("full", 4, DDP + "--gradient-checkpointing"),
+    Case("full", 2, FSDP2 + "--compile", compile_quickly),
+    Case("full", 2, FSDP2 + "--fsdp-offload"),
+    Case("lora", 4, FSDP2),
+    Case("packed", 2, DDP + "--gradient-checkpointing"),
+    Case("stream", 4, DDP),
+    Case("tokens", 2, FSDP2),
+    Case("experts", 2, DDP),
+)
+"""Cases that cover each run, size, strategy and option at least once, and most pairs of them."""
+
+MORE_CASES: Final = (
+    Case("full", 2, DDP),
     Case("full", 2, FSDP2),
     Case("full", 4, FSDP2 + "--gradient-checkpointing"),
     Case("lora", 2, DDP + "--gradient-checkpointing"),
     Case("lora", 4, DDP),
     Case("lora", 2, FSDP2 + "--gradient-checkpointing"),
-    Case("lora", 4, FSDP2),
     Case("full", 2, DDP + "--compile --gradient-checkpointing", compile_quickly),
-    Case("full", 2, FSDP2 + "--compile", compile_quickly),
-    Case("full", 2, FSDP2 + "--fsdp-offload"),
-    Case("packed", 2, DDP + "--gradient-checkpointing"),
     Case("packed", 4, FSDP2),
     Case("stream", 2, FSDP2),
-    Case("stream", 4, DDP),
     Case("saved", 2, DDP),
     Case("saved", 2, FSDP2),
-    Case("tokens", 2, FSDP2),
     Case("untied", 2, FSDP2),
-    Case("experts", 2, DDP),
 )
 
 
@@ -105,7 +109,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    "case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE_CASES)], ids=str
+)
 def test_the_run_is_that_of_one_process(case: Case, starter: Starter, models: Mapping[str, Path], common: str) -> None:
     alone = starter.alone(arguments(RUNS[case.run], models, common))
     group = starter.run(arguments(f"{RUNS[case.run]} {case.more}", models, common), case.size, prepare=case.prepare)
@@ -114,6 +120,7 @@ def test_the_run_is_that_of_one_process(case: Case, starter: Starter, models: Ma
     assert [group.printed(rank) for rank in range(1, case.size)] == [""] * (case.size - 1)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_as_close_as_its_rounding(starter: Starter, models: Mapping[str, Path], common: str) -> None:
     """Rows that share a micro-batch with others are rounded otherwise: a loss of 6 by some thousandths."""
     alone = of_kind(starter.alone(arguments("--bf16", models, common)), "step")
