@@ -1,4 +1,4 @@
-"""What a run leaves is read by the tools of others: transformers, PEFT, and whatever reads a trainer's state."""
+"""What a run leaves can be read by transformers, PEFT and tools that read a TrainerState."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 from answering import MAX_NEW_TOKENS, QUESTIONS, answers_of
 
 PICKLED = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
-"""How a pickle begins, and the archive that torch.save makes of several."""
+"""The first bytes of a pickle, and of the archive that torch.save writes."""
 
 
 def answers(model: Any, directory: Path, questions: list[str]) -> list[str]:
-    """What transformers alone answers, greedily, from the model's and the tokenizer's files: one row at a time."""
+    """Return the greedy answers of transformers alone, with the tokenizer in `directory`, one row at a time."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(directory)

@@ -1,8 +1,7 @@
-"""A run that is interrupted, however it is, and gone on with ends as the one that never was: bit for bit.
+"""A run that is interrupted in whatever way and resumed ends like one that was not: bit for bit.
 
-Processes are killed at random instants. As what a kill leaves is what lies on the disk at that instant, the kills of
-the midst of saving are also tried one by one: the run directory is copied before each operation on files, and each
-copy gone on with.
+Processes are killed at random instants. A kill leaves what is on disk at that instant, so kills during a save are also
+simulated one by one: the run directory is copied before each file operation, and each copy is resumed.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ from resuming import (
 from same_end import differences
 
 SEED = int(os.environ.get("SFTX_KILL_SEED", time.time_ns() % 10**6))
-"""Of the random instants: another in every run of the tests, and printed where one fails."""
+"""The seed of the random instants: another one in every run of the tests, and printed where one fails."""
 
 
 # --- killed -------------------------------------------------------------------------------------
@@ -78,7 +77,7 @@ def test_a_run_stopped_by_sigterm_ends_the_same_and_its_exit_code_says_so(runs: 
 
 @pytest.mark.slow
 def test_the_command_itself_is_killed_while_it_saves_and_goes_on(runs: Runs) -> None:
-    """As a user has it: the installed command, its own process, kill -9."""
+    """The installed command in a process of its own gets kill -9."""
     directory = runs.directory("command")
     command = [str(Path(sys.executable).with_name("sftx")), *PACKED.command(runs.root, runs.model)]
     with subprocess.Popen(command, cwd=directory, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
@@ -96,7 +95,7 @@ def test_the_command_itself_is_killed_while_it_saves_and_goes_on(runs: Runs) -> 
 
 
 class Snapshots:
-    """Copies of a run directory before every operation on files that finds it changed."""
+    """Copies of a run directory, taken before every file operation when it has changed since the last one."""
 
     EVENTS = frozenset({"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree", "os.chmod"})
 
@@ -105,7 +104,7 @@ class Snapshots:
         self.taken: list[Path] = []
         self.is_on = False
         self._last: object = None
-        sys.addaudithook(self._hook)  # for good: an interpreter cannot take one out again
+        sys.addaudithook(self._hook)  # for good: audit hooks cannot be removed
 
     def _hook(self, event: str, _: tuple[Any, ...]) -> None:
         if not self.is_on or event not in self.EVENTS:
@@ -124,7 +123,7 @@ class Snapshots:
             shutil.copytree(self.out, self.taken[-1] / "out")
 
     def chosen(self) -> list[Path]:
-        """Of those that differ only in how far a new directory is written, the first, the middle and the last."""
+        """Return the first, middle and last of the copies that differ only in how much of a new directory is written."""
         alike: list[list[Path]] = []
         last: object = None
         for snapshot in self.taken:

@@ -1,4 +1,4 @@
-"""`--resume` with another command, without a run, of one that is complete; and disks that are full or read-only."""
+"""`--resume` with other options, without a run, of a complete run; and disks that are full or read-only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from same_end import differences
 
 @pytest.fixture(scope="module")
 def stopped(runs: Runs) -> Path:
-    """A run directory that is not complete."""
+    """Return the directory of a run that is not complete."""
     directory = runs.directory("stopped")
     process = runs.start(PACKED, directory)
     process.until((directory / "out" / "checkpoints" / "step-4").exists)
@@ -121,7 +121,7 @@ def test_without_a_directory_the_newest_run_of_that_name_goes_on(runs: Runs, mon
 
 
 def test_a_disk_that_fills_up_costs_one_checkpoint_and_one_line(runs: Runs) -> None:
-    """No file of the run may grow over 50 kB from its second checkpoint on: of the next one some do."""
+    """From its second checkpoint on no file of the run may exceed 50 kB, which some files of the next one do."""
     import resource
 
     directory = runs.directory("full")

@@ -1,4 +1,4 @@
-"""Which directory a run gets, and what may be otherwise when it goes on."""
+"""Which directory a run gets, and what may differ when it is resumed."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_files_of_others_are_no_run(tmp_path: Path) -> None:
 
 
 def test_what_a_kill_left_is_no_obstacle(tmp_path: Path) -> None:
-    """Killed between making the directory and writing run.yaml."""
+    """A process was killed between making the directory and writing run.yaml."""
     (tmp_path / ".run.yaml.part").write_text("mod")
     directory = run_directory.resume(str(tmp_path), "run")
     assert not directory.resumed

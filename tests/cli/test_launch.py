@@ -1,4 +1,4 @@
-"""`--nproc N`: what becomes of ranks, with a small script in the place of a run."""
+"""`--nproc N`: how ranks start, stop, fail and restart, with a small script in the place of a run."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ time.sleep(SAVING_S)
 say("saved")
 sys.exit(128 + got[0])
 """
-"""What a run does with a signal: it takes a while, and ends by itself."""
+"""A script that handles signals as a run does: it takes a while to save, and ends by itself."""
 
 
 def stopping(saving_s: float) -> str:
@@ -250,7 +250,7 @@ def test_what_is_suspended_is_suspended_as_a_whole(launched: Launcher) -> None:
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[list[str], dict]]:
-    """What `sftx run` would launch, in an empty directory."""
+    """Records what `sftx run` would launch, in an empty directory."""
     from sftx.distributed import launch
 
     found: list[tuple[list[str], dict]] = []

@@ -1,4 +1,4 @@
-"""How a run of several processes ends otherwise: one is killed, gets a signal, or has an error of its own."""
+"""A run of several processes in which one rank is killed, gets a signal, or raises an error."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def steps_so_far(out: Path) -> int:
     ],
 )
 def test_a_rank_that_is_killed_under_torchrun_leaves_no_trace(mode: str, starter: Starter, common: str) -> None:
-    """torchrun starts all ranks again, and they go on from the last checkpoint by themselves."""
+    """torchrun starts all ranks again, and they resume from the last checkpoint by themselves."""
     arguments = f"{common} {mode} --save-steps 3".split()
     agent = ["--nproc-per-node=2", "--max-restarts=1", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
     undisturbed = starter.run(arguments, 2).succeed()
@@ -57,7 +57,7 @@ def test_a_rank_that_is_killed_under_torchrun_leaves_no_trace(mode: str, starter
 
 
 def test_a_rank_that_is_killed_under_nproc_leaves_no_trace(starter: Starter, common: str) -> None:
-    """The command itself, and its rank killed from outside, at whatever place it is in."""
+    """The installed command runs, and a rank is killed from outside at an arbitrary instant."""
     arguments = f"{common} --distributed fsdp2 --max-steps 60 --save-steps 3 --save-total-limit 2".split()
     undisturbed = starter.run(arguments, 2).succeed()
     directory = starter.directory("nproc")

@@ -1,4 +1,4 @@
-"""One run on two hosts, which two addresses of this one stand for: two agents of torchrun that find one another."""
+"""One run on two hosts, simulated by two agents of torchrun on two addresses of this host."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from same_run import DDP, FSDP2, compare, differing
 
 
 def agents(*more: str) -> list[list[str]]:
-    """The options of torchrun on each of the two."""
-    meet = f"127.0.0.2:{free_port('127.0.0.2')}"
-    common = f"--nnodes 2 --nproc-per-node 1 --rdzv-id two-hosts --rdzv-backend c10d --rdzv-endpoint {meet}"
+    """Return the options of torchrun on each of the two hosts."""
+    endpoint = f"127.0.0.2:{free_port('127.0.0.2')}"
+    common = f"--nnodes 2 --nproc-per-node 1 --rdzv-id two-hosts --rdzv-backend c10d --rdzv-endpoint {endpoint}"
     return [
         [*f"{common} --local-addr {address} --rdzv-conf is_host={is_host}".split(), *more]
         for address, is_host in (("127.0.0.2", 1), ("127.0.0.3", 0))

@@ -1,4 +1,4 @@
-"""A checkpoint belongs to no number of processes: it goes on in another, and is a model that transformers loads."""
+"""A checkpoint resumes in any number of processes, and is a model that transformers loads."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ONWARD: Final = [
 
 
 def written_by(starter: Starter, arguments: list[str], size: int) -> Path:
-    """A run directory as it lay after the save of step 5, of a run in `size` processes that was killed there."""
+    """Return a directory with a run in `size` processes that was killed after it saved step 5."""
     group = starter.run(arguments, size, prepare=end_after_step_5)
     codes = group.wait()
     assert codes[0] == 137, group.printed()
@@ -48,7 +48,7 @@ def test_a_checkpoint_goes_on_in_another_number_of_processes(
         group = starter.run([*arguments, "--resume"], after, directory=copy)
         out = group.succeed()
         for place in (out, alone):
-            shutil.rmtree(place / "checkpoints", ignore_errors=True)  # of another number of files
+            shutil.rmtree(place / "checkpoints", ignore_errors=True)  # they have other numbers of files
         compare(out, alone)
 
 

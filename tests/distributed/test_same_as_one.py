@@ -1,6 +1,6 @@
-"""A run file gives the same run in one process, in two and in four: losses, norms, weights, held-out rows, answers.
+"""A run file gives the same run in one, two and four processes: losses, norms, weights, held-out rows, answers.
 
-Each run has ten steps of 8 rows of very unequal lengths, the last of each epoch 3: with four processes one has none.
+Each run has ten steps of 8 rows of very unequal lengths. The last step of an epoch has 3: one of four ranks has none.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ RUNS: Final[Mapping[str, str]] = {
     "untied": "--model {untied}",
     "experts": "--model {experts} --plugin lora",
 }
-"""What each is compared with: the same in one process."""
+"""The arguments of each run, which is compared with the same run in one process."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Case:
 
 
 def compile_quickly(rank: int) -> None:
-    """The layers' graphs as torch traces them, run by torch itself: the C++ compiler would take a minute a case."""
+    """Compile with the backend `eager`, which runs the traced graphs in torch; inductor takes a minute a case."""
     from sftx.trainer import layers
 
     assert layers.compile_layers.__kwdefaults__ == {"backend": "inductor"}
@@ -77,16 +77,16 @@ MORE_CASES: Final = (
 
 
 def arguments(text: str, models: Mapping[str, Path], common: str) -> list[str]:
-    """A run that names a template of its own has no other."""
+    """Return the arguments of a run; one that names its own template gets no chatml."""
     common = common.replace("--plugin chatml", "") if "llama3" in text else common
     return (common + text).format(**models).split()
 
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Tiny models of other kinds than the common one, with its tokenizer.
+    """Return tiny models with untied weights and with experts, beside the common tokenizer.
 
-    The loss of a router is left out: it is no sum over tokens, so that it depends on which rows share a micro-batch.
+    The router's auxiliary loss is off: it is no sum over tokens, so it depends on which rows share a micro-batch.
     """
     from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
@@ -122,7 +122,7 @@ def test_the_run_is_that_of_one_process(case: Case, starter: Starter, models: Ma
 
 @pytest.mark.slow
 def test_bfloat16_is_as_close_as_its_rounding(starter: Starter, models: Mapping[str, Path], common: str) -> None:
-    """Rows that share a micro-batch with others are rounded otherwise: a loss of 6 by some thousandths."""
+    """Other micro-batches round differently in bf16: a loss of 6 by some thousandths."""
     alone = of_kind(starter.alone(arguments("--bf16", models, common)), "step")
     for more in (DDP, FSDP2):
         steps = of_kind(starter.run(arguments(f"--bf16 {more}", models, common), 2).succeed(), "step")

@@ -70,7 +70,7 @@ def test_ignored_signals_stay_ignored_and_other_threads_are_left_alone() -> None
 
 
 def test_a_command_is_tidied_up_when_it_is_terminated() -> None:
-    """Before a run is under way SIGTERM is an exception, so that temporary directories go."""
+    """Before a run has started SIGTERM raises an exception, so that temporary directories are removed."""
     code = (
         "import os, signal, sys, tempfile\nfrom sftx import cli\nimport sftx.cli.run as run\n"
         "def assemble(*args, **kwargs):\n"
