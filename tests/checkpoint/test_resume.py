@@ -123,7 +123,7 @@ class Snapshots:
             shutil.copytree(self.out, self.taken[-1] / "out")
 
     def chosen(self) -> list[Path]:
-        """Return the first, middle and last of the copies that differ only in how much of a new directory is written."""
+        """Return the first, middle and last of copies that differ only in how much of a new directory is written."""
         alike: list[list[Path]] = []
         last: object = None
         for snapshot in self.taken:
