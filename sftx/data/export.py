@@ -1,6 +1,6 @@
-"""What parsers find becomes records again: of any format, the one form that most tools read.
+"""Convert records of any format into one that most tools read.
 
-A conversation is written as OpenAI's messages, which the built-in format `messages` reads back as they were.
+A conversation is written in OpenAI's messages format; the built-in parser `messages` reads it back unchanged.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from sftx.types import Conversation, Location, Message, Parsed, Parser, PlainTex
 DUPLICATE = "the same as an earlier row"
 
 
-def export(
-    wanted: Sequence[Source], config: DataConfig, parsers: Mapping[str, Parser], ledger: Ledger
+def export_lines(
+    train: Sequence[Source], config: DataConfig, parsers: Mapping[str, Parser], ledger: Ledger
 ) -> Iterator[str]:
-    """One line of JSON for each row of the sources, in their order; the ledger has those that are left out.
+    """Yield one line of JSON for each row of the sources, in order; rows that are left out are added to the ledger.
 
-    Weights of sources say how an epoch is put together, and change nothing here; what counts tokens is not applied
-    either. Raises DataError: a row that cannot be read or written, more dropped rows than `config.max_dropped` allows.
+    Weights of sources and options that count tokens have no effect. Raises DataError for a row that cannot be read or
+    written, and for more dropped rows than `config.max_dropped` allows.
     """
     seen: set[bytes] = set()
-    for source in wanted:
+    for source in train:
         filters = source.filters or config.filters
         for where, record in sources.read(source):
             row = Row(where)
@@ -56,16 +56,17 @@ def export(
 
 
 def _line(parsed: Sequence[Parsed], where: Location, config: DataConfig) -> str:
+    """Return a parsed record as one line of JSON, which is valid UTF-8."""
     if len(parsed) != 1:
         raise DataError(
-            f"{where}: its format makes {len(parsed)} examples of it that belong together (a preference pair), which a "
-            "line of messages cannot say; leave such rows out"
+            f"{where}: its format makes {len(parsed)} examples of it that belong together (a preference pair), which "
+            "the messages format cannot express; leave such rows out"
         )
     record = to_record(mark(parsed[0], config))
     try:
         line = json.dumps(record, ensure_ascii=False, allow_nan=False)
         line.encode()
-    except UnicodeEncodeError:  # a lone surrogate, which JSON can hold as an escape
+    except UnicodeEncodeError:  # a lone surrogate, which JSON can only hold as an escape
         return json.dumps(record)
     except (TypeError, ValueError, RecursionError) as error:
         raise DataError(f"{where}: cannot be written as JSON: {error}") from None
@@ -73,9 +74,9 @@ def _line(parsed: Sequence[Parsed], where: Location, config: DataConfig) -> str:
 
 
 def to_record(parsed: Parsed) -> Record:
-    """The record that the built-in formats read as `parsed`: `messages` and `tools`, `text`, or `input_ids`.
+    """Return the record that the built-in parsers read as `parsed`: `messages` and `tools`, `text`, or `input_ids`.
 
-    `extras`, which a parser keeps for a loss of its own, are no part of any format and left out.
+    `extras`, which a parser provides for a loss of its own, are left out, since none of these formats has them.
     """
     if isinstance(parsed, PlainText):
         return {"text": parsed.text}
@@ -83,7 +84,7 @@ def to_record(parsed: Parsed) -> Record:
         return {"input_ids": list(parsed.token_ids), "loss_mask": [int(trained) for trained in parsed.loss_mask]}
     record: dict[str, Any] = {"messages": [_message(message) for message in parsed.messages]}
     if parsed.tools:
-        # As JSON text where a null would be lost: readers of tables take it for a key that is not there.
+        # JSON text keeps nulls, which readers of tables (parquet, Arrow) take for missing keys.
         record["tools"] = (
             json.dumps(parsed.tools, ensure_ascii=False) if _has_null(parsed.tools) else list(parsed.tools)
         )
@@ -109,7 +110,7 @@ def _message(message: Message) -> dict[str, Any]:
 
 
 def _tool_call(call: ToolCall) -> dict[str, Any]:
-    """The arguments are JSON text, as OpenAI has them: as objects, tables would fill them with each other's keys."""
+    # The arguments are JSON text, as in OpenAI's format. Tables (parquet, Arrow) would give objects each other's keys.
     function = {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)}
     return ({} if call.id is None else {"id": call.id}) | {"type": "function", "function": function}
 

@@ -138,7 +138,7 @@ def written(
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     ledger = Ledger()
     wanted = [Source(str(file), **(source or {}))]
-    lines = list(export.export(wanted, DataConfig(**options), parsers, ledger))
+    lines = list(export.export_lines(wanted, DataConfig(**options), parsers, ledger))
     assert not any("\n" in line for line in lines)
     return [json.loads(line) for line in lines], ledger
 

@@ -51,7 +51,7 @@ def test_more_dropped_rows_are_an_error_that_names_the_first_the_share_and_the_r
     assert str(caught.value) == (
         "rows.jsonl:3: no trained token (the row has 12 tokens); "
         "3 of 10 rows train nothing or were dropped, more than data.max_dropped=0.25 "
-        "allows (reasons: 2x no trained token; 1x no assistant turn); mend the rows, or raise data.max_dropped"
+        "allows (reasons: 2x no trained token; 1x no assistant turn); correct the rows, or raise data.max_dropped"
     )
 
 
@@ -71,7 +71,7 @@ def test_when_every_row_is_dropped_nothing_could_be_trained_whatever_the_share(m
     with pytest.raises(DataError) as caught:
         ledger.check(max_dropped)
     assert str(caught.value) == (
-        "rows.jsonl:1: no trained token; 2 of 2 rows train nothing or were dropped; mend the rows"
+        "rows.jsonl:1: no trained token; 2 of 2 rows train nothing or were dropped; correct the rows"
     )
 
 
