@@ -15,7 +15,7 @@ from sftx.data import sources
 from sftx.data.ledger import Ledger
 from sftx.data.row_encoder import Row, mark, parse, turns_filtered
 from sftx.errors import DataError, SftxError
-from sftx.types import Conversation, Location, Message, Parsed, Parser, PlainText, Record, ToolCall
+from sftx.types import Conversation, Location, Message, Parsed, Parser, PlainText, Record
 
 DUPLICATE = "the same as an earlier row"
 
@@ -92,30 +92,35 @@ def to_record(parsed: Parsed) -> Record:
 
 
 def _message(message: Message) -> dict[str, Any]:
-    written: dict[str, Any] = {"role": message.role, "content": message.content}
+    """Return a message in OpenAI's format, with `train` and `weight` where the record sets them."""
+    record: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.reasoning:
-        written["reasoning_content"] = message.reasoning
+        record["reasoning_content"] = message.reasoning
     if message.tool_calls:
-        written["tool_calls"] = [_tool_call(call) for call in message.tool_calls]
+        # The arguments are JSON text, as in OpenAI's format; readers of tables (parquet, Arrow) would give objects each
+        # other's keys.
+        record["tool_calls"] = [
+            ({} if call.id is None else {"id": call.id})
+            | {
+                "type": "function",
+                "function": {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)},
+            }
+            for call in message.tool_calls
+        ]
     for name in ("name", "tool_call_id"):
         if (value := getattr(message, name)) is not None:
-            written[name] = value
+            record[name] = value
     if message.weight == 0:
-        return written | {"train": False}
+        return record | {"train": False}
     if message.trainable is not None:
-        written["train"] = message.trainable
+        record["train"] = message.trainable
     if message.weight != 1:
-        written["weight"] = message.weight
-    return written
-
-
-def _tool_call(call: ToolCall) -> dict[str, Any]:
-    # The arguments are JSON text, as in OpenAI's format. Tables (parquet, Arrow) would give objects each other's keys.
-    function = {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)}
-    return ({} if call.id is None else {"id": call.id}) | {"type": "function", "function": function}
+        record["weight"] = message.weight
+    return record
 
 
 def _has_null(value: Any) -> bool:
+    """Return whether a JSON value contains null."""
     if isinstance(value, Mapping):
         return any(map(_has_null, value.values()))
     return value is None or (isinstance(value, list | tuple) and any(map(_has_null, value)))
