@@ -115,7 +115,9 @@ def _eval_report(values: Mapping[str, Any] | None) -> EvalReport | None:
         return None
     losses: Mapping[str, Any] | None = values.get("token_losses")
     if losses is not None:  # tuples are lists in JSON
-        tuples: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in losses.items()}
+        tuples: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in losses.items()
+        }
         values = {**values, "token_losses": TokenLosses(**tuples)}
     samples = tuple(Sample(**sample) for sample in values["samples"])
     return EvalReport(**{**values, "samples": samples})
