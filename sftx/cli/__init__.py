@@ -56,7 +56,7 @@ class _Lazy(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; every error that a user can cause ends the process with one line and an exit code."""
         _configure_logging()
-        signals.raise_stop()
+        signals.install_handlers()
         try:
             return super().invoke(ctx)
         except click.UsageError as error:
@@ -69,7 +69,7 @@ class _Lazy(click.Group):
             _print_error(error)
             sys.exit(error.exit_code if isinstance(error, SftxError) else 1)
         except KeyboardInterrupt as error:  # Stop, or a plain one where signals are not handled here
-            signals.ignore()
+            signals.ignore_signals()
             with contextlib.suppress(OSError, ValueError):  # the terminal may be closed
                 if process_group.is_rank0():
                     click.echo(f"sftx: {printable(str(error)) or 'interrupted'}", err=True)
@@ -84,7 +84,7 @@ class _Lazy(click.Group):
 def _print_error(error: SftxError | OSError) -> None:
     """Print one line. Rank 0 prints every error; another rank only its own error that rank 0 does not know of."""
     if isinstance(error, LostPeerError):
-        signals.ignore()  # the launcher sends SIGTERM, and the exit code is decided already
+        signals.ignore_signals()  # the launcher sends SIGTERM, and the exit code is decided already
         time.sleep(_LAUNCHER_S)
         if process_group.LAUNCHER_REPORTS in os.environ:
             return

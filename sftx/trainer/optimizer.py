@@ -24,8 +24,9 @@ class RunOptimizer:
 
     def __init__(self, lm: LanguageModel, config: TrainConfig) -> None:
         self._name = config.optim
-        self._params = trainable_params(lm, config)
-        self.optimizers: list[Optimizer] = make_optimizers(config, self._params)
+        params = trainable_params(lm, config)
+        self._parameters = {param.name: param.parameter for param in params}
+        self.optimizers: list[Optimizer] = make_optimizers(config, params)
 
     def set_learning_rate(self, rate: float) -> None:
         """Set the learning rate of the next step, which each group multiplies by its own scale."""
@@ -46,7 +47,7 @@ class RunOptimizer:
 
         The tensors are not copied if possible: write them before the next step.
         """
-        tensors, values = optimizer_state.gather(self.optimizers, self._params)
+        tensors, values = optimizer_state.gather(self.optimizers, self._parameters)
         return tensors, {"optim": self._name, **values}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
@@ -59,4 +60,4 @@ class RunOptimizer:
                 f"the saved state is that of the optimizer {values.get('optim')}, this run has {self._name}; "
                 "resume with the options of the run that saved it"
             )
-        optimizer_state.restore(self.optimizers, self._params, tensors, values)
+        optimizer_state.restore(self.optimizers, self._parameters, tensors, values)
