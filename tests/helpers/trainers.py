@@ -1,4 +1,4 @@
-"""Trainers of a small Llama on rows of random tokens, without a run around them."""
+"""Builds trainers of a small Llama on rows of random tokens, without a run around them."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ ROWS_PER_STEP = 4
 def trainer_of(
     model: Path, *, packed: bool = False, lora: bool = True, dropout: float = 0.0, **options: Any
 ) -> Trainer:
-    """Two rows a micro-batch. LoRA's B is random, not zero, so that every gradient is something."""
+    """Builds a trainer with 2 rows per micro-batch. LoRA's B is random, not zero, so that no gradient is zero."""
     config = TrainConfig(per_device_train_batch_size=2, use_cpu=True, **options)
-    numbers, spec = precision.choose(config), load_spec(str(model))
+    chosen, spec = precision.choose(config), load_spec(str(model))
     adapters = {"lora": Lora(r=4, lora_dropout=dropout).sftx_adapter(spec)} if lora else {}
-    dtype = numbers.base_dtype(frozen=lora)
-    loaded = load_model(spec, list(adapters.values()), dtype=dtype, device=numbers.device)
+    dtype = chosen.base_dtype(frozen=lora)
+    loaded = load_model(spec, list(adapters.values()), dtype=dtype, device=chosen.device)
     lm = LanguageModel(loaded, AutoTokenizer.from_pretrained(model))
     torch.manual_seed(1)
     lm.attach(adapters)
@@ -41,7 +41,7 @@ def trainer_of(
     collator: Collator = PackedRows(128, "bfd", "varlen") if packed else Padded()
     if packed:
         lm.attention_of(collator.collate(rows(2)))
-    return Trainer(lm, MaskedCE(), collator, config, numbers, 10)
+    return Trainer(lm, MaskedCE(), collator, config, chosen, 10)
 
 
 def rows(count: int, seed: int = 0, longest: int = 40) -> list[Example]:
@@ -54,21 +54,21 @@ def rows(count: int, seed: int = 0, longest: int = 40) -> list[Example]:
 
 
 def batches_of(trainer: Trainer, seed: int = 0) -> list[MicroBatch]:
-    """Those of one step: rows of one example, or of several where the collator packs."""
-    each = 3 if isinstance(trainer.collator, PackedRows) else 1
-    step = [tuple(range(at, at + each)) for at in range(0, ROWS_PER_STEP * each, each)]
-    return trainer.micro_batches(tuple(step), rows(ROWS_PER_STEP * each, seed))
+    """Returns the micro-batches of one step; a row has one example, or three when the collator packs."""
+    per_row = 3 if isinstance(trainer.collator, PackedRows) else 1
+    step = [tuple(range(at, at + per_row)) for at in range(0, ROWS_PER_STEP * per_row, per_row)]
+    return trainer.micro_batches(tuple(step), rows(ROWS_PER_STEP * per_row, seed))
 
 
 def gradients(trainer: Trainer, batches: Sequence[MicroBatch]) -> dict[str, torch.Tensor]:
-    """Of one step, by the parameters' names."""
+    """Computes the gradients of one step, by parameter name."""
     trainer.optimizer.zero_grad()
     trainer.accumulate(batches, trainer.count(batches), 0)
     return {name: p.grad.clone() for name, p in trainer.lm.named_parameters() if p.grad is not None}
 
 
 def small_model(directory: Path, **shape: Any) -> Path:
-    """A random Llama of 200 tokens, with a tokenizer of as many words."""
+    """Saves a random Llama with a vocabulary of 200 tokens, and a tokenizer of as many words."""
     from tokenizers import Tokenizer, models
     from transformers import LlamaConfig
 

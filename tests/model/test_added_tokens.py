@@ -53,7 +53,7 @@ def logits_of(lm: LanguageModel, ids_T: torch.Tensor) -> torch.Tensor:
         cu_seqlens=None,
         max_seqlen=len(ids_T),
         row_ids=("row",),
-        num_tokens=len(ids_T),
+        num_label_tokens=len(ids_T),
         num_input_tokens=len(ids_T),
     )
     return lm.logits(lm.hidden(batch).hidden_BTD)

@@ -93,11 +93,11 @@ def test_selective_checkpointing_keeps_products_and_computes_the_rest_again(mode
 @pytest.mark.parametrize(
     ("backend", "packed", "options"),
     [
-        ("inductor", True, {"gradient_checkpointing": True}),
-        ("aot_eager", True, {}),
-        ("aot_eager", False, {"gradient_checkpointing": True}),
         ("aot_eager", True, {"gradient_checkpointing": True, "selective_checkpointing": True}),
-        ("aot_eager", False, {"bf16": True}),
+        pytest.param("inductor", True, {"gradient_checkpointing": True}, marks=pytest.mark.slow),
+        pytest.param("aot_eager", True, {}, marks=pytest.mark.slow),
+        pytest.param("aot_eager", False, {"gradient_checkpointing": True}, marks=pytest.mark.slow),
+        pytest.param("aot_eager", False, {"bf16": True}, marks=pytest.mark.slow),
     ],
 )
 def test_compiled_layers_train_alike_in_one_graph(
@@ -170,5 +170,5 @@ def test_layers_are_found_in_a_model_that_brings_its_own(model: Path) -> None:
 
     own = Own(3)
     assert layers.decoder_layers(own) == list(own.decoder.blocks)  # type: ignore[arg-type]
-    with pytest.raises(ModelError, match="Own: the layers of its decoder are not to be found"):
+    with pytest.raises(ModelError, match=r"^Own: .* layers of its decoder"):
         layers.decoder_layers(Own(5))  # type: ignore[arg-type]

@@ -135,7 +135,7 @@ except SftxError as error:
     ("where", "expected"),
     [
         ("step", "TrainingError: step 2: cpu has not the memory for a micro-batch of 2 rows of "),
-        ("load", "has not the memory for its weights, 0.1 GiB in float32; set --bf16"),
+        ("load", "memory for its weights, 0.1 GiB in float32; set --bf16"),
     ],
 )
 def test_a_process_without_room_says_what_to_do(tmp_path: Path, where: str, expected: str) -> None:
