@@ -2,6 +2,6 @@
 
 `names` says which directory or hub id a name stands for, `load` reads tokenizer and weights, `language_model` adds what
 losses need (hidden states, cross-entropy), `packed_attention` keeps the documents of a packed row apart, `generate`
-answers prompts. This package may import `sftx.errors`, `types`, `events`, `atomic_files`, `config`, `distributed` and
-`assembly`; never `data`, `trainer` or `inspection`.
+answers prompts. This package may import `sftx.config`, `sftx.distributed`, `sftx.assembly` and the modules beside them
+(`errors`, `types`, `events`, `paths`, `atomic_files`); never `sftx.data`, `sftx.trainer` or `sftx.inspection`.
 """

@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from sftx.config.run_file import EMBEDDED
+from sftx.paths import DEMO_RUN_FILE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,7 +44,7 @@ def make_tokenizer() -> PreTrainedTokenizerBase:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    rows = (EMBEDDED.parent / "held_out.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = (DEMO_RUN_FILE.parent / "held_out.jsonl").read_text(encoding="utf-8").splitlines()
     bpe.train_from_iterator((message["content"] for row in rows for message in json.loads(row)["messages"]), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,

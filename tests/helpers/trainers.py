@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFas
 
 from sftx import Collator, Example
 from sftx.config.options import TrainConfig
+from sftx.model.generate import generate_greedy
 from sftx.model.language_model import LanguageModel
 from sftx.model.load import load_model, load_spec
 from sftx.trainer import precision
@@ -65,6 +66,12 @@ def gradients(trainer: Trainer, batches: Sequence[MicroBatch]) -> dict[str, torc
     trainer.optimizer.zero_grad()
     trainer.accumulate(batches, trainer.count(batches), 0)
     return {name: p.grad.clone() for name, p in trainer.lm.named_parameters() if p.grad is not None}
+
+
+def answers_in_order(lm: LanguageModel, prompts: Sequence[Sequence[int]], **options: Any) -> list[list[int]]:
+    """Generates the answers to all prompts, in the order of the prompts."""
+    answers = dict(generate_greedy(lm, prompts, **options))
+    return [answers[index] for index in range(len(prompts))]
 
 
 def small_model(directory: Path, **shape: Any) -> Path:

@@ -25,6 +25,7 @@ from sftx import Batch, Example, ModelError
 from sftx.model.language_model import LanguageModel
 from sftx_plugins.collators.padded import Padded
 from sftx_plugins.losses.masked_ce import MaskedCE
+from tests.helpers.trainers import answers_in_order
 
 EXPERTS = {"output_router_logits": True, "router_aux_loss_coef": 0.1}
 CONFIGS = {
@@ -154,12 +155,12 @@ def test_answers_of_a_batch_are_those_of_single_rows_and_end_at_the_stop_token()
     model = model_of("qwen2")
     lm = LanguageModel(model, tokenizer=None).eval()  # type: ignore[arg-type]
     prompts = [e.token_ids for e in examples((3, 11, 6, 4))]
-    together = lm.generate(prompts, max_new_tokens=12, stop_ids=(), batch_size=4)
-    alone = [lm.generate([p], max_new_tokens=12, stop_ids=(), batch_size=1)[0] for p in prompts]
+    together = answers_in_order(lm, prompts, max_new_tokens=12, stop_ids=(), batch_size=4)
+    alone = [answers_in_order(lm, [p], max_new_tokens=12, stop_ids=(), batch_size=1)[0] for p in prompts]
     assert together == alone
     assert all(len(answer) == 12 for answer in together)
     stop = together[0][5]
-    stopped = lm.generate(prompts, max_new_tokens=12, stop_ids=(stop,), batch_size=2)
+    stopped = answers_in_order(lm, prompts, max_new_tokens=12, stop_ids=(stop,), batch_size=2)
     assert stopped == [answer[: answer.index(stop)] if stop in answer else answer for answer in together]
 
 

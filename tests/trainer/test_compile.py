@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sftx.errors import ModelError
 from sftx.trainer import layers
-from tests.helpers.trainers import batches_of, gradients, rows, small_model, trainer_of
+from tests.helpers.trainers import answers_in_order, batches_of, gradients, rows, small_model, trainer_of
 
 # torch hides this warning itself, from a user's filters and not from one that makes errors of warnings.
 # The other one is of a module of torch's that the compiler imports.
@@ -133,7 +133,7 @@ def test_generation_and_evaluation_run_what_is_not_compiled(model: Path) -> None
     plain = trainer_of(model)
     plain.lm.eval()
     prompts = [row.token_ids[:5] for row in rows(3)]
-    answers = [t.lm.generate(prompts, max_new_tokens=6, stop_ids=[2], batch_size=2) for t in (trainer, plain)]
+    answers = [answers_in_order(t.lm, prompts, max_new_tokens=6, stop_ids=[2], batch_size=2) for t in (trainer, plain)]
     assert answers[0] == answers[1]
     assert not counters["stats"]
 
