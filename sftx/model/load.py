@@ -49,10 +49,11 @@ def _raises_model_error(name: str, part: str) -> Iterator[None]:
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a model. Raises ModelError."""
-    with _raises_model_error(name, "configuration"):
-        # One small file first: a hub id that cannot be reached is then not tried once for each tokenizer file.
-        AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    """Loads the tokenizer of a model, or that saved with an adapter, which has no config.json. Raises ModelError."""
+    if not Path(name).is_dir() or (Path(name) / "config.json").exists():
+        with _raises_model_error(name, "configuration"):
+            # One small file first: a hub id that cannot be reached is then not tried once for each tokenizer file.
+            AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     with _raises_model_error(name, "tokenizer"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     return tokenizer

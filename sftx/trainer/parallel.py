@@ -25,16 +25,17 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from sftx.assembly.stages import LossStage
 from sftx.config.options import TrainConfig
+from sftx.distributed.dtensor import full_tensor
 from sftx.distributed.process_group import ProcessGroup
 from sftx.errors import ConfigError
 from sftx.model.language_model import LanguageModel
 from sftx.trainer.layers import decoder_layers
 from sftx.trainer.precision import Precision
-from sftx.types import Batch, Loss, LossSum
+from sftx.types import Batch, LossSum
 
 T = TypeVar("T")
 
@@ -50,7 +51,7 @@ _SYNC_BUFFERS: Final = "forward_sync_buffers" if "forward_sync_buffers" in _DDP_
 class TrainStep(nn.Module):
     """Runs the forward pass from a batch to its loss sum. DDP and FSDP2 wrap this module, which includes the loss."""
 
-    def __init__(self, lm: LanguageModel, loss: Loss) -> None:
+    def __init__(self, lm: LanguageModel, loss: LossStage) -> None:
         super().__init__()
         self.lm = lm
         self.loss = loss
@@ -264,34 +265,3 @@ def build_strategy(
     return FSDP2Strategy(step, process_group, config, precision)
 
 
-Engine = ParallelStrategy  # former names, until all callers use the new ones
-engine = build_strategy
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor of which this process may have a share; every process must ask for it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether this process has a part of the tensor only."""
-    return isinstance(tensor, DTensor)
-
-
-def is_shared(lm: LanguageModel) -> bool:
-    """Whether the model's parameters are shared out."""
-    return any(map(is_sharded, lm.model.parameters()))
-
-
-def local(tensor: Tensor) -> Tensor:
-    """What this process has of the tensor: nothing is sent."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def shard_like(value: Tensor, like: Tensor) -> Tensor:
-    """Of a whole tensor what this process has of `like`, on its device; nothing is sent."""
-    if not isinstance(like, DTensor):
-        return value.to(like.device, copy=True)
-    mesh = like.device_mesh
-    share = distribute_tensor(value.to(mesh.device_type), mesh, like.placements, src_data_rank=None)
-    return share.to(local(like).device)  # the host, where shares are kept there

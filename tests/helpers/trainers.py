@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sftx import Collator, Example
+from sftx import Collator, Example, Step
+from sftx.assembly.stages import CollatorStage, LossStage
 from sftx.config.options import TrainConfig
 from sftx.model.generate import generate_greedy
+from sftx.data.sampler import PlannedStep
 from sftx.model.language_model import LanguageModel
 from sftx.model.load import load_model, load_spec
 from sftx.trainer import precision
@@ -42,7 +45,8 @@ def trainer_of(
     collator: Collator = PackedRows(128, "bfd", "varlen") if packed else Padded()
     if packed:
         lm.attention_of(collator.collate(rows(2)))
-    return Trainer(lm, MaskedCE(), collator, config, chosen, 10)
+    loss, stage = LossStage("the loss", MaskedCE()), CollatorStage("the collator", collator)
+    return Trainer(lm, loss, stage, config, chosen, 10)
 
 
 def rows(count: int, seed: int = 0, longest: int = 40) -> list[Example]:
@@ -54,17 +58,27 @@ def rows(count: int, seed: int = 0, longest: int = 40) -> list[Example]:
     ]
 
 
+def planned(step: Step, examples: Sequence[Example]) -> PlannedStep:
+    """Returns the step of these rows as a sampler plans it."""
+    return PlannedStep(0.0, step, examples, np.array([len(example.token_ids) for example in examples], np.int64))
+
+
+def denominator(batches: Sequence[MicroBatch]) -> float:
+    """Returns the denominator of a step of these micro-batches in one process."""
+    return sum(micro_batch.denominator for micro_batch in batches)
+
+
 def batches_of(trainer: Trainer, seed: int = 0) -> list[MicroBatch]:
     """Returns the micro-batches of one step; a row has one example, or three when the collator packs."""
-    per_row = 3 if isinstance(trainer.collator, PackedRows) else 1
+    per_row = 3 if isinstance(trainer.collator._collator, PackedRows) else 1
     step = [tuple(range(at, at + per_row)) for at in range(0, ROWS_PER_STEP * per_row, per_row)]
-    return trainer.micro_batches(tuple(step), rows(ROWS_PER_STEP * per_row, seed))
+    return trainer.micro_batches(planned(tuple(step), rows(ROWS_PER_STEP * per_row, seed)))
 
 
 def gradients(trainer: Trainer, batches: Sequence[MicroBatch]) -> dict[str, torch.Tensor]:
     """Computes the gradients of one step, by parameter name."""
     trainer.optimizer.zero_grad()
-    trainer.accumulate(batches, trainer.count(batches), 0)
+    trainer.accumulate(batches, denominator(batches), 0)
     return {name: p.grad.clone() for name, p in trainer.lm.named_parameters() if p.grad is not None}
 
 
