@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 if TYPE_CHECKING:
-    from sftx.model.language_model import LanguageModel
+    from sftx.types import LanguageModel
 
 
 def generate_greedy(
@@ -55,9 +55,6 @@ def generate_greedy(
         for index, ids in zip(indices, out_BT[:, ids_BT.shape[1] :].tolist(), strict=True):
             end = next((position for position, token in enumerate(ids) if token in stop_ids), len(ids))
             yield index, ids[:end]
-
-
-answers = generate_greedy  # former name, until all callers use the new one
 
 
 @contextlib.contextmanager

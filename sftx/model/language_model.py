@@ -1,6 +1,6 @@
 """The language model of a run: a transformers model as the decoder and the output head that a loss needs.
 
-Training never materialises the logits: `LanguageModel.cross_entropy` computes the head and the loss together.
+Training never materialises the logits: `CausalLM.cross_entropy` computes the head and the loss together.
 
 Dimensions: B rows, T tokens, N = B * T, D hidden, V vocabulary.
 """
@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Final, Literal, cast
+from collections.abc import Iterator, Mapping
+from typing import Final, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sftx.errors import ModelError
 from sftx.model import packed_attention
-from sftx.model.generate import generate_greedy
 from sftx.types import Adapter, Attention, Batch, HiddenOut
 from sftx_kernels import LinearCrossEntropyOutput, linear_cross_entropy
 
@@ -28,7 +27,7 @@ _PROBE_TOKENS: Final = 8
 log = logging.getLogger(__name__)
 
 
-class LanguageModel(nn.Module):
+class CausalLM(nn.Module):
     """Wraps a transformers model with its tokenizer and the adapters attached to it.
 
     `seed` is a 0-d int64 tensor on the CPU: the seed of the next forward pass, a pure function of (run seed, step,
@@ -240,8 +239,3 @@ class LanguageModel(nn.Module):
                 f"{type(self.model).__name__}: its logits are not head(hidden) as sftx computes them "
                 f"(relative difference {difference:.1e}); this architecture is not supported"
             )
-
-    def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[list[int]]:
-        # For callers that do not use generate_greedy yet.
-        found = dict(generate_greedy(self, prompts, **options))
-        return [found[index] for index in range(len(prompts))]

@@ -29,10 +29,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sftx.assembly.stages import LossStage
 from sftx.config.options import TrainConfig
-from sftx.distributed.dtensor import full_tensor
 from sftx.distributed.process_group import ProcessGroup
 from sftx.errors import ConfigError
-from sftx.model.language_model import LanguageModel
+from sftx.model.language_model import CausalLM
 from sftx.trainer.layers import decoder_layers
 from sftx.trainer.precision import Precision
 from sftx.types import Batch, LossSum
@@ -51,7 +50,7 @@ _SYNC_BUFFERS: Final = "forward_sync_buffers" if "forward_sync_buffers" in _DDP_
 class TrainStep(nn.Module):
     """Runs the forward pass from a batch to its loss sum. DDP and FSDP2 wrap this module, which includes the loss."""
 
-    def __init__(self, lm: LanguageModel, loss: LossStage) -> None:
+    def __init__(self, lm: CausalLM, loss: LossStage) -> None:
         super().__init__()
         self.lm = lm
         self.loss = loss
@@ -65,9 +64,6 @@ class TrainStep(nn.Module):
         The root is this module. Its parameters are those that belong to no decoder layer: embeddings, head, last norm.
         """
         return work()
-
-    def within(self, work: Callable[[], T]) -> T:  # former name, until all callers use the new one
-        return self.call_in_forward(work)
 
 
 class ParallelStrategy:
@@ -219,7 +215,7 @@ class FSDP2Strategy(MultiProcessStrategy):
                 module.reshard()
 
 
-def has_experts(lm: LanguageModel) -> bool:
+def has_experts(lm: CausalLM) -> bool:
     """Returns whether trained experts are separate modules, so that those that get no token have no gradient.
 
     transformers keeps all experts of a layer in one tensor, which always has a gradient.
@@ -228,7 +224,7 @@ def has_experts(lm: LanguageModel) -> bool:
     return any(parameter.requires_grad for experts in lists for parameter in experts.parameters())
 
 
-def _trains_other_towers(lm: LanguageModel) -> bool:
+def _trains_other_towers(lm: CausalLM) -> bool:
     """Returns whether parameters outside of decoder and head are trained: a vision tower has no gradient from text."""
     parts = (lm.model.get_decoder(), lm.model.get_output_embeddings())
     used = {id(parameter) for part in parts for parameter in part.parameters()}
@@ -263,5 +259,3 @@ def build_strategy(
     if config.distributed == "ddp":
         return DDPStrategy(step, process_group, precision.device)
     return FSDP2Strategy(step, process_group, config, precision)
-
-

@@ -13,9 +13,9 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFas
 from sftx import Collator, Example, Step
 from sftx.assembly.stages import CollatorStage, LossStage
 from sftx.config.options import TrainConfig
-from sftx.model.generate import generate_greedy
 from sftx.data.sampler import PlannedStep
-from sftx.model.language_model import LanguageModel
+from sftx.model.generate import generate_greedy
+from sftx.model.language_model import CausalLM
 from sftx.model.load import load_model, load_spec
 from sftx.trainer import precision
 from sftx.trainer.trainer import MicroBatch, Trainer
@@ -36,7 +36,7 @@ def trainer_of(
     adapters = {"lora": Lora(r=4, lora_dropout=dropout).sftx_adapter(spec)} if lora else {}
     dtype = chosen.base_dtype(frozen=lora)
     loaded = load_model(spec, list(adapters.values()), dtype=dtype, device=chosen.device)
-    lm = LanguageModel(loaded, AutoTokenizer.from_pretrained(model))
+    lm = CausalLM(loaded, AutoTokenizer.from_pretrained(model))
     torch.manual_seed(1)
     lm.attach(adapters)
     for name, parameter in lm.named_parameters():
@@ -82,7 +82,7 @@ def gradients(trainer: Trainer, batches: Sequence[MicroBatch]) -> dict[str, torc
     return {name: p.grad.clone() for name, p in trainer.lm.named_parameters() if p.grad is not None}
 
 
-def answers_in_order(lm: LanguageModel, prompts: Sequence[Sequence[int]], **options: Any) -> list[list[int]]:
+def answers_in_order(lm: CausalLM, prompts: Sequence[Sequence[int]], **options: Any) -> list[list[int]]:
     """Generates the answers to all prompts, in the order of the prompts."""
     answers = dict(generate_greedy(lm, prompts, **options))
     return [answers[index] for index in range(len(prompts))]

@@ -12,19 +12,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from sftx.data.collate import pad
 from sftx.model.generate import generate_greedy, generation_defaults
-from sftx.model.language_model import LanguageModel
+from sftx.model.language_model import CausalLM
 from sftx.model.load import load_spec
 from sftx.testing.kit import built_in
 from sftx.types import Example
-from tests.helpers.trainers import answers_in_order
+from trainers import answers_in_order
 
 NEW = 12
 
 
-def load(directory: Path, *, adapter: bool = False, **settings: Any) -> LanguageModel:
+def load(directory: Path, *, adapter: bool = False, **settings: Any) -> CausalLM:
     model = AutoModelForCausalLM.from_pretrained(directory)
     model.generation_config.update(**settings)
-    lm = LanguageModel(model, AutoTokenizer.from_pretrained(directory))
+    lm = CausalLM(model, AutoTokenizer.from_pretrained(directory))
     if adapter:
         lm.attach({"lora": built_in("lora").sftx_adapter(load_spec(str(directory)))})
         for name, parameter in lm.named_parameters():
@@ -33,13 +33,13 @@ def load(directory: Path, *, adapter: bool = False, **settings: Any) -> Language
     return lm
 
 
-def prompts(lm: LanguageModel) -> list[list[int]]:
+def prompts(lm: CausalLM) -> list[list[int]]:
     """Prompts of 1 to 90 tokens, in no order."""
     rng = random.Random(1)
     return [[rng.randrange(len(lm.tokenizer)) for _ in range(length)] for length in (7, 90, 1, 33, 2, 60, 7, 18, 41)]
 
 
-def by_hand(lm: LanguageModel, prompt: list[int], stop_ids: tuple[int, ...]) -> list[int]:
+def by_hand(lm: CausalLM, prompt: list[int], stop_ids: tuple[int, ...]) -> list[int]:
     """Generates an answer token by token, without a cache."""
     ids = list(prompt)
     lm.eval()

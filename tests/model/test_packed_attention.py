@@ -39,13 +39,13 @@ from transformers import (
 from architectures import SHAPE
 from sftx import Attention, Batch, Example, ModelError, pack, pad
 from sftx.model import packed_attention, varlen_attention
-from sftx.model.language_model import LanguageModel
+from sftx.model.language_model import CausalLM
 from sftx.trainer.layers import enable_checkpointing
 from sftx.trainer.self_checks import check_packing
 from sftx_plugins.collators.packed import Packed, PackedRows
 from sftx_plugins.collators.padded import Padded
 from sftx_plugins.losses.masked_ce import MaskedCE
-from tests.helpers.trainers import answers_in_order
+from trainers import answers_in_order
 
 LENGTHS = (9, 1, 5, 13)
 MIXED = ["sliding_attention", "full_attention"]
@@ -89,13 +89,13 @@ def examples(lengths: Sequence[int] = LENGTHS, vocabulary: int = 211) -> list[Ex
     ]
 
 
-def made(config: PreTrainedConfig) -> LanguageModel:
+def made(config: PreTrainedConfig) -> CausalLM:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
-    return LanguageModel(model, None).eval()  # type: ignore[arg-type]
+    return CausalLM(model, None).eval()  # type: ignore[arg-type]
 
 
-def loss_and_gradients(lm: LanguageModel, batches: Sequence[Batch]) -> tuple[float, dict[str, Tensor]]:
+def loss_and_gradients(lm: CausalLM, batches: Sequence[Batch]) -> tuple[float, dict[str, Tensor]]:
     lm.zero_grad(set_to_none=True)
     total = 0.0
     for batch in batches:
@@ -108,7 +108,7 @@ def loss_and_gradients(lm: LanguageModel, batches: Sequence[Batch]) -> tuple[flo
     return total, gradients
 
 
-def assert_equal_training(lm: LanguageModel, ways: Sequence[Attention], rows: Sequence[Example]) -> None:
+def assert_equal_training(lm: CausalLM, ways: Sequence[Attention], rows: Sequence[Example]) -> None:
     """Asserts that each kind of packing has the loss and the gradient of the rows alone, to 1e-5."""
     alone, wanted = loss_and_gradients(lm, [pad([row]) for row in rows])
     for way in ways:
@@ -168,7 +168,7 @@ def test_chunks_that_begin_with_the_row_are_refused(monkeypatch: pytest.MonkeyPa
 def test_two_language_models_share_one_model(caplog: pytest.LogCaptureFixture) -> None:
     lm = made(LlamaConfig(**SHAPE))
     assert lm.attention_of(pack(examples())) == "varlen"
-    assert LanguageModel(lm.model, lm.tokenizer).attention_of(pack(examples())) == "varlen"
+    assert CausalLM(lm.model, lm.tokenizer).attention_of(pack(examples())) == "varlen"
     assert caplog.text == ""
 
 
@@ -180,7 +180,7 @@ def test_packed_training_is_that_of_documents_alone_on_the_real_model(real_model
     for number, text in enumerate(texts):
         ids = [*tokenizer(text).input_ids, tokenizer.eos_token_id]
         rows.append(Example(ids, [at > 1 for at in range(len(ids))], f"row {number}", number))
-    lm = LanguageModel(AutoModelForCausalLM.from_pretrained(real_model_dir, dtype=torch.float32), tokenizer).eval()
+    lm = CausalLM(AutoModelForCausalLM.from_pretrained(real_model_dir, dtype=torch.float32), tokenizer).eval()
     assert_equal_training(lm, ("varlen", "mask", "mask4d"), rows)
     assert lm.attention_of(pack(rows)) == "varlen"
 
@@ -374,7 +374,7 @@ def test_what_varlen_is_not_made_for_is_said(caplog: pytest.LogCaptureFixture) -
 # --- the leak probe -----------------------------------------------------------------------------
 
 
-def probe(lm: LanguageModel, way: Attention = "varlen") -> None:
+def probe(lm: CausalLM, way: Attention = "varlen") -> None:
     check_packing(lm, Packed(attention=way).sftx_collator(64), examples((30, 9, 40)))
 
 
@@ -411,7 +411,7 @@ def test_the_probe_keeps_groups_whole() -> None:
 
 
 def test_the_probe_asks_nothing_of_a_collator_that_pads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LanguageModel, "hidden", None)
+    monkeypatch.setattr(CausalLM, "hidden", None)
     check_packing(made(LlamaConfig(**SHAPE)), Padded().sftx_collator(), examples())
 
 
