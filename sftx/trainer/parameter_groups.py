@@ -11,7 +11,7 @@ from torch import nn
 
 from sftx.config.options import TrainConfig
 from sftx.errors import ConfigError, ModelError, PluginError
-from sftx.model.language_model import LanguageModel
+from sftx.model.language_model import CausalLM
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class TrainableParam:
     is_head: bool
 
 
-def trainable_params(lm: LanguageModel, config: TrainConfig) -> list[TrainableParam]:
+def trainable_params(lm: CausalLM, config: TrainConfig) -> list[TrainableParam]:
     """Return every trainable parameter, tied ones once. Raises ModelError when there is none; ConfigError, PluginError.
 
     The learning rate of embedding and head is `embedding_learning_rate` if it is set; otherwise each adapter may scale
@@ -55,7 +55,7 @@ def trainable_params(lm: LanguageModel, config: TrainConfig) -> list[TrainablePa
     return params
 
 
-def _adapter_scale(lm: LanguageModel, name: str) -> float:
+def _adapter_scale(lm: CausalLM, name: str) -> float:
     """Return the product of the factors that the adapters give the learning rate of a parameter."""
     scale = 1.0
     for adapter in lm.adapters.values():
