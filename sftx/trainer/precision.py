@@ -66,7 +66,8 @@ def choose(config: TrainConfig, local_rank: int = 0) -> Precision:
     if low_precision_weights and (config.fp16 or config.bf16 is False):
         conflicting = "fp16" if config.fp16 else "bf16: false"
         raise ConfigError(
-            f"option 'train.optim': {config.optim} trains weights in bfloat16, which {conflicting} excludes; drop one"
+            f"option 'train.optim': {config.optim} keeps weights in bfloat16, which {conflicting} excludes; "
+            "leave one out"
         )
     supports_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported()
     if not supports_bf16 and (config.bf16 or low_precision_weights):
