@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -40,7 +41,7 @@ _ROUNDING: Final = frozenset(
 _NO_LOCKS: Final = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 _SPLIT: Final = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps")
-"""Their product is the rows of a step, which decides the data's order; how it is split does not."""
+"""How the rows of a step are split, which decides neither the data's order nor the update."""
 
 
 @dataclass
@@ -63,8 +64,9 @@ class RunDirectory:
         observers = _observers(plugins) | _observers((self.read_json(_MANIFEST) or {}).get("plugins", ()))
         before = _options(run_file.read(self.file(_RUN))[0], observers)
         now = _options(json.loads(json.dumps(resolved)), observers)
+        before["train.train_batch_size"] = _rows_per_step(before)
         changed = {name for name in before.keys() | now.keys() if before.get(name) != now.get(name)} - _FREE
-        if changed & set(_SPLIT) and _rows_of_a_step(before) == _rows_of_a_step(now):
+        if changed & set(_SPLIT):
             changed -= set(_SPLIT)
             log.warning("the rows of a step are split otherwise: the same but for rounding, and other dropout if any")
         if rounding := sorted(changed & _ROUNDING):
@@ -76,6 +78,10 @@ class RunDirectory:
                 f"{f', and {len(wrong) - 1} more differ' if wrong[1:] else ''}; give the same options, or begin "
                 "another run with --output-dir"
             )
+
+    def recorded_batch_size(self) -> int:
+        """Return the rows of a step, over all processes, that the run here was started with."""
+        return _rows_per_step(_flat(run_file.read(self.file(_RUN))[0]))
 
     def check_inputs(self, manifest: Mapping[str, Any]) -> None:
         """Raises ConfigError when model or data are not those of the manifest; notes other versions."""
@@ -259,9 +265,10 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _rows_of_a_step(values: Mapping[str, Any]) -> int:
-    size, times = (values[name] for name in _SPLIT)
-    return int(size * times)
+def _rows_per_step(values: Mapping[str, Any]) -> int:
+    """Return the rows of a step from recorded options. sftx 0.1 recorded the two factors alone."""
+    recorded = values.get("train.train_batch_size")
+    return int(recorded if recorded is not None else math.prod(values[name] for name in _SPLIT))
 
 
 def _shown(values: Mapping[str, Any], name: str) -> str:

@@ -84,7 +84,7 @@ class RunState:
             "logging_steps": config.logging_steps,
             "eval_steps": config.eval_steps or num_steps,
             "save_steps": config.save_steps or num_steps,
-            "train_batch_size": config.per_device_train_batch_size,
+            "train_batch_size": config.micro_batch_size,
             "num_train_epochs": max(1, round(config.num_train_epochs)),
             "num_input_tokens_seen": self.num_input_tokens,
             "total_flos": 0,

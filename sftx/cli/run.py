@@ -68,11 +68,10 @@ def _launch(loaded: loading.Loaded, name: str, *, resume: bool, nproc: int, max_
     """Starts the same command as `nproc` ranks; returns its exit code."""
     from sftx.assembly.registry import activate
     from sftx.distributed import launch
-    from sftx.run import check_processes
 
     ctx = click.get_current_context()
-    if nproc:
-        check_processes(loaded.config, nproc)
+    if nproc and not resume:
+        loaded.config.train.resolve_batch_size(nproc)
     activate(loaded)  # what is wrong with plugins and their options is told here, once
     arguments = launch.without_options(ctx.meta[_ARGUMENTS], "--nproc", "--max-restarts")
     debug = ["--debug"] if ctx.find_root().params.get("debug") else []

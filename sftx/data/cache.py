@@ -21,21 +21,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from filelock import FileLock, Timeout
 
 from sftx.atomic_files import sha256_of_file
 from sftx.config.options import Source
 from sftx.data import sources
-from sftx.data.dataset import Examples
+from sftx.data.dataset import Dataset, Examples
 from sftx.data.ledger import LINE_ERRORS, Ledger
 from sftx.data.row_encoder import Question, RowEncoder
 from sftx.errors import OutputError, one_line
 from sftx.paths import cache_dir
-
-if TYPE_CHECKING:
-    from sftx.data.preprocess import Dataset
 
 log = logging.getLogger(__name__)
 
@@ -89,8 +86,6 @@ class Cache:
             return None
 
     def _load(self) -> Dataset:
-        from sftx.data.preprocess import Dataset
-
         described = json.loads((self.directory / "dataset.json").read_text(encoding="utf-8"))
         with (self.directory / "ledger.jsonl").open(encoding="utf-8") as lines:
             ledger = Ledger(Ledger.read(lines), described["num_rows"])

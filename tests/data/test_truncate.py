@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import assets
 from sftx.config.options import DataConfig
-from sftx.data.row_encoder import Row, RowEncoder
+from sftx.data.row_encoder import EncodedRow, RowEncoder
 from sftx.data.truncate import fit, infer_lengths
 from sftx.errors import DataError
 from sftx.testing.kit import Kit
@@ -35,8 +35,8 @@ def turns(*lengths: int) -> Conversation:
     )
 
 
-def encode(kit: Kit, conversation: Any, **options: Any) -> Row:
-    return RowEncoder({}, kit.encoder, DataConfig(**options)).encode([conversation], Row(WHERE))
+def encode(kit: Kit, conversation: Any, **options: Any) -> EncodedRow:
+    return RowEncoder({}, kit.encoder, DataConfig(**options)).encode([conversation], EncodedRow(WHERE))
 
 
 def test_lengths_of_known_examples() -> None:
