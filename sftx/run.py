@@ -290,30 +290,27 @@ def _load_model(
     """Load the model with its adapters; its weights are those of the checkpoint `saved` where there is one."""
     import torch
 
-    from sftx.checkpoint.checkpoint import load_weights
+    from sftx.checkpoint.load_run import build_model
     from sftx.model.added_tokens import ids_of
-    from sftx.model.generate import generation_defaults
-    from sftx.model.language_model import LanguageModel
-    from sftx.model.load import load_model, load_spec
+    from sftx.model.load import load_spec
     from sftx.trainer import parallel
 
     spec = load_spec(pipeline.model, trust_remote_code=config.trust_remote_code)
     spec = dataclasses.replace(spec, new_token_ids=ids_of(pipeline.added_tokens, pipeline.tokenizer))
     adapters = assembly.adapters(spec)
     parallel.check(config.train, has_adapters=bool(adapters))
-    if saved is not None and not adapters:
-        spec = dataclasses.replace(spec, name=str(saved))
-    dtype = precision.base_dtype(frozen=bool(adapters))
-    # What is sharded moves to the device layer by layer, as shards.
-    device = torch.device("cpu") if is_launched() and config.train.distributed == "fsdp2" else precision.device
-    model = load_model(spec, list(adapters.values()), dtype=dtype, device=device)
-    lm = LanguageModel(model, pipeline.tokenizer)
-    torch.manual_seed(config.train.seed)
-    lm.attach(adapters)
-    lm.model.generation_config = generation_defaults(lm, pipeline.encoder.stop_ids)  # the saved model stops by itself
-    if saved is not None and adapters:
-        load_weights(lm, saved, trust_remote_code=config.trust_remote_code)
-    return lm
+    # With fsdp2 the model moves to the device layer by layer, as shards.
+    is_sharded = is_launched() and config.train.distributed == "fsdp2"
+    return build_model(
+        spec,
+        adapters,
+        pipeline.tokenizer,
+        dtype=precision.base_dtype(frozen=bool(adapters)),
+        device=torch.device("cpu") if is_sharded else precision.device,
+        stop_ids=pipeline.encoder.stop_ids,
+        saved=saved,
+        seed=config.train.seed,
+    )
 
 
 # --- checks and the manifest ----------------------------------------------------------------------

@@ -199,16 +199,13 @@ def _has_types(thing: object, types: Mapping[str, Any]) -> bool:
 
 def _is_parsed(item: Any) -> bool:
     match item:
-        case Conversation(messages=messages):
-            return all(
-                isinstance(message, Message)
-                and _has_types(message, _MESSAGE_TYPES)
-                and all(
-                    isinstance(call, ToolCall) and _has_types(call, {"name": str, "arguments": Mapping})
-                    for call in message.tool_calls
-                )
-                for message in messages
-            )
+        case Conversation():
+            messages: Sequence[Any] = item.messages
+            if not all(isinstance(message, Message) and _has_types(message, _MESSAGE_TYPES) for message in messages):
+                return False
+            calls: list[Any] = [call for message in messages for call in message.tool_calls]
+            types = {"name": str, "arguments": Mapping}
+            return all(isinstance(call, ToolCall) and _has_types(call, types) for call in calls)
         case PlainText():
             return _has_types(item, {"text": str})
         case Tokens(token_ids=ids, loss_mask=mask):

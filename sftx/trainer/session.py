@@ -138,7 +138,7 @@ class Session:
         def read_state() -> None:
             try:
                 tensors, values = checkpoint.read_state(saved)
-                self.state = RunState.of(values["run"])
+                self.state = RunState.from_dict(values["run"])
                 self.sampler.load_state_dict(values["plan"])
                 self.trainer.load_state_dict(tensors, values["trainer"])
             except SftxError:
