@@ -2,8 +2,8 @@
 
 ARCHITECTURE.md lists them; a test compares that list with what is called. Counted is each function of sftx that the row
 passes through, each method of a plugin that sftx calls with it, and the entry points of the kernels, once each. Not
-passes through, each method of a plugin that sftx calls with it, and the entry points of the kernels, once each. Not
-and the helpers inside a plugin or a kernel.
+counted are functions that only check it or answer a question (they return a bool or a number), properties,
+constructors, and the helpers inside a plugin or a kernel.
 """
 
 from __future__ import annotations
