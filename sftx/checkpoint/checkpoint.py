@@ -165,10 +165,10 @@ class Checkpoints:
             return None
         if not self.directory.is_dir():
             raise OutputError(f"{self.directory}: is no directory of checkpoints; move it away")
-        atomic_files.sweep(self.directory)
+        atomic_files.remove_leftovers(self.directory)
         found = self._found()
         for path in reversed(found):
-            what = atomic_files.damage(path)
+            what = atomic_files.find_damage(path)
             if what is None:
                 return path
             log.warning("%s is damaged and set aside: %s", path, what)

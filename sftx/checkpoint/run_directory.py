@@ -136,7 +136,7 @@ class RunDirectory:
                 raise OutputError(f"output_dir {self.path}: cannot be written: {one_line(error)}") from error
             log.warning("%s lies on a file system without locks: see to it that one process works in it", self.path)
         if self.resumed:
-            atomic_files.sweep(self.path)
+            atomic_files.remove_leftovers(self.path)
         elif _holds(self.path):
             self.release()
             return False

@@ -161,21 +161,20 @@ class RowEncoder:
             bound = "min_length" if length < filters.min_length else "max_length"
             row.drop(f"filters.{bound}={getattr(filters, bound)}", length=length, action="filtered")
             return False
-        pieces = [(token_ids, loss_mask, weights)]
+        cut = truncate.Truncated(unit, (token_ids, loss_mask, weights), [np.arange(length)])
         if length > config.max_length and not self.wrapped:
             if config.long_rows == "error":
                 raise DataError(f"{where}: {length} tokens, more than data.max_length={config.max_length}")
-            pieces = truncate.fit(unit, pieces[0], config, self.encoder.is_control, self.labelled)
+            cut = truncate.fit(unit, cut.labelled, config, self.encoder.is_control, self.labelled)
             reason = f"longer than max_length={config.max_length}"
-            if not pieces:
+            if not cut.kept:
                 fills = config.long_rows != "drop" and f"its prompt alone fills max_length={config.max_length}"
                 row.drop(fills or reason, length=length)
                 return False
-            kept = sum(len(ids) for ids, _, _ in pieces)
             action: Literal["cut", "split"] = "split" if config.long_rows == "split" else "cut"
-            row.entries.append(Entry(where, action, reason, length, kept))
+            row.entries.append(Entry(where, action, reason, length, sum(map(len, cut.kept))))
         extras = _json(unit.extras)
-        row.examples += [_arrays(*piece, extras=extras) for piece in pieces]
+        row.examples += [_arrays(cut.labelled, kept, extras) for kept in cut.kept]
         return True
 
     def trains_stop(self, row: Row) -> bool:
@@ -183,7 +182,7 @@ class RowEncoder:
         stop = self.encoder.stop_ids
         return any(np.isin(one.token_ids[one.loss_mask], stop).any() for one in row.examples)
 
-    def labelled(self, unit: Parsed) -> truncate.Piece:
+    def labelled(self, unit: Parsed) -> truncate.LabelledTokens:
         """Ids, mask and weights of what `units` gave, with what the options say of single tokens."""
         token_ids, loss_mask, weights = self.encoder.encode(unit)
         ends = [False] * len(token_ids)
@@ -277,14 +276,16 @@ def _why_nothing_is_trained(parsed: Sequence[Parsed]) -> str:
     return NO_TURN if turns and not any(turn.role == "assistant" for turn in turns) else NOTHING_TRAINED
 
 
-def _arrays(token_ids: list[int], loss_mask: list[bool], weights: list[float], *, extras: Mapping[str, Any]) -> Encoded:
-    weighted = any(weight != 1 for weight in weights)
+def _arrays(labelled: truncate.LabelledTokens, kept: NDArray[np.int64], extras: Mapping[str, Any]) -> Encoded:
+    """Return the example that keeps the tokens of these indices; weights that are all 1 are left out."""
+    token_ids, loss_mask, weights = labelled
+    weights_T = np.asarray(weights, np.float64)[kept]
     return Encoded(
-        np.asarray(token_ids, np.int32),
-        np.asarray(loss_mask, np.bool_),
-        np.asarray(weights, np.float32) if weighted else None,
-        0,
-        extras,
+        token_ids=np.asarray(token_ids, np.int32)[kept],
+        loss_mask=np.asarray(loss_mask, np.bool_)[kept],
+        weights=weights_T.astype(np.float32) if (weights_T != 1).any() else None,
+        part=0,
+        extras=extras,
     )
 
 

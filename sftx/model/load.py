@@ -17,9 +17,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from sftx.errors import ModelError, one_line
+from sftx.errors import ModelError, is_out_of_memory, one_line
 from sftx.model.added_tokens import make_room
-from sftx.model.memory import is_out_of_memory
 from sftx.model.names import HUB_ID, INSTALL
 from sftx.types import Adapter, ModelSpec
 

@@ -23,11 +23,10 @@ from sftx.data.dataset import Examples
 from sftx.data.preprocess import Dataset
 from sftx.data.row_encoder import Question
 from sftx.distributed.process_group import ProcessGroup
-from sftx.errors import TrainingError
+from sftx.errors import TrainingError, is_out_of_memory
 from sftx.events import EvalReport, Sample
 from sftx.model.generate import answers
 from sftx.model.language_model import LanguageModel
-from sftx.model.memory import is_out_of_memory
 from sftx.trainer.evidence import choose_row, token_losses
 from sftx.trainer.parallel import Engine
 from sftx.trainer.precision import Precision

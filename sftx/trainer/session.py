@@ -21,10 +21,18 @@ from sftx.config.options import RunConfig
 from sftx.data.sampler import Plan, StreamPlan
 from sftx.distributed.process_group import ProcessGroup
 from sftx.distributed.signals import DeferredSignals, Stop
-from sftx.errors import ConfigError, DataError, OutputError, SftxError, TrainingError, did_you_mean, one_line
+from sftx.errors import (
+    ConfigError,
+    DataError,
+    OutputError,
+    SftxError,
+    TrainingError,
+    did_you_mean,
+    is_out_of_memory,
+    one_line,
+)
 from sftx.events import EvalReport, Result, RunInfo, StartReport, StepReport
 from sftx.inspection.run_report.run_report import complete_reports
-from sftx.model.memory import is_out_of_memory
 from sftx.trainer.evaluate import Evaluator, write_predictions
 from sftx.trainer.evidence import as_evidence
 from sftx.trainer.observers import Observers

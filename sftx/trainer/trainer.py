@@ -24,10 +24,9 @@ from sftx.config.options import TrainConfig
 from sftx.data.balance import deal
 from sftx.data.sampler import Steps
 from sftx.distributed.process_group import ProcessGroup
-from sftx.errors import TrainingError
+from sftx.errors import TrainingError, is_out_of_memory
 from sftx.events import StepReport
 from sftx.model.language_model import LanguageModel
-from sftx.model.memory import is_out_of_memory
 from sftx.trainer import memory_advice
 from sftx.trainer.layers import prepare_layers
 from sftx.trainer.optimizer import RunOptimizer

@@ -235,7 +235,7 @@ def test_a_signal_while_the_best_checkpoint_is_evaluated_loses_neither(
 
 
 def test_a_second_signal_ends_a_run_at_once_and_the_last_checkpoint_is_whole(runs: Runs) -> None:
-    from sftx.atomic_files import damage
+    from sftx.atomic_files import find_damage
 
     directory = runs.directory("twice")
     process = runs.start(PADDED, directory)
@@ -245,7 +245,7 @@ def test_a_second_signal_ends_a_run_at_once_and_the_last_checkpoint_is_whole(run
     process.signal(signal.SIGTERM)
     assert process.wait() == 128 + signal.SIGTERM
     newest = directory / "out" / "checkpoints" / checkpoints(directory / "out")[-1]
-    assert damage(newest) is None
+    assert find_damage(newest) is None
     assert runs.start(PADDED, directory, "--resume").wait() == 0
     assert not only_shared(runs.undisturbed(PADDED)[0], directory / "out")
 

@@ -114,11 +114,12 @@ def test_cut_proportional_keeps_what_llama_factory_keeps_of_every_turn(data: st.
         total += sum(kept)
     piece = (ids, mask, [1.0] * len(ids))
     config = DataConfig(max_length=limit, long_rows="cut_proportional")
-    found = fit(PlainText(""), piece, config, lambda token: token == STOP, lambda unit: piece)
+    found = fit(PlainText(""), piece, config, lambda token: token == STOP, lambda unit: piece).kept
     if not found:
         assert not any(answer for n, (_, answer) in enumerate(expected) if n or expected[0][0])
         return
-    ((kept_ids, kept_mask, _),) = found
+    (kept,) = found
+    kept_ids, kept_mask = [ids[n] for n in kept], [mask[n] for n in kept]
     assert len(kept_ids) == total <= limit
     assert sum(kept_mask) == sum(answer for _, answer in expected)
     # A stop that is trained ends an answer of which nothing was cut.

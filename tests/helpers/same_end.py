@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sftx.atomic_files import CHECKSUMS, damage
+from sftx.atomic_files import CHECKSUMS, find_damage
 
 TIMES = frozenset({"seconds", "tokens_per_second", "peak_bytes", "wall_seconds", "eval_runtime"})
 """What two runs of the same may differ in, by the name it has in any file of JSON values."""
@@ -24,7 +24,7 @@ def differences(ours: Path, theirs: Path, *, ignore: frozenset[str] = frozenset(
     for name in sorted(files[ours] & files[theirs] - {"report.html"}):  # which shows the others, times too
         if Path(name).name == CHECKSUMS:  # those of files that hold times differ: each is held against its own files
             places = ((root / name).parent for root in (ours, theirs))
-            found += [f"{place}: {what}" for place in places if (what := damage(place)) is not None]
+            found += [f"{place}: {what}" for place in places if (what := find_damage(place)) is not None]
             continue
         left, right = (_content(root / name, TIMES | ignore) for root in (ours, theirs))
         if left != right:

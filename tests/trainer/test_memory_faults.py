@@ -12,8 +12,7 @@ import torch
 
 from sftx.config.options import TrainConfig
 from sftx.data.collate import pack, pad
-from sftx.errors import TrainingError
-from sftx.model.memory import is_out_of_memory
+from sftx.errors import TrainingError, is_out_of_memory
 from sftx.trainer import memory_advice
 from tests.helpers.trainers import batches_of, rows, small_model, trainer_of
 

@@ -82,17 +82,10 @@ class _Explain:
         whole = self.tokens(self._unit)
         if len(whole) <= config.max_length or self._encode.wrapped:
             return [whole]
-        known: list[Token] = []
-
-        def numbered(parsed: Parsed) -> truncate.Piece:
-            """What the policy cuts, with a number in place of each weight: it tells afterwards which token is which."""
-            first, tokens = len(known), self.tokens(parsed)
-            known.extend(tokens)
-            numbers = [float(first + n) for n in range(len(tokens))]
-            return [token.id for token in tokens], [token.trained for token in tokens], numbers
-
-        fitting = truncate.fit(self._unit, numbered(self._unit), config, encoder.is_control, numbered)
-        return [[known[int(number)] for number in numbers] for _, _, numbers in fitting]
+        labelled = self._encode.labelled
+        cut = truncate.fit(self._unit, labelled(self._unit), config, encoder.is_control, labelled)
+        tokens = whole if cut.unit is self._unit else self.tokens(cut.unit)
+        return [[tokens[n] for n in kept] for kept in cut.kept]
 
     def tokens(self, parsed: Parsed) -> list[Token]:
         """Every token of a unit, or of a shorter form of it."""
