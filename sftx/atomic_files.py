@@ -52,6 +52,12 @@ def write_text(path: Path, text: str) -> None:
         file.write(text)
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace the content of `path` by `data`. Raises OutputError; the old content is kept then."""
+    with open_text(path) as file:
+        file.buffer.write(data)
+
+
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Replace the content of `path` by one JSON object. Raises OutputError; the old content is kept then."""
     write_text(path, json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 
 @dataclass(frozen=True)
@@ -134,3 +134,12 @@ class Result:
     """`num_steps`, `num_label_tokens`, `loss` (`first`, `last`), `tokens_per_second`, `peak_bytes`, `wall_seconds`,
     `artefact` (its directory); with `metric_for_best_model` `best` (`step`, `value`); with held-out rows `held_out`
     (`before`, `after`: means by name) and `samples`."""
+
+
+_OLD_NAMES: Final = {"num_tokens": "num_label_tokens", "num_real_tokens": "num_input_tokens"}
+"""The names in files of sftx 0.1, by which run directories of that version are still read."""
+
+
+def rename_old_keys(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a report, a summary or a state with the current names in place of those of sftx 0.1."""
+    return {_OLD_NAMES.get(name, name): value for name, value in values.items()}

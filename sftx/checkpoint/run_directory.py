@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from sftx import atomic_files
 from sftx.config import run_file
+from sftx.config.flatten import flatten
 from sftx.errors import ConfigError, OutputError, one_line
 from sftx.events import Result
 
@@ -239,7 +240,7 @@ def _options(values: Mapping[str, Any], observers: Collection[str]) -> dict[str,
     if not isinstance(values.get("plugins"), dict):
         raise OutputError(f"{_RUN}: is not what a run has written; begin another one with --output-dir")
     plugins = {name: options for name, options in values["plugins"].items() if name not in observers}
-    options = _flat({**values, "plugins": plugins})
+    options = flatten({**values, "plugins": plugins})
     options["plugins"] = list(plugins)
     return options
 
@@ -250,13 +251,6 @@ def _observers(plugins: Iterable[Mapping[str, str]]) -> set[str]:
     for line in plugins:
         stages.setdefault(line["plugin"], set()).add(line["stage"])
     return {name for name, filled in stages.items() if filled == {"observer"}}
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
-    return found
 
 
 def _rows_of_a_step(values: Mapping[str, Any]) -> int:

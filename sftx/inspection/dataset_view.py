@@ -48,7 +48,9 @@ class DatasetView:
             data = self.setup.train(check=False) if split == "train" else self.setup.held_out(check=False)
             problems = []
             if self.config.data.invalid_rows == "error":
-                problems += [f"{entry.where}: {entry.reason}" for entry in data.ledger.entries if is_unreadable(entry)][:1]
+                problems += [f"{entry.where}: {entry.reason}" for entry in data.ledger.entries if is_unreadable(entry)][
+                    :1
+                ]
             try:
                 data.check(self.setup.encode, max_dropped=self.config.data.max_dropped)
             except DataError as error:

@@ -62,7 +62,9 @@ def stop_tokens(inputs: CheckInputs) -> Iterator[Finding]:
             "warning" if is_intended else "error",
             "stop-tokens",
             f"no example trains {stop}, which ends an answer, so the model does not learn to stop",
-            "omit --no-train-turn-end" if is_intended else "raise data.max_length if every row is cut; see `sftx inspect`",
+            "omit --no-train-turn-end"
+            if is_intended
+            else "raise data.max_length if every row is cut; see `sftx inspect`",
         )
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id:
         yield Finding(

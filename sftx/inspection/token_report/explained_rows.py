@@ -1,4 +1,4 @@
-"""A run's rows become an account of every token: what `sftx inspect` shows on the terminal, as a page and as JSON."""
+"""`sftx inspect`: select rows of a run's data and explain every token of each, for terminal, HTML page and JSON."""
 
 from __future__ import annotations
 
@@ -14,215 +14,207 @@ from sftx.data.ledger import Entry
 from sftx.data.preprocess import Dataset
 from sftx.data.row_encoder import Row
 from sftx.errors import DataError
-from sftx.inspection.dataset_view import Look, Split, is_unreadable
-from sftx.inspection.figures import Figures, figures
-from sftx.inspection.token_report.tokens import Token, examples
+from sftx.inspection.dataset_statistics import DatasetStatistics, dataset_statistics
+from sftx.inspection.dataset_view import DatasetView, Split, is_unreadable
+from sftx.inspection.token_report.explained_tokens import ExplainedToken, explain_row
 from sftx.types import Location, Record
 
 Show = Literal["first", "longest", "dropped", "cut"]
 Status = Literal["kept", "cut", "split", "filtered", "dropped"]
 Place = tuple[str, int]
-"""Path and number of a row's location."""
+"""The path and the number of a row's location."""
 
-_MOST_OF_A_RECORD: Final = 2000
-"""Characters of a record that is shown as it was written."""
+_MAX_RECORD_CHARS: Final = 2000
+"""A record that cannot be shown as tokens is shown as JSON of at most so many characters."""
 
 
 @dataclass(frozen=True)
-class ShownExample:
-    """One example, or what would have been one."""
+class ExplainedExample:
+    """The tokens of one example of a row, or of what a dropped row would have become."""
 
     name: str
-    tokens: tuple[Token, ...]
+    tokens: tuple[ExplainedToken, ...]
 
     @property
     def num_label_tokens(self) -> int:
-        """Trained ones; the first token of an example never is."""
+        """The first token of an example is never predicted, so it does not count."""
         return sum(token.trained for token in self.tokens[1:])
 
 
 @dataclass(frozen=True)
-class ShownRow:
-    """One row of a source and what becomes of it."""
+class ExplainedRow:
+    """One row of a source and the examples that it becomes."""
 
     number: int
-    """Counted from 1 over all sources of the split."""
+    """The row's number, counted from 1 over all sources of the split."""
     where: str
     format: str
     status: Status
     reasons: tuple[str, ...]
-    """Why it is not kept as it was written."""
+    """Why the row is not kept as it was written."""
     length: int
-    """Tokens as it was written; 0 when it was never encoded."""
-    examples: tuple[ShownExample, ...]
+    """The number of tokens before truncation; 0 when the row was never encoded."""
+    examples: tuple[ExplainedExample, ...]
     record: str = ""
-    """The record as JSON, where it cannot be shown as tokens."""
+    """The record as JSON, if it cannot be shown as tokens."""
 
 
 @dataclass(frozen=True)
-class Inspection:
-    """All that `sftx inspect` shows; `dataclasses.asdict` of it is what `--json` writes."""
+class TokenReport:
+    """The content of `sftx inspect`; `dataclasses.asdict` of it is the output of `sftx inspect --json`."""
 
-    figures: Figures
-    rows: tuple[ShownRow, ...]
+    figures: DatasetStatistics
+    rows: tuple[ExplainedRow, ...]
     chosen: str
-    """Which rows these are, in words."""
+    """A description of which rows are shown."""
 
 
 @dataclass(frozen=True)
-class Choice:
-    """Which rows are shown."""
+class RowSelection:
+    """The rows that the user wants to see."""
 
     show: Show = "first"
-    most: int = 3
-    rows: tuple[tuple[str, int], ...] = ()
-    """Asked for by name: (path, line or row), or ("", n) for the nth of all; in place of `show`."""
+    max_rows: int = 3
+    rows: tuple[Place, ...] = ()
+    """Rows named on the command line, which replace `show`: (path, line or row), or ("", n) for the nth of all."""
 
 
-def inspect(look: Look, split: Split, choice: Choice) -> Inspection:
-    """Raises SftxError: a row that was asked for is not there, a source cannot be read."""
-    data = look.dataset(split)
-    shown = _Shown(look, split, data)
-    if choice.rows:
-        rows, words = _asked_for(look, split, choice.rows, shown), "as asked for"
-    elif choice.show == "first":
-        rows, words = _first(look, split, choice.most, shown), "the first"
+def inspect_rows(view: DatasetView, split: Split, selection: RowSelection) -> TokenReport:
+    """Explain the selected rows. Raises SftxError for a row that does not exist or a source that cannot be read."""
+    explainer = _RowExplainer(view, split)
+    if selection.rows:
+        rows, chosen = _named_rows(explainer, selection.rows), "as asked for"
+    elif selection.show == "first":
+        rows, chosen = _first_rows(explainer, selection.max_rows), "the first"
     else:
-        rows = _at(look, split, _places(data, choice.show, choice.most), shown)
-        words = {"longest": "the longest", "dropped": "dropped or filtered", "cut": "cut or split"}[choice.show]
-    return Inspection(figures(look, split), tuple(rows), words)
+        rows = _rows_at(explainer, _find_places(explainer.data, selection.show, selection.max_rows))
+        descriptions = {"longest": "the longest", "dropped": "dropped or filtered", "cut": "cut or split"}
+        chosen = descriptions[selection.show]
+    return TokenReport(dataset_statistics(view, split), tuple(rows), chosen)
 
 
-def sample(look: Look, split: Split, most: int) -> Inspection:
-    """Rows for a page: some that are dropped, some cut, the longest, and the rest from the first on."""
-    data = look.dataset(split)
-    part = max(1, most // 5)
+def sample_rows(view: DatasetView, split: Split, max_rows: int) -> TokenReport:
+    """Explain rows for an HTML page: some dropped, some cut, the longest, and the first rows up to `max_rows`."""
+    explainer = _RowExplainer(view, split)
     places: dict[Place, None] = {}
     for show in ("dropped", "cut", "longest"):
-        places |= dict.fromkeys(_places(data, show, part))
-    shown = _Shown(look, split, data)
-    few = data.ledger.num_rows <= most
-    rows = [] if few else _at(look, split, list(places)[:most], shown)
-    taken = {row.number for row in rows}
-    for row in _first(look, split, most, shown):
-        if len(rows) < most and row.number not in taken:
-            rows.append(row)
-    words = "all" if few else "some of those that are dropped, cut or longest, and the first"
-    return Inspection(figures(look, split), tuple(sorted(rows, key=lambda row: row.number)), words)
+        places |= dict.fromkeys(_find_places(explainer.data, show, max(1, max_rows // 5)))
+    shows_all = explainer.data.ledger.num_rows <= max_rows
+    rows = [] if shows_all else _rows_at(explainer, list(places)[:max_rows])
+    numbers = {row.number for row in rows}
+    first = [row for row in _first_rows(explainer, max_rows) if row.number not in numbers]
+    rows += first[: max_rows - len(rows)]
+    chosen = "all" if shows_all else "some of those that are dropped, cut or longest, and the first"
+    return TokenReport(dataset_statistics(view, split), tuple(sorted(rows, key=lambda row: row.number)), chosen)
 
 
-def _places(data: Dataset, show: Show, most: int) -> list[Place]:
-    """Where the rows of a kind stand."""
+def _find_places(data: Dataset, show: Show, max_rows: int) -> list[Place]:
+    places: dict[Place, None] = {}
     if show == "longest":
-        order = np.argsort(-data.examples.lengths, kind="stable")
-        found: dict[Place, None] = {}
-        for at in order.tolist():
-            if len(found) == most:
+        for index in np.argsort(-data.examples.lengths, kind="stable").tolist():
+            if len(places) == max_rows:
                 break
-            found[_place(data.examples.where(at))] = None
-        return list(found)
+            places[_place(data.examples.where(index))] = None
+        return list(places)
     actions = ("dropped", "filtered") if show == "dropped" else ("cut", "split")
-    return list(dict.fromkeys(_place(e.where) for e in data.ledger.entries if e.action in actions))[:most]
+    return list(dict.fromkeys(_place(e.where) for e in data.ledger.entries if e.action in actions))[:max_rows]
 
 
 def _place(where: Location) -> Place:
     return where.path, where.number
 
 
-# --- rows ---------------------------------------------------------------------------------------
+class _RowExplainer:
+    """Explains single rows of one split; the ledger of the encoded split says what became of each row."""
 
-
-def _first(look: Look, split: Split, most: int, shown: _Shown) -> list[ShownRow]:
-    rows = []
-    for number, (source, where, record) in enumerate(look.records(split), 1):
-        if number > most:
-            break
-        rows.append(shown(number, source, where, record))
-    return rows
-
-
-def _at(look: Look, split: Split, places: Sequence[Place], shown: _Shown) -> list[ShownRow]:
-    """The rows that stand at these places, in the order of the places."""
-    found: dict[Place, ShownRow] = {}
-    wanted = set(places)
-    for number, (source, where, record) in enumerate(look.records(split), 1):
-        if len(found) == len(wanted):
-            break
-        if (place := _place(where)) in wanted and place not in found:
-            found[place] = shown(number, source, where, record)
-    return [found[place] for place in places if place in found]
-
-
-def _asked_for(look: Look, split: Split, asked: Sequence[tuple[str, int]], shown: _Shown) -> list[ShownRow]:
-    found: dict[tuple[str, int], ShownRow] = {}
-    number = 0
-    for number, (source, where, record) in enumerate(look.records(split), 1):
-        for one in asked:
-            path, wanted = one
-            matches = number == wanted if not path else wanted == where.number and _is_path(path, where.path)
-            if matches and one not in found:
-                found[one] = shown(number, source, where, record)
-        if len(found) == len(set(asked)):
-            break
-    for path, wanted in asked:
-        if (path, wanted) not in found:
-            name = f"{path}:{wanted}" if path else str(wanted)
-            raise DataError(f"--row {name}: there is no such row among the {number} of data.{split}")
-    return [found[one] for one in asked]
-
-
-def _is_path(typed: str, path: str) -> bool:
-    return typed == path or path.endswith(f"/{typed}")
-
-
-class _Shown:
-    """Makes what is shown of one row; what became of it is read from the dataset's own ledger."""
-
-    def __init__(self, look: Look, split: Split, data: Dataset) -> None:
-        self._encode = look.prepared.encode if split == "train" else look.prepared.encode_held_out
+    def __init__(self, view: DatasetView, split: Split) -> None:
+        self.view, self.split, self.data = view, split, view.dataset(split)
+        self._encode = view.setup.encode if split == "train" else view.setup.encode_held_out
         self._entries: dict[Place, list[Entry]] = {}
-        for entry in data.ledger.entries:
+        for entry in self.data.ledger.entries:
             self._entries.setdefault(_place(entry.where), []).append(entry)
 
-    def __call__(self, number: int, source: Source, where: Location, record: Record) -> ShownRow:
+    def __call__(self, number: int, source: Source, where: Location, record: Record) -> ExplainedRow:
         entries = self._entries.get(_place(where), [])
         status: Status = entries[0].action if entries else "kept"
-        is_gone = status in ("dropped", "filtered")
+        is_dropped = status in ("dropped", "filtered")
         encode, row = self._encode, Row(where)
-        shown: tuple[ShownExample, ...] = ()
+        explained: tuple[ExplainedExample, ...] = ()
         try:
             if not any(map(is_unreadable, entries)):
                 row = encode(where, record, source)
-                as_it_is = Row(where) if is_gone else row
+                trained_row = Row(where) if is_dropped else row
                 parsed = encode.parse(record, Row(where), source)
-                found = examples(encode, parsed, as_it_is)
-                names = [one.row_id for one in as_it_is.as_examples(0)] or [str(where)] * len(found)
-                shown = tuple(ShownExample(name, tuple(one)) for name, one in zip(names, found, strict=True))
+                examples = explain_row(encode, parsed, trained_row)
+                names = [e.row_id for e in trained_row.as_examples(0)] or [str(where)] * len(examples)
+                explained = tuple(
+                    ExplainedExample(name, tuple(tokens)) for name, tokens in zip(names, examples, strict=True)
+                )
         except DataError:
-            if not is_gone:
+            if not is_dropped:
                 raise
-        return ShownRow(
+        return ExplainedRow(
             number=number,
             where=str(where),
             format=row.format,
             status=status,
-            reasons=tuple(dict.fromkeys(_reason(entry) for entry in entries)),
-            length=sum(len(one.tokens) for one in shown) if status == "kept" else sum(e.length for e in entries),
-            examples=shown,
-            record="" if shown else _as_text(record),
+            reasons=tuple(
+                dict.fromkeys(
+                    entry.reason + (f" ({entry.length} tokens, {entry.kept} kept)" if entry.kept else "")
+                    for entry in entries
+                )
+            ),
+            length=sum(len(e.tokens) for e in explained) if status == "kept" else sum(e.length for e in entries),
+            examples=explained,
+            record="" if explained else _record_json(record),
         )
 
 
-def _reason(entry: Entry) -> str:
-    kept = f" ({entry.length} tokens, {entry.kept} kept)" if entry.kept else ""
-    return f"{entry.reason}{kept}"
+def _first_rows(explainer: _RowExplainer, max_rows: int) -> list[ExplainedRow]:
+    rows = []
+    for number, (source, where, record) in enumerate(explainer.view.records(explainer.split), 1):
+        if number > max_rows:
+            break
+        rows.append(explainer(number, source, where, record))
+    return rows
 
 
-def _as_text(record: Record) -> str:
+def _rows_at(explainer: _RowExplainer, places: Sequence[Place]) -> list[ExplainedRow]:
+    """Return the rows at these places, in the order of the places."""
+    rows: dict[Place, ExplainedRow] = {}
+    missing = set(places)
+    for number, (source, where, record) in enumerate(explainer.view.records(explainer.split), 1):
+        if not missing:
+            break
+        if (place := _place(where)) in missing:
+            rows[place] = explainer(number, source, where, record)
+            missing.remove(place)
+    return [rows[place] for place in places if place in rows]
+
+
+def _named_rows(explainer: _RowExplainer, names: Sequence[Place]) -> list[ExplainedRow]:
+    """Return the rows that the user named, in that order. Raises DataError for a row that does not exist."""
+    rows: dict[Place, ExplainedRow] = {}
+    number = 0
+    for number, (source, where, record) in enumerate(explainer.view.records(explainer.split), 1):
+        for path, named in names:
+            is_same_file = path == where.path or where.path.endswith(f"/{path}")
+            matches = number == named if not path else named == where.number and is_same_file
+            if matches and (path, named) not in rows:
+                rows[path, named] = explainer(number, source, where, record)
+        if len(rows) == len(set(names)):
+            break
+    for path, named in names:
+        if (path, named) not in rows:
+            name = f"{path}:{named}" if path else str(named)
+            raise DataError(f"--row {name}: there is no such row among the {number} of data.{explainer.split}")
+    return [rows[name] for name in names]
+
+
+def _record_json(record: Record) -> str:
     try:
         text = json.dumps(record, ensure_ascii=False, default=str)
-    except (TypeError, ValueError, RecursionError):  # nested too deeply, or within itself
+    except (TypeError, ValueError, RecursionError):  # it is nested too deeply, or contains itself
         return "(cannot be written as JSON)"
-    # A lone surrogate can be written nowhere.
-    text = text.encode("utf-8", "replace").decode()
-    return text if len(text) <= _MOST_OF_A_RECORD else f"{text[:_MOST_OF_A_RECORD]} ..."
+    text = text.encode("utf-8", "replace").decode()  # a lone surrogate has no UTF-8 form
+    return text if len(text) <= _MAX_RECORD_CHARS else f"{text[:_MAX_RECORD_CHARS]} ..."

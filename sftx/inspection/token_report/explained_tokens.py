@@ -1,6 +1,7 @@
-"""A row becomes its tokens, each with its text, whose turn it is of, and why it is trained or not.
+"""The tokens of a row's examples, each with its text, its role, and the reason why it is a label token or not.
 
-What is shown is taken from what training gets and compared with it, id by id: see `examples`.
+Reasons are derived independently of training, so the resulting ids, labels and weights are compared with those that
+training gets: see `explain_row`.
 """
 
 from __future__ import annotations
@@ -13,53 +14,62 @@ from typing import Final
 from sftx.config.options import DataConfig
 from sftx.data import truncate
 from sftx.data.encoder import Encoder
-from sftx.data.encoder import Run as EncodedRun
+from sftx.data.encoder import Run as SegmentRun
 from sftx.data.row_encoder import Encoded, Row, RowEncoder, mark, units
+from sftx.data.token_text import token_texts
 from sftx.errors import PluginError
 from sftx.types import Conversation, Message, Parsed, PlainText, Segment, Tokens
 
-_SURELY_NOT_BY_CHANCE: Final = 8
-"""Characters of a message that are recognised inside of a longer segment; shorter ones must be all of it."""
-_LONGEST_CHARACTER: Final = 8
-"""Tokens that may make one character together: bytes of UTF-8, with room for an emoji's joiners."""
+_MIN_SUBSTRING: Final = 8
+"""A message of at least so many characters is recognised inside a longer segment; a shorter one must be all of it."""
+_UNSTABLE: Final = "the template writes this row differently each time, so it cannot be shown"
 
 
 @dataclass(frozen=True, slots=True)
-class Token:
-    """One token as training gets it."""
+class ExplainedToken:
+    """One token as training gets it; the fields are those of `sftx inspect --json`."""
 
     id: int
     text: str
-    """Empty when it goes on with a character whose first bytes an earlier token holds."""
+    """Empty for a token that continues the character of an earlier token."""
     role: str
-    """Whose turn; empty where the template does not say."""
+    """The role of the turn it belongs to; empty when the template does not say."""
     control: bool
     trained: bool
+    """Whether it is a label token."""
     weight: float
     why: str
-    """Why it is trained or not, in a few words."""
+    """The reason why it is trained or not."""
 
 
-def examples(encode: RowEncoder, parsed: Sequence[Parsed], row: Row) -> list[list[Token]]:
-    """The tokens of each of the row's examples; of a dropped row, those that it would have had, none of them trained.
+def explain_row(encode: RowEncoder, parsed: Sequence[Parsed], row: Row) -> list[list[ExplainedToken]]:
+    """Return the tokens of each of the row's examples; a dropped row has all its tokens, none of them trained.
 
-    Raises PluginError when they are not the very ids, mask and weights that `row` has: a template that writes the
-    same row differently each time.
+    Raises PluginError when ids, labels or weights differ from those in `row`, because the template does not write the
+    same row the same way each time.
     """
-    found: list[list[Token]] = []
-    for one in parsed:
-        for unit in units(mark(one, encode.config), encode.encoder):
-            explain = _Explain(encode, one, unit)
-            found += explain.pieces() if row.examples else [explain.tokens(unit)]
+    explained: list[list[ExplainedToken]] = []
+    for written in parsed:
+        for unit in units(mark(written, encode.config), encode.encoder):
+            reasons = _message_reasons(written, unit, encode.config)
+            tokens = _explain_unit(encode, unit, reasons)
+            if not row.examples or len(tokens) <= encode.config.max_length or encode.wrapped:
+                explained.append(tokens)
+                continue
+            labelled, is_control = encode.labelled, encode.encoder.is_control
+            truncated = truncate.fit(unit, labelled(unit), encode.config, is_control, labelled)
+            if truncated.unit is not unit:
+                tokens = _explain_unit(encode, truncated.unit, reasons)
+            explained += [[tokens[index] for index in kept] for kept in truncated.kept]
     if not row.examples:
         why = "the row does not reach training"
-        return [[dataclasses.replace(token, trained=False, weight=1.0, why=why) for token in one] for one in found]
-    if len(found) != len(row.examples) or not all(map(_agree, found, row.examples)):
-        raise PluginError(f"{row.where}: the template writes this row differently each time, so it cannot be shown")
-    return found
+        return [[dataclasses.replace(t, trained=False, weight=1.0, why=why) for t in tokens] for tokens in explained]
+    if len(explained) != len(row.examples) or not all(map(_is_equal, explained, row.examples)):
+        raise PluginError(f"{row.where}: {_UNSTABLE}")
+    return explained
 
 
-def _agree(tokens: Sequence[Token], example: Encoded) -> bool:
+def _is_equal(tokens: Sequence[ExplainedToken], example: Encoded) -> bool:
     weights = [1.0] * len(tokens) if example.weights is None else example.weights.tolist()
     return (
         [token.id for token in tokens] == example.token_ids.tolist()
@@ -68,79 +78,59 @@ def _agree(tokens: Sequence[Token], example: Encoded) -> bool:
     )
 
 
-class _Explain:
-    """Explains one unit of a row, and what is left of it when it is too long."""
-
-    def __init__(self, encode: RowEncoder, written: Parsed, unit: Parsed) -> None:
-        self._encode = encode
-        self._unit = unit
-        self._reasons = _reasons(written, unit, encode.config)
-
-    def pieces(self) -> list[list[Token]]:
-        """The tokens of each example that the unit becomes."""
-        config, encoder = self._encode.config, self._encode.encoder
-        whole = self.tokens(self._unit)
-        if len(whole) <= config.max_length or self._encode.wrapped:
-            return [whole]
-        labelled = self._encode.labelled
-        cut = truncate.fit(self._unit, labelled(self._unit), config, encoder.is_control, labelled)
-        tokens = whole if cut.unit is self._unit else self.tokens(cut.unit)
-        return [[tokens[n] for n in kept] for kept in cut.kept]
-
-    def tokens(self, parsed: Parsed) -> list[Token]:
-        """Every token of a unit, or of a shorter form of it."""
-        token_ids, loss_mask, weights = self._encode.labelled(parsed)
-        encoder = self._encode.encoder
-        if isinstance(parsed, Conversation):
-            found = list(_of_conversation(parsed, encoder, self._reasons))
-        elif isinstance(parsed, PlainText):
-            found = list(_of_text(parsed.text, token_ids, encoder))
-        else:
-            found = list(_of_ids(parsed, encoder))
-        if [token.id for token in found] != token_ids:
-            raise PluginError("the template writes this row differently each time, so it cannot be shown")
-        return [
-            _labelled(token, trained, weight, is_first=n == 0)
-            for n, (token, trained, weight) in enumerate(zip(found, loss_mask, weights, strict=True))
-        ]
-
-
-def _labelled(token: Token, trained: bool, weight: float, *, is_first: bool) -> Token:
-    """The token with what the run's options make of its label."""
-    why = token.why
-    if trained and not token.trained:
-        why = "trained: data.train_on_prompt"
-    elif token.trained and not trained:
-        why = "not trained: data.train_turn_end=false"
-    if trained and is_first:
-        why += "; counts for nothing, since no token stands before it that could predict it"
-    if trained and weight != 1:
-        why += f"; weight {weight:g}"
-    return dataclasses.replace(token, trained=trained, weight=weight, why=why)
+def _explain_unit(encode: RowEncoder, unit: Parsed, reasons: dict[int, str]) -> list[ExplainedToken]:
+    """Return every token of a unit before it is truncated, with the labels that the run's options give it."""
+    token_ids, loss_mask, weights = encode.labelled(unit)
+    if isinstance(unit, Conversation):
+        tokens = list(_conversation_tokens(unit, encode.encoder, reasons))
+    elif isinstance(unit, PlainText):
+        tokens = list(_text_tokens(unit.text, token_ids, encode.encoder))
+    else:
+        tokens = list(_id_tokens(unit, encode.encoder))
+    if [token.id for token in tokens] != token_ids:
+        raise PluginError(_UNSTABLE)
+    explained = []
+    for number, (token, is_label, weight) in enumerate(zip(tokens, loss_mask, weights, strict=True)):
+        why = token.why
+        if is_label and not token.trained:
+            why = "trained: data.train_on_prompt"
+        elif token.trained and not is_label:
+            why = "not trained: data.train_turn_end=false"
+        if is_label and number == 0:
+            why += "; has no effect, since no token before it could predict it"
+        if is_label and weight != 1:
+            why += f"; weight {weight:g}"
+        explained.append(dataclasses.replace(token, trained=is_label, weight=weight, why=why))
+    return explained
 
 
 # --- conversations ------------------------------------------------------------------------------
 
 
-def _reasons(written: Parsed, unit: Parsed, config: DataConfig) -> dict[int, str]:
-    """Why each message of the unit is trained or not, by the message's identity."""
+def _message_reasons(written: Parsed, unit: Parsed, config: DataConfig) -> dict[int, str]:
+    """Return why each message of `unit`, by its `id()`, is trained or not.
+
+    `written` is the conversation as the row has it; `mark` decides which messages train, and a template that rewrites
+    history makes a unit of each trained message.
+    """
     if not (isinstance(written, Conversation) and isinstance(unit, Conversation)):
         return {}
     marked = mark(written, config)
     assert isinstance(marked, Conversation)
-    rows = [m for m in written.messages if config.system is None or m.role != "system"]
-    said = [*[None] * (len(marked.messages) - len(rows)), *rows]  # None: the system text that the run gives it
-    # A unit holds the first messages of what was marked, in their order.
+    in_row = [m for m in written.messages if config.system is None or m.role != "system"]
+    # None stands for the system message that the run's options add.
+    rows: list[Message | None] = [*[None] * (len(marked.messages) - len(in_row)), *in_row]
+    # A unit holds the first messages of the marked conversation, in the same order.
     return {
-        id(message): _reason(message, was_marked, row, config)
-        for message, was_marked, row in zip(unit.messages, marked.messages, said, strict=False)
+        id(message): _message_reason(message, was_marked, row, config)
+        for message, was_marked, row in zip(unit.messages, marked.messages, rows, strict=False)
     }
 
 
-def _reason(message: Message, marked: Message, row: Message | None, config: DataConfig) -> str:
+def _message_reason(message: Message, marked: Message, row: Message | None, config: DataConfig) -> str:
     if message.trained:
-        by_row = row is not None and row.trainable is True
-        return "trained: the row says so" if by_row else f"trained: the {message.role}'s turn"
+        is_by_row = row is not None and row.trainable is True
+        return "trained: the row says so" if is_by_row else f"trained: the {message.role}'s turn"
     if marked.trained:
         return "not trained here: this turn is trained in an example of its own"
     if row is not None and row.trainable is False:
@@ -150,75 +140,39 @@ def _reason(message: Message, marked: Message, row: Message | None, config: Data
     return "not trained: data.train_turns=last"
 
 
-def _of_conversation(conversation: Conversation, encoder: Encoder, reasons: dict[int, str]) -> Iterator[Token]:
+def _conversation_tokens(
+    conversation: Conversation, encoder: Encoder, reasons: dict[int, str]
+) -> Iterator[ExplainedToken]:
     assert encoder.template is not None
-    turns = _Turns(conversation)
-    stop = set(encoder.stop_ids)
+    at = 0  # the message that the last segment came from
     for run in encoder.runs(encoder.template.render(conversation)):
         if run.control:
             for segment, token_id in zip(run.segments, run.token_ids, strict=True):
-                what = "control token" + (" that ends the turn" if token_id in stop else "")
-                why = f"{what}, {'trained' if segment.trainable else 'not trained'}"
-                yield Token(token_id, segment.text, segment.role, True, segment.trainable, segment.weight, why)
-        else:
-            yield from _of_run(run, encoder, [_why(s, turns.of(s), reasons) for s in run.segments])
+                kind = "control token" + (" that ends the turn" if token_id in encoder.stop_ids else "")
+                why = f"{kind}, {'trained' if segment.trainable else 'not trained'}"
+                yield ExplainedToken(token_id, segment.text, segment.role, True, segment.trainable, segment.weight, why)
+            continue
+        segment_reasons = []
+        for segment in run.segments:
+            numbers = range(at, len(conversation.messages))
+            number = next((n for n in numbers if _is_from(segment, conversation.messages[n])), None)
+            at = at if number is None else number
+            message = None if number is None else conversation.messages[number]
+            segment_reasons.append(_segment_reason(segment, message, reasons))
+        yield from _plain_tokens(run, encoder, segment_reasons)
 
 
-def _of_run(run: EncodedRun, encoder: Encoder, whys: Sequence[str]) -> Iterator[Token]:
-    """The tokens of plain segments that were encoded as one text."""
-    text = "".join(segment.text for segment in run.segments)
-    ends, end = [], 0
-    for segment in run.segments:
-        end += len(segment.text)
-        ends.append(end)
-    shown, at = 0, 0
-    for token_id, piece in zip(run.token_ids, _pieces(text, encoder, continues=run.continues), strict=True):
-        # A token that spans two segments goes with the one that it begins in.
-        while at + 1 < len(ends) and ends[at] <= shown:
-            at += 1
-        segment = run.segments[at]
-        yield Token(token_id, piece, segment.role, False, segment.trainable, segment.weight, whys[at])
-        shown += len(piece)
-
-
-def _pieces(text: str, encoder: Encoder, *, continues: bool) -> Iterator[str]:
-    """The text of each token of `encoder.plain(text)`; joined they are `text`, whatever the tokenizer leaves out.
-
-    Of tokens that hold bytes of one character, the first has the character and the others nothing.
-    """
-    shown = 0
-    spans = encoder.offsets(text, continues=continues)
-    for n, (_, end) in enumerate(spans):
-        end = len(text) if n + 1 == len(spans) else max(end, shown)
-        yield text[shown:end]
-        shown = end
-
-
-class _Turns:
-    """Finds the message that a segment says, going forward through a conversation."""
-
-    def __init__(self, conversation: Conversation) -> None:
-        self._messages = conversation.messages
-        self._at = 0
-
-    def of(self, segment: Segment) -> Message | None:
-        """None for what the template says by itself."""
-        for at in range(self._at, len(self._messages)):
-            message = self._messages[at]
-            if segment.role in ("", message.role) and _says(segment.text, message):
-                self._at = at
-                return message
-        return None
-
-
-def _says(text: str, message: Message) -> bool:
-    texts = [said for part in (message.content, message.reasoning) if (said := part.strip())]
-    if text.strip() in texts or any(len(said) >= _SURELY_NOT_BY_CHANCE and said in text for said in texts):
+def _is_from(segment: Segment, message: Message) -> bool:
+    """Return whether a plain segment holds text of the message, so that the message's reason applies to it."""
+    if segment.role not in ("", message.role):
+        return False
+    parts = [text for part in (message.content, message.reasoning) if (text := part.strip())]
+    if segment.text.strip() in parts or any(len(part) >= _MIN_SUBSTRING and part in segment.text for part in parts):
         return True
-    return any(f'"{call.name}"' in text for call in message.tool_calls)
+    return any(f'"{call.name}"' in segment.text for call in message.tool_calls)
 
 
-def _why(segment: Segment, message: Message | None, reasons: dict[int, str]) -> str:
+def _segment_reason(segment: Segment, message: Message | None, reasons: dict[int, str]) -> str:
     if message is None:
         return f"the template's own text, {'trained with the turn' if segment.trainable else 'not trained'}"
     if segment.trainable != message.trained:
@@ -226,37 +180,54 @@ def _why(segment: Segment, message: Message | None, reasons: dict[int, str]) -> 
     return reasons.get(id(message), "trained" if segment.trainable else "not trained")
 
 
-# --- what needs no template ---------------------------------------------------------------------
+def _plain_tokens(run: SegmentRun, encoder: Encoder, reasons: Sequence[str]) -> Iterator[ExplainedToken]:
+    """Yield the tokens of plain segments that were encoded as one text; `reasons` has one entry for each segment."""
+    text = "".join(segment.text for segment in run.segments)
+    at, begin, end = 0, 0, len(run.segments[0].text)  # the current segment, the token's begin, the segment's end
+    for token_id, piece in zip(run.token_ids, _text_pieces(text, encoder, continues=run.continues), strict=True):
+        # A token that spans two segments belongs to the one in which it begins.
+        while at + 1 < len(run.segments) and end <= begin:
+            at += 1
+            end += len(run.segments[at].text)
+        segment = run.segments[at]
+        yield ExplainedToken(token_id, piece, segment.role, False, segment.trainable, segment.weight, reasons[at])
+        begin += len(piece)
 
 
-def _of_text(text: str, token_ids: Sequence[int], encoder: Encoder) -> Iterator[Token]:
+def _text_pieces(text: str, encoder: Encoder, *, continues: bool) -> Iterator[str]:
+    """Yield the part of `text` that each of its tokens stands for; joined, the parts are exactly `text`.
+
+    Unlike decoded tokens, the parts keep what the tokenizer drops or normalises. When several tokens hold the bytes of
+    one character, the first gets the character and the others get an empty text.
+    """
+    begin = 0
+    spans = encoder.offsets(text, continues=continues)
+    for number, (_, end) in enumerate(spans, 1):
+        end = len(text) if number == len(spans) else max(end, begin)
+        yield text[begin:end]
+        begin = end
+
+
+# --- rows without a template --------------------------------------------------------------------
+
+
+def _text_tokens(text: str, token_ids: Sequence[int], encoder: Encoder) -> Iterator[ExplainedToken]:
+    """Yield the tokens of a plain text and of the control tokens that the encoder puts before and after it."""
     plain = encoder.plain(text)
     first = next((n for n in range(len(token_ids)) if list(token_ids[n : n + len(plain)]) == plain), 0)
-    for n, token_id in enumerate(token_ids):
-        if n == first:
-            for plain_id, piece in zip(plain, _pieces(text, encoder, continues=False), strict=True):
-                yield Token(plain_id, piece, "", False, True, 1.0, "trained: plain text, every token is")
-        if not first <= n < first + len(plain):
-            why = f"control token that {'begins' if n < first else 'ends'} the text, trained"
+    for number, token_id in enumerate(token_ids):
+        if number == first:
+            for plain_id, piece in zip(plain, _text_pieces(text, encoder, continues=False), strict=True):
+                yield ExplainedToken(plain_id, piece, "", False, True, 1.0, "trained: plain text, every token is")
+        if not first <= number < first + len(plain):
+            why = f"control token that {'begins' if number < first else 'ends'} the text, trained"
             name = str(encoder.tokenizer.convert_ids_to_tokens(token_id))
-            yield Token(token_id, name, "", True, True, 1.0, why)
+            yield ExplainedToken(token_id, name, "", True, True, 1.0, why)
 
 
-def _of_ids(tokens: Tokens, encoder: Encoder) -> Iterator[Token]:
-    texts = _decoded(tokens.token_ids, encoder)
-    for token_id, trained, text in zip(tokens.token_ids, tokens.loss_mask, texts, strict=True):
-        why = f"{'trained' if trained else 'not trained'}: the row's own mask"
-        yield Token(token_id, text, "", encoder.is_control(token_id), trained, 1.0, why)
-
-
-def _decoded(token_ids: Sequence[int], encoder: Encoder) -> list[str]:
-    """The text of each; of those that make one character together, all of it on the first."""
-    texts: list[str] = []
-    waiting: list[int] = []
-    for token_id in token_ids:
-        waiting.append(token_id)
-        text = str(encoder.tokenizer.decode(waiting, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-        if not text.endswith("\N{REPLACEMENT CHARACTER}") or len(waiting) == _LONGEST_CHARACTER:
-            texts += [text, *[""] * (len(waiting) - 1)]
-            waiting.clear()
-    return texts + ["\N{REPLACEMENT CHARACTER}"] * len(waiting)
+def _id_tokens(tokens: Tokens, encoder: Encoder) -> Iterator[ExplainedToken]:
+    """Yield the tokens of a row that holds token ids and a loss mask itself."""
+    texts = token_texts(tokens.token_ids, encoder.tokenizer)
+    for token_id, is_label, text in zip(tokens.token_ids, tokens.loss_mask, texts, strict=True):
+        why = f"{'trained' if is_label else 'not trained'}: the row's own mask"
+        yield ExplainedToken(token_id, text, "", encoder.is_control(token_id), is_label, 1.0, why)

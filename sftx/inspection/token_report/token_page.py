@@ -1,4 +1,4 @@
-"""What `sftx inspect` shows, as one page that fetches nothing: a template and its data as JSON."""
+"""`sftx inspect --html`: the token report as one HTML file, `token_page.html` filled with its data as JSON."""
 
 from __future__ import annotations
 
@@ -6,29 +6,27 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Final
 
-from sftx.inspection.html_page import filled
-from sftx.inspection.token_report.inspect import Inspection, ShownExample
+from sftx.inspection.html_page import fill_template
+from sftx.inspection.token_report.explained_rows import ExplainedExample, TokenReport
 from sftx.inspection.token_report.terminal import summary
 
-_PAGE: Final = Path(__file__).with_name("page.html")
-_MOST_TOKENS: Final = 4000
-"""Of one example; the page says how many more there are."""
+_TEMPLATE: Final = Path(__file__).with_name("token_page.html")
+_MAX_TOKENS: Final = 4000
+"""At most so many tokens of an example are shown; the page says how many it omits."""
 
 
-def page(inspection: Inspection) -> str:
-    """The whole page."""
-    return filled(_PAGE, _data(inspection))
+def token_page(report: TokenReport) -> str:
+    """Return the HTML page.
 
-
-def _data(inspection: Inspection) -> dict[str, Any]:
-    """The page's JSON: as `--json`, but that each token is a list whose words are numbers into `words`."""
+    Its JSON is that of `--json`, except that a token is a list, whose role and reason are indices into `words`.
+    """
     words: dict[str, int] = {}
-    figures = inspection.figures
-    return {
+    figures = report.figures
+    data = {
         "figures": dataclasses.asdict(figures),
         "summary": [list(line) for line in summary(figures)],
-        "trained_share": figures.trained_share,
-        "chosen": inspection.chosen,
+        "label_share": figures.label_share,
+        "chosen": report.chosen,
         "rows": [
             {
                 "number": row.number,
@@ -40,14 +38,15 @@ def _data(inspection: Inspection) -> dict[str, Any]:
                 "record": row.record,
                 "examples": [_example(example, words) for example in row.examples],
             }
-            for row in inspection.rows
+            for row in report.rows
         ],
         "words": list(words),
     }
+    return fill_template(_TEMPLATE, data)
 
 
-def _example(example: ShownExample, words: dict[str, int]) -> dict[str, Any]:
-    def word(text: str) -> int:
+def _example(example: ExplainedExample, words: dict[str, int]) -> dict[str, Any]:
+    def index(text: str) -> int:
         return words.setdefault(text, len(words))
 
     return {
@@ -55,7 +54,7 @@ def _example(example: ShownExample, words: dict[str, int]) -> dict[str, Any]:
         "num_label_tokens": example.num_label_tokens,
         "length": len(example.tokens),
         "tokens": [
-            [t.id, t.text, word(t.role), word(t.why), int(t.trained) + 2 * int(t.control)]
-            for t in example.tokens[:_MOST_TOKENS]
+            [t.id, t.text, index(t.role), index(t.why), int(t.trained) + 2 * int(t.control)]
+            for t in example.tokens[:_MAX_TOKENS]
         ],
     }
