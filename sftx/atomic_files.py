@@ -13,9 +13,9 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import Any, Final, TextIO
+from typing import Any, BinaryIO, Final, TextIO
 
 from sftx.errors import OutputError, SftxError, one_line
 
@@ -25,18 +25,30 @@ CHECKSUMS: Final = "checksums.json"
 _PART, _OLD = ".part", ".old"
 
 
-@contextmanager
-def open_text(path: Path) -> Iterator[TextIO]:
+def open_text(path: Path, *, errors: str = "strict", overwrite: bool = True) -> AbstractContextManager[TextIO]:
     """Open a UTF-8 text file that replaces `path` when the body ends without an error.
 
-    Raises OutputError for an OSError, also one of the body; the old content is kept then.
+    `errors` is that of `open`: it decides what is written for a lone surrogate. Raises OutputError for an OSError, also
+    one of the body, and for an existing file unless `overwrite`; the old content is kept then.
     """
+    return _open(path, overwrite=overwrite, mode="w", encoding="utf-8", errors=errors, newline="\n")
+
+
+def open_bytes(path: Path) -> AbstractContextManager[BinaryIO]:
+    """Open a binary file that replaces `path` when the body ends without an error. Raises OutputError."""
+    return _open(path, overwrite=True, mode="wb")
+
+
+@contextmanager
+def _open(path: Path, *, overwrite: bool, **options: Any) -> Iterator[Any]:
     part = path.with_name(f".{path.name}{_PART}")
     try:
-        with part.open("w", encoding="utf-8") as file:
+        with part.open(**options) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if not overwrite and os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
         part.replace(path)
         _sync(path.parent)
     except OSError as error:
@@ -50,12 +62,6 @@ def write_text(path: Path, text: str) -> None:
     """Replace the content of `path` by `text`. Raises OutputError; the old content is kept then."""
     with open_text(path) as file:
         file.write(text)
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Replace the content of `path` by `data`. Raises OutputError; the old content is kept then."""
-    with open_text(path) as file:
-        file.buffer.write(data)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -22,7 +22,7 @@ from sftx.checkpoint import run_directory
 from sftx.checkpoint.run_directory import RunDirectory
 from sftx.config.loading import Loaded
 from sftx.config.options import DataConfig, RunConfig, Source, as_dict
-from sftx.data import sources, wanted
+from sftx.data import sources
 from sftx.distributed.process_group import ProcessGroup, check_environment, env_int, is_launched
 from sftx.errors import ConfigError, ModelError, SftxError
 from sftx.events import Result, RunInfo
@@ -96,7 +96,7 @@ def _begin(loaded: Loaded, name: str, *, resume: bool) -> _Begun:
     """Raises SftxError for what is wrong with options and plugins, and when another run lies in the directory."""
     config = loaded.config
     names.check(config.model)
-    wanted.check(config)
+    sources.check_data_config(config)
     check_environment()
     if is_launched():
         check_processes(config, env_int("WORLD_SIZE"))

@@ -28,7 +28,7 @@ from sftx.data.dataset import Examples
 from sftx.data.ledger import Ledger
 from sftx.data.row_encoder import Question, RowEncoder
 from sftx.errors import OutputError, one_line
-from sftx.model.names import cache_dir
+from sftx.paths import cache_dir
 
 if TYPE_CHECKING:
     from sftx.data.preprocess import Dataset

@@ -13,7 +13,7 @@ from typing import Final, Literal
 from sftx.assembly.registry import activate
 from sftx.config.loading import Loaded
 from sftx.config.options import DataConfig, RunConfig, Source
-from sftx.data import pipeline, sources, wanted
+from sftx.data import pipeline, sources
 from sftx.data.ledger import Entry
 from sftx.data.pipeline import Setup
 from sftx.data.preprocess import Dataset
@@ -79,7 +79,7 @@ def view_dataset(loaded: Loaded) -> DatasetView:
     """Load plugins and tokenizer of a run; neither rows nor weights are read yet. Raises SftxError."""
     config = loaded.config
     names.check(config.model)
-    wanted.check(config)
+    sources.check_data_config(config)
     assembly = activate(loaded)
     lenient = dataclasses.replace(config, data=_lenient(config.data))
     return DatasetView(config, pipeline.set_up(Loaded(lenient, loaded.origins), assembly))

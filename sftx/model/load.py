@@ -17,6 +17,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from sftx.atomic_files import sha256_of_file
 from sftx.errors import ModelError, is_out_of_memory, one_line
 from sftx.model.added_tokens import make_room
 from sftx.model.names import HUB_ID, INSTALL
@@ -129,6 +130,5 @@ def fingerprint(name: str) -> str | None:
     digest = hashlib.sha256()
     for file in sorted([*directory.glob("*.safetensors"), *directory.glob("*.bin"), directory / "config.json"]):
         digest.update(file.name.encode())
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        digest.update(bytes.fromhex(sha256_of_file(file)))
     return digest.hexdigest()

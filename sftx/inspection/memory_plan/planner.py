@@ -1,11 +1,11 @@
-"""A run's configuration becomes a plan: parameters, memory by kind, what fits, time and cost. Nothing is loaded."""
+"""Plan a run from its configuration: parameters, memory by kind, what fits, time and cost. Nothing is loaded."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,37 +15,46 @@ from sftx.assembly.registry import activate
 from sftx.config.loading import Loaded
 from sftx.config.options import RunConfig, TrainConfig
 from sftx.data import balance
-from sftx.inspection.memory_plan import MOST_ROWS, fake_sharding
-from sftx.inspection.memory_plan.devices import Device
-from sftx.inspection.memory_plan.dry_run import Rehearsals
-from sftx.inspection.memory_plan.fake_sharding import Moments
+from sftx.inspection.memory_plan import MAX_ROWS
+from sftx.inspection.memory_plan.dry_run import DryRunner
+from sftx.inspection.memory_plan.sharded_memory import (
+    ProcessMemory,
+    Snapshots,
+    ddp_memory,
+    fsdp2_memory,
+    single_process_memory,
+)
+from sftx.inspection.memory_plan.target_device import TargetDevice
 from sftx.model import names
 from sftx.run import check_processes
 from sftx.trainer import parallel
 from sftx.trainer import precision as precisions
 from sftx.trainer.precision import Precision
 
-# Beside tensors: the CUDA context with its kernels, cuBLAS workspaces, and what the caching allocator cannot hand out.
+# Memory besides tensors: the CUDA context with its kernels, cuBLAS workspaces and the caching allocator's fragmentation.
 _GPU_PROCESS_BYTES: Final = 3 * 2**28
-_RANKS: Final = (2, 4, 8, 16, 32, 64)
+_WORLD_SIZES: Final = (2, 4, 8, 16, 32, 64)
 _UTILISATION: Final = 0.4
-_FARTHEST: Final = 16
-"""Times what is known to fit is the most that is tried next."""
+"""The assumed part of a card's peak throughput."""
+_MAX_STEP_UP: Final = 16
+"""The search for the largest batch tries at most so many times the number that is known to fit."""
 
 
 @dataclass(frozen=True)
-class Need:
-    """Bytes that one process needs, by what they are for, and which of its rows and lengths they were planned with."""
+class MemoryEstimate:
+    """The memory of one process in bytes, by what it is for, at the moment when it needs the most."""
 
     rows: int
+    """Rows of a micro-batch."""
     max_length: int
     num_tokens: int
+    """Positions of a micro-batch, padding included."""
     num_parameters: int
     num_trainable: int
     longest: int | None
-    """Tokens that the model was made for, where its configuration says."""
+    """The model's maximum length in tokens, if its configuration has one."""
     when: str
-    """What the process is at when it needs the most."""
+    """The part of a step with the peak."""
     kinds: Mapping[str, int]
 
     @property
@@ -54,17 +63,17 @@ class Need:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What `sftx plan` tells; JSON values and dataclasses of these."""
+class RunPlan:
+    """The content of `sftx plan`; `dataclasses.asdict` of it, with `need.total`, is the output of `--json`."""
 
     model: str
-    device: Device
+    device: TargetDevice
     dtype: str
     num_processes: int
     distributed: str
-    need: Need
+    need: MemoryEstimate
     fits: bool | None
-    """None: it was not asked what for."""
+    """None when the device's memory is unlimited."""
     largest_batch: int | None
     largest_length: int | None
     advice: tuple[str, ...]
@@ -76,12 +85,12 @@ class Plan:
 
 @dataclass
 class Planner:
-    """Plans of one run on one kind of device."""
+    """Estimates the memory of one run on one kind of device, also with other options than the run's."""
 
     loaded: Loaded
-    device: Device
+    device: TargetDevice
     num_processes: int = 1
-    _rehearsed: dict[tuple[Any, ...], Moments] = field(default_factory=dict)
+    _snapshots: dict[tuple[Any, ...], Snapshots] = field(default_factory=dict)
 
     @property
     def config(self) -> RunConfig:
@@ -89,262 +98,250 @@ class Planner:
 
     @cached_property
     def process_bytes(self) -> int:
-        """Of a process that has imported what a run imports; asked for first before a rehearsal adds to this one."""
-        return _resident_bytes()
+        """Resident memory of this process with the imports of a run; read before a dry run adds to it."""
+        import sftx.trainer.session  # noqa: F401
+        from sftx.trainer.precision import peak_bytes
 
-    @cached_property
-    def model(self) -> str:
-        """Where its config.json is: nothing else is needed. Raises ModelError."""
-        place = Path(self.config.model).expanduser()
-        if not (place / "config.json").is_file():
-            names.check(self.config.model)
-        return names.resolve(self.config.model)
+        statm = Path("/proc/self/statm")
+        if not statm.exists():
+            import torch
+
+            return peak_bytes(torch.device("cpu"))
+        import resource
+
+        return int(statm.read_text().split()[1]) * resource.getpagesize()
 
     @cached_property
     def precision(self) -> Precision:
-        """As the device would choose, on the CPU, where it is rehearsed. Planned for are GPUs that have bfloat16."""
+        """The dtypes that the device would choose, on the CPU, where dry runs are made. GPUs have bfloat16."""
         train = self.config.train
         bf16 = True if self.device.is_gpu and train.bf16 is None and not train.fp16 else train.bf16
         return precisions.choose(dataclasses.replace(train, use_cpu=True, bf16=bf16))
 
     @cached_property
-    def rehearsals(self) -> Rehearsals:
-        return Rehearsals(
+    def dry_runner(self) -> DryRunner:
+        """Raises ModelError when the model's config.json cannot be found; no other file of the model is needed."""
+        if not (Path(self.config.model).expanduser() / "config.json").is_file():
+            names.check(self.config.model)
+        return DryRunner(
             activate(self.loaded),
             self.precision,
-            self.model,
+            names.resolve(self.config.model),
             trust_remote_code=self.config.trust_remote_code,
             on_gpu=self.device.is_gpu,
         )
 
-    def need(
-        self, *, rows: int | None = None, max_length: int | None = None, ranks: int | None = None, **changed: Any
-    ) -> Need:
-        """With these in place of what the run says: `rows` at once in each of so many processes. Raises SftxError."""
-        train = dataclasses.replace(self.config.train, torch_compile=False, **changed)
-        ranks = ranks or self.num_processes
+    def estimate(
+        self,
+        *,
+        rows: int | None = None,
+        max_length: int | None = None,
+        world_size: int | None = None,
+        **changed_options: Any,
+    ) -> MemoryEstimate:
+        """Estimate the memory of one process. Raises SftxError.
+
+        The arguments replace what the run says: `rows` is the micro-batch of one process, and `changed_options` are
+        fields of TrainConfig.
+        """
+        train = dataclasses.replace(self.config.train, torch_compile=False, **changed_options)
+        world_size = world_size or self.num_processes
         max_length = max_length or self.config.data.max_length
         if rows is None:
-            rows_of_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
-            rounds, rows = balance.size(rows_of_step, ranks, train.per_device_train_batch_size)
-            train = dataclasses.replace(train, gradient_accumulation_steps=rounds)
-        moments = self._moments(train, rows, max_length)
-        when, kinds = self._largest(moments, train.distributed, ranks)
-        counts = self.rehearsals.counts
-        return Need(
+            rows_per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
+            num_rounds, rows = balance.size(rows_per_step, world_size, train.per_device_train_batch_size)
+            train = dataclasses.replace(train, gradient_accumulation_steps=num_rounds)
+        when, kinds = self._peak(self._dry_run(train, rows, max_length), train.distributed, world_size)
+        size = self.dry_runner.size
+        return MemoryEstimate(
             rows,
             max_length,
-            self.rehearsals.num_tokens(rows, max_length),
-            counts.num_parameters,
-            counts.num_trainable,
-            counts.longest,
+            self.dry_runner.num_tokens(rows, max_length),
+            size.num_parameters,
+            size.num_trainable,
+            size.max_positions,
             when,
             kinds,
         )
 
-    def _moments(self, train: TrainConfig, rows: int, max_length: int) -> Moments:
-        """Of one process that has all of the model."""
+    def _dry_run(self, train: TrainConfig, rows: int, max_length: int) -> Snapshots:
+        """Return the peaks of one process that holds the whole model."""
         assert self.process_bytes
         accumulates = train.gradient_accumulation_steps > 1
         key = (rows, max_length, accumulates, train.gradient_checkpointing, train.optim)
-        if key not in self._rehearsed:
-            self._rehearsed[key] = {
-                "the update": [self.rehearsals.update(train)],
-                "forward and backward": self.rehearsals.step(train, rows=rows, max_length=max_length),
+        if key not in self._snapshots:
+            self._snapshots[key] = {
+                "the update": [self.dry_runner.update_peak(train)],
+                "forward and backward": self.dry_runner.step_peaks(train, rows=rows, max_length=max_length),
             }
-        return self._rehearsed[key]
+        return self._snapshots[key]
 
-    def _largest(self, moments: Moments, distributed: str, ranks: int) -> tuple[str, Mapping[str, int]]:
-        counts = self.rehearsals.counts
-        if ranks == 1:
-            each = fake_sharding.of_one(moments)
+    def _peak(self, snapshots: Snapshots, distributed: str, world_size: int) -> ProcessMemory:
+        """Return the largest memory of one process, with the memory that the process needs besides tensors."""
+        size = self.dry_runner.size
+        if world_size == 1:
+            candidates = single_process_memory(snapshots)
         elif distributed == "ddp":
-            each = fake_sharding.of_ddp(moments, counts)
+            candidates = ddp_memory(snapshots, size)
         else:
-            each = fake_sharding.of_fsdp2(moments, counts, ranks, sent_itemsize=self.precision.dtype.itemsize)
-        when, most = max(map(self._on_device, each), key=lambda pair: sum(pair[1].values()))
-        return when, most | {"process": _GPU_PROCESS_BYTES if self.device.is_gpu else self.process_bytes}
-
-    def _on_device(self, pair: fake_sharding.Pair) -> fake_sharding.Pair:
-        if not (self.config.train.fsdp_offload and self.device.is_gpu):
-            return pair
-        return pair[0], pair[1] | {"weights": 0, "gradients": 0, "optimizer": 0}
+            candidates = fsdp2_memory(snapshots, size, world_size, gathered_itemsize=self.precision.dtype.itemsize)
+        if self.config.train.fsdp_offload and self.device.is_gpu:
+            on_host = {"weights": 0, "gradients": 0, "optimizer": 0}
+            candidates = ((when, kinds | on_host) for when, kinds in candidates)
+        when, kinds = max(candidates, key=lambda candidate: sum(candidate[1].values()))
+        return when, kinds | {"process": _GPU_PROCESS_BYTES if self.device.is_gpu else self.process_bytes}
 
 
-def _resident_bytes() -> int:
-    """What this process holds, which has imported what a run imports."""
-    import sftx.trainer.session  # noqa: F401
-    from sftx.trainer.precision import peak_bytes
-
-    statm = Path("/proc/self/statm")
-    if not statm.exists():
-        import torch
-
-        return peak_bytes(torch.device("cpu"))
-    import resource
-
-    return int(statm.read_text().split()[1]) * resource.getpagesize()
-
-
-def plan(
+def plan_run(
     loaded: Loaded,
-    device: Device,
+    device: TargetDevice,
     *,
     num_processes: int = 1,
     tokens_per_second: float | None = None,
     price_per_hour: float | None = None,
     num_tokens: int | None = None,
-) -> Plan:
-    """The whole plan. Raises SftxError for what a run could not be begun with."""
+) -> RunPlan:
+    """Plan a run. Raises SftxError for options with which the run could not start."""
     check_processes(loaded.config, num_processes)
     planner = Planner(loaded, device, num_processes)
-    need = planner.need()
+    need = planner.estimate()
     if num_processes > 1:
         parallel.check(loaded.config.train, has_adapters=need.num_trainable < need.num_parameters)
-    limit = device.num_bytes
-    fits = None if limit is None else need.total <= limit
-    largest = _largest_batch(planner, limit) if limit is not None else None
-    length = _largest_length(planner, need, limit) if limit is not None else None
-    rate, how = _rate(planner, need, tokens_per_second)
+    fits = largest_batch = largest_length = None
+    advice: tuple[str, ...] = ()
+    if (limit := device.num_bytes) is not None:
+        fits = need.total <= limit
+        largest_batch = find_largest(lambda rows: planner.estimate(rows=rows).total, limit, 1, 2, at_most=MAX_ROWS)
+        half = max(2, need.max_length // 2)
+        largest_length = find_largest(
+            lambda length: planner.estimate(rows=1, max_length=length).total,
+            limit, half, max(half + 1, need.max_length), at_most=need.longest or sys.maxsize,
+        )  # fmt: skip
+        advice = () if fits else _advice(planner, need, limit)
+    rate, rate_assumption = _rate(planner, need, tokens_per_second)
     seconds = None if rate is None or num_tokens is None else num_tokens / rate
     hours = None if seconds is None else seconds / 3600
-    train = loaded.config.train
-    return Plan(
+    return RunPlan(
         model=loaded.config.model,
         device=device,
         dtype=str(planner.precision),
         num_processes=num_processes,
-        distributed=train.distributed,
+        distributed=loaded.config.train.distributed,
         need=need,
         fits=fits,
-        largest_batch=largest,
-        largest_length=length,
-        advice=() if fits is not False else _advice(planner, need, limit or 0),
+        largest_batch=largest_batch,
+        largest_length=largest_length,
+        advice=advice,
         tokens_per_second=rate,
         seconds=seconds,
         price=None if hours is None or price_per_hour is None else hours * price_per_hour,
-        assumptions=(*_assumptions(planner, need), *how),
+        assumptions=(*_assumptions(planner, need), *rate_assumption),
     )
 
 
-def _largest_batch(planner: Planner, limit: int) -> int:
-    """Rows that fit, 0 when not one does."""
-    return _most(lambda rows: planner.need(rows=rows).total, limit, 1, 2, at_most=MOST_ROWS)
+def find_largest(
+    total: Callable[[int], int], limit: int, first: int, second: int, *, at_most: int = sys.maxsize
+) -> int:
+    """Return the largest number whose total is within the limit, to 1 %; 0 when there is none.
 
-
-def _largest_length(planner: Planner, need: Need, limit: int) -> int:
-    """Tokens of one row that fits, 0 when none does; no more than the model was made for."""
-    half = max(2, need.max_length // 2)
-    return _most(
-        lambda length: planner.need(rows=1, max_length=length).total, limit, half, max(half + 1, need.max_length),
-        at_most=need.longest or sys.maxsize,
-    )  # fmt: skip
-
-
-def _most(total: Callable[[int], int], limit: int, first: int, second: int, *, at_most: int = sys.maxsize) -> int:
-    """The largest number whose total is within the limit, to 1 %; totals rise, mostly on a straight line.
-
-    The line through the last two that were asked for says the next, between the largest that is known to fit and the
-    smallest that is known not to; every third is halfway between these, for totals that lie on no line.
+    Totals increase, mostly linearly: the next guess lies on the line through the last two, between the largest number
+    that is known to fit and the smallest that is known not to. Every third guess is halfway between these instead, for
+    totals that are not linear.
     """
     seen = [(first, total(first)), (second, total(second))]
     while True:
-        fits = max((at for at, size in seen if size <= limit), default=0)
-        over = min((at for at, size in seen if size > limit), default=at_most + 1)
-        near = max(1, fits // 100)
-        if over - fits <= near:
+        fits = max((number for number, size in seen if size <= limit), default=0)
+        too_large = min((number for number, size in seen if size > limit), default=at_most + 1)
+        tolerance = max(1, fits // 100)
+        if too_large - fits <= tolerance:
             return min(fits, at_most)
-        (a, of_a), (b, of_b) = seen[-2:]
-        guess = b + math.floor((limit - of_b) * (b - a) / max(1, of_b - of_a))
+        (a, total_a), (b, total_b) = seen[-2:]
+        guess = b + math.floor((limit - total_b) * (b - a) / max(1, total_b - total_a))
         if len(seen) % 3 == 1:
-            guess = (fits + over) // 2
-        guess = min(max(guess, fits + near), over - 1, _FARTHEST * max(fits, second))
+            guess = (fits + too_large) // 2
+        guess = min(max(guess, fits + tolerance), too_large - 1, _MAX_STEP_UP * max(fits, second))
         seen.append((guess, total(guess)))
 
 
-def _advice(planner: Planner, need: Need, limit: int) -> tuple[str, ...]:
-    """What to change, each with what it would need then; what fits first."""
+def _advice(planner: Planner, need: MemoryEstimate, limit: int) -> tuple[str, ...]:
+    """Return changes of the options, each with the memory that the run would need then; those that fit come first."""
     train = planner.config.train
     trains_all = need.num_trainable == need.num_parameters
-    rows_of_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    lean: dict[str, Any] = {} if train.gradient_checkpointing else {"gradient_checkpointing": True}
-    changes = [lean] if lean else []
+    rows_per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    combined: dict[str, Any] = {} if train.gradient_checkpointing else {"gradient_checkpointing": True}
+    changes = [combined] if combined else []
     if need.rows > 1:
-        lean = lean | {"per_device_train_batch_size": 1, "gradient_accumulation_steps": rows_of_step}
-        changes.append(lean)
-    tried = [(_flags(change), planner.need(**change)) for change in changes]
+        combined = combined | {"per_device_train_batch_size": 1, "gradient_accumulation_steps": rows_per_step}
+        changes.append(combined)
+    candidates = [(_as_flags(change), planner.estimate(**change)) for change in changes]
     half = max(2, need.max_length // 2)
-    tried.append((f"--max-length {half}", planner.need(max_length=half)))
+    candidates.append((f"--max-length {half}", planner.estimate(max_length=half)))
     if trains_all and train.optim == "adamw":
-        tried.append(("--optim adafactor", planner.need(optim="adafactor")))
-    ranks = [ranks for ranks in _RANKS if rows_of_step % ranks == 0]
-    if planner.num_processes == 1 and ranks and parallel.can_share(train, has_adapters=not trains_all):
-        tried.append(_spread(planner, [{}, *changes], ranks, limit))
+        candidates.append(("--optim adafactor", planner.estimate(optim="adafactor")))
+    world_sizes = [world_size for world_size in _WORLD_SIZES if rows_per_step % world_size == 0]
+    if planner.num_processes == 1 and world_sizes and parallel.can_share(train, has_adapters=not trains_all):
+        # The fewest processes that are enough, with the first of the changes with which they are; or else the largest.
+        sharded = ((change, world_size) for change in [{}, *changes] for world_size in world_sizes)
+        for change, world_size in sharded:
+            estimate = planner.estimate(world_size=world_size, distributed="fsdp2", **change)
+            flags = " ".join(filter(None, [f"--distributed fsdp2 --nproc {world_size}", _as_flags(change)]))
+            if estimate.total <= limit:
+                break
+        candidates.append((f"{flags}, each on a device of its own", estimate))
     lines = [
-        f"{what}: {one.total / 1e9:.1f} GB, {'fits' if one.total <= limit else 'does not fit alone'}"
-        for what, one in sorted(tried, key=lambda pair: pair[1].total > limit)
+        f"{what}: {estimate.total / 1e9:.1f} GB, {'fits' if estimate.total <= limit else 'does not fit alone'}"
+        for what, estimate in sorted(candidates, key=lambda candidate: candidate[1].total > limit)
     ]
     if trains_all:
         frozen = need.num_parameters * planner.precision.base_dtype(frozen=True).itemsize
-        lines.append(f"--plugin lora: {frozen / 1e9:.1f} GB of frozen weights, which need no gradient and no state")
+        lines.append(f"--plugin lora: {frozen / 1e9:.1f} GB of frozen weights, without gradients and optimizer state")
     return tuple(lines)
 
 
-def _spread(planner: Planner, changes: Sequence[dict[str, Any]], ranks: Sequence[int], limit: int) -> tuple[str, Need]:
-    """The fewest processes of fsdp2 that are enough, with the first of the changes that makes them so."""
-
-    def tried(change: dict[str, Any], number: int) -> tuple[str, Need]:
-        flags = " ".join([f"--distributed fsdp2 --nproc {number}", *filter(None, [_flags(change)])])
-        return f"{flags}, each on a device of its own", planner.need(ranks=number, distributed="fsdp2", **change)
-
-    each = (tried(change, number) for change in changes for number in ranks)
-    return next((pair for pair in each if pair[1].total <= limit), tried(changes[-1], ranks[-1]))
+def _as_flags(change: Mapping[str, Any]) -> str:
+    """Return changed options as the command line takes them."""
+    flags = [f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in change.items()]
+    return " ".join(flags)
 
 
-def _flags(change: Mapping[str, Any]) -> str:
-    """As the command line takes it."""
-    words = [f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in change.items()]
-    return " ".join(words)
-
-
-def _rate(planner: Planner, need: Need, given: float | None) -> tuple[float | None, tuple[str, ...]]:
-    """Tokens a second of all processes, and how that is known."""
-    if given is not None:
-        return given, (f"{given:g} tokens/s as given",)
+def _rate(planner: Planner, need: MemoryEstimate, measured: float | None) -> tuple[float | None, tuple[str, ...]]:
+    """Return tokens per second of all processes, and the assumption behind it."""
+    if measured is not None:
+        return measured, (f"{measured:g} tokens/s as given",)
     if planner.device.flops is None:
         return None, ()
-    # Forward 2, gradients of the inputs 2, of the weights 2 (Kaplan et al. 2020, arXiv:2001.08361, section 2.1).
-    each = (4 * need.num_parameters + 2 * need.num_trainable) * (
-        4 / 3 if planner.config.train.gradient_checkpointing else 1
-    )
-    rate = planner.device.flops * _UTILISATION / each * planner.num_processes
+    # FLOP per parameter and token: forward 2, gradients of inputs 2, of weights 2 (Kaplan et al. 2020,
+    # arXiv:2001.08361, section 2.1).
+    recomputation = 4 / 3 if planner.config.train.gradient_checkpointing else 1
+    flop_per_token = (4 * need.num_parameters + 2 * need.num_trainable) * recomputation
+    rate = planner.device.flops * _UTILISATION / flop_per_token * planner.num_processes
     return rate, (
-        f"{rate:,.0f} tokens/s: {_UTILISATION:.0%} of {planner.device.flops / 1e12:.0f} TFLOP/s, {each / 1e9:.1f} "
-        "GFLOP a token, without attention's products",
+        f"{rate:,.0f} tokens/s: {_UTILISATION:.0%} of {planner.device.flops / 1e12:.0f} TFLOP/s, "
+        f"{flop_per_token / 1e9:.1f} GFLOP a token, without attention's products",
     )
 
 
-def _assumptions(planner: Planner, need: Need) -> tuple[str, ...]:
+def _assumptions(planner: Planner, need: MemoryEstimate) -> tuple[str, ...]:
     train = planner.config.train
-    lines = [f"every row has {need.max_length} tokens, all of them trained"]
+    lines = [f"every row has {need.max_length} tokens, all of them label tokens"]
     if train.torch_compile:
-        lines.append("as without torch_compile, whose buffers are not known before it compiles")
+        lines.append("without torch_compile, whose buffers are not known before it compiles")
     if planner.device.is_gpu:
         lines.append(
             f"{_GPU_PROCESS_BYTES / 2**30:g} GiB for the CUDA context, libraries' workspaces and fragmentation; "
-            "the kernels' path in plain torch; a GPU with bfloat16"
+            "the kernels' plain-torch implementation; a GPU with bfloat16"
         )
     else:
         lines.append(
-            "memory of the process as this one has it, with the same imports; MALLOC_MMAP_THRESHOLD_=65536 in the "
-            "environment, without which glibc keeps what is freed, up to 35 % more (docs/planning.md)"
+            "process memory as in this process, with the same imports; MALLOC_MMAP_THRESHOLD_=65536 in the "
+            "environment, without which glibc keeps freed memory, up to 35 % more (docs/planning.md)"
         )
     if planner.config.data.eval:
-        lines.append("without the held-out evaluation; a lower --per-device-eval-batch-size makes that smaller")
+        lines.append("without the held-out evaluation; a lower --per-device-eval-batch-size reduces its memory")
     if planner.num_processes > 1:
         lines.append(
-            "ddp: gradients are there all the time, as views of its buckets"
+            "ddp: gradients are allocated all the time, as views of its buckets"
             if train.distributed == "ddp"
-            else "fsdp2: what lies outside of the layers is whole for all of a step, and of layers those at work"
+            else "fsdp2: weights outside the layers are unsharded during the whole step, layers while they compute"
         )
     return tuple(lines)

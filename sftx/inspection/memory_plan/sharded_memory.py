@@ -1,9 +1,10 @@
-"""What one process alone would need becomes what one of several needs.
+"""Turn the memory snapshots of one process that holds the whole model into those of one of several processes.
 
-Under `fsdp2` (torch's `fully_shard`) a layer's weights come together in one buffer and are copied out of it, while the
-layer before is at work and its own buffer is not given back yet; gradients go the same way back. What lies outside of
-the layers, embedding and head among it, is one group, whole from the step's begin to its end. So the ends of a step
-can be its peak: there the buffer and the copies of this group, and at the end its gradients, are whole at once.
+Under `fsdp2` (torch's `fully_shard`) the weights of a layer are gathered into one buffer and copied out of it, while the
+previous layer still computes and its buffer is not freed yet; gradients take the same way back. Everything outside the
+layers, embedding and head included, is one group, which is unsharded from the beginning of a step to its end. So the
+peak may be at one of the ends of a step, where the buffer and the copies of this group, and at its end also its
+gradients, are unsharded at once.
 """
 
 from __future__ import annotations
@@ -12,49 +13,60 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeAlias
 
-from sftx.inspection.memory_plan.dry_run import Counts, Moment
+from sftx.inspection.memory_plan.dry_run import ModelSize
+from sftx.inspection.memory_plan.memory_tracker import MemorySnapshot
 
-Moments: TypeAlias = Mapping[str, Sequence[Moment]]
-"""What a process is at, and the bytes by kind that it needs then."""
-Pair: TypeAlias = tuple[str, dict[str, int]]
-
-
-def of_one(moments: Moments) -> Iterator[Pair]:
-    for when, found in moments.items():
-        for moment in found:
-            yield when, dict(moment.items())
+Snapshots: TypeAlias = Mapping[str, Sequence[MemorySnapshot]]
+"""The peaks of the parts of a step, "the update" and "forward and backward"."""
+ProcessMemory: TypeAlias = tuple[str, dict[str, int]]
+"""A part of a step, and the bytes by kind that one process needs in it."""
 
 
-def of_ddp(moments: Moments, counts: Counts) -> Iterator[Pair]:
-    """Gradients are views of buckets, which are there all the time."""
-    for when, found in moments.items():
-        for moment in found:
-            yield when, dict(moment.items(), gradients=counts.trainable_bytes)
+def single_process_memory(snapshots: Snapshots) -> Iterator[ProcessMemory]:
+    for when, peaks in snapshots.items():
+        for peak in peaks:
+            yield when, dict(peak.items())
 
 
-def of_fsdp2(moments: Moments, counts: Counts, num_ranks: int, *, sent_itemsize: int) -> Iterator[Pair]:
-    """`sent_itemsize`: bytes of a weight of a layer that trains, as it is sent and computed with (kept are 4)."""
-    with_adapters = counts.num_trainable < counts.num_parameters  # what they train is whole in every process
-    kept = counts.trainable_bytes if with_adapters else 0
-    outside, layer = counts.shared_outside, counts.shared_layer
-    sent = layer if with_adapters else layer * sent_itemsize // 4
-    # A layer at work, the next one's copies and their buffer; going back, gradients as computed and their fp32 buffer.
-    at_work = outside + 3 * sent + (0 if with_adapters else sent + layer)
+def ddp_memory(snapshots: Snapshots, size: ModelSize) -> Iterator[ProcessMemory]:
+    """Under `ddp`, gradients are views of buckets, which are allocated all the time."""
+    for when, peaks in snapshots.items():
+        for peak in peaks:
+            yield when, dict(peak.items(), gradients=size.trainable_bytes)
 
-    def own(of_all: int) -> int:
-        return of_all if with_adapters else math.ceil(of_all / num_ranks)
 
-    def held(moment: Moment, gradients: int, gathered: int) -> dict[str, int]:
-        weights = kept + math.ceil((moment["weights"] - kept) / num_ranks)
-        state = own(moment["optimizer"])
-        return dict(moment.items(), weights=weights, gradients=gradients, optimizer=state, gathered=gathered)
+def fsdp2_memory(
+    snapshots: Snapshots, size: ModelSize, num_ranks: int, *, gathered_itemsize: int
+) -> Iterator[ProcessMemory]:
+    """Yield the memory under `fsdp2`, with the kind `gathered` for buffers and copies of unsharded weights.
 
-    for moment in moments["the update"]:
-        yield "the update", held(moment, own(moment["gradients"]), 0)
-    for moment in moments["forward and backward"]:
-        gradients = moment["gradients"]
-        not_sent_yet = 0 if with_adapters else min(gradients, outside - counts.embedding)  # of the head, which is first
-        yield "forward and backward", held(moment, not_sent_yet + own(gradients - not_sent_yet), at_work)
-    least = min(moments["forward and backward"], key=lambda moment: sum(moment.values()))
-    ends = held(least, own(counts.trainable_bytes), (2 if with_adapters else 3) * outside)
+    `gathered_itemsize` is the number of bytes of a layer's trained weight as it is gathered and computed with; its shard
+    has 4. With adapters, the frozen base is sharded as it is, and every process has all that the adapters train.
+    """
+    has_adapters = size.num_trainable < size.num_parameters
+    replicated = size.trainable_bytes if has_adapters else 0
+    outside, layer = size.sharded_outside_bytes, size.sharded_layer_bytes
+    gathered_layer = layer if has_adapters else layer * gathered_itemsize // 4
+    # A layer that computes, the copies of the next one and their buffer; in backward also a layer's gradients in the
+    # computing dtype and their fp32 buffer.
+    gathered = outside + 3 * gathered_layer + (0 if has_adapters else gathered_layer + layer)
+
+    def local(num_bytes: int) -> int:
+        """Return this process's part of gradients or optimizer state."""
+        return num_bytes if has_adapters else math.ceil(num_bytes / num_ranks)
+
+    def process_memory(peak: MemorySnapshot, gradients: int, gathered: int) -> dict[str, int]:
+        weights = replicated + math.ceil((peak["weights"] - replicated) / num_ranks)
+        optimizer = local(peak["optimizer"])
+        return dict(peak.items(), weights=weights, gradients=gradients, optimizer=optimizer, gathered=gathered)
+
+    for peak in snapshots["the update"]:
+        yield "the update", process_memory(peak, local(peak["gradients"]), 0)
+    for peak in snapshots["forward and backward"]:
+        gradients = peak["gradients"]
+        # The head's gradients come first; they stay unsharded until those of its group, the embedding's, are complete.
+        unsharded = 0 if has_adapters else min(gradients, outside - size.embedding_bytes)
+        yield "forward and backward", process_memory(peak, unsharded + local(gradients - unsharded), gathered)
+    smallest = min(snapshots["forward and backward"], key=lambda peak: sum(peak.values()))
+    ends = process_memory(smallest, local(size.trainable_bytes), (2 if has_adapters else 3) * outside)
     yield "gathering", ends | {"activations": 0, "head": 0}

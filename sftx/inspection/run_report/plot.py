@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple
 
 from sftx import atomic_files
-from sftx.errors import one_line, printable
+from sftx.errors import OutputError, one_line, printable
 from sftx.inspection.run_report.run_record import Columns
 
 if TYPE_CHECKING:
@@ -46,17 +45,18 @@ def write_plot(path: Path, runs: Sequence[Curves]) -> bool:
     if importlib.util.find_spec("matplotlib") is None:
         log.info("no %s: it is drawn by matplotlib, which is not installed (pip install 'sftx[plot]')", path.name)
         return False
-    picture = io.BytesIO()
     try:
-        _draw(picture, runs)
+        with atomic_files.open_bytes(path) as file:
+            _draw(file, runs)
+    except OutputError:
+        raise
     except Exception as error:  # matplotlib fails for values near the largest float
         log.warning("no %s: matplotlib cannot draw it: %s: %s", path.name, type(error).__name__, one_line(error))
         return False
-    atomic_files.write_bytes(path, picture.getvalue())
     return True
 
 
-def _draw(file: io.BytesIO, runs: Sequence[Curves]) -> None:
+def _draw(file: BinaryIO, runs: Sequence[Curves]) -> None:
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
