@@ -89,7 +89,7 @@ def test_rows_that_are_trained_and_held_out_are_found(findings: Find) -> None:
     assert [severity for severity, _ in found] == ["error", "warning"]
     assert "1 of 5 held-out examples are trained on" in found[0][1]
     assert "rows.jsonl:3" in found[0][1]
-    assert "1 of 5 held-out examples ask what a training row asks" in found[1][1]
+    assert "1 of 5 held-out examples have the prompt of a training row" in found[1][1]
     assert "rows.jsonl:5" in found[1][1]
     assert of("leakage", findings(GOOD, held_out=HELD)) == []
 

@@ -64,7 +64,7 @@ class FakeStepTracker(StepTracker):
 
 
 def make_batch(collator: Collator, rows: int, max_length: int) -> Batch:
-    """Return a batch of the run's collator. Rows after the first are one token shorter, so that padding needs a mask."""
+    """Return a batch of the run's collator. Rows but the first are one token shorter, so that padding needs a mask."""
     length: int = getattr(collator, "row_length", max_length)
     sizes = [length - (row > 0) for row in range(rows)]
     return collator.collate([Example([0] * size, [True] * size, f"row {i}", i) for i, size in enumerate(sizes)])

@@ -3,9 +3,8 @@
 A storage counts once, from the operation that allocates it until its last reference is gone: that is what an allocator
 has to provide, without fragmentation. Temporaries inside torch's own operations are not seen.
 
-torch.distributed._tools.MemTracker counts in the same way, but keeps one peak for each module and not for each phase of
-a step, from which the peaks of a model with more layers are extrapolated; and it has no way to add a transient
-allocation inside a custom operation.
+torch.distributed._tools.MemTracker is not used: it is private, and has no way to add the temporaries inside a custom
+operation, such as the chunk of logits of the head's loss.
 """
 
 from __future__ import annotations

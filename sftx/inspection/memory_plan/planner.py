@@ -31,7 +31,7 @@ from sftx.trainer import parallel
 from sftx.trainer import precision as precisions
 from sftx.trainer.precision import Precision
 
-# Memory besides tensors: the CUDA context with its kernels, cuBLAS workspaces and the caching allocator's fragmentation.
+# Memory besides tensors: the CUDA context with its kernels, cuBLAS workspaces, the caching allocator's fragmentation.
 _GPU_PROCESS_BYTES: Final = 3 * 2**28
 _WORLD_SIZES: Final = (2, 4, 8, 16, 32, 64)
 _UTILISATION: Final = 0.4

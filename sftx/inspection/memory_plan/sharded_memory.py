@@ -1,6 +1,6 @@
-"""Turn the memory snapshots of one process that holds the whole model into those of one of several processes.
+"""Turn memory snapshots of one process that holds the whole model into those of one of several processes.
 
-Under `fsdp2` (torch's `fully_shard`) the weights of a layer are gathered into one buffer and copied out of it, while the
+Under `fsdp2` (torch's `fully_shard`) the weights of a layer are gathered into one buffer and copied out of it while the
 previous layer still computes and its buffer is not freed yet; gradients take the same way back. Everything outside the
 layers, embedding and head included, is one group, which is unsharded from the beginning of a step to its end. So the
 peak may be at one of the ends of a step, where the buffer and the copies of this group, and at its end also its
@@ -40,8 +40,8 @@ def fsdp2_memory(
 ) -> Iterator[ProcessMemory]:
     """Yield the memory under `fsdp2`, with the kind `gathered` for buffers and copies of unsharded weights.
 
-    `gathered_itemsize` is the number of bytes of a layer's trained weight as it is gathered and computed with; its shard
-    has 4. With adapters, the frozen base is sharded as it is, and every process has all that the adapters train.
+    `gathered_itemsize` is the number of bytes of a trained weight of a layer as it is gathered and computed with; its
+    shard has 4. With adapters, the frozen base is sharded as it is, and every process has all that the adapters train.
     """
     has_adapters = size.num_trainable < size.num_parameters
     replicated = size.trainable_bytes if has_adapters else 0
