@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,12 @@ class StartReport:
     is_stream: bool = False
     """Whether rows are read while training: rows and tokens above are those of the first window then."""
     num_processes: int = 1
-    """That share the rows of each step."""
+    train_batch_size: int = 0
+    """Rows of an optimizer step, over all processes."""
+    per_device_train_batch_size: int = 0
+    """Rows that one process computes at once."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches of a process in a step."""
     resumed_step: int | None = None
     """The step after which an interrupted run goes on; what it reported of later steps is void. None: a new run."""
 
@@ -134,12 +139,3 @@ class Result:
     """`num_steps`, `num_label_tokens`, `loss` (`first`, `last`), `tokens_per_second`, `peak_bytes`, `wall_seconds`,
     `artefact` (its directory); with `metric_for_best_model` `best` (`step`, `value`); with held-out rows `held_out`
     (`before`, `after`: means by name) and `samples`."""
-
-
-_OLD_NAMES: Final = {"num_tokens": "num_label_tokens", "num_real_tokens": "num_input_tokens"}
-"""The names in files of sftx 0.1, by which run directories of that version are still read."""
-
-
-def rename_old_keys(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of a report, a summary or a state with the current names in place of those of sftx 0.1."""
-    return {_OLD_NAMES.get(name, name): value for name, value in values.items()}

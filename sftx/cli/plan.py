@@ -52,7 +52,7 @@ def command(
     The model's config.json is enough. Exits with 1 when --gpu is given and the run does not fit.
     """
     device = target_device.parse(gpu or "cpu")
-    rows, length = loaded.config.train.per_device_train_batch_size, loaded.config.data.max_length
+    rows, length = loaded.config.train.micro_batch_size, loaded.config.data.max_length
     if rows > MAX_ROWS or length > MAX_TOKENS:
         raise ConfigError(
             f"a batch of {rows} rows of {length} tokens is not planned; the most are {MAX_ROWS} rows and {MAX_TOKENS} "

@@ -20,7 +20,7 @@ def token_texts(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) ->
     """
 
     def decode(begin: int, end: int) -> str:
-        ids = [int(token_id) for token_id in token_ids[begin:end]]
+        ids = list(token_ids[begin:end])
         return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     texts: list[str] = []

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from sftx.data.dataset import Examples
 from sftx.data.ledger import Entry
-from sftx.data.pipeline import Setup
-from sftx.data.sampler import Plan
+from sftx.data.pipeline import DataPipeline
+from sftx.data.sampler import EpochSampler
 from sftx.inspection.dataset_view import DatasetView, Split
 
 _NUM_BINS: Final = 24
@@ -107,21 +107,22 @@ class DatasetStatistics:
 
 def dataset_statistics(view: DatasetView, split: Split) -> DatasetStatistics:
     """Read and encode a split and count what it holds. Raises SftxError."""
-    setup, data, options = view.setup, view.dataset(split), view.config.train
-    plan = None
+    pipeline, data, options = view.pipeline, view.dataset(split), view.config.train
+    sampler = None
     if split == "train" and len(data.examples):
-        plan = setup.plan(data)
-        assert isinstance(plan, Plan)  # the options of a view never stream
+        sampler = pipeline.sampler(data, options)
+        assert isinstance(sampler, EpochSampler)  # the options of a view never stream
     notes = []
     if view.config.data.streaming and split == "train":
         notes.append(f"streamed: the first {data.ledger.num_rows:,} rows")
-    if setup.wrap_length is not None and split == "train":
-        notes.append(f"rows are shown whole; training cuts their concatenation every {setup.wrap_length:,} tokens")
+    wrap_length = pipeline.collator.wrap_length
+    if wrap_length is not None and split == "train":
+        notes.append(f"rows are shown whole; training cuts their concatenation every {wrap_length:,} tokens")
     return DatasetStatistics(
         split=split,
         model=view.config.model,
-        template=_plugin_names(setup, "sftx_template") or "none",
-        collator=_plugin_names(setup, "sftx_collator"),
+        template=_plugin_names(pipeline, "sftx_template") or "none",
+        collator=_plugin_names(pipeline, "sftx_collator"),
         max_length=view.config.data.max_length,
         formats={name or "unreadable": number for name, number in data.formats.items()},
         num_rows=data.ledger.num_rows,
@@ -129,18 +130,18 @@ def dataset_statistics(view: DatasetView, split: Split) -> DatasetStatistics:
         num_input_tokens=data.num_input_tokens,
         num_label_tokens=data.num_label_tokens,
         lengths=length_statistics(data.examples.lengths),
-        num_epoch_examples=plan.scope.num_examples if plan is not None else None,
-        num_steps=plan.num_steps if plan is not None else None,
-        rows_per_step=options.per_device_train_batch_size * options.gradient_accumulation_steps,
-        filling=batch_fill(plan, data.examples, setup) if plan is not None else None,
+        num_epoch_examples=sampler.scope.num_examples if sampler is not None else None,
+        num_steps=sampler.num_steps if sampler is not None else None,
+        rows_per_step=options.rows_per_step,
+        filling=None if sampler is None else batch_fill(sampler, data.examples, pipeline, options.micro_batch_size),
         changes=_changed_rows(data.ledger.entries),
         problems=view.problems(split),
         note="; ".join(notes),
     )
 
 
-def _plugin_names(setup: Setup, hook: str) -> str:
-    return ", ".join(active.info.name for active in setup.assembly.providers(hook))
+def _plugin_names(pipeline: DataPipeline, hook: str) -> str:
+    return ", ".join(active.info.name for active in pipeline.assembly.providers(hook))
 
 
 def _changed_rows(entries: list[Entry]) -> tuple[ChangedRows, ...]:
@@ -163,22 +164,21 @@ def length_statistics(lengths: NDArray[np.int64]) -> LengthStatistics | None:
     return LengthStatistics(low, int(median), int(p90), high, tuple(bins))
 
 
-def batch_fill(plan: Plan, examples: Examples, setup: Setup) -> BatchFill:
+def batch_fill(sampler: EpochSampler, examples: Examples, pipeline: DataPipeline, micro_batch_size: int) -> BatchFill:
     """Measure how full the rows and the micro-batches of the first epoch are."""
-    steps = plan.epoch(0)
+    steps, size = sampler.epoch(0), micro_batch_size
     rows = [row for step in steps for row in step]
     packs = any(len(set(examples.groups[list(row)].tolist())) > 1 for row in rows if len(row) > 1)
     row_share = None
     if packs:
-        row_length: int = getattr(setup.collator, "row_length", None) or setup.config.data.max_length
+        row_length = pipeline.collator.row_length or pipeline.config.max_length
         num_tokens = sum(int(examples.lengths[list(row)].sum()) for row in rows)
         row_share = num_tokens / (len(rows) * row_length)
 
-    size = setup.config.train.per_device_train_batch_size
     micro_batches = [step[at : at + size] for step in steps for at in range(0, len(step), size)]
     num_tokens = num_positions = 0
     for micro_batch in micro_batches[:: max(1, len(micro_batches) // _NUM_MICRO_BATCHES)]:
-        collated = setup.collator.collate([examples[index] for row in micro_batch for index in row])
+        collated = pipeline.collator.collate([examples[index] for row in micro_batch for index in row])
         num_tokens += collated.num_input_tokens
         num_positions += collated.input_ids_BT.numel()
     return BatchFill(packs, num_tokens / num_positions, len(rows), row_share)

@@ -13,10 +13,10 @@ from typing import Final, Literal
 from sftx.assembly.registry import activate
 from sftx.config.loading import Loaded
 from sftx.config.options import DataConfig, RunConfig, Source
-from sftx.data import pipeline, sources
+from sftx.data import sources
+from sftx.data.dataset import Dataset
 from sftx.data.ledger import Entry
-from sftx.data.pipeline import Setup
-from sftx.data.preprocess import Dataset
+from sftx.data.pipeline import DataPipeline, build_pipeline
 from sftx.data.row_encoder import EMPTY, NO_TURN, NOTHING_TRAINED
 from sftx.errors import DataError
 from sftx.model import names
@@ -33,26 +33,27 @@ class DatasetView:
 
     config: RunConfig
     """The options as the user gave them."""
-    setup: Setup
-    """It is made from lenient options: unreadable rows are dropped, and no share of dropped rows is an error."""
+    pipeline: DataPipeline
+    """It is built with lenient options: unreadable rows are dropped, and no share of dropped rows is an error."""
     _datasets: dict[Split, Dataset] = field(default_factory=dict)
     _problems: dict[Split, tuple[str, ...]] = field(default_factory=dict)
 
     def sources(self, split: Split) -> tuple[Source, ...]:
         """Return the sources of a split; streamed sources are limited to the rows of the first plan window."""
-        return self.setup.config.data.train if split == "train" else self.setup.config.data.eval
+        return self.pipeline.config.train if split == "train" else self.pipeline.config.eval
 
     def dataset(self, split: Split) -> Dataset:
         """Return the encoded rows of a split. Raises DataError only for a source that cannot be read at all."""
         if split not in self._datasets:
-            data = self.setup.train(check=False) if split == "train" else self.setup.held_out(check=False)
+            is_train = split == "train"
+            data = self.pipeline.load_train(check=False) if is_train else self.pipeline.load_eval(check=False)
             problems = []
             if self.config.data.invalid_rows == "error":
                 problems += [f"{entry.where}: {entry.reason}" for entry in data.ledger.entries if is_unreadable(entry)][
                     :1
                 ]
             try:
-                data.check(self.setup.encode, max_dropped=self.config.data.max_dropped)
+                data.check(self.pipeline.encode, max_dropped=self.config.data.max_dropped)
             except DataError as error:
                 problems.append(str(error))
             self._datasets[split] = data
@@ -82,7 +83,7 @@ def view_dataset(loaded: Loaded) -> DatasetView:
     sources.check_data_config(config)
     assembly = activate(loaded)
     lenient = dataclasses.replace(config, data=_lenient(config.data))
-    return DatasetView(config, pipeline.set_up(Loaded(lenient, loaded.origins), assembly))
+    return DatasetView(config, build_pipeline(lenient, assembly, loaded.origins))
 
 
 def _lenient(data: DataConfig) -> DataConfig:

@@ -53,10 +53,11 @@ def _explained(name: str, what: str) -> Iterator[None]:
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the model. Raises ModelError."""
-    with _explained(name, "configuration"):
-        # First, because it is one small file: a hub id that cannot be had is not tried five times over.
-        AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    """The tokenizer beside the model, or beside an adapter, which has no config.json. Raises ModelError."""
+    if not Path(name).is_dir() or (Path(name) / "config.json").exists():
+        with _explained(name, "configuration"):
+            # First, because it is one small file: a hub id that cannot be had is not tried five times over.
+            AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     with _explained(name, "tokenizer"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     return tokenizer

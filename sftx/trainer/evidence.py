@@ -11,6 +11,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
+
 from sftx.data.collate import pad
 from sftx.data.token_text import token_texts
 from sftx.events import TokenLosses
@@ -39,15 +41,16 @@ def shown_rows(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, 
     count = min(count, len(examples))
     rows = []
     for example in (examples[n * len(examples) // count] for n in range(count)):
-        length = len(example.token_ids)
-        first_label = next((n for n, is_label in enumerate(example.loss_mask) if is_label), 0)
+        token_ids, loss_mask = example.token_ids.tolist(), example.loss_mask.tolist()
+        length = len(token_ids)
+        first_label = loss_mask.index(True) if True in loss_mask else 0
         # A reader wants to see the labels: a long prompt is shown from near its end.
         begin = (
             min(max(0, first_label - _LEAD), max(0, length - _MAX_SHOWN)) if first_label >= _MAX_SHOWN - _LEAD else 0
         )
         end = min(length, begin + _MAX_SHOWN)
-        texts = token_texts(example.token_ids[begin:end], tokenizer)
-        tokens = [[text, int(is_label)] for text, is_label in zip(texts, example.loss_mask[begin:end], strict=True)]
+        texts = token_texts(token_ids[begin:end], tokenizer)
+        tokens = [[text, int(is_label)] for text, is_label in zip(texts, loss_mask[begin:end], strict=True)]
         rows.append({"row": example.row_id, "tokens": tokens, "left_out": [begin, length - end]})
     return rows
 
@@ -71,16 +74,16 @@ def token_losses(lm: LanguageModel, example: Example) -> TokenLosses:
 
     The caller decides about gradients, dropout and autocast.
     """
-    all_labels = dataclasses.replace(example, loss_mask=[True] * len(example.token_ids), weights=None)
+    all_labels = dataclasses.replace(example, loss_mask=np.ones(len(example.token_ids), np.bool_), weights=None)
     batch = pad([all_labels]).to(lm.device)
     hidden_BTD = lm.hidden(batch).hidden_BTD
     out = lm.cross_entropy(hidden_BTD, batch.labels_BT, num_valid=batch.num_label_tokens, reduction="none")
     losses: list[float] = out.loss.tolist()  # at each position the loss of the token after it
     return TokenLosses(
         row_id=example.row_id,
-        tokens=tuple(token_texts(example.token_ids, lm.tokenizer)),
+        tokens=tuple(token_texts(example.token_ids.tolist(), lm.tokenizer)),
         losses=(None, *losses[:-1]),
-        trained=tuple(example.loss_mask),
+        trained=tuple(example.loss_mask.tolist()),
     )
 
 

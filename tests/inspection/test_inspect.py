@@ -79,9 +79,11 @@ def test_every_row_is_shown_as_the_dataset_has_it(make_view: Callable[..., Any],
     assert len(shown) >= 3
     for example in data.examples:
         tokens = shown[example.row_id].tokens
-        assert [token.id for token in tokens] == example.token_ids
-        assert [token.trained for token in tokens] == example.loss_mask
-        assert [token.weight for token in tokens] == pytest.approx(example.weights or [1.0] * len(tokens))
+        assert [token.id for token in tokens] == example.token_ids.tolist()
+        assert [token.trained for token in tokens] == example.loss_mask.tolist()
+        assert [token.weight for token in tokens] == pytest.approx(
+            [1.0] * len(tokens) if example.weights is None else example.weights.tolist()
+        )
         assert shown[example.row_id].num_label_tokens == example.num_label_tokens
         assert all(token.why for token in tokens)
         assert all(token.why.startswith("not") or ", not" in token.why for token in tokens if not token.trained)
@@ -304,8 +306,9 @@ def test_packed_rows_tell_how_full_they_are(make_view: Callable[..., Any], insta
         "    @hookimpl\n"
         "    def sftx_collator(self) -> Collator:\n"
         "        return self\n"
-        "    def plan(self, lengths, groups, *, seed, epoch, window, examples_per_step, final):\n"
-        "        return [(tuple(range(at, min(at + 2, len(lengths)))),) for at in range(0, len(lengths), 2)], ()\n"
+        "    def plan(self, window):\n"
+        "        num = len(window.lengths)\n"
+        "        return [(tuple(range(at, min(at + 2, num))),) for at in range(0, num, 2)], ()\n"
         "    def collate(self, examples):\n"
         "        return pack(examples)\n"
     )
@@ -357,7 +360,7 @@ def test_lines_fit_the_terminal(make_view: Callable[..., Any], width: int) -> No
 
 def test_ids_are_shown_on_demand(make_view: Callable[..., Any]) -> None:
     view = make_view([ANSWERED])
-    ids = view.dataset("train").examples[0].token_ids
+    ids = view.dataset("train").examples[0].token_ids.tolist()
     assert [int(found) for found in re.findall(r"⟨(\d+)⟩", printed(view, ids=True))] == ids
     assert "⟨" not in printed(view)
 

@@ -24,6 +24,10 @@ from sftx.inspection.memory_plan import target_device
 GB = 10**9
 
 
+def slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def planner(
     model: str, *plugins: str, device: target_device.TargetDevice = target_device.CPU, ranks: int = 1, **options: Any
 ) -> Any:
@@ -70,7 +74,7 @@ def test_public_models_have_as_many_parameters_as_their_makers_say(name: str, tm
     assert spec.skeleton.num_parameters() == configs.NUM_PARAMETERS[name]
 
 
-@pytest.mark.parametrize("plugins", [(), ("lora",), ("packed",), ("lora", "packed")])
+@pytest.mark.parametrize("plugins", [(), slow(("lora",)), slow(("packed",)), ("lora", "packed")])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_dry_run_counts_what_a_real_step_allocates(tiny: str, plugins: tuple[str, ...], checkpointing: bool) -> None:
     """The same tracker is active around a real step, whose tensors have memory and values."""
@@ -100,8 +104,8 @@ def test_a_dry_run_counts_what_a_real_step_allocates(tiny: str, plugins: tuple[s
     assert planned["weights"] == tracker.peak["weights"]
 
 
-@pytest.mark.parametrize("plugins", [(), ("lora",), ("packed",), ("lora", "packed")])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("plugins", [(), slow(("lora",)), slow(("packed",)), ("lora", "packed")])
+@pytest.mark.parametrize("checkpointing", [slow(False), True])
 def test_few_layers_are_extrapolated_to_many(plugins: tuple[str, ...], checkpointing: bool, tmp_path: Path) -> None:
     """The result has the same bytes of every kind as a dry run of all layers."""
     directory = configs.write(configs.SMOLLM2 | {"num_hidden_layers": 6}, tmp_path)
@@ -178,9 +182,10 @@ def test_it_exits_with_0_when_it_fits_and_with_1_when_not(tiny: str) -> None:
     assert too_large.exit_code == 1
     assert "does not fit" in too_large.output
     assert "--gradient-checkpointing" in too_large.output
-    uneven = invoke("--model", tiny, "--nproc", "3", "--per-device-train-batch-size", "4")
+    uneven = invoke("--model", tiny, "--nproc", "3", "--train-batch-size", "4")
     assert uneven.exit_code == 1
-    assert "3 processes cannot share the 4 rows of a step evenly" in uneven.output
+    assert "train_batch_size" in uneven.output
+    assert "3 processes cannot divide 4 rows" in uneven.output
 
 
 def test_processes_that_share_a_step_have_fewer_rows_at_once(tiny: str) -> None:
@@ -217,13 +222,13 @@ def test_other_sizes_are_refused(text: str) -> None:
 # --- against a real run -------------------------------------------------------------------------
 
 CASES = [
-    ("--plugin", "lora", "--gradient-checkpointing", "--per-device-train-batch-size", "2"),
-    ("--per-device-train-batch-size", "1"),
+    slow(("--plugin", "lora", "--gradient-checkpointing", "--per-device-train-batch-size", "2")),
+    slow(("--per-device-train-batch-size", "1")),
     ("--distributed", "fsdp2", "--nproc", "2", "--gradient-checkpointing", "--per-device-train-batch-size", "2"),
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=" ".join)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(case))
 def test_planned_within_a_tenth_of_the_peak_of_a_real_run(
     case: tuple[str, ...], real_model_dir: Path, tmp_path: Path
 ) -> None:

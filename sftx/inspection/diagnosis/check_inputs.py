@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from sftx.data.dataset import Dataset
 from sftx.data.encoder import Encoder
-from sftx.data.preprocess import Dataset
-from sftx.data.row_encoder import Row
+from sftx.data.row_encoder import EncodedRow, parse_record
 from sftx.errors import DataError
 from sftx.inspection.dataset_view import DatasetView
 from sftx.inspection.diagnosis.mojibake import find_mojibake
@@ -70,11 +70,11 @@ class CheckInputs:
 
     @property
     def encoder(self) -> Encoder:
-        return self.view.setup.encoder
+        return self.view.pipeline.encoder
 
     def adapters(self) -> list[str]:
         """Return the names of the adapter plugins; without one, all weights are trained."""
-        return [active.info.name for active in self.view.setup.assembly.providers("sftx_adapter")]
+        return [active.info.name for active in self.view.pipeline.assembly.providers("sftx_adapter")]
 
     def token_repr(self, token_id: int) -> str:
         return repr(str(self.model_tokenizer.decode([token_id], clean_up_tokenization_spaces=False)))
@@ -82,7 +82,7 @@ class CheckInputs:
     @cached_property
     def text_problems(self) -> TextProblems:
         problems = TextProblems()
-        encode, tokenizer = self.view.setup.encode, self.view.setup.tokenizer
+        encode, tokenizer = self.view.pipeline.encode, self.view.pipeline.tokenizer
         template = encode.encoder.template
         controls = set(template.controls) if template is not None else set()
         controls |= {token for token in tokenizer.all_special_tokens if len(token) > 1}
@@ -91,7 +91,7 @@ class CheckInputs:
             if number == _MAX_TEXT_ROWS:
                 break
             try:
-                parsed = encode.parse(record, Row(where), source)
+                parsed = parse_record(record, EncodedRow(where), encode.parsers, source, encode.config)
             except DataError:
                 continue  # the ledger lists rows that cannot be read
             texts = [text for part in parsed for text in _texts(part)]
@@ -132,7 +132,7 @@ def load_check_inputs(view: DatasetView) -> CheckInputs:
     from sftx.model.load import load_tokenizer
 
     trust = view.config.trust_remote_code
-    model = view.setup.model
+    model = view.pipeline.model
     try:
         generation: Any = GenerationConfig.from_pretrained(model)
     except (OSError, ValueError):  # many models have no generation_config.json

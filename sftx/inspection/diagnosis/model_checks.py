@@ -114,7 +114,7 @@ def _render_by_run(inputs: CheckInputs, turns: tuple[tuple[str, str], ...]) -> l
     assert inputs.encoder.template is not None
     conversation = Conversation(tuple(Message(role, content) for role, content in turns))
     try:
-        return inputs.encoder.segments(inputs.encoder.template.render(conversation))[0]
+        return inputs.encoder.encode_segments(inputs.encoder.template.render(conversation))[0]
     except DataError:
         return None
 
@@ -133,7 +133,7 @@ def _render_by_tokenizer(inputs: CheckInputs, turns: tuple[tuple[str, str], ...]
 def vocabulary(inputs: CheckInputs) -> Iterator[Finding]:
     """Find token ids without a row in the embedding, and weights that disagree with config.json."""
     text_config: Any = inputs.model_config.get_text_config()
-    num_rows, num_saved_rows = int(text_config.vocab_size), _saved_embedding_rows(Path(inputs.view.setup.model))
+    num_rows, num_saved_rows = int(text_config.vocab_size), _saved_embedding_rows(Path(inputs.view.pipeline.model))
     if num_saved_rows is not None and num_saved_rows != num_rows:
         yield Finding(
             "error",
@@ -144,7 +144,7 @@ def vocabulary(inputs: CheckInputs) -> Iterator[Finding]:
     if inputs.view.config.add_tokens:
         return  # the embedding grows with the tokenizer
     largest = max(data.examples.largest_id for data in (inputs.train, inputs.held_out))
-    num_tokens = len(inputs.view.setup.tokenizer)
+    num_tokens = len(inputs.view.pipeline.tokenizer)
     if largest >= num_rows:
         yield Finding(
             "error",
@@ -192,7 +192,7 @@ def base_model(inputs: CheckInputs) -> Iterator[Finding]:
     fix = "use the model's instruct variant, or a template of plain text, such as alpaca or vicuna"
     if "lora" in adapters:
         fix += "; or train their embeddings: --set 'lora.modules_to_save=[embed_tokens, lm_head]'"
-    saved = [a.options.get("modules_to_save") for a in inputs.view.setup.assembly.providers("sftx_adapter")]
+    saved = [a.options.get("modules_to_save") for a in inputs.view.pipeline.assembly.providers("sftx_adapter")]
     yield Finding(
         "warning" if adapters and not any(saved) else "note",
         "base-model",

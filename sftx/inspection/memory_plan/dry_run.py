@@ -130,7 +130,7 @@ class DryRunner:
 
     def _update(self, config: TrainConfig) -> _UpdateMemory:
         # With several micro-batches gradients stay allocated between them, since later ones add to the first.
-        key = (config.optim, config.gradient_accumulation_steps == 1)
+        key = (config.optim, (config.gradient_accumulation_steps or 1) == 1)
         if key not in self._updates:
             with torch.device("meta"):  # adapters are built ten times as fast as from fake tensors
                 lm = self._build(self._copy_skeleton())
@@ -159,7 +159,7 @@ class DryRunner:
             prepare_layers(lm.model, config)
             track_phases(tracker, decoder_layers(lm.model))
             step = TrainStep(lm.train(), self.assembly.loss())
-            if config.gradient_accumulation_steps > 1:
+            if (config.gradient_accumulation_steps or 1) > 1:
                 _allocate_gradients(tracker, trained)
             batch = to_fake_batch(mode, batch)
             tracker.reset_peaks()

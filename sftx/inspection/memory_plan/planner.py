@@ -14,7 +14,7 @@ from typing import Any, Final
 from sftx.assembly.registry import activate
 from sftx.config.loading import Loaded
 from sftx.config.options import RunConfig, TrainConfig
-from sftx.data import balance
+from sftx.data.sampler import num_micro_batches
 from sftx.inspection.memory_plan import MAX_ROWS
 from sftx.inspection.memory_plan.dry_run import DryRunner
 from sftx.inspection.memory_plan.sharded_memory import (
@@ -26,7 +26,6 @@ from sftx.inspection.memory_plan.sharded_memory import (
 )
 from sftx.inspection.memory_plan.target_device import TargetDevice
 from sftx.model import names
-from sftx.run import check_processes
 from sftx.trainer import parallel
 from sftx.trainer import precision as precisions
 from sftx.trainer.precision import Precision
@@ -148,8 +147,7 @@ class Planner:
         world_size = world_size or self.num_processes
         max_length = max_length or self.config.data.max_length
         if rows is None:
-            rows_per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
-            num_rounds, rows = balance.size(rows_per_step, world_size, train.per_device_train_batch_size)
+            num_rounds, rows = num_micro_batches(self.config.train.rows_per_step, world_size, train.micro_batch_size)
             train = dataclasses.replace(train, gradient_accumulation_steps=num_rounds)
         when, kinds = self._peak(self._dry_run(train, rows, max_length), train.distributed, world_size)
         size = self.dry_runner.size
@@ -167,7 +165,7 @@ class Planner:
     def _dry_run(self, train: TrainConfig, rows: int, max_length: int) -> Snapshots:
         """Return the peaks of one process that holds the whole model."""
         assert self.process_bytes
-        accumulates = train.gradient_accumulation_steps > 1
+        accumulates = (train.gradient_accumulation_steps or 1) > 1
         key = (rows, max_length, accumulates, train.gradient_checkpointing, train.optim)
         if key not in self._snapshots:
             self._snapshots[key] = {
@@ -202,7 +200,8 @@ def plan_run(
     num_tokens: int | None = None,
 ) -> RunPlan:
     """Plan a run. Raises SftxError for options with which the run could not start."""
-    check_processes(loaded.config, num_processes)
+    resolved = loaded.config.train.resolve_batch_size(num_processes)
+    loaded = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, train=resolved))
     planner = Planner(loaded, device, num_processes)
     need = planner.estimate()
     if num_processes > 1:
@@ -267,11 +266,11 @@ def _advice(planner: Planner, need: MemoryEstimate, limit: int) -> tuple[str, ..
     """Return changes of the options, each with the memory that the run would need then; those that fit come first."""
     train = planner.config.train
     trains_all = need.num_trainable == need.num_parameters
-    rows_per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    rows_per_step = train.rows_per_step
     combined: dict[str, Any] = {} if train.gradient_checkpointing else {"gradient_checkpointing": True}
     changes = [combined] if combined else []
     if need.rows > 1:
-        combined = combined | {"per_device_train_batch_size": 1, "gradient_accumulation_steps": rows_per_step}
+        combined = combined | {"train_batch_size": rows_per_step, "per_device_train_batch_size": 1}
         changes.append(combined)
     candidates = [(_as_flags(change), planner.estimate(**change)) for change in changes]
     half = max(2, need.max_length // 2)
@@ -281,7 +280,8 @@ def _advice(planner: Planner, need: MemoryEstimate, limit: int) -> tuple[str, ..
     world_sizes = [world_size for world_size in _WORLD_SIZES if rows_per_step % world_size == 0]
     if planner.num_processes == 1 and world_sizes and parallel.can_share(train, has_adapters=not trains_all):
         # The fewest processes that are enough, with the first of the changes with which they are; or else the largest.
-        sharded = ((change, world_size) for change in [{}, *changes] for world_size in world_sizes)
+        fixed = {"train_batch_size": rows_per_step}  # without it, every process would add rows to a step
+        sharded = ((fixed | change, world_size) for change in [{}, *changes] for world_size in world_sizes)
         for change, world_size in sharded:
             estimate = planner.estimate(world_size=world_size, distributed="fsdp2", **change)
             flags = " ".join(filter(None, [f"--distributed fsdp2 --nproc {world_size}", _as_flags(change)]))

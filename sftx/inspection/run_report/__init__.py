@@ -1,5 +1,4 @@
 """`sftx report`: a page and a picture made from the files of one or several run directories.
 
-It reads files only and may import neither torch nor any package of sftx but `config`, `errors`, `events` and
-`atomic_files`.
+It only reads files. It may not import torch, and of sftx only `config`, `checkpoint.layout`, `errors`, `atomic_files`.
 """

@@ -10,24 +10,22 @@ import bisect
 import itertools
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeAlias
 
+from sftx.checkpoint import layout
 from sftx.config import run_file
 from sftx.errors import ConfigError, one_line
-from sftx.events import rename_old_keys
 
 Columns: TypeAlias = dict[str, list[float | None]]
 """Lists of equal length by name. A value is None where it is missing or not a finite number."""
 
 EVIDENCE: Final = "evidence.json"
-_RUN, _MANIFEST, _SUMMARY, _METRICS = "run.yaml", "manifest.json", "summary.json", "metrics.jsonl"
+_METRICS: Final = "metrics.jsonl"
 _LEDGERS: Final = {"training": "ledger.jsonl", "held-out": "ledger-held-out.jsonl"}
-_TRAINER_STATE: Final = "trainer_state.json"
 _STEP_VALUES: Final = ("epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_bytes")
 _CUMULATIVE: Final = ("step", "tokens", "minutes", "epoch", "peak_bytes")
 _MAX_NAMED_LINES: Final = 3
@@ -76,19 +74,21 @@ def read_run(path: Path) -> RunRecord:
     if not path.is_dir():
         raise ConfigError(f"{path}: {'is a file' if path.exists() else 'no such directory'}; name that of a run")
     try:
-        if not any((path / name).exists() for name in (_RUN, _MANIFEST, _SUMMARY, _METRICS)):
-            raise ConfigError(f"{path}: holds no run (no {_RUN} there); name the directory that `sftx run` wrote")
+        if not any((path / name).exists() for name in (layout.RUN, layout.MANIFEST, layout.SUMMARY, _METRICS)):
+            raise ConfigError(f"{path}: holds no run (no {layout.RUN} there); name the directory that `sftx run` wrote")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {one_line(error)}") from error
     record = RunRecord(path)
-    record.run_yaml = _read_text(record, _RUN)
+    record.run_yaml = _read_text(record, layout.RUN)
     if record.run_yaml is not None:
         try:
-            record.config = run_file.read(path / _RUN)[0]
+            record.config = run_file.read(path / layout.RUN)[0]
         except ConfigError as error:
             record.notes.append(str(error))
-    record.manifest = _read_object(record, _MANIFEST, "versions and plugins are not known")
-    record.summary = rename_old_keys(_read_object(record, _SUMMARY, "the run is still running, or was interrupted"))
+    record.manifest = _read_object(record, layout.MANIFEST, "versions and plugins are not known")
+    record.summary = layout.with_new_names(
+        _read_object(record, layout.SUMMARY, "the run is still running, or was interrupted")
+    )
     record.evidence = _read_object(record, EVIDENCE, "training rows and the loss of single tokens are not shown")
     _read_metrics(record)
     for split, name in _LEDGERS.items():
@@ -199,7 +199,7 @@ def _read_metrics(record: RunRecord) -> None:
     evaluations: dict[int, Mapping[str, Any]] = {}
     text = _read_text(record, _METRICS)
     for line in _log_history(record) if text is None else _json_lines(record, _METRICS, text):
-        values = rename_old_keys(line)
+        values = layout.with_new_names(line)
         step = _as_count(values.get("step"))
         # A step that was repeated after an interruption has several lines, of which the last counts.
         if step is not None and values.get("event") == "step":
@@ -220,14 +220,9 @@ def _read_metrics(record: RunRecord) -> None:
 
 def _log_history(record: RunRecord) -> Iterator[dict[str, Any]]:
     """Yield steps and evaluations from trainer_state.json, or from that of the last checkpoint of an unfinished run."""
-    by_step = {
-        int(match[1]): file
-        for file in record.path.glob(f"checkpoints/step-*/{_TRAINER_STATE}")
-        if (match := re.fullmatch(r"step-(\d{1,12})", file.parent.name))
-    }
-    file = record.path / _TRAINER_STATE
-    if not file.exists() and by_step:
-        file = by_step[max(by_step)]
+    checkpoints = layout.find_checkpoints(record.path / layout.CHECKPOINTS).values()
+    files = [directory / layout.TRAINER_STATE for directory in (record.path, *reversed(checkpoints))]
+    file = next((file for file in files if file.exists()), files[0])
     values = _read_object(record, str(file.relative_to(record.path)), "there are no curves")
     record.num_steps = _as_count(values.get("max_steps"))
     history = values.get("log_history")

@@ -10,9 +10,9 @@ from typing import Final, Literal
 import numpy as np
 
 from sftx.config.options import Source
+from sftx.data.dataset import Dataset
 from sftx.data.ledger import Entry
-from sftx.data.preprocess import Dataset
-from sftx.data.row_encoder import Row
+from sftx.data.row_encoder import EncodedRow, parse_record
 from sftx.errors import DataError
 from sftx.inspection.dataset_statistics import DatasetStatistics, dataset_statistics
 from sftx.inspection.dataset_view import DatasetView, Split, is_unreadable
@@ -129,7 +129,7 @@ class _RowExplainer:
 
     def __init__(self, view: DatasetView, split: Split) -> None:
         self.view, self.split, self.data = view, split, view.dataset(split)
-        self._encode = view.setup.encode if split == "train" else view.setup.encode_held_out
+        self._encode = view.pipeline.encode if split == "train" else view.pipeline.encode_eval
         self._entries: dict[Place, list[Entry]] = {}
         for entry in self.data.ledger.entries:
             self._entries.setdefault(_place(entry.where), []).append(entry)
@@ -138,15 +138,15 @@ class _RowExplainer:
         entries = self._entries.get(_place(where), [])
         status: Status = entries[0].action if entries else "kept"
         is_dropped = status in ("dropped", "filtered")
-        encode, row = self._encode, Row(where)
+        encode, row = self._encode, EncodedRow(where)
         explained: tuple[ExplainedExample, ...] = ()
         try:
             if not any(map(is_unreadable, entries)):
                 row = encode(where, record, source)
-                trained_row = Row(where) if is_dropped else row
-                parsed = encode.parse(record, Row(where), source)
+                trained_row = EncodedRow(where) if is_dropped else row
+                parsed = parse_record(record, EncodedRow(where), encode.parsers, source, encode.config)
                 examples = explain_row(encode, parsed, trained_row)
-                names = [e.row_id for e in trained_row.as_examples(0)] or [str(where)] * len(examples)
+                names = [e.row_id for e in trained_row.examples_from_group(0)] or [str(where)] * len(examples)
                 explained = tuple(
                     ExplainedExample(name, tuple(tokens)) for name, tokens in zip(names, examples, strict=True)
                 )

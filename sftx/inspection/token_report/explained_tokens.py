@@ -13,12 +13,11 @@ from typing import Final
 
 from sftx.config.options import DataConfig
 from sftx.data import truncate
-from sftx.data.encoder import Encoder
-from sftx.data.encoder import Run as SegmentRun
-from sftx.data.row_encoder import Encoded, Row, RowEncoder, mark, units
+from sftx.data.encoder import EncodedRun, Encoder
+from sftx.data.row_encoder import EncodedRow, RowEncoder, mark_trained, split_units
 from sftx.data.token_text import token_texts
 from sftx.errors import PluginError
-from sftx.types import Conversation, Message, Parsed, PlainText, Segment, Tokens
+from sftx.types import Conversation, Example, Message, Parsed, PlainText, Segment, Tokens
 
 _MIN_SUBSTRING: Final = 8
 """A message of at least so many characters is recognised inside a longer segment; a shorter one must be all of it."""
@@ -42,7 +41,7 @@ class ExplainedToken:
     """The reason why it is trained or not."""
 
 
-def explain_row(encode: RowEncoder, parsed: Sequence[Parsed], row: Row) -> list[list[ExplainedToken]]:
+def explain_row(encode: RowEncoder, parsed: Sequence[Parsed], row: EncodedRow) -> list[list[ExplainedToken]]:
     """Return the tokens of each of the row's examples; a dropped row has all its tokens, none of them trained.
 
     Raises PluginError when ids, labels or weights differ from those in `row`, because the template does not write the
@@ -50,7 +49,7 @@ def explain_row(encode: RowEncoder, parsed: Sequence[Parsed], row: Row) -> list[
     """
     explained: list[list[ExplainedToken]] = []
     for written in parsed:
-        for unit in units(mark(written, encode.config), encode.encoder):
+        for unit in split_units(mark_trained(written, encode.config), encode.encoder):
             reasons = _message_reasons(written, unit, encode.config)
             tokens = _explain_unit(encode, unit, reasons)
             if not row.examples or len(tokens) <= encode.config.max_length or encode.wrapped:
@@ -69,7 +68,7 @@ def explain_row(encode: RowEncoder, parsed: Sequence[Parsed], row: Row) -> list[
     return explained
 
 
-def _is_equal(tokens: Sequence[ExplainedToken], example: Encoded) -> bool:
+def _is_equal(tokens: Sequence[ExplainedToken], example: Example) -> bool:
     weights = [1.0] * len(tokens) if example.weights is None else example.weights.tolist()
     return (
         [token.id for token in tokens] == example.token_ids.tolist()
@@ -110,12 +109,12 @@ def _explain_unit(encode: RowEncoder, unit: Parsed, reasons: dict[int, str]) -> 
 def _message_reasons(written: Parsed, unit: Parsed, config: DataConfig) -> dict[int, str]:
     """Return why each message of `unit`, by its `id()`, is trained or not.
 
-    `written` is the conversation as the row has it; `mark` decides which messages train, and a template that rewrites
-    history makes a unit of each trained message.
+    `written` is the conversation as the row has it. `mark_trained` decides which messages are trained, and a template
+    that rewrites history makes a unit of each of them.
     """
     if not (isinstance(written, Conversation) and isinstance(unit, Conversation)):
         return {}
-    marked = mark(written, config)
+    marked = mark_trained(written, config)
     assert isinstance(marked, Conversation)
     in_row = [m for m in written.messages if config.system is None or m.role != "system"]
     # None stands for the system message that the run's options add.
@@ -180,7 +179,7 @@ def _segment_reason(segment: Segment, message: Message | None, reasons: dict[int
     return reasons.get(id(message), "trained" if segment.trainable else "not trained")
 
 
-def _plain_tokens(run: SegmentRun, encoder: Encoder, reasons: Sequence[str]) -> Iterator[ExplainedToken]:
+def _plain_tokens(run: EncodedRun, encoder: Encoder, reasons: Sequence[str]) -> Iterator[ExplainedToken]:
     """Yield the tokens of plain segments that were encoded as one text; `reasons` has one entry for each segment."""
     text = "".join(segment.text for segment in run.segments)
     at, begin, end = 0, 0, len(run.segments[0].text)  # the current segment, the token's begin, the segment's end
