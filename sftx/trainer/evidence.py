@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from sftx.data.dataset import Examples
-    from sftx.model.language_model import LanguageModel
+    from sftx.model.language_model import CausalLM
 
 _MAX_SHOWN: Final = 400
 """At most so many tokens of a training row are kept."""
@@ -69,7 +69,7 @@ def choose_row(examples: Examples) -> Example | None:
     )
 
 
-def token_losses(lm: LanguageModel, example: Example) -> TokenLosses:
+def token_losses(lm: CausalLM, example: Example) -> TokenLosses:
     """Return the negative log-likelihood, in nats, of every token of the row, label or not, from one forward pass.
 
     The caller decides about gradients, dropout and autocast.

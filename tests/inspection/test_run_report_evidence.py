@@ -16,7 +16,7 @@ from sftx.data.dataset import Examples, Writer
 from sftx.data.row_encoder import EncodedRow
 from sftx.data.token_text import token_texts
 from sftx.events import TokenLosses
-from sftx.model.language_model import LanguageModel
+from sftx.model.language_model import CausalLM
 from sftx.model.tiny import make_tokenizer, model_dir
 from sftx.trainer.evidence import as_evidence, choose_row, shown_rows, token_losses
 from sftx.types import Example, Location
@@ -25,8 +25,8 @@ TEXT = "Bread, 预训练 🦙🦙 and שלום.\n  <|im_end|>"
 
 
 @pytest.fixture(scope="module")
-def lm() -> LanguageModel:
-    return LanguageModel(AutoModelForCausalLM.from_pretrained(model_dir()), make_tokenizer()).eval()
+def lm() -> CausalLM:
+    return CausalLM(AutoModelForCausalLM.from_pretrained(model_dir()), make_tokenizer()).eval()
 
 
 class Words:
@@ -103,7 +103,7 @@ def test_the_chosen_row_has_a_readable_length(lengths: list[int], chosen: str) -
     assert choose_row(examples_of([])) is None
 
 
-def test_every_token_has_the_loss_that_the_model_gives_it(lm: LanguageModel) -> None:
+def test_every_token_has_the_loss_that_the_model_gives_it(lm: CausalLM) -> None:
     ids = lm.tokenizer(TEXT).input_ids
     row = Example(ids, [n > 5 for n in range(len(ids))], "row", 0, weights=[2.0] * len(ids))
     with torch.no_grad():

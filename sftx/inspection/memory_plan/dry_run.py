@@ -36,7 +36,7 @@ from sftx.inspection.memory_plan.fake_tensors import (
     track_phases,
 )
 from sftx.inspection.memory_plan.memory_tracker import MemorySnapshot, MemoryTracker, Phase
-from sftx.model.language_model import LanguageModel
+from sftx.model.language_model import CausalLM
 from sftx.model.load import load_spec
 from sftx.trainer.layers import decoder_layers, prepare_layers
 from sftx.trainer.optimizer import RunOptimizer
@@ -187,11 +187,11 @@ class DryRunner:
             cast(Any, model.config).get_text_config().num_hidden_layers = num_layers
         return model
 
-    def _build(self, model: PreTrainedModel) -> LanguageModel:
+    def _build(self, model: PreTrainedModel) -> CausalLM:
         """Return the model with its adapters, materialised on the default device."""
         adapters = self.assembly.adapters(dataclasses.replace(self.spec, skeleton=model))
         materialise(model, self.precision.base_dtype(frozen=bool(adapters)))
-        lm = LanguageModel(model, cast(Any, None))
+        lm = CausalLM(model, cast(Any, None))
         lm.attach(adapters)
         return lm
 

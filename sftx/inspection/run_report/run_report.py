@@ -123,7 +123,7 @@ def key_figures(record: RunRecord) -> dict[str, str]:
     figures |= {
         "best step": "" if not best else f"{as_text(best.get('step'))} ({_short(as_number(best.get('value')))})",
         "label tokens": "" if tokens is None else f"{tokens:,.0f}",
-        "speed": "" if speed is None else f"{speed:,.0f} non-padding tokens/s",
+        "speed": "" if speed is None else f"{speed:,.0f} tokens/s",
         "peak memory": "" if peak is None else f"{peak / 1e9:.2f} GB",
         "wall time": "" if seconds is None else _duration(seconds),
     }
