@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -108,10 +108,9 @@ class DatasetStatistics:
 def dataset_statistics(view: DatasetView, split: Split) -> DatasetStatistics:
     """Read and encode a split and count what it holds. Raises SftxError."""
     pipeline, data, options = view.pipeline, view.dataset(split), view.config.train
-    sampler = None
+    sampler: EpochSampler | None = None
     if split == "train" and len(data.examples):
-        sampler = pipeline.sampler(data, options)
-        assert isinstance(sampler, EpochSampler)  # the options of a view never stream
+        sampler = cast(EpochSampler, pipeline.sampler(data, options))  # the options of a view never stream
     notes = []
     if view.config.data.streaming and split == "train":
         notes.append(f"streamed: the first {data.ledger.num_rows:,} rows")

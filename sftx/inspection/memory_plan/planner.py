@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -279,15 +279,8 @@ def _advice(planner: Planner, need: MemoryEstimate, limit: int) -> tuple[str, ..
         candidates.append(("--optim adafactor", planner.estimate(optim="adafactor")))
     world_sizes = [world_size for world_size in _WORLD_SIZES if rows_per_step % world_size == 0]
     if planner.num_processes == 1 and world_sizes and parallel.can_share(train, has_adapters=not trains_all):
-        # The fewest processes that are enough, with the first of the changes with which they are; or else the largest.
         fixed = {"train_batch_size": rows_per_step}  # without it, every process would add rows to a step
-        sharded = ((fixed | change, world_size) for change in [{}, *changes] for world_size in world_sizes)
-        for change, world_size in sharded:
-            estimate = planner.estimate(world_size=world_size, distributed="fsdp2", **change)
-            flags = " ".join(filter(None, [f"--distributed fsdp2 --nproc {world_size}", _as_flags(change)]))
-            if estimate.total <= limit:
-                break
-        candidates.append((f"{flags}, each on a device of its own", estimate))
+        candidates.append(_sharded(planner, [fixed | change for change in ({}, *changes)], world_sizes, limit))
     lines = [
         f"{what}: {estimate.total / 1e9:.1f} GB, {'fits' if estimate.total <= limit else 'does not fit alone'}"
         for what, estimate in sorted(candidates, key=lambda candidate: candidate[1].total > limit)
@@ -296,6 +289,23 @@ def _advice(planner: Planner, need: MemoryEstimate, limit: int) -> tuple[str, ..
         frozen = need.num_parameters * planner.precision.base_dtype(frozen=True).itemsize
         lines.append(f"--plugin lora: {frozen / 1e9:.1f} GB of frozen weights, without gradients and optimizer state")
     return tuple(lines)
+
+
+def _sharded(
+    planner: Planner, changes: Sequence[Mapping[str, Any]], world_sizes: Sequence[int], limit: int
+) -> tuple[str, MemoryEstimate]:
+    """Return the fewest fsdp2 processes with which the run fits, for the first of the changes that suffices.
+
+    If none suffices, it is the most processes with the last change.
+    """
+
+    def candidate(change: Mapping[str, Any], world_size: int) -> tuple[str, MemoryEstimate]:
+        flags = f"--distributed fsdp2 --nproc {world_size} {_as_flags(change)}, each on a device of its own"
+        return flags, planner.estimate(world_size=world_size, distributed="fsdp2", **change)
+
+    candidates = (candidate(change, world_size) for change in changes for world_size in world_sizes)
+    fitting = (pair for pair in candidates if pair[1].total <= limit)
+    return next(fitting, None) or candidate(changes[-1], world_sizes[-1])
 
 
 def _as_flags(change: Mapping[str, Any]) -> str:

@@ -37,7 +37,7 @@ class LedgerCount(NamedTuple):
     split: str
     action: str
     reason: str
-    count: int
+    num_rows: int
     first: str
     """The place of the first of these rows."""
 

@@ -187,9 +187,9 @@ def _details(record: RunRecord) -> dict[str, Any]:
         plugins.append(
             [*(as_text(line.get(key, "")) for key in ("stage", "plugin", "distribution", "version")), options]
         )
-    ledger = [[*reason[:3], f"{reason.count:,}", reason.first] for reason in record.ledger[:_MAX_REASONS]]
+    ledger = [[*reason[:3], f"{reason.num_rows:,}", reason.first] for reason in record.ledger[:_MAX_REASONS]]
     if rest := record.ledger[_MAX_REASONS:]:
-        num_rows = sum(reason.count for reason in rest)
+        num_rows = sum(reason.num_rows for reason in rest)
         ledger.append(["", "", f"{len(rest):,} more reasons: see the ledger", f"{num_rows:,}", ""])
     versions = compare.versions(record.manifest)
     return {
