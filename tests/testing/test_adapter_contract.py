@@ -36,7 +36,7 @@ class Good(LoraAdapter):
 
 
 class NoAdapter:
-    def __init__(self, *args: Any) -> None:
+    def __init__(self, *args: Any, **options: Any) -> None:
         pass
 
 

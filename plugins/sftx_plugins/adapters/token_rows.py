@@ -18,7 +18,7 @@ KEY = "token_adapter.trainable_tokens_delta"
 
 
 class TokenRows(nn.Module):
-    """A parametrisation of a frozen weight [V, D] that replaces rows of added tokens with trained ones, [A, D] in fp32."""
+    """A parametrisation of a frozen weight [V, D] that replaces some of its rows with trained ones, [A, D] in fp32."""
 
     def __init__(self, weight_VD: Tensor, token_ids: Sequence[int]) -> None:
         super().__init__()
