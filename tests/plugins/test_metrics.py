@@ -287,7 +287,7 @@ def test_means_by_name_and_by_plugin() -> None:
     [
         ([1.0, math.nan], "row 2 .*nan.*finite"),
         ([1.0, 10**400], "row 2 .*1000.*finite"),
-        ([1.0, "0.5"], "(?:row 2 .*'0.5'.*finite|.*str.*float)"),
+        ([1.0, "0.5"], "str.*float"),
         ([{"f": math.inf}, {"f": 1.0}], "'f' of row 1 .*inf.*finite"),
         ([{}, {}], r"row 1 .*\[\]"),
         ([{1: 1.0}, {1: 1.0}], r"row 1 .*\[1\]"),
