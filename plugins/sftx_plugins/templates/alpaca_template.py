@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 
@@ -21,10 +21,11 @@ class AlpacaTemplate(BosEosTemplate):
         Field(description="Text before conversations that begin without a system turn; null adds none."),
     ] = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
 
+    answer_prompt = "### Response:\n"
     jinja = (
         JINJA_SYSTEM_AND_TURNS
         + r"""
-    {{ $bos }}{{ (system if system is not none else $default) or '' }}
+    {{ $bos }}{{ (system if system is not none else $default_system) or '' }}
     {% for message in turns %}
         {% if message.role == 'user' %}
             {% if not loop.first %}{{ '\n\n' }}{% endif %}
@@ -35,9 +36,6 @@ class AlpacaTemplate(BosEosTemplate):
     {% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}
     """
     )
-
-    def _jinja_values(self) -> dict[str, Any]:
-        return super()._jinja_values() | {"default": self.default_system}
 
     def _segments(self, conversation: Conversation) -> Iterator[Segment]:
         system, turns = split_system_and_turns(conversation, "AlpacaTemplate")
@@ -55,6 +53,3 @@ class AlpacaTemplate(BosEosTemplate):
                 yield from turn.reasoning(message.reasoning)
                 yield from turn.content(message.content)
                 yield from turn.markup(self.eos)
-
-    def _answer_prompt(self, conversation: Conversation) -> Iterator[Segment]:
-        return Turn(self.controls, "assistant").markup("### Response:\n")

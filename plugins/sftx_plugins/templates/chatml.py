@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Final
+from typing import Annotated, ClassVar, Final
 
 from pydantic import Field
 
@@ -19,7 +19,7 @@ START, END = "<|im_start|>", "<|im_end|>"
 CALL: Final = frozenset({"<tool_call>", "</tool_call>"})
 RESPONSE: Final = frozenset({"<tool_response>", "</tool_response>"})
 ROLES: Final = frozenset({"system", "user", "assistant", "tool"})
-TOOLS: Final = (
+_TOOLS: Final = (
     "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
     "You are provided with function signatures within <tools></tools> XML tags:\n<tools>",
     "\n</tools>\n\nFor each function call, return a json object with function name and arguments within "
@@ -30,11 +30,11 @@ TOOLS: Final = (
 
 # The parts of the Jinja template that Qwen3 shares.
 JINJA_SYSTEM: Final = r"""
-    {% set default = none if tools and not $default_with_tools else $default %}
+    {% set default = none if tools and not $default_with_tools else $default_system %}
     {% set system = messages[0].content if messages and messages[0].role == 'system' else default %}
     {% if tools %}
-        {{ '<|im_start|>system\n' }}{% if system is not none %}{{ system + '\n\n' }}{% endif %}{{ $before }}
-        {% for tool in tools %}{{ '\n' + tool | tojson }}{% endfor %}{{ $after + '<|im_end|>\n' }}
+        {{ '<|im_start|>system\n' }}{% if system is not none %}{{ system + '\n\n' }}{% endif %}{{ $tools_before }}
+        {% for tool in tools %}{{ '\n' + tool | tojson }}{% endfor %}{{ $tools_after + '<|im_end|>\n' }}
     {% elif system is not none %}{{ '<|im_start|>system\n' + system + '<|im_end|>\n' }}{% endif %}
 """
 JINJA_RESULT: Final = r"""
@@ -63,8 +63,10 @@ class ChatML(NativeTemplate):
     controls = frozenset({START, END})
     optional_controls = THINK | CALL | RESPONSE
     stop = (END,)
+    answer_prompt = f"{START}assistant\n"
     roles: ClassVar[frozenset[str] | None] = None
     has_tools = True
+    tools_before, tools_after = _TOOLS
     default_with_tools = True
     """Says that the default system text is also written before tool definitions."""
     jinja = (
@@ -88,14 +90,6 @@ class ChatML(NativeTemplate):
     """
     )
 
-    def _jinja_values(self) -> dict[str, Any]:
-        return {
-            "default": self.default_system,
-            "default_with_tools": self.default_with_tools,
-            "before": TOOLS[0],
-            "after": TOOLS[1],
-        }
-
     def _segments(self, conversation: Conversation) -> Iterator[Segment]:
         turns, system = conversation.messages, None
         if turns and turns[0].role == "system":
@@ -116,9 +110,9 @@ class ChatML(NativeTemplate):
         if system is not None:
             yield from turn.content(system.content)
         if conversation.tools:
-            yield from turn.markup(("\n\n" if system is not None else "") + TOOLS[0], trained=False)
+            yield from turn.markup(("\n\n" if system is not None else "") + self.tools_before, trained=False)
             yield from turn.context("".join(f"\n{tojson(tool)}" for tool in conversation.tools))
-            yield from turn.markup(TOOLS[1], trained=False)
+            yield from turn.markup(self.tools_after, trained=False)
         yield from turn.markup(f"{END}\n")
 
     def _message(self, turns: Sequence[Message], number: int) -> Iterator[Segment]:
@@ -146,6 +140,3 @@ class ChatML(NativeTemplate):
         yield from turn.markup("\n</tool_response>")
         if number + 1 == len(turns) or turns[number + 1].role != "tool":
             yield from turn.markup(f"{END}\n")
-
-    def _answer_prompt(self, conversation: Conversation) -> Iterator[Segment]:
-        return Turn(self.controls, "assistant").markup(f"{START}assistant\n")

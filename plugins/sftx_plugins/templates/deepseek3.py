@@ -10,12 +10,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
 from sftx import Conversation, DataError, Message, Segment
-from sftx_plugins.templates.native import NativeTemplate, Turn, tojson
+from sftx_plugins.templates.native import NativeTemplate, tojson
 
 BEGIN, END = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
@@ -72,9 +72,6 @@ class DeepSeek3(NativeTemplate):
     def rewrites_history(self) -> bool:
         return self.earlier_reasoning == "drop"
 
-    def _jinja_values(self) -> dict[str, Any]:
-        return {"earlier_reasoning": self.earlier_reasoning}
-
     def _segments(self, conversation: Conversation) -> Iterator[Segment]:
         messages = conversation.messages
         yield Segment(BEGIN, control=True)
@@ -118,7 +115,6 @@ class DeepSeek3(NativeTemplate):
         if number + 1 == len(turns) or turns[number + 1].role != "tool":
             yield from turn.markup(OUTPUTS[1], trained=False)
 
-    def _answer_prompt(self, conversation: Conversation) -> Iterator[Segment]:
-        """Yield the assistant's token, except after tool results: an answer follows the end of these directly."""
-        if not conversation.messages or conversation.messages[-1].role != "tool":
-            yield from Turn(self.controls, "assistant").markup(ASSISTANT)
+    def _answer_prompt(self, conversation: Conversation) -> str:
+        is_after_result = conversation.messages and conversation.messages[-1].role == "tool"
+        return "" if is_after_result else ASSISTANT  # after tool results, the token that ends them asks for an answer

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sftx import Conversation, Segment
-from sftx_plugins.templates.native import JINJA_SYSTEM_AND_TURNS, NativeTemplate, Turn, split_system_and_turns
+from sftx_plugins.templates.native import JINJA_SYSTEM_AND_TURNS, NativeTemplate, split_system_and_turns
 
 BEGIN, START, END = "<bos>", "<start_of_turn>", "<end_of_turn>"
 
@@ -21,6 +21,7 @@ class Gemma(NativeTemplate):
 
     controls = frozenset({BEGIN, START, END})
     stop = (END,)
+    answer_prompt = f"{START}model\n"
     jinja = (
         JINJA_SYSTEM_AND_TURNS
         + r"""
@@ -46,6 +47,3 @@ class Gemma(NativeTemplate):
             yield from turn.reasoning(message.reasoning)
             yield from turn.content(message.content.strip())
             yield from turn.markup(f"{END}\n")
-
-    def _answer_prompt(self, conversation: Conversation) -> Iterator[Segment]:
-        return Turn(self.controls, "assistant").markup(f"{START}model\n")

@@ -51,6 +51,3 @@ class Llama2(NativeTemplate):
                 yield from turn.reasoning(message.reasoning)
                 yield from turn.content(message.content.strip())
                 yield from turn.markup(f" {END}")
-
-    def _answer_prompt(self, conversation: Conversation) -> Iterator[Segment]:
-        yield from ()  # an answer follows [/INST] directly

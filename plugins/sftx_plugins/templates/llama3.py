@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Final
+from typing import Annotated, Final
 
 from pydantic import Field
 
 from sftx import Conversation, DataError, Message, Segment
-from sftx_plugins.templates.native import NativeTemplate, Turn, refuse_text_beside_calls, tojson
+from sftx_plugins.templates.native import NativeTemplate, refuse_text_beside_calls, tojson
 
 BEGIN, END = "<|begin_of_text|>", "<|eot_id|>"
 _FUNCTIONS: Final = (
@@ -39,8 +39,10 @@ class Llama3(NativeTemplate):
 
     controls = frozenset({BEGIN, "<|start_header_id|>", "<|end_header_id|>", END})
     stop = (END,)
+    answer_prompt = "<|start_header_id|>assistant<|end_header_id|>\n\n"
     roles = frozenset({"system", "user", "assistant", "tool"})
     has_tools = True
+    functions = _FUNCTIONS
     jinja = r"""
     {% macro header(role) %}{{ '<|start_header_id|>' + role + '<|end_header_id|>\n\n' }}{% endmacro %}
     {{ '<|begin_of_text|>' }}
@@ -72,11 +74,8 @@ class Llama3(NativeTemplate):
     {% if add_generation_prompt %}{{ header('assistant') }}{% endif %}
     """
 
-    def _jinja_values(self) -> dict[str, Any]:
-        return {"dates": self.dates, "date_lines": self._date_lines, "functions": _FUNCTIONS}
-
     @property
-    def _date_lines(self) -> str:
+    def date_lines(self) -> str:
         return f"Cutting Knowledge Date: December 2023\nToday Date: {self.today}\n\n"
 
     def _check(self, conversation: Conversation) -> None:
@@ -102,7 +101,7 @@ class Llama3(NativeTemplate):
             turn = self._turn(message)
             yield from turn.markup(_header("ipython" if message.role == "tool" else message.role), trained=False)
             if conversation.tools and number == 0:
-                yield from turn.markup(_FUNCTIONS, trained=False)
+                yield from turn.markup(self.functions, trained=False)
                 tools = (json.dumps(tool, ensure_ascii=False, indent=4) for tool in conversation.tools)
                 yield from turn.context("".join(f"{tool}\n\n" for tool in tools))
             yield from turn.reasoning(message.reasoning)
@@ -117,13 +116,10 @@ class Llama3(NativeTemplate):
         if conversation.tools:
             yield from turn.markup("Environment: ipython\n", trained=False)
         if conversation.tools or self.dates:
-            yield from turn.markup(self._date_lines, trained=False)
+            yield from turn.markup(self.date_lines, trained=False)
         if system is not None:
             yield from turn.content(system.content.strip())
         yield from turn.markup(END)
-
-    def _answer_prompt(self, conversation: Conversation) -> Iterator[Segment]:
-        return Turn(self.controls, "assistant").markup(_header("assistant"))
 
 
 def _header(role: str) -> str:

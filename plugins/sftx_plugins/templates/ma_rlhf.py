@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 class MaRlhf(BosEosTemplate):
     """#SYSTEM:, #USER: and #ASSISTANT: on lines of their own; the answer and the eos token are trained."""
 
+    answer_prompt = "\n#ASSISTANT:"
     jinja = r"""
     {{ $bos }}
     {% for message in messages %}
@@ -42,6 +43,3 @@ class MaRlhf(BosEosTemplate):
             yield from turn.content(message.content)
             if message.role == "assistant":
                 yield from turn.markup(self.eos)
-
-    def _answer_prompt(self, conversation: Conversation) -> Iterator[Segment]:
-        return Turn(self.controls, "assistant").markup("\n#ASSISTANT:")

@@ -98,9 +98,6 @@ class Mistral(NativeTemplate):
     def rewrites_history(self) -> bool:
         return self.place == "last"
 
-    def _jinja_values(self) -> dict[str, Any]:
-        return {"place": self.place, "space": self.space}
-
     def _attributes_for(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         """Return also the space of Mistral's SentencePiece tokenizers, which put one before each piece of text."""
         attributes = super()._attributes_for(tokenizer)
@@ -173,9 +170,6 @@ class Mistral(NativeTemplate):
         yield from turn.markup(f"[TOOL_RESULTS]{self.space}" + '{"content": ', trained=False)
         yield from turn.content(message.content)
         yield from turn.markup(f', "call_id": "{_call_id(message.tool_call_id, number)}"}}[/TOOL_RESULTS]')
-
-    def _answer_prompt(self, conversation: Conversation) -> Iterator[Segment]:
-        yield from ()  # an answer follows [/INST] or [/TOOL_RESULTS] directly
 
 
 def _call_id(call_id: str | None, number: int) -> str:

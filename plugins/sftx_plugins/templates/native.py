@@ -9,9 +9,8 @@ from __future__ import annotations
 import copy
 import json
 import re
-import string
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import entry_points
@@ -80,8 +79,10 @@ class NativeTemplate:
     """The roles that the format can write; None allows any role."""
     has_tools: bool = False
     """Says that the format can write tool definitions."""
+    answer_prompt: str = ""
+    """The markup that asks for the assistant's next turn; empty if an answer follows the conversation directly."""
     jinja: ClassVar[str]
-    """The format in Jinja, for `_fill_jinja`."""
+    """The format in Jinja. `$name` stands for the Jinja literal of the attribute `name`."""
 
     @hookimpl
     def sftx_template(self, tokenizer: PreTrainedTokenizerBase) -> Template:
@@ -99,20 +100,15 @@ class NativeTemplate:
         return False
 
     @property
-    def chat_template(self) -> str | None:
-        return _fill_jinja(
-            self.jinja,
-            self._jinja_values()
-            | {
-                "HAS_TOOLS": self.has_tools,
-                "HAS_CALLS": self.roles is None or "tool" in self.roles,
-                "ROLES": None if self.roles is None else sorted(self.roles),
-            },
-        )
+    def has_calls(self) -> bool:
+        """Whether the format can write tool calls and their results."""
+        return self.roles is None or "tool" in self.roles
 
-    def _jinja_values(self) -> dict[str, Any]:
-        """Return the value of each `$name` in `jinja`."""
-        return {}
+    @property
+    def chat_template(self) -> str | None:
+        # All output is written in expressions, so white space and line breaks between tags can be dropped.
+        line = "".join(line.strip() for line in (_JINJA_START + self.jinja).splitlines())
+        return re.sub(r"\$(\w+)", lambda match: _jinja_literal(getattr(self, match[1])), line)
 
     def render(self, conversation: Conversation) -> tuple[Segment, ...]:
         self._check(conversation)
@@ -120,15 +116,15 @@ class NativeTemplate:
 
     def generation_prompt(self, conversation: Conversation) -> tuple[Segment, ...]:
         self._check(conversation)
-        return (*self._segments(conversation), *self._answer_prompt(conversation))
+        answer_prompt = Turn(self.controls, "assistant").markup(self._answer_prompt(conversation))
+        return (*self._segments(conversation), *answer_prompt)
 
     @abstractmethod
     def _segments(self, conversation: Conversation) -> Iterator[Segment]:
         """Yield the segments of the whole conversation."""
 
-    @abstractmethod
-    def _answer_prompt(self, conversation: Conversation) -> Iterator[Segment]:
-        """Yield the segments that ask for the assistant's next turn, after those of the conversation."""
+    def _answer_prompt(self, conversation: Conversation) -> str:
+        return self.answer_prompt
 
     def _turn(self, message: Message) -> Turn:
         return Turn(self.controls, message.role, message.trained, message.weight)
@@ -145,7 +141,7 @@ class NativeTemplate:
             if self.roles is not None and message.role not in self.roles:
                 hint = f"; use one of {templates_with_tools()}" if message.role == "tool" else ""
                 raise DataError(f"{name} has no turn for the role {message.role!r}{hint}")
-            if message.tool_calls and self.roles is not None and "tool" not in self.roles:
+            if message.tool_calls and not self.has_calls:
                 raise DataError(f"{name} has no place for tool calls; use one of {templates_with_tools()}")
             if (message.tool_calls or message.reasoning) and message.role != "assistant":
                 raise DataError(
@@ -168,9 +164,6 @@ class BosEosTemplate(NativeTemplate):
         """Return the bos token if this tokenizer puts it before every text, as in the model's training; else ""."""
         is_added = tokenizer.bos_token is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
         return str(tokenizer.bos_token) if is_added else ""
-
-    def _jinja_values(self) -> dict[str, Any]:
-        return {"bos": self.bos, "eos": self.eos}
 
 
 def require_eos(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -233,14 +226,8 @@ def templates_with_tools() -> str:
 # --- Jinja --------------------------------------------------------------------------------------------
 
 
-def _fill_jinja(source: str, values: Mapping[str, Any]) -> str:
-    """Return the chat template on one line, with the Jinja literal of each value in place of its `$name`.
-
-    All output is written in expressions, so white space and line breaks between tags can be dropped.
-    """
-    literals = {name: "none" if value is None else tojson(value) for name, value in values.items()}
-    line = "".join(line.strip() for line in (_JINJA_START + source).splitlines())
-    return string.Template(line).substitute(literals)
+def _jinja_literal(value: Any) -> str:
+    return "none" if value is None else tojson(sorted(value) if isinstance(value, frozenset) else value)
 
 
 _JINJA_START: Final = r"""
@@ -255,10 +242,10 @@ _JINJA_START: Final = r"""
     {% macro refuse(role) %}
         {{ raise_exception('this chat template has no place here for ' + role) }}
     {% endmacro %}
-    {% if tools and not $HAS_TOOLS %}{{ refuse('tools') }}{% endif %}
+    {% if tools and not $has_tools %}{{ refuse('tools') }}{% endif %}
     {% for message in messages %}
-        {% if $ROLES is not none and message.role not in $ROLES %}{{ refuse('a turn of the role ' + message.role) }}
-        {% elif message.tool_calls and not $HAS_CALLS %}{{ refuse('calls of tools') }}
+        {% if $roles is not none and message.role not in $roles %}{{ refuse('a turn of the role ' + message.role) }}
+        {% elif message.tool_calls and not $has_calls %}{{ refuse('calls of tools') }}
         {% endif %}
     {% endfor %}
 """

@@ -50,5 +50,5 @@ class Phi(NativeTemplate):
             yield from turn.content(message.content if self.newline else message.content.lstrip())
             yield from turn.markup(f"{END}{self.newline}")
 
-    def _answer_prompt(self, conversation: Conversation) -> Iterator[Segment]:
-        return Turn(self.controls, "assistant").markup(f"<|assistant|>{self.newline}")
+    def _answer_prompt(self, conversation: Conversation) -> str:
+        return f"<|assistant|>{self.newline}"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
@@ -23,7 +23,7 @@ from sftx_plugins.templates.chatml import (
     START,
     ChatML,
 )
-from sftx_plugins.templates.native import THINK, Turn
+from sftx_plugins.templates.native import THINK
 
 _EMPTY_REASONING: Final = "<think>\n\n</think>\n\n"
 
@@ -83,9 +83,6 @@ class Qwen3(ChatML):
     """
     )
 
-    def _jinja_values(self) -> dict[str, Any]:
-        return super()._jinja_values() | {"thinking": self.thinking}
-
     def _message(self, turns: Sequence[Message], number: int) -> Iterator[Segment]:
         message = turns[number]
         turn, content = self._turn(message), message.content
@@ -104,9 +101,8 @@ class Qwen3(ChatML):
         yield from self._calls(turn, message)
         yield from turn.markup(f"{END}\n")
 
-    def _answer_prompt(self, conversation: Conversation) -> Iterator[Segment]:
-        empty = _EMPTY_REASONING if self.thinking == "strip" else ""
-        return Turn(self.controls, "assistant").markup(f"{START}assistant\n{empty}")
+    def _answer_prompt(self, conversation: Conversation) -> str:
+        return self.answer_prompt + (_EMPTY_REASONING if self.thinking == "strip" else "")
 
 
 def _last_question(turns: Sequence[Message]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 
@@ -24,11 +24,12 @@ class Vicuna(BosEosTemplate):
         "The assistant gives helpful, detailed, and polite answers to the user's questions."
     )
 
+    answer_prompt = "ASSISTANT:"
     jinja = (
         JINJA_SYSTEM_AND_TURNS
         + r"""
     {{ $bos }}
-    {% set system = system if system is not none else $default %}
+    {% set system = system if system is not none else $default_system %}
     {% if system is not none %}{{ system + ' ' }}{% endif %}
     {% for message in turns %}
         {% if message.role == 'user' %}{{ 'USER: ' + message.content + ' ' }}
@@ -38,9 +39,6 @@ class Vicuna(BosEosTemplate):
     {% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}
     """
     )
-
-    def _jinja_values(self) -> dict[str, Any]:
-        return super()._jinja_values() | {"default": self.default_system}
 
     def _segments(self, conversation: Conversation) -> Iterator[Segment]:
         system, turns = split_system_and_turns(conversation, "Vicuna")
@@ -62,6 +60,3 @@ class Vicuna(BosEosTemplate):
                 yield from turn.reasoning(message.reasoning)
                 yield from turn.content(message.content)
                 yield from turn.markup(self.eos)
-
-    def _answer_prompt(self, conversation: Conversation) -> Iterator[Segment]:
-        return Turn(self.controls, "assistant").markup("ASSISTANT:")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sftx import Conversation, Segment
-from sftx_plugins.templates.native import BosEosTemplate, Turn
+from sftx_plugins.templates.native import BosEosTemplate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 class Zephyr(BosEosTemplate):
     """A tag for each role; the assistant's text, the eos token and the newline are trained."""
 
+    answer_prompt = "<|assistant|>\n"
     jinja = r"""
     {% for message in messages %}
         {{ '<|' + message.role + '|>\n' }}{{ thought(message) }}{{ message.content + $eos + '\n' }}
@@ -34,6 +35,3 @@ class Zephyr(BosEosTemplate):
             yield from turn.reasoning(message.reasoning)
             yield from turn.content(message.content)
             yield from turn.markup(f"{self.eos}\n")
-
-    def _answer_prompt(self, conversation: Conversation) -> Iterator[Segment]:
-        return Turn(self.controls, "assistant").markup("<|assistant|>\n")
