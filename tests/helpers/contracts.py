@@ -1,4 +1,4 @@
-"""Shows that a suite bites: a plugin that breaks one clause fails that one, and nothing else."""
+"""Assertions on contract suites: a plugin that breaks one clause fails exactly that clause."""
 
 from __future__ import annotations
 
@@ -6,32 +6,28 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from sftx.testing.clauses import MADE, Finding, Suite
+from sftx.testing.clauses import MADE, Suite
 
 
 def assert_fails_only(suite: Suite[Any], plugin: object, clause: str, message: str | re.Pattern[str]) -> None:
-    """One clause fails and says `message`; exactly those that need it, or need such a one, say nothing."""
+    """Assert that `clause` fails with `message`, and that exactly the clauses that depend on it are skipped."""
     findings = suite.findings(plugin)
     failed = {finding.clause: finding.message for finding in findings if finding.status == "failed"}
     assert list(failed) == [clause], failed
-    said = failed[clause]
-    assert message.search(said) if isinstance(message, re.Pattern) else message in said, said
-    assert _of(findings, "skipped") == _silent(suite, clause)
+    text = failed[clause]
+    assert message.search(text) if isinstance(message, re.Pattern) else message in text, text
+    assert {finding.clause for finding in findings if finding.status == "skipped"} == _dependents(suite, clause)
 
 
 def assert_every_clause_is_broken(suite: Suite[Any], clauses: Iterable[str]) -> None:
-    """`clauses`: those that a table of bad plugins breaks."""
+    """Assert that a table of bad plugins, which break `clauses`, breaks every clause of the suite."""
     assert set(clauses) == {MADE, *(clause.name for clause in suite.clauses)}
 
 
-def _of(findings: Iterable[Finding], status: str) -> set[str]:
-    return {finding.clause for finding in findings if finding.status == status}
-
-
-def _silent(suite: Suite[Any], broken: str) -> set[str]:
-    """What says nothing while `broken` fails; clauses stand behind those that they need."""
-    silent = {broken}
+def _dependents(suite: Suite[Any], broken: str) -> set[str]:
+    """Return the clauses that need `broken`, directly or through others; a clause comes after those that it needs."""
+    dependents = {broken}
     for clause in suite.clauses:
-        if broken == MADE or silent & set(clause.needs):
-            silent.add(clause.name)
-    return silent - {broken}
+        if broken == MADE or dependents & set(clause.needs):
+            dependents.add(clause.name)
+    return dependents - {broken}
