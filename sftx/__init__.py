@@ -1,11 +1,5 @@
-"""What a plugin author imports, and nothing else.
+"""The public names for authors of plugins. Importing this package imports neither torch nor transformers."""
 
-Importing this package imports neither torch nor transformers.
-"""
-
-from typing import TYPE_CHECKING, Any
-
-from sftx import _deprecated
 from sftx.assembly.hookspecs import hookimpl
 from sftx.data.collate import pack, pad
 from sftx.errors import ConfigError, DataError, ModelError, OutputError, PluginError, SftxError, TrainingError
@@ -19,6 +13,7 @@ from sftx.types import (
     Conversation,
     Example,
     HiddenOut,
+    LanguageModel,
     Location,
     Loss,
     LossSum,
@@ -36,22 +31,10 @@ from sftx.types import (
     Template,
     Tokens,
     ToolCall,
+    Window,
 )
 
-if TYPE_CHECKING:
-    from sftx.model.language_model import LanguageModel
-
 __version__ = "0.1.0"
-
-
-def __getattr__(name: str) -> Any:
-    """`sftx.LanguageModel`, which needs torch, is imported when asked for; a former name gives the one of today."""
-    if name == "LanguageModel":
-        from sftx.model.language_model import LanguageModel
-
-        return LanguageModel
-    return _deprecated.name(name)
-
 
 __all__ = [
     "IGNORE_INDEX",
@@ -94,6 +77,7 @@ __all__ = [
     "Tokens",
     "ToolCall",
     "TrainingError",
+    "Window",
     "hookimpl",
     "pack",
     "pad",

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from sftx.assembly.registry import Assembly, discover, find
+from sftx.assembly.discovery import discover, find
+from sftx.assembly.registry import Assembly
 from sftx.checkpoint import layout
 from sftx.checkpoint.checkpoint import load_weights
 from sftx.checkpoint.run_directory import RunDirectory

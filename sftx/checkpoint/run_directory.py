@@ -10,6 +10,7 @@ import errno
 import fcntl
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -41,7 +42,8 @@ _ROUNDING: Final = frozenset(
 """Options that may change with a warning, as they change only the order of floating-point additions."""
 
 _SPLIT: Final = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps")
-"""Options whose product, the rows of an optimizer step, must not change, as the order of the data depends on it."""
+"""Options that say how the rows of an optimizer step are divided, which changes neither the order of the data nor the
+update."""
 
 _LOCKS_UNSUPPORTED: Final = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
@@ -68,13 +70,9 @@ class RunDirectory:
         )
         before = _flat_options(run_file.read(self.file(layout.RUN))[0], observers)
         now = _flat_options(json.loads(json.dumps(resolved)), observers)
+        before["train.train_batch_size"] = _rows_per_step(before)
         changed = {name for name in before.keys() | now.keys() if before.get(name) != now.get(name)} - _FREE
-
-        def rows_per_step(options: Mapping[str, Any]) -> int:
-            size, steps = (options[name] for name in _SPLIT)
-            return int(size * steps)
-
-        if changed & set(_SPLIT) and rows_per_step(before) == rows_per_step(now):
+        if changed & set(_SPLIT):
             changed -= set(_SPLIT)
             log.warning(
                 "the rows of a step are split into other micro-batches: the results are the same but for rounding, "
@@ -89,6 +87,10 @@ class RunDirectory:
                 f"{f', and {len(wrong) - 1} more differ' if wrong[1:] else ''}; give the same options, or begin "
                 "another run with --output-dir"
             )
+
+    def recorded_batch_size(self) -> int:
+        """Return the rows of a step, over all processes, that the run here was started with."""
+        return _rows_per_step(_flat(run_file.read(self.file(layout.RUN))[0]))
 
     def check_inputs(self, manifest: Mapping[str, Any]) -> None:
         """Raise ConfigError when model or data have other content than at the start of the run.
@@ -302,6 +304,12 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in values.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
     return flat
+
+
+def _rows_per_step(values: Mapping[str, Any]) -> int:
+    """Return the rows of a step from recorded options. sftx 0.1 recorded the two factors alone."""
+    recorded = values.get("train.train_batch_size")
+    return int(recorded if recorded is not None else math.prod(values[name] for name in _SPLIT))
 
 
 def _shown(values: Mapping[str, Any], name: str) -> str:

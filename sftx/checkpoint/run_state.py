@@ -81,7 +81,6 @@ class RunState:
         renamed = with_new_names(values)
         return cls(**renamed | {name: _eval_report(renamed[name]) for name in ("before", "latest")})
 
-    of = from_dict
 
     def as_trainer_state(self, config: TrainConfig, num_steps: int, checkpoints: Path) -> dict[str, Any]:
         """Return the state as transformers writes its TrainerState, for tools that read that."""
@@ -92,7 +91,7 @@ class RunState:
             "logging_steps": config.logging_steps,
             "eval_steps": config.eval_steps or num_steps,
             "save_steps": config.save_steps or num_steps,
-            "train_batch_size": config.per_device_train_batch_size,
+            "train_batch_size": config.micro_batch_size,
             "num_train_epochs": max(1, round(config.num_train_epochs)),
             "num_input_tokens_seen": self.num_input_tokens,
             "total_flos": 0,
@@ -116,7 +115,9 @@ def _eval_report(values: Mapping[str, Any] | None) -> EvalReport | None:
         return None
     losses: Mapping[str, Any] | None = values.get("token_losses")
     if losses is not None:  # tuples are lists in JSON
-        tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in losses.items()}
+        tuples: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in losses.items()
+        }
         values = {**values, "token_losses": TokenLosses(**tuples)}
     samples = tuple(Sample(**sample) for sample in values["samples"])
     return EvalReport(**{**values, "samples": samples})

@@ -73,11 +73,10 @@ def _launch(loaded: loading.Loaded, name: str, *, resume: bool, nproc: int, max_
     """Start this command as `nproc` ranks; return the exit code."""
     from sftx.assembly.registry import activate
     from sftx.checkpoint import run_directory
-    from sftx.run import check_processes
 
     ctx = click.get_current_context()
-    if nproc:
-        check_processes(loaded.config, nproc)
+    if nproc and not resume:
+        loaded.config.train.resolve_batch_size(nproc)
     activate(loaded)  # an error in plugins or their options is printed here, and once
     from sftx.distributed import launch  # imports torch
 

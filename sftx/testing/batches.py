@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -35,9 +36,11 @@ def varied(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> l
         copies.append(
             dataclasses.replace(
                 example,
-                token_ids=[marks[t // 3 % 3] if t % 3 == 2 else example.token_ids[t] for t in places],
-                loss_mask=[True, *example.loss_mask[1:]],
-                weights=[_WEIGHTS[t % 4] for t in places],
+                token_ids=np.array(
+                    [marks[t // 3 % 3] if t % 3 == 2 else example.token_ids[t] for t in places], np.int32
+                ),
+                loss_mask=np.array([True, *example.loss_mask[1:]]),
+                weights=np.array([_WEIGHTS[t % 4] for t in places], np.float32),
                 row_id=f"{example.row_id} (varied)",
                 group=first_group + example.group,
             )

@@ -27,7 +27,7 @@ from sftx.testing.clauses import ClauseError, Suite
 from sftx.testing.kit import MAX_LENGTH, Kit
 from sftx.testing.numeric import norm
 from sftx.testing.process import random_states, random_states_kept, seed_all
-from sftx.types import IGNORE_INDEX, Batch, Collator, Example, Row, Step
+from sftx.types import IGNORE_INDEX, Batch, Collator, Example, Row, Step, Window
 
 # fp32: sums over the same tokens in another order. On the tiny model losses differ by 1e-7 and gradients by 2e-7 of
 # their norm; one token that is wrong among 200 makes a hundredth.
@@ -42,9 +42,9 @@ class _Window:
     sizes: tuple[int, ...]
     seed: int
     epoch: int
-    window: int
-    examples_per_step: int
-    final: bool
+    index: int
+    rows_per_step: int
+    is_last: bool
 
     @property
     def lengths(self) -> list[int]:
@@ -58,19 +58,21 @@ class _Window:
 
     def plan(self, collator: Collator, lengths: list[int], groups: list[int]) -> tuple[list[Step], Row]:
         return collator.plan(
-            lengths,
-            groups,
-            seed=self.seed,
-            epoch=self.epoch,
-            window=self.window,
-            examples_per_step=self.examples_per_step,
-            final=self.final,
+            Window(
+                lengths=lengths,
+                groups=groups,
+                rows_per_step=self.rows_per_step,
+                seed=self.seed,
+                epoch=self.epoch,
+                index=self.index,
+                is_last=self.is_last,
+            )
         )
 
     def __str__(self) -> str:
         return (
-            f"of {len(self.groups)} examples in {len(self.sizes)} groups (examples_per_step={self.examples_per_step}, "
-            f"final={self.final}, seed={self.seed}, epoch={self.epoch}, window={self.window})"
+            f"of {len(self.groups)} examples in {len(self.sizes)} groups (rows_per_step={self.rows_per_step}, "
+            f"is_last={self.is_last}, seed={self.seed}, epoch={self.epoch}, index={self.index})"
         )
 
 
@@ -149,7 +151,7 @@ def plans_every_example(case: _Case) -> None:
                 f"the plan {window} lacks {missing[:5]} and has {extra[:5]} too often; "
                 "put every index into one row, or into what is carried over"
             )
-        if window.final and carried:
+        if window.is_last and carried:
             raise ClauseError(
                 f"the plan {window} carries {list(carried)[:5]} over; with final=True nothing comes after, so plan "
                 "them in a step with fewer rows"
@@ -157,7 +159,7 @@ def plans_every_example(case: _Case) -> None:
 
 
 @SUITE.clause(
-    "A step has examples_per_step rows, none of them empty; one step of the last window may have fewer.",
+    "A step has rows_per_step rows, none of them empty; one step of the last window may have fewer.",
     needs=["plans-every-example"],
 )
 def fills_its_steps(case: _Case) -> None:
@@ -165,12 +167,12 @@ def fills_its_steps(case: _Case) -> None:
         sizes = [len(step) for step in steps]
         if not all(sizes) or not all(row for step in steps for row in step):
             raise ClauseError(f"the plan {window} has a step or a row without examples; leave it out")
-        if any(size > window.examples_per_step for size in sizes):
+        if any(size > window.rows_per_step for size in sizes):
             raise ClauseError(
-                f"the plan {window} has a step of {max(sizes)} rows; examples_per_step is how many rows share an update"
+                f"the plan {window} has a step of {max(sizes)} rows; rows_per_step is how many rows share an update"
             )
-        short = [size for size in sizes if size < window.examples_per_step]
-        if len(short) > window.final:
+        short = [size for size in sizes if size < window.rows_per_step]
+        if len(short) > window.is_last:
             raise ClauseError(
                 f"the plan {window} has {len(short)} steps with fewer rows (of {short[:5]}); carry over what does not "
                 "fill a step, and with final=True put it into one"

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from sftx.assembly.discovery import discover, find
 from sftx.assembly.hookspecs import DEFAULTS, TEMPLATES
-from sftx.assembly.registry import Assembly, discover, find
+from sftx.assembly.registry import Assembly
 from sftx.assembly.stages import make
 from sftx.config.options import DataConfig
 from sftx.config.run_file import Origins
 from sftx.data.encoder import Encoder
-from sftx.data.row_encoder import Row, RowEncoder
+from sftx.data.row_encoder import EncodedRow, RowEncoder
 from sftx.errors import DataError
 from sftx.model import tiny
 from sftx.model.language_model import LanguageModel
@@ -104,7 +105,7 @@ class Kit:
         examples: list[Example] = []
         for number, parsed in enumerate(rows, 1):
             where = Location("samples", number)
-            examples += encode.encode(parsed, Row(where)).as_examples(first_group=len(examples))
+            examples += encode.encode(parsed, EncodedRow(where)).examples_from_group(first_group=len(examples))
         if not examples:
             raise DataError("none of the samples trains anything")
         return examples

@@ -7,8 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sftx.assembly.stages import make
-from sftx.assembly.training_checks import OURS
+from sftx.assembly.stages import RESERVED_METRICS, make
 from sftx.testing.clauses import ClauseError, Suite
 from sftx.testing.process import random_states
 from sftx.types import Metric
@@ -66,7 +65,7 @@ def finite_number(case: _Case) -> None:
 def names(case: _Case) -> None:
     first: object = case.metric(_TEXTS[0], _TEXTS[0])
     expected = _names(first)
-    if taken := [name for name in expected if name in OURS or not isinstance(name, str)]:
+    if taken := [name for name in expected if name in RESERVED_METRICS or not isinstance(name, str)]:
         raise ClauseError(f"it reports the score {taken[0]!r}, which is the engine's or no text; choose another name")
     for prediction, reference in itertools.product(_TEXTS, _TEXTS):
         found = _names(case.metric(prediction, reference))
@@ -116,7 +115,11 @@ def corpus(case: _Case) -> None:
             scores.append(of_set(predictions, references))
         except Exception as error:
             raise ClauseError(f"{shown} raised {type(error).__name__}: {error}; score any set") from error
-        if not _is_finite(scores[-1]) or _names(scores[-1]) & OURS or _names(scores[-1]) != _names(scores[0]):
+        if (
+            not _is_finite(scores[-1])
+            or _names(scores[-1]) & RESERVED_METRICS
+            or _names(scores[-1]) != _names(scores[0])
+        ):
             raise ClauseError(
                 f"{shown} has the score {scores[-1]!r}; return a finite float, or finite floats by the same names each "
                 "time, none of them the engine's"

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from sftx.assembly.stages import make
 from sftx.config.options import DataConfig
-from sftx.data.row_encoder import Row, RowEncoder
+from sftx.data.row_encoder import EncodedRow, RowEncoder
 from sftx.errors import DataError, SftxError, one_line
 from sftx.testing.clauses import ClauseError, Suite
 from sftx.testing.kit import Kit
@@ -160,7 +160,7 @@ def _wrong_field(one: Any, expected: Mapping[str, Any]) -> str:
 )
 def trains_something(case: _Case) -> None:
     for number, record in enumerate(case.samples):
-        row = Row(_WHERE)
+        row = EncodedRow(_WHERE)
         try:
             RowEncoder({}, case.kit.encoder, DataConfig()).encode(case.parse(record), row)
         except SftxError as error:

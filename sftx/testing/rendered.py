@@ -15,7 +15,7 @@ from typing import Final
 
 from sftx.config.options import DataConfig
 from sftx.data.encoder import Encoder
-from sftx.data.row_encoder import mark, units
+from sftx.data.row_encoder import mark_trained, split_units
 from sftx.errors import DataError
 from sftx.testing.kit import CONVERSATIONS, Kit
 from sftx.types import Conversation, Message, Segment, Template
@@ -145,7 +145,7 @@ class TemplateCase:
 
     def trained_units(self, conversation: Conversation) -> Iterator[tuple[Conversation, Written]]:
         """What a run makes examples of: the whole, or each trained turn with what led to it, rewritten."""
-        for unit in units(mark(conversation, DataConfig()), self.encoder):
+        for unit in split_units(mark_trained(conversation, DataConfig()), self.encoder):
             assert isinstance(unit, Conversation)
             yield unit, Written(self.template.render(unit))
 

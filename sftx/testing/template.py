@@ -67,7 +67,7 @@ def writes_segments(case: TemplateCase) -> None:
                     f"{method} wrote {spelled} within plain text, where it would be encoded as letters; "
                     "make it a Segment of its own with control=True, and name it in `controls`"
                 )
-        case.encoder.segments(segments)
+        case.encoder.encode_segments(segments)
 
 
 def _is_segment(segment: object) -> bool:
@@ -212,8 +212,8 @@ def keeps_text_text(case: TemplateCase) -> None:
                     segments = method(spelled)
                 except DataError:
                     continue  # a row that is refused teaches nothing wrong
-                seen = [i for i in case.encoder.segments(segments)[0] if i in control_ids]
-                expected = [i for i in case.encoder.segments(method(harmless))[0] if i in control_ids]
+                seen = [i for i in case.encoder.encode_segments(segments)[0] if i in control_ids]
+                expected = [i for i in case.encoder.encode_segments(method(harmless))[0] if i in control_ids]
                 if seen != expected:
                     raise ClauseError(
                         f"contents that spell {token} made {name} write {len(seen)} control tokens, where harmless "

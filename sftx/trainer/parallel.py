@@ -21,6 +21,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.fsdp import register_fsdp_forward_method as register_forward
 from torch.nn.parallel import DistributedDataParallel
 
+from sftx.assembly.stages import LossStage
 from sftx.config.options import TrainConfig
 from sftx.distributed.dtensor import full_tensor
 from sftx.distributed.process_group import ProcessGroup
@@ -28,7 +29,7 @@ from sftx.errors import ConfigError
 from sftx.model.language_model import LanguageModel
 from sftx.trainer.layers import decoder_layers
 from sftx.trainer.precision import Precision
-from sftx.types import Batch, Loss, LossSum
+from sftx.types import Batch, LossSum
 
 T = TypeVar("T")
 
@@ -44,7 +45,7 @@ _BUFFERS: Final = "forward_sync_buffers" if "forward_sync_buffers" in _OPTIONS e
 class TrainStep(nn.Module):
     """One forward from a batch to its loss sum: what is wrapped for several processes, the loss inside."""
 
-    def __init__(self, lm: LanguageModel, loss: Loss) -> None:
+    def __init__(self, lm: LanguageModel, loss: LossStage) -> None:
         super().__init__()
         self.lm = lm
         self.loss = loss

@@ -20,7 +20,7 @@ from torch.autograd import gradcheck
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from devices import DEVICE, DTYPES, error
+from devices import DEVICE, DTYPES, covering, error
 from sftx_kernels import IGNORE_INDEX, linear_cross_entropy, linear_cross_entropy_workspace
 
 EVERYTHING = {"label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 2.5, "logit_scale": 0.7}
@@ -180,9 +180,9 @@ def bf16_units(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- values and gradients
 
 
-@pytest.mark.parametrize("reduction", ["sum", "none"])
-@pytest.mark.parametrize("trained", [True, False])
-@pytest.mark.parametrize("options", EACH_OPTION, ids=str)
+@pytest.mark.parametrize(
+    ("reduction", "trained", "options"), covering(["sum", "none"], [True, False], EACH_OPTION), ids=str
+)
 def test_gradcheck(reduction: str, trained: bool, options: dict[str, float]) -> None:
     case = Case(7, 3, 5, seed=1)
     assert 0 < case.num_valid < 7
@@ -204,9 +204,9 @@ def test_gradcheck_of_the_head_alone(reduction: str, wanted: list[str]) -> None:
     assert gradcheck(loss, [inputs[name].clone().requires_grad_() for name in wanted])
 
 
-@pytest.mark.parametrize("shape", ODD_SHAPES, ids=str)
-@pytest.mark.parametrize("reduction", ["sum", "none"])
-@pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "everything"])
+@pytest.mark.parametrize(
+    ("shape", "reduction", "options"), covering(ODD_SHAPES, ["sum", "none"], [{}, EVERYTHING]), ids=str
+)
 def test_fp32_equals_torch(shape: tuple[int, int, int], reduction: str, options: dict[str, float]) -> None:
     case = Case(*shape, dtype=torch.float32)
     ours = case.differentiate("fused", reduction, **options)
@@ -226,10 +226,11 @@ def test_many_threads() -> None:
         assert error(actual, expected) <= 1e-5
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", ODD_SHAPES, ids=str)
-@pytest.mark.parametrize("reduction", ["sum", "none"])
-@pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "everything"])
+@pytest.mark.parametrize(
+    ("dtype", "shape", "reduction", "options"),
+    covering([torch.bfloat16, torch.float16], ODD_SHAPES, ["sum", "none"], [{}, EVERYTHING]),
+    ids=str,
+)
 def test_half_precision_is_at_most_twice_as_far_from_fp64_as_torch(
     dtype: torch.dtype, shape: tuple[int, int, int], reduction: str, options: dict[str, float]
 ) -> None:
