@@ -23,7 +23,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sftx.assembly.stages import LossStage
 from sftx.config.options import TrainConfig
-from sftx.distributed.dtensor import full_tensor
 from sftx.distributed.process_group import ProcessGroup
 from sftx.errors import ConfigError
 from sftx.model.language_model import LanguageModel
@@ -247,6 +246,3 @@ def engine(step: TrainStep, process_group: ProcessGroup, config: TrainConfig, pr
 
 def _offload(device: torch.device) -> CPUOffloadPolicy:
     return CPUOffloadPolicy(pin_memory=device.type == "cuda")
-
-
-whole = full_tensor  # its name in trainer.py, until that is adapted

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from sftx.assembly.stages import CollatorStage, LossStage
 from sftx.config.options import TrainConfig
 from sftx.data.sampler import PlannedStep, Sampler, split_step
+from sftx.distributed.dtensor import full_tensor
 from sftx.distributed.process_group import ProcessGroup
 from sftx.errors import TrainingError, is_out_of_memory
 from sftx.events import StepReport
@@ -29,7 +30,7 @@ from sftx.model.language_model import LanguageModel
 from sftx.trainer import memory_advice
 from sftx.trainer.layers import prepare_layers
 from sftx.trainer.optimizer import RunOptimizer
-from sftx.trainer.parallel import Engine, TrainStep, engine, whole
+from sftx.trainer.parallel import Engine, TrainStep, engine
 from sftx.trainer.precision import Precision, peak_bytes
 from sftx.trainer.schedule import learning_rate
 from sftx.types import Batch
@@ -160,7 +161,7 @@ class Trainer:
             loss, metrics = self.accumulate(micro_batches, denominator, number - 1)
             for optimizer in self.optimizer.optimizers:
                 self.scaler.unscale_(optimizer)
-            norm = whole(nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf))
+            norm = full_tensor(nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf))
             # The only synchronisation with the device in a step: an update by a gradient that is not finite cannot be
             # undone.
             loss_value, norm_value = torch.stack((loss, norm.to(loss))).tolist()

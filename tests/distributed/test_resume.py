@@ -80,7 +80,7 @@ def test_a_shared_checkpoint_is_whole_tensors_which_transformers_loads(starter: 
 def test_a_number_of_processes_that_does_not_divide_a_step_is_told_once(starter: Starter, common: str) -> None:
     group = starter.run(common.split(), 3)
     assert group.wait() == [1, 1, 1]
-    assert "3 processes cannot share the 8 rows of a step evenly" in group.printed(0)
-    assert group.printed().count("cannot share") == 1
+    assert "3 processes cannot divide 8 rows" in group.printed(0)
+    assert group.printed().count("cannot divide") == 1
     assert group.printed(1) + group.printed(2) == ""
     assert not group.out.exists()

@@ -1,4 +1,4 @@
-"""What docs/distributed.md says can be typed: its commands run, its options exist, its manifests are well formed."""
+"""The commands in docs/distributed.md run, its options exist, and its manifests are well formed."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_every_option_of_torchrun_exists() -> None:
 
 
 def command_of(document: dict[str, Any]) -> list[str]:
-    """What the container of a manifest runs."""
+    """Return the command that the container of a manifest runs."""
     spec = document["spec"]
     if document["kind"] == "TrainJob":
         return [*spec["trainer"]["command"], *spec["trainer"]["args"]]
