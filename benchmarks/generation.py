@@ -23,7 +23,8 @@ import torch
 from sftx.assembly.registry import activate
 from sftx.config import loading
 from sftx.data.pipeline import build_pipeline
-from sftx.model.language_model import LanguageModel
+from sftx.model.generate import generate_greedy
+from sftx.model.language_model import CausalLM
 from sftx.model.load import load_model, load_spec
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,7 +36,7 @@ MIN_SPEEDUP = 5.0
 class TimedGeneration:
     """Generates answers and keeps them with the time they took."""
 
-    lm: LanguageModel
+    lm: CausalLM
     stop_ids: Sequence[int]
     max_new_tokens: int
     wall_s: float = 0.0
@@ -45,15 +46,18 @@ class TimedGeneration:
     def answer(self, prompts: Sequence[Sequence[int]], rows: Sequence[int], batch_size: int) -> None:
         """Generate the answers to the prompts of these rows."""
         wall, cpu = time.perf_counter(), time.process_time()
-        answers = self.lm.generate(
-            [prompts[row] for row in rows],
-            max_new_tokens=self.max_new_tokens,
-            stop_ids=self.stop_ids,
-            batch_size=batch_size,
+        answers = list(
+            generate_greedy(
+                self.lm,
+                [prompts[row] for row in rows],
+                max_new_tokens=self.max_new_tokens,
+                stop_ids=self.stop_ids,
+                batch_size=batch_size,
+            )
         )
         self.wall_s += time.perf_counter() - wall
         self.cpu_s += time.process_time() - cpu
-        self.answers.update(zip(rows, answers, strict=True))
+        self.answers.update((rows[index], answer) for index, answer in answers)
 
     def summary(self) -> dict[str, float]:
         num = len(self.answers)
@@ -80,11 +84,11 @@ def main() -> int:
     config = loaded.config
     batch_size = arguments.batch_size or config.generation.batch_size or config.train.per_device_eval_batch_size
     model = load_model(load_spec(prepared.model), [], dtype=torch.float32, device=torch.device("cpu"))
-    lm = LanguageModel(model, prepared.tokenizer)
+    lm = CausalLM(model, prepared.tokenizer)
     batched, single = (
         TimedGeneration(lm, prepared.encoder.stop_ids, config.generation.max_new_tokens) for _ in ("batched", "single")
     )
-    lm.generate(prompts[:1], max_new_tokens=2, stop_ids=(), batch_size=1)  # warm-up
+    list(generate_greedy(lm, prompts[:1], max_new_tokens=2, stop_ids=(), batch_size=1))  # warm-up
 
     by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     batches = [by_length[at : at + batch_size] for at in range(0, len(by_length), batch_size)]

@@ -85,7 +85,7 @@ def _load(bf16: bool) -> tuple[Any, Any]:
     from sftx.config.options import EMBEDDED_MODEL, TrainConfig
     from sftx.data.encoder import Encoder
     from sftx.model import names
-    from sftx.model.language_model import LanguageModel
+    from sftx.model.language_model import CausalLM
     from sftx.model.load import load_model, load_spec, load_tokenizer
     from sftx.trainer import precision as precisions
     from sftx.trainer.parallel import TrainStep
@@ -99,7 +99,7 @@ def _load(bf16: bool) -> tuple[Any, Any]:
     adapter = Lora(r=16).sftx_adapter(spec)
     model = load_model(spec, [adapter], dtype=precision.base_dtype(frozen=True), device=precision.device)
     torch.manual_seed(0)
-    lm = LanguageModel(model, tokenizer)
+    lm = CausalLM(model, tokenizer)
     lm.attach({"lora": adapter})
     lm.train()
     module = TrainStep(lm, MaskedCE().sftx_loss())

@@ -25,8 +25,8 @@ from sftx.data.encoder import Encoder
 from sftx.errors import ConfigError, ModelError, PluginError, one_line
 from sftx.model import names
 from sftx.model.added_tokens import add_missing, ids_of
-from sftx.model.generate import answers, generation_defaults
-from sftx.model.language_model import LanguageModel
+from sftx.model.generate import generate_greedy, generation_defaults
+from sftx.model.language_model import CausalLM
 from sftx.model.load import load_model, load_spec, load_tokenizer
 from sftx.types import Adapter, Conversation, ModelSpec, Template
 
@@ -54,7 +54,7 @@ _PEFT_INITS: Final = (True, False, None, "gaussian", "eva", "orthogonal")
 class LoadedRun:
     """A fine-tuned model and what is needed to prompt it as it was trained."""
 
-    lm: LanguageModel
+    lm: CausalLM
     """The model with its adapters attached and their weights loaded; in eval mode, and nothing requires a gradient."""
     tokenizer: PreTrainedTokenizerBase
     """The tokenizer that was saved, with the chat template that the model was trained with."""
@@ -93,7 +93,7 @@ class LoadedRun:
         """Return the greedy answer to each prompt as token ids, without the stop token that ended it."""
         with torch.no_grad(), self.autocast():
             by_index = dict(
-                answers(
+                generate_greedy(
                     self.lm,
                     prompts,
                     max_new_tokens=max_new_tokens,
@@ -171,7 +171,7 @@ def build_model(
     stop_ids: Sequence[int],
     saved: Path | None = None,
     seed: int | None = None,
-) -> LanguageModel:
+) -> CausalLM:
     """Load the model of `spec`, attach the adapters, and let its generation settings stop at `stop_ids`.
 
     `saved`: an artefact or a checkpoint whose weights replace those of the full model, or of the adapters. `seed`: for
@@ -180,7 +180,7 @@ def build_model(
     if saved is not None and not adapters:
         spec = dataclasses.replace(spec, name=str(saved))
     model = load_model(spec, list(adapters.values()), dtype=dtype, device=device)
-    lm = LanguageModel(model, tokenizer)
+    lm = CausalLM(model, tokenizer)
     if seed is not None:
         torch.manual_seed(seed)
     lm.attach(adapters)

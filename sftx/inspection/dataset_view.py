@@ -13,7 +13,7 @@ from typing import Final, Literal
 from sftx.assembly.registry import activate
 from sftx.config.loading import Loaded
 from sftx.config.options import DataConfig, RunConfig, Source
-from sftx.data import pipeline, sources, wanted
+from sftx.data import pipeline, sources
 from sftx.data.dataset import Dataset
 from sftx.data.ledger import Entry
 from sftx.data.pipeline import DataPipeline
@@ -80,7 +80,7 @@ def look(loaded: Loaded) -> Look:
     """Everything that needs no data and no weights. Raises SftxError."""
     config = loaded.config
     names.check(config.model)
-    wanted.check(config)
+    sources.check_data_config(config)
     assembly = activate(loaded)
     lenient = dataclasses.replace(config, data=_lenient(config.data))
     return Look(config, pipeline.build_pipeline(lenient, assembly, loaded.origins))

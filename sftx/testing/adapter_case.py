@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sftx.assembly.stages import make
 from sftx.data.collate import groups_of
-from sftx.model.language_model import LanguageModel
+from sftx.model.language_model import CausalLM
 from sftx.model.load import load_model, load_spec
 from sftx.testing.kit import Kit, built_in
 from sftx.types import IGNORE_INDEX, Adapter, Batch
@@ -45,7 +45,7 @@ class Base:
 class Attached:
     """A model with the adapter on it."""
 
-    lm: LanguageModel
+    lm: CausalLM
     adapter: Adapter
     batch: Batch
     base: Base
@@ -110,7 +110,7 @@ class Case:
         names = frozenset(name for name, _ in spec.skeleton.named_parameters())
         adapter: Adapter = make(self.kit.plugin, "sftx_adapter", spec=spec)
         model = load_model(spec, [adapter], dtype=torch.float32, device=torch.device("cpu"))
-        lm = LanguageModel(model, self.kit.tokenizer)
+        lm = CausalLM(model, self.kit.tokenizer)
         if self._base is None:
             self._base = Base(logits_of(lm, self.batch), names, _draws(lm, self.batch))
         torch.manual_seed(seed)
@@ -123,7 +123,7 @@ class Case:
         first: Adapter = make(built_in("lora"), "sftx_adapter", spec=spec)
         second: Adapter = make(self.kit.plugin, "sftx_adapter", spec=spec)
         model = load_model(spec, [first, second], dtype=torch.float32, device=torch.device("cpu"))
-        lm = LanguageModel(model, self.kit.tokenizer)
+        lm = CausalLM(model, self.kit.tokenizer)
         lm.attach({"lora": first})
         with torch.no_grad():
             for parameter in lm.parameters():
@@ -136,9 +136,7 @@ class Case:
         """The error of the base model's logits in fp32, by fp64, relative to the largest: deep models have more."""
         exact_BTV, rounded_BTV = (
             logits_of(
-                LanguageModel(
-                    load_model(self.kit.spec, [], dtype=dtype, device=torch.device("cpu")), self.kit.tokenizer
-                ),
+                CausalLM(load_model(self.kit.spec, [], dtype=dtype, device=torch.device("cpu")), self.kit.tokenizer),
                 self.batch,
             )
             for dtype in (torch.float64, torch.float32)
@@ -189,13 +187,13 @@ class Training:
 
 
 @torch.no_grad()
-def logits_of(lm: LanguageModel, batch: Batch) -> Tensor:
+def logits_of(lm: CausalLM, batch: Batch) -> Tensor:
     lm.eval()
     return lm.logits(lm.hidden(batch).hidden_BTD)
 
 
 @torch.no_grad()
-def _draws(lm: LanguageModel, batch: Batch) -> bool:
+def _draws(lm: CausalLM, batch: Batch) -> bool:
     before = torch.get_rng_state()
     lm.train()
     lm.hidden(batch)

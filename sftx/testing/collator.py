@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from sftx.assembly.stages import make
 from sftx.data.collate import groups_of
-from sftx.model.language_model import LanguageModel
+from sftx.model.language_model import CausalLM
 from sftx.testing.batches import differences, varied
 from sftx.testing.clauses import ClauseError, Suite
 from sftx.testing.kit import MAX_LENGTH, Kit
@@ -364,7 +364,7 @@ def _same_randomness(before: dict[str, object], what: str) -> None:
         raise ClauseError(f"{what} drew from {', '.join(changed)}, which others draw from; use a generator of its own")
 
 
-def _loss_of_batch(lm: LanguageModel, batch: Batch) -> Tensor:
+def _loss_of_batch(lm: CausalLM, batch: Batch) -> Tensor:
     logits_BTV = lm.logits(lm.hidden(batch).hidden_BTD)
     loss_N = functional.cross_entropy(
         logits_BTV.flatten(0, 1), batch.labels_BT.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
@@ -372,7 +372,7 @@ def _loss_of_batch(lm: LanguageModel, batch: Batch) -> Tensor:
     return (loss_N if batch.token_weights_BT is None else loss_N * batch.token_weights_BT.flatten()).sum()
 
 
-def _loss_of_example(lm: LanguageModel, example: Example) -> Tensor:
+def _loss_of_example(lm: CausalLM, example: Example) -> Tensor:
     """By transformers' own forward, without a batch: token t is predicted from what is before it."""
     ids_T = torch.tensor(example.token_ids, device=lm.device)
     logits_TV = lm.model(input_ids=ids_T[None], use_cache=False).logits[0]

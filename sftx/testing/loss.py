@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from sftx.assembly.stages import make
 from sftx.data.collate import groups_of
-from sftx.model.language_model import LanguageModel
+from sftx.model.language_model import CausalLM
 from sftx.testing.batches import copy_of, differences, varied, widened
 from sftx.testing.clauses import ClauseError, Suite
 from sftx.testing.kit import Kit, built_in
@@ -66,11 +66,11 @@ class _Case:
         return self.batch_of(self.groups)
 
     @cached_property
-    def lm(self) -> LanguageModel:
+    def lm(self) -> CausalLM:
         return self._model(torch.float32)
 
     @cached_property
-    def exact(self) -> LanguageModel:
+    def exact(self) -> CausalLM:
         """The same model in fp64."""
         return self._model(torch.float64).double()
 
@@ -78,7 +78,7 @@ class _Case:
     def _lora(self) -> object:
         return built_in("lora", r=4, modules_to_save=_head(self._kit.spec.skeleton))
 
-    def _model(self, dtype: torch.dtype) -> LanguageModel:
+    def _model(self, dtype: torch.dtype) -> CausalLM:
         adapter = make(self._lora, "sftx_adapter", spec=self._kit.spec)
         lm = self._kit.language_model({"lora": adapter}, dtype=dtype)
         embedding = lm.model.get_input_embeddings()
@@ -98,7 +98,7 @@ class _Case:
                 parameter.add_(0.02 * torch.randn(parameter.shape, generator=numbers))
         return lm
 
-    def run(self, lm: LanguageModel, batch: Batch) -> LossSum:
+    def run(self, lm: CausalLM, batch: Batch) -> LossSum:
         """The loss as the engine asks for it, seeds set before, on a copy that it may spoil."""
         lm.train()
         with random_states_kept():
@@ -282,20 +282,20 @@ def _head(model: PreTrainedModel) -> tuple[str, ...]:
     return tuple(name for name, module in model.named_modules() if any(module is one for one in trained))
 
 
-def _trained(lm: LanguageModel) -> list[nn.Parameter]:
+def _trained(lm: CausalLM) -> list[nn.Parameter]:
     return [parameter for parameter in lm.parameters() if parameter.requires_grad]
 
 
-def _seed(lm: LanguageModel) -> None:
+def _seed(lm: CausalLM) -> None:
     lm.seed.fill_(1)
     torch.manual_seed(1)
 
 
-def _gradient(out: LossSum, lm: LanguageModel) -> list[Tensor]:
+def _gradient(out: LossSum, lm: CausalLM) -> list[Tensor]:
     return list(torch.autograd.grad(out.sum, _trained(lm), retain_graph=True, materialize_grads=True))
 
 
-def _state(lm: LanguageModel, batch: Batch) -> dict[str, object]:
+def _state(lm: CausalLM, batch: Batch) -> dict[str, object]:
     """What a loss may not change, by its name in an error."""
     state: dict[str, object] = {
         f"the training mode of {name or 'lm'}": module.training for name, module in lm.named_modules()
@@ -317,7 +317,7 @@ def _equal(one: object, other: object) -> bool:
 
 
 @contextlib.contextmanager
-def _noise_where_ignored(lm: LanguageModel, labels_BT: Tensor) -> Iterator[None]:
+def _noise_where_ignored(lm: CausalLM, labels_BT: Tensor) -> Iterator[None]:
     """Within it the decoder's last states are others wherever no label is.
 
     A forward over rows that the loss has put together itself, of another shape, has labels that nobody here knows; it

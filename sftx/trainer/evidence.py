@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from sftx.data.dataset import Examples
-    from sftx.model.language_model import LanguageModel
+    from sftx.model.language_model import CausalLM
 
 FILE: Final = "evidence.json"
 
@@ -73,7 +73,7 @@ def choose_row(examples: Examples) -> Example | None:
     )
 
 
-def token_losses(lm: LanguageModel, example: Example) -> TokenLosses:
+def token_losses(lm: CausalLM, example: Example) -> TokenLosses:
     """The negative log-likelihood of every token of the row, trained or not, in nats; one forward.
 
     Gradients, dropout and autocast are the caller's to choose.

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from sftx.data.dataset import Examples, Writer
 from sftx.data.row_encoder import EncodedRow
 from sftx.events import TokenLosses
-from sftx.model.language_model import LanguageModel
+from sftx.model.language_model import CausalLM
 from sftx.model.tiny import make_tokenizer, model_dir
 from sftx.trainer.evidence import as_evidence, choose_row, shown_rows, token_losses, token_texts
 from sftx.types import Example, Location
@@ -24,8 +24,8 @@ TEXT = "Bread, 预训练 🦙🦙 and שלום.\n  <|im_end|>"
 
 
 @pytest.fixture(scope="module")
-def lm() -> LanguageModel:
-    return LanguageModel(AutoModelForCausalLM.from_pretrained(model_dir()), make_tokenizer()).eval()
+def lm() -> CausalLM:
+    return CausalLM(AutoModelForCausalLM.from_pretrained(model_dir()), make_tokenizer()).eval()
 
 
 class Words:
@@ -102,7 +102,7 @@ def test_the_row_that_is_looked_at_can_be_taken_in(lengths: list[int], chosen: s
     assert choose_row(examples_of([])) is None
 
 
-def test_every_token_has_the_loss_that_the_model_gives_it(lm: LanguageModel) -> None:
+def test_every_token_has_the_loss_that_the_model_gives_it(lm: CausalLM) -> None:
     ids = lm.tokenizer(TEXT).input_ids
     row = Example(ids, [n > 5 for n in range(len(ids))], "row", 0, weights=[2.0] * len(ids))
     with torch.no_grad():

@@ -36,7 +36,7 @@ from sftx.inspection.memory_plan.fake_tensors import (
     without_values,
 )
 from sftx.inspection.memory_plan.memory_tracker import Kind, Phase, Tally
-from sftx.model.language_model import LanguageModel
+from sftx.model.language_model import CausalLM
 from sftx.model.load import load_spec
 from sftx.trainer.layers import decoder_layers, prepare_layers
 from sftx.trainer.optimizer import RunOptimizer
@@ -185,11 +185,11 @@ class Rehearsals:
             cast(Any, model.config).get_text_config().num_hidden_layers = depth
         return model
 
-    def _built(self, model: PreTrainedModel) -> LanguageModel:
+    def _built(self, model: PreTrainedModel) -> CausalLM:
         """The model with its adapters, on the default device."""
         adapters = self.assembly.adapters(dataclasses.replace(self.spec, skeleton=model))
         take_place(model, self.precision.base_dtype(frozen=bool(adapters)))
-        lm = LanguageModel(model, cast(Any, None))
+        lm = CausalLM(model, cast(Any, None))
         lm.attach(adapters)
         return lm
 

@@ -76,7 +76,7 @@ def test_a_rehearsal_counts_what_a_real_step_makes(tiny: str, plugins: tuple[str
     import torch
 
     from sftx.inspection.memory_plan.fake_tensors import StepTally, make_batch
-    from sftx.model.language_model import LanguageModel
+    from sftx.model.language_model import CausalLM
     from sftx.model.load import load_model, load_spec
     from sftx.trainer.layers import prepare_layers
     from sftx.trainer.parallel import TrainStep
@@ -87,7 +87,7 @@ def test_a_rehearsal_counts_what_a_real_step_makes(tiny: str, plugins: tuple[str
     spec = load_spec(tiny)
     adapters = assembly.adapters(spec)
     model = load_model(spec, list(adapters.values()), dtype=torch.float32, device=torch.device("cpu"))
-    lm = LanguageModel(model, None)  # type: ignore[arg-type]
+    lm = CausalLM(model, None)  # type: ignore[arg-type]
     lm.attach(adapters)
     prepare_layers(model, train)
     lm.train()
