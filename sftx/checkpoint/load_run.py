@@ -192,7 +192,7 @@ def build_model(
 
 @dataclass(frozen=True)
 class _Parts:
-    """What a model is built from."""
+    """The parts that a model is built from."""
 
     spec: ModelSpec
     adapters: Mapping[str, Adapter]

@@ -119,7 +119,7 @@ def test_the_script_for_slurm_is_one_for_bash() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS[:2], ids=["sftx", "torchrun"])
 def test_the_commands_of_one_host_train(command: str, tmp_path: Path) -> None:
-    """As they stand on the page, but with two processes for eight, and a run file of the tiny model."""
+    """The commands run as on the page, but with two processes for eight, and a run file of the tiny model."""
     from sftx.model.tiny import model_dir
 
     rows = '{"prompt": "a", "completion": "b"}\n' * 16
