@@ -5,7 +5,6 @@ Importing this package imports neither torch nor transformers.
 
 from typing import TYPE_CHECKING, Any
 
-from sftx import _deprecated
 from sftx.assembly.hookspecs import hookimpl
 from sftx.data.collate import pack, pad
 from sftx.errors import ConfigError, DataError, ModelError, OutputError, PluginError, SftxError, TrainingError
@@ -45,12 +44,12 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """`sftx.LanguageModel`, which needs torch, is imported when asked for; a former name gives the one of today."""
+    """Import `sftx.LanguageModel`, which needs torch, on first use."""
     if name == "LanguageModel":
         from sftx.model.language_model import LanguageModel
 
         return LanguageModel
-    return _deprecated.name(name)
+    raise AttributeError(f"module 'sftx' has no attribute {name!r}")
 
 
 __all__ = [

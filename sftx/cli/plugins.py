@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sftx.assembly.registry import PluginInfo, discover, find, hooks_of, instance, load_class
+from sftx.assembly.discovery import PluginInfo, discover, find, hooks_of, instance, load_class
 from sftx.assembly.stages import named
 from sftx.cli import new
 from sftx.errors import PluginError, printable

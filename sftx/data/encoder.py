@@ -15,8 +15,9 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from sftx.assembly import data_checks
+from sftx.assembly.discovery import discover, find
 from sftx.assembly.hookspecs import TEMPLATES
-from sftx.assembly.registry import Assembly, discover, find
+from sftx.assembly.registry import Assembly
 from sftx.config.run_file import Origins
 from sftx.errors import ConfigError, DataError, ModelError, PluginError
 from sftx.types import Conversation, Parsed, PlainText, Segment, Template

@@ -21,8 +21,8 @@ from typing import Final
 from packaging.version import Version
 
 import sftx
+from sftx.assembly.discovery import discover
 from sftx.assembly.hookspecs import PROJECT, RETURNS, TEMPLATES
-from sftx.assembly.registry import discover
 from sftx.errors import ConfigError, OutputError
 
 HOOKS: Final = tuple(hook.removeprefix(f"{PROJECT}_") for hook in RETURNS)

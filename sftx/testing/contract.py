@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from sftx.assembly.registry import PluginInfo, hooks_of, instance, load_class
+from sftx.assembly.discovery import PluginInfo, hooks_of, instance, load_class
 from sftx.config.run_file import Origins
 from sftx.errors import ConfigError, PluginError, SftxError, one_line
 from sftx.model.load import load_spec

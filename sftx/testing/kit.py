@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from sftx.assembly.discovery import discover, find
 from sftx.assembly.hookspecs import DEFAULTS, TEMPLATES
-from sftx.assembly.registry import Assembly, discover, find
+from sftx.assembly.registry import Assembly
 from sftx.assembly.stages import make
 from sftx.config.options import DataConfig
 from sftx.config.run_file import Origins

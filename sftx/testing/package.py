@@ -18,7 +18,7 @@ from packaging.utils import canonicalize_name
 from pydantic import TypeAdapter
 
 import sftx
-from sftx.assembly.registry import PluginInfo, hooks_of, instance, load_class
+from sftx.assembly.discovery import PluginInfo, hooks_of, instance, load_class
 from sftx.config.run_file import Origins
 from sftx.errors import ConfigError, PluginError
 from sftx.testing.clauses import ClauseError, Suite

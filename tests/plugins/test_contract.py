@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sftx.assembly.registry import PluginInfo, discover
+from sftx.assembly.discovery import PluginInfo, discover
 from sftx.config.run_file import Origins
 
 BUILT_IN = [info for info in discover() if info.package == "sftx"]

@@ -311,7 +311,7 @@ def test_imports_are_quiet(tmp_path: Path) -> None:
         "socket.socket.connect = socket.socket.connect_ex = refuse\n"
         "socket.create_connection = socket.getaddrinfo = refuse\n"
         "import sftx, sftx_kernels, sftx.testing, sftx.testing.contract, sftx.run, sftx.cli.run\n"
-        "from sftx.assembly.registry import discover, load_class\n"
+        "from sftx.assembly.discovery import discover, load_class\n"
         "for info in discover():\n"
         "    load_class(info)\n"
         "import sftx_plugins.adapters.lora_layers\n"

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from contracts import assert_every_clause_is_broken, assert_fails_only
 from sftx import LanguageModel, ModelSpec, hookimpl
-from sftx.assembly.registry import discover, hooks_of, load_class
+from sftx.assembly.discovery import discover, hooks_of, load_class
 from sftx.testing import ContractError
 from sftx.testing.adapter import SUITE, check_adapter
 from sftx.testing.kit import built_in

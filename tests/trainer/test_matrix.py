@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sftx.assembly.registry import discover, hooks_of, load_class
+from sftx.assembly.discovery import discover, hooks_of, load_class
 
 STAGES = ("template", "collator", "adapter", "loss")
 NO_ADAPTER = "full fine-tuning"
