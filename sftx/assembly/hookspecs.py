@@ -34,7 +34,7 @@ def sftx_template(tokenizer: PreTrainedTokenizerBase) -> Template:  # type: igno
 
 @hookspec
 def sftx_collator(max_length: int) -> Collator:  # type: ignore[empty-body]
-    """Return the collator, which plans steps and makes batches of examples of up to `max_length` tokens. At most one."""
+    """Return the collator, which plans steps and makes batches from examples of up to `max_length` tokens. One."""
 
 
 @hookspec

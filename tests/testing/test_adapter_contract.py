@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from contracts import assert_every_clause_is_broken, assert_fails_only
+from contracts import assert_every_clause_is_broken, assert_fails, assert_fails_only, whole_suite_cases
 from sftx import LanguageModel, ModelSpec, hookimpl
 from sftx.assembly.discovery import discover, hooks_of, load_class
 from sftx.testing import ContractError
@@ -343,7 +343,7 @@ BAD = [
     (Swallows, "disabled-is-the-base", "swallowed an exception"),
     (ForgetsTheOuter, "disabled-is-the-base", r"after an inner disabled\(\), still within the outer one"),
     (Toggles, "disabled-is-the-base", r"within disabled\(\) twice"),
-    (Pickles, "saves-data-only", "save wrote options.bin; who loads a pickle"),
+    (Pickles, "saves-data-only", "save wrote options.bin"),
     (WritesNothing, "saves-data-only", "no .safetensors file"),
     (WritesPython, "saves-data-only", "options.json, which save wrote, cannot be read"),
     (RoundsInPlace, "saves-data-only", "save changed model.model.layers.0.self_attn.q_proj.lora_B"),
@@ -356,7 +356,7 @@ BAD = [
     (Spreads, "loads-strictly", r"load took a file in which (.*) has the shape \[1, 64\] for \[16, 64\]"),
     (MergesHalf, "merges", "merged, the logits differ"),
     (MergesInPlace, "merges", "28 parameters that the base has not and lacks 0"),
-    (MergesToTrain, "merges", "1 parameters require grad still"),
+    (MergesToTrain, "merges", "1 parameters still require grad"),
     (DrawsAnywhere, "recomputes-the-same", "two forwards with the same lm.seed"),
     (CountsLayers, "recomputes-the-same", "with gradient checkpointing the gradients differ"),
     (ReadsWeights, "plans-on-meta", "with a configuration and no weights the hook raised OSError"),
@@ -365,9 +365,14 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("made", "clause", "message"), BAD, ids=[made.__name__ for made, _, _ in BAD])
-def test_a_bad_adapter_fails_the_clause_that_it_breaks(made: type, clause: str, message: str) -> None:
-    assert_fails_only(SUITE, plugin_of(made), clause, re.compile(message))
+@pytest.mark.parametrize(("bad", "clause", "message"), BAD)
+def test_a_bad_adapter_fails_its_clause_with_a_message(bad: type, clause: str, message: str) -> None:
+    assert_fails(SUITE, plugin_of(bad), clause, re.compile(message))
+
+
+@pytest.mark.parametrize(("bad", "clause"), whole_suite_cases(BAD))
+def test_a_bad_adapter_fails_nothing_else(bad: type, clause: str) -> None:
+    assert_fails_only(SUITE, plugin_of(bad), clause)
 
 
 def test_each_clause_has_a_bad_adapter() -> None:
@@ -406,6 +411,6 @@ def test_it_can_be_checked_on_another_model(tiny_model: Path, tmp_path: Path) ->
     config = AutoConfig.from_pretrained(tiny_model, tie_word_embeddings=False, attention_dropout=0.1)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     check_adapter(built_in("lora", modules_to_save=["lm_head"]), model=tmp_path)
-    with pytest.raises(ContractError, match="adapter / merges: merge leaves a plain model") as caught:
+    with pytest.raises(ContractError, match="adapter / merges: ") as caught:
         check_adapter(plugin_of(MergesHalf), model=tmp_path)
     assert [f.clause for f in caught.value.findings if f.status == "failed"] == ["merges"]
