@@ -77,7 +77,7 @@ def generate(path: Path, num_rows: int) -> None:
 def prepare(path: Path, model: str, num_proc: int | None) -> None:
     """In a process of its own: what `sftx run` does between options and model, on its last line as JSON."""
     from sftx.assembly.registry import activate
-    from sftx.data.pipeline import set_up
+    from sftx.data.pipeline import build_pipeline
 
     assignments: list[tuple[str, Any, str]] = [
         ("model", model, "--model"),
@@ -87,9 +87,9 @@ def prepare(path: Path, model: str, num_proc: int | None) -> None:
     if num_proc is not None:
         assignments.append(("data.num_proc", num_proc, "--num-proc"))
     loaded = loading.load(None, add=["chatml"], assignments=assignments)
-    setup = set_up(loaded, activate(loaded))
+    pipeline = build_pipeline(loaded.config, activate(loaded), loaded.origins)
     start = time.perf_counter()
-    data = setup.train()
+    data = pipeline.load_train()
     seconds = time.perf_counter() - start
     print(json.dumps({"prepare_s": seconds, "examples": len(data.examples), "tokens": data.num_input_tokens}))
 

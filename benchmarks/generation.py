@@ -21,7 +21,7 @@ import torch
 
 from sftx.assembly.registry import activate
 from sftx.config import loading
-from sftx.data.pipeline import set_up
+from sftx.data.pipeline import build_pipeline
 from sftx.model.language_model import LanguageModel
 from sftx.model.load import load_model, load_spec
 
@@ -73,8 +73,8 @@ def main() -> int:
     torch.set_num_threads(arguments.threads)
 
     loaded = loading.load(None, add=["chatml", "exact-match"])  # the embedded run file
-    prepared = set_up(loaded, activate(loaded))
-    prompts = [question.prompt_ids for question in prepared.held_out(questions=True).questions]
+    prepared = build_pipeline(loaded.config, activate(loaded), loaded.origins)
+    prompts = [question.prompt_ids for question in prepared.load_eval(questions=True).questions]
     config = loaded.config
     batch_size = arguments.batch_size or config.generation.batch_size or config.train.per_device_eval_batch_size
     model = load_model(load_spec(prepared.model), [], dtype=torch.float32, device=torch.device("cpu"))

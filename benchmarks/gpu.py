@@ -1,8 +1,8 @@
-"""What `make gpu` runs where there is a GPU and little else: torch, triton, and pytest if it is there.
+"""The program of `make gpu`, for a machine with a GPU, torch, triton and, if installed, pytest.
 
-First the tests of the kernels on the device, then the whole bench. Into benchmarks/results/<device>/, or --out,
-come tests.txt, bench.json, bench.csv and a picture an operation. Peers that are not installed are listed as
-absent. Failed tests do not keep the bench from running; the exit code tells of both.
+It runs the tests of the kernels on the device, then the whole bench, and writes tests.txt, bench.json, bench.csv and a
+picture for each operation to benchmarks/results/<device>/, or --out. Peers that are not installed are listed as absent.
+The bench also runs if tests fail; the exit code is 0 if both succeed.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ("tests/kernels", "tests/gpu")
 TESTS_SHARE = 0.4  # of the budget, at most
-RESERVE_S = 45.0  # for the case that runs when the budget ends, and for the pictures
+RESERVE_S = 45.0  # for the case that is running when the budget ends, and for the pictures
 
 
 def main() -> int:
     start = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N, or cpu for a rehearsal")
-    parser.add_argument("--budget", type=float, default=600.0, help="seconds for all of it")
+    parser.add_argument("--budget", type=float, default=600.0, help="seconds in all")
     parser.add_argument("--shapes", type=Path, help="a shapes file of sftx bench, instead of the default shapes")
     parser.add_argument("--out", type=Path, help="a directory for the results")
-    parser.add_argument("--no-tests", action="store_true", help="the bench alone")
+    parser.add_argument("--no-tests", action="store_true", help="run the bench only")
     arguments = parser.parse_args()
     sys.path.insert(0, str(ROOT / "kernels"))
 
@@ -43,7 +43,7 @@ def main() -> int:
         return 2
     out = arguments.out or ROOT / "benchmarks" / "results" / slug(device_name(device))
     out.mkdir(parents=True, exist_ok=True)
-    good = arguments.no_tests or _test(out / "tests.txt", TESTS_SHARE * arguments.budget)
+    tests_passed = arguments.no_tests or _run_tests(out / "tests.txt", TESTS_SHARE * arguments.budget)
     left_s = arguments.budget - RESERVE_S - (time.monotonic() - start)
     options = runner.Options(
         device=arguments.device,
@@ -58,13 +58,13 @@ def main() -> int:
     except BenchError as error:
         print(f"bench: {error}", file=sys.stderr)
         code = 1
-    print(f"\ntests {'not run' if arguments.no_tests else 'passed' if good else 'FAILED, see tests.txt'}, ", end="")
+    print(f"\ntests {'not run' if arguments.no_tests else 'passed' if tests_passed else 'FAILED, see tests.txt'}, ", end="")
     print(f"bench {'done' if code == 0 else 'FAILED'}, {time.monotonic() - start:.0f} s; results in {out}")
-    return 0 if good and code == 0 else 1
+    return 0 if tests_passed and code == 0 else 1
 
 
-def _test(log: Path, timeout_s: float) -> bool:
-    """Whether the tests of the kernels pass, in the time they have; what they said is kept in `log`."""
+def _run_tests(log: Path, timeout_s: float) -> bool:
+    """Run the tests of the kernels and write their output to `log`; return True if they pass within the timeout."""
     if importlib.util.find_spec("pytest") is None:
         log.write_text("pytest is not installed\n", encoding="utf-8")
         print("tests: pytest is not installed, so they did not run")

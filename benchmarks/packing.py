@@ -121,7 +121,7 @@ def _examples(encoder: Any, length: int) -> list[Any]:
     parser, examples = Alpaca().sftx_parser(), []
     for number, record in enumerate(json.loads(DATA.read_text(encoding="utf-8")), 1):
         (conversation,) = parser.parse(record, Location(DATA.name, number))
-        ids, mask, _ = encoder.segments(encoder.template.render(conversation))
+        ids, mask, _ = encoder.encode_segments(encoder.template.render(conversation))
         if len(ids) <= length:
             examples.append(Example(ids, mask, row_id=f"row {number}", group=number))
     return examples

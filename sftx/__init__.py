@@ -1,9 +1,4 @@
-"""What a plugin author imports, and nothing else.
-
-Importing this package imports neither torch nor transformers.
-"""
-
-from typing import TYPE_CHECKING, Any
+"""The public names for authors of plugins. Importing this package imports neither torch nor transformers."""
 
 from sftx.assembly.hookspecs import hookimpl
 from sftx.data.collate import pack, pad
@@ -18,6 +13,7 @@ from sftx.types import (
     Conversation,
     Example,
     HiddenOut,
+    LanguageModel,
     Location,
     Loss,
     LossSum,
@@ -35,22 +31,10 @@ from sftx.types import (
     Template,
     Tokens,
     ToolCall,
+    Window,
 )
 
-if TYPE_CHECKING:
-    from sftx.model.language_model import LanguageModel
-
 __version__ = "0.1.0"
-
-
-def __getattr__(name: str) -> Any:
-    """Import `sftx.LanguageModel`, which needs torch, on first use."""
-    if name == "LanguageModel":
-        from sftx.model.language_model import LanguageModel
-
-        return LanguageModel
-    raise AttributeError(f"module 'sftx' has no attribute {name!r}")
-
 
 __all__ = [
     "IGNORE_INDEX",
@@ -93,6 +77,7 @@ __all__ = [
     "Tokens",
     "ToolCall",
     "TrainingError",
+    "Window",
     "hookimpl",
     "pack",
     "pad",

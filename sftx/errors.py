@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
+from typing import Final
 
 
 class SftxError(Exception):
@@ -43,6 +45,30 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`"; did you mean 'lora'?"`, or nothing when no name comes close."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+# How torch's CPU allocator and some GPU libraries word the RuntimeError or OSError that they raise without memory.
+_OUT_OF_MEMORY: Final = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "out of memory",
+    "bad_alloc",
+    "alloc_failed",
+)
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Return whether the error, or one of its causes, says that a GPU or the host ran out of memory."""
+    torch = sys.modules.get("torch")  # errors of torch can only come from a torch that is imported
+    kinds = (MemoryError,) if torch is None else (MemoryError, torch.OutOfMemoryError)
+    while error is not None:
+        if isinstance(error, kinds):
+            return True
+        if isinstance(error, RuntimeError | OSError) and any(text in str(error).lower() for text in _OUT_OF_MEMORY):
+            return True
+        error = error.__cause__
+    return False
 
 
 def one_line(error: BaseException, *, max_chars: int = 300) -> str:

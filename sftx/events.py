@@ -56,7 +56,12 @@ class StartReport:
     is_stream: bool = False
     """Whether rows are read while training: rows and tokens above are those of the first window then."""
     num_processes: int = 1
-    """That share the rows of each step."""
+    train_batch_size: int = 0
+    """Rows of an optimizer step, over all processes."""
+    per_device_train_batch_size: int = 0
+    """Rows that one process computes at once."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches of a process in a step."""
     resumed_step: int | None = None
     """The step after which an interrupted run goes on; what it reported of later steps is void. None: a new run."""
 

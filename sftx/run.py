@@ -1,7 +1,8 @@
-"""A run file and a command line, loaded, become a run directory: the whole way, from top to bottom.
+"""Run a fine-tuning: from options to a run directory with its result, in one straight line.
 
-options -> plugins -> tokenizer -> data -> model -> steps -> artefact. What can fail early does: plugins and their
-options before torch is imported, data before weights are read; the run directory appears when all of that stands.
+options -> plugins -> process group -> run directory -> data -> model -> steps -> artefact -> report. Checks come as
+early as they can: options and plugins before torch is imported, data before weights are read; the run directory
+appears when all of that has passed. Only the command line and the test-kit import this module.
 """
 
 from __future__ import annotations
@@ -12,28 +13,28 @@ import importlib.metadata
 import logging
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from sftx.assembly.registry import Assembly, activate
 from sftx.checkpoint import run_directory
 from sftx.checkpoint.run_directory import RunDirectory
 from sftx.config.loading import Loaded
 from sftx.config.options import DataConfig, RunConfig, Source, as_dict
-from sftx.data import sources, wanted
+from sftx.data import sources
 from sftx.distributed.process_group import ProcessGroup, check_environment, env_int, is_launched
 from sftx.errors import ConfigError, ModelError, SftxError
-from sftx.events import Result, RunInfo
+from sftx.events import Result, RunInfo, StartReport
 from sftx.inspection.run_report.run_report import complete_reports
 from sftx.model import names
-from sftx.types import Loss
 
 if TYPE_CHECKING:
-    from sftx.data.pipeline import Setup
-    from sftx.data.preprocess import Dataset
-    from sftx.data.sampler import Plan, StreamPlan
+    from sftx.assembly.stages import MetricStage
+    from sftx.data.dataset import Dataset
+    from sftx.data.pipeline import DataPipeline
+    from sftx.data.sampler import Sampler
     from sftx.model.language_model import LanguageModel
     from sftx.trainer.precision import Precision
     from sftx.trainer.session import Session
@@ -42,99 +43,100 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _LIBRARIES: Final = (
-    "torch",
-    "triton",
-    "transformers",
-    "tokenizers",
-    "safetensors",
-    "datasets",
-    "pluggy",
-    "pydantic",
-)
+    "torch", "triton", "transformers", "tokenizers", "safetensors", "datasets", "pluggy", "pydantic",
+)  # fmt: skip
+"""Libraries whose versions the manifest records."""
 
 
 def run(loaded: Loaded, *, name: str = "run", resume: bool = False) -> Result:
-    """Trains as `loaded` says; `name` begins the name of the default output directory.
+    """Train as the options say, and return the run directory with its summary.
 
-    `resume`: goes on with the run of the same options that lies in the output directory, from its newest whole
-    checkpoint; one that is complete is left as it is. Raises SftxError, and Stop when a signal ended it.
+    `name` begins the name of the default output directory. `resume` continues the run of the same options in the output
+    directory from its newest complete checkpoint; a run that is complete is left as it is. Raises SftxError, and Stop
+    when a signal ended the run.
     """
     started = time.monotonic()
-    begun = _begin(loaded, name, resume=resume)
-    process_group = begun.process_group
+    with _prepared(loaded, name, resume=resume) as prepared:
+        process_group, directory = prepared.process_group, prepared.directory
+        if (done := process_group.run_on_rank0(directory.finished)) is not None:
+            log.info("%s is complete, nothing is left to do", done.output_dir)
+            process_group.run_on_rank0(partial(complete_reports, done.output_dir, again=False))
+            return done
+        result = _assemble(prepared, started).run()
+        process_group.run_on_rank0(lambda: complete_reports(result.output_dir))
+        return result
+
+
+def assemble(loaded: Loaded, *, name: str = "run", resume: bool = False) -> Session:
+    """Do everything before the first step. All faults are found here, and nothing is written but the cache."""
+    with _prepared(loaded, name, resume=resume) as prepared:
+        return _assemble(prepared, time.monotonic())
+
+
+# --- before torch is imported ---------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class _Prepared:
+    """A run whose options, plugins, process group and directory are known."""
+
+    config: RunConfig
+    """With batch sizes resolved."""
+    loaded: Loaded
+    assembly: Assembly
+    process_group: ProcessGroup
+    directory: RunDirectory
+    choose: Callable[[], RunDirectory]
+    """Chooses a directory again, when another run took this one. Raises OutputError."""
+    resolved: dict[str, Any]
+    """The run file with every default and every plugin's options written out."""
+
+
+@contextlib.contextmanager
+def _prepared(loaded: Loaded, name: str, *, resume: bool) -> Iterator[_Prepared]:
+    """Check options and plugins, join the process group, and choose the directory, which is locked when it is resumed.
+
+    Raises SftxError for wrong options and plugins, and when another run is in the directory.
+    """
+    config = loaded.config
+    names.check(config.model)
+    sources.check_data_config(config)
+    check_environment()
+    world_size = env_int("WORLD_SIZE") if is_launched() else 1
+    if is_launched():
+        if env_int("TORCHELASTIC_MAX_RESTARTS", 0) and config.output_dir is None:
+            raise ConfigError("torchrun --max-restarts needs --output-dir: what starts again finds its run there")
+    elif config.train.fsdp_offload:
+        raise ConfigError("option 'train.fsdp_offload': needs processes of their own; --nproc 1 starts one")
+    elif config.train.distributed != "ddp":
+        log.info("distributed: %s has no effect in one process; --nproc starts several", config.train.distributed)
+    if not resume:  # a resumed run may continue with another number of processes: see _resolve
+        config.train.resolve_batch_size(world_size)
+    assembly = activate(loaded)
+    process_group = _join_process_group(config)
     with contextlib.ExitStack() as stack:
         stack.callback(process_group.close)
         try:
-            process_group.run_on_rank0(lambda: stack.enter_context(begun.directory.held()) and None)
-            if (done := process_group.run_on_rank0(begun.directory.finished)) is not None:
-                log.info("%s is complete, nothing is left to do", done.output_dir)
-                process_group.run_on_rank0(partial(complete_reports, done.output_dir, again=False))
-                return done
-            return _assemble(begun).run(started)
+            # Each host counts only the restarts that it caused.
+            resume = resume or process_group.all_reduce_max(env_int("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+            choose = partial(run_directory.resume if resume else run_directory.new, config.output_dir, name)
+            directory = process_group.run_on_rank0(choose)
+            config = dataclasses.replace(config, train=_resolve(config, directory, process_group))
+            resolved = as_dict(config) | {"plugins": {active.info.name: active.options for active in assembly.active}}
+            # Derived for this number of processes: the run may continue with another one.
+            resolved["train"]["gradient_accumulation_steps"] = None
+            if directory.resumed:
+                providers = [dataclasses.asdict(provider) for provider in assembly.table()]
+                process_group.run_on_rank0(lambda: directory.check_same(resolved, providers))
+            process_group.run_on_rank0(lambda: stack.enter_context(directory.held()) and None)
+            yield _Prepared(config, loaded, assembly, process_group, directory, choose, resolved)
         except SftxError as error:
             error.rank = process_group.rank if error.rank is None else error.rank
             raise
 
 
-def assemble(loaded: Loaded, *, name: str = "run", resume: bool = False) -> Session:
-    """Everything before the first step: all that can be wrong is found here; nothing is written but the cache."""
-    return _assemble(_begin(loaded, name, resume=resume))
-
-
-class _Begun(NamedTuple):
-    """What is known of a run before torch is imported."""
-
-    loaded: Loaded
-    process_group: ProcessGroup
-    choose: Callable[[], RunDirectory]
-    directory: RunDirectory
-    assembly: Assembly
-    resolved: dict[str, Any]
-
-
-def _begin(loaded: Loaded, name: str, *, resume: bool) -> _Begun:
-    """Raises SftxError for what is wrong with options and plugins, and when another run lies in the directory."""
-    config = loaded.config
-    names.check(config.model)
-    wanted.check(config)
-    check_environment()
-    if is_launched():
-        check_processes(config, env_int("WORLD_SIZE"))
-    elif config.train.fsdp_offload:
-        raise ConfigError("option 'train.fsdp_offload': needs processes of their own; --nproc 1 starts one")
-    elif config.train.distributed != "ddp":
-        log.info("distributed: %s has no effect in one process; --nproc starts several", config.train.distributed)
-    assembly = activate(loaded)
-    resolved = as_dict(config) | {"plugins": {active.info.name: active.options for active in assembly.active}}
-    process_group = _meet(config)
-    # Each host counts the starts that were its own fault.
-    resume = resume or process_group.all_reduce_max(env_int("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    choose = partial(run_directory.resume if resume else run_directory.new, config.output_dir, name)
-    directory = process_group.run_on_rank0(choose)
-    if directory.resumed:
-        providers = [dataclasses.asdict(provider) for provider in assembly.table()]
-        process_group.run_on_rank0(lambda: directory.check_same(resolved, providers))
-    return _Begun(loaded, process_group, choose, directory, assembly, resolved)
-
-
-def check_processes(config: RunConfig, num_processes: int) -> None:
-    """Raises ConfigError when so many processes cannot do this run."""
-    if env_int("TORCHELASTIC_MAX_RESTARTS", 0) and config.output_dir is None:
-        raise ConfigError("torchrun --max-restarts needs --output-dir: what starts again finds its run there")
-    train = config.train
-    rows = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    if rows % num_processes:
-        numbers = [n for n in range(1, min(rows, 64) + 1) if rows % n == 0]
-        fitting = f"{', '.join(map(str, numbers[:-1]))} or {numbers[-1]}" if numbers[1:] else "1"
-        raise ConfigError(
-            f"{num_processes} processes cannot share the {rows} rows of a step evenly (per_device_train_batch_size "
-            f"{train.per_device_train_batch_size} times gradient_accumulation_steps "
-            f"{train.gradient_accumulation_steps}); start {fitting}, or change one of the two"
-        )
-
-
-def _meet(config: RunConfig) -> ProcessGroup:
-    """Initialises the process group. Raises ConfigError, TrainingError, LostPeerError."""
+def _join_process_group(config: RunConfig) -> ProcessGroup:
+    """Initialise the process group. Raises ConfigError, TrainingError, LostPeerError."""
     if not is_launched():
         return ProcessGroup()
     from sftx.distributed.torch_process_group import TorchProcessGroup
@@ -142,188 +144,242 @@ def _meet(config: RunConfig) -> ProcessGroup:
     return TorchProcessGroup(config.train)
 
 
-def _assemble(begun: _Begun) -> Session:
-    loaded, process_group, choose, directory, assembly, resolved = begun
-    config = loaded.config
+def _resolve(config: RunConfig, directory: RunDirectory, process_group: ProcessGroup) -> Any:
+    """Return the training options with batch sizes filled in; a resumed run keeps the rows per step that it has."""
+    train = config.train
+    if directory.resumed and train.train_batch_size is None:
+        recorded = process_group.run_on_rank0(directory.recorded_batch_size)
+        train = dataclasses.replace(train, train_batch_size=recorded, gradient_accumulation_steps=None)
+    return train.resolve_batch_size(process_group.world_size)
+
+
+# --- data, model, trainer -------------------------------------------------------------------------
+
+
+def _assemble(prepared: _Prepared, started: float) -> Session:
+    """Load data and model and build everything that trains."""
+    config, assembly, process_group = prepared.config, prepared.assembly, prepared.process_group
+    directory = prepared.directory
 
     # From here on torch and transformers are needed: seconds of imports, after everything that is quick to check.
     from sftx.checkpoint.checkpoint import Checkpoints
-    from sftx.data.pipeline import set_up
+    from sftx.data.pipeline import build_pipeline
     from sftx.trainer import precision as precisions
     from sftx.trainer.evaluate import Evaluator
     from sftx.trainer.evidence import shown_rows
     from sftx.trainer.observers import Observers
+    from sftx.trainer.run_writer import RunWriter
     from sftx.trainer.session import Session
 
     checkpoints = Checkpoints(directory.file("checkpoints"), config.train.checkpoints_kept)
     saved = process_group.run_on_rank0(checkpoints.newest_whole) if directory.resumed else None
     precision = precisions.choose(config.train, process_group.local_rank)
-    # Made before anything takes long: what they need and is not installed is told now.
-    info = RunInfo(directory.path, resolved)
-    observers = process_group.all_or_raise(
-        lambda: Observers(assembly.observers(info) if process_group.is_rank0 else [])
-    )
-    prepared = process_group.rank0_first(lambda: set_up(loaded, assembly))
-    metrics, loss = assembly.metrics(), assembly.loss()
-    # One process encodes; where the rows are many, the others take them from the cache.
-    data = process_group.rank0_first(prepared.train)
-    held_out = process_group.rank0_first(lambda: prepared.held_out(questions=bool(metrics)))
-    _check_evaluation(config, held_out, metrics)
-    plan = prepared.plan(data)
-    trainer = _trainer(config, prepared, plan, loss, precision, saved, process_group)
-    _check_fit(config, plan, trainer.lm, held_out)
-    manifest = _manifest(config, assembly, prepared, trainer.lm, precision, process_group)
+
+    def make_observers(path: Path) -> Observers:
+        info = RunInfo(path, prepared.resolved)
+        return Observers(assembly.observers(info) if process_group.is_rank0 else [])
+
+    # Made before anything takes long: a library that an observer needs and that is missing is reported now.
+    observers = process_group.all_or_raise(lambda: make_observers(directory.path))
+    pipeline = process_group.rank0_first(lambda: build_pipeline(config, assembly, prepared.loaded.origins))
+    metrics = assembly.metrics()
+    # Rank 0 encodes; where the rows are many, the other ranks find them in the cache.
+    data = process_group.rank0_first(pipeline.load_train)
+    eval_data = process_group.rank0_first(lambda: pipeline.load_eval(questions=bool(metrics)))
+    _check_evaluation(config, eval_data, metrics)
+    sampler = pipeline.sampler(data, config.train)
+    trainer = _build_trainer(config, assembly, pipeline, sampler, precision, saved, process_group)
+    lm = trainer.lm
+    _check_fit(config, sampler, lm, eval_data)
+    manifest = _manifest(config, assembly, pipeline, lm, precision, process_group)
     if directory.resumed:
         process_group.run_on_rank0(lambda: directory.check_inputs(manifest))
+    parameters = {id(p): p for p in lm.parameters()}.values()
+    scope = sampler.scope
     return Session(
         config=config,
-        resolved=resolved,
-        manifest=manifest,
-        assembly=assembly,
         process_group=process_group,
-        directory=directory,
-        choose=choose,
-        observers=observers,
         data=data,
-        held_out=held_out,
-        plan=plan,
-        lm=trainer.lm,
+        eval_data=eval_data,
+        sampler=sampler,
+        lm=lm,
         trainer=trainer,
         evaluator=Evaluator(
-            held_out,
-            collator=prepared.collator,
+            eval_data,
+            collator=pipeline.collator,
             engine=trainer.engine,
             process_group=process_group,
             metrics=metrics,
             precision=precision,
-            stop_ids=prepared.encoder.stop_ids,
+            stop_ids=pipeline.encoder.stop_ids,
             batch_size=config.train.per_device_eval_batch_size,
             generation=config.generation,
         ),
+        observers=observers,
+        make_observers=make_observers,
+        choose_directory=prepared.choose,
+        writer=RunWriter(
+            directory,
+            prepared.resolved,
+            manifest,
+            {"ledger.jsonl": data, "ledger-held-out.jsonl": eval_data},
+            shown_rows(sampler.examples, pipeline.tokenizer) if process_group.is_rank0 else [],
+            started,
+        ),
         checkpoints=checkpoints,
         checkpoint=saved,
-        rows=shown_rows(plan.examples, prepared.tokenizer) if process_group.is_rank0 else [],
+        start_report=StartReport(
+            providers=assembly.table(),
+            model=config.model,
+            device=str(lm.device),
+            dtype=str(precision),
+            num_parameters=sum(p.numel() for p in parameters),
+            num_trainable=sum(p.numel() for p in parameters if p.requires_grad),
+            num_rows=data.ledger.num_rows,
+            num_examples=scope.num_examples,
+            num_label_tokens=scope.num_label_tokens,
+            num_input_tokens=scope.num_input_tokens,
+            num_eval_rows=eval_data.ledger.num_rows,
+            formats=dict(data.formats),
+            ledger=(*data.ledger.summary(), *eval_data.ledger.summary()),
+            num_steps=sampler.num_steps,
+            num_processes=process_group.world_size,
+            train_batch_size=config.train.rows_per_step,
+            per_device_train_batch_size=config.train.micro_batch_size,
+            gradient_accumulation_steps=config.train.gradient_accumulation_steps or 1,
+            tokens_per_step=scope.num_label_tokens / max(1, scope.num_steps),
+            is_stream=config.data.streaming,
+        ),
     )
 
 
-def _check_evaluation(config: RunConfig, held_out: Dataset, metrics: Mapping[str, Any]) -> None:
-    """Raises ConfigError for an evaluation that could not be."""
-    if metrics and not held_out.questions:
+def _build_trainer(
+    config: RunConfig,
+    assembly: Assembly,
+    pipeline: DataPipeline,
+    sampler: Sampler,
+    precision: Precision,
+    saved: Path | None,
+    process_group: ProcessGroup,
+) -> Trainer:
+    """Load the model, make it ready to train, and check that it computes what its own forward computes, packed too."""
+    from sftx.trainer.self_checks import check_packing
+    from sftx.trainer.trainer import Trainer
+
+    loss = assembly.loss()
+
+    def load() -> Trainer:
+        lm = _load_model(config, assembly, pipeline, precision, saved)
+        return Trainer(lm, loss, pipeline.collator, config.train, precision, sampler.num_steps, process_group)
+
+    # With fsdp2 each rank reads the whole model before it keeps its shards: one at a time, so that a host has it in
+    # memory once.
+    is_sharded = process_group.is_initialized and config.train.distributed == "fsdp2"
+    trainer = process_group.one_rank_at_a_time(load) if is_sharded else load()
+    trainer.engine.broadcast_parameters()
+    step, lm = trainer.engine.step, trainer.lm
+    with process_group.detect_lost_peers(), precision.autocast():
+        step.within(lm.check)
+        step.within(lambda: check_packing(lm, pipeline.collator, sampler.examples))
+    return trainer
+
+
+def _load_model(
+    config: RunConfig, assembly: Assembly, pipeline: DataPipeline, precision: Precision, saved: Path | None
+) -> LanguageModel:
+    """Load the model with its adapters; its weights are those of the checkpoint `saved` where there is one."""
+    import torch
+
+    from sftx.checkpoint.load_run import build_model
+    from sftx.model.added_tokens import ids_of
+    from sftx.model.load import load_spec
+    from sftx.trainer import parallel
+
+    spec = load_spec(pipeline.model, trust_remote_code=config.trust_remote_code)
+    spec = dataclasses.replace(spec, new_token_ids=ids_of(pipeline.added_tokens, pipeline.tokenizer))
+    adapters = assembly.adapters(spec)
+    parallel.check(config.train, has_adapters=bool(adapters))
+    # With fsdp2 the model moves to the device layer by layer, as shards.
+    is_sharded = is_launched() and config.train.distributed == "fsdp2"
+    return build_model(
+        spec,
+        adapters,
+        pipeline.tokenizer,
+        dtype=precision.base_dtype(frozen=bool(adapters)),
+        device=torch.device("cpu") if is_sharded else precision.device,
+        stop_ids=pipeline.encoder.stop_ids,
+        saved=saved,
+        seed=config.train.seed,
+    )
+
+
+# --- checks and the manifest ----------------------------------------------------------------------
+
+
+def _check_evaluation(config: RunConfig, eval_data: Dataset, metrics: Mapping[str, MetricStage]) -> None:
+    """Raise ConfigError when options ask for an evaluation that the held-out rows do not allow."""
+    if metrics and not eval_data.questions:
         raise ConfigError(
             f"the metric {', '.join(metrics)} needs held-out conversations that end with an assistant's turn; "
             "give some with --eval-data, or leave the metric out"
         )
     options = config.train
-    for name, given in (("metric_for_best_model", options.best_metric), ("eval_steps", options.eval_steps)):
-        if given is not None and not len(held_out.examples):
+    for name, value in (("metric_for_best_model", options.best_metric), ("eval_steps", options.eval_steps)):
+        if value is not None and not len(eval_data.examples):
             raise ConfigError(f"option 'train.{name}' needs held-out rows; give some with --eval-data, or leave it out")
 
 
-def _trainer(
-    config: RunConfig,
-    prepared: Setup,
-    plan: Plan | StreamPlan,
-    loss: Loss,
-    precision: Precision,
-    saved: Path | None,
-    process_group: ProcessGroup,
-) -> Trainer:
-    """The model, ready to train, and checked to compute what its own forward computes, packed rows of examples too."""
-    from sftx.trainer.self_checks import check_packing
-    from sftx.trainer.trainer import Trainer
-
-    def load() -> Trainer:
-        lm = _load(config, prepared, precision, saved)
-        return Trainer(lm, loss, prepared.collator, config.train, precision, plan.num_steps, process_group)
-
-    # Each reads all of a model before it keeps its share: by turns, so that a host has it in memory once.
-    by_turns = process_group.is_initialized and config.train.distributed == "fsdp2"
-    trainer = process_group.one_rank_at_a_time(load) if by_turns else load()
-    trainer.engine.broadcast_parameters()
-    step, lm = trainer.engine.step, trainer.lm
-    with process_group.detect_lost_peers(), precision.autocast():
-        step.within(lm.check)
-        step.within(lambda: check_packing(lm, prepared.collator, plan.examples))
-    return trainer
-
-
-def _load(config: RunConfig, prepared: Setup, precision: Precision, saved: Path | None) -> LanguageModel:
-    """The model with its adapters; its weights are those of a checkpoint where one is `saved`."""
-    import torch
-
-    from sftx.checkpoint.checkpoint import load_weights
-    from sftx.model.added_tokens import ids_of
-    from sftx.model.generate import generation_defaults
-    from sftx.model.language_model import LanguageModel
-    from sftx.model.load import load_model, load_spec
-    from sftx.trainer import parallel
-
-    spec = load_spec(prepared.model, trust_remote_code=config.trust_remote_code)
-    spec = dataclasses.replace(spec, new_token_ids=ids_of(prepared.added_tokens, prepared.tokenizer))
-    adapters = prepared.assembly.adapters(spec)
-    parallel.check(config.train, has_adapters=bool(adapters))
-    if saved is not None and not adapters:
-        spec = dataclasses.replace(spec, name=str(saved))
-    dtype = precision.base_dtype(frozen=bool(adapters))
-    # What is shared out goes to the device layer by layer, as a share.
-    device = torch.device("cpu") if is_launched() and config.train.distributed == "fsdp2" else precision.device
-    model = load_model(spec, list(adapters.values()), dtype=dtype, device=device)
-    lm = LanguageModel(model, prepared.tokenizer)
-    torch.manual_seed(config.train.seed)
-    lm.attach(adapters)
-    lm.model.generation_config = generation_defaults(lm, prepared.encoder.stop_ids)  # what is saved stops by itself
-    if saved is not None and adapters:
-        load_weights(lm, saved, trust_remote_code=config.trust_remote_code)
-    return lm
-
-
-def _check_fit(config: RunConfig, plan: Plan | StreamPlan, lm: LanguageModel, held_out: Dataset) -> None:
-    """Raises ModelError for token ids without an embedding; notes what is likely a mistake."""
-    from sftx.data.sampler import StreamPlan
+def _check_fit(config: RunConfig, sampler: Sampler, lm: LanguageModel, eval_data: Dataset) -> None:
+    """Raise ModelError for token ids without an embedding; warn of likely mistakes in lengths and schedule."""
+    from sftx.data.sampler import StreamSampler
     from sftx.trainer.schedule import num_decay_steps, num_warmup_steps
 
     num_rows = cast(Any, lm.model.get_input_embeddings()).weight.shape[0]
-    largest = max(plan.scope.largest_id, held_out.examples.largest_id)
+    largest = max(sampler.scope.largest_id, eval_data.examples.largest_id)
     if largest >= num_rows:
         raise ModelError(
             f"model {config.model}: its tokenizer gives the id {largest}, its embedding has {num_rows} rows; "
             "they do not belong together"
         )
-    if isinstance(plan, StreamPlan):
-        plan.num_embeddings = num_rows  # its later windows are held against this when they are read
-    longest = max(plan.scope.longest, int(held_out.examples.lengths.max(initial=0)))
+    if isinstance(sampler, StreamSampler):
+        sampler.num_embeddings = num_rows  # later windows are checked against it when they are read
+    longest = max(sampler.scope.longest, int(eval_data.examples.lengths.max(initial=0)))
     limit = getattr(lm.config, "max_position_embeddings", None)
     if limit is not None and longest > limit:
         log.warning("the longest row has %d tokens, the model was made for %d; lower data.max_length", longest, limit)
-    warmup = num_warmup_steps(config.train, plan.num_steps)
-    decay = num_decay_steps(config.train, plan.num_steps)
-    if config.train.lr_scheduler_type == "warmup_stable_decay" and warmup + decay >= plan.num_steps:
-        log.warning("%d steps of warm-up and %d of decay leave no level part of %d", warmup, decay, plan.num_steps)
-    if warmup >= plan.num_steps:
-        log.warning(
-            "all %d steps are warm-up (warmup_steps %d): the peak rate is never reached", plan.num_steps, warmup
-        )
+    num_steps = sampler.num_steps
+    warmup, decay = num_warmup_steps(config.train, num_steps), num_decay_steps(config.train, num_steps)
+    if config.train.lr_scheduler_type == "warmup_stable_decay" and warmup + decay >= num_steps:
+        log.warning("%d steps of warm-up and %d of decay leave no level part of %d", warmup, decay, num_steps)
+    if warmup >= num_steps:
+        log.warning("all %d steps are warm-up (warmup_steps %d): the peak rate is never reached", num_steps, warmup)
 
 
 def _manifest(
     config: RunConfig,
     assembly: Assembly,
-    prepared: Setup,
+    pipeline: DataPipeline,
     lm: LanguageModel,
     precision: Precision,
     process_group: ProcessGroup,
 ) -> dict[str, Any]:
-    """Versions, device and plugins, and hashes of what is read."""
+    """Return versions, device and plugins, and hashes of the model and the data."""
     import torch
 
     from sftx import __version__
     from sftx.model.load import fingerprint
 
+    versions: dict[str, str | None] = {}
+    for library in _LIBRARIES:
+        try:
+            versions[library] = importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            versions[library] = None
     return {
         "sftx": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "libraries": {name: _version(name) for name in _LIBRARIES},
+        "libraries": versions,
         "device": str(lm.device),
         "num_threads": torch.get_num_threads(),
         "dtype": str(precision),
@@ -331,23 +387,16 @@ def _manifest(
         "plugins": [dataclasses.asdict(provider) for provider in assembly.table()],
         "model": {
             "name": config.model,
-            "files": prepared.model,
-            "sha256": fingerprint(prepared.model),
+            "files": pipeline.model,
+            "sha256": fingerprint(pipeline.model),
             "revision": getattr(lm.model.config, "_commit_hash", None),
         },
-        "data": [_described(source, config.data) for source in config.data.train],
-        "eval_data": [_described(source, config.data) for source in config.data.eval],
+        "data": [_describe(source, config.data) for source in config.data.train],
+        "eval_data": [_describe(source, config.data) for source in config.data.eval],
     }
 
 
-def _described(source: Source, config: DataConfig) -> dict[str, Any]:
-    """A source and what its content was; a stream is not read twice over only to say that, but at its ends."""
+def _describe(source: Source, config: DataConfig) -> dict[str, Any]:
+    """Return a source with a hash of its content; of a stream only its ends are hashed, which is read once."""
     content = sources.glance(source) if config.streaming else sources.fingerprint(source)
     return {"path": source.path, "subset": source.subset, "split": source.split, "fingerprint": content}
-
-
-def _version(library: str) -> str | None:
-    try:
-        return importlib.metadata.version(library)
-    except importlib.metadata.PackageNotFoundError:
-        return None

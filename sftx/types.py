@@ -1,9 +1,9 @@
 """The types that the stages of a run hand to one another, in the order in which data meets them.
 
-record -> Parsed -> Segment -> Example -> Batch -> HiddenOut -> LossSum. Nothing goes back.
+record -> Parsed -> Segment -> Example -> Batch -> HiddenOut -> LossSum. Data never flows back.
 
 Dimensions, as suffixes of tensor names: B rows, T tokens, N = B*T, D hidden, V vocabulary.
-Importing this module imports no torch: the tensors below are annotations only.
+Importing this module imports neither torch nor numpy: tensors and arrays below are annotations only.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
     from torch import Tensor, nn
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from sftx.events import EvalReport, StartReport, StepReport
-    from sftx.model.language_model import LanguageModel
+    from sftx_kernels import LinearCrossEntropyOutput
 
 IGNORE_INDEX = -100
 """The label of a position that is not trained."""
@@ -36,7 +38,7 @@ Record: TypeAlias = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Location:
-    """Where a record stands: shown in every error and every entry of the ledger."""
+    """The place of a record in its source, shown in every error and every entry of the ledger."""
 
     path: str
     number: int
@@ -49,34 +51,33 @@ class Location:
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A function that the assistant asks to be called."""
+    """A call of a function that the assistant requests."""
 
     name: str
     arguments: Mapping[str, Any]
-    """JSON values by the names of the function's parameters."""
+    """JSON values by parameter name."""
     id: str | None = None
-    """What the turn with its result is known by."""
+    """Identifier that the message with the call's result refers to."""
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of `role` system, user, assistant or tool (the result of a call).
-
-    `trainable=None` leaves it to the run which roles are trained; without further options the assistant's.
-    """
+    """One turn; `role` is system, user, assistant or tool (the result of a call)."""
 
     role: str
     content: str
     trainable: bool | None = None
+    """True or False overrides the run's options; None leaves it to them (by default the assistant's turns)."""
     weight: float = 1.0
+    """Loss weight of the turn's label tokens."""
     reasoning: str = ""
-    """What the assistant thought before `content`, without the tags that a template writes around it."""
+    """The assistant's reasoning before `content`, without the tags that a template writes around it."""
     tool_calls: tuple[ToolCall, ...] = ()
-    """What the assistant asks for after `content`."""
+    """Calls that the assistant requests after `content`."""
     name: str | None = None
-    """Of the function whose result this is."""
+    """Name of the function whose result this message is."""
     tool_call_id: str | None = None
-    """Of the call whose result this is."""
+    """Identifier of the call whose result this message is."""
 
     @property
     def trained(self) -> bool:
@@ -85,7 +86,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns to be rendered by a template."""
+    """Messages that a template renders."""
 
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
@@ -95,7 +96,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class PlainText:
-    """Text of continued pre-training; needs no template, every token of it is trained."""
+    """Text for continued pre-training. It needs no template, and every token of it is a label token."""
 
     text: str
     extras: Mapping[str, Any] = field(default_factory=dict)
@@ -103,7 +104,7 @@ class PlainText:
 
 @dataclass(frozen=True)
 class Tokens:
-    """A row that was tokenised elsewhere; needs no template."""
+    """A record that was tokenised elsewhere. It needs no template."""
 
     token_ids: tuple[int, ...]
     loss_mask: tuple[bool, ...]
@@ -115,33 +116,44 @@ Parsed: TypeAlias = Conversation | PlainText | Tokens
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of rendered text. `control=True`: the text is one control token, taken by its id."""
+    """A piece of rendered text. With `control=True` the text is exactly one control token, encoded by its id."""
 
     text: str
     trainable: bool = False
     control: bool = False
     weight: float = 1.0
     role: str = ""
-    """Whose turn it is part of; shown by `sftx inspect`, of no effect on training."""
+    """Role of the turn that the segment belongs to. `sftx inspect` shows it; training ignores it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Example:
-    """One encoded conversation. `loss_mask[i]` says whether the model is trained to produce `token_ids[i]`."""
+    """One encoded conversation, from the encoder to the collator. Lists given for arrays are converted."""
 
-    token_ids: list[int]
-    loss_mask: list[bool]
+    token_ids: NDArray[np.int32]
+    """[T]"""
+    loss_mask: NDArray[np.bool_]
+    """[T]; True where the model is trained to produce `token_ids[i]`"""
     row_id: str
+    """Place of the record, with `#n` appended where a record became several examples."""
     group: int
     """Examples of one group (a preference pair) always share a micro-batch."""
-    weights: list[float] | None = None
-    """Loss weight of each token; None: all 1."""
+    weights: NDArray[np.float32] | None = None
+    """[T], loss weight of each token; None stands for all ones."""
     extras: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        import numpy as np
+
+        object.__setattr__(self, "token_ids", np.asarray(self.token_ids, np.int32))
+        object.__setattr__(self, "loss_mask", np.asarray(self.loss_mask, np.bool_))
+        if self.weights is not None:
+            object.__setattr__(self, "weights", np.asarray(self.weights, np.float32))
 
     @property
     def num_label_tokens(self) -> int:
-        """Trained tokens. The first token has nothing before it that could predict it."""
-        return sum(self.loss_mask[1:])
+        """Number of trained tokens. The first token is never one: no token before it could predict it."""
+        return int(self.loss_mask[1:].sum())
 
 
 # --- from examples to a loss --------------------------------------------------------------------
@@ -149,11 +161,29 @@ class Example:
 Row: TypeAlias = tuple[int, ...]
 """Indices of the examples that share a row of a batch: one when padded, several when packed or paired."""
 Step: TypeAlias = tuple[Row, ...]
-"""The rows of one optimizer step, in an order in which neighbours are good to batch together."""
+"""The rows of one optimizer step, ordered so that neighbours are cheap to batch together."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """Examples that a collator plans together: those of an epoch, or the next ones of a stream."""
+
+    lengths: Sequence[int]
+    """Tokens of each example."""
+    groups: Sequence[int]
+    """Group of each example, ascending. Examples of one group share a row or at least a micro-batch."""
+    rows_per_step: int
+    """Rows of an optimizer step, over all processes."""
+    seed: int = 0
+    epoch: int = 0
+    index: int = 0
+    """Number of the window within a stream; 0 for an epoch."""
+    is_last: bool = True
+    """Whether nothing may be carried over to a next window."""
 
 
 Attention: TypeAlias = Literal["varlen", "mask", "mask4d"]
-"""`varlen`: attention within the borders of `cu_seqlens`; `mask`: transformers' own mask, made from the position ids;
+"""`varlen`: attention within the documents of `cu_seqlens`; `mask`: transformers' own mask, made from the position ids;
 `mask4d`: a ready-made block-diagonal mask, [1, 1, T, T]."""
 
 
@@ -168,24 +198,24 @@ class Batch:
     position_ids_BT: Tensor
     """int64"""
     lengths_B: Tensor | None
-    """int64, real tokens of each row when padded at the right; None when packed"""
+    """int64, non-padding tokens of each row when padded at the right; None when packed"""
     cu_seqlens: Tensor | None
-    """int32, borders of the documents of a packed row; None when padded"""
+    """int32, document boundaries of a packed row; None when padded"""
     max_seqlen: int
     """Length of the longest document, in tokens."""
     row_ids: tuple[str, ...]
     num_label_tokens: int
-    """Trained tokens: labels that are not IGNORE_INDEX. On the host, so that nothing waits for the device."""
+    """Number of labels that are not IGNORE_INDEX. Kept on the host, so that nothing waits for the device."""
     num_input_tokens: int
-    """Tokens that are not padding."""
+    """Number of non-padding tokens."""
     token_weights_BT: Tensor | None = None
-    """fp32, loss weight of each label; None: all 1"""
+    """fp32, loss weight of each label; None stands for all ones"""
     attention: Attention = "varlen"
-    """How the documents of a packed row are kept from seeing one another."""
+    """How the documents of a packed row are kept from attending to one another."""
     extras: dict[str, Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch with every tensor on `device`."""
+        """Return the same batch with every tensor on `device`."""
         from torch import Tensor
 
         moved: dict[str, Any] = {
@@ -199,26 +229,77 @@ class Batch:
 
 @dataclass
 class HiddenOut:
-    """What the decoder gives: the states that the head reads, and a router's auxiliary loss if it has one."""
+    """Output of the decoder: the states that the head reads, and a router's auxiliary loss if the model has one."""
 
     hidden_BTD: Tensor
     aux_loss: Tensor | None = None
-    """fp32 scalar, already times the architecture's own coefficient"""
+    """fp32 scalar, already multiplied by the architecture's own coefficient"""
 
 
 @dataclass
 class LossSum:
-    """The loss of one micro-batch as a sum; the engine divides by the denominators of the whole step."""
+    """The loss of one micro-batch as a sum; the trainer divides by the denominators of the whole step."""
 
     sum: Tensor
     """fp32 scalar"""
     aux_loss: Tensor | None = None
-    """fp32 scalar; counts by this micro-batch's share of the step's denominator"""
+    """fp32 scalar, weighted by this micro-batch's share of the step's denominator"""
     metrics: dict[str, Tensor] = field(default_factory=dict)
-    """Sums, to be divided by the same denominator (`token_accuracy`: the number of right tokens).
+    """Sums, divided by the same denominator (`token_accuracy`: the number of correct tokens).
 
-    `nll`, the negative log-likelihood of the trained tokens in nats, is reported as `perplexity`, its exponential.
+    `nll`, the negative log-likelihood of the label tokens in nats, is reported as `perplexity`, its exponential.
     """
+
+
+class LanguageModel(Protocol):
+    """The model of a run as losses and adapters see it: `sftx.model.language_model.CausalLM` implements it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    adapters: dict[str, Adapter]
+    """Attached adapters by plugin name; empty in full fine-tuning."""
+    seed: Tensor
+    """0-d int64 on the CPU: the seed of the coming forward, which every random number in a module derives from."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, D]; requires a gradient when the head is trained."""
+
+    @property
+    def head_bias(self) -> Tensor | None:
+        """[V]"""
+
+    @property
+    def logit_scale(self) -> float:
+        """Factor of the head's product."""
+
+    @property
+    def softcap(self) -> float | None:
+        """Bound of the logits: softcap * tanh(logits / softcap), applied after the scale."""
+
+    def hidden(self, batch: Batch) -> HiddenOut:
+        """Run the decoder without the head."""
+
+    def cross_entropy(
+        self,
+        hidden_BTD: Tensor,
+        labels_BT: Tensor,
+        *,
+        token_weights_BT: Tensor | None = None,
+        num_valid: int | None = None,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        workspace_bytes: int | None = None,
+        reduction: Literal["sum", "none"] = "sum",
+        stats: bool = False,
+    ) -> LinearCrossEntropyOutput:
+        """Compute head and cross-entropy together, in chunks; the logits are never materialised."""
+
+    def without_adapters(self) -> AbstractContextManager[None]:
+        """Return a context in which the model computes what it did before training."""
 
 
 # --- what plugins return ------------------------------------------------------------------------
@@ -226,33 +307,33 @@ class LossSum:
 
 @runtime_checkable
 class Parser(Protocol):
-    """Recognises records of one format and turns each into what it holds."""
+    """Recognises records of one format and converts them."""
 
     @property
     def fields(self) -> str:
-        """What a record of this format looks like, for the error that lists the known formats."""
+        """Describes the fields of a record, for the error that lists the known formats."""
 
     @property
     def samples(self) -> Sequence[Record]:
-        """A few small records of this format: shown to users, and what the format's contract is checked with."""
+        """A few small records of this format: shown to users, and used to check the format's contract."""
 
     def accepts(self, record: Record) -> bool:
-        """Whether the record's fields are those of this format; its values are judged by `parse`."""
+        """Return whether the record has the fields of this format; `parse` judges their values."""
 
     def parse(self, record: Record, where: Location) -> tuple[Parsed, ...]:
-        """What the record holds. Raises DataError, naming `where`.
+        """Converts the record. Raises DataError, naming `where`.
 
-        Several are one group (a preference pair), whose first member is the one that is asked for in evaluation.
+        Several results are one group (a preference pair); evaluation asks for the answer of the first.
         """
 
 
 @runtime_checkable
 class Template(Protocol):
-    """Writes a conversation as text, segment by segment, and says which segments are trained."""
+    """Renders a conversation as segments of text, and says which of them are trained."""
 
     @property
     def controls(self) -> frozenset[str]:
-        """The control tokens it writes; user text can never become one of them."""
+        """The control tokens that it writes; user text can never become one of them."""
 
     @property
     def stop(self) -> tuple[str, ...]:
@@ -260,98 +341,88 @@ class Template(Protocol):
 
     @property
     def rewrites_history(self) -> bool:
-        """Whether earlier turns render differently once later ones follow: one example a trained turn then."""
+        """Whether earlier turns render differently once later ones follow: each trained turn is one example then."""
 
     @property
     def chat_template(self) -> str | None:
-        """The same in Jinja, saved with the tokenizer so that who serves the result asks as it was trained.
+        """The same template in Jinja, saved with the tokenizer so that a server prompts as the model was trained.
 
-        None leaves the tokenizer's own.
+        None keeps the tokenizer's own.
         """
 
     def render(self, conversation: Conversation) -> tuple[Segment, ...]:
-        """The whole conversation."""
+        """Renders the whole conversation."""
 
     def generation_prompt(self, conversation: Conversation) -> tuple[Segment, ...]:
-        """The conversation so far and the opening of the assistant's next turn."""
+        """Renders the conversation so far and the opening of the assistant's next turn."""
 
 
 @runtime_checkable
 class Collator(Protocol):
-    """Decides which examples share a step and a row, and makes tensors of one micro-batch.
+    """Decides which examples share a step and a row, and makes the tensors of one micro-batch.
 
     A collator that packs may have an attribute `row_length: int`, the tokens that a row holds, for reports.
     It may have an attribute `wrap_length: int | None`. Where it is a number, the examples are first cut where
     their concatenation passes a multiple of it, so that neighbouring pieces fill rows of that many tokens.
     """
 
-    def plan(
-        self,
-        lengths: Sequence[int],
-        groups: Sequence[int],
-        *,
-        seed: int,
-        epoch: int,
-        window: int,
-        examples_per_step: int,
-        final: bool,
-    ) -> tuple[list[Step], Row]:
-        """The steps of one window of examples, and the indices carried over to the next one.
+    def plan(self, window: Window) -> tuple[list[Step], Row]:
+        """Return the steps of one window, and the indices of examples that are carried over to the next one.
 
-        A pure function of its arguments. Each step has `examples_per_step` rows; when `final`, one of them may have
-        fewer and nothing is carried over. Loses and repeats no example.
+        A pure function of its argument. Each step has `rows_per_step` rows; in the last window one step may have fewer
+        and nothing is carried over. No example is lost or repeated.
         """
 
     def collate(self, examples: Sequence[Example]) -> Batch:
-        """One micro-batch. The one place where labels are shifted."""
+        """Make one micro-batch; this is the one place where labels are shifted."""
 
 
 @runtime_checkable
 class Loss(Protocol):
-    """A sum over one micro-batch, and what it is to be divided by."""
+    """Computes a sum over one micro-batch, and the number that it is to be divided by."""
 
     def denominator(self, batch: Batch) -> float:
-        """Known on the host before the forward: trained tokens, or pairs for a preference loss."""
+        """Return the denominator, known before the forward: label tokens, or pairs for a preference loss."""
 
     def __call__(self, lm: LanguageModel, batch: Batch) -> LossSum:
-        """Gets the model, not logits, so that fused heads and losses of two passes fit."""
+        """Compute the loss. It gets the model, not logits, so that fused heads and losses of two passes fit."""
 
 
 class Adapter(ABC):
     """Makes a frozen model trainable in part, or changes it while it loads."""
 
     def quantize(self, name: str, module: nn.Module) -> nn.Module | None:
-        """A replacement for the module of that path, whose weights have just been read; None leaves it."""
+        """Return a replacement for the module of that path, whose weights were just read; None keeps it."""
         return None
 
     @abstractmethod
     def attach(self, lm: LanguageModel) -> None:
-        """Adds what trains. Everything else is frozen already; the model's output must not change."""
+        """Adds the trainable parameters. All others are frozen already; the model's output must not change."""
 
     def rate_scale(self, name: str) -> float:
-        """What the learning rate of a parameter, by its name in the model, is multiplied with (LoRA+)."""
+        """Return the factor of the learning rate of a parameter, by its name in the model (LoRA+)."""
         return 1.0
 
     @abstractmethod
     def disabled(self) -> AbstractContextManager[None]:
-        """Within it the model computes what it did before training."""
+        """Return a context in which the model computes what it did before training."""
 
     @abstractmethod
     def save(self, directory: Path) -> None:
-        """Writes what it trained into an empty directory, as safetensors and JSON."""
+        """Writes the trained parameters into an empty directory, as safetensors and JSON."""
 
     @abstractmethod
     def load(self, directory: Path) -> None:
-        """Reads what `save` wrote; every tensor must be there and none be left over."""
+        """Read what `save` wrote; a tensor that is missing or left over is an error."""
 
     @abstractmethod
     def merge(self, lm: LanguageModel) -> None:
-        """Folds what it trained into the model's weights and takes itself off."""
+        """Folds the trained parameters into the model's weights and removes the adapter."""
 
 
 @runtime_checkable
 class Metric(Protocol):
-    """Scores generated answers; the mean over the held-out rows is reported, of several scores by their names.
+    """Scores generated answers. The mean over the held-out rows is reported; several scores by their names.
 
     A metric whose score of a whole set is not the mean of its rows' (BLEU) may have a method
     `corpus(predictions: Sequence[str], references: Sequence[str]) -> float | Mapping[str, float]`, whose score is
@@ -362,25 +433,25 @@ class Metric(Protocol):
 
 
 class Observer:
-    """Told what happens in a run; changes nothing. Override what you need.
+    """Receives the events of a run and changes nothing. Override the methods you need.
 
     An observer that raises is named once and switched off; it never stops a run.
     """
 
     def on_start(self, report: StartReport) -> None:
-        """Everything is loaded and derived; the run directory exists."""
+        """Called when everything is loaded and the run directory exists."""
 
     def on_step(self, report: StepReport) -> None:
-        """An optimizer step is done."""
+        """Called after an optimizer step."""
 
     def on_evaluate(self, report: EvalReport) -> None:
-        """An evaluation is done."""
+        """Called after an evaluation."""
 
     def on_save(self, step: int, directory: Path) -> None:
-        """An artefact lies complete in `directory`."""
+        """Called when an artefact is complete in `directory`."""
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
-        """The run is over; `summary` is what summary.json holds."""
+        """Called when the run is over; `summary` is the content of summary.json."""
 
     def close(self) -> None:
         """Called exactly once, last, also when the run failed."""
@@ -388,13 +459,13 @@ class Observer:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What an adapter may know before weights are read."""
+    """Facts about the model that an adapter may know before weights are read."""
 
     name: str
     config: PretrainedConfig
     skeleton: PreTrainedModel
-    """The whole model on the meta device: names, shapes, no values."""
+    """The whole model on the meta device: names and shapes, no values."""
     trust_remote_code: bool = False
     """Whether Python code that comes with the model may run."""
     new_token_ids: tuple[int, ...] = ()
-    """Ids of tokens that were added to the tokenizer, whose rows are to be trained; ascending."""
+    """Ids of tokens that were added to the tokenizer, whose embedding rows are to be trained; ascending."""

@@ -1,19 +1,30 @@
-"""The operations that fine-tuning spends its time in. Imports torch and, where it runs, triton; nothing else."""
+"""The operations in which fine-tuning spends its time, each with a plain-torch and a Triton implementation.
 
-from sftx_kernels.cross_entropy import CrossEntropyOutput, cross_entropy
-from sftx_kernels.linear_cross_entropy import LinearCrossEntropyOutput, linear_cross_entropy
+An operation has one name everywhere: `<operation>.py` is the public function with its checks, autograd and plain-torch
+implementation, `triton/<operation>.py` its Triton kernels, and `bench/<operation>.py` its benchmark. This package
+imports torch and, where kernels run, triton; it imports neither sftx nor the plugins.
+"""
+
+from sftx_kernels.cross_entropy import IGNORE_INDEX, CrossEntropyOutput, cross_entropy
+from sftx_kernels.linear_cross_entropy import (
+    LinearCrossEntropyOutput,
+    LinearCrossEntropyWorkspace,
+    linear_cross_entropy,
+    linear_cross_entropy_workspace,
+)
 from sftx_kernels.lora import lora_linear, lora_linears
 from sftx_kernels.nf4 import NF4Weight, dequantize_nf4, quantize_nf4
-from sftx_kernels.rows import IGNORE_INDEX
 
 __all__ = [
     "IGNORE_INDEX",
     "CrossEntropyOutput",
     "LinearCrossEntropyOutput",
+    "LinearCrossEntropyWorkspace",
     "NF4Weight",
     "cross_entropy",
     "dequantize_nf4",
     "linear_cross_entropy",
+    "linear_cross_entropy_workspace",
     "lora_linear",
     "lora_linears",
     "quantize_nf4",

@@ -1,34 +1,37 @@
-"""Cross-entropy of logits that are there already. Where they are not, `linear_cross_entropy` never makes them whole.
+"""Cross-entropy of logits that exist already; `linear_cross_entropy` never materialises them.
 
-Shape suffixes: N rows (tokens), V vocabulary.
+For a row of logits a with label y, token weight w and label smoothing s:
+
+    z    = softcap * tanh(logit_scale * a / softcap)            Gemma 2 (arXiv:2408.00118), section 2
+    loss = w * ((1 - s) * (lse(z) - z_y) + s * (lse(z) - mean(z)) + z_loss * lse(z)^2)
+
+with the smoothing of Szegedy et al. (arXiv:1512.00567), section 7, as in torch's cross_entropy, and the z-loss of PaLM
+(arXiv:2204.02311), section 5. `fill` computes it in plain torch (below) or with `triton.cross_entropy`.
+
+Shape suffixes: N rows (tokens), M rows that are not ignored, S rows of a slice, V vocabulary.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+import os
+from dataclasses import dataclass
+from typing import Any, Final, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sftx_kernels.checks import (
-    check_labels,
-    check_loss_options,
-    check_tensor,
-    check_token_weights,
-    differentiable_once,
-    error,
-)
+from sftx_kernels.checks import check_tensor, differentiable_once, error, is_number
 from sftx_kernels.dispatch import Decision, decide
 from sftx_kernels.gemm import accumulator
-from sftx_kernels.rows import IGNORE_INDEX, Formula, Rows, fill_with_torch
+
+IGNORE_INDEX: Final = -100
 
 
 class CrossEntropyOutput(NamedTuple):
-    """What `cross_entropy` returns. Its floats are fp32, or fp64 for fp64 logits.
+    """The result of `cross_entropy`. Its floats are fp32, or fp64 for fp64 logits.
 
-    loss: 0-d (`reduction="sum"`), or [N] with 0 at ignored rows (`"none"`); all that carries a gradient.
-    num_tokens: how many rows were not ignored, unweighted; 0-d int64 on the device, so that nothing waits for it.
+    loss: 0-d (`reduction="sum"`), or [N] with 0 at ignored rows (`"none"`); the only field that carries a gradient.
+    num_tokens: the number of rows that are not ignored, unweighted; 0-d int64 on the device, so that nothing syncs.
     lse_N, entropy_N, correct_N: None unless `stats=True`; see there.
     """
 
@@ -54,7 +57,7 @@ def cross_entropy(
     inplace: bool = False,
     backend: str | None = None,
 ) -> CrossEntropyOutput:
-    """Cross-entropy of each row; the formula, with its sources, stands at the top of `sftx_kernels.rows`.
+    """Return the cross-entropy of each row; the formula, with its sources, is at the top of this module.
 
     Forward reads the logits once, backward reads them once and writes the gradient; ignored rows are not read,
     and their gradient is 0. Differentiable once, in reverse mode.
@@ -67,8 +70,8 @@ def cross_entropy(
         token_weights_N: floating; scales the whole loss of a row. Gets no gradient.
         stats: return also, detached and with 0 or False at ignored rows: lse_N of the final logits z;
             entropy_N of their softmax, in nats; correct_N (bool), whether the label is their argmax.
-        inplace: make the gradient in forward, over the logits, which are then rubbish to everyone else: one
-            reading and one writing in all. Backward may run once. Under torch.compile it has no effect.
+        inplace: make the gradient in forward, over the logits, whose values are then lost: one reading and one
+            writing in all. Backward may run once. Under torch.compile it has no effect.
         backend: see `sftx_kernels.dispatch`.
 
     Raises:
@@ -83,10 +86,14 @@ def cross_entropy(
     check_loss_options(label_smoothing, z_loss, softcap, logit_scale, ignore_index, reduction)
     if token_weights_N is not None:
         token_weights_N = token_weights_N.to(accumulator(logits_NV.dtype))
-    numbers = (label_smoothing, z_loss, softcap, logit_scale, ignore_index)
-    arguments = (logits_NV, labels_N, token_weights_N, *numbers, stats, backend)
+    formula = Formula(label_smoothing, z_loss, softcap, logit_scale, ignore_index)
+    arguments = (logits_NV, labels_N, token_weights_N, *formula, stats, backend)
     if inplace and torch.is_grad_enabled() and logits_NV.requires_grad and not torch.compiler.is_compiling():
-        _check_overwritable(logits_NV)
+        across, along = logits_NV.stride()
+        if logits_NV.is_leaf:
+            raise error("logits_NV", "no leaf, whose values would be lost, where inplace=True", "a leaf")
+        if (V > 1 and along != 1) or (num_rows > 1 and across < V):
+            raise error("logits_NV", f"strides [>= {V}, 1] where inplace=True", f"strides {[across, along]}")
         loss_N, lse_N, entropy_N, correct_N = _InPlace.apply(*arguments)  # type: ignore[no-untyped-call]
     else:
         loss_N, lse_N, entropy_N, correct_N = _forward(*arguments)
@@ -97,24 +104,123 @@ def cross_entropy(
     return CrossEntropyOutput(loss, num_tokens, lse_N.detach(), entropy_N.detach(), correct_N)
 
 
-def fill(rows: Rows, formula: Formula, decision: Decision) -> None:
-    """Writes what `rows` asks for, in the implementation that was decided on."""
-    if decision.backend == "torch":
-        fill_with_torch(rows, formula)
-        return
-    from sftx_kernels.gpu.cross_entropy import launches
-    from sftx_kernels.gpu.launch import chip_of
+# ---- checks, shared with linear_cross_entropy
 
-    for launch in launches(rows, formula, chip_of(rows.logits_NV.device)):
+
+def check_token_weights(token_weights_N: Tensor | None, num_rows: int, like: Tensor) -> None:
+    if token_weights_N is not None:
+        check_tensor("token_weights_N", token_weights_N, (num_rows,), like, None)
+        if token_weights_N.requires_grad:
+            raise error("token_weights_N", "requires_grad=False", "requires_grad=True")
+
+
+def check_loss_options(
+    label_smoothing: float, z_loss: float, softcap: float | None, logit_scale: float, ignore_index: int, reduction: str
+) -> None:
+    if not (is_number(label_smoothing) and 0 <= label_smoothing < 1):
+        raise error("label_smoothing", "a number in [0, 1)", label_smoothing)
+    if not (is_number(z_loss) and z_loss >= 0):
+        raise error("z_loss", "a number >= 0", z_loss)
+    if softcap is not None and not (is_number(softcap) and softcap > 0):
+        raise error("softcap", "None or a number > 0", softcap)
+    if not is_number(logit_scale):
+        raise error("logit_scale", "a finite number", logit_scale)
+    if not isinstance(ignore_index, int):
+        raise error("ignore_index", "an int", repr(ignore_index))
+    if reduction not in ("sum", "none"):
+        raise error("reduction", "'sum' or 'none'", repr(reduction))
+
+
+def check_labels(labels_N: Tensor, ignore_index: int, num_classes: int) -> None:
+    """Check that labels are in [0, num_classes); on an accelerator only if SFTX_CHECK_LABELS=1, because it syncs."""
+    if not (labels_N.is_cpu or os.environ.get("SFTX_CHECK_LABELS") == "1"):
+        return
+    wrong_N = (labels_N != ignore_index) & ((labels_N < 0) | (labels_N >= num_classes))
+    if wrong_N.any():
+        row = int(wrong_N.nonzero()[0])
+        raise error("labels_N", f"{ignore_index} or in [0, {num_classes})", f"{int(labels_N[row])} at row {row}")
+
+
+# ---- one call on rows of logits, shared with linear_cross_entropy
+
+
+class Formula(NamedTuple):
+    """The numbers of the loss. With ignore_index None no row is ignored."""
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    ignore_index: int | None = None
+
+
+@dataclass(frozen=True)
+class LogitRows:
+    """Rows of logits and the outputs to fill, on one device; an output that is None is not computed.
+
+    Ignored rows get 0. Without `loss_N` only the gradient is computed, and `lse_N` is an input.
+    """
+
+    logits_NV: Tensor  # floating, stride 1 along V
+    labels_N: Tensor  # int64
+    token_weights_N: Tensor | None  # fp32, or fp64 for fp64 logits, as all floats below
+    loss_N: Tensor | None
+    lse_N: Tensor
+    entropy_N: Tensor | None
+    correct_N: Tensor | None  # bool; present exactly if entropy_N is
+    grad_NV: Tensor | None  # dtype of the logits; may be the logits themselves
+    scratch: bool = False  # the logits may be overwritten, also without a gradient
+
+
+def fill(rows: LogitRows, formula: Formula, decision: Decision) -> None:
+    """Compute the outputs of `rows` with the backend of `decision`."""
+    if decision.backend == "torch":
+        _fill_with_torch(rows, formula)
+        return
+    from sftx_kernels.triton.cross_entropy import launches
+    from sftx_kernels.triton.launch import chip_of
+
+    for launch in launches(
+        rows.logits_NV, rows.labels_N, rows.lse_N, chip_of(rows.logits_NV.device),
+        token_weights_N=rows.token_weights_N, loss_N=rows.loss_N, entropy_N=rows.entropy_N, correct_N=rows.correct_N,
+        grad_NV=rows.grad_NV, **formula._asdict(),
+    ):  # fmt: skip
         launch.run()
 
 
-def _check_overwritable(logits_NV: Tensor) -> None:
-    (num_rows, V), (across, along) = logits_NV.shape, logits_NV.stride()
-    if logits_NV.is_leaf:
-        raise error("logits_NV", "no leaf, whose values would be lost, where inplace=True", "a leaf")
-    if (V > 1 and along != 1) or (num_rows > 1 and across < V):
-        raise error("logits_NV", f"strides [>= {V}, 1] where inplace=True", f"strides {[across, along]}")
+# ---- autograd
+
+
+def _empty_rows(
+    logits_NV: Tensor, labels_N: Tensor, token_weights_N: Tensor | None, *, stats: bool, grad_NV: Tensor | None = None
+) -> LogitRows:
+    """Return rows whose outputs are allocated and not yet filled."""
+    wide = accumulator(logits_NV.dtype)
+    loss_N, lse_N, *stat = (logits_NV.new_empty(labels_N.shape, dtype=wide) for _ in range(2 + stats))
+    return LogitRows(
+        logits_NV,
+        labels_N,
+        None if token_weights_N is None else token_weights_N.contiguous(),
+        loss_N,
+        lse_N,
+        entropy_N=stat[0] if stats else None,
+        correct_N=logits_NV.new_empty(labels_N.shape, dtype=torch.bool) if stats else None,
+        grad_NV=grad_NV,
+    )
+
+
+def _outputs(rows: LogitRows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return (loss_N, lse_N, entropy_N, correct_N), the last two empty without statistics."""
+    assert rows.loss_N is not None
+    if rows.entropy_N is None or rows.correct_N is None:
+        empty = rows.lse_N.new_empty(0)
+        return rows.loss_N, rows.lse_N, empty, empty.to(torch.bool)
+    return rows.loss_N, rows.lse_N, rows.entropy_N, rows.correct_N
+
+
+def _with_unit_stride(logits_NV: Tensor) -> Tensor:
+    """Return logits whose stride along V is 1, as both implementations need it."""
+    return logits_NV if logits_NV.stride(1) == 1 or logits_NV.shape[1] == 1 else logits_NV.contiguous()
 
 
 @torch.library.custom_op("sftx::cross_entropy", mutates_args=())
@@ -130,16 +236,17 @@ def _forward(
     stats: bool,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss_N, lse_N, entropy_N, correct_N), the last two empty unless stats."""
-    rows, decision = _rows(logits_NV, labels_N, token_weights_N, stats, ignore_index, backend, gradient=False)
+    check_labels(labels_N, ignore_index, logits_NV.shape[1])
+    decision = decide("cross_entropy", logits_NV.device, logits_NV.dtype, requested=backend)
+    rows = _empty_rows(_with_unit_stride(logits_NV), labels_N.contiguous(), token_weights_N, stats=stats)
     fill(rows, Formula(label_smoothing, z_loss, softcap, logit_scale, ignore_index), decision)
     return _outputs(rows)
 
 
 @_forward.register_fake
 def _(logits_NV: Tensor, labels_N: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    stats = rest[-2]
-    return _outputs(_empty_rows(logits_NV, labels_N, None, stats))
+    *_, stats, _backend = rest
+    return _outputs(_empty_rows(logits_NV, labels_N, None, stats=stats))
 
 
 @torch.library.custom_op("sftx::cross_entropy_backward", mutates_args=())
@@ -155,10 +262,11 @@ def _backward(
     ignore_index: int,
     backend: str | None,
 ) -> Tensor:
-    """The gradient of the logits; grad_N is that of the losses, times the token weights."""
-    decision = decide("cross_entropy", logits_NV.device, logits_NV.dtype, asked=backend)
+    """Return the gradient of the logits; grad_N is the gradient of the losses, times the token weights."""
+    decision = decide("cross_entropy", logits_NV.device, logits_NV.dtype, requested=backend)
     grad_NV = torch.empty_like(logits_NV, memory_format=torch.contiguous_format)
-    rows = Rows(_dense(logits_NV), labels_N.contiguous(), grad_N, None, lse_N, None, None, grad_NV)
+    logits_NV = _with_unit_stride(logits_NV)
+    rows = LogitRows(logits_NV, labels_N.contiguous(), grad_N, None, lse_N, None, None, grad_NV)
     fill(rows, Formula(label_smoothing, z_loss, softcap, logit_scale, ignore_index), decision)
     return grad_NV
 
@@ -169,9 +277,9 @@ def _(logits_NV: Tensor, *_: Any) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits_NV, labels_N, token_weights_N, *numbers, _, backend = inputs
+    logits_NV, labels_N, token_weights_N, *formula, _stats, backend = inputs
     ctx.save_for_backward(logits_NV, labels_N, token_weights_N, output[1])
-    ctx.numbers, ctx.backend = numbers, backend
+    ctx.formula, ctx.backend = formula, backend
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -182,7 +290,7 @@ def _differentiate(ctx: Any, grad_loss_N: Tensor | None, *_: Any) -> Any:
     grad_NV = None
     if grad_loss_N is not None:
         grad_N = grad_loss_N.contiguous() if token_weights_N is None else grad_loss_N * token_weights_N
-        grad_NV = _backward(logits_NV, labels_N, lse_N, grad_N, *ctx.numbers, ctx.backend)
+        grad_NV = _backward(logits_NV, labels_N, lse_N, grad_N, *ctx.formula, ctx.backend)
     return grad_NV, *(None,) * 9
 
 
@@ -190,14 +298,17 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 
 class _InPlace(torch.autograd.Function):
-    """The gradient over the logits, in forward; backward multiplies it with what comes from above."""
+    """Computes the gradient in forward, over the logits; backward multiplies it with the upstream gradient."""
 
     @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, labels_N: Tensor, token_weights_N: Any, *rest: Any) -> Any:
-        *numbers, stats, backend = rest
-        rows, decision = _rows(logits_NV, labels_N, token_weights_N, stats, numbers[-1], backend, gradient=True)
-        fill(rows, Formula(*numbers), decision)
-        # Whoever saved the logits for a backward of their own learns of it.
+    def forward(ctx: Any, logits_NV: Tensor, labels_N: Tensor, token_weights_N: Tensor | None, *rest: Any) -> Any:
+        formula, (stats, backend) = Formula(*rest[:-2]), rest[-2:]
+        check_labels(labels_N, rest[4], logits_NV.shape[1])
+        decision = decide("cross_entropy", logits_NV.device, logits_NV.dtype, requested=backend)
+        grad_NV = logits_NV.detach()
+        rows = _empty_rows(grad_NV, labels_N.contiguous(), token_weights_N, stats=stats, grad_NV=grad_NV)
+        fill(rows, formula, decision)
+        # An operation that saved the logits for its own backward then raises instead of reading overwritten values.
         torch.autograd.graph.increment_version(logits_NV)
         ctx.grad_NV = logits_NV.detach()
         outputs = _outputs(rows)
@@ -211,7 +322,7 @@ class _InPlace(torch.autograd.Function):
             raise RuntimeError("cross_entropy(inplace=True): backward ran already, and its gradient is spent")
         grad_NV, ctx.grad_NV = ctx.grad_NV, None
         if grad_NV.is_cuda:
-            from sftx_kernels.gpu.cross_entropy import scale_launch
+            from sftx_kernels.triton.cross_entropy import scale_launch
 
             scale_launch(grad_NV, grad_loss_N).run()
         elif not (grad_loss_N == 1).all():
@@ -219,48 +330,89 @@ class _InPlace(torch.autograd.Function):
         return grad_NV, *(None,) * 9
 
 
-def _rows(
-    logits_NV: Tensor,
-    labels_N: Tensor,
-    token_weights_N: Tensor | None,
-    stats: bool,
-    ignore_index: int,
-    backend: str | None,
-    *,
-    gradient: bool,
-) -> tuple[Rows, Decision]:
-    check_labels(labels_N, ignore_index, logits_NV.shape[1])
-    decision = decide("cross_entropy", logits_NV.device, logits_NV.dtype, asked=backend)
-    logits_NV = logits_NV.detach() if gradient else _dense(logits_NV)
-    rows = _empty_rows(logits_NV, labels_N.contiguous(), token_weights_N, stats)
-    return (replace(rows, grad_NV=logits_NV) if gradient else rows), decision
+# ---- the plain-torch implementation
+
+# Rows are processed in slices, so that the fp32 copy of bf16 logits stays small. On CPU 1 MB of fp32 was as fast as any
+# size from 128 kB to 32 MB (256 x 32000 on 2 cores: 8 ms in fp32, 12 ms in bf16).
+_SLICE_ELEMENTS_CPU, _SLICE_ELEMENTS = 1 << 18, 1 << 24
 
 
-def _empty_rows(logits_NV: Tensor, labels_N: Tensor, token_weights_N: Tensor | None, stats: bool) -> Rows:
-    def empty(dtype: torch.dtype) -> Tensor:
-        return logits_NV.new_empty(labels_N.shape, dtype=dtype)
+def _fill_with_torch(rows: LogitRows, formula: Formula) -> None:
+    num_rows, V = rows.logits_NV.shape
+    valid_M = None
+    ignored_N = None if formula.ignore_index is None else rows.labels_N == formula.ignore_index
+    if ignored_N is not None and ignored_N.any():  # with no ignored row, slices are views and nothing is gathered
+        ignored, valid_M = ignored_N.nonzero().squeeze(1), (~ignored_N).nonzero().squeeze(1)
+        lse_N = None if rows.loss_N is None else rows.lse_N
+        for output in (rows.loss_N, lse_N, rows.entropy_N, rows.correct_N, rows.grad_NV):
+            if output is not None:
+                output.index_fill_(0, ignored, 0)
+        num_rows = valid_M.shape[0]
+    step = max(1, (_SLICE_ELEMENTS_CPU if rows.logits_NV.is_cpu else _SLICE_ELEMENTS) // V)
+    for start in range(0, num_rows, step):
+        chosen = slice(start, start + step) if valid_M is None else valid_M[start : start + step]
+        _fill_slice(rows, chosen, formula)
 
-    wide = accumulator(logits_NV.dtype)
-    return Rows(
-        logits_NV=logits_NV,
-        labels_N=labels_N,
-        token_weights_N=None if token_weights_N is None else token_weights_N.contiguous(),
-        loss_N=empty(wide),
-        lse_N=empty(wide),
-        entropy_N=empty(wide) if stats else None,
-        correct_N=empty(torch.bool) if stats else None,
-        grad_NV=None,
-    )
+
+def _fill_slice(rows: LogitRows, chosen: slice | Tensor, formula: Formula) -> None:
+    """Fill the outputs of the `chosen` rows. Softmax and loss use z - max(z): a small loss keeps its digits beside
+    large logits."""
+    logits_SV, labels_S = rows.logits_NV[chosen], rows.labels_N[chosen]
+    wide = accumulator(logits_SV.dtype)
+    in_place = isinstance(chosen, slice) and (rows.scratch or rows.grad_NV is rows.logits_NV)
+    z_SV = logits_SV.to(wide, copy=not in_place)
+    softcap_slope_SV = None
+    if formula.logit_scale != 1.0:
+        z_SV.mul_(formula.logit_scale)
+    if formula.softcap is not None:
+        z_SV.div_(formula.softcap).tanh_()
+        softcap_slope_SV = z_SV.square().neg_().add_(1) if rows.grad_NV is not None else None
+        z_SV.mul_(formula.softcap)
+    if rows.loss_N is None:
+        lse_S, total_S = rows.lse_N[chosen], z_SV.new_ones(())
+        z_SV.sub_(lse_S[:, None]).exp_()
+    else:
+        lse_S, total_S = _write_loss_(z_SV, labels_S, chosen, rows, formula)
+    if rows.grad_NV is None:
+        return
+    factor_S = torch.full_like(lse_S, formula.logit_scale)
+    if rows.token_weights_N is not None:
+        factor_S *= rows.token_weights_N[chosen]
+    smoothing_share, lse_slope_S = formula.label_smoothing / z_SV.shape[1], 2 * formula.z_loss * lse_S
+    # At the label, numbers close to 1 cancel, so its gradient is computed separately, the small part added last.
+    p_S = z_SV.gather(1, labels_S[:, None]).squeeze(1) / total_S
+    label_grad_S = factor_S * ((p_S - smoothing_share) - (1 - formula.label_smoothing) + lse_slope_S * p_S)
+    z_SV.mul_((factor_S * (1 + lse_slope_S) / total_S)[:, None])
+    if smoothing_share:
+        z_SV.sub_((factor_S * smoothing_share)[:, None])
+    z_SV.scatter_(1, labels_S[:, None], label_grad_S[:, None])
+    if softcap_slope_SV is not None:
+        z_SV.mul_(softcap_slope_SV)
+    if not (in_place and z_SV.dtype == logits_SV.dtype):
+        rows.grad_NV[chosen] = z_SV.to(logits_SV.dtype)
 
 
-def _outputs(rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _write_loss_(
+    z_SV: Tensor, labels_S: Tensor, chosen: slice | Tensor, rows: LogitRows, formula: Formula
+) -> tuple[Tensor, Tensor]:
+    """Write loss and statistics, turn z into exp(z - max) in place, and return (lse_S, sum of exp(z - max))."""
     assert rows.loss_N is not None
-    if rows.entropy_N is None or rows.correct_N is None:
-        none = rows.lse_N.new_empty(0)
-        return rows.loss_N, rows.lse_N, none, none.to(torch.bool)
-    return rows.loss_N, rows.lse_N, rows.entropy_N, rows.correct_N
-
-
-def _dense(logits_NV: Tensor) -> Tensor:
-    """Whose stride along V is 1, as both implementations need it."""
-    return logits_NV if logits_NV.stride(1) == 1 or logits_NV.shape[1] == 1 else logits_NV.contiguous()
+    smoothing = formula.label_smoothing
+    if rows.correct_N is not None:
+        rows.correct_N[chosen] = z_SV.argmax(1) == labels_S
+    top_S = z_SV.amax(1)
+    z_SV.sub_(top_S[:, None])
+    loss_S = z_SV.gather(1, labels_S[:, None]).squeeze(1).mul_(smoothing - 1)
+    if smoothing:
+        loss_S.sub_(z_SV.mean(1), alpha=smoothing)
+    total_S = z_SV.exp_().sum(1)
+    log_total_S = total_S.log()
+    lse_S = log_total_S + top_S
+    loss_S.add_(log_total_S).add_(lse_S.square(), alpha=formula.z_loss)
+    if rows.token_weights_N is not None:
+        loss_S.mul_(rows.token_weights_N[chosen])
+    rows.loss_N[chosen], rows.lse_N[chosen] = loss_S, lse_S
+    if rows.entropy_N is not None:
+        # entr(e) = -e log e, which is 0 at e = 0, and log e = z - max
+        rows.entropy_N[chosen] = log_total_S + torch.special.entr(z_SV).sum(1) / total_S
+    return lse_S, total_S

@@ -1,8 +1,8 @@
-"""Matrix products, in the way that is fastest for the dtype and the processor.
+"""Matrix products, computed in the dtype that is fastest on the processor.
 
-A CPU without instructions for bf16 multiplies it through scalar-like paths: 45 GFLOP/s where fp32 does 130
-(2 cores with AVX-512 but no avx512_bf16, torch 2.13). There a product of half-precision matrices is made in
-fp32, which is more exact too; operands are converted a slab at a time, so that no whole copy of the head exists.
+A CPU without bf16 instructions multiplies bf16 matrices through scalar-like paths: 45 GFLOP/s where fp32 reaches 130
+(2 cores with AVX-512 but no avx512_bf16, torch 2.13). There the product of half-precision matrices is computed in
+fp32, which is also more exact; operands are converted a slab at a time, so that the head is never copied in full.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Of a weight, this many elements at a time are converted to fp32, or multiplied into a narrow piece of dW:
-# 2 MB in fp32. On the CPU above, 2 to 16 MB made no difference.
+# A slab of a weight has this many elements, 2 MB in fp32. On the CPU above, 2 to 16 MB made no difference.
 _SLAB_ELEMENTS = 1 << 19
 
 
 def project(x_MK: Tensor, weight_OK: Tensor, bias_O: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
-    """x W^T + b, [M, O] in the dtype of x, into `out` if given. All of one dtype."""
+    """Return x W^T + b, [M, O] in the dtype of x, written to `out` if given. All tensors have one dtype."""
     if not widens(x_MK):
         if out is None:
             return F.linear(x_MK, weight_OK, bias_O)
@@ -36,7 +35,7 @@ def project(x_MK: Tensor, weight_OK: Tensor, bias_O: Tensor | None = None, *, ou
 
 
 def project_back(dy_MO: Tensor, weight_OK: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """dY W, [M, K] in the dtype of dY, into `out` if given. Both of one dtype."""
+    """Return dY W, [M, K] in the dtype of dY, written to `out` if given. Both tensors have one dtype."""
     if not widens(dy_MO):
         return torch.mm(dy_MO, weight_OK, out=out)
     sum_MK = dy_MO.new_zeros(dy_MO.shape[0], weight_OK.shape[1], dtype=torch.float32)
@@ -46,7 +45,7 @@ def project_back(dy_MO: Tensor, weight_OK: Tensor, *, out: Tensor | None = None)
 
 
 def add_weight_gradient_(sum_OK: Tensor, dy_MO: Tensor, x_MK: Tensor) -> None:
-    """sum_OK += dY^T x, with the sum in fp32 where the operands are narrower."""
+    """Compute sum_OK += dY^T x, accumulated in the dtype of the sum, which may be wider than the operands."""
     if sum_OK.dtype == x_MK.dtype:
         sum_OK.addmm_(dy_MO.T, x_MK)
     elif sum_OK.is_cuda and torch.version.hip is None:
@@ -58,21 +57,25 @@ def add_weight_gradient_(sum_OK: Tensor, dy_MO: Tensor, x_MK: Tensor) -> None:
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """What sums and losses of numbers of a dtype are kept in."""
+    """Return the dtype in which sums and losses of numbers of `dtype` are accumulated."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def widens(like: Tensor, dtype: torch.dtype | None = None) -> bool:
-    """Whether products in `dtype` (the tensor's own, if not given) where this tensor lies are made in fp32, for want
-    of instructions for it."""
-    return like.is_cpu and not cpu_multiplies(dtype or like.dtype)
+def widens(like: Tensor) -> bool:
+    """Return True if products of tensors like this one are computed in fp32 (see `multiplies_natively`)."""
+    return not multiplies_natively(like.device.type, like.dtype)
+
+
+def multiplies_natively(device_type: str, dtype: torch.dtype) -> bool:
+    """Return True if the device has instructions for products in `dtype`; every device but the CPU is assumed to."""
+    return device_type != "cpu" or cpu_multiplies(dtype)
 
 
 @functools.cache
 def cpu_multiplies(dtype: torch.dtype) -> bool:
-    """Whether this CPU has instructions for products in `dtype`."""
+    """Return True if this CPU has instructions for products in `dtype`."""
     if torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2", "AVX512"):
-        return True  # not an x86, whose list of instructions is all that is known here
+        return True  # not an x86, the only kind whose instruction set is queried here
     if dtype == torch.bfloat16:
         return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     if dtype == torch.float16:

@@ -1,38 +1,36 @@
-"""Cross-entropy from hidden states: the head's product, softmax, loss and gradients, a chunk of rows at a time.
+"""Cross-entropy from hidden states: the head's product, softmax, loss and gradients, one chunk of rows at a time.
 
 Shape suffixes: N rows (tokens), M rows that are not ignored, C rows of a chunk, D hidden, V vocabulary. Chunks are
-of the M rows; `rows_M` says which of N they are.
+of the M rows; `rows_M` holds their indices among the N.
 """
 
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sftx_kernels.checks import (
-    autocasts,
-    check_count,
-    check_head,
+from sftx_kernels.checks import check_count, check_tensor, differentiable_once, error, gemm_dtype, is_autocast_on
+from sftx_kernels.cross_entropy import (
+    IGNORE_INDEX,
+    Formula,
+    LogitRows,
     check_labels,
     check_loss_options,
-    differentiable_once,
-    error,
-    gemm_dtype,
+    check_token_weights,
+    fill,
 )
-from sftx_kernels.cross_entropy import fill
 from sftx_kernels.dispatch import decide
-from sftx_kernels.gemm import accumulator, add_weight_gradient_, project, project_back, widens
-from sftx_kernels.rows import IGNORE_INDEX, Formula, Rows
+from sftx_kernels.gemm import accumulator, add_weight_gradient_, multiplies_natively, project, project_back
 
 
 class LinearCrossEntropyOutput(NamedTuple):
-    """What `linear_cross_entropy` returns. Its floats are fp32, or fp64 for fp64 input.
+    """The result of `linear_cross_entropy`. Its floats are fp32, or fp64 for fp64 input.
 
-    loss: 0-d (`reduction="sum"`), or [N] with 0 at ignored rows (`"none"`); all that carries a gradient.
-    num_tokens: how many rows were not ignored, unweighted; an int on the host, so reading it never syncs.
+    loss: 0-d (`reduction="sum"`), or [N] with 0 at ignored rows (`"none"`); the only field that carries a gradient.
+    num_tokens: the number of rows that are not ignored, unweighted; an int on the host, so reading it never syncs.
     lse_N, entropy_N, correct_N: None unless `stats=True`; see there.
     """
 
@@ -62,11 +60,11 @@ def linear_cross_entropy(
     stats: bool = False,
     backend: str | None = None,
 ) -> LinearCrossEntropyOutput:
-    """Cross-entropy of `hidden_ND @ weight_VD.T + bias_V`, holding the logits of one chunk of rows at most.
+    """Return the cross-entropy of `hidden_ND @ weight_VD.T + bias_V`, holding at most one chunk of logits.
 
     Rows whose label is `ignore_index` are removed before the head's product and cost nothing. The forward
     pass goes over the others chunk by chunk and computes the loss and whichever gradients will be asked for;
-    backward only scales them. The formula, with its sources, stands at the top of `sftx_kernels.rows`. Nothing
+    backward only scales them. The formula, with its sources, is at the top of `sftx_kernels.cross_entropy`. Nothing
     is overwritten. Differentiable once, in reverse mode.
 
     Args:
@@ -90,228 +88,323 @@ def linear_cross_entropy(
     Raises:
         ValueError: names the argument, what was expected and what was got.
     """
-    check_head(hidden_ND, weight_VD, labels_N, bias_V, token_weights_N)
+    check_tensor("hidden_ND", hidden_ND, ("N", "D"), hidden_ND, None)
+    num_rows, D = hidden_ND.shape
+    check_tensor("weight_VD", weight_VD, ("V", D), hidden_ND, hidden_ND.dtype)
+    V = weight_VD.shape[0]
+    if V == 0:
+        raise error("weight_VD", "at least one row", f"shape {list(weight_VD.shape)}")
+    check_tensor("labels_N", labels_N, (num_rows,), hidden_ND, torch.int64)
+    if bias_V is not None:
+        check_tensor("bias_V", bias_V, (V,), hidden_ND, hidden_ND.dtype)
+    check_token_weights(token_weights_N, num_rows, hidden_ND)
     check_loss_options(label_smoothing, z_loss, softcap, logit_scale, ignore_index, reduction)
-    num_rows, V = labels_N.shape[0], weight_VD.shape[0]
     check_count("chunk_rows", chunk_rows, 1)
     check_count("num_valid", num_valid, 0, num_rows)
-    wants = [
-        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
-        for tensor in (hidden_ND, weight_VD, bias_V)
-    ]
-    dtype = gemm_dtype(hidden_ND)
     check_count("workspace_bytes", workspace_bytes, 0)
+    dtype = gemm_dtype(hidden_ND)
     row_bytes = V * dtype.itemsize
     if workspace_bytes is not None and workspace_bytes < row_bytes:
         raise error("workspace_bytes", f"at least {row_bytes}, one row of logits", workspace_bytes)
 
-    rows_M: Tensor | None = _trained_rows(labels_N, num_valid, ignore_index, V)
+    rows_M: Tensor | None = _valid_rows(labels_N, num_valid, ignore_index, V)
     assert rows_M is not None
     num_tokens = rows_M.shape[0]
     if num_tokens == num_rows:
         rows_M = None
     if token_weights_N is not None:
         token_weights_N = _take(token_weights_N, rows_M).to(accumulator(dtype))
-    loss, *per_row = _forward(
-        hidden_ND, weight_VD, bias_V, rows_M, _take(labels_N, rows_M), token_weights_N,
+    wants_grad = [
+        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
+        for tensor in (hidden_ND, weight_VD, bias_V)
+    ]
+    inputs = _Inputs(hidden_ND, weight_VD, bias_V, rows_M, _take(labels_N, rows_M), token_weights_N)
+    options = _Options(
         label_smoothing, z_loss, softcap, logit_scale, chunk_rows, workspace_bytes, dtype, reduction == "none", stats,
-        backend, *wants,
-    )[:4]  # fmt: skip
+        backend, *wants_grad,
+    )  # fmt: skip
+    loss, *stats_M = _op(*inputs, *options)[:4]
     if reduction == "none":
-        loss = _spread(loss, rows_M, num_rows)
+        loss = _scatter(loss, rows_M, num_rows)
     if not stats:
         return LinearCrossEntropyOutput(loss, num_tokens)
-    return LinearCrossEntropyOutput(loss, num_tokens, *(_spread(stat.detach(), rows_M, num_rows) for stat in per_row))
+    return LinearCrossEntropyOutput(loss, num_tokens, *(_scatter(stat.detach(), rows_M, num_rows) for stat in stats_M))
+
+
+# ---- the workspace
+
+
+class LinearCrossEntropyWorkspace(NamedTuple):
+    """The temporaries of one forward pass of `linear_cross_entropy`."""
+
+    chunk_rows: int  # rows whose logits exist at once
+    num_bytes: int  # of a chunk's logits and hidden states, and of the weight's copy where it is cast
+
+
+def linear_cross_entropy_workspace(
+    num_tokens: int,
+    hidden_size: int,
+    vocab_size: int,
+    *,
+    dtype: torch.dtype,
+    device_type: str,
+    weight_dtype: torch.dtype | None = None,
+    head_trains: bool = False,
+    chunk_rows: int | None = None,
+    workspace_bytes: int | None = None,
+) -> LinearCrossEntropyWorkspace:
+    """Return the chunk that `linear_cross_entropy` would use, and the memory that it needs besides inputs and outputs.
+
+    The answer is arithmetic: no tensor is made, and the device need not exist in this process. Not counted are the
+    returned losses and gradients, the fp32 slices of the plain-torch softmax, and bias and token weights.
+
+    Args:
+        num_tokens: rows whose label is not `ignore_index` (M).
+        hidden_size, vocab_size: D and V of the head's weight [V, D].
+        dtype: of the head's products: that of the hidden states, or autocast's.
+        device_type: "cpu", "cuda", ...; every type but "cpu" is treated as a GPU.
+        weight_dtype: of the head's weight; None if it is `dtype`, so that no copy is needed.
+        head_trains: the head's weight gets a gradient.
+        chunk_rows, workspace_bytes: as passed to `linear_cross_entropy`.
+    """
+    if chunk_rows is None:
+        chunk_rows = _default_chunk_rows(vocab_size, dtype, device_type, workspace_bytes, head_trains=head_trains)
+    chunk_rows = min(chunk_rows, num_tokens)
+    num_elements = chunk_rows * (vocab_size + hidden_size)
+    if weight_dtype is not None and weight_dtype != dtype:
+        num_elements += vocab_size * hidden_size
+    return LinearCrossEntropyWorkspace(chunk_rows, num_elements * dtype.itemsize)
+
+
+def _default_chunk_rows(
+    vocab_size: int, dtype: torch.dtype, device_type: str, workspace_bytes: int | None, *, head_trains: bool
+) -> int:
+    """Return how many rows have their logits made at once when no count is given.
+
+    Small chunks read the head's weight again and again, whatever V and D, so the count depends on the device.
+    """
+    if device_type == "cpu":
+        rows = 256 if multiplies_natively(device_type, dtype) else 192
+    else:
+        rows = 4096 if head_trains else 2048
+    return rows if workspace_bytes is None else min(rows, workspace_bytes // (vocab_size * dtype.itemsize))
+
+
+def choose_chunk(weight_VD: Tensor, dtype: torch.dtype, workspace_bytes: int | None, *, trained: bool) -> int:
+    """Deprecated: call `linear_cross_entropy_workspace`."""
+    device_type = weight_VD.device.type
+    return _default_chunk_rows(weight_VD.shape[0], dtype, device_type, workspace_bytes, head_trains=trained)
+
+
+# ---- rows that are not ignored
 
 
 @torch.library.custom_op("sftx::trained_rows", mutates_args=())
-def _trained_rows(labels_N: Tensor, num_valid: int | None, ignore_index: int, num_classes: int) -> Tensor:
-    """rows_M: where the labels other than ignore_index are."""
+def _valid_rows(labels_N: Tensor, num_valid: int | None, ignore_index: int, num_classes: int) -> Tensor:
+    """Return rows_M, the indices of the labels other than ignore_index."""
     check_labels(labels_N, ignore_index, num_classes)
     if num_valid is None or labels_N.is_cpu:
         rows_M = (labels_N != ignore_index).nonzero().squeeze(1)
         if num_valid is not None and num_valid != rows_M.shape[0]:
             raise error("num_valid", f"{rows_M.shape[0]}, the number of labels other than {ignore_index}", num_valid)
         return rows_M
-    # Too large a num_valid pads with -1, which index_select refuses loudly on the device.
+    # A num_valid that is too large pads with -1, for which index_select raises on the device.
     return (labels_N != ignore_index).nonzero_static(size=num_valid).squeeze(1)
 
 
-@_trained_rows.register_fake
+@_valid_rows.register_fake
 def _(labels_N: Tensor, num_valid: int | None, ignore_index: int, num_classes: int) -> Tensor:
     return labels_N.new_empty(torch.library.get_ctx().new_dynamic_size() if num_valid is None else num_valid)
-
-
-@torch.library.custom_op("sftx::linear_cross_entropy", mutates_args=())
-def _forward(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    bias_V: Tensor | None,
-    rows_M: Tensor | None,
-    labels_M: Tensor,
-    token_weights_M: Tensor | None,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float | None,
-    logit_scale: float,
-    chunk_rows: int | None,
-    workspace_bytes: int | None,
-    dtype: torch.dtype,
-    per_row: bool,
-    stats: bool,
-    backend: str | None,
-    want_hidden: bool,
-    want_weight: bool,
-    want_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss or loss_M, lse_M, entropy_M, correct_M, dX_MD, dW_VD, db_V); empty what is not wanted.
-
-    The gradients are for an upstream gradient of 1; dW and db in the accumulator's dtype. A loss per row has an
-    upstream gradient per row: rows of dX can be scaled by it afterwards, dW and db, which are sums over rows,
-    cannot. So with `per_row` these two are left to backward.
-    """
-    wants = (want_hidden, want_weight and not per_row, want_bias and not per_row)
-    outputs = _empty(hidden_ND, weight_VD, labels_M, dtype, stats, *wants)
-    loss_M, lse_M, entropy_M, correct_M, dX_MD, dW_VD, db_V = outputs
-    decision = decide("cross_entropy", hidden_ND.device, dtype, asked=backend)
-    formula = Formula(label_smoothing, z_loss, softcap, logit_scale)
-    num_rows = labels_M.shape[0]
-    chunk_rows = chunk_rows or choose_chunk(weight_VD, dtype, workspace_bytes, trained=want_weight)
-    kind = hidden_ND.device.type
-    with torch.autocast(kind, enabled=False) if autocasts(kind) else nullcontext():
-        # Cast once, not once a chunk; no copy where the dtype is right already.
-        weight_VD = weight_VD.to(dtype)
-        bias_V = None if bias_V is None else bias_V.to(dtype)
-        buffer_CV = _logits_buffer(weight_VD, min(chunk_rows, num_rows), aligned=decision.backend != "torch")
-        for start in range(0, num_rows, chunk_rows):
-            chunk = slice(start, min(start + chunk_rows, num_rows))
-            x_CD = hidden_ND[chunk] if rows_M is None else hidden_ND.index_select(0, rows_M[chunk])
-            x_CD = x_CD.to(dtype)
-            logits_CV = project(x_CD, weight_VD, bias_V, out=buffer_CV[: x_CD.shape[0]])
-            rows = Rows(
-                logits_NV=logits_CV,
-                labels_N=labels_M[chunk],
-                token_weights_N=None if token_weights_M is None else token_weights_M[chunk],
-                loss_N=loss_M[chunk],
-                lse_N=lse_M[chunk],
-                entropy_N=entropy_M[chunk] if stats else None,
-                correct_N=correct_M[chunk] if stats else None,
-                grad_NV=logits_CV if any(wants) else None,
-                scratch=True,
-            )
-            fill(rows, formula, decision)
-            if want_hidden:
-                project_back(logits_CV, weight_VD, out=dX_MD[chunk])
-            if wants[1]:
-                add_weight_gradient_(dW_VD, logits_CV, x_CD)
-            if wants[2]:
-                db_V += logits_CV.sum(0, dtype=db_V.dtype)
-    return (loss_M if per_row else loss_M.sum(), *outputs[1:])
-
-
-@_forward.register_fake
-def _(
-    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, rows_M: Tensor | None, labels_M: Tensor, *rest: Any
-) -> tuple[Tensor, ...]:
-    dtype, per_row, stats, _, want_hidden, want_weight, want_bias = rest[-7:]
-    wants = (want_hidden, want_weight and not per_row, want_bias and not per_row)
-    loss_M, *others = _empty(hidden_ND, weight_VD, labels_M, dtype, stats, *wants)
-    return (loss_M if per_row else loss_M.new_empty(()), *others)
-
-
-def _empty(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    labels_M: Tensor,
-    dtype: torch.dtype,
-    stats: bool,
-    want_hidden: bool,
-    want_weight: bool,
-    want_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Room for what `_forward` returns, with a loss per row; dW and db are sums and begin at 0."""
-    num_rows, wide = labels_M.shape[0], accumulator(dtype)
-    per_stat = num_rows if stats else 0
-    return (
-        hidden_ND.new_empty(num_rows, dtype=wide),
-        hidden_ND.new_empty(num_rows, dtype=wide),
-        hidden_ND.new_empty(per_stat, dtype=wide),
-        hidden_ND.new_empty(per_stat, dtype=torch.bool),
-        hidden_ND.new_empty((num_rows, hidden_ND.shape[1]) if want_hidden else 0, dtype=dtype),
-        weight_VD.new_zeros(weight_VD.shape if want_weight else 0, dtype=wide),
-        weight_VD.new_zeros(weight_VD.shape[0] if want_bias else 0, dtype=wide),
-    )
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden_ND, weight_VD, bias_V, rows_M, labels_M, token_weights_M, *options = inputs
-    *_, per_row, _, _, _, want_weight, want_bias = options
-    ctx.options, ctx.num_rows = options, hidden_ND.shape[0]
-    ctx.dtypes = (hidden_ND.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype)
-    ctx.has_rows, ctx.again = rows_M is not None, per_row and (want_weight or want_bias)
-    again = (hidden_ND, weight_VD, bias_V, labels_M, token_weights_M) if ctx.again else ()
-    ctx.save_for_backward(rows_M, *output[4:], *again)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-@differentiable_once
-def _differentiate(ctx: Any, grad_loss: Tensor | None, *_: Any) -> Any:
-    *_, per_row, _, backend, want_hidden, want_weight, want_bias = ctx.options
-    rows_M, dX_MD, dW_VD, db_V, *again = ctx.saved_tensors
-    none = (None,) * (len(ctx.options) + 3)
-    if grad_loss is None:
-        return None, None, None, *none
-    if ctx.again:
-        hidden_ND, weight_VD, bias_V, labels_M, token_weights_M = again
-        weights_M = grad_loss if token_weights_M is None else grad_loss * token_weights_M
-        options = (*ctx.options[:-6], False, False, backend, False, want_weight, want_bias)
-        *_, dW_VD, db_V = _forward(hidden_ND, weight_VD, bias_V, rows_M, labels_M, weights_M, *options)
-    hidden_dtype, weight_dtype, bias_dtype = ctx.dtypes
-    # A factor has as many dimensions as what it scales: then torch multiplies in fp32 and rounds once, where it
-    # may first round a 0-d factor to bf16.
-    factor = grad_loss[:, None] if per_row else grad_loss.view(1, 1)
-    of_sums = factor.new_ones(1, 1) if per_row else factor
-    return (
-        _spread(_scaled(dX_MD, factor, hidden_dtype), rows_M, ctx.num_rows) if want_hidden else None,
-        _scaled(dW_VD, of_sums, weight_dtype) if want_weight else None,
-        _scaled(db_V, of_sums.view(1), bias_dtype) if want_bias else None,
-        *none,
-    )
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
-
-
-def _scaled(tensor: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Without the wider product in between, which for dW of a large head is gigabytes."""
-    return torch.mul(tensor, factor, out=torch.empty_like(tensor, dtype=dtype))
 
 
 def _take(values_N: Tensor, rows_M: Tensor | None) -> Tensor:
     return values_N if rows_M is None else values_N.index_select(0, rows_M)
 
 
-def _spread(values_M: Tensor, rows_M: Tensor | None, num_rows: int) -> Tensor:
-    """The inverse of `_take`, with 0 at ignored rows."""
+def _scatter(values_M: Tensor, rows_M: Tensor | None, num_rows: int) -> Tensor:
+    """Invert `_take`, with 0 at ignored rows."""
     if rows_M is None:
         return values_M
     return values_M.new_zeros(num_rows, *values_M.shape[1:]).index_copy_(0, rows_M, values_M)
 
 
-def _logits_buffer(weight_VD: Tensor, num_rows: int, *, aligned: bool) -> Tensor:
-    """[num_rows, V]; `aligned` begins each row at a multiple of 16 elements, which the Triton kernel loads wide."""
-    V = weight_VD.shape[0]
-    stride = -(-V // 16) * 16 if aligned else V
-    return weight_VD.new_empty(num_rows, stride)[:, :V]
+# ---- the operation and its autograd
 
 
-def choose_chunk(weight_VD: Tensor, dtype: torch.dtype, workspace_bytes: int | None, *, trained: bool) -> int:
-    """How many rows have their logits made at once, when no count is given.
+class _Inputs(NamedTuple):
+    """The tensors of a call, ignored rows removed from labels and token weights."""
 
-    Small chunks read the head's weight again and again, so it follows from neither V nor D, but from the device: any
-    other than the CPU is taken for a GPU. `dtype` of the products; `trained`: the head's gradient is wanted too.
+    hidden_ND: Tensor
+    weight_VD: Tensor
+    bias_V: Tensor | None
+    rows_M: Tensor | None  # None: no row is ignored
+    labels_M: Tensor
+    token_weights_M: Tensor | None
+
+
+class _Options(NamedTuple):
+    """The other arguments of a call. A torch operation takes them flat, behind the `_Inputs`: see `_SCHEMA`."""
+
+    label_smoothing: float
+    z_loss: float
+    softcap: float | None
+    logit_scale: float
+    chunk_rows: int | None
+    workspace_bytes: int | None
+    dtype: torch.dtype  # of the products
+    per_row: bool
+    stats: bool
+    backend: str | None
+    hidden_grad: bool
+    weight_grad: bool
+    bias_grad: bool
+
+
+class _Outputs(NamedTuple):
+    """The results of the operation; those that are not asked for are empty.
+
+    The gradients are for an upstream gradient of 1; dW and db have the accumulator's dtype.
     """
-    on_cpu = 192 if widens(weight_VD, dtype) else 256
-    rows = on_cpu if weight_VD.is_cpu else 4096 if trained else 2048
-    return rows if workspace_bytes is None else min(rows, workspace_bytes // (weight_VD.shape[0] * dtype.itemsize))
+
+    loss: Tensor  # 0-d, or loss_M with `per_row`
+    lse_M: Tensor
+    entropy_M: Tensor
+    correct_M: Tensor
+    dX_MD: Tensor
+    dW_VD: Tensor
+    db_V: Tensor
+
+
+_SCHEMA: Final = (
+    "(Tensor hidden_ND, Tensor weight_VD, Tensor? bias_V, Tensor? rows_M, Tensor labels_M, Tensor? token_weights_M, "
+    "float label_smoothing, float z_loss, float? softcap, float logit_scale, SymInt? chunk_rows, "
+    "SymInt? workspace_bytes, ScalarType dtype, bool per_row, bool stats, str? backend, bool hidden_grad, "
+    "bool weight_grad, bool bias_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _unflatten(arguments: tuple[Any, ...]) -> tuple[_Inputs, _Options]:
+    num_inputs = len(_Inputs._fields)
+    return _Inputs(*arguments[:num_inputs]), _Options(*arguments[num_inputs:])
+
+
+@torch.library.custom_op("sftx::linear_cross_entropy", mutates_args=(), schema=_SCHEMA)
+def _op(*arguments: Any) -> tuple[Tensor, ...]:
+    return tuple(_forward(*_unflatten(arguments)))
+
+
+@_op.register_fake
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs, options = _unflatten(arguments)
+    outputs = _empty_outputs(inputs, options)
+    return tuple(outputs if options.per_row else outputs._replace(loss=outputs.loss.new_empty(())))
+
+
+def _empty_outputs(inputs: _Inputs, options: _Options) -> _Outputs:
+    """Allocate the outputs, with a loss per row; dW and db are sums and start at 0.
+
+    A loss per row has an upstream gradient per row. Rows of dX can be scaled by it afterwards; dW and db, which are
+    sums over rows, cannot, so with `per_row` backward computes these two.
+    """
+    hidden_ND, weight_VD = inputs.hidden_ND, inputs.weight_VD
+    num_rows, wide = inputs.labels_M.shape[0], accumulator(options.dtype)
+    num_stats = num_rows if options.stats else 0
+    sums = not options.per_row
+    return _Outputs(
+        hidden_ND.new_empty(num_rows, dtype=wide),
+        hidden_ND.new_empty(num_rows, dtype=wide),
+        hidden_ND.new_empty(num_stats, dtype=wide),
+        hidden_ND.new_empty(num_stats, dtype=torch.bool),
+        hidden_ND.new_empty((num_rows, hidden_ND.shape[1]) if options.hidden_grad else 0, dtype=options.dtype),
+        weight_VD.new_zeros(weight_VD.shape if options.weight_grad and sums else 0, dtype=wide),
+        weight_VD.new_zeros(weight_VD.shape[0] if options.bias_grad and sums else 0, dtype=wide),
+    )
+
+
+def _forward(inputs: _Inputs, options: _Options) -> _Outputs:
+    outputs = _empty_outputs(inputs, options)
+    hidden_ND, weight_VD, bias_V, rows_M, labels_M, token_weights_M = inputs
+    dtype, num_rows, V = options.dtype, labels_M.shape[0], weight_VD.shape[0]
+    device_type = hidden_ND.device.type
+    decision = decide("cross_entropy", hidden_ND.device, dtype, requested=options.backend)
+    formula = Formula(options.label_smoothing, options.z_loss, options.softcap, options.logit_scale)
+    chunk_rows = options.chunk_rows or _default_chunk_rows(
+        V, dtype, device_type, options.workspace_bytes, head_trains=options.weight_grad
+    )
+    weight_grad, bias_grad = (wanted and not options.per_row for wanted in (options.weight_grad, options.bias_grad))
+    with torch.autocast(device_type, enabled=False) if is_autocast_on(device_type) else nullcontext():
+        # Cast once, not once a chunk; no copy where the dtype is right already.
+        weight_VD = weight_VD.to(dtype)
+        bias_V = None if bias_V is None else bias_V.to(dtype)
+        # The Triton kernel loads 16 bytes at once if each row begins at a multiple of 16 elements.
+        row_stride = V if decision.backend == "torch" else -(-V // 16) * 16
+        buffer_CV = weight_VD.new_empty(min(chunk_rows, num_rows), row_stride)[:, :V]
+        for start in range(0, num_rows, chunk_rows):
+            chunk = slice(start, min(start + chunk_rows, num_rows))
+            x_CD = hidden_ND[chunk] if rows_M is None else hidden_ND.index_select(0, rows_M[chunk])
+            x_CD = x_CD.to(dtype)
+            logits_CV = project(x_CD, weight_VD, bias_V, out=buffer_CV[: x_CD.shape[0]])
+            rows = LogitRows(
+                logits_NV=logits_CV,
+                labels_N=labels_M[chunk],
+                token_weights_N=None if token_weights_M is None else token_weights_M[chunk],
+                loss_N=outputs.loss[chunk],
+                lse_N=outputs.lse_M[chunk],
+                entropy_N=outputs.entropy_M[chunk] if options.stats else None,
+                correct_N=outputs.correct_M[chunk] if options.stats else None,
+                grad_NV=logits_CV if options.hidden_grad or weight_grad or bias_grad else None,
+                scratch=True,
+            )
+            fill(rows, formula, decision)
+            if options.hidden_grad:
+                project_back(logits_CV, weight_VD, out=outputs.dX_MD[chunk])
+            if weight_grad:
+                add_weight_gradient_(outputs.dW_VD, logits_CV, x_CD)
+            if bias_grad:
+                outputs.db_V.add_(logits_CV.sum(0, dtype=outputs.db_V.dtype))
+    return outputs if options.per_row else outputs._replace(loss=outputs.loss.sum())
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    tensors, options = _unflatten(inputs)
+    hidden_ND, weight_VD, bias_V, rows_M, labels_M, token_weights_M = tensors
+    ctx.options, ctx.num_rows = options, hidden_ND.shape[0]
+    ctx.dtypes = (hidden_ND.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype)
+    ctx.recomputes = options.per_row and (options.weight_grad or options.bias_grad)
+    recomputed = (hidden_ND, weight_VD, bias_V, labels_M, token_weights_M) if ctx.recomputes else ()
+    ctx.save_for_backward(rows_M, *output[4:], *recomputed)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+@differentiable_once
+def _differentiate(ctx: Any, grad_loss: Tensor | None, *_: Any) -> Any:
+    options: _Options = ctx.options
+    rows_M, dX_MD, dW_VD, db_V, *recomputed = ctx.saved_tensors
+    no_grads = (None,) * (len(options) + 3)
+    if grad_loss is None:
+        return None, None, None, *no_grads
+    if ctx.recomputes:
+        hidden_ND, weight_VD, bias_V, labels_M, token_weights_M = recomputed
+        weights_M = grad_loss if token_weights_M is None else grad_loss * token_weights_M
+        sums_only = options._replace(per_row=False, stats=False, hidden_grad=False)
+        *_, dW_VD, db_V = _op(hidden_ND, weight_VD, bias_V, rows_M, labels_M, weights_M, *sums_only)
+    hidden_dtype, weight_dtype, bias_dtype = ctx.dtypes
+    # A factor has as many dimensions as the tensor it scales: then torch multiplies in fp32 and rounds once, while it
+    # may first round a 0-d factor to bf16.
+    factor = grad_loss[:, None] if options.per_row else grad_loss.view(1, 1)
+    sum_factor = factor.new_ones(1, 1) if options.per_row else factor
+    return (
+        _scatter(_scaled(dX_MD, factor, hidden_dtype), rows_M, ctx.num_rows) if options.hidden_grad else None,
+        _scaled(dW_VD, sum_factor, weight_dtype) if options.weight_grad else None,
+        _scaled(db_V, sum_factor.view(1), bias_dtype) if options.bias_grad else None,
+        *no_grads,
+    )
+
+
+_op.register_autograd(_differentiate, setup_context=_save)
+
+
+def _scaled(tensor: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return tensor * factor in `dtype`, without the wider product in between: gigabytes for dW of a large head."""
+    return torch.mul(tensor, factor, out=torch.empty_like(tensor, dtype=dtype))

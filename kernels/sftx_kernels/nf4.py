@@ -1,6 +1,6 @@
 """Weights of four bits: NF4, from QLoRA (arXiv:2305.14314, section 3 and appendix E).
 
-A weight is cut into blocks along its rows, flattened. Each block keeps its largest magnitude (absmax, fp32), and for
+A weight, flattened along its rows, is cut into blocks. Each block stores its largest magnitude (absmax, fp32), and for
 each element the number of the level nearest to element / absmax. Two numbers share a byte, the first in its high
 nibble, as bitsandbytes packs them.
 
@@ -53,7 +53,7 @@ class NF4Weight(NamedTuple):
 
 
 def quantize_nf4(weight_OK: Tensor, block_size: int = 64) -> NF4Weight:
-    """The nearest levels of a weight [O, K] of any floating dtype.
+    """Return the codes of the levels nearest to a weight [O, K] of any floating dtype.
 
     Raises:
         ValueError: no matrix, a number that is not finite, or a `block_size` that is odd or does not divide its size.
@@ -77,7 +77,7 @@ def quantize_nf4(weight_OK: Tensor, block_size: int = 64) -> NF4Weight:
 def dequantize_nf4(
     weight: NF4Weight, dtype: torch.dtype, *, out: Tensor | None = None, backend: str | None = None
 ) -> Tensor:
-    """The dense weight [O, K] in `dtype`, each value rounded once; into `out`, contiguous, if given.
+    """Return the dense weight [O, K] in `dtype`, each value rounded once; written to `out`, contiguous, if given.
 
     `backend` is for `dispatch.decide`. No gradient flows to a quantised weight.
 
@@ -95,12 +95,12 @@ def dequantize_nf4(
         raise error("out", f"a contiguous {dtype} of shape {list(weight.shape)}", got)
     if torch.compiler.is_compiling():  # an op that writes to its argument is opaque to the compiler; this is not
         return out.copy_(_dequantize_op(weight.codes, weight.absmax, list(weight.shape), dtype, backend))
-    dequantize_into_(out, weight.codes, weight.absmax, decide("nf4", out.device, dtype, asked=backend).backend)
+    dequantize_into_(out, weight.codes, weight.absmax, decide("nf4", out.device, dtype, requested=backend).backend)
     return out
 
 
 def check_nf4(name: str, weight: NF4Weight) -> None:
-    """Refuses parts that do not fit together. Their values cannot be wrong."""
+    """Check that codes, absmax and shape fit together. Any values of the codes are valid."""
     codes, absmax, (O, K) = weight  # noqa: E741
     if codes.dtype != torch.uint8 or tuple(codes.shape) != (O * K // 2,) or O * K % 2:
         raise error(f"{name}.codes", f"torch.uint8 of shape [{O} * {K} / 2]", f"{codes.dtype} of {list(codes.shape)}")
@@ -115,10 +115,10 @@ def check_nf4(name: str, weight: NF4Weight) -> None:
 
 
 def dequantize_into_(out: Tensor, codes: Tensor, absmax: Tensor, backend: str) -> None:
-    """`out`, contiguous, becomes the dense weight. Nothing is checked."""
+    """Write the dense weight to `out`, which is contiguous. Nothing is checked."""
     levels, pairs = _tables(codes.device)
     if backend != "torch":
-        from sftx_kernels.gpu.nf4 import dequantize_launch
+        from sftx_kernels.triton.nf4 import dequantize_launch
 
         dequantize_launch(codes, absmax, levels, out).run()
     elif out.numel():
@@ -129,7 +129,7 @@ def dequantize_into_(out: Tensor, codes: Tensor, absmax: Tensor, backend: str) -
 
 @functools.cache
 def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
-    """(the levels, both values of each byte [256, 2])"""
+    """Return the levels, and the two values of each byte [256, 2]."""
     levels = torch.tensor(LEVELS, dtype=torch.float32, device=device)
     return levels, torch.cartesian_prod(levels, levels)
 
@@ -137,7 +137,7 @@ def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("sftx::dequantize_nf4", mutates_args=())
 def _dequantize_op(codes: Tensor, absmax: Tensor, shape: list[int], dtype: torch.dtype, backend: str | None) -> Tensor:
     out = torch.empty(shape, dtype=dtype, device=codes.device)
-    dequantize_into_(out, codes, absmax, decide("nf4", codes.device, dtype, asked=backend).backend)
+    dequantize_into_(out, codes, absmax, decide("nf4", codes.device, dtype, requested=backend).backend)
     return out
 
 

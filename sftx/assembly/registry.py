@@ -8,17 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 from sftx.assembly import hookspecs
 from sftx.assembly.discovery import PluginInfo, discover, find, hooks_of, instance, load_class, options_of
 from sftx.assembly.hookspecs import DEFAULTS, ONE_PROVIDER, PROJECT, RETURNS
-from sftx.assembly.stages import Guarded, make, named
+from sftx.assembly.stages import (
+    AdapterStage,
+    CollatorStage,
+    LossStage,
+    MetricStage,
+    ParserStage,
+    TemplateStage,
+    make,
+    named,
+)
 from sftx.errors import PluginError
 from sftx.events import Provider, RunInfo
-from sftx.types import Adapter, Collator, Loss, Metric, ModelSpec, Observer, Parser, Template
+from sftx.types import ModelSpec, Observer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -111,33 +120,32 @@ class Assembly:
             for a in self.providers(hook)
         )
 
-    def parsers(self) -> dict[str, Parser]:
-        return {a.info.name: cast(Parser, stage) for a, stage in self._call("sftx_parser")}
+    def parsers(self) -> dict[str, ParserStage]:
+        return {a.info.name: ParserStage(str(a.info), made) for a, made in self._call("sftx_parser")}
 
-    def template(self, tokenizer: PreTrainedTokenizerBase) -> Template | None:
-        return next((cast(Template, stage) for _, stage in self._call("sftx_template", tokenizer=tokenizer)), None)
+    def template(self, tokenizer: PreTrainedTokenizerBase) -> TemplateStage | None:
+        made = [TemplateStage(str(a.info), made) for a, made in self._call("sftx_template", tokenizer=tokenizer)]
+        return made[0] if made else None
 
-    def collator(self, max_length: int) -> Collator:
-        return next(cast(Collator, stage) for _, stage in self._call("sftx_collator", max_length=max_length))
+    def collator(self, max_length: int) -> CollatorStage:
+        return next(CollatorStage(str(a.info), made) for a, made in self._call("sftx_collator", max_length=max_length))
 
-    def loss(self) -> Loss:
-        return next(cast(Loss, stage) for _, stage in self._call("sftx_loss"))
+    def loss(self) -> LossStage:
+        return next(LossStage(str(a.info), made) for a, made in self._call("sftx_loss"))
 
-    def adapters(self, spec: ModelSpec) -> dict[str, Adapter]:
-        return {a.info.name: cast(Adapter, stage) for a, stage in self._call("sftx_adapter", spec=spec)}
+    def adapters(self, spec: ModelSpec) -> dict[str, AdapterStage]:
+        return {a.info.name: AdapterStage(str(a.info), made) for a, made in self._call("sftx_adapter", spec=spec)}
 
-    def metrics(self) -> dict[str, Metric]:
-        return {a.info.name: cast(Metric, stage) for a, stage in self._call("sftx_metric")}
+    def metrics(self) -> dict[str, MetricStage]:
+        return {a.info.name: MetricStage(str(a.info), made, a.info.name) for a, made in self._call("sftx_metric")}
 
     def observers(self, run: RunInfo) -> list[tuple[PluginInfo, Observer]]:
-        return [(a.info, cast(Observer, stage)) for a, stage in self._call("sftx_observer", run=run)]
+        """Return the observers without a wrapper: the trainer catches their errors, which stop no run."""
+        return [(a.info, made) for a, made in self._call("sftx_observer", run=run)]
 
-    def _call(self, hook: str, **arguments: Any) -> Iterator[tuple[Active, object]]:
-        """Call `hook` of each plugin that implements it, in the order of naming; yield the plugin and its result.
-
-        Observers are not wrapped in `Guarded`: the code that calls them catches their errors, which stop no run.
-        """
+    def _call(self, hook: str, **arguments: Any) -> Iterator[tuple[Active, Any]]:
+        """Call `hook` of each plugin that implements it, in the order of naming; yield the plugin and its result."""
         for active in self.providers(hook):
             with named(str(active.info), hook):
-                stage = make(active.plugin, hook, **arguments)
-            yield active, stage if hook == "sftx_observer" else Guarded(str(active.info), hook, stage)
+                made = make(active.plugin, hook, **arguments)
+            yield active, made

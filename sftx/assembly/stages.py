@@ -1,17 +1,62 @@
-"""A plugin's hook is called and becomes a stage of the run, whose errors carry the plugin's name from then on."""
+"""Stages: what plugins made, each wrapped once in a class that names the plugin in errors and checks what it returns.
+
+A wrapper refuses results that would train or evaluate wrongly without a sign, where the plugin's name is known; nothing
+after it checks them again. Importing this module imports no torch.
+"""
 
 from __future__ import annotations
 
 import inspect
+import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, Final, cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
 from sftx.assembly.hookspecs import RETURNS
 from sftx.distributed.process_group import is_lost_peer_error
 from sftx.errors import DataError, PluginError, SftxError, did_you_mean, one_line
-from sftx.types import Adapter, Batch, LossSum, Observer
+from sftx.events import EvalReport, StepReport
+from sftx.types import (
+    Adapter,
+    Batch,
+    Collator,
+    Conversation,
+    Example,
+    LanguageModel,
+    Location,
+    Loss,
+    LossSum,
+    Message,
+    Metric,
+    Observer,
+    Parsed,
+    Parser,
+    PlainText,
+    Record,
+    Row,
+    Segment,
+    Step,
+    Template,
+    Tokens,
+    ToolCall,
+    Window,
+)
+
+if TYPE_CHECKING:
+    from torch import nn
+
+RESERVED_METRICS: Final = frozenset(
+    {"event", "aux_loss", "loss_scale", "perplexity", "tokens_per_second"}
+    | {field.name for report in (StepReport, EvalReport) for field in fields(report)}
+)
+"""Names of what the trainer reports itself: neither a loss nor a metric may report a value under one of them."""
+
+_LARGEST_NLL: Final = 700.0  # the largest one whose exponential is a finite number
+
+# --- from a hook to a stage ---------------------------------------------------------------------
 
 
 def arguments_of(function: Callable[..., object]) -> list[str]:
@@ -19,42 +64,36 @@ def arguments_of(function: Callable[..., object]) -> list[str]:
 
 
 def make(plugin: object, hook: str, **arguments: Any) -> Any:
-    """What the plugin's `hook` returns, given those of `arguments` that it asks for. Raises PluginError."""
+    """Call the plugin's `hook` with those of `arguments` that it asks for. Raises PluginError for a wrong result."""
     implementation = getattr(plugin, hook)
     made = implementation(**{name: arguments[name] for name in arguments_of(implementation)})
     kind = RETURNS[hook]
-    lacking = [] if kind in (Adapter, Observer) else _lacking(made, kind)
-    # Not isinstance for a protocol: from Python 3.12 on that does not see what is delegated by __getattr__.
-    if lacking or (kind in (Adapter, Observer) and not isinstance(made, kind)):
+    missing: list[str] = []
+    if kind in (Adapter, Observer):
+        is_right = isinstance(made, kind)
+    else:  # not isinstance for a protocol: from Python 3.12 on it does not see what __getattr__ delegates
+        promised = sorted(name for name in vars(kind) if not name.startswith("_") or name == "__call__")
+        missing = [name for name in promised if not hasattr(made, name)]
+        is_right = not missing
+    if not is_right:
         article = "an" if kind.__name__[0] in "AO" else "a"
-        named_ones = [name for name in lacking if name != "__call__"]
+        named_ones = [name for name in missing if name != "__call__"]
         lacks = f", which has also {', '.join(named_ones)}" if named_ones else ""
         lacks = "; is its `return` missing?" if made is None else lacks
         raise PluginError(f"{hook} returned {type(made).__name__}, expected {article} {kind.__name__}{lacks}")
     if isinstance(made, Observer):
-        _check_events(made)
+        for name in dir(made):
+            if name.startswith("on_") and not hasattr(Observer, name):  # no run would ever call it
+                hint = did_you_mean(name, [event for event in vars(Observer) if event.startswith("on_")])
+                raise PluginError(f"{type(made).__name__}.{name} is no event of this sftx's observers{hint}")
     return made
-
-
-def _check_events(observer: Observer) -> None:
-    """Raises PluginError for a method that no run would ever call."""
-    for name in dir(observer):
-        if name.startswith("on_") and not hasattr(Observer, name):
-            hint = did_you_mean(name, [event for event in vars(Observer) if event.startswith("on_")])
-            raise PluginError(f"{type(observer).__name__}.{name} is no event of this sftx's observers{hint}")
-
-
-def _lacking(made: object, protocol: type) -> list[str]:
-    """What a protocol promises and an object has not."""
-    promised = [name for name in sorted(vars(protocol)) if not name.startswith("_") or name == "__call__"]
-    return [name for name in promised if not hasattr(made, name)]
 
 
 @contextmanager
 def named(who: str, what: str) -> Iterator[None]:
-    """Puts a plugin's name in front of the errors of its own code, which need not know its name and version.
+    """Put a plugin's name in front of the errors of its code, which need not know its own name and version.
 
-    A plugin that calls sys.exit does not end the process as if all were well.
+    sys.exit in a plugin becomes an error too: the process must not end as if all were well.
     """
     try:
         yield
@@ -68,76 +107,357 @@ def named(who: str, what: str) -> Iterator[None]:
         raise PluginError(f"{who}: {what} failed: {type(error).__name__}: {one_line(error)}") from error
 
 
-def _is_not_its_fault(error: BaseException, hook: str, method: str) -> bool:
-    """Whether a row of data, a full device or disk, or a lost process is to blame, of which the engine tells more."""
-    if isinstance(error, DataError):
-        return hook in ("sftx_parser", "sftx_template")
-    if method == "save" and (isinstance(error, OSError) or type(error).__name__ == "SafetensorError"):
-        return True
-    torch = sys.modules.get("torch")  # which nothing here imports
-    if is_lost_peer_error(error):
-        return True
-    return isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
+class _Stage:
+    """The plugin's own object, and the name under which its errors are reported."""
 
-
-_RESULTS: Final[Mapping[tuple[str, str], tuple[type, ...]]] = {
-    ("sftx_parser", "parse"): (tuple, list),
-    ("sftx_template", "render"): (tuple, list),
-    ("sftx_template", "generation_prompt"): (tuple, list),
-    ("sftx_collator", "plan"): (tuple,),
-    ("sftx_collator", "collate"): (Batch,),
-    ("sftx_loss", "denominator"): (int, float),
-    ("sftx_loss", "__call__"): (LossSum,),
-    ("sftx_metric", "__call__"): (Mapping, int, float),
-    ("sftx_metric", "corpus"): (Mapping, int, float),
-}
-"""What a stage's methods must return, where something else would fail far from its cause."""
-
-
-class Guarded:
-    """A stage as the plugin made it, whose methods run within `named` and must return what they promise."""
-
-    def __init__(self, who: str, hook: str, stage: object) -> None:
-        self._who = who
-        self._hook = hook
-        self._stage = stage
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # pickle and copy look for what is theirs
-            raise AttributeError(name)
-        try:
-            value = getattr(self._stage, name)
-        except AttributeError:
-            if not hasattr(type(self._stage), name):
-                raise  # it has none, which whoever asks may be ready for
-            with named(self._who, name):
-                raise
-        except BaseException:
-            with named(self._who, name):
-                raise
-        return self._guard(value, name) if inspect.isroutine(value) else value
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._guard(cast(Any, self._stage), "__call__")(*args, **kwargs)
+    def __init__(self, plugin: str) -> None:
+        self._plugin = plugin
 
     def __str__(self) -> str:
-        return self._who
+        return self._plugin
 
-    def _guard(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
-        what = self._hook.removeprefix("sftx_") if name == "__call__" else name
-        expected = _RESULTS.get((self._hook, name), ())
+    @contextmanager
+    def _attribute(self, what: str) -> Iterator[None]:
+        """Name the plugin in errors, except those of the machine, which the trainer explains by itself."""
+        try:
+            yield
+        except BaseException as error:
+            torch = sys.modules.get("torch")  # not imported here, which would take seconds
+            is_out_of_memory = isinstance(error, MemoryError) or (
+                torch is not None and isinstance(error, torch.OutOfMemoryError)
+            )
+            if is_out_of_memory or is_lost_peer_error(error) or self._explains_itself(error, what):
+                raise
+            with named(self._plugin, what):
+                raise
 
-        def guarded(*args: Any, **kwargs: Any) -> Any:
-            try:
-                result = function(*args, **kwargs)
-            except BaseException as error:
-                if _is_not_its_fault(error, self._hook, name):
-                    raise
-                with named(self._who, what):
-                    raise
-            if expected and not isinstance(result, expected):
-                wanted = expected[-1].__name__
-                raise PluginError(f"{self._who}: {what} returned {type(result).__name__}, expected a {wanted}")
-            return result
+    def _explains_itself(self, error: BaseException, what: str) -> bool:
+        """Return whether the error needs no plugin's name: a row of data is at fault, or a full disk."""
+        return False
 
-        return guarded
+    def _refuse(self, message: str) -> PluginError:
+        return PluginError(f"{self._plugin}: {message}")
+
+
+# --- data ---------------------------------------------------------------------------------------
+
+
+class ParserStage(_Stage):
+    """Converts records, and checks that the results have the promised types."""
+
+    def __init__(self, plugin: str, parser: Parser) -> None:
+        super().__init__(plugin)
+        self._parser = parser
+
+    @property
+    def fields(self) -> str:
+        with self._attribute("fields"):
+            return self._parser.fields
+
+    @property
+    def samples(self) -> Sequence[Record]:
+        with self._attribute("samples"):
+            return self._parser.samples
+
+    def accepts(self, record: Record) -> bool:
+        with self._attribute("accepts"):
+            return self._parser.accepts(record)
+
+    def parse(self, record: Record, where: Location) -> tuple[Parsed, ...]:
+        with self._attribute("parse"):
+            parsed: Any = self._parser.parse(record, where)
+        if not isinstance(parsed, tuple | list):
+            raise self._refuse(f"parse returned {type(parsed).__name__}, expected a list")
+        for item in parsed:
+            if not _is_parsed(item):
+                raise self._refuse(f"parse gave {item!r:.80}, expected Conversation, PlainText or Tokens of text")
+        return tuple(parsed)
+
+    def _explains_itself(self, error: BaseException, what: str) -> bool:
+        return isinstance(error, DataError)
+
+
+_MESSAGE_TYPES: Final[Mapping[str, Any]] = {
+    "role": str,
+    "content": str,
+    "trainable": bool | None,
+    "weight": int | float,
+    "reasoning": str,
+    "tool_calls": tuple,
+    "name": str | None,
+    "tool_call_id": str | None,
+}
+_SEGMENT_TYPES: Final[Mapping[str, Any]] = {
+    "text": str, "trainable": bool, "control": bool, "weight": int | float, "role": str,
+}  # fmt: skip
+
+
+def _has_types(thing: object, types: Mapping[str, Any]) -> bool:
+    """Return whether the attributes have these types: a plugin's author need not run a type checker."""
+    return all(isinstance(getattr(thing, name), kind) for name, kind in types.items())
+
+
+def _is_parsed(item: Any) -> bool:
+    match item:
+        case Conversation():
+            messages: Sequence[Any] = item.messages
+            if not all(isinstance(message, Message) and _has_types(message, _MESSAGE_TYPES) for message in messages):
+                return False
+            calls: list[Any] = [call for message in messages for call in message.tool_calls]
+            types = {"name": str, "arguments": Mapping}
+            return all(isinstance(call, ToolCall) and _has_types(call, types) for call in calls)
+        case PlainText():
+            return _has_types(item, {"text": str})
+        case Tokens(token_ids=ids, loss_mask=mask):
+            return {*map(type, ids)} <= {int} and {*map(type, mask)} <= {bool}
+    return False
+
+
+class TemplateStage(_Stage):
+    """Renders conversations, and checks that every segment has the promised types."""
+
+    def __init__(self, plugin: str, template: Template) -> None:
+        super().__init__(plugin)
+        self._template = template
+        with self._attribute("reading what it declares"):
+            self.controls = template.controls
+            self.stop = template.stop
+            self.rewrites_history = template.rewrites_history
+            self.chat_template = template.chat_template
+
+    def render(self, conversation: Conversation) -> tuple[Segment, ...]:
+        with self._attribute("render"):
+            return self._checked("render", self._template.render(conversation))
+
+    def generation_prompt(self, conversation: Conversation) -> tuple[Segment, ...]:
+        with self._attribute("generation_prompt"):
+            return self._checked("generation_prompt", self._template.generation_prompt(conversation))
+
+    def _checked(self, what: str, segments: Any) -> tuple[Segment, ...]:
+        if not isinstance(segments, tuple | list):
+            raise self._refuse(f"{what} returned {type(segments).__name__}, expected a list")
+        for segment in segments:
+            if not (isinstance(segment, Segment) and _has_types(segment, _SEGMENT_TYPES)):
+                raise self._refuse(f"wrote {segment!r:.90}, expected a Segment of text")
+            if not 0 <= segment.weight < math.inf:
+                raise self._refuse(f"a segment has the weight {segment.weight:g}, expected a number of at least 0")
+        return tuple(segments)
+
+    def _explains_itself(self, error: BaseException, what: str) -> bool:
+        return isinstance(error, DataError)
+
+
+class CollatorStage(_Stage):
+    """Plans windows and collates micro-batches, and checks that no example is lost or repeated."""
+
+    def __init__(self, plugin: str, collator: Collator) -> None:
+        super().__init__(plugin)
+        self._collator = collator
+        with self._attribute("reading what it declares"):
+            self.row_length: int | None = getattr(collator, "row_length", None)
+            self.wrap_length: int | None = getattr(collator, "wrap_length", None)
+
+    def plan(self, window: Window) -> tuple[list[Step], Row]:
+        """Plan a window. Raises PluginError when an example is lost or repeated, or a step is empty or too large."""
+        with self._attribute("plan"):
+            planned: Any = self._collator.plan(window)
+        if not isinstance(planned, tuple):
+            raise self._refuse(f"plan returned {type(planned).__name__}, expected a tuple")
+        try:
+            given_steps, given_carried = planned
+            steps = [tuple(tuple(row) for row in step) for step in given_steps]
+            carried = tuple(given_carried)
+            indices = sorted([*(index for step in steps for row in step for index in row), *carried])
+            is_filled = all(len(row) for step in steps for row in step)
+        except (TypeError, ValueError):
+            raise self._refuse(f"plan gave {planned!r:.100}, expected (steps of rows of indices, row)") from None
+        if (carried and window.is_last) or indices != list(range(len(window.lengths))):
+            raise self._refuse(
+                f"plan lost or repeated examples: {len(indices) - len(carried)} planned and {len(carried)} carried "
+                f"over of {len(window.lengths)}"
+            )
+        if not (is_filled and all(0 < len(step) <= window.rows_per_step for step in steps)):
+            raise self._refuse(f"plan made a step that is empty or has over {window.rows_per_step} rows")
+        return steps, carried
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """Make one micro-batch. Raises PluginError when an example is not in it exactly once."""
+        with self._attribute("collate"):
+            batch: Any = self._collator.collate(examples)
+        if not isinstance(batch, Batch):
+            raise self._refuse(f"collate returned {type(batch).__name__}, expected a Batch")
+        ids: Any = batch.row_ids
+        if not (isinstance(ids, tuple) and all(isinstance(row_id, str) for row_id in ids)):
+            raise self._refuse(f"collate gave the row_ids {ids!r:.60}, expected a tuple of text")
+        if sorted(ids) != sorted(example.row_id for example in examples):
+            raise self._refuse(
+                f"collate made a batch of {len(ids)} examples of {len(examples)}; every example must be in it once"
+            )
+        if batch.cu_seqlens is not None:
+            boundaries, num_tokens = batch.cu_seqlens.tolist(), batch.input_ids_BT.numel()
+            is_rising = sorted(set(boundaries)) == boundaries
+            if boundaries[:1] != [0] or boundaries[-1] != num_tokens or not is_rising:
+                raise self._refuse(
+                    f"collate gave {num_tokens} tokens the cu_seqlens {boundaries!r:.60}, expected rising numbers "
+                    "from 0 to all of them"
+                )
+        return batch
+
+
+# --- training -----------------------------------------------------------------------------------
+
+
+class LossStage(_Stage):
+    """Computes the loss, and checks that it is a scalar with a gradient and that its denominator can be divided by."""
+
+    def __init__(self, plugin: str, loss: Loss) -> None:
+        super().__init__(plugin)
+        self._loss = loss
+
+    def denominator(self, batch: Batch) -> float:
+        with self._attribute("denominator"):
+            value: Any = self._loss.denominator(batch)
+        if not isinstance(value, int | float):
+            raise self._refuse(f"denominator returned {type(value).__name__}, expected a float")
+        if isinstance(value, bool) or not 0 <= value < math.inf:
+            raise self._refuse(f"denominator gave [{value}], expected numbers that are not below 0")
+        return value
+
+    def check_total(self, denominator: float) -> float:
+        """Return the denominator of a whole step. Raises PluginError when it is 0."""
+        if not denominator > 0:
+            raise self._refuse("denominator gave 0 for all of a step, expected more than 0")
+        return denominator
+
+    def __call__(self, lm: LanguageModel, batch: Batch) -> LossSum:
+        import torch
+
+        with self._attribute("loss"):
+            out: Any = self._loss(lm, batch)
+        if not isinstance(out, LossSum):
+            raise self._refuse(f"loss returned {type(out).__name__}, expected a LossSum")
+        parts: dict[str, Any] = {"sum": out.sum, **{f"metrics[{name!r}]": value for name, value in out.metrics.items()}}
+        if out.aux_loss is not None:
+            parts["aux_loss"] = out.aux_loss
+        for name, value in parts.items():
+            is_tensor = isinstance(value, torch.Tensor)
+            if not is_tensor or value.ndim:
+                what = f"a tensor of shape {list(value.shape)}" if is_tensor else type(value).__name__
+                raise self._refuse(f"{name} is {what}, expected a tensor without dimensions")
+        if torch.is_grad_enabled() and not out.sum.requires_grad:
+            raise self._refuse("sum has no gradient; do not detach it")
+        taken = [name for name in out.metrics if name in RESERVED_METRICS or not isinstance(name, str)]
+        if taken:
+            raise self._refuse(f"metrics has the name {taken[0]!r}, which the trainer reports itself; choose another")
+        return out
+
+    def report_means(self, means: Mapping[str, float], place: str) -> dict[str, float]:
+        """Return the means as they are reported: `perplexity` in place of `nll`. Raises PluginError unless finite."""
+        if wrong := [name for name, value in means.items() if not math.isfinite(value)]:
+            raise self._refuse(f"metrics[{wrong[0]!r}] is {means[wrong[0]]} in {place}")
+        reported = {name: value for name, value in means.items() if name != "nll"}
+        if "nll" in means and means["nll"] < _LARGEST_NLL:
+            reported["perplexity"] = math.exp(means["nll"])
+        return reported
+
+
+class AdapterStage(_Stage, Adapter):
+    """Attaches, saves, loads and merges a plugin's adapter."""
+
+    def __init__(self, plugin: str, adapter: Adapter) -> None:
+        super().__init__(plugin)
+        self._adapter = adapter
+
+    def quantize(self, name: str, module: nn.Module) -> nn.Module | None:
+        with self._attribute("quantize"):
+            return self._adapter.quantize(name, module)
+
+    def attach(self, lm: LanguageModel) -> None:
+        with self._attribute("attach"):
+            self._adapter.attach(lm)
+
+    def rate_scale(self, name: str) -> float:
+        with self._attribute("rate_scale"):
+            scale: Any = self._adapter.rate_scale(name)
+        if not (isinstance(scale, int | float) and math.isfinite(scale) and scale > 0):
+            raise self._refuse(f"rate_scale of {name} is {scale!r}, expected a number above 0")
+        return scale
+
+    def disabled(self) -> AbstractContextManager[None]:
+        with self._attribute("disabled"):
+            return self._adapter.disabled()
+
+    def save(self, directory: Path) -> None:
+        with self._attribute("save"):
+            self._adapter.save(directory)
+
+    def load(self, directory: Path) -> None:
+        with self._attribute("load"):
+            self._adapter.load(directory)
+
+    def merge(self, lm: LanguageModel) -> None:
+        with self._attribute("merge"):
+            self._adapter.merge(lm)
+
+    def _explains_itself(self, error: BaseException, what: str) -> bool:
+        is_disk = isinstance(error, OSError) or type(error).__name__ == "SafetensorError"
+        return what == "save" and is_disk
+
+
+# --- evaluation ---------------------------------------------------------------------------------
+
+
+class MetricStage(_Stage):
+    """Scores answers, and checks that every score is a finite number with a name."""
+
+    def __init__(self, plugin: str, metric: Metric, name: str) -> None:
+        """`name`: the plugin's own name, under which a score without a name is reported."""
+        super().__init__(plugin)
+        self._metric = metric
+        self._name = name
+
+    def scores(self, predictions: Sequence[str], references: Sequence[str], row_ids: Sequence[str]) -> dict[str, float]:
+        """Score a whole set of answers: means over the rows, or what `corpus` returns where the metric has one."""
+        corpus: Any = getattr(self._metric, "corpus", None)
+        if corpus is not None:
+            with self._attribute("corpus"):
+                score = corpus(predictions, references)
+            return self._named("corpus", score, f"{len(predictions)} rows")
+        rows = []
+        for prediction, reference, row_id in zip(predictions, references, row_ids, strict=True):
+            with self._attribute("metric"):
+                score = self._metric(prediction, reference)
+            rows.append(self._named("metric", score, row_id))
+        for row_id, row in zip(row_ids, rows, strict=True):
+            if row.keys() != rows[0].keys():
+                raise self._refuse(
+                    f"the scores of {row_id} are {', '.join(row)}, those of {row_ids[0]} {', '.join(rows[0])}; give "
+                    "every answer the same ones, whose means are reported"
+                )
+        return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+
+    def _named(self, what: str, score: Any, of: str) -> dict[str, float]:
+        if not isinstance(score, Mapping | int | float):
+            raise self._refuse(f"{what} returned {type(score).__name__}, expected a float")
+        try:
+            return named_scores(self._name, score, of)
+        except PluginError as error:
+            raise self._refuse(str(error)) from None
+
+
+def named_scores(plugin: str, score: float | Mapping[str, float], of: str) -> dict[str, float]:
+    """Return a score as finite numbers by name; a single number gets the plugin's name. Raises PluginError."""
+    values: Mapping[str, Any] = score if isinstance(score, Mapping) else {plugin: score}
+    if not values or not all(isinstance(name, str) for name in values):
+        raise PluginError(f"the score of {of} has the names {list(values)!r:.60}, expected some text")
+    numbers = {}
+    for name, value in values.items():
+        try:
+            number = float(value) if isinstance(value, int | float) else math.nan
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
+            which = "the score" if name == plugin else f"the score {name!r}"
+            raise PluginError(f"{which} of {of} is {value!r:.60}, expected a finite number")
+        numbers[name] = number
+    return numbers

@@ -1,11 +1,16 @@
-"""The directory of a run: which one it is, that nobody's work is written over, and whether an old one can go on."""
+"""The directory of a run: which one it is, that no run overwrites another, and whether an old run may go on in it.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -16,57 +21,63 @@ from textwrap import shorten
 from typing import Any, Final
 
 from sftx import atomic_files
+from sftx.checkpoint import layout
 from sftx.config import run_file
 from sftx.errors import ConfigError, OutputError, one_line
 from sftx.events import Result
 
 log = logging.getLogger(__name__)
 
-_RUN, _MANIFEST, _SUMMARY = "run.yaml", "manifest.json", "summary.json"
-
 _FREE: Final = frozenset(
     {"output_dir", "data.num_proc", "data.cache", "train.logging_steps"}
     | {"train.save_steps", "train.save_minutes", "train.save_total_limit"}
 )
-"""What a run that goes on may have otherwise than before, without any effect on what it computes."""
+"""Options that may change when a run is resumed, as they have no effect on what it computes."""
 
 _ROUNDING: Final = frozenset(
     {"generation.batch_size", "train.per_device_eval_batch_size", "train.gradient_checkpointing"}
     | {"train.selective_checkpointing", "train.torch_compile", "train.use_cpu"}
     | {"train.distributed", "train.fsdp_offload"}
 )
-"""What only changes the order in which numbers are added."""
-
-_NO_LOCKS: Final = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+"""Options that may change with a warning, as they change only the order of floating-point additions."""
 
 _SPLIT: Final = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps")
-"""Their product is the rows of a step, which decides the data's order; how it is split does not."""
+"""Options that say how the rows of an optimizer step are divided, which changes neither the order of the data nor the
+update."""
+
+_LOCKS_UNSUPPORTED: Final = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 @dataclass
 class RunDirectory:
-    """A place for one run. `resumed`: it holds one that is to go on."""
+    """The directory of one run."""
 
     path: Path
     resumed: bool = False
+    """True when the directory holds a run that is to go on."""
     _lock: int | None = None
 
     def file(self, name: str) -> Path:
         return self.path / name
 
     def check_same(self, resolved: Mapping[str, Any], plugins: Sequence[Mapping[str, Any]]) -> None:
-        """Raises ConfigError when the run that is to go on here was another than `resolved`.
+        """Raise ConfigError when the run in this directory had other options than `resolved`.
 
-        Of `plugins`, the lines of its assembled table, those that only observe may be others than they were: they
-        change nothing.
+        `plugins` are the rows of the assembled table. Plugins that are only observers may differ: they change nothing.
         """
-        observers = _observers(plugins) | _observers((self.read_json(_MANIFEST) or {}).get("plugins", ()))
-        before = _options(run_file.read(self.file(_RUN))[0], observers)
-        now = _options(json.loads(json.dumps(resolved)), observers)
+        observers = _only_observers(plugins) | _only_observers(
+            (self.read_json(layout.MANIFEST) or {}).get("plugins", ())
+        )
+        before = _flat_options(run_file.read(self.file(layout.RUN))[0], observers)
+        now = _flat_options(json.loads(json.dumps(resolved)), observers)
+        before["train.train_batch_size"] = _rows_per_step(before)
         changed = {name for name in before.keys() | now.keys() if before.get(name) != now.get(name)} - _FREE
-        if changed & set(_SPLIT) and _rows_of_a_step(before) == _rows_of_a_step(now):
+        if changed & set(_SPLIT):
             changed -= set(_SPLIT)
-            log.warning("the rows of a step are split otherwise: the same but for rounding, and other dropout if any")
+            log.warning(
+                "the rows of a step are split into other micro-batches: the results are the same but for rounding, "
+                "and for the numbers that dropout draws"
+            )
         if rounding := sorted(changed & _ROUNDING):
             log.warning("%s changed: the results are the same but for rounding", ", ".join(rounding))
         if wrong := sorted(changed - _ROUNDING):
@@ -77,74 +88,88 @@ class RunDirectory:
                 "another run with --output-dir"
             )
 
+    def recorded_batch_size(self) -> int:
+        """Return the rows of a step, over all processes, that the run here was started with."""
+        return _rows_per_step(_flat(run_file.read(self.file(layout.RUN))[0]))
+
     def check_inputs(self, manifest: Mapping[str, Any]) -> None:
-        """Raises ConfigError when model or data are not those of the manifest; notes other versions."""
-        before = self.read_json(_MANIFEST)
+        """Raise ConfigError when model or data have other content than at the start of the run.
+
+        Other versions of libraries, plugins or Python, or another device, are reported as a warning.
+        """
+        before = self.read_json(layout.MANIFEST)
         if before is None:
-            log.warning("%s is missing: whether model and data are the same is not known", self.file(_MANIFEST))
+            log.warning("%s is missing: whether model and data are the same is not known", self.file(layout.MANIFEST))
             return
         now = json.loads(json.dumps(manifest))
         for what in ("model", "data", "eval_data"):
-            if _content(before.get(what)) != _content(now[what]):
+            if _hashes(before.get(what)) != _hashes(now[what]):
                 raise ConfigError(
                     f"--resume: {self.path} was begun with another content of {what.replace('_', ' ')}; bring back "
                     "what was there, or begin another run with --output-dir"
                 )
-        versions, others = _versions(now), _versions(before)
+        versions, versions_before = _versions(now), _versions(before)
         changed = [
-            f"{name} {others.get(name)} -> {version}"
+            f"{name} {versions_before.get(name)} -> {version}"
             for name, version in versions.items()
-            if others.get(name) != version
+            if versions_before.get(name) != version
         ]
         if changed:
             log.warning("not what this run was begun with: %s; results may differ", ", ".join(changed))
 
     def finished(self) -> Result | None:
-        """What the run here came to, when it has come to its end."""
-        summary = self.read_json(_SUMMARY) if self.resumed else None
-        is_there = summary is not None and Path(str(summary.get("artefact"))).is_dir()
-        return Result(self.path, summary) if summary is not None and is_there else None
+        """Return the result of a run that is complete, None for any other."""
+        summary = self.read_json(layout.SUMMARY) if self.resumed else None
+        if summary is None or not Path(str(summary.get("artefact"))).is_dir():
+            return None
+        return Result(self.path, layout.with_new_names(summary))
 
     def write_start(self, resolved: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
-        """Writes what a run is before anything of it is done. Raises OutputError."""
-        run_file.write(dict(resolved), self.file(_RUN))
-        atomic_files.write_json(self.file(_MANIFEST), manifest)
+        """Write the run's options and manifest, before its first step. Raises OutputError."""
+        run_file.write(dict(resolved), self.file(layout.RUN))
+        atomic_files.write_json(self.file(layout.MANIFEST), manifest)
 
     def complete(self, manifest: Mapping[str, Any]) -> None:
-        """Writes the manifest of a run that goes on, where it is missing. Raises OutputError."""
-        if not self.file(_MANIFEST).exists():
-            atomic_files.write_json(self.file(_MANIFEST), manifest)
+        """Write the manifest of a resumed run when it is missing. Raises OutputError."""
+        if not self.file(layout.MANIFEST).exists():
+            atomic_files.write_json(self.file(layout.MANIFEST), manifest)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Writes what it came to: the last thing that a run does. Raises OutputError."""
-        atomic_files.write_json(self.file(_SUMMARY), summary)
+        """Write the summary, which marks the run as complete. Raises OutputError."""
+        atomic_files.write_json(self.file(layout.SUMMARY), summary)
 
     def claim(self) -> bool:
-        """Makes the directory and keeps others out; False when another process has it. Raises OutputError."""
+        """Make and lock the directory. Return False when another process has it. Raises OutputError.
+
+        The lock is flock on the directory itself, which the system releases when the process ends, however it ends.
+        The package filelock would need a lock file beside or in the directory, which is left behind.
+        """
         if self._lock is not None:
             return True
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            # Given up by the system when the process ends, however it ends.
             self._lock = os.open(self.path, os.O_RDONLY)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.release()
             return False
         except OSError as error:
-            if self._lock is None or error.errno not in _NO_LOCKS:
+            if self._lock is None or error.errno not in _LOCKS_UNSUPPORTED:
                 raise OutputError(f"output_dir {self.path}: cannot be written: {one_line(error)}") from error
-            log.warning("%s lies on a file system without locks: see to it that one process works in it", self.path)
+            log.warning("%s is on a file system without locks: make sure that only one process writes to it", self.path)
         if self.resumed:
-            atomic_files.sweep(self.path)
-        elif _holds(self.path):
+            atomic_files.remove_leftovers(self.path)
+        elif _has_files(self.path):
             self.release()
             return False
         return True
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keeps others out of a run that goes on, from before anything of it is read. Raises OutputError."""
+        """Lock the directory of a resumed run before anything in it is read, release it at the end.
+
+        Raises OutputError when another process has it.
+        """
         if self.resumed and not self.claim():
             raise OutputError(f"--resume: another process is at work in {self.path}; wait for its end, or stop it")
         try:
@@ -153,13 +178,13 @@ class RunDirectory:
             self.release()
 
     def release(self) -> None:
-        """Lets others in."""
+        """Release the lock."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
     def read_json(self, name: str) -> dict[str, Any] | None:
-        """The object in that file; None where there is none. Raises OutputError."""
+        """Return the JSON object in that file, None when there is no such file. Raises OutputError."""
         try:
             values: dict[str, Any] = json.loads(self.file(name).read_text(encoding="utf-8"))
             if not isinstance(values, dict):
@@ -171,81 +196,103 @@ class RunDirectory:
         return values
 
 
-def new(wanted: str | None, name: str) -> RunDirectory:
-    """Where a new run will lie. Raises OutputError when that holds something already."""
-    if wanted is None:
-        return RunDirectory(_numbered(name, 1 + _last_number(name)))
-    path = _checked(wanted)
-    if _holds(path):
-        is_run = (path / _RUN).exists()
+def new(output_dir: str | None, name: str) -> RunDirectory:
+    """Return the directory for a new run: `output_dir`, or by default the next free `runs/<name>-<number>`.
+
+    Raises OutputError when `output_dir` has files already.
+    """
+    if output_dir is None:
+        return RunDirectory(Path("runs") / f"{name}-{_last_number(name) + 1}")
+    path = _checked(output_dir)
+    if _has_files(path):
+        is_run = (path / layout.RUN).exists()
         what, hint = ("a run", ", or go on with it: --resume") if is_run else ("files", "")
         raise OutputError(
-            f"output_dir {wanted}: holds {what} already, which is never written over; choose another{hint}"
+            f"output_dir {output_dir}: holds {what} already, which is never written over; choose another{hint}"
         )
     return RunDirectory(path)
 
 
-def resume(wanted: str | None, name: str) -> RunDirectory:
-    """Where the run lies that is to go on, or would have begun. Raises OutputError when there are other files."""
-    path = _begun(wanted, name)
-    if (path / _RUN).exists():
+def resume(output_dir: str | None, name: str) -> RunDirectory:
+    """Return the directory of the run that is to go on: `output_dir`, or by default the last `runs/<name>-<number>`.
+
+    When it does not exist or is empty, the run begins there. Raises OutputError when it has files but no run.
+    """
+    default = Path("runs") / f"{name}-{max(1, _last_number(name))}"
+    path = default if output_dir is None else _checked(output_dir)
+    if (path / layout.RUN).exists():
         return RunDirectory(path, resumed=True)
-    if _holds(path):
+    if _has_files(path):
         raise OutputError(f"--resume: {path} holds files and no run; name the directory of the run")
     log.warning("--resume: there is no run in %s yet; it begins", path)
     return RunDirectory(path)
 
 
-def _begun(wanted: str | None, name: str) -> Path:
-    """The directory of that name, or the last that was numbered, or the first that would be."""
-    if wanted is not None:
-        return _checked(wanted)
-    return _numbered(name, max(1, _last_number(name)))
+@contextmanager
+def reserve(output_dir: str | None, name: str, *, resume_run: bool) -> Iterator[str]:
+    """Choose the directory of a run that other processes will start, and restart, with `--output-dir`.
 
-
-def _numbered(name: str, number: int) -> Path:
-    return Path("runs") / f"{name}-{number}"
+    A default directory is made here, so that no other run takes its number, and removed at the end when it is still
+    empty. Raises OutputError.
+    """
+    while True:
+        directory = resume(output_dir, name) if resume_run else new(output_dir, name)
+        if output_dir is not None or resume_run:
+            yield str(directory.path) if output_dir is None else output_dir
+            return
+        try:
+            directory.path.mkdir(parents=True)
+        except FileExistsError:
+            continue  # another run has taken it since
+        except OSError as error:
+            raise OutputError(f"output_dir {directory.path}: cannot be written: {one_line(error)}") from error
+        try:
+            yield str(directory.path)
+        finally:
+            with contextlib.suppress(OSError):
+                os.removedirs(directory.path)  # refuses to remove what is not empty
+        return
 
 
 def _last_number(name: str) -> int:
-    """Of the runs of that name; 0 when there is none."""
+    """Return the highest number of the directories `runs/<name>-<number>`, 0 when there is none."""
     pattern = re.compile(re.escape(name) + r"-(\d{1,9})")
     entries = Path("runs").iterdir() if Path("runs").is_dir() else ()
     return max((int(match[1]) for path in entries if (match := pattern.fullmatch(path.name))), default=0)
 
 
-def _checked(wanted: str) -> Path:
-    """The directory of that name, there or not. Raises OutputError for a file."""
+def _checked(output_dir: str) -> Path:
+    """Return the path of a directory that may exist or not. Raises OutputError for a file."""
     try:
-        path = Path(wanted).expanduser()
+        path = Path(output_dir).expanduser()
         is_file = not path.is_dir() and (path.exists() or path.is_symlink())
     except (OSError, RuntimeError, ValueError) as error:
-        raise OutputError(f"output_dir {wanted}: cannot be used: {one_line(error)}") from error
+        raise OutputError(f"output_dir {output_dir}: cannot be used: {one_line(error)}") from error
     if is_file:
-        raise OutputError(f"output_dir {wanted}: is a file; name a directory that does not exist yet")
+        raise OutputError(f"output_dir {output_dir}: is a file; name a directory that does not exist yet")
     return path
 
 
-def _holds(path: Path) -> bool:
-    """Whether anything is in it but what a process that was killed at its very beginning left."""
+def _has_files(path: Path) -> bool:
+    """Return whether the directory holds more than the part of run.yaml that a process killed at its start left."""
     try:
-        return path.is_dir() and any(file.name != f".{_RUN}.part" for file in path.iterdir())
+        return path.is_dir() and any(file.name != f".{layout.RUN}.part" for file in path.iterdir())
     except OSError as error:
         raise OutputError(f"output_dir {path}: cannot be used: {one_line(error)}") from error
 
 
-def _options(values: Mapping[str, Any], observers: Collection[str]) -> dict[str, Any]:
-    """By dotted names; and the names of the plugins, whose order is that of their application. No observers."""
+def _flat_options(values: Mapping[str, Any], observers: Collection[str]) -> dict[str, Any]:
+    """Return the options by dotted names, and the plugins' names in the order of their application; no observers."""
     if not isinstance(values.get("plugins"), dict):
-        raise OutputError(f"{_RUN}: is not what a run has written; begin another one with --output-dir")
+        raise OutputError(f"{layout.RUN}: is not what a run has written; begin another one with --output-dir")
     plugins = {name: options for name, options in values["plugins"].items() if name not in observers}
     options = _flat({**values, "plugins": plugins})
     options["plugins"] = list(plugins)
     return options
 
 
-def _observers(plugins: Iterable[Mapping[str, str]]) -> set[str]:
-    """The names of those that fill no other stage, of the lines of an assembled table."""
+def _only_observers(plugins: Iterable[Mapping[str, str]]) -> set[str]:
+    """Return the names of the plugins in an assembled table that fill no other stage."""
     stages: dict[str, set[str]] = {}
     for line in plugins:
         stages.setdefault(line["plugin"], set()).add(line["stage"])
@@ -253,23 +300,24 @@ def _observers(plugins: Iterable[Mapping[str, str]]) -> set[str]:
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for name, value in values.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
-    return found
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
+    return flat
 
 
-def _rows_of_a_step(values: Mapping[str, Any]) -> int:
-    size, times = (values[name] for name in _SPLIT)
-    return int(size * times)
+def _rows_per_step(values: Mapping[str, Any]) -> int:
+    """Return the rows of a step from recorded options. sftx 0.1 recorded the two factors alone."""
+    recorded = values.get("train.train_batch_size")
+    return int(recorded if recorded is not None else math.prod(values[name] for name in _SPLIT))
 
 
 def _shown(values: Mapping[str, Any], name: str) -> str:
     return shorten(json.dumps(values[name], ensure_ascii=False), 120) if name in values else "not set"
 
 
-def _content(described: Any) -> Any:
-    """What was hashed of a model, or of sources."""
+def _hashes(described: Any) -> Any:
+    """Return the content hashes in a manifest's entry for the model, or for the sources of data."""
     if isinstance(described, dict):
         return described.get("sha256"), described.get("revision")
     return [source.get("fingerprint") for source in described or ()]

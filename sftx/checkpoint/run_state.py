@@ -1,45 +1,50 @@
-"""The counters of a run and what it has reported: all of its state that is neither weights, optimizer nor data."""
+"""The counters of a run and its reports so far: the part of its state that is neither weights, optimizer nor data."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sftx.checkpoint.layout import checkpoint_path, with_new_names
 from sftx.config.options import TrainConfig
 from sftx.events import EvalReport, Sample, StepReport, TokenLosses
 
 
 @dataclass
 class RunState:
-    """Grows with every step by numbers alone, and with every `logging_steps`-th by a line of `history`."""
+    """Counters that every optimizer step updates, and a line of `history` for every `logging_steps`-th one."""
 
     step: int = 0
-    """Steps that are done."""
+    """Optimizer steps done so far."""
     epoch: float = 0.0
     num_label_tokens: int = 0
-    """Trained tokens so far."""
+    """Label tokens so far."""
     num_input_tokens: int = 0
+    """Non-padding tokens so far."""
     seconds: float = 0.0
-    """In steps."""
+    """Time spent in optimizer steps."""
     wall_seconds: float = 0.0
-    """Of earlier processes of this run, up to their last checkpoints."""
+    """Wall time of earlier processes of this run, each up to its last checkpoint."""
     first_loss: float = 0.0
     last_loss: float = 0.0
     peak_bytes: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
-    """Losses, rates and evaluations in the form of transformers' `log_history`."""
+    """Losses, learning rates and evaluations in the format of transformers' `log_history`."""
     before: EvalReport | None = None
     """The evaluation before the first step."""
     latest: EvalReport | None = None
     best_step: int | None = None
     best_value: float | None = None
+    """The best `metric_for_best_model` so far, and the step it was measured at."""
     num_worse: int = 0
-    """Evaluations in a row that were not better by `early_stopping_threshold`."""
+    """Evaluations in a row that did not improve on the best value by more than `early_stopping_threshold`."""
 
     def add_step(self, report: StepReport, *, logged: bool) -> None:
+        """Count an optimizer step; with `logged`, add it to the history."""
         if self.step == 0:
             self.first_loss = report.loss
         self.step, self.epoch, self.last_loss = report.step, report.epoch, report.loss
@@ -52,7 +57,7 @@ class RunState:
             self.history.append({name: getattr(report, name) for name in names} | dict(report.metrics))
 
     def add_evaluation(self, report: EvalReport, value: float | None, config: TrainConfig) -> bool:
-        """Returns whether `value`, that of `metric_for_best_model`, is the best so far."""
+        """Add an evaluation to the history; return whether `value`, its `metric_for_best_model`, is the best so far."""
         self.before = self.before or report
         self.latest = report
         named = {f"eval_{name}": number for name, number in report.metrics.items()}
@@ -67,16 +72,18 @@ class RunState:
         return gain > 0
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON values."""
+        """Return the state as JSON values."""
         return dataclasses.asdict(self)
 
     @classmethod
-    def of(cls, values: dict[str, Any]) -> RunState:
-        """What `as_dict` gave."""
-        return cls(**values | {name: _report(values[name]) for name in ("before", "latest")})
+    def from_dict(cls, values: Mapping[str, Any]) -> RunState:
+        """Return the state of the values that `as_dict` returned, also in sftx 0.1, which named two otherwise."""
+        renamed = with_new_names(values)
+        return cls(**renamed | {name: _eval_report(renamed[name]) for name in ("before", "latest")})
+
 
     def as_trainer_state(self, config: TrainConfig, num_steps: int, checkpoints: Path) -> dict[str, Any]:
-        """As transformers' TrainerState is written, for the tools that read it."""
+        """Return the state as transformers writes its TrainerState, for tools that read that."""
         return {
             "epoch": self.epoch,
             "global_step": self.step,
@@ -84,14 +91,16 @@ class RunState:
             "logging_steps": config.logging_steps,
             "eval_steps": config.eval_steps or num_steps,
             "save_steps": config.save_steps or num_steps,
-            "train_batch_size": config.per_device_train_batch_size,
+            "train_batch_size": config.micro_batch_size,
             "num_train_epochs": max(1, round(config.num_train_epochs)),
             "num_input_tokens_seen": self.num_input_tokens,
             "total_flos": 0,
             "log_history": self.history,
             "best_metric": self.best_value,
             "best_global_step": self.best_step,
-            "best_model_checkpoint": None if self.best_step is None else str(checkpoints / f"step-{self.best_step}"),
+            "best_model_checkpoint": None
+            if self.best_step is None
+            else str(checkpoint_path(checkpoints, self.best_step)),
             "is_local_process_zero": True,
             "is_world_process_zero": True,
             "is_hyper_param_search": False,
@@ -101,15 +110,12 @@ class RunState:
         }
 
 
-def _report(values: dict[str, Any] | None) -> EvalReport | None:
+def _eval_report(values: Mapping[str, Any] | None) -> EvalReport | None:
     if values is None:
         return None
-    losses = values.get("token_losses")
-    shown = None if losses is None else TokenLosses(**{name: _tuple(value) for name, value in losses.items()})
+    losses: Mapping[str, Any] | None = values.get("token_losses")
+    if losses is not None:  # tuples are lists in JSON
+        tuples: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in losses.items()}
+        values = {**values, "token_losses": TokenLosses(**tuples)}
     samples = tuple(Sample(**sample) for sample in values["samples"])
-    return EvalReport(**values | {"samples": samples, "token_losses": shown})
-
-
-def _tuple(value: Any) -> Any:
-    """JSON has lists alone."""
-    return tuple(value) if isinstance(value, list) else value
+    return EvalReport(**{**values, "samples": samples})

@@ -1,7 +1,7 @@
-"""Named tensors that are shared out among processes become safetensors files, one a process, and back.
+"""Safetensors files of sharded tensors: one per rank, with an index, in transformers' format for large models.
 
-The files and their index are in transformers' form: `model-00001-of-00004.safetensors`, `model.safetensors.index.json`.
-Every tensor in them is whole: each is put together in the process that writes it, one at a time.
+The names are `model-00001-of-00004.safetensors` and `model.safetensors.index.json`. Every tensor in the files is a full
+one: it is gathered for the rank that writes it, one tensor at a time, so that no rank holds all of them.
 """
 
 from __future__ import annotations
@@ -9,85 +9,79 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sftx.distributed.dtensor import full_tensor
 from sftx.distributed.process_group import ProcessGroup
 from sftx.errors import OutputError
-from sftx.trainer.parallel import whole
-
-MODEL: Final = "model"
-OPTIMIZER: Final = "optimizer"
 
 
 def gather(
     tensors: Mapping[str, Tensor], process_group: ProcessGroup, owner: Callable[[str], int]
 ) -> dict[str, Tensor]:
-    """The tensors that this process is the owner of, whole, on the host; of two names of one tensor the first."""
-    ours: dict[str, Tensor] = {}
-    for name, tensor in _once(tensors).items():
-        complete = whole(tensor.detach())  # sent to every process, and let go of at once where it is not wanted
+    """Return the full tensors whose `owner` is this rank, on the CPU. Every rank must call it.
+
+    A tensor that has several names is returned under the first.
+    """
+    owned: dict[str, Tensor] = {}
+    for name, tensor in _without_aliases(tensors).items():
+        full = full_tensor(tensor.detach())  # gathered on every rank, and freed at once where it is not needed
         if owner(name) == process_group.rank:
-            ours[name] = complete.cpu().contiguous()
-    return ours
+            owned[name] = full.cpu().contiguous()
+    return owned
 
 
 def write(tensors: Mapping[str, Tensor], directory: Path, stem: str, process_group: ProcessGroup) -> None:
-    """Writes a file a process, each with about as many bytes, and the index. Every process calls it."""
-    owners = _owners(_once(tensors), process_group.world_size)
-    ours = gather(tensors, process_group, owners.__getitem__)
-    files = [
-        f"{stem}-{rank + 1:05d}-of-{process_group.world_size:05d}.safetensors"
-        for rank in range(process_group.world_size)
-    ]
+    """Write one file per rank, each with about as many bytes, and the index. Every rank must call it."""
+    owners = _assign_owners(_without_aliases(tensors), process_group.world_size)
+    owned = gather(tensors, process_group, owners.__getitem__)
+    num = process_group.world_size
+    files = [f"{stem}-{rank + 1:05d}-of-{num:05d}.safetensors" for rank in range(num)]
     process_group.all_or_raise(
-        lambda: save_file(ours, directory / files[process_group.rank], metadata={"format": "pt"})
+        lambda: save_file(owned, directory / files[process_group.rank], metadata={"format": "pt"})
     )
-    names = process_group.all_gather(list(ours))
+    names_by_rank = process_group.all_gather(list(owned))
+    (num_bytes,) = process_group.all_reduce_sum([sum(tensor.nbytes for tensor in owned.values())])
     index = {
-        "metadata": {
-            "total_size": int(process_group.all_reduce_sum([sum(tensor.nbytes for tensor in ours.values())])[0])
-        },
-        "weight_map": {name: file for file, held in zip(files, names, strict=True) for name in held},
+        "metadata": {"total_size": int(num_bytes)},
+        "weight_map": {name: file for file, names in zip(files, names_by_rank, strict=True) for name in names},
     }
     process_group.run_on_rank0(
-        lambda: _index(directory, stem).write_text(json.dumps(index, indent=2), encoding="utf-8")
+        lambda: _index_path(directory, stem).write_text(json.dumps(index, indent=2), encoding="utf-8")
     )
 
 
-def _once(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without the second names of tensors that are there already."""
-    names = {id(tensor): name for name, tensor in reversed(list(tensors.items()))}
-    return {name: tensor for name, tensor in tensors.items() if names[id(tensor)] == name}
+def _without_aliases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Drop every name but the first of a tensor that has several."""
+    first_names = {id(tensor): name for name, tensor in reversed(list(tensors.items()))}
+    return {name: tensor for name, tensor in tensors.items() if first_names[id(tensor)] == name}
 
 
-def _owners(tensors: Mapping[str, Tensor], num_ranks: int) -> dict[str, int]:
-    """Of each tensor, largest first, the process with the fewest bytes so far."""
+def _assign_owners(tensors: Mapping[str, Tensor], num_ranks: int) -> dict[str, int]:
+    """Give each tensor, the largest first, to the rank that has the fewest bytes so far."""
     totals = [0] * num_ranks
     owners = {}
-    for name in sorted(tensors, key=lambda name: -_num_bytes(tensors[name])):
+    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
+    for name in sorted(sizes, key=lambda name: -sizes[name]):
         owners[name] = totals.index(min(totals))
-        totals[owners[name]] += _num_bytes(tensors[name])
+        totals[owners[name]] += sizes[name]
     return owners
 
 
-def _num_bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-def _index(directory: Path, stem: str) -> Path:
+def _index_path(directory: Path, stem: str) -> Path:
     return directory / f"{stem}.safetensors.index.json"
 
 
-class Saved(Mapping[str, Tensor]):
-    """The tensors of one file, or of several with their index; each is read when it is asked for."""
+class LazyTensors(Mapping[str, Tensor]):
+    """The tensors of one file, or of several with an index; each is read when it is looked up."""
 
     def __init__(self, directory: Path, stem: str) -> None:
-        """Raises OutputError when there is neither."""
-        single, index = directory / f"{stem}.safetensors", _index(directory, stem)
+        """Open the file or the index of that stem. Raises OutputError when there is neither."""
+        single, index = directory / f"{stem}.safetensors", _index_path(directory, stem)
         self._directory = directory
         if single.exists():
             with safe_open(single, framework="pt") as file:
@@ -96,13 +90,13 @@ class Saved(Mapping[str, Tensor]):
             self._files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         else:
             raise OutputError(f"{single}: is missing")
-        self._open: dict[str, Any] = {}
+        self._open_files: dict[str, Any] = {}
 
     def __getitem__(self, name: str) -> Tensor:
         file = self._files[name]
-        if file not in self._open:
-            self._open[file] = safe_open(self._directory / file, framework="pt")
-        tensor: Tensor = self._open[file].get_tensor(name)
+        if file not in self._open_files:
+            self._open_files[file] = safe_open(self._directory / file, framework="pt")
+        tensor: Tensor = self._open_files[file].get_tensor(name)
         return tensor
 
     def __iter__(self) -> Iterator[str]:

@@ -59,7 +59,7 @@ class _Lazy(click.Group):
         if not process_group.is_rank0():
             os.environ |= {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
             warnings.simplefilter("ignore")  # the main process has the same
-        signals.raise_stop()
+        signals.install_handlers()
         try:
             return super().invoke(ctx)
         except SftxError as error:
@@ -75,7 +75,7 @@ class _Lazy(click.Group):
                 raise
             _fail(f"{type(error).__name__}: {one_line(error)}")
         except Stop as stop:
-            signals.ignore()
+            signals.ignore_signals()
             with contextlib.suppress(OSError, ValueError):  # of a terminal that is gone
                 if process_group.is_rank0():
                     click.echo(f"sftx: {printable(str(stop))}", err=True)
@@ -93,7 +93,7 @@ class _Lazy(click.Group):
 def _fail(line: str, error: SftxError | None = None) -> NoReturn:
     """Ends the process; of several the main one tells what is wrong in all, another one only what is wrong in it."""
     if isinstance(error, LostPeerError):
-        signals.ignore()  # what started the processes ends them, and the exit code is decided
+        signals.ignore_signals()  # what started the processes ends them, and the exit code is decided
         time.sleep(_LAUNCHER_S)
     launcher_reports = isinstance(error, LostPeerError) and process_group.LAUNCHER_REPORTS in os.environ
     if process_group.is_rank0() and not launcher_reports:

@@ -1,4 +1,4 @@
-"""`sftx bench`: the kernels against every installed peer; `--static`: what they compile to, with no GPU."""
+"""`sftx bench`: the kernels against every installed peer; `--static`: what they compile to, without a GPU."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import click
 
 from sftx.errors import SftxError, did_you_mean
 
-# Named here so that a wrong name is told before torch is imported.
+# Listed here so that a wrong name is reported before torch is imported.
 OPERATIONS: Final = ("cross-entropy", "linear-cross-entropy", "lora")
 ARCHS: Final = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES: Final = ("fp32", "bf16", "fp16")
 PROVIDERS: Final = (
-    "sftx", "sftx-inplace", "sftx-low-memory", "sftx-separate", "sftx-torch", "sftx-triton", "sftx-triton-fused",
+    "sftx", "sftx-inplace", "sftx-low-memory", "sftx-separate", "sftx-torch",
     "torch-eager", "torch-eager-upcast", "torch-compile", "torch-fused", "frozen-linear",
     "liger-kernel", "cut-cross-entropy", "quack", "quack-inplace", "peft", "unsloth",
 )  # fmt: skip
@@ -25,7 +25,7 @@ Callback = Callable[[click.Context, click.Parameter, str | None], Any]
 
 
 def _names(known: tuple[str, ...]) -> Callback:
-    """A list of some of these names, with commas between."""
+    """Return a callback that parses a comma-separated list of these names."""
 
     def read(_ctx: click.Context, _param: click.Parameter, value: str | None) -> tuple[str, ...] | None:
         if value is None:
@@ -53,7 +53,7 @@ def _masks(_ctx: click.Context, _param: click.Parameter, value: str | None) -> t
 
 
 def _share(_ctx: click.Context, _param: click.Parameter, value: str | None) -> float:
-    """`5%`, or 0.05."""
+    """Parse a share such as `5%` or 0.05."""
     assert value is not None
     try:
         share = float(value.removesuffix("%")) / (100 if value.endswith("%") else 1)
@@ -72,14 +72,14 @@ def _device(_ctx: click.Context, _param: click.Parameter, value: str | None) -> 
 
 
 def _seconds(_ctx: click.Context, _param: click.Parameter, value: float | None) -> float | None:
-    """A range lets NaN pass."""
+    """Reject NaN, which click.FloatRange accepts."""
     if value is not None and math.isnan(value):
         raise click.BadParameter("got nan; expected seconds")
     return value
 
 
 class _Target(click.Path):
-    """Where something is written; an empty name would be the directory one is in."""
+    """A path to write to. An empty name is rejected: it would be the current directory."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not str(value).strip():
@@ -114,16 +114,14 @@ _DIRECTORY = _Target(file_okay=False, path_type=Path)
               help="Shares of the labels that are ignored.")  # fmt: skip
 @click.option("--rss", is_flag=True, help="Measure peak resident memory too, in a process for each (CPU only).")
 @click.option("--budget", "budget_s", metavar="SECONDS", type=click.FloatRange(min=0, min_open=True), callback=_seconds,
-              help="Begin no case after this time; what was left out is listed.")  # fmt: skip
+              help="Begin no case after this time; the cases left out are listed.")  # fmt: skip
 @click.option("--json", "json_path", metavar="FILE", type=_FILE, help="Write every figure, versions and device.")
 @click.option("--csv", "csv_path", metavar="FILE", type=_FILE, help="Write a line for each pass of each provider.")
 @click.option("--plot", metavar="DIR", type=_DIRECTORY, help="Write a PNG for each operation (needs matplotlib).")
 @click.option("--baseline", metavar="FILE", type=_INPUT, help="Compare with an earlier --json, exit 1 if worse.")
 @click.option("--max-regress", metavar="SHARE", default="5%", show_default=True, callback=_share,
               help="How much slower or larger than the baseline ours may be.")  # fmt: skip
-@click.option(
-    "--static", is_flag=True, help="Compile the kernels ahead of time and check what came out; no GPU needed."
-)
+@click.option("--static", is_flag=True, help="Compile the kernels ahead of time and check the binaries; no GPU needed.")
 @click.option(
     "--arch",
     "archs",
@@ -141,41 +139,41 @@ def command(ctx: click.Context, /, static: bool, **options: Any) -> None:
     Forward, backward and both: median and quantiles, memory, rates against the least work possible, and the error
     against fp64. OPERATION is cross-entropy, linear-cross-entropy, lora or all.
     """
-    _refuse_mixture(ctx, static)
+    _check_combination(ctx, static=static)
     from sftx_kernels.bench import BenchError
 
     try:
-        ctx.exit(_run_static(options) if static else _run(options))
+        if static:
+            from sftx_kernels.bench.static import report
+
+            code = report.run(options["archs"], options["json_path"], options["update_golden"], options["workers"])
+        else:
+            code = _measure(options)
     except BenchError as error:
         raise SftxError(str(error)) from error
+    ctx.exit(code)
 
 
 _STATIC_ONLY: Final = {"archs", "update_golden", "workers"}
 _BOTH: Final = {"static", "json_path"}
 
 
-def _refuse_mixture(ctx: click.Context, static: bool) -> None:
-    """An option that would do nothing is refused."""
-    given = [
+def _check_combination(ctx: click.Context, *, static: bool) -> None:
+    """Reject options that have no effect in the chosen mode."""
+    passed = [
         param
         for param in ctx.command.params
         if ctx.get_parameter_source(str(param.name)) == click.core.ParameterSource.COMMANDLINE
     ]
-    for param in given:
+    for param in passed:
         if param.name not in _BOTH and (param.name in _STATIC_ONLY) != static:
             raise click.UsageError(f"{param.opts[0]} has no meaning {'with' if static else 'without'} --static")
-    names = {param.name for param in given}
+    names = {param.name for param in passed}
     if "max_regress" in names and "baseline" not in names:
         raise click.UsageError("--max-regress has no meaning without --baseline")
 
 
-def _run_static(options: dict[str, Any]) -> int:
-    from sftx_kernels.bench import static
-
-    return static.run(options["archs"], options["json_path"], options["update_golden"], options["workers"])
-
-
-def _run(options: dict[str, Any]) -> int:
+def _measure(options: dict[str, Any]) -> int:
     from sftx_kernels.bench import runner
 
     operation = options["operation"]

@@ -45,7 +45,7 @@ def export(file: Path | None, loaded: loading.Loaded, output: str) -> None:
     if output != "-":
         _check_output(output)
     parsers = activate(loaded).parsers()
-    check_formats(loaded, parsers)
+    check_formats(data, loaded.origins, parsers)
     ledger = Ledger()
     lines = lines_of(data.train, data, parsers, ledger)
     if output == "-":

@@ -49,7 +49,7 @@ def command(
     The model's config.json is enough. Exits with 1 when --gpu is given and the run does not fit.
     """
     device = devices.parse(gpu or "cpu")
-    rows, length = loaded.config.train.per_device_train_batch_size, loaded.config.data.max_length
+    rows, length = loaded.config.train.micro_batch_size, loaded.config.data.max_length
     if rows > MOST_ROWS or length > MOST_TOKENS:
         raise ConfigError(
             f"a batch of {rows} rows of {length} tokens is not planned; {MOST_ROWS} rows and {MOST_TOKENS} tokens are "

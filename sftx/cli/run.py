@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -12,18 +14,19 @@ from sftx.cli.options import run_options
 from sftx.config import loading, options
 
 _ARGUMENTS: Final = "sftx.run.arguments"
+"""The key of click's context under which the command's arguments are kept."""
 
 
-class _Run(click.Command):
-    """Keeps what was given: with --nproc other processes are started with it."""
+class _KeepsArguments(click.Command):
+    """A command whose arguments can be read again: with --nproc they are given to every rank."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.meta[_ARGUMENTS] = tuple(args)
         return super().parse_args(ctx, args)
 
 
-def _number(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
-    """How many processes; 0 for one a GPU."""
+def _parse_nproc(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    """Return the number of processes, 0 for one per GPU."""
     if value is None or value == "gpu":
         return None if value is None else 0
     if not value.isdecimal() or int(value) < 1:
@@ -31,33 +34,35 @@ def _number(ctx: click.Context, param: click.Parameter, value: str | None) -> in
     return int(value)
 
 
-@click.command(cls=_Run)
+@click.command(cls=_KeepsArguments)
 @run_options("data", "train", "generation")
-@click.option("--resume", is_flag=True, help="Go on with this run where it was interrupted; begin it if it was not.")
+@click.option(
+    "--resume", is_flag=True, help="Continue the run from its last checkpoint; begin it when there is none yet."
+)
 @click.option(
     "--nproc",
     metavar="N|gpu",
-    callback=_number,
-    help="Start so many processes on this host, as torchrun does; gpu: one for each GPU.",
+    callback=_parse_nproc,
+    help="Start N processes on this host, as torchrun does; gpu: one per GPU.",
 )
 @click.option(
     "--max-restarts",
     metavar="R",
     type=click.IntRange(min=0),
-    help="With --nproc: start again, from the last checkpoint, when a process was killed.  [default: 0]",
+    help="With --nproc: restart up to R times from the last checkpoint when a process was killed.  [default: 0]",
 )
 def command(
     file: Path | None, loaded: loading.Loaded, *, resume: bool, nproc: int | None, max_restarts: int | None
 ) -> None:
-    """Fine-tune a model as RUN_FILE (YAML) and the options say; the options win.
+    """Fine-tune a model with the options of RUN_FILE (YAML) and of the command line, which win.
 
     With neither a run file nor data, it trains the embedded model on the embedded data.
     """
-    name = _name(file, loaded.config)
+    name = _run_name(file, loaded.config)
     if nproc is not None:
         sys.exit(_launch(loaded, name, resume=resume, nproc=nproc, max_restarts=max_restarts or 0))
     if max_restarts is not None:
-        raise click.UsageError("--max-restarts goes with --nproc; a process that torchrun starts is its own to restart")
+        raise click.UsageError("--max-restarts goes with --nproc; torchrun restarts the processes that it starts")
 
     from sftx.run import run
 
@@ -65,27 +70,45 @@ def command(
 
 
 def _launch(loaded: loading.Loaded, name: str, *, resume: bool, nproc: int, max_restarts: int) -> int:
-    """Starts the same command as `nproc` ranks; returns its exit code."""
+    """Start this command as `nproc` ranks; return the exit code."""
     from sftx.assembly.registry import activate
-    from sftx.distributed import launch
-    from sftx.run import check_processes
+    from sftx.checkpoint import run_directory
 
     ctx = click.get_current_context()
-    if nproc:
-        check_processes(loaded.config, nproc)
-    activate(loaded)  # what is wrong with plugins and their options is told here, once
-    arguments = launch.without_options(ctx.meta[_ARGUMENTS], "--nproc", "--max-restarts")
+    if nproc and not resume:
+        loaded.config.train.resolve_batch_size(nproc)
+    activate(loaded)  # an error in plugins or their options is printed here, and once
+    from sftx.distributed import launch  # imports torch
+
+    arguments = without_options(ctx.meta[_ARGUMENTS], "--nproc", "--max-restarts")
     debug = ["--debug"] if ctx.find_root().params.get("debug") else []
-    with launch.output_dir(loaded.config.output_dir, name, resume=resume) as directory:
-        command = launch.sftx_command([*debug, "run", "--output-dir", directory, *arguments])
-        return launch.launch(
-            command, nproc=nproc or None, max_restarts=max_restarts, use_cpu=loaded.config.train.use_cpu
-        )
+    use_cpu = loaded.config.train.use_cpu
+    with run_directory.reserve(loaded.config.output_dir, name, resume_run=resume) as directory:
+        arguments = [*debug, "run", "--output-dir", directory, *arguments]
+        return launch.launch(_sftx_command(arguments), nproc=nproc or None, max_restarts=max_restarts, use_cpu=use_cpu)
 
 
-def _name(file: Path | None, loaded: options.RunConfig) -> str:
-    """What the default output directory is called after: the run file, or the first file of data."""
-    source = str(file) if file is not None else next((source.path for source in loaded.data.train), "run")
+def _sftx_command(arguments: Sequence[str]) -> list[str]:
+    """Return the command `sftx` with these arguments, run so that it finds the modules that this process finds."""
+    cwd_is_searched = os.getcwd() in sys.path or "" in sys.path  # with -m it always is, with the script `sftx` not
+    return [sys.executable, *([] if cwd_is_searched else ["-P"]), "-m", "sftx", *arguments]
+
+
+def without_options(arguments: Sequence[str], *names: str) -> list[str]:
+    """Return the arguments of a command line without these options, which take a value each."""
+    kept: list[str] = []
+    remaining = iter(arguments)
+    for argument in remaining:
+        if argument in names:
+            next(remaining, None)
+        elif not argument.startswith(tuple(f"{name}=" for name in names)):
+            kept.append(argument)
+    return kept
+
+
+def _run_name(file: Path | None, config: options.RunConfig) -> str:
+    """Return the name of the run file, or of the first file of data: the default output directory begins with it."""
+    source = str(file) if file is not None else next((source.path for source in config.data.train), "run")
     if source.startswith("sftx:"):
         return "demo"
     return Path(source).name.split(".")[0] or "run"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import Annotated, Any, Final, Literal, TypeAlias
 from pydantic import BeforeValidator, Field
 
 from sftx.config.validation import adapter
+from sftx.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,8 @@ def _known_by(names: Mapping[str, str]) -> Callable[[Any], Any]:
     return lambda value: names.get(value, value) if isinstance(value, str) else value
 
 
+_MICRO_BATCH_SIZE: Final = 8
+
 _ONLY_FOR: Final = {
     "min_lr_ratio": ("cosine", "linear", "polynomial", "warmup_stable_decay"),
     "lr_power": ("polynomial",),
@@ -186,17 +190,25 @@ class TrainConfig:
     ] = None
     num_train_epochs: Annotated[float, Field(gt=0, le=1e9, description="Passes over the data; max_steps wins.")] = 1.0
     max_steps: Annotated[int | None, Field(ge=1, description="Optimizer steps in all.")] = None
-    per_device_train_batch_size: Annotated[
-        int,
+    train_batch_size: Annotated[
+        int | None,
         Field(
             ge=1,
-            description="Rows computed at once by a process; times gradient_accumulation_steps, rows of a step, "
-            "however many processes there are.",
+            description="Rows of an optimizer step, over all processes; by default per_device_train_batch_size times "
+            "gradient_accumulation_steps times the number of processes.",
         ),
-    ] = 8
+    ] = None
+    per_device_train_batch_size: Annotated[
+        int | None, Field(ge=1, description="Rows that a process computes at once; by default 8.")
+    ] = None
     gradient_accumulation_steps: Annotated[
-        int, Field(ge=1, description="Micro-batches of a step, of all processes together.")
-    ] = 1
+        int | None,
+        Field(
+            ge=1,
+            description="Micro-batches that each process computes in a step; by default as many as train_batch_size "
+            "needs, or 1.",
+        ),
+    ] = None
     per_device_eval_batch_size: Annotated[int, Field(ge=1, description="Rows evaluated at once.")] = 16
     lr_scheduler_type: Annotated[
         Literal["cosine", "linear", "constant", "polynomial", "warmup_stable_decay", "minimind"],
@@ -322,6 +334,47 @@ class TrainConfig:
         if self.eval_steps is None and (self.load_best_model_at_end or self.early_stopping_patience):
             name = "load_best_model_at_end" if self.load_best_model_at_end else "early_stopping_patience"
             raise ValueError(f"{name} needs eval_steps: without them there is one evaluation, at the end")
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Rows that one process computes at once."""
+        return self.per_device_train_batch_size or _MICRO_BATCH_SIZE
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of an optimizer step, over all processes; those of one process until `resolve_batch_size` was called."""
+        return self.train_batch_size or self.micro_batch_size * (self.gradient_accumulation_steps or 1)
+
+    def resolve_batch_size(self, world_size: int) -> TrainConfig:
+        """Return the options with the three batch sizes filled in for so many processes.
+
+        Raises ConfigError when they contradict one another, or the processes cannot divide a step evenly.
+        """
+        rows, size, steps = self.train_batch_size, self.per_device_train_batch_size, self.gradient_accumulation_steps
+        if rows is None:
+            size = size or _MICRO_BATCH_SIZE
+            rows = size * (steps or 1) * world_size
+        elif rows % world_size:
+            numbers = [n for n in range(1, min(rows, 64) + 1) if rows % n == 0]
+            fitting = f"{', '.join(map(str, numbers[:-1]))} or {numbers[-1]}" if numbers[1:] else "1"
+            raise ConfigError(
+                f"option 'train.train_batch_size': {world_size} processes cannot divide {rows} rows evenly; start "
+                f"{fitting}, or change it"
+            )
+        elif size is not None and steps is not None and size * steps * world_size != rows:
+            raise ConfigError(
+                f"option 'train.train_batch_size': {rows} rows a step are not per_device_train_batch_size {size} times "
+                f"gradient_accumulation_steps {steps} times {world_size} process{'es' * (world_size > 1)} "
+                f"({size * steps * world_size}); leave gradient_accumulation_steps out, or correct one of them"
+            )
+        elif size is None:
+            size = math.ceil(rows / world_size / steps) if steps else min(_MICRO_BATCH_SIZE, rows // world_size)
+        return dataclasses.replace(
+            self,
+            train_batch_size=rows,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=math.ceil(rows / world_size / size),
+        )
 
     @property
     def checkpoints_kept(self) -> int | None:

@@ -20,18 +20,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from sftx.config.options import DataConfig, Source
 from sftx.data import sources
-from sftx.data.dataset import Examples
+from sftx.data.dataset import Dataset, Examples
 from sftx.data.ledger import Ledger
 from sftx.data.row_encoder import Question, RowEncoder
 from sftx.errors import OutputError, one_line
-from sftx.model.names import cache_dir
-
-if TYPE_CHECKING:
-    from sftx.data.preprocess import Dataset
+from sftx.paths import cache_dir
 
 log = logging.getLogger(__name__)
 
@@ -82,8 +79,6 @@ class Cache:
             return None
 
     def _load(self) -> Dataset:
-        from sftx.data.preprocess import Dataset
-
         described = json.loads((self.directory / "dataset.json").read_text(encoding="utf-8"))
         with (self.directory / "ledger.jsonl").open(encoding="utf-8") as lines:
             ledger = Ledger(Ledger.read(lines), described["num_rows"])

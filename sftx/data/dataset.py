@@ -1,4 +1,4 @@
-"""Encoded rows become columns, in memory or in files that are mapped and never read as a whole; columns give examples.
+"""Encoded examples as columns: in memory, or in files that are memory-mapped.
 
 A million examples as Python lists take twenty gigabytes; as columns they take five bytes a token, on disk.
 """
@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeAlias, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sftx.data.row_encoder import Encoded, Row
+from sftx.data.ledger import Ledger
+from sftx.data.row_encoder import EncodedRow, Question, RowEncoder, check_rows
 from sftx.errors import OutputError, one_line
 from sftx.types import Example, Location
 
@@ -38,7 +41,7 @@ Columns: TypeAlias = dict[str, NDArray[Any]]
 
 
 class Examples(Sequence[Example]):
-    """The examples of one split. `weights` may be an empty column: then every token's weight is 1."""
+    """The examples of one split. An empty column `weights` stands for weights that are all 1."""
 
     def __init__(
         self,
@@ -49,10 +52,10 @@ class Examples(Sequence[Example]):
         *,
         starts: NDArray[np.int64] | None = None,
     ) -> None:
-        """`starts`: where each example begins among the tokens; by default where the one before it ends."""
+        """`starts`: offset of each example among the tokens; by default the end of the one before it."""
         self._columns = columns
         self._places = places
-        """Path and unit of the locations that `files` points to."""
+        """Path and unit of the places that the column `files` refers to."""
         self._extras = extras
         ends = np.cumsum(columns["lengths"])
         self._starts = ends - columns["lengths"] if starts is None else starts
@@ -61,22 +64,22 @@ class Examples(Sequence[Example]):
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """[n], tokens of each."""
+        """[n], number of tokens of each example."""
         return self._columns["lengths"]
 
     @property
     def num_label_tokens(self) -> NDArray[np.int64]:
-        """[n], trained tokens of each; the first has nothing before it that could predict it."""
+        """[n], number of label tokens of each example; its first token is never one."""
         return self._columns["num_label_tokens"]
 
     @property
     def groups(self) -> NDArray[np.int64]:
-        """[n], rising; equal for the examples that share a micro-batch."""
+        """[n], ascending; equal for examples that share a micro-batch."""
         return self._columns["groups"]
 
     @property
     def sources(self) -> NDArray[np.int32]:
-        """[n], which of the run's sources each came from."""
+        """[n], number of the source that each example came from."""
         return self._columns["sources"]
 
     @property
@@ -94,29 +97,32 @@ class Examples(Sequence[Example]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         at = range(len(self))[index]
-        return self._encoded(at).example(self.where(at), int(self.groups[at]))
+        span = slice(self._starts[at], self._ends[at])
+        weights = self._columns["weights"]
+        if len(weights):
+            weights = weights[span]
+        part = int(self._columns["parts"][at])
+        return Example(
+            token_ids=self._columns["token_ids"][span],
+            loss_mask=self._columns["loss_mask"][span],
+            row_id=f"{self.where(at)}#{part}" if part else str(self.where(at)),
+            group=int(self.groups[at]),
+            weights=weights if (weights != 1).any() else None,
+            extras=self._extras.get(at, {}),
+        )
 
     def where(self, index: int) -> Location:
-        """The row that an example came from."""
+        """Return the place of the record that an example came from."""
         path, unit = self._places[self._columns["files"][index]]
         return Location(path, int(self._columns["numbers"][index]), unit)
 
     def tokens(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-        """Ids and loss mask of an example, [length] each, not copied."""
+        """Return ids and loss mask of an example, [length] each, as views."""
         span = slice(self._starts[index], self._ends[index])
         return self._columns["token_ids"][span], self._columns["loss_mask"][span]
 
-    def _encoded(self, at: int) -> Encoded:
-        token_ids, loss_mask = self.tokens(at)
-        weights = self._columns["weights"]
-        if len(weights):
-            weights = weights[self._starts[at] : self._ends[at]]
-        weighted = bool((weights != 1).any())
-        part = int(self._columns["parts"][at])
-        return Encoded(token_ids, loss_mask, weights if weighted else None, part, self._extras.get(at, {}))
-
     def wrapped(self, length: int) -> Examples:
-        """The same tokens, cut wherever their concatenation passes a multiple of `length`.
+        """Cut the examples wherever their concatenation passes a multiple of `length`.
 
         Neighbouring pieces then fill rows of `length` tokens, the last row apart. A piece that would train nothing,
         such as a single token, is no example; what follows it does not need it.
@@ -144,13 +150,13 @@ class Examples(Sequence[Example]):
 
     @classmethod
     def load(cls, directory: Path) -> Examples:
-        """What a writer wrote into `directory`, mapped. Raises ValueError when it is not whole."""
+        """Memory-map what a Writer wrote into `directory`. Raises ValueError when it is incomplete."""
         described = json.loads((directory / "examples.json").read_text(encoding="utf-8"))
         columns: Columns = {}
         for name, dtype in _DTYPES.items():
             file = directory / f"{name}.bin"
             if file.stat().st_size != described["bytes"][name]:
-                raise ValueError(f"{file} has not the size that was written")
+                raise ValueError(f"{file} does not have the size that was written")
             columns[name] = np.memmap(file, dtype, "r") if file.stat().st_size else np.empty(0, dtype)
         extras = {int(at): values for at, values in described["extras"].items()}
         places = [(path, unit) for path, unit in described["places"]]
@@ -158,7 +164,7 @@ class Examples(Sequence[Example]):
 
 
 class Writer:
-    """Collects rows as columns: in files of `directory`, or in memory."""
+    """Collects encoded rows as columns: in files of `directory`, or in memory."""
 
     def __init__(self, directory: Path | None = None) -> None:
         self._directory = directory
@@ -168,37 +174,35 @@ class Writer:
         self._places: dict[tuple[str, str], int] = {}
         self._extras: dict[int, Mapping[str, Any]] = {}
         self._largest_id = 0
-        self._num_written = 0
+        self._num_tokens = 0
         self._has_weights = False
         self._next_group = 0
         self.num_examples = 0
 
-    def add(self, row: Row, source: int) -> None:
-        """Adds the examples of one row of the source of that number."""
+    def add(self, row: EncodedRow, source: int) -> None:
+        """Append the examples of one row; `source` is the number of the source that it came from."""
         place = (row.where.path, row.where.unit)
         file = self._places.setdefault(place, len(self._places))
-        for n, one in enumerate(row.examples):
-            group = self._next_group + (0 if row.is_group else n)
-            self._add_tokens(one)
-            num_label_tokens = int(np.count_nonzero(one.loss_mask[1:]))
-            values = (len(one.token_ids), num_label_tokens, group, source, file, row.where.number, one.part)
+        for n, example in enumerate(row.examples):
+            if example.weights is not None and not self._has_weights:
+                self._has_weights = True
+                self._write("weights", np.ones(self._num_tokens, np.float32))
+            length = len(example.token_ids)
+            self._write("token_ids", example.token_ids)
+            self._write("loss_mask", example.loss_mask)
+            if self._has_weights:
+                self._write("weights", np.ones(length, np.float32) if example.weights is None else example.weights)
+            self._num_tokens += length
+            self._largest_id = max(self._largest_id, int(example.token_ids.max()))
+            part = n + 1 if len(row.examples) > 1 else 0
+            group = self._next_group + example.group
+            values = (length, example.num_label_tokens, group, source, file, row.where.number, part)
             for (name, dtype), value in zip(_OF_EXAMPLES.items(), values, strict=True):
                 self._write(name, np.asarray(value, dtype))
-            if one.extras:
-                self._extras[self.num_examples] = one.extras
+            if example.extras:
+                self._extras[self.num_examples] = example.extras
             self.num_examples += 1
-        self._next_group += 1 if row.is_group else len(row.examples)
-
-    def _add_tokens(self, one: Encoded) -> None:
-        if one.weights is not None and not self._has_weights:
-            self._has_weights = True
-            self._write("weights", np.ones(self._num_written, np.float32))
-        self._write("token_ids", one.token_ids)
-        self._write("loss_mask", one.loss_mask)
-        if self._has_weights:
-            self._write("weights", np.ones(len(one.token_ids), np.float32) if one.weights is None else one.weights)
-        self._num_written += len(one.token_ids)
-        self._largest_id = max(self._largest_id, int(one.token_ids.max()))
+        self._next_group += row.num_groups
 
     def _write(self, name: str, values: NDArray[Any]) -> None:
         data = np.ascontiguousarray(values, _DTYPES[name]).tobytes()
@@ -212,7 +216,7 @@ class Writer:
             raise OutputError(f"{self._directory}: cannot be written: {one_line(error)}") from error
 
     def finish(self) -> Examples:
-        """The examples, mapped from the files where there are any."""
+        """Return the examples, memory-mapped when they were written to files."""
         if self._directory is None:
             columns = {name: np.frombuffer(self._sinks[name], dtype) for name, dtype in _DTYPES.items()}
             return Examples(columns, list(self._places), self._extras, self._largest_id)
@@ -227,10 +231,38 @@ class Writer:
         return Examples.load(self._directory)
 
     def close(self) -> None:
-        """Closes the files, which are then on the disk; nothing may be added after it."""
+        """Flush the files to disk and close them; nothing may be added afterwards."""
         if self._directory is not None:
             for sink in self._sinks.values():
                 if not sink.closed:
                     sink.flush()
                     os.fsync(sink.fileno())
                     sink.close()
+
+
+@dataclass
+class Dataset:
+    """The examples of one split, and the account of the rows that they came from."""
+
+    examples: Examples = field(default_factory=lambda: Writer().finish())
+    questions: list[Question] = field(default_factory=list)
+    ledger: Ledger = field(default_factory=Ledger)
+    formats: Counter[str] = field(default_factory=Counter)
+    """Rows by the parser that read them."""
+    trains_stop: bool = False
+    """Whether any example trains one of the template's stop tokens."""
+    has_turns: bool = False
+    """Whether any row was a conversation."""
+
+    def check(self, encode: RowEncoder, *, max_dropped: float | None = None) -> None:
+        """Raise DataError for what no run may start with: see `check_rows`."""
+        first = self.examples[0].row_id if len(self.examples) else ""
+        check_rows(self, encode, first, max_dropped=max_dropped)
+
+    @property
+    def num_label_tokens(self) -> int:
+        return int(self.examples.num_label_tokens.sum())
+
+    @property
+    def num_input_tokens(self) -> int:
+        return self.examples.num_input_tokens

@@ -1,20 +1,18 @@
-"""What a parser found becomes token ids and a loss mask, by way of a template's segments.
+"""Encode the segments of a template as token ids and a loss mask.
 
 Segments are encoded one by one and their ids concatenated, never the joined string, so that the mask needs no search
-and no prefix. Control text is taken by its id. Everything else goes through a second tokenizer that knows no control
-token at all: what a user writes can look like one, and can never become one.
+and no prefix. Control text is taken by its id. All other text goes through a second tokenizer that knows no control
+token: text of a user can look like one, and can never become one.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from sftx.assembly import data_checks
 from sftx.assembly.discovery import discover, find
 from sftx.assembly.hookspecs import TEMPLATES
 from sftx.assembly.registry import Assembly
@@ -27,8 +25,18 @@ if TYPE_CHECKING:
 
 
 def check_controls(template: Template, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """The id of each control token of the template. Raises PluginError naming those that the tokenizer lacks."""
-    data_checks.template(template)
+    """Return the id of each control token of the template. Raises PluginError for a template that cannot be used."""
+    for name, kind in (("controls", frozenset), ("stop", tuple)):
+        value: Any = getattr(template, name)
+        if not (isinstance(value, kind) and all(isinstance(item, str) for item in value)):
+            raise PluginError(f"{template}: {name} is {value!r:.60}, expected a {kind.__name__} of text")
+    if not template.stop:
+        raise PluginError(
+            f"{template}: `stop` is empty, so a trained model would never end its answer; name the token that does"
+        )
+    rewrites: Any = template.rewrites_history
+    if not isinstance(rewrites, bool):
+        raise PluginError(f"{template}: rewrites_history is {rewrites!r:.60}, expected a bool")
     vocabulary = tokenizer.get_vocab()
     missing = sorted(token for token in template.controls if token not in vocabulary)
     if missing:
@@ -43,8 +51,8 @@ def check_controls(template: Template, tokenizer: PreTrainedTokenizerBase) -> di
 
 
 @dataclass(frozen=True)
-class Run:
-    """Neighbouring segments that are encoded as one: a control token each, or plain text that agrees in its labels."""
+class EncodedRun:
+    """Neighbouring segments that are encoded together: control tokens, or plain text that agrees in its labels."""
 
     segments: tuple[Segment, ...]
     token_ids: list[int]
@@ -64,23 +72,8 @@ class Run:
         return self.segments[0].weight
 
 
-def _without_prefix(part: Any) -> Any:
-    """A normalizer or pre-tokenizer, as tokenizer.json has it, that puts nothing before a text; None for none."""
-    match part:
-        case {"type": "Prepend"}:
-            return None
-        case {"type": "Metaspace"}:
-            return part | {"prepend_scheme": "never"}
-        case {"type": "ByteLevel"}:
-            return part | {"add_prefix_space": False}
-        case {"type": "Sequence"}:
-            (name,) = part.keys() - {"type"}
-            return part | {name: [kept for inner in part[name] if (kept := _without_prefix(inner)) is not None]}
-    return part
-
-
 class Encoder:
-    """Encodes segments with one tokenizer and one template. Can be sent to other processes.
+    """Encodes segments with one tokenizer and one template. It can be pickled.
 
     `stop_ids` are the ids of the template's stop tokens (without a template: the tokenizer's eos).
     """
@@ -104,80 +97,19 @@ class Encoder:
         self._plain = Tokenizer.from_str(json.dumps(state))
         for part in ("normalizer", "pre_tokenizer"):
             state[part] = _without_prefix(state[part])
-        # Text that goes on where other text ended begins with no space of its own, unlike SentencePiece's first.
+        # Text that continues other text gets no space of its own in front, unlike SentencePiece's first text.
         self._continuing = Tokenizer.from_str(json.dumps(state))
         eos = tokenizer.eos_token_id
         self._end = (eos,) if isinstance(eos, int) else ()
         self.stop_ids = self._end if template is None else tuple(self._control_ids[token] for token in template.stop)
-        # What the tokenizer itself puts before a text, as before pre-training text; a template writes its own.
+        # The tokenizer's own first token, put before pre-training text; a template writes its own.
         self._beginning = [i for i in tokenizer("")["input_ids"] if i == tokenizer.bos_token_id and i not in self._end]
 
-    def plain(self, text: str, *, continues: bool = False) -> list[int]:
-        """Ids of text that a user wrote; `continues`: right after other plain text.
-
-        Raises DataError when it cannot be encoded without a control token.
-        """
-        tokenizer = self._continuing if continues else self._plain
-        try:
-            ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
-        except (TypeError, UnicodeEncodeError):  # what the Rust side says of a str that is not UTF-8
-            raise DataError("text holds a lone surrogate, which no tokenizer can read") from None
-        if not self._reserved.isdisjoint(ids):
-            token = self.tokenizer.convert_ids_to_tokens(next(i for i in ids if i in self._reserved))
-            raise DataError(f"this tokenizer makes the control token {token!r} of plain text")
-        return ids
-
-    def runs(self, segments: Iterable[Segment]) -> Iterator[Run]:
-        """The segments in their order. Raises PluginError for a segment that is none, or whose weight is no weight."""
-        continues = False
-        for (control, _, weight), run in groupby(
-            data_checks.segments(self.template, segments),
-            key=lambda s: (s.control, s.trainable, s.weight if s.trainable else 1.0),
-        ):
-            joined = tuple(run)
-            if not 0 <= weight < math.inf:
-                raise PluginError(f"a segment has the weight {weight:g}, expected a number of at least 0")
-            texts = [segment.text for segment in joined]
-            if control:
-                ids = [self._control(text) for text in texts]
-            else:
-                ids = self.plain("".join(texts), continues=continues)
-            was_plain, continues = continues, not control and (continues or any(texts))
-            yield Run(joined, ids, was_plain and not control)
-
-    def segments(self, segments: Iterable[Segment]) -> tuple[list[int], list[bool], list[float]]:
-        """Ids, loss mask and loss weights. Neighbouring plain segments that agree are encoded as one text."""
-        token_ids: list[int] = []
-        loss_mask: list[bool] = []
-        weights: list[float] = []
-        for run in self.runs(segments):
-            num = len(run.token_ids)
-            token_ids += run.token_ids
-            loss_mask += [run.trainable] * num
-            weights += [run.weight if run.trainable else 1.0] * num
-        return token_ids, loss_mask, weights
-
-    def offsets(self, text: str, *, continues: bool = False) -> list[tuple[int, int]]:
-        """Where in `text` each token of `plain(text)` begins and ends, in characters."""
-        tokenizer = self._continuing if continues else self._plain
-        found: list[tuple[int, int]] = tokenizer.encode(text, add_special_tokens=False).offsets
-        return found
-
-    def is_control(self, token_id: int) -> bool:
-        """Whether no plain text can give this id."""
-        return token_id in self._reserved
-
-    def _control(self, text: str) -> int:
-        try:
-            return self._control_ids[text]
-        except KeyError:
-            raise PluginError(f"the template wrote the control text {text!r}, which is not in its controls") from None
-
     def encode(self, parsed: Parsed) -> tuple[list[int], list[bool], list[float]]:
-        """Ids, loss mask and loss weights of what a parser found in a record."""
+        """Return token ids, loss mask and loss weights of a parsed record. Raises DataError."""
         if isinstance(parsed, Conversation):
             assert self.template is not None
-            return self.segments(self.template.render(parsed))
+            return self.encode_segments(self.template.render(parsed))
         if isinstance(parsed, PlainText):
             ids = [*self._beginning, *self.plain(parsed.text), *self._end]
             return ids, [True] * len(ids), [1.0] * len(ids)
@@ -189,18 +121,88 @@ class Encoder:
         return list(parsed.token_ids), list(parsed.loss_mask), [1.0] * num
 
     def prompt(self, conversation: Conversation) -> list[int]:
-        """Ids after which the model is to answer: the same template's, so that inference cannot differ."""
+        """Return the ids after which the model is to answer: rendered by the same template as in training."""
         assert self.template is not None
-        return self.segments(self.template.generation_prompt(conversation))[0]
+        return self.encode_segments(self.template.generation_prompt(conversation))[0]
+
+    def encode_segments(self, segments: Iterable[Segment]) -> tuple[list[int], list[bool], list[float]]:
+        """Return token ids, loss mask and loss weights of rendered segments."""
+        token_ids: list[int] = []
+        loss_mask: list[bool] = []
+        weights: list[float] = []
+        for run in self.runs(segments):
+            num = len(run.token_ids)
+            token_ids += run.token_ids
+            loss_mask += [run.trainable] * num
+            weights += [run.weight if run.trainable else 1.0] * num
+        return token_ids, loss_mask, weights
+
+    def runs(self, segments: Iterable[Segment]) -> Iterator[EncodedRun]:
+        """Encode neighbouring plain segments that agree in their labels as one text. Raises PluginError, DataError."""
+        continues = False
+        for (control, _, _), run in groupby(
+            segments, key=lambda s: (s.control, s.trainable, s.weight if s.trainable else 1.0)
+        ):
+            joined = tuple(run)
+            texts = [segment.text for segment in joined]
+            if control:
+                for text in texts:
+                    if text not in self._control_ids:
+                        raise PluginError(f"the template wrote the control text {text!r}, which is not in its controls")
+                ids = [self._control_ids[text] for text in texts]
+            else:
+                ids = self.plain("".join(texts), continues=continues)
+            was_plain, continues = continues, not control and (continues or any(texts))
+            yield EncodedRun(joined, ids, was_plain and not control)
+
+    def plain(self, text: str, *, continues: bool = False) -> list[int]:
+        """Return the ids of a user's text; `continues`: it comes right after other plain text.
+
+        Raises DataError when it cannot be encoded without a control token.
+        """
+        tokenizer = self._continuing if continues else self._plain
+        try:
+            ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        except (TypeError, UnicodeEncodeError):  # the Rust side refuses a str that is not UTF-8
+            raise DataError("text holds a lone surrogate, which no tokenizer can read") from None
+        if not self._reserved.isdisjoint(ids):
+            token = self.tokenizer.convert_ids_to_tokens(next(i for i in ids if i in self._reserved))
+            raise DataError(f"this tokenizer makes the control token {token!r} of plain text")
+        return ids
+
+    def offsets(self, text: str, *, continues: bool = False) -> list[tuple[int, int]]:
+        """Return where in `text` each token of `plain(text)` begins and ends, in characters."""
+        tokenizer = self._continuing if continues else self._plain
+        offsets: list[tuple[int, int]] = tokenizer.encode(text, add_special_tokens=False).offsets
+        return offsets
+
+    def is_control(self, token_id: int) -> bool:
+        """Return whether no plain text can give this id."""
+        return token_id in self._reserved
 
     def advice(self) -> str:
-        """Which built-in templates this tokenizer's vocabulary allows, as the end of an error."""
+        """Return the end of an error: which built-in templates this tokenizer's vocabulary allows."""
         fitting = [f"--plugin {name}" for name in templates_that_fit(self.tokenizer)]
         return f"; add {' or '.join(fitting)}" if fitting else "; no built-in one fits this tokenizer"
 
 
+def _without_prefix(part: Any) -> Any:
+    """Return a normalizer or pre-tokenizer, as tokenizer.json has it, that puts nothing before a text, or None."""
+    match part:
+        case {"type": "Prepend"}:
+            return None
+        case {"type": "Metaspace"}:
+            return part | {"prepend_scheme": "never"}
+        case {"type": "ByteLevel"}:
+            return part | {"add_prefix_space": False}
+        case {"type": "Sequence"}:
+            (name,) = part.keys() - {"type"}
+            return part | {name: [kept for inner in part[name] if (kept := _without_prefix(inner)) is not None]}
+    return part
+
+
 def templates_that_fit(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The built-in templates whose control tokens this tokenizer has."""
+    """Return the built-in templates whose control tokens this tokenizer has."""
     fitting = []
     for name in TEMPLATES:
         assembly = Assembly(Origins())

@@ -10,18 +10,19 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from sftx.assembly.stages import ParserStage
 from sftx.config.options import DataConfig, Source
 from sftx.data import sources
 from sftx.data.ledger import Ledger
-from sftx.data.row_encoder import Row, mark, parse, turns_filtered
+from sftx.data.row_encoder import EncodedRow, filtered_by_turns, mark_trained, parse_record
 from sftx.errors import DataError, SftxError
-from sftx.types import Conversation, Location, Message, Parsed, Parser, PlainText, Record, ToolCall
+from sftx.types import Conversation, Location, Message, Parsed, PlainText, Record, ToolCall
 
 DUPLICATE = "the same as an earlier row"
 
 
 def export(
-    wanted: Sequence[Source], config: DataConfig, parsers: Mapping[str, Parser], ledger: Ledger
+    wanted: Sequence[Source], config: DataConfig, parsers: Mapping[str, ParserStage], ledger: Ledger
 ) -> Iterator[str]:
     """One line of JSON for each row of the sources, in their order; the ledger has those that are left out.
 
@@ -32,11 +33,11 @@ def export(
     for source in wanted:
         filters = source.filters or config.filters
         for where, record in sources.read(source):
-            row = Row(where)
+            row = EncodedRow(where)
             line = ""
             try:
-                parsed = parse(record, row, parsers, source, config)
-                if reason := turns_filtered(parsed, filters):
+                parsed = parse_record(record, row, parsers, source, config)
+                if reason := filtered_by_turns(parsed, filters):
                     row.drop(reason, action="filtered")
                 else:
                     line = _line(parsed, where, config)
@@ -61,7 +62,7 @@ def _line(parsed: Sequence[Parsed], where: Location, config: DataConfig) -> str:
             f"{where}: its format makes {len(parsed)} examples of it that belong together (a preference pair), which a "
             "line of messages cannot say; leave such rows out"
         )
-    record = to_record(mark(parsed[0], config))
+    record = to_record(mark_trained(parsed[0], config))
     try:
         line = json.dumps(record, ensure_ascii=False, allow_nan=False)
         line.encode()

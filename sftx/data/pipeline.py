@@ -1,116 +1,112 @@
-"""A run's options become its tokenizer, its encoder and its datasets: what `run`, `inspect` and `doctor` share."""
+"""The data pipeline of a run: tokenizer, encoder and collator, and the datasets that are made with them.
+
+`sftx run`, `inspect`, `doctor` and `plan` share it. Building it reads the tokenizer and no data.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sftx.assembly.registry import Assembly
-from sftx.config.loading import Loaded
-from sftx.config.options import RunConfig, Source
+from sftx.assembly.stages import CollatorStage
+from sftx.config.options import DataConfig, RunConfig, Source, TrainConfig
+from sftx.config.run_file import Origins
 from sftx.data import mixture, preprocess
 from sftx.data.cache import code_digest
+from sftx.data.dataset import Dataset
 from sftx.data.encoder import Encoder
-from sftx.data.preprocess import Dataset
 from sftx.data.row_encoder import RowEncoder
+from sftx.data.sampler import EpochSampler, Sampler, StreamSampler
 from sftx.data.stream import Stream
 from sftx.errors import ConfigError, DataError, did_you_mean
 from sftx.model import names
-from sftx.types import Collator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from sftx.data.sampler import Plan, StreamPlan
-
 
 @dataclass
-class Setup:
-    """What data becomes examples with."""
+class DataPipeline:
+    """Turns the sources of a run into examples, and examples into steps."""
 
-    config: RunConfig
+    config: DataConfig
     assembly: Assembly
     model: str
-    """Directory or hub id."""
+    """Directory or hub id of the model whose tokenizer this is."""
     tokenizer: PreTrainedTokenizerBase
     encode: RowEncoder
-    collator: Collator
+    collator: CollatorStage
     added_tokens: tuple[str, ...]
     """Control tokens of the template that the tokenizer lacked."""
-    wrap_length: int | None
-    """Where not None, examples are cut where their concatenation passes a multiple of it."""
 
     @property
     def encoder(self) -> Encoder:
         return self.encode.encoder
 
     @property
-    def encode_held_out(self) -> RowEncoder:
-        """Rows are never cut into one length here: a loss on them must not depend on what stands beside them."""
+    def encode_eval(self) -> RowEncoder:
+        """The encoder of held-out rows. They are never cut in their concatenation: a row's loss depends on it alone."""
         return dataclasses.replace(self.encode, wrapped=False)
 
-    def train(self, *, check: bool = True) -> Dataset:
-        """The training rows; empty when they are streamed. Raises DataError, with `check` as a run would."""
-        data = self.config.data
-        if data.streaming:
+    def load_train(self, *, check: bool = True) -> Dataset:
+        """Encode the training rows; an empty dataset when they are streamed. `check`: refuse as a run does."""
+        if self.config.streaming:
             return Dataset()
-        found = self._prepared(data.train, self.encode, check=check)
-        if self.wrap_length is not None and len(found.examples):
-            _check_can_be_cut(found)
-            found.examples = found.examples.wrapped(self.wrap_length)
-        return found
+        data = self._load(self.config.train, self.encode, check=check)
+        wrap_length = self.collator.wrap_length
+        if wrap_length is not None and len(data.examples):
+            groups = data.examples.groups
+            if data.has_turns:
+                raise DataError(
+                    f"{data.examples[0].row_id}: conversations are not wrapped, since a cut separates an answer from "
+                    "its question; pack them whole (packed.strategy=bfd)"
+                )
+            if len(groups) != len(set(groups.tolist())):
+                raise DataError(f"{data.examples[0].row_id}: rows that belong together (pairs) are not wrapped")
+            data.examples = data.examples.wrapped(wrap_length)
+        return data
 
-    def held_out(self, *, questions: bool = False, check: bool = True) -> Dataset:
-        """The held-out rows, with what can be asked of them on demand. Raises DataError as `train` does."""
-        data = self.config.data
-        encode = dataclasses.replace(self.encode_held_out, questions=questions)
-        return self._prepared(data.eval, encode, check=check)
+    def load_eval(self, *, questions: bool = False, check: bool = True) -> Dataset:
+        """Encode the held-out rows, with `questions` for generation where asked for. `check`: refuse as a run does."""
+        return self._load(self.config.eval, dataclasses.replace(self.encode_eval, questions=questions), check=check)
 
-    def _prepared(self, wanted: Sequence[Source], encode: RowEncoder, *, check: bool) -> Dataset:
-        found = preprocess.prepare(wanted, encode, identity=self._identity())
-        if check:
-            found.check(encode)
-        return found
-
-    def plan(self, data: Dataset) -> Plan | StreamPlan:
-        """The steps of the run."""
-        from sftx.data.sampler import Plan, StreamPlan
-
-        config, options = self.config.train, self.config.data
-        if options.streaming:
-            stream = Stream(options.train, self.encode, config.seed, data.ledger, data.formats)
-            return StreamPlan(stream, self.collator, config, options.plan_window)
-        draw = partial(
-            mixture.sample,
-            data.examples.groups,
-            data.examples.sources,
-            [source.weight for source in options.train],
-            options.mix_strategy,
-            seed=config.seed,
-        )
-        return Plan(data.examples, self.collator, config, lambda epoch: draw(epoch=epoch))
-
-    def _identity(self) -> Mapping[str, Any]:
-        """What decides, besides the options of `data` and the tokenizer, what a row becomes."""
-        found: dict[str, Any] = {}
+    def _load(self, data_sources: Sequence[Source], encode: RowEncoder, *, check: bool) -> Dataset:
+        # Besides the options of `data` and the tokenizer, this determines how a row is encoded.
+        identity: dict[str, Any] = {}
         packages = set()
         for hook in ("sftx_parser", "sftx_template"):
             for active in self.assembly.providers(hook):
                 packages.add(type(active.plugin).__module__.partition(".")[0])
-                found[f"{hook} {active.info.name}"] = [active.info.value, active.info.version, active.options]
-        return found | {"code": {package: code_digest(package) for package in sorted(packages)}}
+                identity[f"{hook} {active.info.name}"] = [active.info.value, active.info.version, active.options]
+        identity["code"] = {package: code_digest(package) for package in sorted(packages)}
+        data = preprocess.load_dataset(data_sources, encode, identity=identity)
+        if check:
+            data.check(encode)
+        return data
+
+    def sampler(self, data: Dataset, config: TrainConfig) -> Sampler:
+        """Return the steps of a run on the dataset, or on the stream."""
+        if self.config.streaming:
+            stream = Stream(self.config.train, self.encode, config.seed, data.ledger, data.formats)
+            return StreamSampler(stream, self.collator, config, self.config.plan_window)
+        weights = [source.weight for source in self.config.train]
+        examples = data.examples
+        draw = partial(
+            mixture.sample, examples.groups, examples.sources, weights, self.config.mix_strategy, seed=config.seed
+        )
+        return EpochSampler(examples, self.collator, config, lambda epoch: draw(epoch=epoch))
 
 
-def set_up(loaded: Loaded, assembly: Assembly) -> Setup:
-    """Raises ConfigError, PluginError, ModelError; reads no data yet."""
+def build_pipeline(config: RunConfig, assembly: Assembly, origins: Origins) -> DataPipeline:
+    """Load the tokenizer and call the hooks of the data stages. Raises ConfigError, PluginError, ModelError."""
     from sftx.model.added_tokens import add_missing
     from sftx.model.load import load_tokenizer
 
-    config = loaded.config
-    check_formats(loaded, [active.info.name for active in assembly.providers("sftx_parser")])
+    check_formats(config.data, origins, [active.info.name for active in assembly.providers("sftx_parser")])
     model = names.resolve(config.model)
     tokenizer = load_tokenizer(model, trust_remote_code=config.trust_remote_code)
     template = assembly.template(tokenizer)
@@ -118,31 +114,17 @@ def set_up(loaded: Loaded, assembly: Assembly) -> Setup:
         tokenizer.chat_template = template.chat_template  # saved with the result: served as it was trained
     added = add_missing(template.controls, tokenizer) if config.add_tokens and template is not None else []
     collator = assembly.collator(config.data.max_length)
-    wrap_length: int | None = getattr(collator, "wrap_length", None)
-    if wrap_length is not None and config.data.streaming:
+    is_wrapped = collator.wrap_length is not None
+    if is_wrapped and config.data.streaming:
         raise ConfigError("option 'data.streaming': a stream is not cut into rows of one length; leave wrapping out")
-    encoder = Encoder(tokenizer, template)
-    encode = RowEncoder(assembly.parsers(), encoder, config.data, wrapped=wrap_length is not None)
-    return Setup(config, assembly, model, tokenizer, encode, collator, tuple(added), wrap_length)
+    encode = RowEncoder(assembly.parsers(), Encoder(tokenizer, template), config.data, wrapped=is_wrapped)
+    return DataPipeline(config.data, assembly, model, tokenizer, encode, collator, tuple(added))
 
 
-def check_formats(loaded: Loaded, parsers: Collection[str]) -> None:
-    """Raises ConfigError when a parser that is to read rows is not in the run."""
-    data = loaded.config.data
-    for wanted in (data.format, *(source.format for source in (*data.train, *data.eval))):
-        if wanted is not None and wanted not in parsers:
-            hint = did_you_mean(wanted, parsers) or f"; it has {', '.join(parsers)}"
-            place = loaded.origins.of("data.format") or loaded.origins.of("data.train")
-            raise ConfigError(f"{place}: option 'data.format': no parser {wanted!r} in this run{hint}")
-
-
-def _check_can_be_cut(data: Dataset) -> None:
-    """Raises DataError where a cut would part an answer from its question, or a pair."""
-    if data.has_turns:
-        raise DataError(
-            f"{data.examples[0].row_id}: conversations are not wrapped, since a cut parts an answer from its "
-            "question; pack them whole (packed.strategy=bfd)"
-        )
-    groups = data.examples.groups
-    if len(groups) != len(set(groups.tolist())):
-        raise DataError(f"{data.examples[0].row_id}: rows that belong together (pairs) are not wrapped")
+def check_formats(data: DataConfig, origins: Origins, parsers: Collection[str]) -> None:
+    """Raise ConfigError when a requested format has no parser in the run."""
+    for name in (data.format, *(source.format for source in (*data.train, *data.eval))):
+        if name is not None and name not in parsers:
+            hint = did_you_mean(name, parsers) or f"; it has {', '.join(parsers)}"
+            place = origins.of("data.format") or origins.of("data.train")
+            raise ConfigError(f"{place}: option 'data.format': no parser {name!r} in this run{hint}")

@@ -1,6 +1,6 @@
-"""A record becomes encoded examples, or entries of the ledger: a function of that one record, in any process.
+"""Encode one record: a record becomes examples, or entries of the ledger, in whichever process it is read.
 
-record -> parser -> what is trained of it -> units (one example each) -> ids and mask -> what fits `max_length`.
+record -> parser -> mark which turns are trained -> units (one example each) -> token ids and mask -> truncation.
 """
 
 from __future__ import annotations
@@ -10,101 +10,82 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal, Protocol
+from typing import Final, Literal, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
-from sftx.assembly import data_checks
+from sftx.assembly.stages import ParserStage
 from sftx.config.options import DataConfig, Filters, Source
 from sftx.data import sources, truncate
 from sftx.data.encoder import Encoder
 from sftx.data.ledger import Entry, Ledger
 from sftx.errors import DataError, PluginError, SftxError, one_line
-from sftx.types import Conversation, Example, Location, Message, Parsed, Parser, Record
+from sftx.types import Conversation, Example, Location, Message, Parsed, Record
 
 NOTHING_TRAINED: Final = "no trained token"
 EMPTY: Final = "every trained turn is empty"
 NO_TURN: Final = "no assistant turn, so nothing to train"
 
 
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """One example as arrays, small to keep and to send."""
-
-    token_ids: NDArray[np.int32]
-    loss_mask: NDArray[np.bool_]
-    weights: NDArray[np.float32] | None
-    part: int
-    """Counted from 1 among the examples of its row; 0 when it is the only one."""
-    extras: Mapping[str, Any]
-
-    def example(self, where: Location, group: int) -> Example:
-        return Example(
-            token_ids=self.token_ids.tolist(),
-            loss_mask=self.loss_mask.tolist(),
-            row_id=f"{where}#{self.part}" if self.part else str(where),
-            group=group,
-            weights=None if self.weights is None else self.weights.tolist(),
-            extras=self.extras,
-        )
-
-
 @dataclass(frozen=True)
 class Question:
-    """A held-out conversation without its last turn, and that turn as the right answer."""
+    """A held-out conversation without its last turn, which is the reference answer."""
 
     row_id: str
     prompt: str
-    """The last turn before the answer, as a person reads it."""
+    """Content of the last turn before the answer, as a person reads it."""
     prompt_ids: list[int]
     reference: str
 
 
 @dataclass
-class Row:
-    """What became of one record."""
+class EncodedRow:
+    """The examples of one record, and the ledger's entries when it was dropped or changed."""
 
     where: Location
     format: str = ""
-    examples: list[Encoded] = field(default_factory=list)
+    examples: list[Example] = field(default_factory=list)
+    """`group` counts from 0 within the row; whoever collects rows adds the number of groups before it."""
     is_group: bool = False
-    """Whether its examples belong together (a preference pair)."""
+    """Whether its examples are one group (a preference pair)."""
     has_turns: bool = False
     """Whether it is a conversation."""
     entries: list[Entry] = field(default_factory=list)
     questions: list[Question] = field(default_factory=list)
 
+    @property
+    def num_groups(self) -> int:
+        return min(1, len(self.examples)) if self.is_group else len(self.examples)
+
     def drop(self, reason: str, *, length: int = 0, action: Literal["dropped", "filtered"] = "dropped") -> None:
-        """Takes the whole row out, whatever part of it was to blame."""
+        """Drop the whole row, whichever part of it is the cause."""
         self.examples.clear()
         self.questions.clear()
         self.entries[:] = [Entry(self.where, action, reason, length, 0)]
 
-    def as_examples(self, first_group: int) -> list[Example]:
-        """Its examples, one group each unless they belong together."""
-        return [
-            one.example(self.where, first_group + (0 if self.is_group else n)) for n, one in enumerate(self.examples)
-        ]
+    def examples_from_group(self, first_group: int) -> list[Example]:
+        """Return the examples with groups that count from `first_group`."""
+        return [dataclasses.replace(example, group=first_group + example.group) for example in self.examples]
 
 
 @dataclass(frozen=True)
 class RowEncoder:
-    """Turns records into rows with one set of parsers, template and options."""
+    """Encodes records with one set of parsers, one template and the options of `data`. It can be pickled."""
 
-    parsers: Mapping[str, Parser]
+    parsers: Mapping[str, ParserStage]
     encoder: Encoder
     config: DataConfig
     questions: bool = False
-    """Whether to keep what can be asked of a row, for evaluation by generation."""
+    """Whether to keep a question for each held-out conversation, for evaluation by generation."""
     wrapped: bool = False
-    """Whether examples are cut to length later, where their concatenation is; none is too long then."""
+    """Whether examples are cut to length later, in their concatenation, so that none is too long here."""
 
-    def __call__(self, where: Location, record: Record, source: Source) -> Row:
-        """Raises DataError, naming `where`, for a record that cannot be read, unless `invalid_rows` drops those."""
-        row = Row(where)
+    def __call__(self, where: Location, record: Record, source: Source) -> EncodedRow:
+        """Parse and encode a record. Raises DataError, naming `where`, unless `invalid_rows` drops such rows."""
+        row = EncodedRow(where)
         try:
-            self.encode(self.parse(record, row, source), row, source.filters)
+            parsed = parse_record(record, row, self.parsers, source, self.config)
+            return self.encode(parsed, row, source.filters)
         except SftxError as error:
             if isinstance(error, DataError) and self.config.invalid_rows == "drop":
                 row.drop(str(error).removeprefix(f"{where}: "))
@@ -112,27 +93,23 @@ class RowEncoder:
             if str(where) not in str(error):
                 error.args = (f"{where}: {error}",)
             raise
-        return row
 
-    def parse(self, record: Record, row: Row, source: Source) -> Sequence[Parsed]:
-        """What the record of `row` holds, read as its source is. Raises DataError."""
-        return parse(record, row, self.parsers, source, self.config)
-
-    def encode(self, parsed: Sequence[Parsed], row: Row, filters: Filters | None = None) -> Row:
-        """Adds the examples of what a parser found to `row`; none when its entries say why."""
+    def encode(self, parsed: Sequence[Parsed], row: EncodedRow, filters: Filters | None = None) -> EncodedRow:
+        """Add the examples of a parsed record to `row`; where it has none, its entries say why."""
         filters = filters or self.config.filters
-        if reason := turns_filtered(parsed, filters):
+        if reason := filtered_by_turns(parsed, filters):
             row.drop(reason, action="filtered")
             return row
-        marked = [mark(one, self.config) for one in parsed]
-        found = [unit for one in marked for unit in units(one, self.encoder)]
-        if not found:  # nothing parsed, or a template that makes an example of each trained turn, and none is
-            row.drop(_why_nothing_is_trained(marked))
+        marked = [mark_trained(one, self.config) for one in parsed]
+        units = [unit for one in marked for unit in split_units(one, self.encoder)]
+        if not units:  # no result of the parser, or a template that makes one example of each trained turn, and none is
+            row.drop(_reason_nothing_trained(marked))
             return row
         row.is_group = len(parsed) > 1
         row.has_turns = any(isinstance(one, Conversation) for one in parsed)
-        for unit in found:
-            if not self._add(unit, row, filters):
+        for unit in units:
+            self._encode_unit(unit, row, filters)
+            if not row.examples:
                 return row
         if row.is_group and len(row.examples) != len(parsed):
             raise DataError(
@@ -140,84 +117,99 @@ class RowEncoder:
                 "choose another data.long_rows, or a template that does not rewrite history"
             )
         if len(row.examples) > 1:
-            row.examples = [dataclasses.replace(one, part=n) for n, one in enumerate(row.examples, 1)]
+            row.examples = [
+                dataclasses.replace(example, row_id=f"{row.where}#{n + 1}", group=0 if row.is_group else n)
+                for n, example in enumerate(row.examples)
+            ]
         if self.questions:
             row.questions += _questions(marked, row.where, self.encoder)
         return row
 
-    def _add(self, unit: Parsed, row: Row, filters: Filters) -> bool:
-        """Encodes one unit into the row; False when that takes the whole row out."""
-        config, where = self.config, row.where
-        token_ids, loss_mask, weights = self.labelled(unit)
-        length = len(token_ids)
-        if not any(loss_mask[1:]):
-            row.drop(_why_nothing_is_trained([unit]), length=length)
-            return False
-        said = not isinstance(unit, Conversation) or any(m.trained and _says_something(m) for m in unit.messages)
-        if not said and not config.train_on_prompt:
-            row.drop(EMPTY, length=length)  # it would teach to say nothing
-            return False
+    def _encode_unit(self, unit: Parsed, row: EncodedRow, filters: Filters) -> None:
+        """Add the examples of one unit to `row`, or drop the whole row."""
+        config = self.config
+        labelled = self.labelled(unit)
+        length = len(labelled[0])
+        if not any(labelled[1][1:]):
+            row.drop(_reason_nothing_trained([unit]), length=length)
+            return
+        has_content = not isinstance(unit, Conversation) or any(
+            m.trained and (m.content.strip() or m.reasoning.strip() or m.tool_calls) for m in unit.messages
+        )
+        if not has_content and not config.train_on_prompt:
+            row.drop(EMPTY, length=length)  # it would teach the model to answer with nothing
+            return
         if not filters.min_length <= length <= (filters.max_length or length):
             bound = "min_length" if length < filters.min_length else "max_length"
             row.drop(f"filters.{bound}={getattr(filters, bound)}", length=length, action="filtered")
-            return False
-        pieces = [(token_ids, loss_mask, weights)]
+            return
+        pieces = [np.arange(length)]
         if length > config.max_length and not self.wrapped:
             if config.long_rows == "error":
-                raise DataError(f"{where}: {length} tokens, more than data.max_length={config.max_length}")
-            pieces = truncate.fit(unit, pieces[0], config, self.encoder.is_control, self.labelled)
-            reason = f"longer than max_length={config.max_length}"
+                raise DataError(f"{row.where}: {length} tokens, more than data.max_length={config.max_length}")
+            _, labelled, pieces = truncate.fit(unit, labelled, config, self.encoder.is_control, self.labelled)
             if not pieces:
-                fills = config.long_rows != "drop" and f"its prompt alone fills max_length={config.max_length}"
-                row.drop(fills or reason, length=length)
-                return False
-            kept = sum(len(ids) for ids, _, _ in pieces)
+                is_filled = config.long_rows != "drop" and f"its prompt alone fills max_length={config.max_length}"
+                row.drop(is_filled or f"longer than max_length={config.max_length}", length=length)
+                return
             action: Literal["cut", "split"] = "split" if config.long_rows == "split" else "cut"
-            row.entries.append(Entry(where, action, reason, length, kept))
-        extras = _json(unit.extras)
-        row.examples += [_arrays(*piece, extras=extras) for piece in pieces]
-        return True
+            reason = f"longer than max_length={config.max_length}"
+            row.entries.append(Entry(row.where, action, reason, length, sum(map(len, pieces))))
+        extras = unit.extras
+        if extras:
+            try:  # as the cache will return them
+                extras = json.loads(json.dumps(extras, allow_nan=False))
+            except (TypeError, ValueError, RecursionError) as error:
+                raise PluginError(f"a parser gave extras that are no JSON values: {one_line(error)}") from error
+        token_ids, loss_mask = np.asarray(labelled[0], np.int32), np.asarray(labelled[1], np.bool_)
+        weights = np.asarray(labelled[2], np.float32)
+        is_weighted = any(weight != 1 for weight in labelled[2])
+        for kept in pieces:
+            kept_weights = weights[kept] if is_weighted and (weights[kept] != 1).any() else None
+            row.examples.append(Example(token_ids[kept], loss_mask[kept], str(row.where), 0, kept_weights, extras))
 
-    def trains_stop(self, row: Row) -> bool:
-        """Whether an example of the row trains one of the template's stop tokens."""
+    def trains_stop(self, row: EncodedRow) -> bool:
+        """Return whether an example of the row trains one of the template's stop tokens."""
         stop = self.encoder.stop_ids
-        return any(np.isin(one.token_ids[one.loss_mask], stop).any() for one in row.examples)
+        return any(np.isin(example.token_ids[example.loss_mask], stop).any() for example in row.examples)
 
-    def labelled(self, unit: Parsed) -> truncate.Piece:
-        """Ids, mask and weights of what `units` gave, with what the options say of single tokens."""
+    def labelled(self, unit: Parsed) -> truncate.LabelledTokens:
+        """Encode a unit, and apply the options that decide about single tokens to its loss mask."""
         token_ids, loss_mask, weights = self.encoder.encode(unit)
         ends = [False] * len(token_ids)
         if not self.config.train_turn_end and isinstance(unit, Conversation):
-            stop, ended = set(self.encoder.stop_ids), False
+            stop, is_ended = set(self.encoder.stop_ids), False
             for at, token in enumerate(token_ids):
                 # From the stop token to the end of what is trained: the newline after it as well.
-                ends[at] = ended = loss_mask[at] and (ended or token in stop)
+                ends[at] = is_ended = loss_mask[at] and (is_ended or token in stop)
         everything = self.config.train_on_prompt
         trained = [(on or everything) and not end for on, end in zip(loss_mask, ends, strict=True)]
         return token_ids, trained, weights
 
 
-def parse(
-    record: Record, row: Row, parsers: Mapping[str, Parser], source: Source, config: DataConfig
+def parse_record(
+    record: Record, row: EncodedRow, parsers: Mapping[str, ParserStage], source: Source, config: DataConfig
 ) -> Sequence[Parsed]:
-    """What the record of `row` holds, by the parser of the wanted format or the first that accepts it."""
-    where = row.where
-    record = sources.mapped(record, source.columns, where)
-    accepting = (name for name, parser in parsers.items() if parser.accepts(record))
-    row.format = source.format or config.format or next(accepting, "")
+    """Parse a record with the requested format, or the first parser that accepts it, and note the format in `row`."""
+    record = sources.mapped(record, source.columns, row.where)
+    row.format = source.format or config.format or ""
     if not row.format:
-        known = "; ".join(f"{name}: {parser.fields}" for name, parser in parsers.items())
-        fields = ", ".join(sorted(map(repr, record)))
-        raise DataError(
-            f"{where}: no format has the fields {fields:.200}; known are {known}; or say with `columns` of the source "
-            "which fields hold them"
-        )
-    parser = parsers[row.format]
-    return data_checks.parsed(parser, parser.parse(record, where))
+        for name, parser in parsers.items():
+            if parser.accepts(record):
+                row.format = name
+                break
+        else:
+            known = "; ".join(f"{name}: {parser.fields}" for name, parser in parsers.items())
+            fields = ", ".join(sorted(map(repr, record)))
+            raise DataError(
+                f"{row.where}: no format has the fields {fields:.200}; known are {known}; or say with `columns` of the "
+                "source which fields hold them"
+            )
+    return parsers[row.format].parse(record, row.where)
 
 
-def turns_filtered(parsed: Sequence[Parsed], filters: Filters) -> str | None:
-    """Why a conversation has too few or too many turns; None when it has not, or is none."""
+def filtered_by_turns(parsed: Sequence[Parsed], filters: Filters) -> str | None:
+    """Return the filter that a conversation's number of turns violates, or None."""
     for one in parsed:
         if isinstance(one, Conversation):
             turns = sum(message.role != "system" for message in one.messages)
@@ -228,8 +220,8 @@ def turns_filtered(parsed: Sequence[Parsed], filters: Filters) -> str | None:
     return None
 
 
-def mark(parsed: Parsed, config: DataConfig) -> Parsed:
-    """A conversation whose turns all say whether they are trained, with the system text that the run gives it."""
+def mark_trained(parsed: Parsed, config: DataConfig) -> Parsed:
+    """Decide for every turn whether it is trained, and replace the system message where the run gives one."""
     if not isinstance(parsed, Conversation):
         return parsed
     messages = parsed.messages
@@ -249,8 +241,8 @@ def mark(parsed: Parsed, config: DataConfig) -> Parsed:
     )
 
 
-def units(parsed: Parsed, encoder: Encoder) -> Iterator[Parsed]:
-    """What becomes one example each: where a template rewrites history, every trained turn with what led to it."""
+def split_units(parsed: Parsed, encoder: Encoder) -> Iterator[Parsed]:
+    """Yield what becomes one example each: the whole, or each trained turn where the template rewrites history."""
     template = encoder.template
     if not isinstance(parsed, Conversation):
         yield parsed
@@ -268,65 +260,36 @@ def _untrained(messages: Sequence[Message]) -> tuple[Message, ...]:
     return tuple(dataclasses.replace(message, trainable=False) for message in messages)
 
 
-def _says_something(message: Message) -> bool:
-    return bool(message.content.strip() or message.reasoning.strip() or message.tool_calls)
-
-
-def _why_nothing_is_trained(parsed: Sequence[Parsed]) -> str:
+def _reason_nothing_trained(parsed: Sequence[Parsed]) -> str:
     turns = [message for one in parsed if isinstance(one, Conversation) for message in one.messages]
     return NO_TURN if turns and not any(turn.role == "assistant" for turn in turns) else NOTHING_TRAINED
 
 
-def _arrays(token_ids: list[int], loss_mask: list[bool], weights: list[float], *, extras: Mapping[str, Any]) -> Encoded:
-    weighted = any(weight != 1 for weight in weights)
-    return Encoded(
-        np.asarray(token_ids, np.int32),
-        np.asarray(loss_mask, np.bool_),
-        np.asarray(weights, np.float32) if weighted else None,
-        0,
-        extras,
-    )
-
-
-def _json(extras: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The same, as the cache will give it. Raises PluginError when it cannot."""
-    if not extras:
-        return extras
-    try:
-        values: Mapping[str, Any] = json.loads(json.dumps(extras, allow_nan=False))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise PluginError(f"a parser gave extras that are no JSON values: {one_line(error)}") from error
-    return values
-
-
 def _questions(parsed: Sequence[Parsed], where: Location, encoder: Encoder) -> Iterator[Question]:
-    for one in parsed[:1]:  # of a preference pair, the answer that is preferred
+    for one in parsed[:1]:  # of a preference pair, the preferred answer
         if isinstance(one, Conversation) and one.messages and one.messages[-1].role == "assistant":
             *before, answer = one.messages
-            # Asked as it is trained: where a text is encoded in pieces depends on what is trained.
+            # The prompt is encoded as in training: how a text is split into pieces depends on which turns are trained.
             rewrites = encoder.template is not None and encoder.template.rewrites_history
             asked = dataclasses.replace(one, messages=_untrained(before) if rewrites else tuple(before))
+            # The reference is decoded as a generated answer is: with its reasoning and its calls in the template's
+            # form, up to the stop token.
+            turn = dataclasses.replace(answer, trainable=True)
+            token_ids, loss_mask, _ = encoder.encode(
+                dataclasses.replace(asked, messages=(*_untrained(asked.messages), turn))
+            )
+            trained = itertools.compress(token_ids, loss_mask)
+            reference = itertools.takewhile(lambda token: token not in encoder.stop_ids, trained)
             yield Question(
                 row_id=str(where),
                 prompt=before[-1].content if before else "",
                 prompt_ids=encoder.prompt(asked),
-                reference=_said(asked, answer, encoder),
+                reference=str(encoder.tokenizer.decode(list(reference), skip_special_tokens=True)),
             )
 
 
-def _said(asked: Conversation, answer: Message, encoder: Encoder) -> str:
-    """The answer as a model that was trained on it gives it, and as what it generates is decoded: with its reasoning
-    and its calls in the template's form, up to the stop token."""
-    turn = dataclasses.replace(answer, trainable=True)
-    whole = dataclasses.replace(asked, messages=(*_untrained(asked.messages), turn))
-    token_ids, loss_mask, _ = encoder.encode(whole)
-    said = itertools.compress(token_ids, loss_mask)
-    until_stop = itertools.takewhile(lambda token: token not in encoder.stop_ids, said)
-    return str(encoder.tokenizer.decode(list(until_stop), skip_special_tokens=True))
-
-
-class Account(Protocol):
-    """What is known of the rows that were read so far."""
+class RowCounts(Protocol):
+    """The account of the rows that were read so far."""
 
     ledger: Ledger
     has_turns: bool
@@ -335,15 +298,15 @@ class Account(Protocol):
     """Whether any example trains one of the template's stop tokens."""
 
 
-def check_rows(rows: Account, encode: RowEncoder, first: str, *, max_dropped: float | None = None) -> None:
-    """Raises DataError for too large a share of dropped rows, or a stop token that no row trains.
+def check_rows(rows: RowCounts, encode: RowEncoder, first: str, *, max_dropped: float | None = None) -> None:
+    """Raise DataError for too large a share of dropped rows, or a stop token that no row trains.
 
-    A model whose stop token is never trained does not stop. Rows that were cut cannot count. `first`: a row's id.
+    A model whose stop token is never trained does not stop. `first` is the id of a row, named in the error.
     """
     rows.ledger.check(encode.config.max_dropped if max_dropped is None else max_dropped)
     template = encode.encoder.template
     if template is not None and rows.has_turns and not rows.trains_stop and encode.config.train_turn_end:
         raise DataError(
             f"{first}: no row trains the stop token {', '.join(template.stop)}, so the model would never end its "
-            "answer; raise data.max_length if every row was cut, or mend the template"
+            "answer; raise data.max_length if every row was cut, or correct the template"
         )

@@ -1,54 +1,48 @@
-"""Which examples each step of a run takes: of a whole set, epoch by epoch, or of a stream, window by window."""
+"""Decide which examples each optimizer step takes, and which rank computes which of its rows.
+
+`EpochSampler` plans a whole dataset epoch by epoch, `StreamSampler` a stream window by window. Both are pure in seed,
+epoch and window and know nothing of the number of processes; `split_step` divides a step among them.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Protocol, TypeAlias
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sftx.assembly import training_checks
+from sftx.assembly.stages import CollatorStage
 from sftx.config.options import TrainConfig
 from sftx.data.dataset import Examples
 from sftx.data.stream import Stream
 from sftx.errors import ModelError
-from sftx.types import Collator, Example, Step
+from sftx.types import Example, Step, Window
 
-Sample: TypeAlias = Callable[[int], tuple[NDArray[np.int64], NDArray[np.int64]]]
-"""Of an epoch: the indices of its examples and their groups."""
-
-Planned: TypeAlias = tuple[float, Step, Sequence[Example]]
-"""Epochs done after a step, the step, and the examples that its indices point to."""
+Draw: TypeAlias = Callable[[int], tuple[NDArray[np.int64], NDArray[np.int64]]]
+"""Draws the examples of an epoch: their indices, and their groups."""
 
 
-class Steps(Protocol):
-    """The steps of a whole run."""
+class PlannedStep(NamedTuple):
+    """The rows of one optimizer step, over all ranks."""
 
-    num_steps: int
-    scope: PlannedScope
-
-    def __iter__(self) -> Iterator[Planned]:
-        """The steps from where the plan stands: its beginning, or what `load_state_dict` was given."""
-
-    def state_dict(self, done: int) -> dict[str, Any]:
-        """JSON values from which the plan goes on after `done` steps of the run.
-
-        These are the steps that iteration gave, or all but the last, which was not finished.
-        """
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from there: the next step is the one after those that were done."""
+    epoch: float
+    """Epochs completed after this step."""
+    rows: Step
+    examples: Sequence[Example]
+    """What the indices of `rows` refer to; an example is decoded when it is accessed."""
+    lengths: NDArray[np.int64]
+    """[len(examples)], tokens of each example."""
 
 
 @dataclass(frozen=True)
 class PlannedScope:
-    """What the first epoch holds, or a stream's first window."""
+    """Size of the first epoch, or of a stream's first window."""
 
     num_examples: int
     num_label_tokens: int
-    """Trained."""
     num_input_tokens: int
     num_steps: int
     longest: int
@@ -56,52 +50,77 @@ class PlannedScope:
     largest_id: int
 
 
-class Plan:
-    """The steps of a run on examples that are all there: pure in the seed and the epoch."""
+class Sampler(Protocol):
+    """The steps of a whole run."""
+
+    num_steps: int
+    scope: PlannedScope
+    examples: Sequence[Example]
+    """Those of the dataset, or of the stream's first window."""
+
+    def __iter__(self) -> Iterator[PlannedStep]:
+        """Yield the steps from the beginning, or from where `load_state_dict` continues."""
+
+    def state_dict(self, done: int) -> dict[str, Any]:
+        """Return JSON values from which sampling continues after `done` steps of the run.
+
+        `done` is the number of steps that iteration has yielded, or one less when the last was not finished.
+        """
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a saved state: the next step is the one after those that were done."""
+
+
+class EpochSampler:
+    """The steps of a run on a dataset that is complete: pure in the seed and the epoch."""
 
     def __init__(
-        self, examples: Sequence[Example], collator: Collator, config: TrainConfig, sample: Sample | None = None
+        self, examples: Sequence[Example], collator: CollatorStage, config: TrainConfig, draw: Draw | None = None
     ) -> None:
+        """`draw` chooses the examples of an epoch (a mixture of sources); None takes each once."""
         self.examples = examples
-        self._lengths = lengths_of(examples)
-        self._groups = groups_of(examples)
-        self._sample = sample
+        self._lengths, self._groups = _lengths_and_groups(examples)
+        self._draw = draw
         self._collator = collator
         self._config = config
-        self._last: tuple[int, list[Step]] | None = None
+        self._planned: tuple[int, list[Step]] | None = None
         self._epoch, self._before = 0, 0
-        """The epoch that is under way, and the steps of the run that came before it."""
+        """The current epoch, and the number of steps in the epochs before it."""
         self._done = 0
-        """Steps that are not given any more."""
+        """Steps that are not yielded any more."""
         first = self.epoch(0)
         self.num_steps = config.max_steps or max(1, round(config.num_train_epochs * len(first)))
-        self.scope = _scope(first, examples)
+        self.scope = _scope(first, examples, self._lengths)
 
     def epoch(self, epoch: int) -> list[Step]:
-        """The steps of one epoch. Raises PluginError when the collator loses or repeats an example."""
-        if self._last is not None and self._last[0] == epoch:
-            return self._last[1]
-        indices: list[int] | None = None
-        lengths, groups = self._lengths, self._groups
-        if self._sample is not None:
-            chosen, groups = self._sample(epoch)
-            indices, lengths = chosen.tolist(), lengths[chosen]
-        steps = training_checks.plan(
-            self._collator, lengths.tolist(), groups.tolist(), epoch=epoch, final=True, **_arguments(self._config)
-        )[0]
-        if indices is not None:
-            steps = [tuple(tuple(indices[at] for at in row) for row in step) for step in steps]
-        self._last = epoch, steps
-        return steps
+        """Plan the steps of one epoch. Raises PluginError when the collator loses or repeats an example."""
+        if self._planned is None or self._planned[0] != epoch:
+            lengths, groups = self._lengths, self._groups
+            chosen: list[int] | None = None
+            if self._draw is not None:
+                drawn, groups = self._draw(epoch)
+                chosen, lengths = drawn.tolist(), lengths[drawn]
+            window = Window(
+                lengths=lengths.tolist(),
+                groups=groups.tolist(),
+                rows_per_step=self._config.rows_per_step,
+                seed=self._config.seed,
+                epoch=epoch,
+            )
+            steps = self._collator.plan(window)[0]
+            if chosen is not None:
+                steps = [tuple(tuple(chosen[at] for at in row) for row in step) for step in steps]
+            self._planned = epoch, steps
+        return self._planned[1]
 
-    def __iter__(self) -> Iterator[Planned]:
+    def __iter__(self) -> Iterator[PlannedStep]:
         while True:
             steps = self.epoch(self._epoch)
             rest = steps[self._done - self._before :]
             for number, step in enumerate(rest, self._done - self._before + 1):
                 if self._before + number > self.num_steps:
                     return
-                yield self._epoch + number / len(steps), step, self.examples
+                yield PlannedStep(self._epoch + number / len(steps), step, self.examples, self._lengths)
             self._before += len(steps)
             self._epoch, self._done = self._epoch + 1, self._before
 
@@ -112,94 +131,111 @@ class Plan:
         self._epoch, self._before, self._done = state["epoch"], state["steps_before"], state["done"]
 
 
-class StreamPlan:
-    """The steps of a run on a stream: each window is planned when it is read, and what fills no step carried over.
+class StreamSampler:
+    """The steps of a run on a stream: a window is planned when it is read, and examples left over are carried on.
 
-    The first window is read at once, so that what is wrong with the data is told before weights are read.
+    The first window is read at once, so that faults of the data are reported before weights are read.
     """
 
-    def __init__(self, stream: Stream, collator: Collator, config: TrainConfig, window: int) -> None:
-        """`window`: examples that are planned together."""
+    def __init__(self, stream: Stream, collator: CollatorStage, config: TrainConfig, window_size: int) -> None:
+        """`window_size`: number of examples that are planned together."""
         assert config.max_steps is not None
         self.num_steps = config.max_steps
         self._stream = stream
         self._collator = collator
         self._config = config
-        self._size = window
+        self._window_size = window_size
         self.num_embeddings: int | None = None
-        """Rows of the model's embedding, once it is known: windows that are read after that are held against it."""
-        self._begin(window=0, before=0, done=0, carried=[])
-        self.examples = self._examples
-        """Of the first window."""
-        self.scope = _scope(self._steps, self.examples)
+        """Rows of the model's embedding, once known: token ids of later windows are checked against it."""
+        self._read_window(window=0, before=0, done=0, carried=[])
+        self.examples: Sequence[Example] = self._examples
+        self.scope = _scope(self._steps, self._examples, self._lengths)
 
-    def _begin(self, *, window: int, before: int, done: int, carried: list[Example]) -> None:
-        """Reads and plans a window. `before`: steps before it; `done`: steps that are not given any more, those too;
-        `carried`: examples of the window before that filled no step."""
+    def _read_window(self, *, window: int, before: int, done: int, carried: list[Example]) -> None:
+        """Read and plan a window.
+
+        `before`: steps of the windows before it; `done`: steps that are not yielded any more, those included;
+        `carried`: examples that the window before did not use.
+        """
         self._window, self._before, self._done, self._carried = window, before, done, carried
-        examples = [*carried, *self._stream.window(self._size)]
+        examples = [*carried, *self._stream.window(self._window_size)]
         if self.num_embeddings is not None:
-            _check_ids(examples, self.num_embeddings)
-        lengths, groups = lengths_of(examples).tolist(), groups_of(examples).tolist()
-        self._steps, self._rest = training_checks.plan(
-            self._collator, lengths, groups, epoch=0, window=window, final=False, **_arguments(self._config)
+            for example in examples:
+                if (largest := int(example.token_ids.max())) >= self.num_embeddings:
+                    raise ModelError(  # otherwise an index error deep in the forward
+                        f"{example.row_id}: gives the token id {largest}, and the model's embedding has "
+                        f"{self.num_embeddings} rows; they do not belong together"
+                    )
+        self._lengths, groups = _lengths_and_groups(examples)
+        self._steps, self._rest = self._collator.plan(
+            Window(
+                lengths=self._lengths.tolist(),
+                groups=groups.tolist(),
+                rows_per_step=self._config.rows_per_step,
+                seed=self._config.seed,
+                index=window,
+                is_last=False,
+            )
         )
         self._examples = examples
 
-    def __iter__(self) -> Iterator[Planned]:
+    def __iter__(self) -> Iterator[PlannedStep]:
         while self._done < self.num_steps:
             for step in self._steps[self._done - self._before : self.num_steps - self._before]:
-                yield float(min(self._stream.passes)), step, self._examples
+                yield PlannedStep(float(min(self._stream.passes)), step, self._examples, self._lengths)
             before = self._before + len(self._steps)
             if before >= self.num_steps:
                 return
             carried = [self._examples[at] for at in self._rest]
-            self._begin(window=self._window + 1, before=before, done=before, carried=carried)
+            self._read_window(window=self._window + 1, before=before, done=before, carried=carried)
 
     def state_dict(self, done: int) -> dict[str, Any]:
-        """A window is read again from its beginning: where the stream stood, and what was carried into it."""
+        """Return where the stream stood before the current window, which is read again, and what it was given."""
         return {
             "window": self._window,
             "steps_before": self._before,
             "done": done,
-            "carried": [_as_json(example) for example in self._carried],
+            "carried": [_to_json(example) for example in self._carried],
             "stream": self._stream.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Reads the window that was under way. Raises DataError when the sources are others, or have become shorter."""
+        """Read the saved window again. Raises DataError when the sources are others, or have become shorter."""
         self._stream.load_state_dict(state["stream"])
-        carried = [_of_json(example) for example in state["carried"]]
-        self._begin(window=state["window"], before=state["steps_before"], done=state["done"], carried=carried)
+        carried = [_from_json(example) for example in state["carried"]]
+        self._read_window(window=state["window"], before=state["steps_before"], done=state["done"], carried=carried)
 
 
-def _check_ids(examples: Sequence[Example], num_embeddings: int) -> None:
-    """Raises ModelError for a token id without an embedding, which would end in an index error deep in the forward."""
-    for example in examples:
-        if (largest := max(example.token_ids)) >= num_embeddings:
-            raise ModelError(
-                f"{example.row_id}: gives the token id {largest}, and the model's embedding has {num_embeddings} rows; "
-                "they do not belong together"
-            )
+def _to_json(example: Example) -> dict[str, Any]:
+    return {
+        "token_ids": example.token_ids.tolist(),
+        "loss_mask": "".join("01"[on] for on in example.loss_mask.tolist()),  # a byte a token
+        "row_id": example.row_id,
+        "group": example.group,
+        "weights": None if example.weights is None else example.weights.tolist(),
+        "extras": example.extras,
+    }
 
 
-def _as_json(example: Example) -> dict[str, Any]:
-    mask = "".join("01"[on] for on in example.loss_mask)  # a byte a token
-    return {field.name: getattr(example, field.name) for field in fields(example)} | {"loss_mask": mask}
-
-
-def _of_json(values: Mapping[str, Any]) -> Example:
+def _from_json(values: Mapping[str, Any]) -> Example:
     return Example(**{**values, "loss_mask": [on == "1" for on in values["loss_mask"]]})
 
 
-def _scope(steps: Sequence[Step], examples: Sequence[Example]) -> PlannedScope:
+def _lengths_and_groups(examples: Sequence[Example]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return [n] tokens and [n] group of each example, from the columns where there are any."""
+    if isinstance(examples, Examples):
+        return examples.lengths, examples.groups
+    lengths = np.array([len(example.token_ids) for example in examples], np.int64)
+    return lengths, np.array([example.group for example in examples], np.int64)
+
+
+def _scope(steps: Sequence[Step], examples: Sequence[Example], lengths: NDArray[np.int64]) -> PlannedScope:
     indices = np.array([index for step in steps for row in step for index in row], np.int64)
-    lengths = lengths_of(examples)
     if isinstance(examples, Examples):
         num_label_tokens, largest_id = int(examples.num_label_tokens[indices].sum()), examples.largest_id
     else:
-        num_label_tokens = sum(examples[index].num_label_tokens for index in indices)
-        largest_id = max((max(example.token_ids) for example in examples), default=0)
+        num_label_tokens = sum(examples[index].num_label_tokens for index in indices.tolist())
+        largest_id = max((int(example.token_ids.max()) for example in examples), default=0)
     return PlannedScope(
         num_examples=len(indices),
         num_label_tokens=num_label_tokens,
@@ -210,20 +246,38 @@ def _scope(steps: Sequence[Step], examples: Sequence[Example]) -> PlannedScope:
     )
 
 
-def _arguments(config: TrainConfig) -> dict[str, int]:
-    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    return {"seed": config.seed, "examples_per_step": rows}
+# --- the rows of a step, divided among ranks ------------------------------------------------------
 
 
-def lengths_of(examples: Sequence[Example]) -> NDArray[np.int64]:
-    """[n], tokens of each."""
-    if isinstance(examples, Examples):
-        return examples.lengths
-    return np.array([len(example.token_ids) for example in examples], np.int64)
+def num_micro_batches(num_rows: int, world_size: int, rows_at_once: int) -> tuple[int, int]:
+    """Return the micro-batches that each rank computes in a step of `num_rows`, and the most rows of one of them."""
+    rounds = math.ceil(num_rows / (world_size * rows_at_once))
+    return rounds, math.ceil(num_rows / (world_size * rounds))
 
 
-def groups_of(examples: Sequence[Example]) -> NDArray[np.int64]:
-    """[n]"""
-    if isinstance(examples, Examples):
-        return examples.groups
-    return np.array([example.group for example in examples], np.int64)
+def split_step(num_tokens: Sequence[int], world_size: int, rows_at_once: int) -> list[list[tuple[int, ...]]]:
+    """Divide the rows of a step into micro-batches of at most `rows_at_once` rows, balanced by token count.
+
+    `num_tokens` gives the tokens of each row. The result `[micro_batch][rank]` holds positions of rows; it is empty for
+    a rank that has no row left. One process takes the rows in order. Several take rows of similar length at the same
+    time, so that no rank waits long for another; each row, longest first, goes to the rank with the fewest tokens so
+    far that has room for it.
+    """
+    rows = range(len(num_tokens))
+    if world_size == 1:
+        return [[tuple(rows[at : at + rows_at_once])] for at in range(0, len(rows), rows_at_once)]
+    longest_first = sorted(rows, key=lambda row: -num_tokens[row])
+    totals = [0] * world_size
+    per_round = world_size * num_micro_batches(len(rows), world_size, rows_at_once)[1]
+    rounds: list[list[tuple[int, ...]]] = []
+    for start in range(0, len(rows), per_round):
+        chosen = longest_first[start : start + per_round]
+        most = math.ceil(len(chosen) / world_size)
+        shards: list[list[int]] = [[] for _ in range(world_size)]
+        for row in chosen:
+            open_ranks = [rank for rank in range(world_size) if len(shards[rank]) < most]
+            rank = min(open_ranks, key=lambda rank: (totals[rank], rank))
+            shards[rank].append(row)
+            totals[rank] += num_tokens[row]
+        rounds.append([tuple(sorted(shard)) for shard in shards])
+    return rounds

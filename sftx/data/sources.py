@@ -12,7 +12,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
-from sftx.config.options import Source
+from sftx.atomic_files import sha256_of_file
+from sftx.config.options import RunConfig, Source
 from sftx.data import hub, readers
 from sftx.errors import ConfigError, DataError, did_you_mean, one_line
 from sftx.types import Location, Record
@@ -29,6 +30,21 @@ _SPLIT: Final = re.compile(
 _MOST_SHOWN: Final = 5
 _DEEPEST: Final = 100
 _GLANCE_BYTES: Final = 2**20
+
+
+def check_data_config(config: RunConfig) -> None:
+    """Check the options of `data` without reading rows or importing torch. Raises ConfigError, DataError."""
+    if not config.data.train:
+        raise ConfigError("option 'data.train': no training data; give a file with --data")
+    for source in (*config.data.train, *config.data.eval):
+        check(source)
+    if not config.data.streaming:
+        return
+    if config.train.max_steps is None:
+        raise ConfigError("option 'data.streaming': a stream has no end; say how many steps with --max-steps")
+    filters = [config.data.filters, *(source.filters for source in config.data.train if source.filters is not None)]
+    if any(one.duplicates == "drop" for one in filters):
+        raise ConfigError("option 'data.streaming': filters.duplicates=drop needs all rows; leave one of them out")
 
 
 def check(source: Source) -> None:
@@ -87,7 +103,16 @@ def fingerprint(source: Source) -> str:
     if place is None:
         content: Any = hub.hub_fingerprint(source)
     else:
-        content = [(name, _sha256(file)) for name, file in _contents(source, place)]
+        content = []
+        for name, file in _contents(source, place):
+            try:
+                status = file.stat()
+                digest = _sha256_of_unchanged(
+                    file, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+                )
+            except OSError as error:
+                raise DataError(f"{file}: cannot be read: {one_line(error)}") from error
+            content.append((name, digest))
     options = {name: getattr(source, name) for name in ("columns", "subset", "split", "limit")}
     if place is not None and place.is_file() and not any(options.values()):
         return str(content[0][1])
@@ -253,19 +278,10 @@ def _contents(source: Source, place: Path) -> list[tuple[str, Path]]:
     return [(path.removeprefix(source.path).lstrip("/"), file) for file, path in _files(place, source.path)]
 
 
-def _sha256(file: Path) -> str:
-    try:
-        status = file.stat()
-        return _sha256_of(file, (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino))
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read: {one_line(error)}") from error
-
-
 @lru_cache(maxsize=4096)
-def _sha256_of(file: Path, status: tuple[int, ...]) -> str:
-    """Once in a process for a file that nobody has touched since, as its `status` shows."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def _sha256_of_unchanged(file: Path, size: int, mtime_ns: int, ctime_ns: int, inode: int) -> str:
+    """Hash a file once in a process, as long as its status shows that nobody has changed it since."""
+    return sha256_of_file(file)
 
 
 def _lookup(row: Record, column: str, where: Location) -> Any:

@@ -1,4 +1,4 @@
-"""Sources that are read while training become windows of examples: for sets that are never encoded as a whole."""
+"""Stream sources while training: windows of examples for datasets that are never encoded as a whole."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from operator import eq
 from typing import Any
 
 from sftx.config.options import Source
-from sftx.data import sources
+from sftx.data import sources as source_files
 from sftx.data.ledger import Entry, Ledger
-from sftx.data.row_encoder import Row, RowEncoder, check_rows
+from sftx.data.row_encoder import EncodedRow, RowEncoder, check_rows
 from sftx.errors import DataError
 from sftx.types import Example, Location, Record
 
 
 @dataclass
 class Stream:
-    """Endless examples: each next row comes from a source drawn by weight; one that ends begins anew.
+    """Yields examples without end: each row comes from a source drawn by weight, and a source that ends begins again.
 
-    Where it stands is data: another process that is given the `state_dict` reads the same rows from there on.
+    Its position is data: another process that loads the `state_dict` reads the same rows from there on.
     """
 
-    wanted: Sequence[Source]
+    sources: Sequence[Source]
     encode: RowEncoder
     seed: int
     ledger: Ledger = field(default_factory=Ledger)
@@ -37,60 +37,60 @@ class Stream:
     """Whether any example trained one of the template's stop tokens."""
 
     def __post_init__(self) -> None:
-        self._readers = [_Reader(source) for source in self.wanted]
-        self._weights = list(accumulate(source.weight for source in self.wanted))
+        self._readers = [_Reader(source) for source in self.sources]
+        self._weights = list(accumulate(source.weight for source in self.sources))
         self._num_drawn = 0
         self._next_group = 0
-        self._begun = self._state()
+        self._window_start = self._state()
 
     @property
     def passes(self) -> list[int]:
-        """How often each source was read to its end."""
+        """Return how often each source was read to its end."""
         return [reader.passes for reader in self._readers]
 
     def window(self, size: int) -> list[Example]:
-        """The next examples, about `size`; groups are never parted. Raises DataError when too many rows are dropped."""
-        self._begun = self._state()
+        """Read about `size` examples; groups are never split. Raises DataError when too many rows are dropped."""
+        self._window_start = self._state()
         window: list[Example] = []
-        begun = self.passes
-        # A set smaller than a window is planned once a pass, and not many times over.
-        while not window or (len(window) < size and any(map(eq, begun, self.passes))):
-            row = self._row()
-            window += row.as_examples(self._next_group)
-            self._next_group += len(row.examples)
+        passes = self.passes
+        # A source smaller than a window is planned once per pass, not several times in one window.
+        while not window or (len(window) < size and any(map(eq, passes, self.passes))):
+            row = self._next_row()
+            window += row.examples_from_group(self._next_group)
+            self._next_group += row.num_groups
         check_rows(self, self.encode, window[0].row_id)
         return window
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON values from which the last window is read again, or the first when none was read yet."""
-        num_entries = self._begun["ledger"]["num_entries"]
-        entries = [entry.as_dict() for entry in self.ledger.entries[:num_entries]]
-        return self._begun | {"ledger": {"num_rows": self._begun["ledger"]["num_rows"], "entries": entries}}
+        """Return JSON values from which the last window is read again, or the first when none was read yet."""
+        ledger = self._window_start["ledger"]
+        entries = [entry.as_dict() for entry in self.ledger.entries[: ledger["num_entries"]]]
+        return self._window_start | {"ledger": {"num_rows": ledger["num_rows"], "entries": entries}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from there. Raises DataError when it is a state of other sources."""
-        before, now = state["sources"], [source.path for source in self.wanted]
+        """Continue from a saved position. Raises DataError when it was saved for other sources."""
+        before, now = state["sources"], [source.path for source in self.sources]
         if before != now:
             raise DataError(
                 f"data.train: the run that is resumed reads {', '.join(before)}, and this one {', '.join(now)}; give "
                 "the same, or begin a new run"
             )
         self._readers = [
-            _Reader(source, **values) for source, values in zip(self.wanted, state["readers"], strict=True)
+            _Reader(source, **values) for source, values in zip(self.sources, state["readers"], strict=True)
         ]
         self._num_drawn, self._next_group = state["num_drawn"], state["next_group"]
         self.has_turns, self.trains_stop = state["has_turns"], state["trains_stop"]
-        # In place: they are the run's own account of its rows.
+        # Changed in place: the run holds references to them.
         self.formats.clear()
         self.formats.update(state["formats"])
         self.ledger.num_rows = state["ledger"]["num_rows"]
         self.ledger.entries[:] = [Entry.of(entry) for entry in state["ledger"]["entries"]]
-        self._begun = self._state()
+        self._window_start = self._state()
 
     def _state(self) -> dict[str, Any]:
-        """Where it stands, and of the ledger, which only grows, how long it is."""
+        """Return the position, with only the length of the ledger, which only grows."""
         return {
-            "sources": [source.path for source in self.wanted],
+            "sources": [source.path for source in self.sources],
             "num_drawn": self._num_drawn,
             "next_group": self._next_group,
             "readers": [reader.state_dict() for reader in self._readers],
@@ -100,13 +100,18 @@ class Stream:
             "ledger": {"num_rows": self.ledger.num_rows, "num_entries": len(self.ledger.entries)},
         }
 
-    def _row(self) -> Row:
-        """The next row, accounted for; it may give no examples."""
-        reader = self._readers[self._draw()]
+    def _next_row(self) -> EncodedRow:
+        """Encode the next row and count it; it may have no examples."""
+        # The source is pure in the seed and the number of the draw, so that there is no other state. A hash takes 3 us:
+        # as much as a generator's next number and a tenth of seeding one.
+        key = f"stream {self.seed} {self._num_drawn}".encode()
+        self._num_drawn += 1
+        share = int.from_bytes(hashlib.blake2b(key, digest_size=6).digest()) / 2**48
+        reader = self._readers[bisect.bisect(self._weights, share * self._weights[-1])]
         where, record = reader.next()
         row = self.encode(where, record, reader.source)
         reader.note(row)
-        if reader.passes == 0:  # a row is accounted for once
+        if reader.passes == 0:  # a row is counted once
             self.ledger.num_rows += 1
             self.ledger.entries += row.entries
             self.formats[row.format] += 1
@@ -114,31 +119,21 @@ class Stream:
         self.trains_stop = self.trains_stop or self.encode.trains_stop(row)
         return row
 
-    def _draw(self) -> int:
-        """The number of the next source: pure in the seed and the number of the draw, so that there is no other state.
-
-        By a hash: 3 us, as a generator's next number and a tenth of seeding one.
-        """
-        key = f"stream {self.seed} {self._num_drawn}".encode()
-        self._num_drawn += 1
-        share = int.from_bytes(hashlib.blake2b(key, digest_size=6).digest()) / 2**48
-        return bisect.bisect(self._weights, share * self._weights[-1])
-
 
 @dataclass
 class _Reader:
-    """One source, read again and again."""
+    """Reads one source again and again."""
 
     source: Source
     passes: int = 0
     num_read: int = 0
-    """Rows of the present pass."""
+    """Rows read in the current pass."""
     is_used: bool = False
-    """Whether a row of the present pass gave an example."""
+    """Whether a row of the current pass gave an example."""
     reason: str = ""
-    """Why the last one that was dropped or changed was."""
+    """Reason of the last row that was dropped or changed."""
     _rows: Iterator[tuple[Location, Record]] | None = field(default=None, init=False)
-    """What is left of the present pass; made from the above where there is none."""
+    """The rest of the current pass; opened at `num_read` when it is None."""
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -149,21 +144,21 @@ class _Reader:
         }
 
     def next(self) -> tuple[Location, Record]:
-        """The next record; after the last, the first. Raises DataError when no row of a pass gave an example."""
+        """Return the next record, and the first after the last. Raises DataError for a pass without an example."""
         if self._rows is None:
-            self._rows = sources.read(self.source, streaming=True, start=self.num_read)
+            self._rows = source_files.read(self.source, streaming=True, start=self.num_read)
         found = next(self._rows, None)
         if found is None:
             if not self.is_used:
                 raise DataError(f"{self.source.path}: no row of it gives an example: {self.reason}")
             self.passes, self.num_read, self.is_used, self.reason = self.passes + 1, 0, False, ""
-            self._rows = sources.read(self.source, streaming=True)
+            self._rows = source_files.read(self.source, streaming=True)
             found = next(self._rows)
         self.num_read += 1
         return found
 
-    def note(self, row: Row) -> None:
-        """Notes what became of the row that `next` gave."""
+    def note(self, row: EncodedRow) -> None:
+        """Note what came of the row that `next` returned."""
         self.is_used = self.is_used or bool(row.examples)
         if row.entries:
             self.reason = row.entries[0].reason

@@ -1,104 +1,119 @@
-"""An example of more than `max_length` tokens becomes one that fits, or several, or none.
+"""Truncate rows of more than `data.max_length` tokens, by the policy that `data.long_rows` names.
 
-No policy ever trains a stop token where the text did not stop: what is cut off takes its stop token with it.
+Every policy returns the indices of the tokens that it keeps. None of them trains a stop token in a place where the
+text did not stop: when the end of an answer is cut off, its stop token is cut off with it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from itertools import groupby
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from sftx.config.options import DataConfig
 from sftx.types import Conversation, Parsed
 
-Piece: TypeAlias = tuple[list[int], list[bool], list[float]]
-"""Token ids, loss mask and loss weights of one example."""
+LabelledTokens: TypeAlias = tuple[list[int], list[bool], list[float]]
+"""Token ids, loss mask and loss weights of one unit (a conversation, a text or a row of tokens)."""
+
+
+class Truncated(NamedTuple):
+    """The examples that a unit of too many tokens becomes, as indices into its tokens."""
+
+    unit: Parsed
+    """The given unit; with `cut_oldest`, the same conversation without its oldest turns."""
+    labelled: LabelledTokens
+    """All tokens of `unit`."""
+    kept: list[NDArray[np.int64]]
+    """For each example, the ascending indices of its tokens. Empty when the unit is dropped."""
 
 
 def fit(
-    unit: Parsed, whole: Piece, config: DataConfig, is_control: Callable[[int], bool], encode: Callable[[Parsed], Piece]
-) -> list[Piece]:
-    """What is left of `whole`, the encoding of `unit`, in pieces of at most `config.max_length` tokens.
+    unit: Parsed,
+    labelled: LabelledTokens,
+    config: DataConfig,
+    is_control: Callable[[int], bool],
+    encode: Callable[[Parsed], LabelledTokens],
+) -> Truncated:
+    """Cut `unit`, whose tokens are `labelled`, into examples of at most `config.max_length` tokens.
 
-    Empty when the policy is to drop it, or when nothing that is left would be trained.
+    An example without a trained token is left out. `encode` encodes the shorter conversations of `cut_oldest`.
     """
     limit = config.max_length
+    if config.long_rows == "cut_oldest" and isinstance(unit, Conversation):
+        # Keep the newest turns that fit, beginning with a user's turn, after all system messages.
+        system = tuple(m for m in unit.messages if m.role == "system")
+        turns = tuple(m for m in unit.messages if m.role != "system")
+        for start, turn in enumerate(turns):
+            if start and turn.role == "user":
+                shorter = dataclasses.replace(unit, messages=(*system, *turns[start:]))
+                tokens = encode(shorter)
+                if len(tokens[0]) <= limit:
+                    kept = [np.arange(len(tokens[0]))] if any(tokens[1][1:]) else []
+                    return Truncated(shorter, tokens, kept)
+        return Truncated(unit, labelled, [])
+
+    token_ids, loss_mask = labelled[0], np.asarray(labelled[1], np.bool_)
+    indices = np.arange(len(token_ids))
     match config.long_rows:
-        case "cut_end":
-            pieces = [_part(whole, 0, limit)]
-        case "cut_oldest":
-            pieces = [_without_oldest(unit, limit, encode)]
+        case "cut_end" | "cut_oldest":  # text and tokens have no turns, so the end is cut
+            examples = [indices[:limit]]
         case "cut_proportional":
-            pieces = [_proportional(whole, limit, is_control)]
+            examples = [_cut_proportional(loss_mask, np.array([is_control(t) for t in token_ids]), limit)]
         case "split":
-            pieces = [_part(whole, at, at + limit) for at in range(0, len(whole[0]), limit)]
+            examples = [indices[start : start + limit] for start in range(0, len(indices), limit)]
         case _:
-            pieces = []
-    return [piece for piece in pieces if any(piece[1][1:])]
-
-
-def _part(piece: Piece, start: int, end: int) -> Piece:
-    token_ids, loss_mask, weights = piece
-    return token_ids[start:end], loss_mask[start:end], weights[start:end]
-
-
-def _without_oldest(unit: Parsed, limit: int, encode: Callable[[Parsed], Piece]) -> Piece:
-    """The newest turns that fit, from a user's turn on, after the system's text; nothing when even the last do not."""
-    if not isinstance(unit, Conversation):
-        return _part(encode(unit), 0, limit)
-    system = [m for m in unit.messages if m.role == "system"]
-    turns = [m for m in unit.messages if m.role != "system"]
-    for start in (n for n, turn in enumerate(turns) if n and turn.role == "user"):
-        shorter = encode(dataclasses.replace(unit, messages=(*system, *turns[start:])))
-        if len(shorter[0]) <= limit:
-            return shorter
-    return [], [], []
+            examples = []
+    return Truncated(unit, labelled, [kept for kept in examples if loss_mask[kept[1:]].any()])
 
 
 def infer_lengths(prompt: int, answer: int, limit: int) -> tuple[int, int]:
-    """How many tokens of a prompt and its answer are kept within `limit`: the rule of LLaMA-Factory's infer_seqlen.
+    """Return how many tokens of a prompt and of its answer are kept: LLaMA-Factory's function `infer_seqlen`.
 
-    A side that takes less than half is kept whole as far as the other allows; else both shrink in proportion.
+    A side that needs less than half of `limit` is kept whole as far as the other side allows. Otherwise both shrink in
+    proportion to their lengths.
     """
     if answer * 2 < limit:
-        most = limit
+        max_answer = limit
     elif prompt * 2 < limit:
-        most = limit - prompt
+        max_answer = limit - prompt
     else:
-        most = int(limit * (answer / (prompt + answer)))
-    answer = min(most, answer)
+        max_answer = int(limit * (answer / (prompt + answer)))
+    answer = min(max_answer, answer)
     return min(max(limit - answer, 0), prompt), answer
 
 
-def _proportional(whole: Piece, limit: int, is_control: Callable[[int], bool]) -> Piece:
-    """Each prompt and its answer by `infer_lengths` in what the earlier ones left; what no longer fits is left out.
+def _cut_proportional(loss_mask: NDArray[np.bool_], is_control: NDArray[np.bool_], limit: int) -> NDArray[np.int64]:
+    """Apply `infer_lengths` to each prompt and its answer in the room that the earlier ones left.
 
-    LLaMA-Factory cuts the end of a prompt, and with it what opens the answer. Here the end of its longest plain text
-    is cut, then that of the next longest, so that control tokens stay where they are as long as there is other text.
+    LLaMA-Factory cuts the end of a prompt, and with it the tokens that open the answer. Here the end of the prompt's
+    longest plain text is cut, then that of the next longest, so that control tokens are kept as long as there is
+    other text to cut.
     """
-    kept: list[int] = []
-    runs = [list(run) for _, run in groupby(range(len(whole[0])), key=lambda at: whole[1][at])]
-    if whole[1][0]:
-        runs.insert(0, [])  # an answer without a prompt
-    for prompt, answer in zip(runs[::2], [*runs[1::2], []], strict=False):
-        room = limit - len(kept)
+    kept: list[NDArray[np.int64]] = []
+    runs = _runs(np.arange(len(loss_mask)), loss_mask)
+    nothing = runs[0][:0]
+    if loss_mask[0]:
+        runs.insert(0, nothing)  # the row begins with an answer that has no prompt
+    for prompt, answer in zip(runs[::2], [*runs[1::2], nothing], strict=False):
+        room = limit - sum(map(len, kept))
         if room <= 0:
             break
         num_prompt, num_answer = infer_lengths(len(prompt), len(answer), room)
-        chosen = _shortened(prompt, num_prompt, lambda at: is_control(whole[0][at])) + answer[:num_answer]
-        kept.extend(chosen)
-    token_ids, loss_mask, weights = whole
-    return [token_ids[at] for at in kept], [loss_mask[at] for at in kept], [weights[at] for at in kept]
+        surplus = len(prompt) - num_prompt
+        parts = _runs(prompt, is_control[prompt])
+        # Cut the longest plain run first, and control tokens last of all.
+        for n in sorted(range(len(parts)), key=lambda n: (is_control[parts[n][:1]].any(), -len(parts[n]))):
+            cut = min(surplus, len(parts[n]))
+            parts[n] = parts[n][: len(parts[n]) - cut]
+            surplus -= cut
+        kept += [*parts, answer[:num_answer]]
+    return np.concatenate(kept)
 
 
-def _shortened(places: list[int], num: int, is_control: Callable[[int], bool]) -> list[int]:
-    """`num` of the places: the ends of the longest plain runs are left out, control tokens last of all."""
-    runs = [(control, list(run)) for control, run in groupby(places, key=is_control)]
-    surplus = len(places) - num
-    for _, run in sorted(runs, key=lambda item: (item[0], -len(item[1]))):
-        cut = min(surplus, len(run))
-        del run[len(run) - cut :]
-        surplus -= cut
-    return [at for _, run in runs for at in run]
+def _runs(indices: NDArray[np.int64], flags: NDArray[np.bool_]) -> list[NDArray[np.int64]]:
+    """Split `indices` wherever the flag changes from one to the next."""
+    return np.split(indices, np.flatnonzero(flags[1:] != flags[:-1]) + 1)

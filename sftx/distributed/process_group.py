@@ -65,57 +65,57 @@ class ProcessGroup:
         return self.rank == 0
 
     def run_on_rank0(self, work: Callable[[], T]) -> T:
-        """Runs `work` on rank 0 only and broadcasts its result; an exception is raised on every rank."""
+        """Run `work` on rank 0 only and broadcasts its result; an exception is raised on every rank."""
         return work()
 
     def all_or_raise(self, work: Callable[[], T]) -> T:
-        """Runs `work` on every rank and returns the local result; raises on every rank when it raised on any."""
+        """Run `work` on every rank and returns the local result; raises on every rank when it raised on any."""
         return work()
 
     def rank0_first(self, work: Callable[[], T]) -> T:
-        """Runs `work` on rank 0, then on the others, which find its results in the cache. Raises as all_or_raise."""
+        """Run `work` on rank 0, then on the others, which find its results in the cache. Raises as all_or_raise."""
         return work()
 
     def one_rank_at_a_time(self, work: Callable[[], T]) -> T:
-        """Runs `work` on one rank of each host after the other. Raises as all_or_raise."""
+        """Run `work` on one rank of each host after the other. Raises as all_or_raise."""
         return work()
 
     def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
-        """Sums each value over all ranks, in fp64."""
+        """Sum each value over all ranks, in fp64."""
         return list(values)
 
     def all_reduce_max(self, value: float) -> float:
-        """Returns the maximum over all ranks."""
+        """Return the maximum over all ranks."""
         return value
 
     def all_gather(self, value: T) -> list[T]:
-        """Returns the values of all ranks, in the order of ranks. The value must be picklable."""
+        """Return the values of all ranks, in the order of ranks. The value must be picklable."""
         return [value]
 
     def all_gather_names(self, names: Iterable[str]) -> list[str]:
-        """Returns the sorted union of the names of all ranks: a loss may report other metrics on other batches."""
+        """Return the sorted union of the names of all ranks: a loss may report other metrics on other batches."""
         return sorted({name for gathered in self.all_gather(list(names)) for name in gathered})
 
     def detect_lost_peers(self) -> AbstractContextManager[None]:
-        """Returns a context that turns torch's errors about peers that do not answer into LostPeerError."""
+        """Return a context that turns torch's errors about peers that do not answer into LostPeerError."""
         return nullcontext()
 
     def close(self) -> None:
-        """Destroys the process group."""
+        """Destroy the process group."""
 
 
 def is_launched() -> bool:
-    """Returns whether torchrun, or a launcher that sets the same variables, started this process as a rank."""
+    """Return whether torchrun, or a launcher that sets the same variables, started this process as a rank."""
     return all(name in os.environ for name in _SET_BY_LAUNCHERS)
 
 
 def is_rank0() -> bool:
-    """Returns the same as `ProcessGroup.is_rank0`, from the environment: usable before the group is initialised."""
+    """Return the same as `ProcessGroup.is_rank0`, from the environment: usable before the group is initialised."""
     return not is_launched() or os.environ["RANK"] == "0"
 
 
 def is_lost_peer_error(error: BaseException) -> bool:
-    """Returns whether torch says by this error that another rank does not answer."""
+    """Return whether torch says by this error that another rank does not answer."""
     distributed = sys.modules.get("torch.distributed")  # not imported here, which would take seconds
     is_network_error = distributed is not None and isinstance(error, distributed.DistNetworkError)
     says_so = isinstance(error, RuntimeError) and bool(_PEER_LOST.search(str(error)))
@@ -123,7 +123,7 @@ def is_lost_peer_error(error: BaseException) -> bool:
 
 
 def env_int(name: str, default: int | None = None) -> int:
-    """Reads an integer that a launcher sets in the environment. Raises ConfigError when it is no integer."""
+    """Read an integer that a launcher sets in the environment. Raises ConfigError when it is no integer."""
     text = os.environ.get(name, "" if default is None else str(default))
     if not text.isdecimal():
         raise ConfigError(f"the environment has {name}={text!r}, expected a number; start with torchrun or --nproc")
@@ -131,7 +131,7 @@ def env_int(name: str, default: int | None = None) -> int:
 
 
 def check_environment() -> None:
-    """Raises ConfigError when RANK, WORLD_SIZE and the like are set as no launcher sets them."""
+    """Raise ConfigError when RANK, WORLD_SIZE and the like are set as no launcher sets them."""
     if is_launched():
         rank, world_size = env_int("RANK"), env_int("WORLD_SIZE")
         if rank >= world_size:

@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM, SIGHUP and SIGUSR1 end a run where nothing is lost by it; a second one ends the process at once."""
+"""SIGINT, SIGTERM, SIGHUP and SIGUSR1 stop a run where no work is lost; a second one ends the process at once."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import Any, Final
 from sftx.distributed.process_group import is_rank0
 
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-"""Slurm sends SIGUSR1 where it is asked to warn; it ends a process as the others do."""
+"""The signals that stop a run. Slurm sends SIGUSR1 when it is asked to warn before the time limit."""
 
 ONE_EVENT_S: Final = 1.0
-"""A signal to a process and to its group, or by way of a wrapper, comes twice within this time."""
+"""Signals within this time are one request: a process may get one itself, and another by its group or a wrapper."""
 
 
 class Stop(KeyboardInterrupt):
@@ -29,66 +29,72 @@ class Stop(KeyboardInterrupt):
 
     @property
     def exit_code(self) -> int:
-        """As a shell has it: 128 and the signal's number."""
+        """The exit code by a shell's convention: 128 plus the signal's number."""
         return 128 + self.signal
 
 
-def raise_stop() -> None:
-    """From now on each of these signals is an exception, as SIGINT is, so that what was begun is tidied up."""
+def install_handlers() -> None:
+    """Make each of the signals raise Stop, as SIGINT raises KeyboardInterrupt, so that `finally` blocks run."""
 
-    def stop(signum: int, frame: FrameType | None) -> None:
+    def raise_stop(signum: int, frame: FrameType | None) -> None:
         raise Stop(signum)
 
-    for number in _heeded():
-        signal.signal(number, stop)
+    for number in _handled_signals():
+        signal.signal(number, raise_stop)
 
 
-def ignore() -> None:
-    """From now on: for a process that is ending already, whose exit code is decided."""
-    for number in _heeded():
-        signal.signal(number, lambda signum, frame: None)  # SIG_IGN would hold for what is started from here, too
+def ignore_signals() -> None:
+    """Ignore the signals from now on, in a process that is about to end and whose exit code is decided."""
+    for number in _handled_signals():
+        signal.signal(number, lambda signum, frame: None)  # child processes would inherit SIG_IGN
 
 
 class DeferredSignals:
-    """Within it the first signal is only noted, for `check` to raise at a place where a run can end."""
+    """A context in which the first signal is only recorded as `pending`; a later one ends the process at once.
+
+    The training loop looks at `pending` where a run can stop without losing work.
+    """
 
     def __init__(self) -> None:
         self._pending: int | None = None
         self._pending_since = 0.0
-        self._before: dict[signal.Signals, Any] = {}
+        self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> DeferredSignals:
-        self._before = {number: signal.signal(number, self._note) for number in _heeded()}
+        self._previous = {number: signal.signal(number, self._record) for number in _handled_signals()}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     @property
     def pending(self) -> int | None:
-        """The signal that came."""
+        """The number of the signal that arrived, None before one did."""
         return self._pending
 
-    def _note(self, signum: int, frame: FrameType | None) -> None:
+    def _record(self, signum: int, frame: FrameType | None) -> None:
         if self._pending is not None:
             if time.monotonic() - self._pending_since > ONE_EVENT_S:
                 os._exit(Stop(signum).exit_code)
             return
         self._pending, self._pending_since = signum, time.monotonic()
         if not is_rank0():
-            return  # the main process says it
-        line = f"\nsftx: {signal.Signals(signum).name}: stopping where nothing is lost; once more stops at once\n"
-        # Not by print, which may be in the middle of another line's work; a terminal that is gone takes nothing.
+            return
+        line = f"\nsftx: {signal.Signals(signum).name}: stopping where no work is lost; a second signal stops at once\n"
+        # os.write and not print, which may be interrupted in the middle of a line; the terminal may be closed.
         with contextlib.suppress(OSError, ValueError):
             if sys.__stderr__ is not None:
                 os.write(sys.__stderr__.fileno(), line.encode())
 
 
-def _heeded() -> list[signal.Signals]:
-    """None outside of the main thread, where whoever calls sees to them; none that nohup or a shell has ignored."""
+def _handled_signals() -> list[signal.Signals]:
+    """Return the signals to handle: none that nohup or a shell ignores, and none outside of the main thread.
+
+    Python runs signal handlers in the main thread only, and refuses to set them elsewhere.
+    """
     if threading.current_thread() is not threading.main_thread():
         return []
     return [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]

@@ -39,7 +39,7 @@ class TorchProcessGroup(ProcessGroup):
     is_initialized = True
 
     def __init__(self, config: TrainConfig) -> None:
-        """Waits for the other ranks. Raises ConfigError for more processes than GPUs; TrainingError; LostPeerError."""
+        """Wait for the other ranks. Raises ConfigError for more processes than GPUs; TrainingError; LostPeerError."""
         self.rank, self.world_size = env_int("RANK"), env_int("WORLD_SIZE")
         self.local_rank, self.local_world_size = env_int("LOCAL_RANK", 0), env_int("LOCAL_WORLD_SIZE", 1)
         on_cpu = config.use_cpu or not torch.cuda.is_available()
@@ -123,7 +123,7 @@ class TorchProcessGroup(ProcessGroup):
 
 
 def _unique_prefix(store: Any, rank: int, world_size: int) -> str:
-    """Agrees on a store prefix that only the processes of this start share. Raises LostPeerError after a timeout.
+    """Agree on a store prefix that only the processes of this start share. Raises LostPeerError after a timeout.
 
     torchrun's store outlives a restart, and the restarted ranks must not read the addresses of the dead ones. Its
     restart count cannot serve as the prefix: it differs between hosts. So each rank publishes a random name of its own;
@@ -164,14 +164,14 @@ class _Outcome(Generic[T]):
 
     @classmethod
     def capture(cls, work: Callable[[], T], rank: int) -> _Outcome[T]:
-        """Runs `work` and keeps what it returned or raised."""
+        """Run `work` and keeps what it returned or raised."""
         try:
             return cls(rank, work())
         except Exception as error:  # an SftxError, or whatever a plugin or a library raises
             return cls(rank, error=error)
 
     def picklable(self) -> _Outcome[T]:
-        """Returns the outcome without the exception itself, which cannot always be pickled."""
+        """Return the outcome without the exception itself, which cannot always be pickled."""
         if self.error is None:
             return self
         kind = type(self.error).__name__
@@ -179,7 +179,7 @@ class _Outcome(Generic[T]):
         return _Outcome(self.rank, message=message, kind=kind)
 
     def result(self) -> T:
-        """Returns the value, or raises the error: RemoteRankError for that of another rank."""
+        """Return the value, or raises the error: RemoteRankError for that of another rank."""
         if isinstance(self.error, SftxError):
             self.error.is_shared = True
         if self.error is not None:

@@ -14,9 +14,9 @@ from sftx.assembly.registry import activate
 from sftx.config.loading import Loaded
 from sftx.config.options import DataConfig, RunConfig, Source
 from sftx.data import pipeline, sources, wanted
+from sftx.data.dataset import Dataset
 from sftx.data.ledger import Entry
-from sftx.data.pipeline import Setup
-from sftx.data.preprocess import Dataset
+from sftx.data.pipeline import DataPipeline
 from sftx.data.row_encoder import EMPTY, NO_TURN, NOTHING_TRAINED, RowEncoder
 from sftx.errors import DataError
 from sftx.model import names
@@ -32,20 +32,20 @@ class Look:
 
     config: RunConfig
     """As the user wrote it."""
-    prepared: Setup
+    prepared: DataPipeline
     """Made with options that let every row be seen: one that cannot be read is dropped, and drops stop nothing."""
     _datasets: dict[Split, Dataset] = field(default_factory=dict)
     _problems: dict[Split, list[str]] = field(default_factory=dict)
 
     def sources(self, split: Split) -> tuple[Source, ...]:
         """What is read; of a stream only as much as its first window takes."""
-        return self.prepared.config.data.train if split == "train" else self.prepared.config.data.eval
+        return self.prepared.config.train if split == "train" else self.prepared.config.eval
 
     def dataset(self, split: Split) -> Dataset:
         """The encoded rows. Raises DataError only for what cannot be read at all."""
         if split not in self._datasets:
             prepared = self.prepared
-            data = prepared.train(check=False) if split == "train" else prepared.held_out(check=False)
+            data = prepared.load_train(check=False) if split == "train" else prepared.load_eval(check=False)
             self._datasets[split] = data
             self._problems[split] = list(_would_stop(data, self.config.data, prepared.encode))
         return self._datasets[split]
@@ -83,7 +83,7 @@ def look(loaded: Loaded) -> Look:
     wanted.check(config)
     assembly = activate(loaded)
     lenient = dataclasses.replace(config, data=_lenient(config.data))
-    return Look(config, pipeline.set_up(Loaded(lenient, loaded.origins), assembly))
+    return Look(config, pipeline.build_pipeline(lenient, assembly, loaded.origins))
 
 
 def _lenient(data: DataConfig) -> DataConfig:

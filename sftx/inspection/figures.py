@@ -9,11 +9,11 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from sftx.data.dataset import Examples
+from sftx.config.options import TrainConfig
+from sftx.data.dataset import Dataset, Examples
 from sftx.data.ledger import Entry
-from sftx.data.pipeline import Setup
-from sftx.data.preprocess import Dataset
-from sftx.data.sampler import Plan
+from sftx.data.pipeline import DataPipeline
+from sftx.data.sampler import EpochSampler
 from sftx.inspection.dataset_view import Look, Split, kinds
 from sftx.types import Example, Step
 
@@ -115,8 +115,10 @@ def figures(look: Look, split: Split) -> Figures:
     notes = []
     if look.config.data.streaming and split == "train":
         notes.append(f"streamed: the first {data.ledger.num_rows:,} rows")
-    if prepared.wrap_length is not None and split == "train":
-        notes.append(f"rows are shown whole; training cuts their concatenation every {prepared.wrap_length:,} tokens")
+    if prepared.collator.wrap_length is not None and split == "train":
+        notes.append(
+            f"rows are shown whole; training cuts their concatenation every {prepared.collator.wrap_length:,} tokens"
+        )
     return Figures(
         split=split,
         model=look.config.model,
@@ -131,23 +133,23 @@ def figures(look: Look, split: Split) -> Figures:
         lengths=lengths(data.examples.lengths),
         num_epoch_examples=plan.scope.num_examples if plan is not None else None,
         num_steps=plan.num_steps if plan is not None else None,
-        rows_per_step=options.per_device_train_batch_size * options.gradient_accumulation_steps,
-        filling=filling(plan, data.examples, prepared) if plan is not None else None,
+        rows_per_step=options.rows_per_step,
+        filling=filling(plan, data.examples, prepared, options) if plan is not None else None,
         changes=_changes(data.ledger.entries),
         problems=look.problems(split),
         note="; ".join(notes),
     )
 
 
-def _names(prepared: Setup, hook: str) -> str:
+def _names(prepared: DataPipeline, hook: str) -> str:
     return ", ".join(active.info.name for active in prepared.assembly.providers(hook))
 
 
-def _plan(look: Look, data: Dataset) -> Plan | None:
+def _plan(look: Look, data: Dataset) -> EpochSampler | None:
     if not len(data.examples):
         return None
-    plan = look.prepared.plan(data)
-    assert isinstance(plan, Plan)  # a look streams nothing
+    plan = look.prepared.sampler(data, look.config.train)
+    assert isinstance(plan, EpochSampler)  # a look streams nothing
     return plan
 
 
@@ -169,7 +171,7 @@ def lengths(values: NDArray[np.int64]) -> Lengths | None:
     return Lengths(least, int(median), int(p90), most, tuple(bins))
 
 
-def filling(plan: Plan, examples: Examples, prepared: Setup) -> Filling:
+def filling(plan: EpochSampler, examples: Examples, prepared: DataPipeline, options: TrainConfig) -> Filling:
     """How full rows and batches of the first epoch are."""
     steps = plan.epoch(0)
     rows = [row for step in steps for row in step]
@@ -177,13 +179,12 @@ def filling(plan: Plan, examples: Examples, prepared: Setup) -> Filling:
     row_share = None
     if packs:
         filled = sum(int(examples.lengths[list(row)].sum()) for row in rows)
-        capacity: int = getattr(prepared.collator, "row_length", None) or prepared.config.data.max_length
+        capacity: int = prepared.collator.row_length or prepared.config.max_length
         row_share = filled / (len(rows) * capacity)
-    return Filling(packs, _share_of_batches(steps, examples, prepared), len(rows), row_share)
+    return Filling(packs, _share_of_batches(steps, examples, prepared, options.micro_batch_size), len(rows), row_share)
 
 
-def _share_of_batches(steps: list[Step], examples: Examples, prepared: Setup) -> float:
-    size = prepared.config.train.per_device_train_batch_size
+def _share_of_batches(steps: list[Step], examples: Examples, prepared: DataPipeline, size: int) -> float:
     batches = [step[at : at + size] for step in steps for at in range(0, len(step), size)]
     every = max(1, len(batches) // _MICRO_BATCHES)
     real = positions = 0

@@ -9,7 +9,7 @@ import contextlib
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from sftx.errors import ModelError
 from sftx.model import packed_attention
 from sftx.model.generate import answers
 from sftx.types import Adapter, Attention, Batch, HiddenOut
+from sftx_kernels import LinearCrossEntropyOutput, linear_cross_entropy
 
 _PROBE_TOKENS = 8
 
@@ -128,6 +129,54 @@ class LanguageModel(nn.Module):
             "%s: packed with attention 'mask', transformers' own, which is exact and slower than 'varlen': %s",
             type(self.model).__name__,
             reason,
+        )
+
+    def cross_entropy(
+        self,
+        hidden_BTD: Tensor,
+        labels_BT: Tensor,
+        *,
+        token_weights_BT: Tensor | None = None,
+        num_valid: int | None = None,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        workspace_bytes: int | None = None,
+        reduction: Literal["sum", "none"] = "sum",
+        stats: bool = False,
+    ) -> LinearCrossEntropyOutput:
+        """Return the cross-entropy of the label tokens, computed from hidden states without materialising the logits.
+
+        The head, with this architecture's scale and soft cap, and the loss are computed together for a chunk of tokens
+        at a time. Tokens are flattened in row-major order: everything per token in the result is [N], N = B * T.
+
+        Args:
+            hidden_BTD: what `hidden` returned, in the dtype of the model or of autocast.
+            labels_BT: int64, already shifted; IGNORE_INDEX where nothing is trained.
+            token_weights_BT: floating; multiplies the loss of each label token. None: all 1. Gets no gradient.
+            num_valid: the number of labels that are not IGNORE_INDEX (`Batch.num_label_tokens`), if the host knows it,
+                which saves an accelerator a synchronisation.
+            label_smoothing: share of the target distribution that is spread evenly over the vocabulary, in [0, 1).
+            z_loss: weight of logsumexp(logits)^2 in the loss.
+            workspace_bytes: the most memory that one chunk of logits may take, in bytes.
+            reduction: "sum" for a scalar loss, or "none" for a loss per token, [N], which is 0 at ignored labels.
+            stats: return also `lse_N`, `entropy_N` and `correct_N` (see `LinearCrossEntropyOutput`), without gradients.
+
+        The loss is fp32 (fp64 for an fp64 model). Raises ValueError for an argument that is out of range.
+        """
+        return linear_cross_entropy(
+            hidden_BTD.flatten(0, 1),
+            self.head_weight,
+            labels_BT.flatten(),
+            bias_V=self.head_bias,
+            token_weights_N=None if token_weights_BT is None else token_weights_BT.flatten(),
+            num_valid=num_valid,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+            workspace_bytes=workspace_bytes,
+            reduction=reduction,
+            stats=stats,
         )
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:

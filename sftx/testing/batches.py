@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -32,9 +33,9 @@ def varied(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> l
     return [
         dataclasses.replace(
             example,
-            token_ids=[marks[t // 3 % 3] if t % 3 == 2 else token for t, token in enumerate(example.token_ids)],
-            loss_mask=[True, *example.loss_mask[1:]],
-            weights=[_WEIGHTS[t % 4] for t in range(len(example.token_ids))],
+            token_ids=np.array([marks[t // 3 % 3] if t % 3 == 2 else ids for t, ids in enumerate(example.token_ids)]),
+            loss_mask=np.array([True, *example.loss_mask[1:]]),
+            weights=np.array([_WEIGHTS[t % 4] for t in range(len(example.token_ids))]),
             row_id=f"{example.row_id} (varied)",
             group=first_group + example.group,
         )

@@ -9,7 +9,7 @@ import copy
 import itertools
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,34 +26,11 @@ from sftx.testing.batches import differences, norm, varied
 from sftx.testing.clauses import ClauseError, Suite
 from sftx.testing.kit import MAX_LENGTH, Kit
 from sftx.testing.process import changed_random_states, random_states, random_states_kept, seed_all
-from sftx.types import IGNORE_INDEX, Batch, Collator, Example, Row, Step
+from sftx.types import IGNORE_INDEX, Batch, Collator, Example, Row, Step, Window
 
 # In fp32, sums over the same tokens in another order: on the tiny model losses differ by 1e-7 and gradients by 2e-7 of
 # their norm, while one wrong token among 200 changes them by a hundredth.
 _TOLERANCE: Final = 1e-5
-
-
-@dataclass(frozen=True)
-class Window:
-    lengths: Sequence[int]
-    groups: Sequence[int]
-    rows_per_step: int
-    seed: int
-    epoch: int
-    index: int
-    is_last: bool
-
-
-def _plan(collator: Collator, window: Window) -> tuple[list[Step], Row]:
-    return collator.plan(
-        window.lengths,
-        window.groups,
-        seed=window.seed,
-        epoch=window.epoch,
-        window=window.index,
-        examples_per_step=window.rows_per_step,
-        final=window.is_last,
-    )
 
 
 def _windows() -> list[Window]:
@@ -99,7 +76,7 @@ class _Case:
 
     @cached_property
     def plans(self) -> list[tuple[Window, list[Step], Row]]:
-        return [(window, *_plan(self.collator, copy.deepcopy(window))) for window in _windows()]
+        return [(window, *self.collator.plan(copy.deepcopy(window))) for window in _windows()]
 
     @cached_property
     def batches(self) -> list[tuple[list[Example], Batch]]:
@@ -201,7 +178,7 @@ def plans_by_its_arguments(case: _Case) -> None:
         for number, (window, *first) in enumerate(reversed(case.plans)):
             seed_all(number)
             before, copied = random_states(), copy.deepcopy(window)
-            again = _plan(case.collator, copied)
+            again = case.collator.plan(copied)
             if copied != window:
                 raise ClauseError(f"{_shown(window)} changed the lengths or groups of its window; copy them")
             _check_random_states(before, _shown(window))

@@ -16,7 +16,7 @@ from sftx.assembly.stages import make
 from sftx.config.options import DataConfig
 from sftx.config.run_file import Origins
 from sftx.data.encoder import Encoder
-from sftx.data.row_encoder import Row, RowEncoder
+from sftx.data.row_encoder import EncodedRow, RowEncoder
 from sftx.errors import DataError
 from sftx.model import tiny
 from sftx.model.language_model import LanguageModel
@@ -103,8 +103,8 @@ class Kit:
         encode = RowEncoder({}, self.encoder, DataConfig())
         examples: list[Example] = []
         for number, parsed in enumerate(rows, 1):
-            row = Row(Location("samples", number))
-            examples += encode.encode(parsed, row).as_examples(first_group=len(examples))
+            row = encode.encode(parsed, EncodedRow(Location("samples", number)))
+            examples += row.examples_from_group(first_group=len(examples))
         if not examples:
             raise DataError("no sample has a label token")
         return examples

@@ -7,8 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sftx.assembly.stages import make
-from sftx.assembly.training_checks import OURS
+from sftx.assembly.stages import RESERVED_METRICS, make
 from sftx.testing.clauses import ClauseError, Suite, must_not_raise
 from sftx.testing.process import changed_random_states, random_states
 from sftx.types import Metric
@@ -63,7 +62,7 @@ def finite_number(case: _Case) -> None:
 )
 def names(case: _Case) -> None:
     expected = _names(case.metric(*_PAIRS[0]))
-    if invalid := [name for name in expected if name in OURS or not isinstance(name, str)]:
+    if invalid := [name for name in expected if name in RESERVED_METRICS or not isinstance(name, str)]:
         raise ClauseError(f"it reports the score {invalid[0]!r}, which is reserved or no string; choose another name")
     for pair in _PAIRS:
         reported = _names(case.metric(*pair))
@@ -106,7 +105,8 @@ def corpus(case: _Case) -> None:
         shown = f"corpus of {len(pairs)} answers, starting with {_shown(*pairs[0])},"
         with must_not_raise(shown, "score any set"):
             scores.append(score_set(predictions, references))
-        if not _is_finite(scores[-1]) or _names(scores[-1]) & OURS or _names(scores[-1]) != _names(scores[0]):
+        names = _names(scores[-1])
+        if not _is_finite(scores[-1]) or names & RESERVED_METRICS or names != _names(scores[0]):
             raise ClauseError(
                 f"{shown} has the score {scores[-1]!r}; return a finite float, or finite floats by the same names each "
                 "time, none of them reserved"

@@ -9,9 +9,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from sftx.assembly.stages import make
+from sftx.assembly.stages import CollatorStage, LossStage, make
 from sftx.config.options import TrainConfig
-from sftx.data.sampler import Plan
+from sftx.data.sampler import EpochSampler
 from sftx.events import RunInfo
 from sftx.testing.clauses import ClauseError, Suite, must_not_raise
 from sftx.testing.kit import Kit, built_in
@@ -199,12 +199,13 @@ def _train(kit: Kit, run: RunInfo, observer: Observer | None) -> dict[str, Tenso
     """Train a LoRA with dropout for a few steps, sending the observer the events, and return the parameters."""
     lm = kit.language_model({"lora": make(kit.plugin, "sftx_adapter", spec=kit.spec)})
     config = TrainConfig(max_steps=NUM_STEPS, per_device_train_batch_size=2, learning_rate=1e-2, use_cpu=True)
-    plan = iter(Plan(kit.examples, kit.collator, config))
-    trainer = Trainer(lm, kit.loss, kit.collator, config, choose(config), NUM_STEPS)
+    collator, loss = CollatorStage("the collator", kit.collator), LossStage("the loss", kit.loss)
+    steps = iter(EpochSampler(kit.examples, collator, config))
+    trainer = Trainer(lm, loss, collator, config, choose(config), NUM_STEPS)
     for name, arguments in events(run):
         if name == "on_step":
-            epoch, step, examples = next(plan)
-            report = trainer.step(arguments[0].step, epoch, trainer.micro_batches(step, examples))
+            planned = next(steps)
+            report = trainer.train_step(arguments[0].step, planned.epoch, trainer.micro_batches(planned))
             arguments = (report,)
         if observer is not None:
             send(observer, (name, arguments), run)

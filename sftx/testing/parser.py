@@ -8,11 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sftx.assembly import data_checks
-from sftx.assembly.stages import make
+from sftx.assembly.stages import ParserStage, make
 from sftx.config.options import DataConfig
-from sftx.data.row_encoder import Row, RowEncoder
-from sftx.errors import DataError, PluginError, SftxError
+from sftx.data.row_encoder import EncodedRow, RowEncoder
+from sftx.errors import DataError, SftxError
 from sftx.testing.clauses import ClauseError, Suite, must_not_raise
 from sftx.testing.kit import Kit
 from sftx.testing.rendered import difference
@@ -39,11 +38,8 @@ class _Case:
         return [copy.deepcopy(dict(record)) for record in self.parser.samples]
 
     def parse(self, record: dict[str, Any]) -> Sequence[Parsed]:
-        """Parse the record and check the types of the result, as a run does. Raises PluginError."""
-        result: object = self.parser.parse(record, _WHERE)
-        if not isinstance(result, tuple | list):
-            raise PluginError(f"parse returned {type(result).__name__}")
-        return data_checks.parsed(self.parser, result)
+        """Parse the record and check the types of the result, as a run does. Raises PluginError for a wrong type."""
+        return ParserStage("the parser", self.parser).parse(record, _WHERE)
 
 
 SUITE: Suite[_Case] = Suite("parser", lambda kit: _Case(kit, make(kit.plugin, "sftx_parser")))
@@ -116,7 +112,7 @@ def parses_its_samples(case: _Case) -> None:
 @SUITE.clause("Each sample has label tokens, with the plugin's own template or ChatML.", needs=["parses-its-samples"])
 def trains_something(case: _Case) -> None:
     for number, record in enumerate(case.samples):
-        row = Row(_WHERE)
+        row = EncodedRow(_WHERE)
         try:
             RowEncoder({}, case.kit.encoder, DataConfig()).encode(case.parse(record), row)
         except SftxError as error:

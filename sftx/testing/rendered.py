@@ -12,7 +12,7 @@ from typing import Final
 
 from sftx.config.options import DataConfig
 from sftx.data.encoder import Encoder
-from sftx.data.row_encoder import mark, units
+from sftx.data.row_encoder import mark_trained, split_units
 from sftx.errors import DataError
 from sftx.testing.kit import CONVERSATIONS, Kit
 from sftx.types import Conversation, Message, Segment, Template
@@ -131,7 +131,7 @@ class TemplateCase:
 
     def trained_units(self, conversation: Conversation) -> Iterator[tuple[Conversation, Rendered]]:
         """Yield the conversations that a run makes examples of (one per trained turn if history is rewritten)."""
-        for unit in units(mark(conversation, DataConfig()), self.encoder):
+        for unit in split_units(mark_trained(conversation, DataConfig()), self.encoder):
             assert isinstance(unit, Conversation)
             yield unit, Rendered(self.template.render(unit))
 

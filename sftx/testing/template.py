@@ -66,7 +66,7 @@ def writes_segments(case: TemplateCase) -> None:
                         f"{name} wrote {spelled[0]} within plain text, where it would be encoded as letters; make it a "
                         "Segment of its own with control=True, and name it in `controls`"
                     )
-            case.encoder.segments(segments)
+            case.encoder.encode_segments(segments)
 
 
 @SUITE.clause(
@@ -193,7 +193,7 @@ def keeps_text_text(case: TemplateCase) -> None:
     control_ids = set(check_controls(case.template, case.kit.tokenizer).values())
 
     def controls_in(segments: Sequence[Segment]) -> list[int]:
-        return [token for token in case.encoder.segments(segments)[0] if token in control_ids]
+        return [token for token in case.encoder.encode_segments(segments)[0] if token in control_ids]
 
     for token in sorted(case.template.controls):
         try:

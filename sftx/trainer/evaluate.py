@@ -1,4 +1,4 @@
-"""Held-out rows become a loss, and answers that metrics score."""
+"""Evaluate a model on held-out rows: the loss, and answers that metrics score."""
 
 from __future__ import annotations
 
@@ -17,40 +17,35 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from sftx import atomic_files
-from sftx.assembly import training_checks
+from sftx.assembly.stages import RESERVED_METRICS, CollatorStage, MetricStage
 from sftx.config.options import GenerationConfig
-from sftx.data.dataset import Examples
-from sftx.data.preprocess import Dataset
-from sftx.data.row_encoder import Question
+from sftx.data.dataset import Dataset, Examples
 from sftx.distributed.process_group import ProcessGroup
-from sftx.errors import TrainingError
+from sftx.errors import PluginError, TrainingError, is_out_of_memory
 from sftx.events import EvalReport, Sample
 from sftx.model.generate import answers
 from sftx.model.language_model import LanguageModel
-from sftx.model.memory import is_out_of_memory
 from sftx.trainer.evidence import choose_row, token_losses
 from sftx.trainer.parallel import Engine
 from sftx.trainer.precision import Precision
-from sftx.trainer.scores import scores
-from sftx.types import Collator, Metric
 
 log = logging.getLogger(__name__)
 
 
 class Evaluator:
-    """Evaluates one model on one held-out set; logits are never kept. Several processes share the rows.
+    """Evaluates one model on one held-out dataset. Several ranks share the rows; logits are never kept.
 
-    `check_stop` is called between batches, by one process alone also between the tokens of answers; it raises when the
-    run is to stop.
+    `check_stop` is called between batches, and by a single process also between the tokens of answers; it raises when
+    the run is to stop.
     """
 
     def __init__(
         self,
         data: Dataset,
         *,
-        collator: Collator,
+        collator: CollatorStage,
         engine: Engine,
-        metrics: Mapping[str, Metric],
+        metrics: Mapping[str, MetricStage],
         precision: Precision,
         stop_ids: Sequence[int],
         batch_size: int,
@@ -58,76 +53,90 @@ class Evaluator:
         process_group: ProcessGroup | None = None,
         check_stop: Callable[[], None] = lambda: None,
     ) -> None:
-        self._examples = data.examples
-        self._questions = _spread(data.questions, generation.max_rows)
+        """`batch_size`: rows evaluated at once."""
+        questions = data.questions
+        if generation.max_rows is not None and generation.max_rows < len(questions):  # evenly spread
+            chosen = range(generation.max_rows)
+            questions = [questions[index * len(questions) // generation.max_rows] for index in chosen]
+        self._examples, self._questions = data.examples, list(questions)
         self._collator = collator
         self._engine = engine
         self._process_group = process_group or ProcessGroup()
-        self._loss = engine.step.loss
         self._metrics = metrics
         self._precision = precision
         self._stop_ids = stop_ids
         self._batch_size = batch_size
-        self._answered_at_once = generation.batch_size or batch_size
+        self._generation_batch_size = generation.batch_size or batch_size
         self._max_new_tokens = generation.max_new_tokens
         self.check_stop = check_stop
 
     def __call__(self, lm: LanguageModel, step: int) -> EvalReport:
+        """Evaluate the model after `step` steps. Raises TrainingError, PluginError."""
         start = time.perf_counter()
         training = lm.training
         lm.eval()
         try:
             with torch.no_grad(), self._precision.autocast(), self._process_group.detect_lost_peers():
-                with _enough_memory(lm, f"step {step}: to evaluate", "per_device_eval_batch_size", self._batch_size):
-                    means = self._losses(lm, self._examples, step)
-                with _enough_memory(lm, f"step {step}: to answer", "generation.batch_size", self._answered_at_once):
+                option = "per_device_eval_batch_size"
+                with _explain_out_of_memory(lm, f"step {step}: to evaluate", option, self._batch_size):
+                    means = self._losses(lm, step)
+                option = "generation.batch_size"
+                with _explain_out_of_memory(lm, f"step {step}: to answer", option, self._generation_batch_size):
                     samples = self._samples(lm) if self._metrics else ()
                 row = choose_row(self._examples)
                 losses = None if row is None else self._engine.step.within(lambda: token_losses(lm, row))
         finally:
             lm.train(training)
-        means |= self._process_group.run_on_rank0(lambda: scores(self._metrics, samples, taken=means.keys()))
+        means |= self._process_group.run_on_rank0(lambda: score(self._metrics, samples, reported=means))
         return EvalReport(step, means, samples, time.perf_counter() - start, losses)
 
-    def _losses(self, lm: LanguageModel, examples: Examples, step: int) -> dict[str, float]:
-        """The loss and what else it counts, over the whole set's denominator."""
+    def _losses(self, lm: LanguageModel, step: int) -> dict[str, float]:
+        """Return the loss and the loss's metrics over the denominator of the whole dataset."""
         sums: defaultdict[str, float] = defaultdict(float)
         denominator = 0.0
-        batches = _batches(examples, self._batch_size)
-        rounds = range(
-            self._process_group.rank,
-            _rounded_up(len(batches), self._process_group.world_size),
-            self._process_group.world_size,
-        )
-        for number in tqdm(rounds, "evaluating", unit=" batches", delay=2, disable=None, leave=False):
+        loss = self._engine.step.loss
+        batches = _batches(self._examples, self._batch_size)
+        world_size = self._process_group.world_size
+        numbers = range(self._process_group.rank, math.ceil(len(batches) / world_size) * world_size, world_size)
+        for number in tqdm(numbers, "evaluating", unit=" batches", delay=2, disable=None, leave=False):
             self.check_stop()
-            counts = number < len(batches)  # a process that has no batch left computes along
-            indices = batches[number if counts else 0]
-            batch = training_checks.collate(self._collator, [examples[index] for index in indices.tolist()])
-            out = training_checks.loss_sum(self._loss, self._engine.step(batch.to(lm.device)))
-            denominator += counts * sum(training_checks.denominators(self._loss, [batch]))
-            sums["loss"] += counts * out.sum.item()
+            is_counted = number < len(batches)  # a rank that has no batch left takes part in the collectives
+            indices = batches[number if is_counted else 0].tolist()
+            batch = self._collator.collate([self._examples[index] for index in indices])
+            out = self._engine.step(batch.to(lm.device))
+            denominator += is_counted * loss.denominator(batch)
+            sums["loss"] += is_counted * out.sum.item()
             for name, value in out.metrics.items():
-                sums[name] += counts * value.item()
+                sums[name] += is_counted * value.item()
         names = self._process_group.all_gather_names(sums)
-        *added, total = self._process_group.all_reduce_sum([*(sums[name] for name in names), denominator])
-        total = training_checks.total(self._loss, total)
-        means = {name: value / total for name, value in zip(names, added, strict=True)}
-        loss = means.pop("loss")
-        if not math.isfinite(loss):
-            raise TrainingError(f"step {step}: the loss of the held-out rows is {loss:g}; look at the model")
-        return {"loss": loss, **training_checks.means(self._loss, means, f"the evaluation after step {step}")}
+        *summed, total = self._process_group.all_reduce_sum([*(sums[name] for name in names), denominator])
+        total = loss.check_total(total)
+        means = {name: value / total for name, value in zip(names, summed, strict=True)}
+        mean_loss = means.pop("loss")
+        if not math.isfinite(mean_loss):
+            raise TrainingError(f"step {step}: the loss of the held-out rows is {mean_loss:g}; look at the model")
+        return {"loss": mean_loss, **loss.report_means(means, f"the evaluation after step {step}")}
 
     def _samples(self, lm: LanguageModel) -> tuple[Sample, ...]:
+        """Generate an answer to every question."""
         log.info("answering %d held-out rows", len(self._questions))
         with self._engine.summon_full_params():
-            found = self._answers(lm) if self._process_group.world_size == 1 else self._shared_answers(lm)
-        return tuple(_sample(lm, question, found[number]) for number, question in enumerate(self._questions))
+            answered = self._answer(lm) if self._process_group.world_size == 1 else self._answer_on_all_ranks(lm)
+        return tuple(
+            Sample(
+                row_id=question.row_id,
+                prompt=question.prompt,
+                reference=question.reference,
+                prediction=str(lm.tokenizer.decode(answered[number], skip_special_tokens=True)),
+                full_prompt=str(lm.tokenizer.decode(question.prompt_ids, skip_special_tokens=False)),
+            )
+            for number, question in enumerate(self._questions)
+        )
 
-    def _answers(self, lm: LanguageModel) -> dict[int, list[int]]:
-        """By the number of the question."""
+    def _answer(self, lm: LanguageModel) -> dict[int, list[int]]:
+        """Return the token ids of the answers by the number of the question."""
         answered = {}
-        # On a terminal only, and only when it takes longer than a moment.
+        # The bar appears on a terminal only, and only when it takes longer than two seconds.
         with tqdm(
             total=len(self._questions), desc="answering", unit=" rows", delay=2, disable=None, leave=False
         ) as bar:
@@ -136,38 +145,66 @@ class Evaluator:
                 [question.prompt_ids for question in self._questions],
                 max_new_tokens=self._max_new_tokens,
                 stop_ids=self._stop_ids,
-                batch_size=self._answered_at_once,
+                batch_size=self._generation_batch_size,
                 check_stop=self.check_stop,
             ):
                 answered[number] = ids
                 bar.update()
         return answered
 
-    def _shared_answers(self, lm: LanguageModel) -> dict[int, list[int]]:
-        """The same by several processes: each answers a batch, then they look together whether to stop."""
+    def _answer_on_all_ranks(self, lm: LanguageModel) -> dict[int, list[int]]:
+        """Divide the questions among ranks: each answers a batch, then all check together whether to stop."""
+        size = self._generation_batch_size
         order = sorted(range(len(self._questions)), key=lambda number: -len(self._questions[number].prompt_ids))
-        batches = [order[at : at + self._answered_at_once] for at in range(0, len(order), self._answered_at_once)]
+        batches = [order[at : at + size] for at in range(0, len(order), size)]
         answered: dict[int, list[int]] = {}
         for start in range(0, len(batches), self._process_group.world_size):
             self.check_stop()
             for batch in batches[start : start + self._process_group.world_size][self._process_group.rank :][:1]:
-                found = lm.generate(
+                for index, ids in answers(
+                    lm,
                     [self._questions[number].prompt_ids for number in batch],
                     max_new_tokens=self._max_new_tokens,
                     stop_ids=self._stop_ids,
-                    batch_size=self._answered_at_once,
-                )
-                answered |= zip(batch, found, strict=True)
-        return {number: ids for one in self._process_group.all_gather(answered) for number, ids in one.items()}
+                    batch_size=size,
+                ):
+                    answered[batch[index]] = ids
+        gathered = self._process_group.all_gather(answered)
+        return {number: ids for one in gathered for number, ids in one.items()}
 
 
-def _rounded_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
+def _batches(examples: Examples, batch_size: int) -> list[NDArray[np.int64]]:
+    """Return batches of indices of examples of similar length; a group is never split and counts as one row."""
+    groups = examples.groups
+    _, first, group = np.unique(groups, return_index=True, return_inverse=True)
+    longest = np.maximum.reduceat(examples.lengths, first) if len(first) else first
+    order = np.lexsort((group, longest[group]))
+    begins = np.flatnonzero(np.diff(groups[order], prepend=-1))
+    return np.split(order, begins[batch_size::batch_size])
+
+
+def score(
+    metrics: Mapping[str, MetricStage], samples: Sequence[Sample], reported: Mapping[str, float]
+) -> dict[str, float]:
+    """Score all answers with every metric. Raises PluginError for a name that is reported already."""
+    scores: dict[str, float] = {}
+    for plugin, metric in metrics.items():
+        of_metric = metric.scores(
+            [sample.prediction for sample in samples],
+            [sample.reference for sample in samples],
+            [sample.row_id for sample in samples],
+        )
+        for name, value in of_metric.items():
+            if name in reported or name in scores or name in RESERVED_METRICS:
+                advice = "rename the plugin" if name == plugin else "rename one of them"
+                raise PluginError(f"{metric}: another value is reported as {name!r} already; {advice}")
+            scores[name] = value
+    return scores
 
 
 @contextlib.contextmanager
-def _enough_memory(lm: LanguageModel, what: str, option: str, num_rows: int) -> Iterator[None]:
-    """Says what to lower, and by how much, when there is not."""
+def _explain_out_of_memory(lm: LanguageModel, what: str, option: str, num_rows: int) -> Iterator[None]:
+    """Turn an out-of-memory error into a TrainingError that says what to lower, and by how much."""
     try:
         yield
     except Exception as error:
@@ -178,37 +215,10 @@ def _enough_memory(lm: LanguageModel, what: str, option: str, num_rows: int) -> 
         raise TrainingError(f"{what} {rows} at once, {lm.device} has not the memory; {fewer}") from error
 
 
-def _sample(lm: LanguageModel, question: Question, answer: list[int]) -> Sample:
-    return Sample(
-        row_id=question.row_id,
-        prompt=question.prompt,
-        reference=question.reference,
-        prediction=str(lm.tokenizer.decode(answer, skip_special_tokens=True)),
-        full_prompt=str(lm.tokenizer.decode(question.prompt_ids, skip_special_tokens=False)),
-    )
-
-
 def write_predictions(path: Path, samples: Sequence[Sample]) -> None:
-    """One JSON object a row, in LLaMA-Factory's form: `prompt` with its control tokens, `predict` and `label` without.
+    """Write one JSON object a row atomically, in LLaMA-Factory's form: `prompt` (all of it), `predict`, `label`.
 
-    Whole, or what was there before. Raises OutputError.
+    Raises OutputError; the old file is kept then.
     """
     rows = [{"prompt": one.full_prompt, "predict": one.prediction, "label": one.reference} for one in samples]
     atomic_files.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def _spread(questions: Sequence[Question], most: int | None) -> list[Question]:
-    """At most that many, at equal distances."""
-    if most is None or most >= len(questions):
-        return list(questions)
-    return [questions[index * len(questions) // most] for index in range(most)]
-
-
-def _batches(examples: Examples, batch_size: int) -> list[NDArray[np.int64]]:
-    """The indices of examples of similar length; those of one group are never parted, and count as one row."""
-    groups = examples.groups
-    _, first, group = np.unique(groups, return_index=True, return_inverse=True)
-    longest = np.maximum.reduceat(examples.lengths, first) if len(first) else first
-    order = np.lexsort((group, longest[group]))
-    begins = np.flatnonzero(np.diff(groups[order], prepend=-1))
-    return np.split(order, begins[batch_size::batch_size])

@@ -11,6 +11,8 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
+
 from sftx.data.collate import pad
 from sftx.events import TokenLosses
 from sftx.types import Example
@@ -45,14 +47,14 @@ def shown_rows(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, 
 
 def _shown(example: Example, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     length = len(example.token_ids)
-    first = next((n for n, trained in enumerate(example.loss_mask) if trained), 0)
+    first = next((n for n, trained in enumerate(example.loss_mask.tolist()) if trained), 0)
     # What is trained is the point of the picture: a long prompt is shown from near its end.
     begin = min(max(0, first - _LEAD), max(0, length - _MOST_SHOWN)) if first >= _MOST_SHOWN - _LEAD else 0
     end = min(length, begin + _MOST_SHOWN)
-    shown = token_texts(example.token_ids[begin:end], tokenizer)
+    shown = token_texts(example.token_ids[begin:end].tolist(), tokenizer)
     return {
         "row": example.row_id,
-        "tokens": [[text, int(mask)] for text, mask in zip(shown, example.loss_mask[begin:end], strict=True)],
+        "tokens": [[text, int(mask)] for text, mask in zip(shown, example.loss_mask[begin:end].tolist(), strict=True)],
         "left_out": [begin, length - end],
     }
 
@@ -76,26 +78,16 @@ def token_losses(lm: LanguageModel, example: Example) -> TokenLosses:
 
     Gradients, dropout and autocast are the caller's to choose.
     """
-    from sftx_kernels import linear_cross_entropy
-
-    everything = dataclasses.replace(example, loss_mask=[True] * len(example.token_ids), weights=None)
+    everything = dataclasses.replace(example, loss_mask=np.ones(len(example.token_ids), np.bool_), weights=None)
     batch = pad([everything]).to(lm.device)
-    out = linear_cross_entropy(
-        lm.hidden(batch).hidden_BTD.flatten(0, 1),
-        lm.head_weight,
-        batch.labels_BT.flatten(),
-        bias_V=lm.head_bias,
-        num_valid=batch.num_label_tokens,
-        softcap=lm.softcap,
-        logit_scale=lm.logit_scale,
-        reduction="none",
-    )
+    hidden_BTD = lm.hidden(batch).hidden_BTD
+    out = lm.cross_entropy(hidden_BTD, batch.labels_BT, num_valid=batch.num_label_tokens, reduction="none")
     of_next_N: list[float] = out.loss.tolist()  # at each position the loss of the token after it
     return TokenLosses(
         row_id=example.row_id,
-        tokens=tuple(token_texts(example.token_ids, lm.tokenizer)),
+        tokens=tuple(token_texts(example.token_ids.tolist(), lm.tokenizer)),
         losses=(None, *of_next_N[:-1]),
-        trained=tuple(example.loss_mask),
+        trained=tuple(example.loss_mask.tolist()),
     )
 
 

@@ -21,7 +21,7 @@ def of_step(config: TrainConfig, batches: Sequence[Batch]) -> str:
 
 
 def _remedy(config: TrainConfig, batch: Batch) -> str:
-    if config.per_device_train_batch_size > 1:
+    if config.micro_batch_size > 1:
         return fewer_rows(config)
     if not config.gradient_checkpointing:
         return f"set --gradient-checkpointing, which computes each layer twice and keeps one: {_SAME}"
@@ -39,12 +39,12 @@ def _remedy(config: TrainConfig, batch: Batch) -> str:
 
 def fewer_rows(config: TrainConfig) -> str:
     """Fewer rows at once and as many in a step, which gives the same update."""
-    rows, micro_batches = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    rows = config.micro_batch_size
     fewer = next(rows // divisor for divisor in range(2, rows + 1) if rows % divisor == 0)
     share = "half" if rows == 2 * fewer else f"1/{rows // fewer} of"
     return (
-        f"set --per-device-train-batch-size {fewer} --gradient-accumulation-steps {micro_batches * rows // fewer} "
-        f"(now {rows} and {micro_batches}), {share} the memory for rows: {_SAME}"
+        f"set --train-batch-size {config.rows_per_step} --per-device-train-batch-size {fewer} (now {rows}), {share} "
+        f"the memory for rows: {_SAME}"
     )
 
 

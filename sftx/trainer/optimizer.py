@@ -24,8 +24,9 @@ class RunOptimizer:
 
     def __init__(self, lm: LanguageModel, config: TrainConfig) -> None:
         self._kind = config.optim
-        self._members = trained(lm, config)
-        self.optimizers: list[Optimizer] = build(config, self._members)
+        members = trained(lm, config)
+        self._parameters = {member.name: member.parameter for member in members}
+        self.optimizers: list[Optimizer] = build(config, members)
 
     def set_learning_rate(self, rate: float) -> None:
         """The rate of the coming step, before each group's own scale."""
@@ -46,7 +47,7 @@ class RunOptimizer:
 
         The tensors are the optimizer's own where they can be: write them before the next step.
         """
-        tensors, values = optimizer_state.gather(self.optimizers, self._members)
+        tensors, values = optimizer_state.gather(self.optimizers, self._parameters)
         return tensors, {"optim": self._kind, **values}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
@@ -59,4 +60,4 @@ class RunOptimizer:
                 f"the saved state is that of the optimizer {values.get('optim')}, this run has {self._kind}; "
                 "resume with the options of the run that saved it"
             )
-        optimizer_state.restore(self.optimizers, self._members, tensors, values)
+        optimizer_state.restore(self.optimizers, self._parameters, tensors, values)

@@ -19,16 +19,17 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.fsdp import register_fsdp_forward_method as register_forward
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from sftx.assembly.stages import LossStage
 from sftx.config.options import TrainConfig
+from sftx.distributed.dtensor import full_tensor
 from sftx.distributed.process_group import ProcessGroup
 from sftx.errors import ConfigError
 from sftx.model.language_model import LanguageModel
 from sftx.trainer.layers import decoder_layers
 from sftx.trainer.precision import Precision
-from sftx.types import Batch, Loss, LossSum
+from sftx.types import Batch, LossSum
 
 T = TypeVar("T")
 
@@ -44,7 +45,7 @@ _BUFFERS: Final = "forward_sync_buffers" if "forward_sync_buffers" in _OPTIONS e
 class TrainStep(nn.Module):
     """One forward from a batch to its loss sum: what is wrapped for several processes, the loss inside."""
 
-    def __init__(self, lm: LanguageModel, loss: Loss) -> None:
+    def __init__(self, lm: LanguageModel, loss: LossStage) -> None:
         super().__init__()
         self.lm = lm
         self.loss = loss
@@ -244,34 +245,8 @@ def engine(step: TrainStep, process_group: ProcessGroup, config: TrainConfig, pr
     return FSDP2Strategy(step, process_group, config, precision)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor of which this process may have a share; every process must ask for it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether this process has a part of the tensor only."""
-    return isinstance(tensor, DTensor)
-
-
-def is_shared(lm: LanguageModel) -> bool:
-    """Whether the model's parameters are shared out."""
-    return any(map(is_sharded, lm.model.parameters()))
-
-
-def local(tensor: Tensor) -> Tensor:
-    """What this process has of the tensor: nothing is sent."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def shard_like(value: Tensor, like: Tensor) -> Tensor:
-    """Of a whole tensor what this process has of `like`, on its device; nothing is sent."""
-    if not isinstance(like, DTensor):
-        return value.to(like.device, copy=True)
-    mesh = like.device_mesh
-    share = distribute_tensor(value.to(mesh.device_type), mesh, like.placements, src_data_rank=None)
-    return share.to(local(like).device)  # the host, where shares are kept there
-
-
 def _offload(device: torch.device) -> CPUOffloadPolicy:
     return CPUOffloadPolicy(pin_memory=device.type == "cuda")
+
+
+whole = full_tensor  # its name in trainer.py, until that is adapted

@@ -13,6 +13,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from typing import Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -74,7 +75,7 @@ def _leak(lm: LanguageModel, batch: Batch) -> str | None:
     """What shows that documents see one another; None when they do not."""
     assert batch.cu_seqlens is not None
     borders = batch.cu_seqlens.tolist()
-    documents = [batch.input_ids_BT[0, start:end].tolist() for start, end in itertools.pairwise(borders)]
+    documents = [batch.input_ids_BT[0, start:end].cpu().numpy() for start, end in itertools.pairwise(borders)]
     try:
         packed_TD = lm.hidden(batch).hidden_BTD[0]
         changed_TD = lm.hidden(dataclasses.replace(batch, input_ids_BT=_first_changed(batch, borders[1]))).hidden_BTD[0]
@@ -82,7 +83,7 @@ def _leak(lm: LanguageModel, batch: Batch) -> str | None:
         raise
     except Exception as error:  # whatever a model's own code raises when it is given what it does not know
         return f"it fails on a packed row: {one_line(error)}"
-    alone = [pad([Example(ids, [True] * len(ids), "alone", 0)]).to(lm.device) for ids in documents]
+    alone = [pad([Example(ids, np.ones(len(ids), np.bool_), "alone", 0)]).to(lm.device) for ids in documents]
     alone_TD = torch.cat([lm.hidden(one).hidden_BTD[0] for one in alone])
     exact = lm.head_weight.dtype == torch.float32 and not torch.is_autocast_enabled(lm.device.type)
     moved = _distance(changed_TD[borders[1] :], packed_TD[borders[1] :], exact=exact)

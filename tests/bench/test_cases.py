@@ -10,11 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from sftx_kernels import IGNORE_INDEX
 from sftx_kernels.bench import BenchError
-from sftx_kernels.bench.cases import (
-    DTYPES,
+from sftx_kernels.bench.cases import DTYPES, Case, make_problem
+from sftx_kernels.bench.cross_entropy import UPSTREAM, LossProblem
+from sftx_kernels.bench.lora import SCALING, LoraProblem
+from sftx_kernels.bench.operations import (
     OPERATIONS,
-    Case,
     CrossEntropyShape,
     LinearCrossEntropyShape,
     LoraShape,
@@ -24,7 +26,6 @@ from sftx_kernels.bench.cases import (
     shape_entry,
     shape_from,
 )
-from sftx_kernels.bench.problems import IGNORE_INDEX, SCALING, UPSTREAM, LoraProblem, LossProblem, make_problem
 
 CPU = torch.device("cpu")
 

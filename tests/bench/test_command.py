@@ -15,10 +15,10 @@ import torch
 from benching import SHAPES, bench, rows_of
 from sftx.cli import bench as cli
 from sftx.errors import SftxError
-from sftx_kernels.bench import BenchError, cases, files, report, runner
+from sftx_kernels.bench import BenchError, cases, files, operations, report, runner
 from sftx_kernels.bench.baseline import Baseline
-from sftx_kernels.bench.cases import PASSES, LinearCrossEntropyShape
-from sftx_kernels.bench.peers import all_providers
+from sftx_kernels.bench.cases import PASSES
+from sftx_kernels.bench.operations import LinearCrossEntropyShape
 
 pytestmark = pytest.mark.usefixtures("short")
 
@@ -222,7 +222,7 @@ def test_a_result_that_cannot_be_written_is_told_before_anything_is_measured(
         (["--csv", tmp_path / "plain" / "out.csv"], "out.csv: cannot be written: "),
         (["--plot", tmp_path / "plain" / "plots"], "lora.png: cannot be written: "),
         (["--plot", tmp_path / "taken"], "lora.png: cannot be written: it is a directory"),
-        (["--json", both, "--csv", f"{tmp_path}/./both"], "both: asked for twice"),
+        (["--json", both, "--csv", f"{tmp_path}/./both"], "both: given twice"),
         (["--json", both, "--plot", both], "both: cannot be written: it is a directory"),
     ):
         result = bench("lora", "--shapes", shapes(SHAPES[3]), *arguments)
@@ -271,7 +271,7 @@ def test_an_operation_without_a_provider_that_was_asked_for_is_left_out(shapes: 
 
 def test_nothing_of_ours_though_it_was_asked_for_exits_with_1(shapes: Callable[..., Path]) -> None:
     result = bench("lora", "--shapes", shapes(SHAPES[3]), "--dtype", "fp32", "--device", "cpu",
-                   "--providers", "sftx-triton,frozen-linear")  # fmt: skip
+                   "--providers", "sftx-torch,frozen-linear")  # fmt: skip
     assert result.exit_code == 1
     assert result.output.endswith("nothing of ours was measured\n")
 
@@ -289,19 +289,19 @@ def test_a_wrong_backend_in_the_environment_is_told_once(
 
 
 def test_names_of_the_command_are_those_of_the_bench() -> None:
-    from sftx_kernels.gpu.launch import CHIPS
+    from sftx_kernels.triton.launch import CHIPS
 
-    assert set(cli.PROVIDERS) == {provider.name for provider in all_providers()}
-    assert cli.OPERATIONS == cases.OPERATIONS
+    assert set(cli.PROVIDERS) == {provider.name for provider in operations.PROVIDERS}
+    assert cli.OPERATIONS == operations.OPERATIONS
     assert set(cli.DTYPES) == set(cases.DTYPES)
     assert set(cli.ARCHS) == set(CHIPS)
 
 
 def test_static_is_handed_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from sftx_kernels.bench import static
+    from sftx_kernels.bench.static import report
 
     seen: list[object] = []
-    monkeypatch.setattr(static, "run", lambda *arguments: seen.extend(arguments) or 1)
+    monkeypatch.setattr(report, "run", lambda *arguments: seen.extend(arguments) or 1)
     result = bench("--static", "--arch", "sm_90,gfx942", "--json", tmp_path / "s.json", "--workers", 3)
     assert result.exit_code == 1, result.output
     assert seen == [("sm_90", "gfx942"), tmp_path / "s.json", False, 3]
@@ -335,7 +335,8 @@ def test_torch_alone_is_enough(shapes: Callable[..., Path], tmp_path: Path) -> N
         "import sys, importlib, pathlib\n"
         "blocked = 'sftx rich click pydantic transformers matplotlib peft datasets yaml safetensors pluggy'\n"
         "for name in blocked.split(): sys.modules[name] = None\n"
-        "for name in 'cases problems providers peers devices measure rss report baseline plot runner'.split():\n"
+        "names = 'cases cross_entropy linear_cross_entropy lora operations devices measure rss report plot runner'\n"
+        "for name in names.split():\n"
         "    importlib.import_module(f'sftx_kernels.bench.{name}')\n"
         "from sftx_kernels.bench import measure\n"
         "from sftx_kernels.bench.runner import Options, run\n"

@@ -16,11 +16,9 @@ import torch
 
 from benching import CPU, PEAKS, SHAPES, bench, rows_of
 from sftx_kernels.bench import devices, measure, report, rss, runner
-from sftx_kernels.bench.cases import PASSES, Case, LinearCrossEntropyShape, LoraShape, Shape
+from sftx_kernels.bench.cases import PASSES, Case, Provider, Shape, make_problem
 from sftx_kernels.bench.measure import Run
-from sftx_kernels.bench.peers import all_providers, providers_of
-from sftx_kernels.bench.problems import make_problem
-from sftx_kernels.bench.providers import Provider
+from sftx_kernels.bench.operations import PROVIDERS, LinearCrossEntropyShape, LoraShape, providers_of
 
 pytestmark = pytest.mark.usefixtures("short")
 
@@ -45,7 +43,7 @@ def test_every_provider_that_can_run_here_is_right(shape: Shape, dtype: str, mon
         values = run.first_call()
         assert all(values[name].shape == exact.shape for name, exact in reference.values.items() if name in values)
         ran.append(provider.name)
-        if provider.name == report.FLOOR:
+        if provider.name == shape.floor:
             continue
         error, where = reference.error(values)
         assert error < 4 * torch.finfo(case.torch_dtype).eps, f"{provider.name}: {error} in {where}"
@@ -66,7 +64,7 @@ def test_who_needs_a_gpu_or_is_not_installed_is_absent_with_the_reason(shapes: C
 def test_a_provider_that_raises_is_a_row_and_not_the_end(
     when: str, shapes: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    eager = next(p for p in all_providers() if p.name == "torch-eager" and p.op == "cross-entropy")
+    eager = next(p for p in PROVIDERS if p.name == "torch-eager" and p.op == "cross-entropy")
     calls = 0
 
     def broken(problem: Any) -> Any:

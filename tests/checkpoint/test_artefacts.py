@@ -1,4 +1,4 @@
-"""What a run leaves is read by the tools of others: transformers, PEFT, and whatever reads a trainer's state."""
+"""What a run leaves can be read by transformers, PEFT and tools that read a TrainerState."""
 
 from __future__ import annotations
 
@@ -6,78 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
+from answering import MAX_NEW_TOKENS, QUESTIONS, answers_of
 
-from sftx.config.loading import load
-from sftx.run import run
-
-MAX_NEW_TOKENS = 12
-SOUNDS = {
-    "cat": "meow",
-    "dog": "woof",
-    "cow": "moo",
-    "owl": "hoot hoot",
-    "bee": "buzz",
-    "duck": "quack",
-    "lion": "roar",
-}
 PICKLED = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
-"""How a pickle begins, and the archive that torch.save makes of several."""
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("rows")
-    others = dict(zip(SOUNDS, [*list(SOUNDS.values())[1:], "meow"], strict=True))
-    for name, sounds, repeats in (
-        ("train", SOUNDS, (2, 3, 4, 5)),
-        ("held", SOUNDS, (3,)),
-        ("other", others, (2, 3, 4)),
-    ):
-        made = [
-            {"messages": [{"role": "user", "content": " ".join([who] * n)}, {"role": "assistant", "content": says}]}
-            for who, says in sounds.items()
-            for n in repeats
-        ]
-        (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
-    return directory
-
-
-def trained(rows: Path, out: Path, *plugins: str, **more: Any) -> Path:
-    """The directory of a run that learns these rows, with checkpoints and answers."""
-    given = {
-        "data.train": str(rows / "train.jsonl"),
-        "data.eval": str(rows / "held.jsonl"),
-        "output_dir": str(out),
-        "train.learning_rate": 1e-2,
-        "train.num_train_epochs": 30,
-        "train.save_steps": 30,
-        "train.eval_steps": 30,
-        "train.logging_steps": 5,
-        "generation.max_new_tokens": MAX_NEW_TOKENS,
-        "generation.num_samples": 7,
-    } | {name.replace("__", "."): value for name, value in more.items()}
-    assignments = [(name, value, f"--set {name}") for name, value in given.items()]
-    return run(load(None, add=["chatml", "exact-match", *plugins], assignments=assignments)).output_dir
-
-
-@pytest.fixture(scope="module")
-def full(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of the tiny model."""
-    from sftx.model.tiny import model_dir
-
-    return trained(rows, tmp_path_factory.mktemp("full") / "run", model=str(model_dir()))
-
-
-@pytest.fixture(scope="module")
-def adapted(rows: Path, full: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter of the model that `full` made, which learns other answers."""
-    more = {"plugins__lora__lora_dropout": 0.05, "train__save_total_limit": 1, "data__train": str(rows / "other.jsonl")}
-    return trained(rows, tmp_path_factory.mktemp("adapted") / "run", "lora", model=str(full / "model"), **more)
+"""The first bytes of a pickle, and of the archive that torch.save writes."""
 
 
 def answers(model: Any, directory: Path, questions: list[str]) -> list[str]:
-    """What transformers alone answers, greedily, from the model's and the tokenizer's files: one row at a time."""
+    """Return the greedy answers of transformers alone, with the tokenizer in `directory`, one row at a time."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -92,37 +28,28 @@ def answers(model: Any, directory: Path, questions: list[str]) -> list[str]:
     return found
 
 
-def said(out: Path) -> tuple[list[str], list[str]]:
-    """The held-out questions of a run and its own answers at the end."""
-    samples = json.loads((out / "summary.json").read_text(encoding="utf-8"))["samples"]
-    written = [json.loads(line) for line in (out / "generated_predictions.jsonl").read_text().splitlines()]
-    assert [line["predict"] for line in written] == [sample["after"] for sample in samples]
-    assert len({sample["after"] for sample in samples}) > 3, "answers that are all alike show little"
-    return [" ".join([who] * 3) for who in SOUNDS], [sample["after"] for sample in samples]
-
-
 def test_transformers_loads_a_full_model_and_answers_as_the_run_did(full: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    questions, expected = said(full)
+    expected = answers_of(full)
     for directory in (full / "model", full / "checkpoints" / "step-120"):
-        assert answers(AutoModelForCausalLM.from_pretrained(directory), directory, questions) == expected
+        assert answers(AutoModelForCausalLM.from_pretrained(directory), directory, QUESTIONS) == expected
     earlier = full / "checkpoints" / "step-30"
-    assert answers(AutoModelForCausalLM.from_pretrained(earlier), earlier, questions) != expected
+    assert answers(AutoModelForCausalLM.from_pretrained(earlier), earlier, QUESTIONS) != expected
 
 
 def test_peft_loads_an_adapter_and_answers_as_the_run_did(full: Path, adapted: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    questions, expected = said(adapted)
-    assert expected != said(full)[1]
+    expected = answers_of(adapted)
+    assert expected != answers_of(full)
     last = adapted / "checkpoints"
     for directory in (adapted / "adapter", *last.iterdir()):
         base = AutoModelForCausalLM.from_pretrained(full / "model")
         adapter = PeftModel.from_pretrained(base, directory)
-        assert answers(adapter, directory, questions) == expected
-        assert answers(adapter.merge_and_unload(), directory, questions) == expected
+        assert answers(adapter, directory, QUESTIONS) == expected
+        assert answers(adapter.merge_and_unload(), directory, QUESTIONS) == expected
 
 
 def test_a_checkpoint_holds_a_trainer_state_that_transformers_reads(adapted: Path) -> None:

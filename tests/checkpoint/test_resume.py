@@ -1,8 +1,7 @@
-"""A run that is interrupted, however it is, and gone on with ends as the one that never was: bit for bit.
+"""A run that is interrupted in whatever way and resumed ends like one that was not: bit for bit.
 
-Processes are killed at random instants. As what a kill leaves is what lies on the disk at that instant, the kills of
-the midst of saving are also tried one by one: the run directory is copied before each operation on files, and each
-copy gone on with.
+Processes are killed at random instants. A kill leaves what is on disk at that instant, so kills during a save are also
+simulated one by one: the run directory is copied before each file operation, and each copy is resumed.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +34,25 @@ from resuming import (
     interrupted,
     lines,
     only_shared,
+    signal_at,
 )
 from same_end import differences
 
 SEED = int(os.environ.get("SFTX_KILL_SEED", time.time_ns() % 10**6))
-"""Of the random instants: another in every run of the tests, and printed where one fails."""
+"""The seed of the random instants: another one in every run of the tests, and printed where one fails."""
 
 
 # --- killed -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wanted", [PADDED, PACKED, STREAMING], ids=lambda wanted: wanted.name)
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        pytest.param(PACKED, id="packed"),
+        pytest.param(PADDED, id="padded", marks=pytest.mark.slow),
+        pytest.param(STREAMING, id="streaming", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_killed_at_a_random_instant_ends_the_same(runs: Runs, wanted: Case) -> None:
     rng = random.Random(f"{SEED} {wanted.name}")
     killed = runs.killed(wanted, rng)
@@ -68,8 +75,9 @@ def test_a_run_stopped_by_sigterm_ends_the_same_and_its_exit_code_says_so(runs: 
     assert not only_shared(runs.undisturbed(PADDED)[0], directory / "out")
 
 
+@pytest.mark.slow
 def test_the_command_itself_is_killed_while_it_saves_and_goes_on(runs: Runs) -> None:
-    """As a user has it: the installed command, its own process, kill -9."""
+    """The installed command in a process of its own gets kill -9."""
     directory = runs.directory("command")
     command = [str(Path(sys.executable).with_name("sftx")), *PACKED.command(runs.root, runs.model)]
     with subprocess.Popen(command, cwd=directory, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
@@ -87,7 +95,7 @@ def test_the_command_itself_is_killed_while_it_saves_and_goes_on(runs: Runs) -> 
 
 
 class Snapshots:
-    """Copies of a run directory before every operation on files that finds it changed."""
+    """Copies of a run directory, taken before every file operation when it has changed since the last one."""
 
     EVENTS = frozenset({"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree", "os.chmod"})
 
@@ -96,7 +104,7 @@ class Snapshots:
         self.taken: list[Path] = []
         self.is_on = False
         self._last: object = None
-        sys.addaudithook(self._hook)  # for good: an interpreter cannot take one out again
+        sys.addaudithook(self._hook)  # for good: audit hooks cannot be removed
 
     def _hook(self, event: str, _: tuple[Any, ...]) -> None:
         if not self.is_on or event not in self.EVENTS:
@@ -115,7 +123,7 @@ class Snapshots:
             shutil.copytree(self.out, self.taken[-1] / "out")
 
     def chosen(self) -> list[Path]:
-        """Of those that differ only in how far a new directory is written, the first, the middle and the last."""
+        """Return the first, middle and last of copies that differ only in how much of a new directory is written."""
         alike: list[list[Path]] = []
         last: object = None
         for snapshot in self.taken:
@@ -128,8 +136,9 @@ class Snapshots:
         return [path for same in alike for path in dict.fromkeys((same[0], same[len(same) // 2], same[-1]))]
 
 
+@pytest.mark.parametrize("every", [pytest.param(1, id="all", marks=pytest.mark.slow), pytest.param(5, id="some")])
 def test_whatever_a_kill_leaves_of_saving_a_run_goes_on_from_it(
-    runs: Runs, sftx: Sftx, monkeypatch: pytest.MonkeyPatch
+    every: int, runs: Runs, sftx: Sftx, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sftx.trainer.session import Session
 
@@ -154,7 +163,7 @@ def test_whatever_a_kill_leaves_of_saving_a_run_goes_on_from_it(
     undisturbed = runs.undisturbed(SHORT)[0]
     chosen = snapshots.chosen()
     assert len(chosen) > 15
-    for snapshot in chosen:
+    for snapshot in chosen[::every]:
         result = sftx(SHORT, snapshot, "--resume")
         assert result.exit_code == 0, f"{snapshot}: {result.output}"
         assert not differences(undisturbed, snapshot / "out"), f"{snapshot}: {result.output}"
@@ -164,32 +173,26 @@ def test_whatever_a_kill_leaves_of_saving_a_run_goes_on_from_it(
 # --- stopped ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("number", "places"),
+    [
+        pytest.param(signal.SIGTERM, (1, 4, 9, 14), id="SIGTERM"),
+        pytest.param(signal.SIGTERM, range(1, 1000), id="SIGTERM-everywhere", marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, range(1, 1000, 7), id="SIGINT-everywhere", marks=pytest.mark.slow),
+    ],
+)
 def test_wherever_a_signal_finds_a_run_no_step_is_half_done(
-    runs: Runs, sftx: Sftx, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+    number: signal.Signals, places: Sequence[int], runs: Runs, sftx: Sftx
 ) -> None:
-    """The signal comes at one place after another where a run may stop: between micro-batches, and in evaluations."""
-    from sftx.distributed.signals import DeferredSignals
-    from sftx.trainer.session import Session
-
-    check = Session._check_stop
-    undisturbed, places = runs.undisturbed(SHORT)[0], 0
-    for wanted in range(1, 1000, 1 if number == signal.SIGTERM else 7):
-        places = 0
-
-        def signalled(session: Session, patience: DeferredSignals, wanted: int = wanted) -> None:
-            nonlocal places
-            places += 1
-            if places == wanted:
-                os.kill(os.getpid(), number)
-            check(session, patience)
-
-        monkeypatch.setattr(Session, "_check_stop", signalled)
+    """The signal arrives at places where a run may stop: between micro-batches, and in evaluations."""
+    undisturbed = runs.undisturbed(SHORT)[0]
+    for place in places:
         directory = runs.directory("stopped")
-        stopped = sftx(SHORT, directory)
-        monkeypatch.setattr(Session, "_check_stop", check)
-        if places < wanted:
+        with signal_at(place, number) as passed:
+            stopped = sftx(SHORT, directory)
+        if passed() < place:
             assert stopped.exit_code == 0
+            assert place > 12, "twelve micro-batches at least were passed"
             break
         assert stopped.exit_code == 128 + number, stopped.output
         metrics, out = directory / "out" / "metrics.jsonl", directory / "out"
@@ -198,44 +201,29 @@ def test_wherever_a_signal_finds_a_run_no_step_is_half_done(
             assert f"stopped by {number.name} after step {steps[-1]} of 6; saved {Path('out')}" in stopped.output
             assert checkpoints(out)[-1] == f"step-{steps[-1]}"
         else:
-            assert "before a step was done; nothing was kept" in stopped.output
+            assert f"stopped by {number.name} before a step" in stopped.output
             assert not out.exists()
         assert sftx(SHORT, directory, "--resume").exit_code == 0
-        assert not only_shared(undisturbed, out), f"place {wanted}"
-    assert places > 12, "twelve micro-batches at least were passed"
+        assert not only_shared(undisturbed, out), f"place {place}"
 
 
-def test_a_signal_while_the_best_checkpoint_is_evaluated_loses_neither(
-    runs: Runs, sftx: Sftx, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_signal_while_the_best_checkpoint_is_evaluated_loses_neither(runs: Runs, sftx: Sftx) -> None:
     """By then the model has the weights of the best step, and the run's counters are those of the last."""
-    from sftx.distributed.signals import DeferredSignals
-    from sftx.trainer.session import Session
-
-    check, places, wanted = Session._check_stop, 0, 0
-
-    def signalled(session: Session, patience: DeferredSignals) -> None:
-        nonlocal places
-        places += 1
-        if places == wanted:
-            os.kill(os.getpid(), signal.SIGTERM)
-        check(session, patience)
-
-    monkeypatch.setattr(Session, "_check_stop", signalled)
     undisturbed = runs.directory("best-undisturbed")
-    assert sftx(BEST, undisturbed).exit_code == 0
+    with signal_at(None, signal.SIGTERM) as passed:
+        assert sftx(BEST, undisturbed).exit_code == 0
     summary = json.loads((undisturbed / "out" / "summary.json").read_text())
     assert summary["best"]["step"] < summary["num_steps"], "the best was the last, which proves nothing"
-    for chosen in (places, places - 1):
-        wanted, places = chosen, 0
+    for place in (passed(), passed() - 1):
         directory = runs.directory("best-stopped")
-        assert sftx(BEST, directory).exit_code == 128 + signal.SIGTERM
+        with signal_at(place, signal.SIGTERM):
+            assert sftx(BEST, directory).exit_code == 128 + signal.SIGTERM
         assert sftx(BEST, directory, "--resume").exit_code == 0
         assert not only_shared(undisturbed / "out", directory / "out")
 
 
 def test_a_second_signal_ends_a_run_at_once_and_the_last_checkpoint_is_whole(runs: Runs) -> None:
-    from sftx.atomic_files import damage
+    from sftx.atomic_files import find_damage
 
     directory = runs.directory("twice")
     process = runs.start(PADDED, directory)
@@ -245,7 +233,7 @@ def test_a_second_signal_ends_a_run_at_once_and_the_last_checkpoint_is_whole(run
     process.signal(signal.SIGTERM)
     assert process.wait() == 128 + signal.SIGTERM
     newest = directory / "out" / "checkpoints" / checkpoints(directory / "out")[-1]
-    assert damage(newest) is None
+    assert find_damage(newest) is None
     assert runs.start(PADDED, directory, "--resume").wait() == 0
     assert not only_shared(runs.undisturbed(PADDED)[0], directory / "out")
 
@@ -281,10 +269,19 @@ def garble_checksums(checkpoint: Path) -> str:
     return "it cannot be read"
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(runs: Runs, sftx: Sftx) -> None:
+@pytest.mark.parametrize(
+    "harms",
+    [
+        pytest.param((flip, lose_checksums), id="some"),
+        pytest.param((truncate, lose, garble_checksums), id="others", marks=pytest.mark.slow),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+    harms: Sequence[Callable[[Path], str]], runs: Runs, sftx: Sftx
+) -> None:
     before, end = interrupted(runs, sftx, PADDED, 8)
     assert checkpoints(before / "out") == ["step-4", "step-6"]
-    for harm in (truncate, flip, lose, lose_checksums, garble_checksums):
+    for harm in harms:
         directory = copy(before / "out", runs, harm.__name__)
         what = harm(directory / "out" / "checkpoints" / "step-6")
         result = sftx(PADDED, directory, "--resume")
@@ -311,7 +308,10 @@ def test_when_every_checkpoint_is_damaged_the_run_begins_anew(runs: Runs, sftx: 
 # --- what else is kept --------------------------------------------------------------------------
 
 
-def test_the_best_checkpoint_and_the_patience_of_early_stopping_outlive_an_interruption(runs: Runs, sftx: Sftx) -> None:
+@pytest.mark.parametrize("every", [pytest.param(1, id="all", marks=pytest.mark.slow), pytest.param(4, id="some")])
+def test_the_best_checkpoint_and_the_patience_of_early_stopping_outlive_an_interruption(
+    every: int, runs: Runs, sftx: Sftx
+) -> None:
     _, end = interrupted(runs, sftx, BEST, 1)
     summary = json.loads((end / "summary.json").read_text())
     best, last = summary["best"]["step"], summary["num_steps"]
@@ -322,26 +322,31 @@ def test_the_best_checkpoint_and_the_patience_of_early_stopping_outlive_an_inter
     assert len(checkpoints(end)) == 2
     weights = "adapter_model.safetensors"
     assert (end / "adapter" / weights).read_bytes() == (end / "checkpoints" / f"step-{best}" / weights).read_bytes()
-    for step in range(2, last + 1):
+    for step in range(last, 1, -every):
         directory, _ = interrupted(runs, sftx, BEST, step)
         result = sftx(BEST, directory, "--resume")
         assert result.exit_code == 0, result.output
         assert not differences(end, directory / "out"), f"interrupted before step {step}"
 
 
+OPTIONS = (
+    (SHORT, "--optim lion --bf16"),
+    (PACKED, "--optim muon --max-steps 6"),
+    (LLAMA3, "--add-tokens"),
+)
+MORE_OPTIONS = (
+    (SHORT, "--optim adafactor"),
+    (SHORT, "--optim sgd --momentum 0.9"),
+    (PACKED, "--optim adamw_bf16 --bf16 --max-steps 6"),
+    (PACKED, "--fp16 --max-steps 6"),
+    (SHORT, "--gradient-checkpointing"),
+    (SHORT, "--set lora.modules_to_save=[lm_head,embed_tokens]"),
+)
+
+
 @pytest.mark.parametrize(
     ("wanted", "more"),
-    [
-        (SHORT, "--optim adafactor"),
-        (SHORT, "--optim lion --bf16"),
-        (SHORT, "--optim sgd --momentum 0.9"),
-        (PACKED, "--optim muon --max-steps 6"),
-        (PACKED, "--optim adamw_bf16 --bf16 --max-steps 6"),
-        (PACKED, "--fp16 --max-steps 6"),
-        (SHORT, "--gradient-checkpointing"),
-        (SHORT, "--set lora.modules_to_save=[lm_head,embed_tokens]"),
-        (LLAMA3, "--add-tokens"),
-    ],
+    [*OPTIONS, *(pytest.param(*options, marks=pytest.mark.slow) for options in MORE_OPTIONS)],
     ids=lambda value: value if isinstance(value, str) else value.name,
 )
 def test_every_optimizer_and_precision_goes_on_where_it_was(runs: Runs, sftx: Sftx, wanted: Case, more: str) -> None:

@@ -1,21 +1,25 @@
-"""`--resume` with another command, without a run, of one that is complete; and disks that are full or read-only."""
+"""`--resume` with other options, without a run, of a complete run; and disks that are full or read-only."""
 
 from __future__ import annotations
 
+import json
 import signal
 from pathlib import Path
 
 import pytest
+import yaml
 from click.testing import CliRunner
 
 from killing import Runs
 from resuming import PACKED, PADDED, SHORT, Sftx, copy, interrupted, lines
 from same_end import differences
+from sftx.atomic_files import CHECKSUMS, sha256_of_file
+from sftx.checkpoint.layout import RUN_STATE
 
 
 @pytest.fixture(scope="module")
 def stopped(runs: Runs) -> Path:
-    """A run directory that is not complete."""
+    """Return the directory of a run that is not complete."""
     directory = runs.directory("stopped")
     process = runs.start(PACKED, directory)
     process.until((directory / "out" / "checkpoints" / "step-4").exists)
@@ -104,6 +108,30 @@ def test_the_run_file_that_a_run_wrote_goes_on_with_it(runs: Runs, sftx: Sftx, m
     assert not differences(end, directory / "out")
 
 
+def test_a_run_of_sftx_0_1_is_resumed(runs: Runs, sftx: Sftx) -> None:
+    """0.1 named two counters otherwise, and recorded the rows of a step as two factors alone."""
+    directory, end = interrupted(runs, sftx, SHORT, 4)
+    out = directory / "out"
+    (checkpoint,) = (out / "checkpoints").iterdir()
+    state_file, checksums_file = checkpoint / RUN_STATE, checkpoint / CHECKSUMS
+    state = json.loads(state_file.read_text())
+    for name, old_name in (("num_label_tokens", "num_tokens"), ("num_input_tokens", "num_real_tokens")):
+        state["run"][old_name] = state["run"].pop(name)
+    state_file.write_text(json.dumps(state))
+    checksums = json.loads(checksums_file.read_text())
+    checksums[RUN_STATE] = {"bytes": state_file.stat().st_size, "sha256": sha256_of_file(state_file)}
+    checksums_file.write_text(json.dumps(checksums))
+    run_file = out / "run.yaml"
+    values = yaml.safe_load(run_file.read_text())
+    values["train"] |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    values["train"].pop("train_batch_size", None)
+    run_file.write_text(yaml.safe_dump(values, sort_keys=False))
+    result = sftx(SHORT, directory, "--resume")
+    assert result.exit_code == 0, result.output
+    found = differences(end, out)
+    assert not [line for line in found if not line.startswith("run.yaml: ")]
+
+
 def test_without_a_directory_the_newest_run_of_that_name_goes_on(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     from sftx.cli import main
 
@@ -121,7 +149,7 @@ def test_without_a_directory_the_newest_run_of_that_name_goes_on(runs: Runs, mon
 
 
 def test_a_disk_that_fills_up_costs_one_checkpoint_and_one_line(runs: Runs) -> None:
-    """No file of the run may grow over 50 kB from its second checkpoint on: of the next one some do."""
+    """From its second checkpoint on no file of the run may exceed 50 kB, which some files of the next one do."""
     import resource
 
     directory = runs.directory("full")

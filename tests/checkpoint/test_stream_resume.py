@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sftx.config.options import DataConfig, Source, TrainConfig
-from sftx.data.row_encoder import Row, RowEncoder
+from sftx.data.row_encoder import EncodedRow, RowEncoder
 from sftx.data.sampler import Planned, StreamPlan
 from sftx.data.stream import Stream
 from sftx.errors import DataError, ModelError
@@ -48,9 +48,9 @@ class Turns:
 class Remembering(RowEncoder):
     """Encodes each row once, however many plans read it: what it gives is a function of the row alone."""
 
-    rows: dict[str, Row] = field(default_factory=dict)
+    rows: dict[str, EncodedRow] = field(default_factory=dict)
 
-    def __call__(self, where: Location, record: Record, source: Source) -> Row:
+    def __call__(self, where: Location, record: Record, source: Source) -> EncodedRow:
         if (row := self.rows.get(str(where))) is None:
             row = self.rows[str(where)] = super().__call__(where, record, source)
         return row

@@ -1,4 +1,4 @@
-"""`--nproc N`: what becomes of ranks, with a small script in the place of a run."""
+"""`--nproc N`: how ranks start, stop, fail and restart, with a small script in the place of a run."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import pytest
 from click.testing import CliRunner
 
 from launching import Launcher, is_running, state
+from sftx.checkpoint.run_directory import reserve
 from sftx.cli import main
-from sftx.distributed import launch
-from sftx.distributed.launch import Ended
+from sftx.cli.run import without_options
 from sftx.distributed.process_group import UNEXPECTED, LostPeerError
+from sftx.distributed.supervisor import RankFailure
 from sftx.errors import ConfigError, OutputError
 
 
@@ -36,7 +37,7 @@ time.sleep(SAVING_S)
 say("saved")
 sys.exit(128 + got[0])
 """
-"""What a run does with a signal: it takes a while, and ends by itself."""
+"""A script that handles signals as a run does: it takes a while to save, and ends by itself."""
 
 
 def stopping(saving_s: float) -> str:
@@ -64,11 +65,13 @@ say("stdin", sys.stdin.read() == "", "its own session", os.getsid(0) == os.getpi
 
 
 def test_the_users_number_of_threads_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sftx.distributed import launch
+
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    assert "OMP_NUM_THREADS" not in launch.environment(2)
+    assert "OMP_NUM_THREADS" not in launch.rank_environment(2)
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(9), raising=False)
-    assert [launch.environment(n)["OMP_NUM_THREADS"] for n in (1, 2, 9, 20)] == ["9", "4", "1", "1"]
+    assert [launch.rank_environment(n)["OMP_NUM_THREADS"] for n in (1, 2, 9, 20)] == ["9", "4", "1", "1"]
 
 
 def test_one_rank_is_a_launch_too(launched: Launcher) -> None:
@@ -90,7 +93,7 @@ if rank == 1:
     os._exit({code})
 time.sleep(60)
 """
-    done = launched(script, max_restarts=2, _LAST_WORDS_S=0.2)
+    done = launched(script, max_restarts=2, _GRACE_S=0.2)
     assert done.wait() == becomes
     assert sum("rank 1 start" in line for line in done.out) == num_starts
     again = [f"sftx: rank 1 ended with an error; starting again from the last checkpoint ({n} of 2)" for n in (1, 2)]
@@ -141,13 +144,13 @@ def test_restarts_come_to_an_end(launched: Launcher) -> None:
 
 
 def test_the_cause_is_not_who_ended_first() -> None:
-    stopped, lost, unexpected = Ended(0, 143), Ended(1, LostPeerError.exit_code), Ended(2, UNEXPECTED)
-    error, killed = Ended(3, 1), Ended(4, -9)
-    ordered = sorted([killed, stopped, error, unexpected, lost], key=lambda ended: ended.weight)
+    stopped, lost, unexpected = RankFailure(0, 143), RankFailure(1, LostPeerError.exit_code), RankFailure(2, UNEXPECTED)
+    error, killed = RankFailure(3, 1), RankFailure(4, -9)
+    ordered = sorted([killed, stopped, error, unexpected, lost], key=lambda failure: failure.severity)
     assert ordered == [lost, stopped, unexpected, error, killed]
-    assert [ended.exit_code for ended in ordered] == [LostPeerError.exit_code, 143, 1, 1, 137]
-    assert [ended.can_pass for ended in ordered] == [True, False, True, False, True]
-    assert (Ended(0, -15).exit_code, Ended(0, -15).can_pass) == (143, False)
+    assert [failure.exit_code for failure in ordered] == [LostPeerError.exit_code, 143, 1, 1, 137]
+    assert [failure.is_retryable for failure in ordered] == [True, False, True, False, True]
+    assert (RankFailure(0, -15).exit_code, RankFailure(0, -15).is_retryable) == (143, False)
 
 
 # --- signals -------------------------------------------------------------------------------------
@@ -247,7 +250,9 @@ def test_what_is_suspended_is_suspended_as_a_whole(launched: Launcher) -> None:
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[list[str], dict]]:
-    """What `sftx run` would launch, in an empty directory."""
+    """Records what `sftx run` would launch, in an empty directory."""
+    from sftx.distributed import launch
+
     found: list[tuple[list[str], dict]] = []
 
     def instead(command: list[str], **options: object) -> int:
@@ -279,14 +284,20 @@ def test_every_rank_gets_the_command_and_one_directory(started: list[tuple[list[
 
 def test_every_launch_has_a_directory_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with launch.output_dir(None, "a", resume=False) as one, launch.output_dir(None, "a", resume=False) as other:
+    with (
+        reserve(None, "a", resume_run=False) as one,
+        reserve(None, "a", resume_run=False) as other,
+    ):
         assert (one, other) == ("runs/a-1", "runs/a-2")
         Path(other, "run.yaml").touch()
     assert not Path(one).exists()
     assert Path(other).exists()
-    with launch.output_dir(None, "a", resume=True) as last, launch.output_dir("b", "a", resume=False) as named:
+    with (
+        reserve(None, "a", resume_run=True) as last,
+        reserve("b", "a", resume_run=False) as named,
+    ):
         assert (last, named, Path("b").exists()) == ("runs/a-2", "b", False)
-    with pytest.raises(OutputError, match="holds a run already"), launch.output_dir(other, "a", resume=False):
+    with pytest.raises(OutputError, match="holds a run already"), reserve(other, "a", resume_run=False):
         pass
 
 
@@ -298,7 +309,7 @@ def test_a_directory_that_cannot_be_made_is_told(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(OutputError, match="output_dir runs/a-1: cannot be written"):
-        launch.output_dir(None, "a", resume=False).__enter__()
+        reserve(None, "a", resume_run=False).__enter__()
 
 
 @pytest.mark.parametrize(
@@ -322,6 +333,8 @@ def test_what_is_wrong_is_told_before_anything_is_started(
 
 
 def test_a_launch_within_a_launch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sftx.distributed import launch
+
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "1")
     with pytest.raises(ConfigError, match="torchrun has started this process already"):
@@ -329,21 +342,21 @@ def test_a_launch_within_a_launch_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_there_are_as_many_ranks_as_gpus_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sftx.distributed import agent
+    from sftx.distributed import launch
 
     for num_gpus, wanted, becomes in ((0, 3, 3), (4, None, 4), (4, 4, 4), (4, 1, 1)):
-        monkeypatch.setattr(agent.torch.cuda, "device_count", lambda n=num_gpus: n)
-        assert agent.num_processes(wanted, use_cpu=False) == becomes
-    assert agent.num_processes(8, use_cpu=True) == 8
+        monkeypatch.setattr(launch.torch.cuda, "device_count", lambda n=num_gpus: n)
+        assert launch.num_processes(wanted, use_cpu=False) == becomes
+    assert launch.num_processes(8, use_cpu=True) == 8
     with pytest.raises(ConfigError, match="--nproc 5: a GPU has one process, and torch sees 4"):
-        agent.num_processes(5, use_cpu=False)
+        launch.num_processes(5, use_cpu=False)
     with pytest.raises(ConfigError, match="--use-cpu leaves none"):
-        agent.num_processes(None, use_cpu=True)
-    monkeypatch.setattr(agent.torch.cuda, "device_count", lambda: 0)
+        launch.num_processes(None, use_cpu=True)
+    monkeypatch.setattr(launch.torch.cuda, "device_count", lambda: 0)
     with pytest.raises(ConfigError, match="torch sees none on this host"):
-        agent.num_processes(None, use_cpu=False)
+        launch.num_processes(None, use_cpu=False)
 
 
 def test_options_of_the_launch_are_taken_out_of_a_command_line() -> None:
     given = ["a.yaml", "--nproc=2", "--nprocs", "--nproc", "3", "--set", "x.y=--nproc", "--nproc"]
-    assert launch.without_options(given, "--nproc") == ["a.yaml", "--nprocs", "--set", "x.y=--nproc"]
+    assert without_options(given, "--nproc") == ["a.yaml", "--nprocs", "--set", "x.y=--nproc"]

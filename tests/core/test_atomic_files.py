@@ -21,12 +21,12 @@ def fill(part: Path, text: str = "new") -> None:
 
 def test_a_directory_is_described_file_by_file(tmp_path: Path) -> None:
     place = tmp_path / "deep" / "step-1"
-    with atomic_files.directory(place, checksums=True) as part:
+    with atomic_files.atomic_directory(place, checksums=True) as part:
         assert not place.exists()
         fill(part)
     described = json.loads((place / atomic_files.CHECKSUMS).read_text())
     assert set(described) == {"a.json", "inner/b.safetensors"}
-    assert atomic_files.damage(place) is None
+    assert atomic_files.find_damage(place) is None
     assert [p.name for p in place.parent.iterdir()] == ["step-1"], "nothing lies beside it"
     assert {p.stat().st_mode & 0o777 for p in place.rglob("*") if p.is_file()} == {0o644}
 
@@ -47,10 +47,10 @@ def test_a_directory_is_described_file_by_file(tmp_path: Path) -> None:
     ],
 )
 def test_damage_is_told(tmp_path: Path, harm: Any, told: str) -> None:
-    with atomic_files.directory(tmp_path / "d", checksums=True) as part:
+    with atomic_files.atomic_directory(tmp_path / "d", checksums=True) as part:
         fill(part)
     harm(tmp_path / "d")
-    assert told in str(atomic_files.damage(tmp_path / "d"))
+    assert told in str(atomic_files.find_damage(tmp_path / "d"))
 
 
 class PowerCutError(BaseException):
@@ -71,7 +71,7 @@ def test_whenever_the_writer_dies_the_old_or_the_new_is_there(
     for number in range(1000):
         place = tmp_path / str(number) / "d"
         if exists:
-            with atomic_files.directory(place, checksums=True) as part:
+            with atomic_files.atomic_directory(place, checksums=True) as part:
                 fill(part, "old")
         count = 0
 
@@ -94,17 +94,17 @@ def test_whenever_the_writer_dies_the_old_or_the_new_is_there(
                 patch.setattr(os, name, dying(name))
             patch.setattr(atomic_files.shutil, "rmtree", dead)
             try:
-                with atomic_files.directory(place, checksums=True) as part:
+                with atomic_files.atomic_directory(place, checksums=True) as part:
                     fill(part)
                 finished = True
             except PowerCutError:
                 finished = False
         if place.parent.exists():
-            atomic_files.sweep(place.parent)
+            atomic_files.remove_leftovers(place.parent)
             assert not [p.name for p in place.parent.iterdir() if p.name.startswith(".")]
         found = json.loads((place / "a.json").read_text())["text"] if place.exists() else None
         assert found in (("old", "new") if exists else (None, "new"))
-        assert not place.exists() or atomic_files.damage(place) is None
+        assert not place.exists() or atomic_files.find_damage(place) is None
         outcomes.add(found)
         if finished:
             break
@@ -117,7 +117,7 @@ def test_a_foreign_error_is_told_with_the_room_that_is_left(tmp_path: Path) -> N
         pass
 
     def write() -> None:
-        with atomic_files.directory(tmp_path / "d") as part:
+        with atomic_files.atomic_directory(tmp_path / "d") as part:
             fill(part)
             raise SafetensorError("No space left on device")
 
@@ -143,11 +143,11 @@ def test_text_is_replaced_or_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_what_is_removed_is_gone_or_has_another_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with atomic_files.directory(tmp_path / "step-1") as part:
+    with atomic_files.atomic_directory(tmp_path / "step-1") as part:
         fill(part)
     with monkeypatch.context() as patch:
         patch.setattr(atomic_files.shutil, "rmtree", lambda *args, **kwargs: None)
         atomic_files.remove(tmp_path / "step-1")
     assert not (tmp_path / "step-1").exists()
-    atomic_files.sweep(tmp_path)
+    atomic_files.remove_leftovers(tmp_path)
     assert not list(tmp_path.iterdir())

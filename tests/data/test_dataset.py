@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sftx.data.dataset import Examples, Writer
-from sftx.data.row_encoder import Encoded, Row
+from sftx.data.row_encoder import EncodedRow
 from sftx.types import Example, Location
 
 ROWS = st.lists(
@@ -22,21 +22,19 @@ ROWS = st.lists(
 )
 
 
-def rows_of(tokens: list[list[tuple[int, bool, float]]]) -> list[Row]:
+def rows_of(tokens: list[list[tuple[int, bool, float]]]) -> list[EncodedRow]:
     rows = []
     for number, row in enumerate(tokens, 1):
         ids, mask, weights = (list(column) for column in zip(*row, strict=True))
         weighted = any(weight != 1 for weight in weights)
         extras = {"number": number} if number % 3 == 0 else {}
-        one = Encoded(
-            np.array(ids, np.int32), np.array(mask), np.array(weights, np.float32) if weighted else None, 0, extras
-        )
-        rows.append(Row(Location("a.jsonl" if number % 2 else "b.parquet", number, "line" if number % 2 else "row")))
-        rows[-1].examples = [one]
+        where = Location("a.jsonl" if number % 2 else "b.parquet", number, "line" if number % 2 else "row")
+        example = Example(np.array(ids), np.array(mask), str(where), 0, np.array(weights) if weighted else None, extras)
+        rows.append(EncodedRow(where, examples=[example]))
     return rows
 
 
-def written(rows: list[Row], directory: Path | None) -> Examples:
+def written(rows: list[EncodedRow], directory: Path | None) -> Examples:
     writer = Writer(directory)
     for row in rows:
         writer.add(row, 0)
@@ -46,7 +44,7 @@ def written(rows: list[Row], directory: Path | None) -> Examples:
 @given(ROWS)
 def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, tokens: Any) -> None:
     rows = rows_of(tokens)
-    expected = [example for number, row in enumerate(rows) for example in row.as_examples(number)]
+    expected = [example for number, row in enumerate(rows) for example in row.examples_from_group(number)]
     directory = tmp_path_factory.mktemp("columns")
     for found in (written(rows, None), written(rows, directory), Examples.load(directory)):
         assert list(found) == expected

@@ -159,7 +159,7 @@ def test_a_tokenizer_without_the_control_tokens_is_refused(tokenizer: Any) -> No
 
 def test_control_text_that_is_not_declared_is_refused(encoder: Encoder) -> None:
     with pytest.raises(PluginError, match="not in its controls"):
-        encoder.segments([Segment("<|endoftext|>", control=True)])
+        encoder.encode_segments([Segment("<|endoftext|>", control=True)])
 
 
 def test_plain_text_ends_with_the_stop_token_and_is_trained_whole(tokenizer: Any) -> None:

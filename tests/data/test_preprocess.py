@@ -16,7 +16,7 @@ import pytest
 from encoding import prepared
 from sftx.config.options import DataConfig, Filters, Source
 from sftx.data import preprocess as prepare_module
-from sftx.data.preprocess import Dataset, prepare
+from sftx.data.dataset import Dataset, prepare
 from sftx.data.row_encoder import RowEncoder
 from sftx.errors import DataError, PluginError
 from sftx.testing.kit import Kit

@@ -12,14 +12,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sftx.assembly.stages import CollatorStage
 from sftx.config.options import TrainConfig
 from sftx.data import mixture
-from sftx.data.sampler import Plan, Planned
-from sftx.types import Collator, Example
+from sftx.data.sampler import EpochSampler, PlannedStep
+from sftx.types import Example
 from sftx_plugins.collators.packed import Packed
 from sftx_plugins.collators.padded import Padded
 
-COLLATORS: dict[str, Collator] = {"padded": Padded(), "packed": Packed().sftx_collator(20)}
+COLLATORS = {
+    "padded": CollatorStage("padded", Padded()),
+    "packed": CollatorStage("packed", Packed().sftx_collator(20)),
+}
 
 
 def examples_of(groups: list[list[int]]) -> list[Example]:
@@ -31,7 +35,7 @@ def examples_of(groups: list[list[int]]) -> list[Example]:
     ]
 
 
-def plan_of(groups: list[list[int]], collator: str, weights: tuple[float, ...] = (), **options: Any) -> Plan:
+def plan_of(groups: list[list[int]], collator: str, weights: tuple[float, ...] = (), **options: Any) -> EpochSampler:
     """With `weights` the groups come from sources in turn, and each epoch is drawn anew."""
     examples = examples_of(groups)
     sample = None
@@ -41,14 +45,14 @@ def plan_of(groups: list[list[int]], collator: str, weights: tuple[float, ...] =
         draw = partial(mixture.sample, numbers, sources, weights, "concat", seed=5)
         sample = lambda epoch: draw(epoch=epoch)  # noqa: E731
     config = TrainConfig(seed=5, per_device_train_batch_size=2, **options)
-    return Plan(examples, COLLATORS[collator], config, sample)
+    return EpochSampler(examples, COLLATORS[collator], config, sample)
 
 
-def given_by(steps: list[Planned]) -> list[Any]:
-    return [(epoch, step, [examples[at].row_id for row in step for at in row]) for epoch, step, examples in steps]
+def given_by(steps: list[PlannedStep]) -> list[Any]:
+    return [(epoch, step, [examples[at].row_id for row in step for at in row]) for epoch, step, examples, _ in steps]
 
 
-def resumed(plan: Plan, state: dict[str, Any]) -> Plan:
+def resumed(plan: EpochSampler, state: dict[str, Any]) -> EpochSampler:
     plan.load_state_dict(json.loads(json.dumps(state)))
     return plan
 
@@ -83,7 +87,7 @@ def test_a_plan_goes_on_after_any_step(collator: str, weights: tuple[float, ...]
 @pytest.mark.parametrize("collator", COLLATORS)
 def test_a_plan_that_is_stopped_after_every_step_is_the_plan_that_is_not(collator: str) -> None:
     make = partial(plan_of, LENGTHS, collator, (0.5, 1.7), max_steps=30)
-    steps: list[Planned] = []
+    steps: list[PlannedStep] = []
     state = make().state_dict(0)
     for done in range(1, 31):
         plan = resumed(make(), state)

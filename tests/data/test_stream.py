@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from sftx.config.options import DataConfig, Filters, RunConfig, Source, TrainConfig
-from sftx.data import wanted
 from sftx.data.row_encoder import RowEncoder
 from sftx.data.sampler import StreamPlan
+from sftx.data.sources import check_data_config
 from sftx.data.stream import Stream
 from sftx.errors import ConfigError, DataError
 from sftx.testing.kit import Kit
@@ -115,4 +115,4 @@ def test_what_a_stream_cannot_do_is_said_first(data: DataConfig, train: TrainCon
 
     data = dataclasses.replace(data, train=(Source("sftx:demo/train.jsonl"),))
     with pytest.raises(ConfigError, match=message):
-        wanted.check(RunConfig(data=data, train=train))
+        check_data_config(RunConfig(data=data, train=train))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import assets
 from sftx.config.options import DataConfig
-from sftx.data.row_encoder import Row, RowEncoder
+from sftx.data.row_encoder import EncodedRow, RowEncoder
 from sftx.data.truncate import fit, infer_lengths
 from sftx.errors import DataError
 from sftx.testing.kit import Kit
@@ -35,8 +35,8 @@ def turns(*lengths: int) -> Conversation:
     )
 
 
-def encode(kit: Kit, conversation: Any, **options: Any) -> Row:
-    return RowEncoder({}, kit.encoder, DataConfig(**options)).encode([conversation], Row(WHERE))
+def encode(kit: Kit, conversation: Any, **options: Any) -> EncodedRow:
+    return RowEncoder({}, kit.encoder, DataConfig(**options)).encode([conversation], EncodedRow(WHERE))
 
 
 def test_lengths_are_llama_factorys() -> None:
@@ -114,11 +114,12 @@ def test_cut_proportional_keeps_what_llama_factory_keeps_of_every_turn(data: st.
         total += sum(kept)
     piece = (ids, mask, [1.0] * len(ids))
     config = DataConfig(max_length=limit, long_rows="cut_proportional")
-    found = fit(PlainText(""), piece, config, lambda token: token == STOP, lambda unit: piece)
+    found = fit(PlainText(""), piece, config, lambda token: token == STOP, lambda unit: piece).kept
     if not found:
         assert not any(answer for n, (_, answer) in enumerate(expected) if n or expected[0][0])
         return
-    ((kept_ids, kept_mask, _),) = found
+    (kept,) = found
+    kept_ids, kept_mask = [ids[n] for n in kept], [mask[n] for n in kept]
     assert len(kept_ids) == total <= limit
     assert sum(kept_mask) == sum(answer for _, answer in expected)
     # A stop that is trained ends an answer of which nothing was cut.

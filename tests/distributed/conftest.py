@@ -1,4 +1,4 @@
-"""What runs in several processes share: where they start from, their rows, the tiny models."""
+"""Fixtures for runs in several processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def starter(tmp_path_factory: pytest.TempPathFactory) -> Starter:
 
 @pytest.fixture(scope="session")
 def common(starter: Starter) -> str:
-    """Arguments of `sftx run` that all cases share: ten steps of 8 rows, the last of each epoch with 3."""
+    """Return the arguments of `sftx run` that all cases share: ten steps of 8 rows, the last of each epoch with 3."""
     from sftx.model.tiny import model_dir
 
     return (

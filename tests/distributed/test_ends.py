@@ -1,4 +1,4 @@
-"""How a run of several processes ends otherwise: one is killed, gets a signal, or has an error of its own."""
+"""A run of several processes in which one rank is killed, gets a signal, or raises an error."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from rank_faults import kill_rank_1_in_step_5, raise_between_steps, raise_in_a_forward, raise_in_the_main_process
+from rank_faults import (
+    MESSAGE,
+    kill_rank_1_in_step_5,
+    raise_between_steps,
+    raise_in_a_forward,
+    raise_on_rank_0_while_it_saves,
+)
 from ranked import PATIENCE_S, Prepare, Starter, lines
 from same_run import DDP, FSDP2, differing
 
@@ -22,18 +28,24 @@ def mark_process(rank: int) -> None:
 
 
 def steps_so_far(out: Path) -> int:
-    """What a run that is under way has reported."""
+    """Return the last step that a run which is under way has reported."""
     path = out / "metrics.jsonl"
-    whole = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return max((json.loads(line)["step"] for line in whole if line.endswith("\n")), default=0)
+    written = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return max((json.loads(line)["step"] for line in written if line.endswith("\n")), default=0)
 
 
 # --- killed -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", [DDP + "--plugin lora --set lora.lora_dropout=0.1", FSDP2], ids=["lora", "full"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        pytest.param(DDP + "--plugin lora --set lora.lora_dropout=0.1", id="lora"),
+        pytest.param(FSDP2, id="full", marks=pytest.mark.slow),
+    ],
+)
 def test_a_rank_that_is_killed_under_torchrun_leaves_no_trace(mode: str, starter: Starter, common: str) -> None:
-    """torchrun starts all ranks again, and they go on from the last checkpoint by themselves."""
+    """torchrun starts all ranks again, and they resume from the last checkpoint by themselves."""
     arguments = f"{common} {mode} --save-steps 3".split()
     agent = ["--nproc-per-node=2", "--max-restarts=1", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
     undisturbed = starter.run(arguments, 2).succeed()
@@ -45,7 +57,7 @@ def test_a_rank_that_is_killed_under_torchrun_leaves_no_trace(mode: str, starter
 
 
 def test_a_rank_that_is_killed_under_nproc_leaves_no_trace(starter: Starter, common: str) -> None:
-    """The command itself, and its rank killed from outside, at whatever place it is in."""
+    """The installed command runs, and a rank is killed from outside at an arbitrary instant."""
     arguments = f"{common} --distributed fsdp2 --max-steps 60 --save-steps 3 --save-total-limit 2".split()
     undisturbed = starter.run(arguments, 2).succeed()
     directory = starter.directory("nproc")
@@ -67,7 +79,7 @@ def test_a_rank_that_is_killed_under_nproc_leaves_no_trace(starter: Starter, com
 
 
 def pid_of_rank(rank: int, launcher: int) -> int:
-    """Of the processes that this one has started."""
+    """Return the process id of a rank, among the child processes of the launcher."""
     children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
     (pid,) = (pid for pid in children if f"RANK={rank}" in Path(f"/proc/{pid}/environ").read_text().split("\0"))
     return int(pid)
@@ -76,7 +88,14 @@ def pid_of_rank(rank: int, launcher: int) -> int:
 # --- signals ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("mode", "rank"), [(DDP, 1), (FSDP2, 1), (DDP, 0)])
+@pytest.mark.parametrize(
+    ("mode", "rank"),
+    [
+        (FSDP2, 1),
+        pytest.param(DDP, 1, marks=pytest.mark.slow),
+        pytest.param(DDP, 0, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_to_one_rank_stops_and_saves_all(mode: str, rank: int, starter: Starter, common: str) -> None:
     arguments = f"{common} {mode} --max-steps 400".split()
     group = starter.run(arguments, 2, prepare=mark_process)
@@ -93,10 +112,19 @@ def test_a_signal_to_one_rank_stops_and_saves_all(mode: str, rank: int, starter:
 # --- errors of one rank -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prepare", [raise_between_steps, raise_in_a_forward, raise_in_the_main_process])
-@pytest.mark.parametrize("mode", [DDP, FSDP2], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    ("mode", "prepare"),
+    [
+        (DDP, raise_in_a_forward),
+        (FSDP2, raise_between_steps),
+        (DDP, raise_on_rank_0_while_it_saves),
+        pytest.param(FSDP2, raise_in_a_forward, marks=pytest.mark.slow),
+        pytest.param(DDP, raise_between_steps, marks=pytest.mark.slow),
+        pytest.param(FSDP2, raise_on_rank_0_while_it_saves, marks=pytest.mark.slow),
+    ],
+)
 def test_an_error_of_one_rank_ends_all_and_is_told(mode: str, prepare: Prepare, starter: Starter, common: str) -> None:
     group = starter.run(f"{common} {mode} --save-steps 5".split(), 2, prepare=prepare)
     codes = group.wait()
     assert 0 not in codes
-    assert "a row that this rank alone has" in group.printed(), group.printed()
+    assert MESSAGE in group.printed(), group.printed()

@@ -1,4 +1,4 @@
-"""A checkpoint belongs to no number of processes: it goes on in another, and is a model that transformers loads."""
+"""A checkpoint resumes in any number of processes, and is a model that transformers loads."""
 
 from __future__ import annotations
 
@@ -15,12 +15,19 @@ from ranked import Starter
 from same_run import DDP, FSDP2, compare
 
 LORA: Final = "--plugin lora "
-ONWARD: Final = [(DDP, 2, (4,)), (FSDP2, 2, (1, 4)), (FSDP2, 1, (2,)), (FSDP2, 4, (2,)), (FSDP2 + LORA, 2, (1, 4))]
-"""How the run is shared, in how many processes its checkpoint is written, and in how many it goes on."""
+ONWARD: Final = [
+    pytest.param(FSDP2, 2, (1, 4), id="fsdp2-2"),
+    pytest.param(FSDP2 + LORA, 2, (4,), id="fsdp2-lora-2"),
+    pytest.param(DDP, 2, (4,), id="ddp-2", marks=pytest.mark.slow),
+    pytest.param(FSDP2, 1, (2,), id="fsdp2-1", marks=pytest.mark.slow),
+    pytest.param(FSDP2, 4, (2,), id="fsdp2-4", marks=pytest.mark.slow),
+    pytest.param(FSDP2 + LORA, 2, (1,), id="fsdp2-lora-2-to-1", marks=pytest.mark.slow),
+]
+"""The strategy, the number of processes that write the checkpoint, and the numbers that it goes on in."""
 
 
 def written_by(starter: Starter, arguments: list[str], size: int) -> Path:
-    """A run directory as it lay after the save of step 5, of a run in `size` processes that was killed there."""
+    """Return a directory with a run in `size` processes that was killed after it saved step 5."""
     group = starter.run(arguments, size, prepare=end_after_step_5)
     codes = group.wait()
     assert codes[0] == 137, group.printed()
@@ -41,7 +48,7 @@ def test_a_checkpoint_goes_on_in_another_number_of_processes(
         group = starter.run([*arguments, "--resume"], after, directory=copy)
         out = group.succeed()
         for place in (out, alone):
-            shutil.rmtree(place / "checkpoints", ignore_errors=True)  # of another number of files
+            shutil.rmtree(place / "checkpoints", ignore_errors=True)  # they have other numbers of files
         compare(out, alone)
 
 

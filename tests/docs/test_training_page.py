@@ -65,7 +65,7 @@ def test_exit_codes_are_those_of_the_signals() -> None:
 
 def test_the_files_of_a_checkpoint_are_those_that_are_written() -> None:
     from sftx import atomic_files
-    from sftx.checkpoint import checkpoint
+    from sftx.checkpoint import layout
 
-    written = {checkpoint._OPTIMIZER, checkpoint._STATE, checkpoint._TRAINER_STATE, atomic_files.CHECKSUMS}
+    written = {f"{layout.OPTIMIZER}.safetensors", layout.RUN_STATE, layout.TRAINER_STATE, atomic_files.CHECKSUMS}
     assert written | {"adapter_model.safetensors", "model.safetensors"} == set(column("file"))

@@ -15,6 +15,7 @@ from sftx import Example
 from sftx.config.loading import load
 from sftx.run import assemble
 from sftx.trainer.session import Session
+from trainers import planned
 
 DPO = Path(__file__).parents[2] / "examples" / "sftx-dpo"
 BETA, STEPS = 0.5, 10
@@ -177,8 +178,10 @@ def test_steps_of_training_give_the_losses_gradients_and_rewards_of_trl(
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-3, weight_decay=0.01)
     oracle.model.train()
     losses = []
-    for number, (epoch, step, _) in enumerate(session.plan, 1):
-        ours = session.trainer.step(number, epoch, session.trainer.micro_batches(step, session.data.examples))
+    for number, (epoch, step, *_) in enumerate(session.sampler, 1):
+        ours = session.trainer.train_step(
+            number, epoch, session.trainer.micro_batches(planned(step, session.data.examples))
+        )
         optimizer.zero_grad()
         loss = oracle.compute_loss(oracle.model, trl_inputs(oracle, pairs_of(session, step)))
         loss.backward()

@@ -1,4 +1,4 @@
-"""What the tests of the bench share: tiny cases of each operation, and the command run in this process."""
+"""Helpers of the bench's tests: tiny cases of each operation, and the command run in this process."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 from click.testing import CliRunner, Result
 
 from sftx.cli import bench as cli
-from sftx_kernels.bench import cases, devices
-from sftx_kernels.bench.cases import CrossEntropyShape, LinearCrossEntropyShape, LoraShape, Shape
+from sftx_kernels.bench import devices
+from sftx_kernels.bench.cases import Shape
+from sftx_kernels.bench.operations import CrossEntropyShape, LinearCrossEntropyShape, LoraShape, shape_entry
 
 CPU = torch.device("cpu")
 SHAPES: list[Shape] = [
@@ -26,7 +27,7 @@ PEAKS = devices.Peaks({"fp32": 1e11, "bf16": 1e11, "fp16": 1e11, "fp64": 1e11}, 
 
 def shapes_file(directory: Path, *shapes: Shape) -> Path:
     path = directory / "shapes.json"
-    path.write_text(json.dumps([cases.shape_entry(shape) for shape in shapes]))
+    path.write_text(json.dumps([shape_entry(shape) for shape in shapes]))
     return path
 
 
@@ -35,5 +36,5 @@ def bench(*arguments: object) -> Result:
 
 
 def rows_of(path: Path) -> dict[str, dict[str, Any]]:
-    """The rows of a result by provider."""
+    """Return the rows of a result by provider."""
     return {row["provider"]: row for row in json.loads(path.read_text())["rows"]}

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from sftx.assembly.stages import ParserStage
 from sftx.config.options import DataConfig, Source
+from sftx.data.dataset import Dataset
 from sftx.data.encoder import Encoder
-from sftx.data.preprocess import Dataset, prepare
+from sftx.data.preprocess import load_dataset
 from sftx.data.row_encoder import RowEncoder
 from sftx.types import Parser
 
@@ -21,7 +23,8 @@ def prepared(
     questions: bool = False,
 ) -> Dataset:
     """Every row of these files, encoded, not cached, and checked as for a run."""
-    encode = RowEncoder(parsers, encoder, config, questions=questions)
-    data = prepare([Source(str(path)) for path in paths], encode)
+    stages = {name: ParserStage(f"plugin {name!r}", parser) for name, parser in parsers.items()}
+    encode = RowEncoder(stages, encoder, config, questions=questions)
+    data = load_dataset([Source(str(path)) for path in paths], encode)
     data.check(encode)
     return data

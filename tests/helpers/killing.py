@@ -1,4 +1,4 @@
-"""Runs as processes of their own, to be killed at any instant and gone on with.
+"""Runs in processes of their own, which tests kill at any instant and resume.
 
 A process that imports torch and transformers needs seconds; these are forked from one that has imported them already,
 and then do what the command `sftx` does with the same arguments.
@@ -35,18 +35,18 @@ _IMPORTED = (
     "sftx_plugins.observers.progress",
 )
 PATIENCE_S = 120.0
-"""A run of these tests that takes longer hangs."""
+"""A run that takes longer than this many seconds is taken to hang."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A kind of run that is killed: its arguments without the output directory. `{data}` is where the rows lie."""
+    """The arguments of a run, without the output directory. `{data}` stands for the directory of the rows."""
 
     name: str
     arguments: tuple[str, ...]
 
     def command(self, data: Path, model: Path, *more: str) -> list[str]:
-        """The arguments of `sftx`, for the directory `out` below where it is run."""
+        """Return the arguments of `sftx` that write to `out` in the current directory."""
         given = [argument.format(data=data) for argument in self.arguments]
         return ["run", "--model", str(model), "--output-dir", "out", *given, *more]
 
@@ -86,7 +86,7 @@ CASES = (
 
 
 def write_rows(directory: Path) -> None:
-    """The rows of CASES: of unequal lengths, one that is dropped, and enough for two epochs and a bit."""
+    """Write the rows of CASES: of unequal lengths, one of them dropped, and enough for a bit over two epochs."""
     words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
     for name, num in (("train", 21), ("more", 9), ("held", 5)):
         rows = [
@@ -99,7 +99,7 @@ def write_rows(directory: Path) -> None:
 
 
 def _work(command: Sequence[str], directory: Path) -> None:
-    """What the child does: the command `sftx` in `directory`, what it prints into files there."""
+    """Run the command `sftx` in `directory`, with its output in files there. Called in the child process."""
     os.chdir(directory)
     for name, number in (("stdout.txt", 1), ("stderr.txt", 2)):
         descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -117,14 +117,14 @@ def _work(command: Sequence[str], directory: Path) -> None:
 
 @dataclass
 class Process:
-    """A run that is under way in `directory`."""
+    """A run in progress in `directory`."""
 
     directory: Path
     child: BaseProcess
     begun: float = field(default_factory=time.monotonic)
 
     def wait(self) -> int:
-        """The exit code, or minus the signal that ended it. Raises TimeoutError."""
+        """Return the exit code, or minus the signal that ended the process. Raises TimeoutError."""
         self.child.join(PATIENCE_S)
         if self.child.exitcode is None:
             self.child.kill()
@@ -132,7 +132,7 @@ class Process:
         return self.child.exitcode
 
     def until(self, true: Callable[[], bool]) -> bool:
-        """Waits for something; False when the process ended before."""
+        """Wait until `true()` holds; return False when the process ended before."""
         while self.child.is_alive():
             if true():
                 return True
@@ -148,12 +148,12 @@ class Process:
 
     @property
     def printed(self) -> str:
-        """All that runs in this directory have printed so far."""
+        """Everything that runs in this directory have printed so far."""
         return "".join((self.directory / name).read_text(encoding="utf-8") for name in ("stdout.txt", "stderr.txt"))
 
 
 class Runs:
-    """Starts runs of the tiny model on the rows of `write_rows`; what they never had to survive is kept to compare."""
+    """Starts runs of the tiny model on the rows of `write_rows`, and keeps undisturbed runs to compare with."""
 
     def __init__(self, root: Path, model: Path) -> None:
         self.root, self.model = root, model
@@ -176,7 +176,7 @@ class Runs:
         return Process(directory, child)
 
     def undisturbed(self, case: Case) -> tuple[Path, float]:
-        """The run directory of a run that nothing happened to, and the seconds from its first file to its end."""
+        """Return the directory of an undisturbed run, and the seconds from its first file to its end."""
         if case not in self._undisturbed:
             process = self.start(case, self.directory(f"{case.name}-undisturbed"))
             out = process.directory / "out"
@@ -188,7 +188,7 @@ class Runs:
         return self._undisturbed[case]
 
     def killed(self, case: Case, rng: random.Random, number: int = signal.SIGKILL, kills: int = 1) -> Killed:
-        """A run that is killed `kills` times at random instants, each time gone on with, and let end."""
+        """Kill a run `kills` times at random instants, resume it each time, and let it end."""
         _, seconds = self.undisturbed(case)
         directory = self.directory(case.name)
         story, codes = [], []
@@ -208,14 +208,14 @@ class Runs:
 
 @dataclass(frozen=True)
 class Killed:
-    """What came of a run that was killed and gone on with."""
+    """The result of a run that was killed and resumed."""
 
     case: Case
     output_dir: Path
     story: list[str]
-    """When it was killed, each time."""
+    """The instants at which it was killed."""
     codes: list[int]
-    """How each of its processes ended, the last one undisturbed."""
+    """The exit codes of its processes, the last of which was undisturbed."""
     printed: str
 
     def remove(self) -> None:
@@ -226,11 +226,11 @@ class Killed:
 class _Instant:
     name: str
     wait: Callable[[Process], bool]
-    """Returns when it has come; False when the run was over before."""
+    """Waits for the instant; returns False when the run ended before."""
 
 
 def _instant(directory: Path, seconds: float, rng: random.Random) -> _Instant:
-    """One time in three in the midst of saving, one in ten before the first step, else anywhere in the run."""
+    """Draw an instant: one time in three during a save, one in ten before the first step, else anywhere in the run."""
     out, draw = directory / "out", rng.random()
     if draw < 1 / 3:
         which, delay = rng.randrange(1, 8), rng.choice((0.0, rng.uniform(0, 0.03)))
@@ -256,7 +256,7 @@ def _size(path: Path) -> int:
 
 
 def _after(seconds: float) -> Callable[[], bool]:
-    """Whether so long has passed, from the first time that it is asked."""
+    """Return a function that tells whether `seconds` have passed since its first call."""
     begun: list[float] = []
 
     def passed() -> bool:
@@ -267,13 +267,13 @@ def _after(seconds: float) -> Callable[[], bool]:
 
 
 def _parts(out: Path) -> list[Path]:
-    """What is being written."""
+    """Return the directories and files that are being written."""
     return [path for place in (out, out / "checkpoints") for path in place.glob(".*.part")]
 
 
 @dataclass
 class _Saving:
-    """Counts the artefacts whose writing has begun."""
+    """Counts the artefacts and checkpoints whose writing has begun."""
 
     out: Path
     begun: int = 0
@@ -281,7 +281,7 @@ class _Saving:
     is_saving: bool = False
 
     def seen(self, which: int, delay: float) -> bool:
-        """Whether the writing of artefact number `which`, counted from 1, began `delay` seconds ago."""
+        """Return whether the writing of number `which`, counted from 1, began `delay` seconds ago."""
         now = bool(_parts(self.out))
         if now and not self.is_saving:
             self.begun, self.at = self.begun + 1, time.monotonic()

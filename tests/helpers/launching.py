@@ -1,4 +1,4 @@
-"""Commands launched as ranks, by a process of its own that is forked from one which has imported torch already."""
+"""Scripts launched as ranks, by a process that is forked from one which has imported torch already."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 PATIENCE_S = 60.0
-"""A launch of these tests that takes longer hangs."""
+"""A launch that takes longer than this many seconds is taken to hang."""
 
 
 def _work(directory: Path, environment: Mapping[str, str], nproc: int, max_restarts: int, settings: Mapping) -> None:
-    """What the launching process does, as the command line would: `directory/rank.py` in so many processes."""
+    """Launch `directory/rank.py` as the command line would. Called in the launching process."""
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # as on a terminal, whatever started the tests ignores
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -32,10 +32,10 @@ def _work(directory: Path, environment: Mapping[str, str], nproc: int, max_resta
     import click
 
     import sftx.cli
-    from sftx.distributed import launch
+    from sftx.distributed import launch, supervisor
 
     for name, value in settings.items():
-        setattr(launch, name, value)
+        setattr(supervisor, name, value)
 
     @click.command()
     def rank() -> None:
@@ -48,7 +48,7 @@ def _work(directory: Path, environment: Mapping[str, str], nproc: int, max_resta
 
 
 class Launched:
-    """A launch that is under way in `directory`, whose ranks leave a file there for whatever is to be known of them."""
+    """A launch in progress in `directory`."""
 
     def __init__(self, directory: Path, child: BaseProcess) -> None:
         self.directory, self._child = directory, child
@@ -56,7 +56,7 @@ class Launched:
         self.pid: int = child.pid
 
     def wait(self) -> int:
-        """The exit code, or minus the signal that ended it. Raises TimeoutError."""
+        """Return the exit code, or minus the signal that ended the launcher. Raises TimeoutError."""
         self._child.join(PATIENCE_S)
         if self._child.exitcode is None:
             self._child.kill()
@@ -76,7 +76,7 @@ class Launched:
         return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
     def until(self, true: Callable[[], bool], what: str) -> None:
-        """Waits for something. Raises TimeoutError."""
+        """Wait until `true()` holds. Raises TimeoutError."""
         limit = time.monotonic() + PATIENCE_S
         while not true():
             if time.monotonic() > limit:
@@ -84,11 +84,11 @@ class Launched:
             time.sleep(0.005)
 
     def said(self, word: str, times: int) -> None:
-        """Waits until the ranks have printed `word` so often on stdout."""
+        """Wait until the ranks have printed `word` that many times on stdout."""
         self.until(lambda: sum(word in line for line in self.out) >= times, f"{word!r} {times} times")
 
     def pids(self) -> list[int]:
-        """Those that the ranks printed as `pid N`."""
+        """Return the process ids that the ranks printed as `pid N`."""
         return [int(line.rpartition("pid ")[2]) for line in self.out if "pid " in line]
 
 
@@ -99,14 +99,14 @@ class Launcher:
         self._root = root
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(
-            ["torch.distributed.elastic.agent.server.api", "sftx.distributed.agent", "sftx.cli"]
+            ["torch.distributed.elastic.agent.server.api", "sftx.distributed.launch", "sftx.cli"]
         )
         self._num = 0
 
     def __call__(
         self, script: str, *, nproc: int = 2, max_restarts: int = 0, environment: Mapping = {}, **settings: object
     ) -> Launched:
-        """`settings`: other values for constants of `sftx.distributed.launch`."""
+        """Launch a script. `settings`: other values for constants of `sftx.distributed.supervisor`."""
         self._num += 1
         directory = self._root / str(self._num)
         directory.mkdir()
@@ -125,12 +125,12 @@ def say(*words):
 
 
 def is_running(pid: int) -> bool:
-    """Whether there is such a process that has not ended, read by anybody or not."""
+    """Return whether the process exists and has not ended (a zombie has)."""
     return state(pid) not in ("", "Z", "X")
 
 
 def state(pid: int) -> str:
-    """The letter that the system has for what a process does; nothing when there is none."""
+    """Return the letter of the process's state in /proc, an empty string when there is no such process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):

@@ -1,4 +1,4 @@
-"""What goes wrong in one rank of a run alone: given to `ranked.Starter` as what each rank does first."""
+"""Faults that hit one rank of a run alone. `ranked.Starter` calls the function in every rank before the run starts."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import signal
 from pathlib import Path
 from typing import Any
 
+MESSAGE = "a row that this rank alone has"
+"""The message of the errors that are raised."""
+
 
 def kill_rank_1_in_step_5(rank: int) -> None:
-    """In the midst of it, and the first time alone, which is told from the file `killed`."""
+    """Kills rank 1 in the middle of step 5, but not again after a restart, when the file `killed` exists."""
     from sftx.trainer.trainer import Trainer
 
     update = Trainer.accumulate
@@ -25,7 +28,7 @@ def kill_rank_1_in_step_5(rank: int) -> None:
 
 
 def end_after_step_5(rank: int) -> None:
-    """Every rank, as by kill -9, once the checkpoint of that step is written."""
+    """Ends every rank, as kill -9 does, once the checkpoint of step 5 is written."""
     from sftx.trainer.trainer import Trainer
 
     begin = Trainer.step
@@ -39,12 +42,12 @@ def end_after_step_5(rank: int) -> None:
 
 
 def _raise_at(owner: Any, name: str, call: int) -> None:
-    """From now on the function raises when it is called so many times."""
+    """Makes a function raise at its call number `call`, counted from 1."""
     function, calls = getattr(owner, name), iter(range(1, call + 1))
 
     def raising(*arguments: Any) -> Any:
         if next(calls) == call:
-            raise ValueError("a row that this rank alone has")
+            raise ValueError(MESSAGE)
         return function(*arguments)
 
     setattr(owner, name, raising)
@@ -58,16 +61,23 @@ def raise_between_steps(rank: int) -> None:
 
 
 def raise_in_a_forward(rank: int) -> None:
-    """In the midst of a step, where the others wait for this one's gradients."""
+    """Raises in the middle of a step, while the other ranks wait for this one's gradients."""
     from sftx_plugins.losses.masked_ce import MaskedCE
 
     if rank == 1:
         _raise_at(MaskedCE, "__call__", 8)
 
 
-def raise_in_the_main_process(rank: int) -> None:
-    """While it writes, and the others wait."""
-    from sftx.checkpoint import checkpoint
+def raise_on_rank_0_while_it_saves(rank: int) -> None:
+    """Raises on rank 0 while it writes a checkpoint's run_state.json and the other ranks wait for it."""
+    from sftx.checkpoint.layout import RUN_STATE
+
+    write_text = Path.write_text
+
+    def raising(path: Path, *arguments: Any, **options: Any) -> int:
+        if path.name == RUN_STATE:
+            raise ValueError(MESSAGE)
+        return write_text(path, *arguments, **options)
 
     if rank == 0:
-        _raise_at(checkpoint, "_write_values", 1)
+        Path.write_text = raising

@@ -1,9 +1,9 @@
-"""Runs in several processes, started as torchrun starts them: all ranks of a case, and agents of torchrun itself.
+"""Runs in several processes, started as torchrun starts them: the ranks of a case, or agents of torchrun itself.
 
 A process that imports torch and transformers needs seconds; these are forked from one that has imported them already,
-so that a case of four ranks costs what its steps cost. Each rank is given the variables that torchrun would set, and
-then does what the command `sftx` does. Where restarts and several hosts are the matter, torchrun's own agent runs, in a
-process forked likewise, and forks its workers from the same place.
+so that a case of four ranks costs what its steps cost. Each rank gets the variables that torchrun would set, and then
+does what the command `sftx` does. Tests of restarts and of several hosts run torchrun's own agent, in a process forked
+likewise, which forks its workers from the same server.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from typing import Any
 import killing
 
 Prepare = Callable[[int], None]
-"""Is told its rank."""
+"""A function that each rank calls first, with its rank."""
 PATIENCE_S = 300.0
-"""What takes longer hangs."""
+"""A run that takes longer than this many seconds is taken to hang."""
 
 _IMPORTED = (
     *killing._IMPORTED,
@@ -43,7 +43,7 @@ _SHARED = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
 @dataclass
 class Group:
-    """The processes of one run, or the agents that start them. What each rank prints lies in `directory`/rank-N.txt."""
+    """The processes of one run, or the agents that start them. Rank N prints into `directory`/rank-N.txt."""
 
     directory: Path
     children: list[BaseProcess]
@@ -55,7 +55,7 @@ class Group:
         return self.directory / "out"
 
     def wait(self) -> list[int]:
-        """The exit codes, or minus the signals that ended them. Raises TimeoutError when one hangs."""
+        """Return the exit codes, or minus the signals that ended the processes. Raises TimeoutError when one hangs."""
         for child in self.children:
             child.join(max(0.0, self.begun + PATIENCE_S - time.monotonic()))
         if any(child.exitcode is None for child in self.children):
@@ -64,13 +64,13 @@ class Group:
         return [child.exitcode or 0 for child in self.children]
 
     def succeed(self) -> Path:
-        """Waits; the run directory. Raises AssertionError with what was printed when a process failed."""
+        """Wait, and return the run directory. Raises AssertionError with the output when a process failed."""
         codes = self.wait()
         assert codes == [0] * len(codes), f"ended with {codes}: {self.printed()}"
         return self.out
 
     def until(self, true: Callable[[], bool]) -> None:
-        """Waits for something. Raises AssertionError when the processes ended before it, TimeoutError when it hangs."""
+        """Wait until `true()` holds. Raises AssertionError when all processes ended before, and TimeoutError."""
         while not true():
             alive = any(child.is_alive() for child in self.children)
             assert alive or true(), f"all ended before: {self.printed()}"
@@ -86,13 +86,13 @@ class Group:
                 child.join()
 
     def printed(self, rank: int | None = None) -> str:
-        """By one rank, or by all."""
+        """Return what one rank has printed, or all of them."""
         files = sorted(self.directory.glob("*.txt")) if rank is None else [self.directory / f"rank-{rank}.txt"]
         return "".join(file.read_text(encoding="utf-8") for file in files)
 
 
 class Starter:
-    """Starts runs below `root`, where the rows of `write_rows` lie; keeps what ran alone, to compare with."""
+    """Starts runs in `root`, which has the rows of `write_rows`, and keeps runs in one process to compare with."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -115,9 +115,9 @@ class Starter:
         directory: Path | None = None,
         prepare: Prepare | None = None,
     ) -> Group:
-        """Starts `sftx run ARGUMENTS --output-dir out` in `size` processes, which one set of variables joins.
+        """Start `sftx run ARGUMENTS --output-dir out` in `size` processes, the ranks of one run.
 
-        `prepare`: what each process does first; a function of a module.
+        `prepare`: a module's function that each process calls first.
         """
         directory = directory or self.directory(f"{size}-ranks")
         command = ["run", *arguments, "--output-dir", "out"]
@@ -129,7 +129,7 @@ class Starter:
         return Group(directory, children)
 
     def alone(self, arguments: Sequence[str]) -> Path:
-        """The run directory of the same in one process; run once."""
+        """Return the directory of the same run in one process, which runs only once."""
         key = tuple(arguments)
         if key not in self._alone:
             self._alone[key] = self.run(arguments, 1, directory=self.directory("alone")).succeed()
@@ -143,7 +143,7 @@ class Starter:
         directory: Path | None = None,
         prepare: Prepare | None = None,
     ) -> Group:
-        """Starts one agent of torchrun for each of these options, all for the same `sftx run`."""
+        """Start one agent of torchrun for each list of options, all for the same `sftx run`."""
         directory = directory or self.directory("torchrun")
         first = "-" if prepare is None else f"{prepare.__module__}:{prepare.__name__}"
         worker = [__file__, str(directory), first, "run", *arguments, "--output-dir", "out"]
@@ -176,7 +176,7 @@ def _as_torchrun(rank: int, size: int, port: int) -> dict[str, str]:
 
 
 def _enter(directory: Path, number: int, environment: Mapping[str, str], who: str = "rank") -> None:
-    """What the process prints goes into a file from here on."""
+    """Enter the directory, set the variables, and send the output into a file there."""
     os.chdir(directory)
     os.environ.update(environment)
     descriptor = os.open(f"{who}-{number}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -208,16 +208,16 @@ def _agent(command: Sequence[str], directory: Path, number: int) -> None:
 
 
 def _worker(directory: str, prepare: str, *command: str) -> None:
-    """What torchrun's agent starts."""
+    """Run a rank that torchrun's agent started."""
     module, _, function = prepare.partition(":")
     first = getattr(importlib.import_module(module), function) if function else None
     _sftx(command, Path(directory), int(os.environ["RANK"]), _SHARED, first)
 
 
 def write_rows(directory: Path) -> None:
-    """27 rows that train, of very unequal lengths, so that an epoch in steps of 8 ends with one of 3; 7 held out.
+    """Write 27 training rows of very unequal lengths, an epoch of steps of 8 with a last one of 3; and 7 held out.
 
-    Their answers are mostly one word, so that ten steps teach a model of random weights to get some of it right.
+    The answers repeat one word, so that ten steps teach a model of random weights to get some of them right.
     """
     for name, num in (("train", 27), ("held", 7)):
         rows = []
@@ -229,7 +229,7 @@ def write_rows(directory: Path) -> None:
 
 
 def lines(out: Path) -> list[dict[str, Any]]:
-    """What metrics.jsonl holds."""
+    """Return the lines of metrics.jsonl."""
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 

@@ -1,10 +1,13 @@
-"""What the tests of interrupted runs share: the command in this process, run directories as they lay in the midst."""
+"""Helpers for tests of interrupted runs: the command in this process, copies of run directories, signals in a run."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ LLAMA3 = Case("llama3", tuple("llama3" if part == "chatml" else part for part in
 
 
 Sftx = Callable[..., Result]
-"""The command in this process: `sftx(case, directory, more arguments)`."""
+"""The command `sftx` in this process: `sftx(case, directory, *more_arguments)`."""
 
 
 def checkpoints(out: Path) -> list[str]:
@@ -37,14 +40,14 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def copy(out: Path, runs: Runs, name: str) -> Path:
-    """A directory that holds a copy of that run directory."""
+    """Copy a run directory into a new directory, and return that."""
     directory = runs.directory(name)
     shutil.copytree(out, directory / "out")
     return directory
 
 
 def only_shared(ours: Path, theirs: Path) -> list[str]:
-    """The differences, less those of which checkpoints there are: but the last must be in both."""
+    """Return the differences of two run directories, but for checkpoints that one has; the last must be in both."""
     left, right = checkpoints(ours), checkpoints(theirs)
     assert left[-1] == right[-1]
     found = differences(ours, theirs)
@@ -52,7 +55,7 @@ def only_shared(ours: Path, theirs: Path) -> list[str]:
 
 
 def interrupted(runs: Runs, sftx: Sftx, wanted: Case, step: int, *more: str) -> tuple[Path, Path]:
-    """A directory with the run as it lay when `step` began, and the directory of the run at its end."""
+    """Return a directory with a copy of the run as it was when `step` began, and the run directory at its end."""
     from sftx.trainer.trainer import Trainer
 
     begin = Trainer.step
@@ -68,3 +71,28 @@ def interrupted(runs: Runs, sftx: Sftx, wanted: Case, step: int, *more: str) -> 
         result = sftx(wanted, directory, *more)
     assert result.exit_code == 0, result.output
     return copies[0], directory / "out"
+
+
+@contextmanager
+def signal_at(place: int | None, number: signal.Signals) -> Iterator[Callable[[], int]]:
+    """Send this process a signal when a run looks for one for the `place`-th time; None: never.
+
+    Yields a function that returns how often the run has looked so far.
+    """
+    from sftx.distributed.signals import DeferredSignals
+    from sftx.trainer import session
+
+    count = 0
+
+    class Signalled(DeferredSignals):
+        @property
+        def pending(self) -> int | None:
+            nonlocal count
+            count += 1
+            if count == place:
+                os.kill(os.getpid(), number)
+            return super().pending
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "DeferredSignals", Signalled)
+        yield lambda: count

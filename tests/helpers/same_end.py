@@ -1,4 +1,4 @@
-"""Whether two runs left the same behind: every byte of it but how long things took."""
+"""Compare what two runs left: every byte except durations."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sftx.atomic_files import CHECKSUMS, damage
+from sftx.atomic_files import CHECKSUMS, find_damage
 
 TIMES = frozenset({"seconds", "tokens_per_second", "peak_bytes", "wall_seconds", "eval_runtime"})
-"""What two runs of the same may differ in, by the name it has in any file of JSON values."""
+"""Keys of JSON values in which two equal runs may differ."""
 
 
 def differences(ours: Path, theirs: Path, *, ignore: frozenset[str] = frozenset()) -> list[str]:
-    """One line for each file of two run directories that is not the same; the values of TIMES are left out.
+    """Return one line for each file in which two run directories differ; values under the keys TIMES are ignored.
 
-    `ignore`: names of JSON values that may differ too.
+    `ignore`: further keys of JSON values that may differ.
     """
     found = []
     files = {root: {str(p.relative_to(root)) for p in root.rglob("*") if p.is_file()} for root in (ours, theirs)}
     found += [f"{name}: only in {ours}" for name in sorted(files[ours] - files[theirs])]
     found += [f"{name}: only in {theirs}" for name in sorted(files[theirs] - files[ours])]
-    for name in sorted(files[ours] & files[theirs] - {"report.html"}):  # which shows the others, times too
-        if Path(name).name == CHECKSUMS:  # those of files that hold times differ: each is held against its own files
+    for name in sorted(files[ours] & files[theirs] - {"report.html"}):  # it shows durations
+        if Path(name).name == CHECKSUMS:  # files with durations differ: check each against its own files
             places = ((root / name).parent for root in (ours, theirs))
-            found += [f"{place}: {what}" for place in places if (what := damage(place)) is not None]
+            found += [f"{place}: {what}" for place in places if (what := find_damage(place)) is not None]
             continue
         left, right = (_content(root / name, TIMES | ignore) for root in (ours, theirs))
         if left != right:
@@ -49,7 +49,7 @@ def _without(value: Any, drop: frozenset[str]) -> Any:
 
 
 def _where(left: Any, right: Any, path: str = "") -> str:
-    """The first place where two values part."""
+    """Return the first place in which two values differ."""
     if isinstance(left, dict) and isinstance(right, dict) and left.keys() == right.keys():
         return next(_where(left[key], right[key], f"{path}.{key}") for key in left if left[key] != right[key])
     if isinstance(left, list) and isinstance(right, list) and len(left) == len(right):

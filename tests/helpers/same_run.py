@@ -1,6 +1,6 @@
-"""Whether a run in several processes is that of one: to 1e-5 in its losses, at every step and of held-out rows.
+"""Compare a run in several processes with the same run in one: losses must agree to 1e-5.
 
-What differs is the order in which fp32 sums are added up: a loss of 6 has steps of 5e-7 between its numbers.
+The order of additions in fp32 differs: neighbouring fp32 numbers around a loss of 6 are 5e-7 apart.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FSDP2: Final = "--distributed fsdp2 "
 
 
 def compare(out: Path, alone: Path) -> None:
-    """Raises AssertionError at the first thing that two run directories differ in."""
+    """Raise AssertionError at the first difference of two run directories."""
     compare_steps(out, alone)
     compare_evaluations(out, alone)
     compare_artefacts(out, alone)
@@ -56,7 +56,7 @@ def compare_evaluations(out: Path, alone: Path) -> None:
 
 
 def compare_artefacts(out: Path, alone: Path) -> None:
-    """The same files, and weights that went the same way: the difference is small against what training changed."""
+    """Compare file names and weights; the tolerance is small against what training changed."""
     names = {path.relative_to(alone) for path in alone.rglob("*") if path.is_file()}
     assert {path.relative_to(out) for path in out.rglob("*") if path.is_file()} == names
     (weights,) = (name for name in names if name.name.endswith("model.safetensors"))
@@ -70,5 +70,5 @@ def compare_artefacts(out: Path, alone: Path) -> None:
 
 
 def differing(ours: Path, theirs: Path) -> list[str]:
-    """The files whose bytes differ, but for the report, which shows how long steps took."""
+    """Return the files whose bytes differ, except the report, which shows durations."""
     return [line for line in differences(ours, theirs) if not line.startswith("report.html: ")]

@@ -1,4 +1,4 @@
-"""Runs that are assembled but not started, for tests that look inside."""
+"""Runs that are assembled but not started, for tests of their parts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sftx.trainer.session import Session
 
 
 def session_of(model: Path, data: Path, *plugins: str, **options: Any) -> Session:
-    """An assembled run with chatml, lora and these plugins; `options` are dotted names with '__' for the dot."""
+    """Assemble a run with chatml, lora and these plugins; `options` are dotted names with '__' for the dot."""
     given = {"model": str(model), "data.train": str(data), "output_dir": str(data.parent / "never-written")}
     given |= {name.replace("__", "."): value for name, value in options.items()}
     assignments = [(name, value, f"--set {name}") for name, value in given.items()]

@@ -1,4 +1,4 @@
-"""Small kernels for the tests of the static report: two that may ship, and one for each gate that must not."""
+"""Small kernels for the tests of the static report: some pass every gate, the others each fail one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sftx_kernels.gpu.launch import Chip, Launch, Work
+from sftx_kernels.triton.launch import Chip, Launch, Work
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def shipped(chip: Chip) -> Iterator[tuple[str, Launch]]:
     yield "good/product", _product(128, 3 if chip.shared_bytes > 64 * 1024 else 2)
     if chip.arch not in ("sm_90", "gfx942"):
         return
-    # As many columns as 128 threads have registers.
+    # 128 threads have about as many registers as this row has columns.
     yield "bad/spills", _row_sum(65536, 65536, block=65536 if chip.arch == "gfx942" else 32768)
     # Rows that begin anywhere cannot be read by vectors.
     yield "bad/scalar-loads", _row_sum(4095, 4095)

@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sftx import Collator, Example
+from sftx import Collator, Example, Step
+from sftx.assembly.stages import CollatorStage, LossStage
 from sftx.config.options import TrainConfig
+from sftx.data.sampler import PlannedStep
 from sftx.model.language_model import LanguageModel
 from sftx.model.load import load_model, load_spec
 from sftx.trainer import precision
@@ -41,7 +44,8 @@ def trainer_of(
     collator: Collator = PackedRows(128, "bfd", "varlen") if packed else Padded()
     if packed:
         lm.attention_of(collator.collate(rows(2)))
-    return Trainer(lm, MaskedCE(), collator, config, numbers, 10)
+    loss, stage = LossStage("the loss", MaskedCE()), CollatorStage("the collator", collator)
+    return Trainer(lm, loss, stage, config, numbers, 10)
 
 
 def rows(count: int, seed: int = 0, longest: int = 40) -> list[Example]:
@@ -53,17 +57,27 @@ def rows(count: int, seed: int = 0, longest: int = 40) -> list[Example]:
     ]
 
 
+def planned(step: Step, examples: Sequence[Example]) -> PlannedStep:
+    """A step of these rows as a sampler gives it."""
+    return PlannedStep(0.0, step, examples, np.array([len(example.token_ids) for example in examples], np.int64))
+
+
+def denominator(batches: Sequence[MicroBatch]) -> float:
+    """That of a step of these micro-batches, in one process."""
+    return sum(one.denominator for one in batches)
+
+
 def batches_of(trainer: Trainer, seed: int = 0) -> list[MicroBatch]:
     """Those of one step: rows of one example, or of several where the collator packs."""
-    each = 3 if isinstance(trainer.collator, PackedRows) else 1
+    each = 3 if isinstance(trainer.collator._collator, PackedRows) else 1
     step = [tuple(range(at, at + each)) for at in range(0, ROWS_PER_STEP * each, each)]
-    return trainer.micro_batches(tuple(step), rows(ROWS_PER_STEP * each, seed))
+    return trainer.micro_batches(planned(tuple(step), rows(ROWS_PER_STEP * each, seed)))
 
 
 def gradients(trainer: Trainer, batches: Sequence[MicroBatch]) -> dict[str, torch.Tensor]:
     """Of one step, by the parameters' names."""
     trainer.optimizer.zero_grad()
-    trainer.accumulate(batches, trainer.count(batches), 0)
+    trainer.accumulate(batches, denominator(batches), 0)
     return {name: p.grad.clone() for name, p in trainer.lm.named_parameters() if p.grad is not None}
 
 

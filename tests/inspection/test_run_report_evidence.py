@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sftx.data.dataset import Examples, Writer
-from sftx.data.row_encoder import Encoded, Row
+from sftx.data.row_encoder import EncodedRow
 from sftx.events import TokenLosses
 from sftx.model.language_model import LanguageModel
 from sftx.model.tiny import make_tokenizer, model_dir
@@ -39,8 +39,8 @@ def examples_of(lengths: Sequence[int]) -> Examples:
     writer = Writer()
     for n, length in enumerate(lengths, 1):
         mask = np.arange(length) >= length // 2
-        encoded = Encoded(np.arange(length, dtype=np.int32), mask, None, 0, {})
-        writer.add(Row(Location("a.jsonl", n), "text", [encoded]), 0)
+        where = Location("a.jsonl", n)
+        writer.add(EncodedRow(where, "text", [Example(np.arange(length), mask, str(where), 0)]), 0)
     return writer.finish()
 
 

@@ -1,4 +1,4 @@
-"""cross_entropy in both implementations against torch's own, in fp64; then its operations as torch.compile sees them.
+"""cross_entropy in both implementations against torch's own, in fp64; then its operations under torch.compile.
 
 Shape suffixes: N rows, V vocabulary.
 """
@@ -16,9 +16,8 @@ from torch.autograd import gradcheck
 
 from devices import BACKENDS, DEVICE, DTYPES, error
 from sftx_kernels import IGNORE_INDEX, cross_entropy, linear_cross_entropy
-from sftx_kernels.gpu import cross_entropy as kernels
-from sftx_kernels.gpu.launch import CHIPS
-from sftx_kernels.rows import Formula, Rows
+from sftx_kernels.triton import cross_entropy as kernels
+from sftx_kernels.triton.launch import CHIPS
 
 EVERYTHING = {"label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 2.5, "logit_scale": 0.7}
 EACH_OPTION = [{}, *({name: value} for name, value in EVERYTHING.items()), EVERYTHING]
@@ -142,11 +141,12 @@ def test_programs_that_share_a_row_agree(splits: int, options: dict[str, float],
     torchs = case.dense(dtype, "none", **options)
     floats = [torch.full((3,), torch.nan, device=DEVICE) for _ in range(3)]
     grad_NV = case.logits_NV.clone()
-    rows = Rows(
-        grad_NV, case.labels_N, case.weights_N, *floats, torch.zeros(3, dtype=torch.bool, device=DEVICE), grad_NV
-    )
-    formula = Formula(**options, ignore_index=IGNORE_INDEX)
-    for launch in kernels.launches(rows, formula, CHIPS["sm_90"], splits=splits):
+    loss_N, lse_N, entropy_N = floats
+    for launch in kernels.launches(
+        grad_NV, case.labels_N, lse_N, CHIPS["sm_90"], token_weights_N=case.weights_N, loss_N=loss_N,
+        entropy_N=entropy_N, correct_N=torch.zeros(3, dtype=torch.bool, device=DEVICE), grad_NV=grad_NV,
+        ignore_index=IGNORE_INDEX, splits=splits, **options,
+    ):  # fmt: skip
         launch.run()
     ours = dict(zip(("loss", "lse_N", "entropy_N", "grad"), (*floats, grad_NV), strict=True))
     exact["grad"], torchs["grad"] = (g["grad"] / case.upstream_N[:, None] for g in (exact, torchs))

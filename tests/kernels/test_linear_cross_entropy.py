@@ -1,8 +1,9 @@
-"""linear_cross_entropy against dense logits and torch's own cross_entropy; then what it may cost.
+"""linear_cross_entropy against dense logits and torch's own cross_entropy; then its memory and its products.
 
-Shape suffixes as in sftx_kernels/reference.py.
+Shape suffixes as in sftx_kernels/linear_cross_entropy.py.
 """
 
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from devices import DEVICE, DTYPES, error
-from sftx_kernels import IGNORE_INDEX, linear_cross_entropy
+from sftx_kernels import IGNORE_INDEX, linear_cross_entropy, linear_cross_entropy_workspace
 
 EVERYTHING = {"label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 2.5, "logit_scale": 0.7}
 EACH_OPTION = [{}, *({name: value} for name, value in EVERYTHING.items()), EVERYTHING]
@@ -303,7 +304,7 @@ def test_any_shape_equals_torch_in_fp64(
 
 @pytest.mark.parametrize("slice_elements", [1, 100, 1 << 24])
 def test_slices_of_a_chunk_change_nothing(slice_elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sftx_kernels.rows._SLICE_ELEMENTS_CPU", slice_elements)
+    monkeypatch.setattr("sftx_kernels.cross_entropy._SLICE_ELEMENTS_CPU", slice_elements)
     monkeypatch.setattr("sftx_kernels.gemm._SLAB_ELEMENTS", slice_elements)
     case = Case(37, 16, 23, dtype=torch.bfloat16)
     ours = case.differentiate("fused", "sum", **EVERYTHING)
@@ -552,6 +553,26 @@ def test_off_the_cpu_nothing_waits_for_the_device(reduction: str, trained: bool,
     assert output.num_tokens == 4500
     with pytest.raises(RuntimeError):
         linear_cross_entropy(hidden_ND, weight_VD, labels_N)
+
+
+def test_workspace_is_what_a_call_uses(bf16_units: None) -> None:
+    """Chunk and bytes by hand, the chunks of real calls, and the allocator's peak of a forward pass."""
+    fp32, bf16 = torch.float32, torch.bfloat16
+    workspace = functools.partial(linear_cross_entropy_workspace, 6000, 3, 5)
+    assert workspace(dtype=fp32, device_type="cpu") == (256, 256 * 8 * 4)
+    assert workspace(dtype=bf16, device_type="cuda") == (2048, 2048 * 8 * 2)
+    assert workspace(dtype=bf16, device_type="cuda", head_trains=True) == (4096, 4096 * 8 * 2)
+    assert workspace(dtype=bf16, device_type="cuda", weight_dtype=fp32, chunk_rows=7) == (7, (7 * 8 + 15) * 2)
+    assert workspace(dtype=bf16, device_type="cuda", workspace_bytes=1000) == (100, 100 * 8 * 2)
+    assert linear_cross_entropy_workspace(9, 3, 5, dtype=fp32, device_type="cpu") == (9, 9 * 8 * 4)
+
+    case = Case(600, 8, 20_000, dtype=torch.float32, ignored=0.0, bias=False, weighted=False)
+    for options in ({}, {"chunk_rows": 50}, {"workspace_bytes": 70 * 20_000 * 4}):
+        rows, num_bytes = linear_cross_entropy_workspace(600, 8, 20_000, dtype=fp32, device_type="cpu", **options)
+        assert count_chunks(case, **options)[0] == rows
+        with torch.no_grad():
+            peak = peak_bytes(functools.partial(case.fused, *case.leaves(trained=False), **options))
+        assert num_bytes * 0.95 <= peak <= num_bytes * 1.1
 
 
 # ---- autocast

@@ -18,17 +18,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sftx_kernels.dropout import keep_scale, threshold_of
-from sftx_kernels.gpu.launch import Work, chip_of
-from sftx_kernels.gpu.lora import down_launch, grad_a_launch, shrink_launch, sum_parts_launch
-from sftx_kernels.gpu.lora_gemm import gemm_launch, outer_launch
-from sftx_kernels.gpu.philox import keep_mask
 from sftx_kernels.lora import lora_linear, lora_linears
 from sftx_kernels.nf4 import dequantize_nf4, quantize_nf4
+from sftx_kernels.triton.dropout import keep_mask
+from sftx_kernels.triton.launch import Work, chip_of
+from sftx_kernels.triton.lora import down_launch, grad_a_launch, outer_launch, shrink_launch, sum_parts_launch
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 CHIP = chip_of(DEVICE)
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE.type == "cuda" else [])]
-BACKENDS = ["triton", "triton-fused"]
 SCALING = 0.75
 
 
@@ -180,38 +178,31 @@ def test_down(dtype: torch.dtype, M: int, K: int, O: int, R: int) -> None:  # no
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(("M", "K", "O", "R"), [*SHAPES, (17, 8, 24, 70)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_outer_and_gemm(
+def test_outer(
     dtype: torch.dtype, M: int, K: int, O: int, R: int, transposed: bool, dropout_p: float  # noqa: E741
 ) -> None:  # fmt: skip
     threshold = threshold_of(dropout_p)
     mask = {"seed": torch.tensor(-9, device=DEVICE), "threshold": threshold} if dropout_p else {}
     keep_MO = expected_mask(-9, M, O, threshold).to(DEVICE)
-    x_MK, W_KO, l_MR, rt_RO, bias_O = (normal(*s, dtype=dtype) for s in ((M, K), (K, O), (M, R), (R, O), (O,)))
+    l_MR, rt_RO = (normal(*s, dtype=dtype) for s in ((M, R), (R, O)))
     exact_MO = SCALING * keep_MO * (l_MR.double() @ rt_RO.double())
-    given_W, given_rt = (W_KO.T.contiguous().T, rt_RO.T.contiguous().T) if transposed else (W_KO, rt_RO)
-    out_MO = x_MK.new_full((M, O), math.nan)
+    given_rt = rt_RO.T.contiguous().T if transposed else rt_RO
+    out_MO = l_MR.new_full((M, O), math.nan)
     outer_launch(with_gaps(l_MR), given_rt, out_MO, CHIP, alpha=SCALING, **mask).run()
     assert_as_good(out_MO, SCALING * keep_MO * (l_MR @ rt_RO), exact_MO)
-    for bias in (None, bias_O):
-        out_MO.fill_(math.nan)
-        gemm_launch(with_gaps(x_MK), given_W, l_MR, given_rt, out_MO, CHIP, alpha=SCALING, bias_N=bias, **mask).run()
-        added = 0 if bias is None else bias
-        torchs_MO = x_MK @ W_KO + SCALING * keep_MO * (l_MR @ rt_RO) + added
-        assert_as_good(out_MO, torchs_MO, exact_MO + x_MK.double() @ W_KO.double() + (added + exact_MO.new_zeros(())))
 
 
 def test_work_is_what_the_formulas_move() -> None:
     """M 1024, K 512, O 256, R 8 in fp16: by hand."""
-    x_MK, W_OK, A_RK, B_OR, y_MO, s_MR = (
+    x_MK, A_RK, B_OR, y_MO, s_MR = (
         torch.empty(shape, dtype=torch.float16, device="meta")
-        for shape in ((1024, 512), (256, 512), (8, 512), (256, 8), (1024, 256), (1024, 8))
+        for shape in ((1024, 512), (8, 512), (256, 8), (1024, 256), (1024, 8))
     )
-    x, W, A, B, y, s = 1048576, 262144, 8192, 4096, 524288, 16384  # bytes
+    x, A, B, y, s = 1048576, 8192, 4096, 524288, 16384  # bytes
     assert shrink_launch(x_MK, A_RK, s_MR, CHIP).work == Work(8388608, x + A + s)
     assert grad_a_launch(s_MR, x_MK, CHIP)[0].work == Work(8388608, s + x + 2 * A)
     assert down_launch(y_MO, B_OR, s_MR, CHIP, alpha=1.0)[0].work == Work(8388608, y + B + s + 2 * s + 2 * B)
     assert outer_launch(s_MR, A_RK, x_MK, CHIP).work == Work(8388608, s + A + x)
-    assert gemm_launch(x_MK, W_OK.T, s_MR, B_OR.T, y_MO, CHIP).work == Work(268435456 + 4194304, x + W + s + B + y)
 
 
 # ---- together
@@ -248,9 +239,8 @@ def evaluate(group: dict[str, Any], keep: Tensor | None, dtype: torch.dtype, fun
 
 
 @pytest.mark.parametrize("dropout_p", DROPOUTS)
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_layers_that_share_x(dtype: torch.dtype, backend: str, dropout_p: float) -> None:
+def test_layers_that_share_x(dtype: torch.dtype, dropout_p: float) -> None:
     """Outputs and gradients of three layers of different widths and ranks; forward and backward see one mask."""
     group = make_group(37, 33, (20, 129, 5), (5, 33, 16), dtype)
     seed = torch.tensor(11)
@@ -258,7 +248,7 @@ def test_layers_that_share_x(dtype: torch.dtype, backend: str, dropout_p: float)
     keep = (expected_mask(11, 37, 33, threshold).to(DEVICE), keep_scale(threshold)) if dropout_p else None
 
     def ours(given: dict[str, Any]) -> Any:
-        return lora_linears(**given, scaling=SCALING, dropout_p=dropout_p, seed=seed, backend=backend)
+        return lora_linears(**given, scaling=SCALING, dropout_p=dropout_p, seed=seed, backend="triton")
 
     exact, torchs = evaluate(group, keep, torch.float64), evaluate(group, keep, dtype)
     for actual, torch_value, exact_value in zip(evaluate(group, keep, dtype, ours), torchs, exact, strict=True):
@@ -269,28 +259,27 @@ def test_layers_that_share_x(dtype: torch.dtype, backend: str, dropout_p: float)
 @settings(deadline=None, derandomize=True, max_examples=12)
 @given(
     M=st.integers(0, 70), K=st.integers(1, 70), O=st.integers(1, 140), R=st.integers(1, 40),
-    backend=st.sampled_from(BACKENDS), dropout_p=st.sampled_from(DROPOUTS),
+    dropout_p=st.sampled_from(DROPOUTS),
 )  # fmt: skip
-def test_any_shape(M: int, K: int, O: int, R: int, backend: str, dropout_p: float) -> None:  # noqa: E741
+def test_any_shape(M: int, K: int, O: int, R: int, dropout_p: float) -> None:  # noqa: E741
     group = make_group(M, K, (O,), (R,), torch.float32)
     threshold = threshold_of(dropout_p)
     keep = (expected_mask(3, M, K, threshold).to(DEVICE), keep_scale(threshold)) if dropout_p else None
 
     def ours(given: dict[str, Any]) -> Any:
         seed = torch.tensor(3)
-        return lora_linears(**given, scaling=SCALING, dropout_p=dropout_p, seed=seed, backend=backend)
+        return lora_linears(**given, scaling=SCALING, dropout_p=dropout_p, seed=seed, backend="triton")
 
     exact, torchs = evaluate(group, keep, torch.float64), evaluate(group, keep, torch.float32)
     for actual, torch_value, exact_value in zip(evaluate(group, keep, torch.float32, ours), torchs, exact, strict=True):
         assert_as_good(actual, torch_value, exact_value)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_fp32_adapters_on_a_half_base_get_unrounded_gradients(backend: str) -> None:
+def test_fp32_adapters_on_a_half_base_get_unrounded_gradients() -> None:
     group = make_group(37, 33, (20,), (5,), torch.float16)
     exact = evaluate(group, None, torch.float64)
     A, B = (group[name][0].float().requires_grad_() for name in ("lora_As", "lora_Bs"))
-    y = lora_linear(group["x"], group["weights"][0], A, B, scaling=SCALING, bias=group["biases"][0], backend=backend)
+    y = lora_linear(group["x"], group["weights"][0], A, B, scaling=SCALING, bias=group["biases"][0], backend="triton")
     upstream = normal(*y.shape, dtype=torch.float16, seed=7)
     for gradient, expected in zip(torch.autograd.grad(y, [A, B], upstream), exact[2:], strict=True):
         assert gradient.dtype == torch.float32
@@ -298,12 +287,11 @@ def test_fp32_adapters_on_a_half_base_get_unrounded_gradients(backend: str) -> N
         assert not gradient.half().float().equal(gradient)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_same_bits_again_and_for_a_seed_on_the_device(backend: str) -> None:
+def test_same_bits_again_and_for_a_seed_on_the_device() -> None:
     group = make_group(70, 64, (129,), (16,), torch.float16)
 
     def run(seed: Tensor) -> list[Tensor]:
-        options = {"scaling": SCALING, "dropout_p": 0.4, "seed": seed, "backend": backend}
+        options = {"scaling": SCALING, "dropout_p": 0.4, "seed": seed, "backend": "triton"}
         return evaluate(group, None, torch.float16, lambda given: lora_linears(**given, **options))
 
     once = run(torch.tensor(1 << 40))
@@ -312,40 +300,37 @@ def test_same_bits_again_and_for_a_seed_on_the_device(backend: str) -> None:
     assert not any(map(torch.equal, once, run(torch.tensor(2))))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_nf4_base(backend: str) -> None:
+def test_nf4_base() -> None:
     group = make_group(20, 32, (24, 8), (5, 3), torch.float32)
     quantized = [quantize_nf4(weight) for weight in group["weights"]]
     group["weights"] = [dequantize_nf4(weight, torch.float32) for weight in quantized]
 
     def ours(given: dict[str, Any]) -> Any:
-        return lora_linears(**{**given, "weights": quantized}, scaling=SCALING, backend=backend)
+        return lora_linears(**{**given, "weights": quantized}, scaling=SCALING, backend="triton")
 
     exact, torchs = evaluate(group, None, torch.float64), evaluate(group, None, torch.float32)
     for actual, torch_value, exact_value in zip(evaluate(group, None, torch.float32, ours), torchs, exact, strict=True):
         assert_as_good(actual, torch_value, exact_value)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["weight", "lora_A", "lora_B"])
-def test_refuses_rows_with_gaps(name: str, backend: str) -> None:
+def test_refuses_rows_with_gaps(name: str) -> None:
     shapes = {"x": (7, 6), "weight": (5, 6), "lora_A": (2, 6), "lora_B": (5, 2)}
     given = {n: normal(*shape, dtype=torch.float32) for n, shape in shapes.items()}
     given[name] = given[name].T.contiguous().T
     with pytest.raises(ValueError, match=rf"^{name}: expected rows without gaps, of stride 1, got strides \(1, "):
-        lora_linear(**given, scaling=SCALING, backend=backend)
+        lora_linear(**given, scaling=SCALING, backend="triton")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_any_strides_of_x_and_an_expanded_gradient(backend: str) -> None:
+def test_any_strides_of_x_and_an_expanded_gradient() -> None:
     group = make_group(12, 9, (10,), (3,), torch.float32)
     x, W, A, B = group["x"], group["weights"][0], group["lora_As"][0], group["lora_Bs"][0]
     strided = x.T.contiguous().T.view(3, 4, 9).requires_grad_()
     A.requires_grad_()
-    y = lora_linear(strided, W, A, B, scaling=SCALING, dropout_p=0.3, seed=torch.tensor(1), backend=backend)
+    y = lora_linear(strided, W, A, B, scaling=SCALING, dropout_p=0.3, seed=torch.tensor(1), backend="triton")
     gradients = torch.autograd.grad(y.sum(), [strided, A])
     plain = x.clone().requires_grad_()
-    z = lora_linear(plain, W, A, B, scaling=SCALING, dropout_p=0.3, seed=torch.tensor(1), backend=backend)
+    z = lora_linear(plain, W, A, B, scaling=SCALING, dropout_p=0.3, seed=torch.tensor(1), backend="triton")
     assert z.equal(y.view(12, 10))
     expected = torch.autograd.grad(z, [plain, A], torch.ones_like(z))
     torch.testing.assert_close(gradients[0].reshape(12, 9), expected[0])

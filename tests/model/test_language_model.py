@@ -97,6 +97,24 @@ def test_the_loss_is_the_architectures_own(name: str) -> None:
             torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2 (soft cap)", "granite (logit scaling)", "phi3"])
+def test_cross_entropy_is_that_of_the_logits(name: str) -> None:
+    """With the architecture's scale and soft cap, weighted and summed, or per token."""
+    lm = LanguageModel(model_of(name), tokenizer=None).eval()  # type: ignore[arg-type]
+    batch = Padded().collate(examples())
+    hidden_BTD = lm.hidden(batch).hidden_BTD
+    nll_N = torch.nn.functional.cross_entropy(
+        lm.logits(hidden_BTD).flatten(0, 1), batch.labels_BT.flatten(), reduction="none"
+    )
+    out = lm.cross_entropy(hidden_BTD, batch.labels_BT, num_valid=batch.num_label_tokens, reduction="none")
+    torch.testing.assert_close(out.loss, nll_N, rtol=1e-5, atol=1e-5)
+    weights_BT = torch.rand(batch.labels_BT.shape)
+    weighted = lm.cross_entropy(hidden_BTD, batch.labels_BT, token_weights_BT=weights_BT, stats=True)
+    torch.testing.assert_close(weighted.loss, (nll_N * weights_BT.flatten()).sum(), rtol=1e-5, atol=1e-5)
+    assert weighted.num_tokens == batch.num_label_tokens
+    assert weighted.correct_N is not None
+
+
 def test_what_lies_under_the_padding_is_never_seen() -> None:
     """Other ids there change nothing: neither the loss nor any gradient."""
     lm = LanguageModel(model_of("tied"), tokenizer=None)  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ import pytest
 from sessions import session_of
 from sftx.errors import ConfigError, ModelError
 from sftx.trainer.session import Session
+from trainers import denominator, planned
 
 ROWS = [{"prompt": f"what is {n} plus one", "completion": f"{n + 1} " * (n % 5 + 1)} for n in range(24)]
 
@@ -33,10 +34,10 @@ def logits(session: Session) -> Any:
 
 def take_steps(session: Session, count: int = 3) -> list[float]:
     losses = []
-    for number, (epoch, step, _) in zip(range(1, count + 1), session.plan, strict=False):
+    for number, (epoch, step, *_) in zip(range(1, count + 1), session.sampler, strict=False):
         session.lm.train()
-        batches = session.trainer.micro_batches(step, session.data.examples)
-        losses.append(session.trainer.step(number, epoch, batches).loss)
+        batches = session.trainer.micro_batches(planned(step, session.data.examples))
+        losses.append(session.trainer.train_step(number, epoch, batches).loss)
     return losses
 
 
@@ -175,11 +176,11 @@ def test_dropout_is_the_same_when_checkpointing_recomputes_it(tiny_model_dir: Pa
             for name, parameter in session.lm.named_parameters():
                 if name.endswith("lora_B"):
                     parameter.normal_(0, 0.05, generator=torch.Generator().manual_seed(len(name)))
-        batches = session.trainer.micro_batches(session.plan.epoch(0)[0], session.data.examples)
-        session.trainer.accumulate(batches, session.trainer.count(batches), 0)
+        batches = session.trainer.micro_batches(planned(session.sampler.epoch(0)[0], session.data.examples))
+        session.trainer.accumulate(batches, denominator(batches), 0)
         gradients[checkpointing] = torch.cat([p.grad.flatten() for p in session.trainer.parameters])
     torch.testing.assert_close(gradients[True], gradients[False], rtol=1e-6, atol=1e-7)
     session.trainer.optimizer.zero_grad()
-    session.trainer.accumulate(batches, session.trainer.count(batches), 1)
+    session.trainer.accumulate(batches, denominator(batches), 1)
     other = torch.cat([p.grad.flatten() for p in session.trainer.parameters])
     assert not torch.allclose(other, gradients[True], rtol=1e-2), "another step must draw another mask"

@@ -11,7 +11,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from sftx import Conversation, DataError, Message, ToolCall
 from sftx.data.encoder import Encoder
-from sftx.data.row_encoder import units
+from sftx.data.row_encoder import split_units
 from templating import (
     TOOLS,
     as_dicts,
@@ -120,7 +120,7 @@ THOUGHTS = chat(
 @pytest.mark.parametrize("thinking", ["keep", "strip", "empty"])
 def test_each_trained_turn_of_qwen3_is_written_as_qwen3_would_have_written_it(thinking: str) -> None:
     encoder = encoder_of("qwen3", "qwen3", thinking=thinking)
-    found = [unit for unit in units(THOUGHTS, encoder) if isinstance(unit, Conversation)]
+    found = [unit for unit in split_units(THOUGHTS, encoder) if isinstance(unit, Conversation)]
     assert len(found) == 4
     for unit in found:
         turns = unit.messages

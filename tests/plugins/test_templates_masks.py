@@ -8,7 +8,7 @@ from itertools import groupby
 import pytest
 
 from sftx import Conversation, Message
-from sftx.data.row_encoder import units
+from sftx.data.row_encoder import split_units
 from templating import BRIEFED, CALLED, ROUNDS, TOOLS, chat, encoded_by, text_of, trl_mask
 
 EQUAL = [
@@ -59,7 +59,7 @@ def test_trl_keeps_every_thought_of_qwen3_and_makes_one_example_of_all() -> None
         Message("assistant", "C", reasoning="Oh."),
     )  # fmt: skip
     for conversation in (ROUNDS, BRIEFED, thoughts):
-        encoded = [encoder.encode(unit) for unit in units(conversation, encoder)]
+        encoded = [encoder.encode(unit) for unit in split_units(conversation, encoder)]
         their_ids, theirs = trl_mask(tokenizer, conversation, "qwen3")
         assert runs(their_ids, theirs) == [run for ids, mask, _ in encoded for run in runs(ids, mask)]
         assert (encoded[0][0], encoded[0][1]) == (their_ids[: len(encoded[0][0])], theirs[: len(encoded[0][0])])

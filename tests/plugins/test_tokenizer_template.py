@@ -153,7 +153,7 @@ def test_token_ids_are_those_of_apply_chat_template(name: str, kind: str) -> Non
         rendered = tokenizer.apply_chat_template(as_openai(unit), tools=tools, tokenize=False)
         segments = template.render(unit)
         assert text_of(segments) == rendered
-        ids, mask, _ = encoder(name).segments(segments)
+        ids, mask, _ = encoder(name).encode_segments(segments)
         # A mask's border is a border of tokens; what is on one side of it is encoded as the tokenizer does.
         pieces = ["".join(s.text for s in run) for _, run in groupby(segments, key=lambda s: s.trainable)]
         assert ids == [i for piece in pieces for i in tokenizer(piece, add_special_tokens=False)["input_ids"]]
@@ -363,7 +363,7 @@ def test_hostile_text_stays_text_and_moves_no_mask(name: str, number: int) -> No
         assert learned_text.count(text) == by_itself.count(text) + sum(m.trained for m in unit.messages)
         if len(text) > 1000:
             continue
-        ids, benign_ids = (encoder(name).segments(segments)[0] for segments in (written, expected))
+        ids, benign_ids = (encoder(name).encode_segments(segments)[0] for segments in (written, expected))
         assert [i for i in ids if i in control_ids] == [i for i in benign_ids if i in control_ids]
 
 

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sftx.errors import ModelError
 from sftx.trainer import layers
 from tests.helpers.trainers import batches_of, gradients, rows, small_model, trainer_of
+from trainers import denominator, planned
 
 # torch hides this warning itself, from a user's filters and not from one that makes errors of warnings.
 # The other one is of a module of torch's that the compiler imports.
@@ -76,7 +77,7 @@ def test_selective_checkpointing_keeps_products_and_computes_the_rest_again(mode
         trainer = trainer_of(model, lora=False, packed=True, **options)
         with Counting() as mode:
             first = batches_of(trainer)[:1]
-            trainer.accumulate(first, trainer.count(first), 0)
+            trainer.accumulate(first, denominator(first), 0)
         counted[kind] = mode.counts
     products = {kind: counts["aten::mm"] for kind, counts in counted.items()}
     norms = {kind: counts["aten::rsqrt"] for kind, counts in counted.items()}
@@ -111,7 +112,9 @@ def test_compiled_layers_train_alike_in_one_graph(
     for number in range(1, 5):
         batches = batches_of(eager, number)
         if number == 3:
-            batches = eager.micro_batches(((0,), (1,), (2,)), rows(3, seed=9))  # an epoch's end: one row is left over
+            batches = eager.micro_batches(
+                planned(((0,), (1,), (2,)), rows(3, seed=9))
+            )  # an epoch's end: one row is left over
         if number == 4:
             batches = batches_of(compiled, 4)[:1]
             with torch.no_grad():

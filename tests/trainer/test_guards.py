@@ -13,8 +13,10 @@ import pytest
 from encoding import prepared
 from sessions import session_of
 from sftx import Batch, Conversation, Message, ModelError, PlainText, PluginError, Tokens, TrainingError
+from sftx.assembly.stages import CollatorStage, LossStage
 from sftx_plugins.collators.padded import Padded
 from sftx_plugins.losses.masked_ce import MaskedCE
+from trainers import denominator, planned
 
 
 @pytest.fixture
@@ -44,9 +46,9 @@ class PlansTwice(Padded):
 
 def test_a_collator_that_loses_an_example_is_stopped(tiny_model_dir: Path, data: Path) -> None:
     session = session_of(tiny_model_dir, data)
-    session.trainer.collator = LosesAnExample()
-    with pytest.raises(PluginError, match=r"LosesAnExample.*: collate made a batch of 1 examples of 8"):
-        session.trainer.micro_batches(session.plan.epoch(0)[0], session.data.examples)
+    session.trainer.collator = CollatorStage("LosesAnExample", LosesAnExample())
+    with pytest.raises(PluginError, match=r"LosesAnExample: collate made a batch of 1 examples of 8"):
+        session.trainer.micro_batches(planned(session.sampler.epoch(0)[0], session.data.examples))
 
 
 @pytest.mark.parametrize(
@@ -57,11 +59,11 @@ def test_a_collator_that_loses_an_example_is_stopped(tiny_model_dir: Path, data:
     ],
 )
 def test_a_plan_that_is_no_plan_is_refused(tiny_model_dir: Path, data: Path, collator: Padded, message: str) -> None:
-    from sftx.data.sampler import Plan
+    from sftx.data.sampler import EpochSampler
 
     session = session_of(tiny_model_dir, data)
     with pytest.raises(PluginError, match=message):
-        Plan(session.data.examples, collator, session.config.train)
+        EpochSampler(session.data.examples, CollatorStage("the collator", collator), session.config.train)
 
 
 def test_a_loss_whose_denominator_is_not_positive_is_stopped(tiny_model_dir: Path, data: Path) -> None:
@@ -72,9 +74,9 @@ def test_a_loss_whose_denominator_is_not_positive_is_stopped(tiny_model_dir: Pat
             return -1.0
 
     session.trainer.loss = Negative()
-    batches = session.trainer.micro_batches(session.plan.epoch(0)[0], session.data.examples)
+    batches = session.trainer.micro_batches(planned(session.sampler.epoch(0)[0], session.data.examples))
     with pytest.raises(PluginError, match=r"Negative.*: denominator gave \[-1\.0\]"):
-        session.trainer.accumulate(batches, session.trainer.count(batches), 0)
+        session.trainer.accumulate(batches, denominator(batches), 0)
 
 
 def test_a_metric_that_is_not_a_number_is_stopped(tiny_model_dir: Path, data: Path) -> None:
@@ -139,7 +141,7 @@ def test_a_run_that_fails_before_its_first_step_leaves_no_directory(tiny_model_d
 
     session.trainer.step = failing  # type: ignore[method-assign]
     with pytest.raises(PluginError):
-        session.run(0.0)
+        session.run()
     assert not (data.parent / "out").exists()
 
 
@@ -178,19 +180,21 @@ def test_a_loss_that_is_no_sum_of_scalars_is_stopped(
     tiny_model_dir: Path, data: Path, change: Any, message: str
 ) -> None:
     session = session_of(tiny_model_dir, data)
-    session.trainer.loss = session.trainer.engine.step.loss = Changed(change)
+    session.trainer.loss = session.trainer.engine.step.loss = LossStage("the loss", Changed(change))
     with pytest.raises(PluginError, match=message):
-        session.trainer.step(1, 0.1, session.trainer.micro_batches(session.plan.epoch(0)[0], session.data.examples))
+        session.trainer.train_step(
+            1, 0.1, session.trainer.micro_batches(planned(session.sampler.epoch(0)[0], session.data.examples))
+        )
 
 
 @pytest.mark.parametrize("number", [0.0, -1.0, float("inf"), True])
 def test_evaluation_refuses_what_training_refuses(tiny_model_dir: Path, data: Path, number: Any) -> None:
     session = session_of(tiny_model_dir, data, data__eval=[str(data)])
-    session.evaluator._loss = session.trainer.engine.step.loss = Changed(lambda out: None, number)
+    session.trainer.engine.step.loss = LossStage("the loss", Changed(lambda out: None, number))
     with pytest.raises(PluginError, match=r"denominator gave"):
         session.evaluator(session.lm, 0)
     other = session_of(tiny_model_dir, data, data__eval=[str(data)])
-    other.evaluator._collator = LosesAnExample()
+    other.evaluator._collator = CollatorStage("LosesAnExample", LosesAnExample())
     with pytest.raises(PluginError, match="collate made a batch of 1 examples"):
         other.evaluator(other.lm, 0)
 
@@ -207,7 +211,7 @@ def test_running_out_of_memory_in_evaluation_is_one_line_that_says_what_to_lower
     def full(*_: Any) -> None:
         raise raised
 
-    session.evaluator._loss = session.trainer.engine.step.loss = Changed(full)
+    session.trainer.engine.step.loss = LossStage("the loss", Changed(full))
     with pytest.raises(TrainingError, match="lower per_device_eval_batch_size"):
         session.evaluator(session.lm, 0)
 

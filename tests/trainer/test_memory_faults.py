@@ -12,8 +12,7 @@ import torch
 
 from sftx.config.options import TrainConfig
 from sftx.data.collate import pack, pad
-from sftx.errors import TrainingError
-from sftx.model.memory import is_out_of_memory
+from sftx.errors import TrainingError, is_out_of_memory
 from sftx.trainer import memory_advice
 from tests.helpers.trainers import batches_of, rows, small_model, trainer_of
 
@@ -87,7 +86,7 @@ def test_an_optimizer_without_room_for_its_state_says_so(model: Path, monkeypatc
 
     monkeypatch.setattr(trainer.optimizer, "step", fails)
     with pytest.raises(TrainingError) as caught:
-        trainer.step(2, 0, batches_of(trainer))
+        trainer.train_step(2, 0, batches_of(trainer))
     assert "cpu has not the memory for the state of optim adamw" in str(caught.value)
     assert "--optim adafactor" in str(caught.value)
     assert str(caught.value).endswith("last saved: runs/x/checkpoints/step-1")
@@ -101,7 +100,7 @@ def test_other_errors_stay_what_they_are(model: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(trainer.optimizer, "step", fails)
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
-        trainer.step(1, 0, batches_of(trainer))
+        trainer.train_step(1, 0, batches_of(trainer))
 
 
 LIMITED = """
@@ -110,19 +109,19 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from sftx.errors import SftxError
-from tests.helpers.trainers import rows, trainer_of
+from tests.helpers.trainers import planned, rows, trainer_of
 from sftx.model.load import load_model, load_spec
 
 where, model = sys.argv[1], Path(sys.argv[2])
 trainer = trainer_of(model)
-trainer.step(1, 0, trainer.micro_batches(((0,), (1,)), rows(2)))  # threads and libraries have what they need
+trainer.train_step(1, 0, trainer.micro_batches(planned(((0,), (1,)), rows(2))))  # libraries allocate now
 spec = load_spec(str(model))
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 room = 64 << 20
 resource.setrlimit(resource.RLIMIT_AS, (used + room, -1))
 try:
     if where == "step":
-        trainer.step(2, 0, trainer.micro_batches(((0,), (1,)), rows(2, longest=30_000)))
+        trainer.train_step(2, 0, trainer.micro_batches(planned(((0,), (1,)), rows(2, longest=30_000))))
     else:
         load_model(spec, [], dtype=torch.float32, device=torch.device("cpu"))
     print("there was room")

@@ -11,6 +11,7 @@ import pytest
 from sessions import session_of
 from sftx.distributed.process_group import ProcessGroup
 from sftx.trainer.session import Session
+from trainers import denominator, planned
 
 ROWS = 20
 
@@ -74,9 +75,11 @@ def test_ten_steps_give_the_losses_of_transformers_peft_and_adamw(real_model_dir
     assert sum(p.numel() for p in trained) == session.report().num_trainable
     optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.01)
     ours, theirs = [], []
-    for number, (epoch, step, _) in zip(range(1, 11), session.plan, strict=False):
+    for number, (epoch, step, *_) in zip(range(1, 11), session.sampler, strict=False):
         ours.append(
-            session.trainer.step(number, epoch, session.trainer.micro_batches(step, session.data.examples)).loss
+            session.trainer.train_step(
+                number, epoch, session.trainer.micro_batches(planned(step, session.data.examples))
+            ).loss
         )
         optimizer.zero_grad()
         loss = oracle(**hf_batch(session, step)).loss
@@ -113,7 +116,7 @@ def test_peft_loads_the_adapter_and_computes_our_logits(real_model_dir: Path, ro
     assert [key for key in result.missing_keys if "lora" in key] == []
     assert list(result.unexpected_keys) == []
 
-    batch = session.trainer.micro_batches(session.plan.epoch(0)[0][:2], session.data.examples)[0].batch
+    batch = session.trainer.micro_batches(planned(session.sampler.epoch(0)[0][:2], session.data.examples))[0].batch
     with torch.no_grad():
         session.lm.eval()
         ours = session.lm.logits(session.lm.hidden(batch).hidden_BTD)
@@ -145,7 +148,7 @@ def test_the_accumulated_gradient_of_the_real_model_does_not_depend_on_the_split
         for name, parameter in session.lm.named_parameters():
             if name.endswith("lora_B"):  # at zero, half of the gradients would be zero
                 parameter.normal_(0, 0.02, generator=torch.Generator().manual_seed(len(name)))
-    step = session.plan.epoch(0)[0]
+    step = session.sampler.epoch(0)[0]
     gradients = {size: _gradient(session, step, size) for size in (8, 1)}
     difference = torch.linalg.vector_norm(gradients[1] - gradients[8]) / torch.linalg.vector_norm(gradients[8])
     assert difference <= 1e-5
@@ -160,9 +163,9 @@ def _gradient(session: Session, step: Any, size: int) -> Any:
     trainer = session.trainer
     trainer.config = dataclasses.replace(trainer.config, per_device_train_batch_size=size)
     trainer.optimizer.zero_grad()
-    batches = trainer.micro_batches(step, session.data.examples)
+    batches = trainer.micro_batches(planned(step, session.data.examples))
     assert len(batches) == -(-len(step) // size)
-    trainer.accumulate(batches, trainer.count(batches), 0)
+    trainer.accumulate(batches, denominator(batches), 0)
     return torch.cat([p.grad.flatten() for p in trainer.parameters if p.grad is not None])
 
 
@@ -208,7 +211,7 @@ def test_every_split_of_a_step_gives_one_gradient(tiny_model_dir: Path, mixed_ro
             for name, parameter in session.lm.named_parameters():
                 if name.endswith("lora_B"):
                     parameter.normal_(0, 0.05, generator=torch.Generator().manual_seed(len(name)))
-        gradients[split] = _gradient(session, session.plan.epoch(0)[0], split[0])
+        gradients[split] = _gradient(session, session.sampler.epoch(0)[0], split[0])
     norm = torch.linalg.vector_norm(gradients[8, 1])
     for split in SPLITS[1:]:
         assert torch.linalg.vector_norm(gradients[split] - gradients[8, 1]) <= 1e-5 * norm, split
@@ -219,8 +222,10 @@ def test_every_split_gives_the_same_losses_over_ten_steps(tiny_model_dir: Path, 
     for split in SPLITS:
         session = split_session(tiny_model_dir, mixed_rows, split)
         losses[split] = [
-            session.trainer.step(n, epoch, session.trainer.micro_batches(step, session.data.examples)).loss
-            for n, (epoch, step, _) in enumerate(session.plan, 1)
+            session.trainer.train_step(
+                n, epoch, session.trainer.micro_batches(planned(step, session.data.examples))
+            ).loss
+            for n, (epoch, step, *_) in enumerate(session.sampler, 1)
         ]
     assert all(len(values) == 10 for values in losses.values())
     assert losses[8, 1][-1] < losses[8, 1][0] - 0.1
@@ -236,8 +241,8 @@ def test_every_split_gives_the_same_weights_in_fp64(tiny_model_dir: Path, mixed_
         session = split_session(tiny_model_dir, mixed_rows, split)
         session.lm.double()
         start = torch.cat([p.detach().flatten().clone() for p in session.trainer.parameters])
-        for n, (epoch, step, _) in enumerate(session.plan, 1):
-            session.trainer.step(n, epoch, session.trainer.micro_batches(step, session.data.examples))
+        for n, (epoch, step, *_) in enumerate(session.sampler, 1):
+            session.trainer.train_step(n, epoch, session.trainer.micro_batches(planned(step, session.data.examples)))
         weights[split] = torch.cat([p.detach().flatten() for p in session.trainer.parameters])
         assert weights[split].dtype == torch.float64
         assert (weights[split] - start).abs().max() > 1e-3, "nothing moved"

@@ -13,6 +13,7 @@ from sftx import Observer, RunInfo, StepReport
 from sftx.config.loading import load
 from sftx.errors import OutputError, TrainingError
 from sftx.run import assemble, run
+from trainers import planned
 
 
 @pytest.fixture
@@ -123,7 +124,7 @@ def test_without_an_adapter_the_whole_model_trains_and_transformers_loads_it(tin
 
     session = assemble(options(tiny_model_dir, data, plugins=["chatml"], train__max_steps=2))
     before = session.lm.head_weight.detach().clone()
-    session.run(0.0)
+    session.run()
     assert not torch.equal(session.lm.head_weight, before)
     loaded = AutoModelForCausalLM.from_pretrained(data / "out" / "model")
     ours = session.lm.model.state_dict()
@@ -143,14 +144,14 @@ def test_bf16_keeps_a_frozen_base_in_bf16_and_trains_in_fp32(tiny_model_dir: Pat
         trained = {p.dtype for p in session.lm.parameters() if p.requires_grad}
         assert (frozen, trained) == ({torch.bfloat16 if bf16 else torch.float32}, {torch.float32})
         losses[bf16] = [
-            session.trainer.step(n, e, session.trainer.micro_batches(s, session.data.examples)).loss
-            for n, (e, s, _) in enumerate(session.plan, 1)
+            session.trainer.train_step(n, e, session.trainer.micro_batches(planned(s, session.data.examples))).loss
+            for n, (e, s, *_) in enumerate(session.sampler, 1)
         ]
     assert losses[True] == pytest.approx(losses[False], rel=0.02)
     assert losses[True] != losses[False]
     full = assemble(options(tiny_model_dir, data, plugins=["chatml"], train__bf16=True, train__max_steps=1))
     assert {p.dtype for p in full.lm.parameters()} == {torch.float32}
-    full.run(0.0)
+    full.run()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(tiny_model_dir: Path, data: Path) -> None:
@@ -167,7 +168,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(tiny_model_d
 
     session.trainer.step = poisoned  # type: ignore[method-assign]
     with pytest.raises(TrainingError) as caught:
-        session.run(0.0)
+        session.run()
     message = str(caught.value)
     assert message.startswith("step 3: the loss is nan")
     assert "train.jsonl:" in message
@@ -190,7 +191,7 @@ def test_an_observer_that_fails_is_named_once_and_switched_off(
     session = assemble(options(tiny_model_dir, data, train__max_steps=3))
     info = session.assembly.active[0].info
     session.observers._observers.insert(0, (info, Broken()))
-    session.run(0.0)
+    session.run()
     assert Broken.calls == 1
     named = [r.getMessage() for r in caplog.records if "switched off" in r.getMessage()]
     assert named == [f"{info} failed and is switched off: RuntimeError: no space in my head"]
@@ -222,17 +223,17 @@ def test_runs_that_start_at_once_take_different_directories(
     monkeypatch.chdir(data)
     sessions = [assemble(options(tiny_model_dir, data, train__max_steps=1, output_dir=None)) for _ in range(2)]
     assert {s.directory.path for s in sessions} == {Path("runs/run-1")}, "both chose it before either made it"
-    places = [session.run(0.0).output_dir for session in sessions]
+    places = [session.run().output_dir for session in sessions]
     assert places == [Path("runs/run-1"), Path("runs/run-2")]
     assert all(len(lines(place / "metrics.jsonl")) == 1 for place in places)
 
 
 def test_a_directory_taken_meanwhile_is_not_touched(tiny_model_dir: Path, data: Path) -> None:
     first, second = (assemble(options(tiny_model_dir, data, train__max_steps=1)) for _ in range(2))
-    first.run(0.0)
+    first.run()
     before = {p: p.stat().st_mtime_ns for p in (data / "out").rglob("*")}
     with pytest.raises(OutputError, match="holds a run already"):
-        second.run(0.0)
+        second.run()
     assert {p: p.stat().st_mtime_ns for p in (data / "out").rglob("*")} == before
 
 

@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from typing import Final
 
-from sftx import Batch, DataError, Example, Row, Step, pad
+from sftx import Batch, DataError, Example, Row, Step, Window, pad
 
 from sftx_dpo.parser import CHOSEN, REJECTED, SIDE
 
@@ -18,29 +18,21 @@ REJECTED_P: Final = "dpo_rejected_P"
 class PairCollator:
     """A row of a step is a pair, so `per_device_train_batch_size` counts pairs. Padded at the right."""
 
-    def plan(
-        self,
-        lengths: Sequence[int],
-        groups: Sequence[int],
-        *,
-        seed: int,
-        epoch: int,
-        window: int,
-        examples_per_step: int,
-        final: bool,
-    ) -> tuple[list[Step], Row]:
+    def plan(self, window: Window) -> tuple[list[Step], Row]:
         """A random order of the pairs; within a step the longest first, so that neighbours need little padding."""
         members: dict[int, list[int]] = {}
-        for index, group in enumerate(groups):
+        for index, group in enumerate(window.groups):
             members.setdefault(group, []).append(index)
         pairs = [tuple(indices) for indices in members.values()]
         # A text as seed is hashed with SHA-512: the same in every process, which tuples are not.
-        random.Random(f"dpo {seed} {epoch} {window}").shuffle(pairs)
-        num_carried = 0 if final else len(pairs) % examples_per_step
+        random.Random(f"dpo {window.seed} {window.epoch} {window.index}").shuffle(pairs)
+        num_carried = 0 if window.is_last else len(pairs) % window.rows_per_step
         planned = pairs[: len(pairs) - num_carried]
         steps = [
-            tuple(sorted(planned[at : at + examples_per_step], key=lambda pair: -max(lengths[i] for i in pair)))
-            for at in range(0, len(planned), examples_per_step)
+            tuple(
+                sorted(planned[at : at + window.rows_per_step], key=lambda pair: -max(window.lengths[i] for i in pair))
+            )
+            for at in range(0, len(planned), window.rows_per_step)
         ]
         return steps, tuple(index for pair in pairs[len(planned) :] for index in pair)
 

@@ -62,18 +62,11 @@ class DPOLoss:
 
 def log_likelihoods(lm: LanguageModel, batch: Batch, hidden: HiddenOut) -> Tensor:
     """[B] fp32: the sum of the log-probabilities of each row's trained tokens, in nats."""
-    from sftx_kernels import linear_cross_entropy
-
-    weights_BT = batch.token_weights_BT
-    nll_N = linear_cross_entropy(
-        hidden.hidden_BTD.flatten(0, 1),
-        lm.head_weight,
-        batch.labels_BT.flatten(),
-        bias_V=lm.head_bias,
-        token_weights_N=None if weights_BT is None else weights_BT.flatten(),
+    nll_N = lm.cross_entropy(
+        hidden.hidden_BTD,
+        batch.labels_BT,
+        token_weights_BT=batch.token_weights_BT,
         num_valid=batch.num_label_tokens,
-        softcap=lm.softcap,
-        logit_scale=lm.logit_scale,
         reduction="none",
     ).loss
     return -nll_N.view_as(batch.labels_BT).sum(1)

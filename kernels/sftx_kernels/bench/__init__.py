@@ -1,9 +1,10 @@
-"""`sftx bench`: the operations against every installed peer, and the static report of the kernels.
+"""`sftx bench`: measurements of the operations against every installed peer, and the static report of the kernels.
 
-Needs torch and triton alone; rich makes the tables nicer and matplotlib the plots. `runner.run` measures,
-`static.run` compiles; each is imported where it is used.
+`<operation>.py` holds an operation's shapes, problem, least work and providers, `operations.py` the list of all
+operations; `runner.run` measures, `static.report.run` compiles without a GPU. The package imports torch, triton and
+the rest of `sftx_kernels`; rich and matplotlib improve tables and draw plots where they are installed.
 """
 
 
 class BenchError(ValueError):
-    """What was asked for cannot be measured, read or written; the message is one line."""
+    """A request that cannot be measured, or a file that cannot be read or written; the message is one line."""

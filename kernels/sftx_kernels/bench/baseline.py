@@ -1,4 +1,4 @@
-"""Whether sftx has become slower, or hungrier, than it was when an earlier result was written."""
+"""Comparison of sftx's times and memory with an earlier result of `sftx bench --json`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Change(NamedTuple):
     old: float
     new: float
     unit: str
-    fastest: float  # of the new rounds, the time that a fifth of them stayed under; for memory the same as `new`
+    fastest: float  # the 20th percentile of the new rounds; for memory the same as `new`
 
     @property
     def growth(self) -> float:
@@ -27,10 +27,10 @@ class Change(NamedTuple):
 
 
 class Baseline:
-    """An earlier JSON, of which all that is compared is looked at first.
+    """An earlier result; all fields that are compared are validated when it is read.
 
     Raises:
-        BenchError: it cannot be read, or is none of ours.
+        BenchError: it cannot be read, or is not a result of `sftx bench`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -42,10 +42,10 @@ class Baseline:
         self._environment: Mapping[str, Any] = document["environment"]
         self._rows = {_key(row): row for row in document["rows"] if row["ours"]}
         self.differences: list[str] = []
-        """Versions that are not what they were, so that a change may not be ours."""
+        """Package versions that differ, so that a change may have another cause than sftx."""
 
     def match(self, environment: Mapping[str, Any]) -> None:
-        """Fills `differences`; BenchError if it was measured on another device."""
+        """Fill `differences`; raises BenchError if the baseline was measured on another device."""
         old, new = self._environment, environment
         if old["device"] != new["device"]:
             raise BenchError(f"{self.path}: measured on {old['device']}, this is {new['device']}")
@@ -54,19 +54,19 @@ class Baseline:
         self.differences = [f"{name}: {before} -> {now}" for name, before, now in versions if before != now]
 
     def compare(self, rows: Sequence[Row]) -> tuple[list[Change], int]:
-        """Each figure of ours that both have, and how many of our rows the baseline lacks."""
-        mine = [row for row in rows if row.ours and row.passes]
-        known = [(row, self._rows[_key(row.as_json())]) for row in mine if _key(row.as_json()) in self._rows]
-        return [change for row, old in known for change in _changes(row, old)], len(mine) - len(known)
+        """Return each figure of sftx that both results have, and how many of sftx's rows the baseline lacks."""
+        own_rows = [row for row in rows if row.ours and row.passes]
+        known = [(row, self._rows[_key(row.as_json())]) for row in own_rows if _key(row.as_json()) in self._rows]
+        return [change for row, old in known for change in _changes(row, old)], len(own_rows) - len(known)
 
 
 def regressed(change: Change, max_regress: float) -> bool:
-    """More by that share, and not by a few slow rounds: even the fast fifth of them is slower than it was."""
+    """Return True if a figure grew by more than that share, and also the fastest fifth of the rounds is slower."""
     return change.growth > max_regress and change.fastest > change.old
 
 
 def _problems(document: Mapping[str, Any]) -> Iterator[str]:
-    """Where a result lacks what is compared, or has something else in its place."""
+    """Yield what is missing or of a wrong type among the fields that are compared."""
     environment, rows = document.get("environment"), document.get("rows")
     if not isinstance(environment, dict) or not isinstance(environment.get("device"), str):
         yield 'expected "environment" with a "device"'
@@ -101,8 +101,8 @@ def _problems_of_row(row: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _is_figure(value: Any) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and 0 < value <= sys.float_info.max  # no NaN is
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and 0 < value <= sys.float_info.max  # False for NaN
 
 
 def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""How fast a device could be: from its data sheet where it is known by name, else measured once."""
+"""Peak rates of a device: from its data sheet if its name is known, else measured once."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 
 from sftx_kernels.bench.cases import DTYPES
 from sftx_kernels.gemm import widens
+from sftx_kernels.triton.launch import Work
 
 _MB: Final = 1 << 20
 _TERA: Final = 1e12
@@ -25,8 +26,12 @@ class Peaks:
 
     flops_per_s: Mapping[str, float]  # by the keys of DTYPES, and "fp64", in which the references are made
     bytes_per_s: float
-    cache_bytes: int  # the last level in front of the memory
+    cache_bytes: int  # of the last cache level
     source: str
+
+    def least_seconds(self, work: Work, dtype: str) -> float:
+        """Return the time of the arithmetic or of the memory traffic, whichever is longer."""
+        return max(work.flops / self.flops_per_s[dtype], work.num_bytes / self.bytes_per_s)
 
 
 def _sheet(half: float, fp32: float, fp64: float, tb_per_s: float, cache_mb: int) -> Peaks:
@@ -34,7 +39,7 @@ def _sheet(half: float, fp32: float, fp64: float, tb_per_s: float, cache_mb: int
     return Peaks({k: v * _TERA for k, v in rates.items()}, tb_per_s * _TERA, cache_mb * _MB, "data sheet")
 
 
-# fp32 is without TF32, which torch leaves off for products.
+# SXM or OAM modules. fp32 is without TF32, which torch leaves off for products.
 DATA_SHEETS: Final[Mapping[str, Peaks]] = {
     "A100": _sheet(312, 19.5, 19.5, 2.039, 40),
     "H100": _sheet(989.4, 66.9, 66.9, 3.35, 50),
@@ -42,8 +47,7 @@ DATA_SHEETS: Final[Mapping[str, Peaks]] = {
     "B200": _sheet(2250, 75, 37, 8.0, 126),
     "MI300X": _sheet(1307.4, 163.4, 163.4, 5.3, 256),
 }
-# A device whose name holds all the words has that sheet; variants with other clocks (PCIe, NVL) have none, and are
-# measured.
+# A device whose name contains all the words has that sheet; variants with other clocks (PCIe, NVL) are measured.
 _WORDS: Final = {"A100": ("A100", "SXM", "80GB"), "H100": ("H100", "HBM3")}
 _VARIANTS: Final = ("PCIe", "NVL", "GB200", "GH200", "MIG")
 
@@ -56,12 +60,12 @@ class Device:
 
 
 def slug(name: str) -> str:
-    """A device's name as a directory's."""
+    """Return a device's name as a directory name."""
     return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
 
 
 def describe(device: torch.device, dtypes: tuple[str, ...]) -> Device:
-    """The device with its peaks; where those are measured, in these dtypes (keys of DTYPES) and fp64."""
+    """Return the device with its peak rates; they are measured in these dtypes (keys of DTYPES), fp32 and fp64."""
     name = device_name(device)
     for model, peaks in DATA_SHEETS.items():
         if all(word in name for word in _WORDS.get(model, (model,))) and not any(
@@ -72,7 +76,7 @@ def describe(device: torch.device, dtypes: tuple[str, ...]) -> Device:
 
 
 def device_name(device: torch.device) -> str:
-    """A GPU's own name; a processor's, with the threads that torch uses of it."""
+    """Return a GPU's name, or a CPU's model with the number of threads that torch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     model = "CPU"
@@ -86,16 +90,16 @@ def device_name(device: torch.device) -> str:
 
 @functools.cache
 def _measure(device: torch.device, dtypes: tuple[str, ...]) -> Peaks:
-    """The best of a few large products in each dtype, and of a few large copies.
+    """Return the best of a few large products in each dtype, and of a few large copies.
 
-    On a CPU a half-precision product may be made in fp32, so the light of a half dtype is at least that of fp32.
+    On a CPU a half-precision product may run in fp32, so the peak of a half dtype is at least that of fp32.
     """
     size = 1024 if device.type == "cpu" else 8192
     rates = {}
     for name in dict.fromkeys(("fp32", *dtypes, "fp64")):
         a_SS = torch.randn(size, size, device=device).to(DTYPES.get(name, torch.float64))
         if widens(a_SS):
-            continue  # it may take seconds, and is not how anybody should do it
+            continue  # a native product may take seconds here, and the kernels do not use one
         b_SS, out_SS = a_SS.clone(), torch.empty_like(a_SS)
         rates[name] = 2 * size**3 / _best_s(device, functools.partial(torch.mm, a_SS, b_SS, out=out_SS))
     if device.type == "cpu":
@@ -107,7 +111,7 @@ def _measure(device: torch.device, dtypes: tuple[str, ...]) -> Peaks:
 
 
 def _best_s(device: torch.device, function: Callable[[], object]) -> float:
-    """Of 5 calls, or of as many as begin within a second."""
+    """Return the shortest of 5 calls, or of as many as begin within a second."""
     best, first = float("inf"), time.perf_counter()
     for number in range(5):
         if number and time.perf_counter() - first > 1:

@@ -1,6 +1,6 @@
-"""The files that the bench reads and writes. Whatever is wrong with one is a BenchError of one line.
+"""The files that the bench reads and writes; an unusable one raises a BenchError of one line.
 
-A result takes time to measure: where it goes is tried before, and what lies there stays until the new one is whole.
+Results take time to measure, so their paths are checked before measuring, and written atomically.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ def read_json(path: Path) -> Any:
 
 
 def probe(*paths: Path) -> None:
-    """Tries whether all of them can be written, and makes their directories; what they hold stays.
+    """Check that all paths can be written, and make their directories; existing contents stay.
 
     Raises:
-        BenchError: one cannot, or is asked for twice.
+        BenchError: a path cannot be written, or is given twice.
     """
     for path in paths:
-        with _told(path):
+        with _as_bench_error(path):
             path.parent.mkdir(parents=True, exist_ok=True)
     seen: set[Path] = set()
     for path in paths:
-        with _told(path):
+        with _as_bench_error(path):
             target = path.resolve()
             if target in seen and not _is_device(path):
-                raise BenchError(f"{path}: asked for twice; each result needs a file of its own")
+                raise BenchError(f"{path}: given twice; each result needs a file of its own")
             seen.add(target)
             if path.is_dir():
                 raise IsADirectoryError(None, "it is a directory")
@@ -52,8 +52,8 @@ def probe(*paths: Path) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[TextIO]:
-    """A file beside `path`, which takes its place once it is written."""
-    with _told(path):
+    """Open a temporary file beside `path` that replaces it at the end (an atomic write)."""
+    with _as_bench_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if _is_device(path):
             with path.open("w", newline="", encoding="utf-8") as file:
@@ -70,7 +70,7 @@ def writing(path: Path) -> Iterator[TextIO]:
 
 
 def _is_device(path: Path) -> bool:
-    """Or a pipe: there is nothing to be lost, and nothing may take its place."""
+    """Return True for a device or a pipe, which is written directly: it has no contents, and must not be replaced."""
     return path.exists() and not path.is_file() and not path.is_dir()
 
 
@@ -79,7 +79,7 @@ def _beside(target: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _told(path: Path) -> Iterator[None]:
+def _as_bench_error(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

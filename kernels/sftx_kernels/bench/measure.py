@@ -1,12 +1,11 @@
 """Time and memory of a provider's forward and backward.
 
-Providers are measured round by round, one after the other within a round, so that whatever drifts (clocks,
-temperature, neighbours on the machine) hits all of them alike.
+Providers are measured round by round, one after the other within a round, so that drift (clocks, temperature, other
+processes) affects all of them equally.
 """
 
 from __future__ import annotations
 
-import functools
 import gc
 import os
 import sys
@@ -19,10 +18,8 @@ from typing import Final, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from sftx_kernels.bench.cases import PASSES, Pass
+from sftx_kernels.bench.cases import PASSES, Pass, Prepared, Problem, Provider
 from sftx_kernels.bench.devices import Device
-from sftx_kernels.bench.problems import Problem
-from sftx_kernels.bench.providers import Prepared, Provider
 
 MIN_ROUNDS: Final = 3
 MAX_ROUNDS: Final = 100
@@ -40,7 +37,7 @@ class Quantiles(NamedTuple):
 
 @dataclass
 class Run:
-    """One provider on one problem: what it computes, and what was measured of it so far."""
+    """One provider on one problem, with the samples measured so far."""
 
     provider: Provider
     prepared: Prepared
@@ -55,7 +52,7 @@ class Run:
         return torch.autograd.grad(outputs, list(self.prepared.leaves.values()), self.upstream)
 
     def first_call(self) -> dict[str, Tensor]:
-        """Outputs and gradients by the names of a Reference; whatever is compiled, is compiled here."""
+        """Return outputs and gradients by the names of a Reference. Compilation happens in this call."""
         outputs = self.forward()
         self.upstream = self.problem.upstream(outputs)
         gradients = self.backward(outputs)
@@ -77,16 +74,16 @@ class Clock(Protocol):
     num_warmups: int  # rounds that do not count
 
     def round(self, run: Run) -> Callable[[], Times]:
-        """Runs all passes once; the result is read after `finish`."""
+        """Run all passes once; the returned function reads the times after `finish`."""
         ...
 
     def finish(self) -> None: ...
 
 
 class _CpuClock:
-    """Caches are left as the provider before left them: with inputs of this size, full of something else."""
+    """Caches keep the previous provider's data, which with inputs of this size is no use to the next one."""
 
-    num_warmups = 0  # the first call was one
+    num_warmups = 0  # `first_call` was a warm-up
 
     def round(self, run: Run) -> Callable[[], Times]:
         start = time.perf_counter()
@@ -106,7 +103,7 @@ class _CpuClock:
 
 
 class _CudaClock:
-    """Events around each pass, the cache flushed before; nothing waits within a round, so that launches overlap."""
+    """CUDA events around each pass, caches flushed before it. Nothing syncs within a round, so launches overlap."""
 
     num_warmups = 1
 
@@ -145,19 +142,16 @@ def make_clock(device: Device) -> Clock:
 def time_runs(
     runs: Sequence[Run], clock: Clock, budget_s: float, guard: Callable[[Run, Callable[[], None]], None]
 ) -> None:
-    """Fills the samples of the runs, in as many rounds as the budget allows, MIN_ROUNDS at least.
+    """Fill the samples of the runs, in as many rounds as the budget allows, at least MIN_ROUNDS.
 
-    `guard` calls a function for a run and keeps its failure, so that one that raises ends its own row alone.
+    `guard` calls a function for a run and records its failure, so that an exception ends only that run's row.
     """
     start = time.perf_counter()
     for number in range(1, clock.num_warmups + MAX_ROUNDS + 1):
         pending: list[tuple[Run, Callable[[], Times]]] = []
 
-        def one(run: Run, pending: list[tuple[Run, Callable[[], Times]]]) -> None:
-            pending.append((run, clock.round(run)))
-
         for run in runs:
-            guard(run, functools.partial(one, run, pending))
+            guard(run, lambda run=run, pending=pending: pending.append((run, clock.round(run))))  # type: ignore[misc]
         clock.finish()
         if number > clock.num_warmups:
             for run, read in pending:
@@ -169,7 +163,7 @@ def time_runs(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The profiler of torch 2.13 writes two lines to stderr a session, whatever its log level says."""
+    """Redirect stderr: the profiler of torch 2.13 writes two lines to it in each session, at every log level."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
@@ -182,7 +176,7 @@ def _quiet() -> Iterator[None]:
 
 
 def peak_bytes(device: torch.device, function: Callable[[], object]) -> int:
-    """The most that torch's allocator held at once while `function` ran, on top of what it held before."""
+    """Return the peak of torch's allocator while `function` ran, minus what was allocated before."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -209,20 +203,19 @@ def peak_bytes(device: torch.device, function: Callable[[], object]) -> int:
 
 
 def memory_of(run: Run, device: torch.device) -> int:
-    """Peak of forward and backward, the gradients that stay included."""
+    """Return the peak of forward and backward, including the gradients."""
     return peak_bytes(device, lambda: run.backward(run.forward()))
 
 
 def rates(times: Mapping[Pass, Quantiles], run: Run, device: Device) -> dict[Pass, dict[str, float]]:
-    """For each pass its least work over its median time: TFLOP/s, GB/s, and the per cent of the speed of light."""
-    case, peaks = run.problem.case, device.peaks
+    """Return each pass's least work over its median time: TFLOP/s, GB/s, and the percentage of the speed of light."""
+    case = run.problem.case
     result: dict[Pass, dict[str, float]] = {}
     for name, work in case.least().items():
         seconds = times[name].median / 1e3
-        light_s = max(work.flops / peaks.flops_per_s[case.dtype], work.num_bytes / peaks.bytes_per_s)
         result[name] = {
             "tflop_per_s": work.flops / seconds / 1e12,
             "gb_per_s": work.num_bytes / seconds / 1e9,
-            "light_percent": 100 * light_s / seconds,
+            "light_percent": 100 * device.peaks.least_seconds(work, case.dtype) / seconds,
         }
     return result

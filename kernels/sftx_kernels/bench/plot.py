@@ -1,4 +1,4 @@
-"""One picture an operation: the time of forward and backward against what was swept, the masks or a size."""
+"""One picture for each operation: the time of forward and backward over the masks or over one varying size."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from sftx_kernels.bench import BenchError
-from sftx_kernels.bench.peers import all_providers
+from sftx_kernels.bench.operations import PROVIDERS
 from sftx_kernels.bench.report import Row
 
-# Okabe and Ito's colours, which those with a colour deficiency can tell apart, and as many markers.
+# Okabe and Ito's colours, which readers with a colour vision deficiency can tell apart, and as many markers.
 _COLOURS: Final = ("#0072B2", "#56B4E9", "#009E73", "#000000", "#E69F00", "#D55E00", "#CC79A7", "#999999")
 _MARKERS: Final = ("o", "s", "^", "D", "v", "P", "X", "*")
 _PER_LINE: Final = 3  # panels
@@ -27,7 +27,7 @@ def path_of(directory: Path, op: str) -> Path:
 
 
 def write_plots(directory: Path, rows: Sequence[Row], subtitle: str) -> list[Path]:
-    """Writes <operation>.png for each operation of which something was measured. Needs matplotlib.
+    """Write <operation>.png for each operation with a measured row. Needs matplotlib.
 
     Raises:
         BenchError: the directory or a picture cannot be written.
@@ -52,7 +52,7 @@ def write_plots(directory: Path, rows: Sequence[Row], subtitle: str) -> list[Pat
 
 
 def _draw(figure: Any, rows: Sequence[Row], title: str) -> None:
-    """Lines over what was swept, a panel for all else that differs; bars where nothing was."""
+    """Draw lines over the varying quantity, with a panel for each combination of the others; bars if nothing varies."""
     sweep = _sweep(rows)
     panels: dict[str, list[Row]] = {}
     for row in rows:
@@ -70,7 +70,9 @@ def _draw(figure: Any, rows: Sequence[Row], title: str) -> None:
         axis.set_visible(False)
     figure.suptitle(title, fontsize=11)
     handles: dict[str, Any] = {}
-    providers = [name for name in _order() if any(row.provider == name for row in rows)]
+    # In a fixed order, so that a provider has the same place in each picture.
+    order = dict.fromkeys(provider.name for provider in PROVIDERS)
+    providers = [name for name in order if any(row.provider == name for row in rows)]
     for axis, (name, members) in zip(axes, panels.items(), strict=False):
         axis.set_title(name, fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
@@ -93,7 +95,7 @@ class _Sweep(NamedTuple):
 
 
 def _sweep(rows: Sequence[Row]) -> _Sweep | None:
-    """The masks if there are several, else the one size in which the shapes differ."""
+    """Return the masks if there are several, else the one size in which the shapes differ, else None."""
     if len({row.case.mask for row in rows}) > 1:
         return _Sweep("rows masked, %", None)
     shapes = [asdict(row.case.shape) for row in rows]
@@ -103,22 +105,17 @@ def _sweep(rows: Sequence[Row]) -> _Sweep | None:
     return None
 
 
-def _order() -> list[str]:
-    """So that a provider has the same place in each picture."""
-    return list(dict.fromkeys(provider.name for provider in all_providers()))
-
-
 def _draw_lines(axis: Any, rows: Sequence[Row], providers: Sequence[str], sweep: _Sweep) -> dict[str, Any]:
-    """A line a provider, the band from p20 to p80 around it; ours thick. The lines by name."""
+    """Draw a line for each provider, thick for sftx, with a band from p20 to p80; return the lines by provider."""
     handles = {}
     for number, provider in enumerate(providers):
-        mine = sorted((row for row in rows if row.provider == provider), key=sweep.at)
-        if not mine:
+        points = sorted((row for row in rows if row.provider == provider), key=sweep.at)
+        if not points:
             continue
-        xs, figures = [sweep.at(row) for row in mine], [row.passes["both"] for row in mine]
+        xs, figures = [sweep.at(row) for row in points], [row.passes["both"] for row in points]
         style = {"color": _COLOURS[number % len(_COLOURS)], "marker": _MARKERS[number % len(_MARKERS)]}
         style["linestyle"] = "-" if number < len(_COLOURS) else "--"
-        width = 2.4 if mine[0].ours else 1.1
+        width = 2.4 if points[0].ours else 1.1
         (handles[provider],) = axis.plot(xs, [f["median_ms"] for f in figures], linewidth=width, markersize=5, **style)
         low, high = [f["p20_ms"] for f in figures], [f["p80_ms"] for f in figures]
         axis.fill_between(xs, low, high, color=style["color"], alpha=0.12, linewidth=0)
@@ -131,7 +128,7 @@ def _draw_lines(axis: Any, rows: Sequence[Row], providers: Sequence[str], sweep:
 
 
 def _draw_bars(axis: Any, rows: Sequence[Row]) -> None:
-    """A bar a provider, with its median written beside it and a whisker from p20 to p80."""
+    """Draw a bar for each provider, with its median beside it and a whisker from p20 to p80."""
     figures = [row.passes["both"] for row in rows]
     medians = [f["median_ms"] for f in figures]
     whiskers = [[f["median_ms"] - f["p20_ms"] for f in figures], [f["p80_ms"] - f["median_ms"] for f in figures]]

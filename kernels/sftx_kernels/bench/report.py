@@ -1,4 +1,4 @@
-"""What a bench found: rows, and how they are shown and kept. rich and matplotlib are used where they are."""
+"""The results of a bench as rows, tables, JSON and CSV."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from typing import Any, Final
 import torch
 
 from sftx_kernels.bench import files
-from sftx_kernels.bench.cases import PASSES, Case, LoraShape, shape_entry
+from sftx_kernels.bench.cases import PASSES, Case
 from sftx_kernels.bench.devices import Device
+from sftx_kernels.bench.operations import shape_entry
 
 FORMAT: Final = 1
 EAGER: Final = "torch-eager"
-FLOOR: Final = "frozen-linear"
 _PACKAGES: Final = ("torch", "triton", "sftx", "peft", "liger-kernel", "cut-cross-entropy", "quack-kernels", "unsloth")
 
 
 @dataclass
 class Row:
-    """One provider on one case. What could not be measured is None; `failure` says why, `absent` why it was not tried.
+    """One provider on one case. Figures that were not measured are None; `failure` or `absent` says why.
 
     passes: for forward, backward and both: median_ms, p20_ms, p80_ms, tflop_per_s, gb_per_s, light_percent.
-    error: relative norm of the error against fp64 of the value `error_of`, the worst of them, over `error_on`.
+    error: the largest relative error against fp64, of the value `error_of`, over the rows `error_on`.
+    failure: the exception of a provider that failed. absent: why a provider was not tried.
     """
 
     case: Case
@@ -62,7 +63,7 @@ class Row:
 
 
 def environment(device: Device) -> dict[str, Any]:
-    """What else would have to be the same for figures to be comparable."""
+    """Return what must be equal for figures to be comparable: device, versions, threads."""
     return {
         "device": device.name,
         "device_type": device.torch_device.type,
@@ -84,7 +85,7 @@ def _version(distribution: str) -> str | None:
 
 
 def _git_state() -> str | None:
-    """The commit of the checkout that this file lies in, with -dirty where something is changed; None without one."""
+    """Return the commit of this file's checkout, with -dirty if files are modified; None outside of a checkout."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         done = subprocess.run(
@@ -112,13 +113,13 @@ def header(environment: Mapping[str, Any], device: Device) -> str:
 
 
 def table_of(rows: Sequence[Row]) -> list[list[str]]:
-    """The rows of one case as text, the names of the columns first."""
-    case = rows[0].case
-    eager, floor = (next((row.median() for row in rows if row.provider == name), None) for name in (EAGER, FLOOR))
-    is_lora, has_rss = case.op == LoraShape.op, any(row.peak_rss_bytes is not None for row in rows)
+    """Return the rows of one case as text, the names of the columns first."""
+    floor_name = rows[0].case.shape.floor
+    eager, floor = (next((row.median() for row in rows if row.provider == name), None) for name in (EAGER, floor_name))
+    has_rss = any(row.peak_rss_bytes is not None for row in rows)
     lines = [
         ["provider", "fwd ms", "bwd ms", "both ms", "p20 - p80", "x eager"]
-        + (["/ frozen"] if is_lora else [])
+        + ([f"/ {floor_name.partition('-')[0]}"] if floor_name else [])
         + ["peak MB"]
         + (["RSS MB"] if has_rss else [])
         + ["TFLOP/s", "GB/s", "% light", "error", "in"]
@@ -130,7 +131,7 @@ def table_of(rows: Sequence[Row]) -> list[list[str]]:
         median = both["median_ms"]
         cells = [row.provider, *(_number(row.passes[name]["median_ms"]) for name in PASSES)]
         cells += [f"{_number(both['p20_ms'])} - {_number(both['p80_ms'])}", _number(eager and eager / median)]
-        cells += [_number(floor and median / floor)] if is_lora else []
+        cells += [_number(floor and median / floor)] if floor_name else []
         cells += [_megabytes(row.peak_bytes)] + ([_megabytes(row.peak_rss_bytes)] if has_rss else [])
         cells += [_number(both[key]) for key in ("tflop_per_s", "gb_per_s", "light_percent")]
         cells += ["-" if row.error is None else f"{row.error:.1e}", row.error_of or "-"]
@@ -139,21 +140,24 @@ def table_of(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def notes_of(rows: Sequence[Row]) -> list[str]:
-    """Who failed on one case, and what its figures do not cover."""
+    """Return the failures on one case, and which rows its errors cover."""
     notes = [f"failed: {row.provider}: {row.failure}" for row in rows if row.failure]
     partial = sorted({row.error_on for row in rows if row.error_on and row.error_on != "all rows"})
-    return notes + [f"error: {what}" for what in partial]
+    return notes + [f"error: {rows_compared}" for rows_compared in partial]
 
 
 def absent_of(rows: Sequence[Row]) -> list[str]:
-    """Who could not be measured, a line a reason: on which operations, or on which cases where others went well."""
+    """Return a line for each provider and reason why it was not tried, with the operations concerned.
+
+    If the provider was tried on other cases of an operation, the line names the cases instead.
+    """
     tried = {(row.provider, row.case.op) for row in rows if row.absent is None}
-    found: dict[str, dict[str, None]] = {}
+    reasons: dict[str, dict[str, None]] = {}
     for row in rows:
         if row.absent is not None:
             where = str(row.case) if (row.provider, row.case.op) in tried else row.case.op
-            found.setdefault(f"{row.provider}: {row.absent}", {})[where] = None
-    return [f"{what} ({'; '.join(wheres)})" for what, wheres in found.items()]
+            reasons.setdefault(f"{row.provider}: {row.absent}", {})[where] = None
+    return [f"{reason} ({'; '.join(places)})" for reason, places in reasons.items()]
 
 
 def print_case(rows: Sequence[Row]) -> None:
@@ -165,8 +169,11 @@ def print_case(rows: Sequence[Row]) -> None:
         print(f"  {note}")
 
 
-def print_table(lines: Sequence[Sequence[str]]) -> None:
-    """The first column to the left, the others to the right; with rich where it is installed."""
+def print_table(lines: Sequence[Sequence[str]], *, width: int | None = None) -> None:
+    """Print lines of cells, the names of the columns first: the first column to the left, the others to the right.
+
+    With rich, a table that is wider than `width` is folded; without rich, or with width None, it is never cut.
+    """
     try:
         from rich.console import Console
         from rich.table import Table
@@ -179,15 +186,15 @@ def print_table(lines: Sequence[Sequence[str]]) -> None:
         return
     table = Table(box=None, pad_edge=False, padding=(0, 1))
     for number, name in enumerate(lines[0]):
-        table.add_column(name, justify="right" if number else "left", no_wrap=True)
+        folds = width is not None and (number == 0 or "loads" in name)
+        table.add_column(name, justify="right" if number else "left", no_wrap=not folds, overflow="fold")
     for line in lines[1:]:
         table.add_row(*line, style="bold" if line[0].startswith("sftx") else None)
-    # As wide as the table wants to be: a column that was cut would be a figure that was lost.
-    Console(width=max(200, Console().width), highlight=False, soft_wrap=True).print(table)
+    Console(width=width or max(200, Console().width), highlight=False, soft_wrap=width is None).print(table)
 
 
 def _number(value: float | None) -> str:
-    """Three significant digits without exponents, two or fewer under 0.1."""
+    """Format three significant digits without an exponent, two or fewer under 0.1."""
     if value is None:
         return "-"
     decimals = next((digits for digits, least in ((0, 99.95), (1, 9.995), (2, 0.0995)) if value >= least), 3)
@@ -213,7 +220,7 @@ def write_json(path: Path, environment: Mapping[str, Any], rows: Iterable[Row], 
 
 
 def write_csv(path: Path, environment: Mapping[str, Any], rows: Iterable[Row]) -> None:
-    """A line a pass; providers that were not measured have one line, with the reason."""
+    """Write a line for each pass; a provider that was not measured has one line, with the reason."""
     columns = ["op", "shape", "dtype", "mask", "provider", "version", "pass", "median_ms", "p20_ms", "p80_ms"]
     columns += ["tflop_per_s", "gb_per_s", "light_percent", "peak_bytes", "peak_rss_bytes", "error", "error_of"]
     columns += ["error_on", "num_rounds", "failure", "absent", "device", "torch", "git"]

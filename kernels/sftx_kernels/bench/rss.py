@@ -1,6 +1,6 @@
 """Peak resident memory of one provider on one case, in a process of its own: `python -m sftx_kernels.bench.rss`.
 
-The allocator's bytes leave out what libraries take by themselves (packed operands, threads' scratch); this has it.
+Unlike the allocator's peak it includes memory that libraries allocate themselves (packed operands, threads' scratch).
 Linux only: the high-water mark is reset through /proc/self/clear_refs and read from /proc/self/status.
 """
 
@@ -16,21 +16,19 @@ from typing import Final
 
 import torch
 
-from sftx_kernels.bench.cases import Case, shape_entry, shape_from
+from sftx_kernels.bench.cases import Case, Provider, make_problem
 from sftx_kernels.bench.measure import Run
-from sftx_kernels.bench.peers import providers_of
-from sftx_kernels.bench.problems import make_problem
-from sftx_kernels.bench.providers import Provider
+from sftx_kernels.bench.operations import providers_of, shape_entry, shape_from
 
 _TIMEOUT_S: Final = 600
 _CPU: Final = torch.device("cpu")
 
 
 def peak_rss_bytes(case: Case, provider: Provider) -> int:
-    """What one forward and backward add to the resident set at their peak, on a CPU.
+    """Return by how much one forward and backward raise the peak of the resident set, on a CPU.
 
     Raises:
-        RuntimeError: the process failed; the last line of what it said.
+        RuntimeError: the process failed; the message is the last line of its stderr.
     """
     request = {
         "shape": shape_entry(case.shape),
@@ -39,7 +37,7 @@ def peak_rss_bytes(case: Case, provider: Provider) -> int:
         "provider": provider.name,
         "threads": torch.get_num_threads(),
     }
-    # Where this package lies on a path that was only set in this process, the other has to be told.
+    # This process may have found this package on a path that was only set here.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     try:
         done = subprocess.run(
@@ -54,11 +52,11 @@ def peak_rss_bytes(case: Case, provider: Provider) -> int:
 
 
 def _measure(case: Case, provider: Provider) -> int:
-    # First a small case of the same operation, which loads libraries and starts threads.
+    # A small case of the same operation first loads libraries and starts threads.
     small = replace(case, shape=replace(case.shape, rows=min(64, case.shape.rows)))
     peak = 0
-    for one in (small, case):
-        problem = make_problem(one, _CPU)
+    for measured in (small, case):
+        problem = make_problem(measured, _CPU)
         run = Run(provider, provider.prepare(problem), problem)
         Path("/proc/self/clear_refs").write_text("5")
         before = _status_bytes("VmRSS")
@@ -72,11 +70,11 @@ def _status_bytes(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
-def _main(request: str) -> None:
-    asked = json.loads(request)
-    torch.set_num_threads(asked["threads"])
-    case = Case(shape_from(asked["shape"], "rss"), asked["dtype"], asked["mask"])
-    (provider,) = providers_of(case.op, (asked["provider"],))
+def _main(request_json: str) -> None:
+    request = json.loads(request_json)
+    torch.set_num_threads(request["threads"])
+    case = Case(shape_from(request["shape"], "rss"), request["dtype"], request["mask"])
+    (provider,) = providers_of(case.op, (request["provider"],))
     print(_measure(case, provider))
 
 

@@ -1,4 +1,4 @@
-"""The bench from top to bottom: cases, providers, rounds, rows, files."""
+"""The bench: selects cases and providers, measures them in rounds, prints rows and writes files."""
 
 from __future__ import annotations
 
@@ -13,36 +13,29 @@ from typing import Final, TypeVar
 import torch
 
 from sftx_kernels import dispatch
-from sftx_kernels.bench import BenchError, cases, files, measure, plot, report, rss
+from sftx_kernels.bench import BenchError, files, measure, operations, plot, report, rss
 from sftx_kernels.bench.baseline import Baseline, regressed
-from sftx_kernels.bench.cases import Case
+from sftx_kernels.bench.cases import Case, Problem, Provider, Reference, make_problem
 from sftx_kernels.bench.devices import Device, describe
 from sftx_kernels.bench.measure import Run
-from sftx_kernels.bench.peers import all_providers, providers_of
-from sftx_kernels.bench.problems import Problem, Reference, make_problem
-from sftx_kernels.bench.providers import Provider
+from sftx_kernels.bench.operations import providers_of
 from sftx_kernels.bench.report import Row
 
 _T = TypeVar("_T")
-_MAX_CHARS: Final = 240  # of a foreign exception's message
-# The rounds of a case go on for this long, if MIN_ROUNDS do not take longer.
-_CASE_S: Final = {"cpu": 15.0, "cuda": 4.0}
-# Whose backend an operation runs on.
-_DISPATCHED: Final = {
-    "cross-entropy": "cross_entropy", "linear-cross-entropy": "cross_entropy", "lora": "lora_linear",
-}  # fmt: skip
+_MAX_CHARS: Final = 240  # of an exception's message
+_CASE_S: Final = {"cpu": 15.0, "cuda": 4.0}  # for the rounds of a case, unless MIN_ROUNDS take longer
 
 
 @dataclass(frozen=True)
 class Options:
-    """What `sftx bench` was asked. None: the default of the device.
+    """The arguments of `sftx bench`. None means the default of the device.
 
-    max_regress: the share by which a median or a peak of ours may exceed the baseline's.
-    rss: measure peak resident memory too, a process for each provider of each case (CPU only).
-    budget_s: cases that have not begun by then are not run, and said; the case that runs is finished.
+    max_regress: the share by which a median or a peak of sftx may exceed the baseline's.
+    rss: measure peak resident memory too, in a process for each provider of each case (CPU only).
+    budget_s: cases that have not begun by then are listed and not run; a running case is finished.
     """
 
-    operations: tuple[str, ...] = cases.OPERATIONS
+    operations: tuple[str, ...] = operations.OPERATIONS
     device: str | None = None
     dtypes: tuple[str, ...] | None = None
     shapes: Path | None = None
@@ -58,21 +51,21 @@ class Options:
 
 
 class _DeviceLostError(RuntimeError):
-    """A kernel broke the GPU's context, and nothing can run in this process any more."""
+    """Raised when a kernel broke the GPU's context, so that nothing can run in this process any more."""
 
 
 def run(options: Options) -> int:
-    """Measures, prints and writes. 1 where ours regressed, failed or was not measured, or the device was lost; else 0.
+    """Measure, print and write; return 1 if sftx regressed, failed or was not measured, or the device was lost, else 0.
 
     Raises:
-        BenchError: what was asked for cannot be.
+        BenchError: the options cannot be satisfied.
     """
     deadline = time.monotonic() + options.budget_s if options.budget_s is not None else float("inf")
     torch_device = _device(options.device)
     todo = _cases(options, torch_device)
-    wants_ours = _wants_ours(todo, options, torch_device)
+    measures_ours = _measures_ours(todo, options, torch_device)
     baseline = Baseline(options.baseline) if options.baseline else None
-    options = _probed(options, todo)
+    options = _check_targets(options, todo)
     device = describe(torch_device, tuple(dict.fromkeys(case.dtype for case in todo)))
     environment = report.environment(device)
     if baseline is not None:
@@ -87,22 +80,18 @@ def run(options: Options) -> int:
             lost = str(error)
         _write(options, environment, rows, todo)
     if not rows:
-        _write(options, environment, rows, todo)  # what was not run is all there is
-    _print_left_out(rows, todo, options, lost)
-    if options.plot is not None:
-        for path in plot.write_plots(options.plot, rows, device.name):
-            print(f"wrote {path}")
-    good = _good(rows, wants_ours) and lost is None
-    return 0 if (baseline is None or _holds(baseline, rows, options.max_regress)) and good else 1
-
-
-def _print_left_out(rows: Sequence[Row], todo: Sequence[Case], options: Options, lost: str | None) -> None:
+        _write(options, environment, rows, todo)  # only the cases that were not run
     if absent := report.absent_of(rows):
         print("\nabsent:", *absent, sep="\n  ")
     if lost is not None:
         print(f"\nthe device was lost, the rest was not run: {lost}")
     for case in todo:
         print(f"not run: {case}" + ("" if lost else f": the budget of {options.budget_s:.0f} s was spent"))
+    if options.plot is not None:
+        for path in plot.write_plots(options.plot, rows, device.name):
+            print(f"wrote {path}")
+    good = _print_failures(rows, measures_ours=measures_ours) and lost is None
+    return 0 if (baseline is None or _print_comparison(baseline, rows, options.max_regress)) and good else 1
 
 
 def _device(name: str | None) -> torch.device:
@@ -120,39 +109,39 @@ def _device(name: str | None) -> torch.device:
 
 def _cases(options: Options, device: torch.device) -> list[Case]:
     if options.providers is not None:
-        known = dict.fromkeys(p.name for p in all_providers() if p.op in options.operations)
+        known = dict.fromkeys(p.name for p in operations.PROVIDERS if p.op in options.operations)
         if unknown := [name for name in options.providers if name not in known]:
-            operations = ", ".join(options.operations)
-            raise BenchError(f"providers: {operations} has no {unknown[0]!r}; there are {', '.join(known)}")
+            ops = ", ".join(options.operations)
+            raise BenchError(f"providers: {ops} has no {unknown[0]!r}; there are {', '.join(known)}")
     if options.rss and device.type != "cpu":
         raise BenchError("rss: peak resident memory is measured on a CPU only")
-    shapes = cases.read_shapes(options.shapes) if options.shapes else cases.default_shapes(device.type)
-    dtypes = options.dtypes or cases.default_dtypes(device.type)
-    found = list(cases.expand(shapes, options.operations, dtypes, options.masks))
-    if not found:
+    shapes = operations.read_shapes(options.shapes) if options.shapes else operations.default_shapes(device.type)
+    dtypes = options.dtypes or operations.default_dtypes(device.type)
+    cases = list(operations.expand(shapes, options.operations, dtypes, options.masks))
+    if not cases:
         raise BenchError(f"{options.shapes}: has no shape of {', '.join(options.operations)}")
-    idle = [op for op in dict.fromkeys(case.op for case in found) if not providers_of(op, options.providers)]
-    found = [case for case in found if case.op not in idle]
-    if not found:
+    idle = [op for op in dict.fromkeys(case.op for case in cases) if not providers_of(op, options.providers)]
+    cases = [case for case in cases if case.op not in idle]
+    if not cases:
         raise BenchError(f"providers: {', '.join(idle)} has none of {', '.join(options.providers or ())}")
     if idle:
         print(f"left out: {', '.join(idle)}; no provider of it was asked for")
-    return found
+    return cases
 
 
-def _wants_ours(todo: Sequence[Case], options: Options, device: torch.device) -> bool:
-    """Whether anything of ours was asked for; BenchError if SFTX_KERNELS asks for what it cannot run on."""
+def _measures_ours(todo: Sequence[Case], options: Options, device: torch.device) -> bool:
+    """Return True if a provider of sftx is selected; raises BenchError if SFTX_KERNELS requests an unusable backend."""
     ours = [case for case in todo if any(provider.ours for provider in providers_of(case.op, options.providers))]
     try:
         for case in ours:
-            dispatch.decide(_DISPATCHED[case.op], device, case.torch_dtype)
+            dispatch.decide(case.shape.dispatched_as, device, case.torch_dtype)
     except ValueError as error:
         raise BenchError(str(error)) from error
     return bool(ours)
 
 
-def _probed(options: Options, todo: Sequence[Case]) -> Options:
-    """The options, without pictures where nothing draws; a place that cannot be written is told now."""
+def _check_targets(options: Options, todo: Sequence[Case]) -> Options:
+    """Check before measuring that results can be written; return the options, without plots if it cannot draw."""
     if options.plot is not None and not plot.has_matplotlib():
         print("no plots: matplotlib is not installed")
         options = replace(options, plot=None)
@@ -164,7 +153,7 @@ def _probed(options: Options, todo: Sequence[Case]) -> Options:
 
 
 def _write(options: Options, environment: dict[str, object], rows: Sequence[Row], not_run: Sequence[Case]) -> None:
-    """After each case, so that what was measured is kept whatever happens later."""
+    """Write the results so far: called after each case, so that a later failure loses none."""
     if options.json is not None:
         report.write_json(options.json, environment, rows, not_run)
     if options.csv is not None:
@@ -172,7 +161,7 @@ def _write(options: Options, environment: dict[str, object], rows: Sequence[Row]
 
 
 def _run_case(case: Case, options: Options, device: Device, deadline: float, keep: Callable[[Row], None]) -> list[Row]:
-    """A row for each provider. Where the device is lost, they are given to `keep` as far as they are."""
+    """Return a row for each provider. If the device is lost, the rows so far are passed to `keep` first."""
     providers = providers_of(case.op, options.providers)
     rows = [Row(case, provider.name, provider.ours, version=provider.version()) for provider in providers]
     try:
@@ -211,21 +200,20 @@ def _fill_rows(
 
 
 def _first_call(provider: Provider, problem: Problem, reference: Reference | None, row: Row) -> Run:
-    """Prepares, compiles what is compiled at the first call, and takes the error of its results."""
+    """Prepare a provider, call it once (compilation happens here) and record the error of its results."""
     run = Run(provider, provider.prepare(problem), problem)
     values = run.first_call()
     if reference is None:
         row.error_on = "not compared, each draws a dropout mask of its own"
     else:
-        # The floor computes another function: its y is not LoRA's.
-        if provider.name != report.FLOOR:
+        if provider.name != problem.case.shape.floor:  # which computes another function
             row.error, row.error_of = reference.error(values)
         row.error_on = reference.note
     return run
 
 
 def _measure(runs: Sequence[tuple[Run, Row]], device: Device, budget_s: float, options: Options) -> None:
-    """Times all of them together, then takes the memory of each."""
+    """Time all runs together, then measure the memory of each."""
     row_of = {id(run): row for run, row in runs}
 
     def guard(run: Run, function: Callable[[], None]) -> None:
@@ -250,10 +238,10 @@ def _measure(runs: Sequence[tuple[Run, Row]], device: Device, budget_s: float, o
 
 
 def _attempt(row: Row, device: Device, function: Callable[[], _T]) -> _T | None:
-    """The function's result; where it raises, the row keeps the reason in one line and nothing else is hurt.
+    """Return the function's result. If it raises, record the exception in the row and return None.
 
     Raises:
-        _DeviceLostError: after an illegal access, say, every later call of the process fails too.
+        _DeviceLostError: the device fails every later call too, as after an illegal memory access.
     """
     try:
         return function()
@@ -275,19 +263,22 @@ def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}"[:_MAX_CHARS].removesuffix(": ")
 
 
-def _good(rows: Sequence[Row], wants_ours: bool) -> bool:
-    """Prints who of ours failed; whether none did and, where ours was asked for, something of it was measured."""
+def _print_failures(rows: Sequence[Row], *, measures_ours: bool) -> bool:
+    """Print the failures of sftx; return True if there are none and, with `measures_ours`, sftx was measured."""
     failed = [row for row in rows if row.ours and row.failure is not None]
     for row in failed:
         print(f"failed: {row.provider}, {row.case}: {row.failure}")
-    nothing = wants_ours and not any(row.ours and row.passes for row in rows)
+    nothing = measures_ours and not any(row.ours and row.passes for row in rows)
     if nothing:
         print("nothing of ours was measured")
     return not failed and not nothing
 
 
-def _holds(baseline: Baseline, rows: Sequence[Row], max_regress: float) -> bool:
-    """Prints what became worse than the baseline by more than was allowed; whether nothing did, of something."""
+def _print_comparison(baseline: Baseline, rows: Sequence[Row], max_regress: float) -> bool:
+    """Print the figures that are worse than the baseline by more than `max_regress`; return True if there are none.
+
+    Return False if no figure could be compared.
+    """
     changes, num_new = baseline.compare(rows)
     worse = [change for change in changes if regressed(change, max_regress)]
     print(f"\nagainst {baseline.path}: {len(changes)} figures, {len(worse)} worse by more than {max_regress:.1%}")

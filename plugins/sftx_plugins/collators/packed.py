@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from sftx import Attention, Batch, Collator, Example, Row, Step, hookimpl, pack
+from sftx import Attention, Batch, Collator, Example, Row, Step, Window, hookimpl, pack
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,22 +57,12 @@ class PackedRows:
     def wrap_length(self) -> int | None:
         return self.length if self.strategy == "wrapped" else None
 
-    def plan(
-        self,
-        lengths: Sequence[int],
-        groups: Sequence[int],
-        *,
-        seed: int,
-        epoch: int,
-        window: int,
-        examples_per_step: int,
-        final: bool,
-    ) -> tuple[list[Step], Row]:
+    def plan(self, window: Window) -> tuple[list[Step], Row]:
         """Full rows in a random order. Carried over are the emptiest rows, or the end of the stream when wrapped."""
         # Text seeds are hashed with SHA-512: unlike tuples of numbers they are the same in every process.
-        rng = random.Random(f"packed {seed} {epoch} {window}")
-        units = _units(groups)
-        sizes = lengths if units is None else [sum(lengths[index] for index in unit) for unit in units]
+        rng = random.Random(f"packed {window.seed} {window.epoch} {window.index}")
+        units = _units(window.groups)
+        sizes = window.lengths if units is None else [sum(window.lengths[index] for index in unit) for unit in units]
         if self.strategy == "wrapped":
             filled, num_open = _wrap(sizes, self.length)
         else:
@@ -81,10 +71,10 @@ class PackedRows:
             rows = [tuple(row) for row in filled]
         else:
             rows = [tuple(itertools.chain.from_iterable(units[unit] for unit in row)) for row in filled]
-        num_carried = 0 if final else num_open + (len(rows) - num_open) % examples_per_step
+        num_carried = 0 if window.is_last else num_open + (len(rows) - num_open) % window.rows_per_step
         rows, carried = rows[: len(rows) - num_carried], rows[len(rows) - num_carried :]
         rng.shuffle(rows)
-        steps = [tuple(rows[at : at + examples_per_step]) for at in range(0, len(rows), examples_per_step)]
+        steps = [tuple(rows[at : at + window.rows_per_step]) for at in range(0, len(rows), window.rows_per_step)]
         return steps, tuple(index for row in carried for index in row)
 
     def collate(self, examples: Sequence[Example]) -> Batch:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from sftx import Batch, Collator, ConfigError, Example, Row, Step, hookimpl, pack, pad
+from sftx import Batch, Collator, ConfigError, Example, Row, Step, Window, hookimpl, pack, pad
 
 # As many steps are sorted by length together as in transformers' group_by_length: long enough to find rows of
 # similar length, short enough that an epoch does not run from short to long.
@@ -33,31 +33,21 @@ class Padded:
             raise ConfigError("padding_free pads nothing; leave pad_to_multiple_of out")
         return self
 
-    def plan(
-        self,
-        lengths: Sequence[int],
-        groups: Sequence[int],
-        *,
-        seed: int,
-        epoch: int,
-        window: int,
-        examples_per_step: int,
-        final: bool,
-    ) -> tuple[list[Step], Row]:
+    def plan(self, window: Window) -> tuple[list[Step], Row]:
         """A random order of the rows; with `group_by_length`, sorted by length within stretches of 50 steps."""
-        rows = _rows(groups)
+        rows = _rows(window.groups)
         # Text seeds are hashed with SHA-512: unlike tuples of numbers they are the same in every process.
-        rng = random.Random(f"padded {seed} {epoch} {window}")
+        rng = random.Random(f"padded {window.seed} {window.epoch} {window.index}")
         rng.shuffle(rows)
-        num_carried = 0 if final else len(rows) % examples_per_step
+        num_carried = 0 if window.is_last else len(rows) % window.rows_per_step
         rows, carried = rows[: len(rows) - num_carried], rows[len(rows) - num_carried :]
         if self.group_by_length:
-            stretch = examples_per_step * _STEPS_SORTED
+            stretch = window.rows_per_step * _STEPS_SORTED
             for start in range(0, len(rows), stretch):
                 rows[start : start + stretch] = sorted(
-                    rows[start : start + stretch], key=lambda row: max(lengths[i] for i in row), reverse=True
+                    rows[start : start + stretch], key=lambda row: max(window.lengths[i] for i in row), reverse=True
                 )
-        steps = [tuple(rows[at : at + examples_per_step]) for at in range(0, len(rows), examples_per_step)]
+        steps = [tuple(rows[at : at + window.rows_per_step]) for at in range(0, len(rows), window.rows_per_step)]
         if self.group_by_length:
             rng.shuffle(steps)
         return steps, tuple(index for row in carried for index in row)

@@ -39,23 +39,16 @@ class MaskedCE:
     def __call__(self, lm: LanguageModel, batch: Batch) -> LossSum:
         import torch
 
-        from sftx_kernels import linear_cross_entropy
-
         hidden = lm.hidden(batch)
-        weights_BT = batch.token_weights_BT
         # What regularises training is no part of a held-out loss.
         evaluating = not torch.is_grad_enabled()
-        out = linear_cross_entropy(
-            hidden.hidden_BTD.flatten(0, 1),
-            lm.head_weight,
-            batch.labels_BT.flatten(),
-            bias_V=lm.head_bias,
-            token_weights_N=None if weights_BT is None else weights_BT.flatten(),
+        out = lm.cross_entropy(
+            hidden.hidden_BTD,
+            batch.labels_BT,
+            token_weights_BT=batch.token_weights_BT,
             num_valid=batch.num_label_tokens,
             label_smoothing=0.0 if evaluating else self.label_smoothing,
             z_loss=0.0 if evaluating else self.z_loss,
-            softcap=lm.softcap,
-            logit_scale=lm.logit_scale,
             workspace_bytes=None if self.workspace_mb is None else self.workspace_mb * 2**20,
             stats=evaluating,
         )

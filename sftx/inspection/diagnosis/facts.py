@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from sftx.data.dataset import Dataset
 from sftx.data.encoder import Encoder
-from sftx.data.preprocess import Dataset
-from sftx.data.row_encoder import Row
+from sftx.data.row_encoder import EncodedRow, parse_record
 from sftx.errors import DataError
 from sftx.inspection.dataset_view import Look
 from sftx.inspection.diagnosis.mojibake import mojibake
@@ -92,7 +92,7 @@ class Facts:
                 break
             found.num_rows += 1
             try:
-                parsed = encode.parse(record, Row(where), source)
+                parsed = parse_record(record, EncodedRow(where), encode.parsers, source, encode.config)
             except DataError:
                 continue  # the ledger has it
             _look_at(found, str(where), [one for part in parsed for one in _texts_of(part)], controls, bos)

@@ -112,7 +112,7 @@ def _rendered(facts: Facts, turns: tuple[tuple[str, str], ...]) -> list[int] | N
     assert facts.encoder.template is not None
     conversation = Conversation(tuple(Message(role, content) for role, content in turns))
     try:
-        return facts.encoder.segments(facts.encoder.template.render(conversation))[0]
+        return facts.encoder.encode_segments(facts.encoder.template.render(conversation))[0]
     except DataError:
         return None
 

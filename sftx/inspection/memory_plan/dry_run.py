@@ -123,7 +123,7 @@ class Rehearsals:
 
     def _updated(self, config: TrainConfig) -> _Update:
         """With several micro-batches the gradients stay, for those that come after the first add to them."""
-        key = (config.optim, config.gradient_accumulation_steps == 1)
+        key = (config.optim, (config.gradient_accumulation_steps or 1) == 1)
         if key not in self._updates:
             with torch.device("meta"):  # where adapters are made ten times as fast as of fake tensors
                 lm = self._built(self._skeleton())
@@ -159,7 +159,7 @@ class Rehearsals:
             prepare_layers(lm.model, config)
             mark_phases(tally, decoder_layers(lm.model))
             step = TrainStep(lm.train(), self.assembly.loss())
-            if config.gradient_accumulation_steps > 1:
+            if (config.gradient_accumulation_steps or 1) > 1:
                 _make_gradients(tally, trained)
             batch = without_values(mode, batch)
             tally.forget()

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -68,7 +69,9 @@ def make_batch(collator: Collator, rows: int, max_length: int) -> Batch:
     """As the run's collator makes it. Rows but the first are one token shorter, so that padding has its mask."""
     length: int = getattr(collator, "row_length", max_length)
     sizes = [length - (row > 0) for row in range(rows)]
-    return collator.collate([Example([0] * size, [True] * size, f"row {i}", i) for i, size in enumerate(sizes)])
+    return collator.collate(
+        [Example(np.zeros(size, np.int32), np.ones(size, np.bool_), f"row {i}", i) for i, size in enumerate(sizes)]
+    )
 
 
 def without_values(mode: FakeTensorMode, batch: Batch) -> Batch:

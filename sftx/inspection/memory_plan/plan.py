@@ -14,13 +14,12 @@ from typing import Any, Final
 from sftx.assembly.registry import activate
 from sftx.config.loading import Loaded
 from sftx.config.options import RunConfig, TrainConfig
-from sftx.data import balance
+from sftx.data.sampler import num_micro_batches
 from sftx.inspection.memory_plan import MOST_ROWS, fake_sharding
 from sftx.inspection.memory_plan.devices import Device
 from sftx.inspection.memory_plan.dry_run import Rehearsals
 from sftx.inspection.memory_plan.fake_sharding import Moments
 from sftx.model import names
-from sftx.run import check_processes
 from sftx.trainer import parallel
 from sftx.trainer import precision as precisions
 from sftx.trainer.precision import Precision
@@ -125,8 +124,7 @@ class Planner:
         ranks = ranks or self.num_processes
         max_length = max_length or self.config.data.max_length
         if rows is None:
-            rows_of_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
-            rounds, rows = balance.size(rows_of_step, ranks, train.per_device_train_batch_size)
+            rounds, rows = num_micro_batches(self.config.train.rows_per_step, ranks, train.micro_batch_size)
             train = dataclasses.replace(train, gradient_accumulation_steps=rounds)
         moments = self._moments(train, rows, max_length)
         when, kinds = self._largest(moments, train.distributed, ranks)
@@ -145,7 +143,7 @@ class Planner:
     def _moments(self, train: TrainConfig, rows: int, max_length: int) -> Moments:
         """Of one process that has all of the model."""
         assert self.process_bytes
-        accumulates = train.gradient_accumulation_steps > 1
+        accumulates = (train.gradient_accumulation_steps or 1) > 1
         key = (rows, max_length, accumulates, train.gradient_checkpointing, train.optim)
         if key not in self._rehearsed:
             self._rehearsed[key] = {
@@ -196,7 +194,8 @@ def plan(
     num_tokens: int | None = None,
 ) -> Plan:
     """The whole plan. Raises SftxError for what a run could not be begun with."""
-    check_processes(loaded.config, num_processes)
+    resolved = loaded.config.train.resolve_batch_size(num_processes)
+    loaded = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, train=resolved))
     planner = Planner(loaded, device, num_processes)
     need = planner.need()
     if num_processes > 1:
@@ -266,11 +265,11 @@ def _advice(planner: Planner, need: Need, limit: int) -> tuple[str, ...]:
     """What to change, each with what it would need then; what fits first."""
     train = planner.config.train
     trains_all = need.num_trainable == need.num_parameters
-    rows_of_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    rows_of_step = train.rows_per_step
     lean: dict[str, Any] = {} if train.gradient_checkpointing else {"gradient_checkpointing": True}
     changes = [lean] if lean else []
     if need.rows > 1:
-        lean = lean | {"per_device_train_batch_size": 1, "gradient_accumulation_steps": rows_of_step}
+        lean = lean | {"train_batch_size": rows_of_step, "per_device_train_batch_size": 1}
         changes.append(lean)
     tried = [(_flags(change), planner.need(**change)) for change in changes]
     half = max(2, need.max_length // 2)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from sftx import atomic_files
 from sftx.errors import OutputError, one_line, printable
 from sftx.inspection.run_report.run_record import Columns
 
@@ -37,18 +37,12 @@ def write(path: Path, runs: Sequence[tuple[str, Columns, Columns]]) -> bool:
     if importlib.util.find_spec("matplotlib") is None:
         log.info("no %s: it is drawn by matplotlib, which is not installed (pip install 'sftx[plot]')", path.name)
         return False
-    part = path.with_name(f".{path.name}.part")
     try:
-        with part.open("wb") as file:
+        with atomic_files.open_bytes(path) as file:
             _draw(file, runs)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise OutputError(f"{path}: cannot be written: {one_line(error)}") from error
+    except OutputError:
+        raise
     except Exception as error:  # numbers at the end of what a float can hold
-        part.unlink(missing_ok=True)
         log.warning("no %s: matplotlib cannot draw it: %s: %s", path.name, type(error).__name__, one_line(error))
         return False
     return True

@@ -10,9 +10,9 @@ from typing import Final, Literal
 import numpy as np
 
 from sftx.config.options import Source
+from sftx.data.dataset import Dataset
 from sftx.data.ledger import Entry
-from sftx.data.preprocess import Dataset
-from sftx.data.row_encoder import Row
+from sftx.data.row_encoder import EncodedRow, parse_record
 from sftx.errors import DataError
 from sftx.inspection.dataset_view import Look, Split, is_unreadable
 from sftx.inspection.figures import Figures, figures
@@ -179,7 +179,7 @@ class _Shown:
     """Makes what is shown of one row; what became of it is read from the dataset's own ledger."""
 
     def __init__(self, look: Look, split: Split, data: Dataset) -> None:
-        self._encode = look.prepared.encode if split == "train" else look.prepared.encode_held_out
+        self._encode = look.prepared.encode if split == "train" else look.prepared.encode_eval
         self._entries: dict[Place, list[Entry]] = {}
         for entry in data.ledger.entries:
             self._entries.setdefault(_place(entry.where), []).append(entry)
@@ -188,15 +188,15 @@ class _Shown:
         entries = self._entries.get(_place(where), [])
         status: Status = entries[0].action if entries else "kept"
         is_gone = status in ("dropped", "filtered")
-        encode, row = self._encode, Row(where)
+        encode, row = self._encode, EncodedRow(where)
         shown: tuple[ShownExample, ...] = ()
         try:
             if not any(map(is_unreadable, entries)):
                 row = encode(where, record, source)
-                as_it_is = Row(where) if is_gone else row
-                parsed = encode.parse(record, Row(where), source)
+                as_it_is = EncodedRow(where) if is_gone else row
+                parsed = parse_record(record, EncodedRow(where), encode.parsers, source, encode.config)
                 found = examples(encode, parsed, as_it_is)
-                names = [one.row_id for one in as_it_is.as_examples(0)] or [str(where)] * len(found)
+                names = [one.row_id for one in as_it_is.examples_from_group(0)] or [str(where)] * len(found)
                 shown = tuple(ShownExample(name, tuple(one)) for name, one in zip(names, found, strict=True))
         except DataError:
             if not is_gone:

@@ -12,11 +12,10 @@ from typing import Final
 
 from sftx.config.options import DataConfig
 from sftx.data import truncate
-from sftx.data.encoder import Encoder
-from sftx.data.encoder import Run as EncodedRun
-from sftx.data.row_encoder import Encoded, Row, RowEncoder, mark, units
+from sftx.data.encoder import EncodedRun, Encoder
+from sftx.data.row_encoder import EncodedRow, RowEncoder, mark_trained, split_units
 from sftx.errors import PluginError
-from sftx.types import Conversation, Message, Parsed, PlainText, Segment, Tokens
+from sftx.types import Conversation, Example, Message, Parsed, PlainText, Segment, Tokens
 
 _SURELY_NOT_BY_CHANCE: Final = 8
 """Characters of a message that are recognised inside of a longer segment; shorter ones must be all of it."""
@@ -40,7 +39,7 @@ class Token:
     """Why it is trained or not, in a few words."""
 
 
-def examples(encode: RowEncoder, parsed: Sequence[Parsed], row: Row) -> list[list[Token]]:
+def examples(encode: RowEncoder, parsed: Sequence[Parsed], row: EncodedRow) -> list[list[Token]]:
     """The tokens of each of the row's examples; of a dropped row, those that it would have had, none of them trained.
 
     Raises PluginError when they are not the very ids, mask and weights that `row` has: a template that writes the
@@ -48,7 +47,7 @@ def examples(encode: RowEncoder, parsed: Sequence[Parsed], row: Row) -> list[lis
     """
     found: list[list[Token]] = []
     for one in parsed:
-        for unit in units(mark(one, encode.config), encode.encoder):
+        for unit in split_units(mark_trained(one, encode.config), encode.encoder):
             explain = _Explain(encode, one, unit)
             found += explain.pieces() if row.examples else [explain.tokens(unit)]
     if not row.examples:
@@ -59,7 +58,7 @@ def examples(encode: RowEncoder, parsed: Sequence[Parsed], row: Row) -> list[lis
     return found
 
 
-def _agree(tokens: Sequence[Token], example: Encoded) -> bool:
+def _agree(tokens: Sequence[Token], example: Example) -> bool:
     weights = [1.0] * len(tokens) if example.weights is None else example.weights.tolist()
     return (
         [token.id for token in tokens] == example.token_ids.tolist()
@@ -82,17 +81,10 @@ class _Explain:
         whole = self.tokens(self._unit)
         if len(whole) <= config.max_length or self._encode.wrapped:
             return [whole]
-        known: list[Token] = []
-
-        def numbered(parsed: Parsed) -> truncate.Piece:
-            """What the policy cuts, with a number in place of each weight: it tells afterwards which token is which."""
-            first, tokens = len(known), self.tokens(parsed)
-            known.extend(tokens)
-            numbers = [float(first + n) for n in range(len(tokens))]
-            return [token.id for token in tokens], [token.trained for token in tokens], numbers
-
-        fitting = truncate.fit(self._unit, numbered(self._unit), config, encoder.is_control, numbered)
-        return [[known[int(number)] for number in numbers] for _, _, numbers in fitting]
+        labelled = self._encode.labelled
+        cut = truncate.fit(self._unit, labelled(self._unit), config, encoder.is_control, labelled)
+        tokens = whole if cut.unit is self._unit else self.tokens(cut.unit)
+        return [[tokens[n] for n in kept] for kept in cut.kept]
 
     def tokens(self, parsed: Parsed) -> list[Token]:
         """Every token of a unit, or of a shorter form of it."""
@@ -133,7 +125,7 @@ def _reasons(written: Parsed, unit: Parsed, config: DataConfig) -> dict[int, str
     """Why each message of the unit is trained or not, by the message's identity."""
     if not (isinstance(written, Conversation) and isinstance(unit, Conversation)):
         return {}
-    marked = mark(written, config)
+    marked = mark_trained(written, config)
     assert isinstance(marked, Conversation)
     rows = [m for m in written.messages if config.system is None or m.role != "system"]
     said = [*[None] * (len(marked.messages) - len(rows)), *rows]  # None: the system text that the run gives it

@@ -1,13 +1,15 @@
-"""The products of LoRA with a narrow result: each reads its wide matrix once, and makes dropout's mask as it goes.
+"""The Triton kernels of LoRA: each reads its wide matrix once, and computes dropout's mask in registers.
 
 With x [M, K], dY [M, O], A [R, K], B [O, R] and keep, dropout's mask of ones and zeros:
 
     shrink      S    = (keep * x) A^T
     down        dS   = alpha dY B,  dB = alpha dY^T S,  from one read of dY
     grad_A      dA   = dS^T (keep * x)
+    outer       out  = alpha keep * (L Rt), for dX with L = dS and Rt = A
 
-alpha is LoRA's scaling times dropout's 1 / (1 - p). What is summed over programs goes to fp32 buffers, one slice for
-each, and `sum_parts` adds them in a fixed order: no atomics, so the same input gives the same bits.
+alpha is LoRA's scaling times dropout's 1 / (1 - p). Sums over programs go to fp32 buffers, one slice for each, and
+`sum_parts` adds them in a fixed order: no atomics, so the same input gives the same bits. `sftx_kernels.lora` calls
+the functions without "launch" in their name, which run the kernels.
 
 Shape suffixes: M rows, K in, O out, R rank, N columns, P parts. Matrices have a last stride of 1 unless stated.
 """
@@ -21,20 +23,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sftx_kernels.gpu.launch import Chip, Launch, Work
-from sftx_kernels.gpu.philox import keep_mask
+from sftx_kernels.triton.dropout import keep_mask
+from sftx_kernels.triton.launch import Chip, Launch, Work, chip_of
 
-# Larger ranks go in blocks, so that no rank is too large for a program's registers.
+# Larger ranks are processed in blocks, so that no rank is too large for a program's registers.
 _MAX_BLOCK_R = 64
 _MAX_DOWN_RANK = 32
 
 
-def block_rank(rank: int) -> int:
-    """tl.dot wants at least 16 on each side."""
+def _block_rank(rank: int) -> int:
+    """Return how many ranks a program processes at once; tl.dot needs at least 16."""
     return min(_MAX_BLOCK_R, max(16, 1 << (rank - 1).bit_length()))
 
 
-def num_bytes(*tensors: Tensor | None) -> int:
+def _num_bytes(*tensors: Tensor | None) -> int:
     return sum(t.numel() * t.itemsize for t in tensors if t is not None)
 
 
@@ -76,10 +78,10 @@ def _shrink_kernel(
 def shrink_launch(
     x_MK: Tensor, lora_A_RK: Tensor, out_MR: Tensor, chip: Chip, *, seed: Tensor | None = None, threshold: int = 0
 ) -> Launch:
-    """out_MR = (keep * x) A^T. All of one dtype; R of any size, for x stays in the cache between blocks of ranks."""
+    """Launch out_MR = (keep * x) A^T, all of one dtype. R has any size: x stays cached between blocks of ranks."""
     (M, K), R = x_MK.shape, lora_A_RK.shape[0]
     wide = x_MK.dtype == torch.float32
-    block_r = block_rank(R)
+    block_r = _block_rank(R)
     # Two programs for each multiprocessor hide the latency of the one stream of loads.
     block_m = 64 if 128 * chip.num_sms <= M and not wide else 32
     block_k = 64 if wide else 128
@@ -108,7 +110,7 @@ def shrink_launch(
         },
         num_warps=4,
         num_stages=2 if wide or chip.shared_bytes <= 64 * 1024 else 3,
-        work=Work(2 * M * K * R, num_bytes(x_MK, lora_A_RK, out_MR)),
+        work=Work(2 * M * K * R, _num_bytes(x_MK, lora_A_RK, out_MR)),
         uses_dot=True,
     )
 
@@ -127,7 +129,7 @@ def _down_kernel(
     part_m = tl.program_id(0) // num_o
     outs = part_o * BLOCK_O + tl.arange(0, BLOCK_O)
     ranks = tl.arange(0, BLOCK_R)
-    # B's tile stays; the rows of dY and S pass by.
+    # B's tile stays in registers while the loop goes over the rows of dY and S.
     b_mask = (outs[:, None] < O) & (ranks[None, :] < R)
     b_OR = tl.load(b_ptr + outs.to(tl.int64)[:, None] * stride_bo + ranks[None, :], mask=b_mask, other=0.0)
     dB_RO = tl.zeros((BLOCK_R, BLOCK_O), tl.float32)
@@ -151,7 +153,7 @@ def _down_kernel(
 
 
 def down_pays(rank: int) -> bool:
-    """Whether one read of dY with partial sums moves less than two reads by two ordinary products.
+    """Return True if one read of dY with partial sums moves less memory than two reads by two ordinary products.
 
     The partial sums of dS, written and read, are 8 R / BLOCK_O bytes for each element of dY, which has 2.
     """
@@ -161,14 +163,14 @@ def down_pays(rank: int) -> bool:
 def down_launch(
     dy_MO: Tensor, lora_B_OR: Tensor, s_MR: Tensor, chip: Chip, *, alpha: float
 ) -> tuple[Launch, Tensor, Tensor]:
-    """(launch, dS_PMR, dB_POR): partial sums of dS = alpha dY B and dB = alpha dY^T S, in fp32.
+    """Return (launch, dS_PMR, dB_POR): partial sums of dS = alpha dY B and dB = alpha dY^T S, in fp32.
 
-    All of one dtype; R must be one of those that `down_pays` for.
+    All tensors have one dtype; R satisfies `down_pays`.
     """
     (M, O), R = dy_MO.shape, lora_B_OR.shape[1]  # noqa: E741
     wide = dy_MO.dtype == torch.float32
     small = wide or chip.shared_bytes <= 64 * 1024
-    block_r = block_rank(R)
+    block_r = _block_rank(R)
     block_o = 128 if small else 256
     block_m = 32 if small else 64
     num_o = triton.cdiv(O, block_o)
@@ -196,15 +198,15 @@ def down_launch(
         {"EVEN_O": O % block_o == 0, "BLOCK_M": block_m, "BLOCK_O": block_o, "BLOCK_R": block_r},
         num_warps=4 if small else 8,
         num_stages=2 if small else 3,
-        # What it cannot do without has no partial sums: those are of its making.
-        work=Work(4 * M * O * R, num_bytes(dy_MO, lora_B_OR, s_MR) + (M + O) * R * 4),
+        # The least work has no partial sums, which only this algorithm needs.
+        work=Work(4 * M * O * R, _num_bytes(dy_MO, lora_B_OR, s_MR) + (M + O) * R * 4),
         uses_dot=True,
     )
     return launch, dS_PMR, dB_POR
 
 
 def _rows_per_program(M: int, num_columns: int, block_m: int, chip: Chip) -> int:
-    """About two programs for each multiprocessor, and a multiple of the tile."""
+    """Return a multiple of the tile that gives about two programs for each multiprocessor."""
     parts = max(1, 2 * chip.num_sms // max(1, num_columns))
     return max(1, -(-M // (parts * block_m))) * block_m
 
@@ -247,11 +249,11 @@ def _grad_a_kernel(
 def grad_a_launch(
     dS_MR: Tensor, x_MK: Tensor, chip: Chip, *, seed: Tensor | None = None, threshold: int = 0
 ) -> tuple[Launch, Tensor]:
-    """(launch, dA_PRK): partial sums of dA = dS^T (keep * x), in fp32. dS and x of one dtype; R of any size."""
+    """Return (launch, dA_PRK): partial sums of dA = dS^T (keep * x), in fp32. dS and x have one dtype; R any size."""
     (M, K), R = x_MK.shape, dS_MR.shape[1]
     wide = x_MK.dtype == torch.float32
     small = wide or chip.shared_bytes <= 64 * 1024
-    block_r = block_rank(R)
+    block_r = _block_rank(R)
     block_k, block_m = 128, 32 if small else 64
     num_columns = triton.cdiv(R, block_r) * triton.cdiv(K, block_k)
     rows = _rows_per_program(M, num_columns, block_m, chip)
@@ -281,10 +283,79 @@ def grad_a_launch(
         },
         num_warps=4,
         num_stages=2 if small else 3,
-        work=Work(2 * M * K * R, num_bytes(dS_MR, x_MK) + R * K * 4),
+        work=Work(2 * M * K * R, _num_bytes(dS_MR, x_MK) + R * K * 4),
         uses_dot=True,
     )
     return launch, dA_PRK
+
+
+# ---- out = alpha keep * (L Rt)
+
+
+@triton.jit(do_not_specialize=["M", "threshold", "alpha"])
+def _outer_kernel(
+    l_ptr, rt_ptr, out_ptr, seed_ptr, alpha, threshold, M, N, R, stride_lm, stride_rr, stride_rn, stride_om,
+    DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    NUM_R: tl.constexpr,
+):  # fmt: skip
+    num_n = tl.cdiv(N, BLOCK_N)
+    first_m = (tl.program_id(0) // num_n) * BLOCK_M
+    first_n = (tl.program_id(0) % num_n) * BLOCK_N
+    rows = first_m + tl.arange(0, BLOCK_M)
+    columns = first_n + tl.arange(0, BLOCK_N)
+    tile_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for block in tl.static_range(NUM_R):
+        ranks = block * BLOCK_R + tl.arange(0, BLOCK_R)
+        l_ptrs = l_ptr + rows.to(tl.int64)[:, None] * stride_lm + ranks[None, :]
+        l_MR = tl.load(l_ptrs, mask=(rows[:, None] < M) & (ranks[None, :] < R), other=0.0)
+        rt_ptrs = rt_ptr + ranks.to(tl.int64)[:, None] * stride_rr + columns.to(tl.int64)[None, :] * stride_rn
+        rt_RN = tl.load(rt_ptrs, mask=(ranks[:, None] < R) & (columns[None, :] < N), other=0.0)
+        tile_MN = tl.dot(l_MR, rt_RN, tile_MN, input_precision="ieee")
+    tile_MN *= alpha
+    if DROPOUT:
+        seed = tl.load(seed_ptr)
+        tile_MN = tl.where(keep_mask(seed, first_m, first_n, threshold, BLOCK_M, BLOCK_N), tile_MN, 0.0)
+    out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * stride_om + columns[None, :]
+    tl.store(out_ptrs, tile_MN.to(out_ptr.dtype.element_ty), mask=(rows[:, None] < M) & (columns[None, :] < N))
+
+
+def outer_launch(
+    l_MR: Tensor, rt_RN: Tensor, out_MN: Tensor, chip: Chip, *,
+    alpha: float = 1.0, seed: Tensor | None = None, threshold: int = 0,
+) -> Launch:  # fmt: skip
+    """Launch out = alpha keep * (L Rt). All tensors have one dtype; rt_RN any strides; R any size."""
+    (M, R), N = l_MR.shape, rt_RN.shape[1]
+    block_m, block_n, block_r = 64, 128 if l_MR.dtype != torch.float32 else 64, _block_rank(R)
+    return Launch(
+        _outer_kernel,
+        triton.cdiv(M, block_m) * triton.cdiv(N, block_n),
+        {
+            "l_ptr": l_MR,
+            "rt_ptr": rt_RN,
+            "out_ptr": out_MN,
+            "seed_ptr": seed,
+            "alpha": alpha,
+            "threshold": threshold,
+            "M": M,
+            "N": N,
+            "R": R,
+            "stride_lm": l_MR.stride(0),
+            "stride_rr": rt_RN.stride(0),
+            "stride_rn": rt_RN.stride(1),
+            "stride_om": out_MN.stride(0),
+        },
+        {
+            "DROPOUT": threshold > 0,
+            "BLOCK_M": block_m,
+            "BLOCK_N": block_n,
+            "BLOCK_R": block_r,
+            "NUM_R": triton.cdiv(R, block_r),
+        },
+        num_warps=4,
+        num_stages=1,
+        work=Work(2 * M * N * R, _num_bytes(l_MR, rt_RN, out_MN)),
+        uses_dot=True,
+    )
 
 
 # ---- the sum of the parts
@@ -302,7 +373,7 @@ def _sum_parts_kernel(parts_ptr, out_ptr, num_parts, size, BLOCK: tl.constexpr):
 
 
 def sum_parts_launch(parts: Tensor, out: Tensor) -> Launch:
-    """out = parts.sum(0), from first to last in fp32, then rounded once to out's dtype. Both contiguous."""
+    """Launch out = parts.sum(0), added in order in fp32, then rounded once to out's dtype. Both are contiguous."""
     block = 1024
     return Launch(
         _sum_parts_kernel,
@@ -311,15 +382,63 @@ def sum_parts_launch(parts: Tensor, out: Tensor) -> Launch:
         {"BLOCK": block},
         num_warps=4,
         num_stages=2,
-        work=Work(parts.numel(), num_bytes(parts, out)),
+        work=Work(parts.numel(), _num_bytes(parts, out)),
     )
+
+
+# ---- running them
+
+
+def shrink(x_MK: Tensor, lora_A_RK: Tensor, seed: Tensor, threshold: int) -> Tensor:
+    """Return S = (keep * x) A^T, [M, R]."""
+    s_MR = x_MK.new_empty(x_MK.shape[0], lora_A_RK.shape[0])
+    x_MK, lora_A_RK = _without_gaps(x_MK), _without_gaps(lora_A_RK)
+    shrink_launch(x_MK, lora_A_RK, s_MR, chip_of(x_MK.device), seed=seed, threshold=threshold).run()
+    return s_MR
+
+
+def down(dy_MO: Tensor, lora_B_OR: Tensor, s_MR: Tensor, alpha: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return dS = alpha dY B, [M, R], and dB = alpha dY^T S, [O, R] in `dtype`."""
+    chip = chip_of(dy_MO.device)
+    launch, dS_PMR, dB_POR = down_launch(_without_gaps(dy_MO), _without_gaps(lora_B_OR), s_MR, chip, alpha=alpha)
+    launch.run()
+    return _sum_parts(dS_PMR, dy_MO.dtype), _sum_parts(dB_POR, dtype)
+
+
+def grad_A(dS_MR: Tensor, x_MK: Tensor, seed: Tensor, threshold: int, dtype: torch.dtype) -> Tensor:
+    """Return dA = dS^T (keep * x), [R, K] in `dtype`."""
+    dS_MR, x_MK = _without_gaps(dS_MR), _without_gaps(x_MK)
+    launch, dA_PRK = grad_a_launch(dS_MR, x_MK, chip_of(x_MK.device), seed=seed, threshold=threshold)
+    launch.run()
+    return _sum_parts(dA_PRK, dtype)
+
+
+def outer(l_MR: Tensor, rt_RN: Tensor, seed: Tensor, threshold: int) -> Tensor:
+    """Return keep * (L Rt), [M, N]."""
+    out_MN = l_MR.new_empty(l_MR.shape[0], rt_RN.shape[1])
+    outer_launch(_without_gaps(l_MR), rt_RN, out_MN, chip_of(l_MR.device), seed=seed, threshold=threshold).run()
+    return out_MN
+
+
+def _without_gaps(matrix: Tensor) -> Tensor:
+    """Return rows of stride 1, which the kernels read; this copies only matrices such as an expanded gradient."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def _sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    out = parts.new_empty(parts.shape[1:], dtype=dtype)
+    sum_parts_launch(parts, out).run()
+    return out
 
 
 # ---- for the static report
 
 
 def shipped(chip: Chip) -> Iterator[tuple[str, Launch]]:
-    """Llama-3 8B's layers in bf16. (fp32 multiplies without tensor cores, to stay exact.)"""
+    """Yield the static report's configurations: Llama-3 8B's layers in bf16.
+
+    fp32 is left out: it multiplies without tensor cores, to stay exact.
+    """
     M, K, O = 8192, 4096, 14336  # noqa: E741
     seed = torch.empty((), dtype=torch.int64, device="meta")
     for R, dropouts in ((16, ("", "/dropout")), (128, ("/dropout",))):
@@ -333,6 +452,9 @@ def shipped(chip: Chip) -> Iterator[tuple[str, Launch]]:
             yield f"lora/shrink/{where}", shrink_launch(x_MK, A_RK, s_MR, chip, seed=mask, threshold=threshold)
             launch, _ = grad_a_launch(s_MR, x_MK, chip, seed=mask, threshold=threshold)
             yield f"lora/grad_a/{where}", launch
+            if dropout:
+                launch = outer_launch(s_MR, A_RK, x_MK, chip, seed=seed, threshold=6554)
+                yield f"lora/outer/{where}", launch
         if down_pays(R):
             launch, dS_PMR, _ = down_launch(dy_MO, B_OR, s_MR, chip, alpha=2.0)
             yield f"lora/down/bfloat16/M={M}/O={O}/R={R}", launch

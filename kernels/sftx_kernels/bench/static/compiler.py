@@ -1,9 +1,9 @@
-"""A Launch -> a binary for a GPU that is not here, and what the binary says. Imports triton when called.
+"""Compilation of a Launch for a GPU that is not present, and the properties of its binary. Imports triton when called.
 
 A Launch with tensors on the meta device is specialised by Triton's own binder, as its JIT would on such a GPU
 (a meta tensor's address is 0, so pointers count as 16-byte aligned, as torch's allocator gives them), compiled and
-disassembled. Binaries and their SASS lie in Triton's cache, whose key is the kernel's source with all it calls, its
-arguments and options, and Triton itself: a second report costs seconds, and what changed is always compiled anew.
+disassembled. Binaries and their SASS are in Triton's cache, whose key is the kernel's source with all it calls, its
+arguments and options, and Triton itself: a second report takes seconds, and every change is compiled.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sftx_kernels.bench import assembly, limits
-from sftx_kernels.gpu.launch import Launch
+from sftx_kernels.bench.static import assembly
+from sftx_kernels.bench.static.occupancy import occupancy
+from sftx_kernels.triton.launch import Launch
 
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Processes that compile, started here, never hear an interrupt, this process does afterwards."""
+    """Block SIGINT: compiling processes started inside inherit the block; this process receives it afterwards."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -36,15 +37,15 @@ def _target(arch: str) -> Any:
 
 
 def specialise(arch: str, launch: Launch) -> tuple[Any, Any]:
-    """(ASTSource, options of the compiler): the same steps, by the same functions, as JITFunction.run takes."""
+    """Return (ASTSource, compiler options), by the same functions and in the same steps as JITFunction.run."""
     from triton.compiler import ASTSource, make_backend
     from triton.runtime.jit import create_function_from_signature
 
     kernel, backend = launch.kernel, make_backend(_target(arch))
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    asked = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    bound, specialisation, _ = bind(**launch.arguments, **launch.constants, **asked)
-    options, signature, constants, attributes = kernel._pack_args(backend, asked, bound, specialisation, asked)
+    requested = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    bound, specialisation, _ = bind(**launch.arguments, **launch.constants, **requested)
+    options, signature, constants, attributes = kernel._pack_args(backend, requested, bound, specialisation, requested)
     return ASTSource(kernel, signature, constants, attributes), options
 
 
@@ -55,14 +56,14 @@ def compile_launch(arch: str, launch: Launch) -> Any:
     return triton.compile(source, target=_target(arch), options=options.__dict__)
 
 
-def findings(arch: str, launch: Launch, kernel: Any) -> dict[str, Any]:
-    """Row's fields that the binary of a kernel answers."""
-    facts, listing = _nvidia(kernel) if "cubin" in kernel.asm else _amd(kernel)
+def properties(arch: str, launch: Launch, kernel: Any) -> dict[str, Any]:
+    """Return the fields of a report's Row that come from the binary."""
+    resources, listing = _nvidia(kernel) if "cubin" in kernel.asm else _amd(kernel)
     shared_bytes = kernel.metadata.shared
     tensor_memory = getattr(kernel.metadata, "tmem_size", None) or 0
-    fits = limits.occupancy(arch, launch.num_warps, facts["registers"], shared_bytes, tensor_memory)
+    fits = occupancy(arch, launch.num_warps, resources["registers"], shared_bytes, tensor_memory)
     return {
-        **facts,
+        **resources,
         "shared_bytes": shared_bytes,
         "programs": fits.programs,
         "occupancy": round(fits.share, 4),
@@ -78,7 +79,7 @@ def _instructions(listing: assembly.Listing) -> list[assembly.Instruction]:
 
 
 def _nvidia(kernel: Any) -> tuple[dict[str, int], assembly.Listing]:
-    """Registers and stack as `cuobjdump -res-usage` tells them; local loads and stores (LDL, STL) from the SASS."""
+    """Read registers and stack from `cuobjdump -res-usage`, local loads and stores (LDL, STL) from the SASS."""
     usage = assembly.resources(_tool(kernel, "cuobjdump", "-res-usage"))
     listing = assembly.parse_sass(_tool(kernel, "nvdisasm", "-c", "-ndf"))
     instructions = _instructions(listing)
@@ -91,8 +92,10 @@ def _nvidia(kernel: Any) -> tuple[dict[str, int], assembly.Listing]:
 
 
 def _amd(kernel: Any) -> tuple[dict[str, int], assembly.Listing]:
-    """Registers (the accumulation registers among them) and scratch from the metadata at the end of the assembly.
-    Scalar registers that spill into lanes of vector registers cost no memory and are not counted."""
+    """Read registers (including accumulation registers) and scratch from the metadata at the end of the assembly.
+
+    Scalar registers that spill into lanes of vector registers cost no memory and are not counted.
+    """
     text = kernel.asm["amdgcn"]
     metadata = assembly.amd_metadata(text)
     listing = assembly.parse_amdgcn(text)
@@ -106,15 +109,15 @@ def _amd(kernel: Any) -> tuple[dict[str, int], assembly.Listing]:
 
 
 def _tool(kernel: Any, tool: str, *options: str) -> str:
-    """What one of the tools in Triton's wheel prints of a binary; kept beside the binary in Triton's cache."""
+    """Return the output of a tool of Triton's wheel for a binary; it is cached beside the binary in Triton's cache."""
     from triton import knobs
     from triton.runtime.cache import get_cache_manager
 
     file, binary = next((file, path) for file, path in kernel.metadata_group.items() if file.endswith(".cubin"))
     cache, name = get_cache_manager(kernel.hash), file.removesuffix("cubin") + tool
-    kept = cache.get_file(name)
-    if kept is None:
+    cached = cache.get_file(name)
+    if cached is None:
         command = [getattr(knobs.nvidia, tool).path, *options, binary]
         printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        kept = cache.put(printed, name, binary=False)
-    return Path(kept).read_text()
+        cached = cache.put(printed, name, binary=False)
+    return Path(cached).read_text()

@@ -1,9 +1,9 @@
-"""Dropout's mask, made where it is needed and stored nowhere.
+"""Dropout's mask, computed inside the kernels that use it and never stored.
 
 Philox4x32 (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011) is a function from a counter and a
-key to 128 random bits. With (column // 8, row) as the counter and the seed as the key, an element's 16 bits depend
-on nothing else: not on the tile, the kernel or the width of the matrix. 7 rounds are the fewest that the paper
-found to pass all of BigCrush (table 2).
+key to 128 random bits. With (column // 8, row) as the counter and the seed as the key, an element's 16 bits do not
+depend on the tile, the kernel or the width of the matrix. 7 is the smallest number of rounds that passed all of
+BigCrush in the paper (table 2).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton.language as tl
 
 @triton.jit
 def keep_mask(seed, first_row, first_column, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """[ROWS, COLUMNS] of int1: True where an element stays. first_column and COLUMNS are multiples of 8."""
+    """Return int1 [ROWS, COLUMNS], True where an element is kept. first_column and COLUMNS are multiples of 8."""
     EIGHTHS: tl.constexpr = COLUMNS // 8
     zero = tl.zeros((ROWS, EIGHTHS), tl.int32)
     column = zero + (first_column // 8 + tl.arange(0, EIGHTHS))[None, :]
@@ -31,6 +31,6 @@ def keep_mask(seed, first_row, first_column, threshold, ROWS: tl.constexpr, COLU
 
 @triton.jit
 def _halves(word, threshold):
-    """[..., 2]: whether the low and the high 16 bits are at or over the threshold."""
+    """Return [..., 2]: True where the low and the high 16 bits are at or over the threshold."""
     word = word.to(tl.uint32, bitcast=True)
     return tl.join((word & 0xFFFF).to(tl.int32) >= threshold, (word >> 16).to(tl.int32) >= threshold)

@@ -1,10 +1,9 @@
-"""SASS and AMD's assembly text -> counts: spills, tensor-core instructions, and the loads of the innermost loops.
+"""Counts from SASS and AMD's assembly text: spills, tensor-core instructions, and the loads of the innermost loops.
 
-What a loop is, is found as in any compiler: a branch to a block that dominates it closes a natural loop. A loop is
-innermost when it holds no other that loads from global memory or multiplies on tensor cores (a loop that waits for
-a barrier is none of interest). What this cannot see: calls and indirect branches (their bodies count as straight
-code), how often a loop runs, and which lanes a predicate switches off. So the loads are those in the text, not those
-executed.
+Loops are found as in a compiler: a branch to a block that dominates it closes a natural loop. A loop is innermost if it
+contains no other that loads from global memory or multiplies on tensor cores (a loop that waits for a barrier does
+neither). Not visible here are calls and indirect branches (their bodies count as straight code), how often a loop runs,
+and which lanes a predicate disables. So the loads are those in the text, not those executed.
 """
 
 from __future__ import annotations
@@ -16,13 +15,13 @@ from dataclasses import dataclass
 from typing import Final
 
 BULK: Final = "bulk"
-"""The width of a load whose size stands in a descriptor and not in the instruction (TMA)."""
+"""The width of a load whose size is in a descriptor and not in the instruction (TMA)."""
 
 
 @dataclass(frozen=True)
 class Instruction:
     opcode: str
-    target: str | None = None  # the label that it may jump to
+    target: str | None = None  # a label that it may jump to
     falls_through: bool = True
 
 
@@ -32,7 +31,7 @@ Listing = Sequence[Instruction | str]
 
 @dataclass(frozen=True)
 class Stretch:
-    """Code whose loads are told together: an innermost loop, or a whole kernel without one."""
+    """Code whose loads are counted together: an innermost loop, or all of a kernel without loops."""
 
     is_loop: bool
     num_dots: int  # tensor-core instructions
@@ -40,15 +39,15 @@ class Stretch:
 
     @property
     def wide_bytes(self) -> int:
-        """Bytes a thread loads by vectors of 8 bytes or more; a bulk load counts as one of 16."""
-        return sum(n * _bytes(width) for width, n in self.loads.items() if _bytes(width) >= 8)
+        """Bytes that a thread loads by vectors of 8 bytes or more; a bulk load counts as one of 16."""
+        return sum(n * _num_bytes(width) for width, n in self.loads.items() if _num_bytes(width) >= 8)
 
     @property
     def narrow_bytes(self) -> int:
-        return sum(n * _bytes(width) for width, n in self.loads.items() if _bytes(width) < 8)
+        return sum(n * _num_bytes(width) for width, n in self.loads.items() if _num_bytes(width) < 8)
 
 
-def _bytes(width: str) -> int:
+def _num_bytes(width: str) -> int:
     return 16 if width == BULK else int(width)
 
 
@@ -59,7 +58,7 @@ _SASS_LEAVES = frozenset({"EXIT", "RET", "BRX", "BRXU", "JMP", "JMX", "KILL", "B
 
 
 def parse_sass(text: str) -> list[Instruction | str]:
-    """What `nvdisasm -c` prints."""
+    """Parse the output of `nvdisasm -c`."""
     listing: list[Instruction | str] = []
     for line in text.splitlines():
         if label := _SASS_LABEL.match(line):
@@ -79,7 +78,7 @@ _GCN_LINE = re.compile(r"^\t(?P<opcode>[a-z][a-z0-9_]+)(?P<operands>.*)$")
 
 
 def parse_amdgcn(text: str) -> list[Instruction | str]:
-    """What LLVM prints for AMD GPUs."""
+    """Parse LLVM's assembly for AMD GPUs."""
     listing: list[Instruction | str] = []
     for line in text.splitlines():
         if label := _GCN_LABEL.match(line):
@@ -93,12 +92,12 @@ def parse_amdgcn(text: str) -> list[Instruction | str]:
 
 
 def resources(text: str) -> dict[str, int]:
-    """Of what `cuobjdump -res-usage` prints: REG (registers of a thread), STACK (bytes), and the rest."""
+    """Parse the output of `cuobjdump -res-usage`: REG (registers of a thread), STACK (bytes), and others."""
     return {name: int(number) for name, number in re.findall(r"(\b[A-Z]+)(?:\[\d+\])?:(\d+)", text)}
 
 
 def amd_metadata(text: str) -> dict[str, int]:
-    """The numbers of the kernel's metadata at the end of LLVM's assembly: vgpr_count, private_segment_fixed_size ..."""
+    """Parse the kernel's metadata at the end of LLVM's assembly: vgpr_count, private_segment_fixed_size ..."""
     metadata = text.rpartition("amdhsa.kernels:")[2]
     return {name: int(number) for name, number in re.findall(r"^ +(?:- )?\.(\w+): +(\d+)$", metadata, re.MULTILINE)}
 
@@ -107,12 +106,12 @@ _TENSOR_CORE = re.compile(r"(?:[BDHIOQ]G?MMA|UTC\w*MMA)(?=\.|$)|v_s?mfma_\w+")
 
 
 def tensor_core(instructions: Iterable[Instruction]) -> Counter[str]:
-    """How often each tensor-core instruction occurs: HMMA, HGMMA, UTCHMMA; v_mfma_..."""
+    """Count each tensor-core instruction: HMMA, HGMMA, UTCHMMA; v_mfma_..."""
     return Counter(match[0] for i in instructions if (match := _TENSOR_CORE.match(i.opcode)))
 
 
 def dots_without_tensor_core(ttgir: str) -> int:
-    """How many products of tiles Triton's IR leaves to multiply-adds: its result then has no layout of tensor cores."""
+    """Count the products of tiles that Triton's IR leaves to multiply-adds: their results lack a tensor-core layout."""
     return len(re.findall(r"= tt\.dot .*-> tensor<[^>]*#blocked\w*>", ttgir))
 
 
@@ -125,7 +124,7 @@ _GCN_BYTES = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4}
 
 
 def load_width(opcode: str) -> str | None:
-    """Bytes that an instruction loads from global memory for one thread, BULK, or None where it loads nothing."""
+    """Return the bytes that an instruction loads from global memory for one thread, BULK, or None if it loads none."""
     base, *modifiers = opcode.split(".")
     if base in ("UTMALDG", "UBLKCP"):
         return BULK
@@ -149,19 +148,21 @@ def _stretch(instructions: Sequence[Instruction], *, is_loop: bool) -> Stretch:
 
 
 def stretches(listing: Listing) -> list[Stretch]:
-    """The innermost loops that load or multiply, the main one first: that with most tensor-core instructions, then
-    most bytes. A kernel without such a loop is one stretch."""
+    """Return the innermost loops that load or multiply, the main loop first; a kernel without one is one stretch.
+
+    The main loop is the one with most tensor-core instructions, then with most bytes.
+    """
     blocks, successors = _blocks(listing)
     loops = {loop: _stretch([i for b in loop for i in blocks[b]], is_loop=True) for loop in _loops(successors)}
-    busy = {loop: found for loop, found in loops.items() if found.num_dots or found.loads}
-    innermost = [found for loop, found in busy.items() if not any(set(other) < set(loop) for other in busy)]
+    busy = {loop: stretch for loop, stretch in loops.items() if stretch.num_dots or stretch.loads}
+    innermost = [stretch for loop, stretch in busy.items() if not any(set(other) < set(loop) for other in busy)]
     if not innermost:
         return [_stretch([i for block in blocks for i in block], is_loop=False)]
     return sorted(innermost, key=lambda s: (-s.num_dots, -s.wide_bytes - s.narrow_bytes))
 
 
 def _blocks(listing: Listing) -> tuple[list[list[Instruction]], list[list[int]]]:
-    """Basic blocks, and the blocks that may follow each."""
+    """Return the basic blocks, and for each the numbers of the blocks that may follow it."""
     blocks: list[list[Instruction]] = [[]]
     at: dict[str, int] = {}  # label -> block
     for item in listing:
@@ -184,7 +185,7 @@ def _blocks(listing: Listing) -> tuple[list[list[Instruction]], list[list[int]]]
 
 
 def _loops(successors: Sequence[Sequence[int]]) -> set[tuple[int, ...]]:
-    """The natural loops of a control-flow graph, as sorted blocks; those that share a header are one."""
+    """Return the natural loops of a control-flow graph, as sorted blocks; loops that share a header are merged."""
     predecessors: list[set[int]] = [set() for _ in successors]
     for block, follows in enumerate(successors):
         for follower in follows:
@@ -205,7 +206,7 @@ def _loops(successors: Sequence[Sequence[int]]) -> set[tuple[int, ...]]:
 
 
 def _dominators(predecessors: Sequence[set[int]]) -> list[set[int]]:
-    """For each block those that every way from block 0 to it passes; for a block that none reaches, the empty set."""
+    """Return for each block its dominators: the blocks on every path from block 0 to it; empty if it is unreachable."""
     everything = set(range(len(predecessors)))
     dominators = [{0}, *(set(everything) for _ in predecessors[1:])]
     changed = True
@@ -213,7 +214,7 @@ def _dominators(predecessors: Sequence[set[int]]) -> list[set[int]]:
         changed = False
         for block in range(1, len(predecessors)):
             before = [dominators[p] for p in predecessors[block]]
-            found = {block} | set.intersection(*before) if before else set()
-            changed |= found != dominators[block]
-            dominators[block] = found
+            updated = {block} | set.intersection(*before) if before else set()
+            changed |= updated != dominators[block]
+            dominators[block] = updated
     return dominators

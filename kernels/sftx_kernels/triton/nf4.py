@@ -1,4 +1,4 @@
-"""NF4 codes and their scales to a dense weight, in one pass over both."""
+"""Dequantisation of NF4 codes and scales to a dense weight, in one pass over both."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sftx_kernels.gpu.launch import Chip, Launch, Work
+from sftx_kernels.triton.launch import Chip, Launch, Work
 
 
 @triton.jit
@@ -19,7 +19,7 @@ def _dequantize_kernel(
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < num_codes
     codes = tl.load(codes_ptr + offsets, mask=mask, other=0).to(tl.int32)
-    # The 16 levels are half a cache line: a warp's lookups are one access. The same holds of the scales.
+    # The 16 levels are half a cache line, so a warp's lookups are one access; so are those of the scales.
     absmax = tl.load(absmax_ptr + offsets // HALF_BLOCK, mask=mask, other=0.0)
     high = tl.load(levels_ptr + (codes >> 4)) * absmax
     low = tl.load(levels_ptr + (codes & 15)) * absmax
@@ -29,7 +29,7 @@ def _dequantize_kernel(
 
 
 def dequantize_launch(codes: Tensor, absmax: Tensor, levels: Tensor, out: Tensor) -> Launch:
-    """out = levels[code] * absmax, high nibble first; `out` contiguous, of twice as many elements as `codes`."""
+    """Launch out = levels[code] * absmax, high nibble first; `out` is contiguous, with two elements for each code."""
     block = 2048  # 16 bytes of codes for each thread
     sizes = codes.numel() + absmax.numel() * 4 + out.numel() * out.itemsize
     return Launch(
@@ -44,7 +44,7 @@ def dequantize_launch(codes: Tensor, absmax: Tensor, levels: Tensor, out: Tensor
 
 
 def shipped(chip: Chip) -> Iterator[tuple[str, Launch]]:
-    """Llama-3 8B's largest layer, for the static report."""
+    """Yield the static report's configurations: Llama-3 8B's largest layer."""
     shape, device = (14336, 4096), "meta"
     codes = torch.empty(shape[0] * shape[1] // 2, dtype=torch.uint8, device=device)
     absmax = torch.empty(2 * codes.numel() // 64, device=device)

@@ -1,1 +1,0 @@
-"""The Triton kernels, and for each the function that plans its launch. Imported only where they run."""

@@ -1,0 +1,48 @@
+"""Names of the files and directories that a run writes. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+RUN: Final = "run.yaml"
+MANIFEST: Final = "manifest.json"
+SUMMARY: Final = "summary.json"
+
+ADAPTER: Final = "adapter"
+MODEL: Final = "model"
+"""Directory of the artefact, by what was trained; `model` is also the stem of sharded weights."""
+
+CHECKPOINTS: Final = "checkpoints"
+OPTIMIZER: Final = "optimizer"
+"""Stem of the files with the optimizer's state."""
+RUN_STATE: Final = "run_state.json"
+TRAINER_STATE: Final = "trainer_state.json"
+"""The history of a run in transformers' format; in every checkpoint, and in the run directory at the end."""
+
+FORMAT: Final = 1
+"""Version of a checkpoint's format, under the key `form` of run_state.json."""
+
+_NAMES_OF_0_1: Final = {"num_tokens": "num_label_tokens", "num_real_tokens": "num_input_tokens"}
+"""Keys that sftx 0.1 wrote, with their names today."""
+
+_STEP: Final = re.compile(r"step-(\d{1,12})")
+
+
+def checkpoint_path(checkpoints: Path, step: int) -> Path:
+    """Return the directory of the checkpoint of that optimizer step."""
+    return checkpoints / f"step-{step}"
+
+
+def find_checkpoints(checkpoints: Path) -> dict[int, Path]:
+    """Return the checkpoints in a directory by their optimizer step, oldest first; none when it does not exist."""
+    entries = checkpoints.iterdir() if checkpoints.is_dir() else ()
+    steps = {int(match[1]): path for path in entries if (match := _STEP.fullmatch(path.name))}
+    return dict(sorted(steps.items()))
+
+
+def with_new_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a JSON object under today's names, where sftx 0.1 wrote them under others."""
+    return {_NAMES_OF_0_1.get(name, name): value for name, value in values.items()}

@@ -1,0 +1,322 @@
+"""Loading the result of a run, or what PEFT or transformers saved, as a model that answers prompts. Reads no data."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from sftx.assembly.discovery import discover, find
+from sftx.assembly.registry import Assembly
+from sftx.checkpoint import layout
+from sftx.checkpoint.checkpoint import load_weights
+from sftx.checkpoint.run_directory import RunDirectory
+from sftx.config.loading import load
+from sftx.config.options import RunConfig
+from sftx.config.run_file import Origins
+from sftx.data.encoder import Encoder
+from sftx.errors import ConfigError, ModelError, PluginError, one_line
+from sftx.model import names
+from sftx.model.added_tokens import add_missing, ids_of
+from sftx.model.generate import answers, generation_defaults
+from sftx.model.language_model import LanguageModel
+from sftx.model.load import load_model, load_spec, load_tokenizer
+from sftx.types import Adapter, Conversation, ModelSpec, Template
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+_PEFT_CONFIG: Final = "adapter_config.json"
+
+_PEFT_KNOWN: Final = frozenset(
+    {"r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "modules_to_save", "trainable_token_indices"}
+    | {"base_model_name_or_path", "peft_type", "bias", "init_lora_weights"}
+    # These change nothing in what a loaded adapter computes.
+    | {"task_type", "auto_mapping", "peft_version", "inference_mode", "layers_pattern", "megatron_core"}
+    | {"eva_config", "qalora_group_size", "runtime_config", "ensure_weight_tying"}
+)
+"""The keys of PEFT's LoraConfig that are read, or can be ignored. Any other one must be empty."""
+
+_PEFT_INITS: Final = (True, False, None, "gaussian", "eva", "orthogonal")
+"""Values of `init_lora_weights` that leave the base model's weights as they are."""
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A fine-tuned model and what is needed to prompt it as it was trained."""
+
+    lm: LanguageModel
+    """The model with its adapters attached and their weights loaded; in eval mode, and nothing requires a gradient."""
+    tokenizer: PreTrainedTokenizerBase
+    """The tokenizer that was saved, with the chat template that the model was trained with."""
+    template: Template | None
+    """None when the model was trained on plain text, or its chat template cannot be used (`no_template` says why)."""
+    encoder: Encoder
+    directory: Path
+    """The artefact, checkpoint, adapter or model that was loaded."""
+    base_model: str
+    """Directory or hub id of the model under the adapters; `directory` itself for a full model."""
+    compute_dtype: torch.dtype
+    """The dtype of matrix products; float32 means no autocast."""
+    config: RunConfig | None
+    """Options of the run; None when no run.yaml belongs to the directory."""
+    no_template: str = ""
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids of the tokens that end an answer."""
+        return tuple(self.encoder.stop_ids)
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """The model's own generation settings, which stop at the template's stop tokens too."""
+        config = self.lm.model.generation_config
+        assert config is not None
+        return config
+
+    def prompt(self, conversation: Conversation) -> list[int]:
+        """Return the token ids after which the model is to answer. Raises ConfigError when there is no template."""
+        if self.template is None:
+            raise ConfigError(f"{self.directory}: {self.no_template}; only plain text can be continued")
+        return self.encoder.prompt(conversation)
+
+    def answer(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, batch_size: int = 8) -> list[list[int]]:
+        """Return the greedy answer to each prompt as token ids, without the stop token that ended it."""
+        with torch.no_grad(), self.autocast():
+            by_index = dict(
+                answers(
+                    self.lm,
+                    prompts,
+                    max_new_tokens=max_new_tokens,
+                    stop_ids=self.stop_ids,
+                    batch_size=batch_size,
+                )
+            )
+        return [by_index[index] for index in range(len(prompts))]
+
+    def autocast(self) -> torch.autocast:
+        """Return the context in which the model computes as in an evaluation of its run."""
+        is_narrow = self.compute_dtype != torch.float32
+        dtype = self.compute_dtype if is_narrow else None
+        return torch.autocast(self.lm.device.type, dtype=dtype, enabled=is_narrow, cache_enabled=False)
+
+
+def load_run(
+    directory: str | Path,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> LoadedRun:
+    """Load a fine-tuned model from a run directory, one of its checkpoints, or an adapter's or a model's directory.
+
+    A run directory stands for its result, `adapter/` or `model/`. Where a run.yaml belongs to the directory, template
+    and adapters are the plugins of that run, with its options. Otherwise `adapter_config.json` must be that of a LoRA,
+    and the template is the tokenizer's own chat template.
+
+    `device`: by default the first GPU, or the CPU. `dtype`: of weights and matrix products; by default weights are
+    kept and multiplied as in the run's evaluations, and for a directory without run.yaml as its config.json says.
+    Raises ModelError, ConfigError, PluginError and OutputError.
+    """
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    weights, run = _locate(Path(directory).expanduser())
+    if run is not None:
+        parts = _parts_of_run(weights, run, trust_remote_code=trust_remote_code)
+    else:
+        parts = _parts_of_directory(weights, trust_remote_code=trust_remote_code)
+    spec, encoder = parts.spec, Encoder(parts.tokenizer, parts.template)
+    is_full = not parts.adapters
+    saved_dtype = getattr(spec.config, "dtype", None) or torch.float32
+    compute_dtype = dtype or parts.compute_dtype or saved_dtype
+    lm = build_model(
+        spec,
+        parts.adapters,
+        parts.tokenizer,
+        dtype=dtype or (saved_dtype if is_full else compute_dtype),
+        device=chosen,
+        stop_ids=encoder.stop_ids,
+        saved=weights,
+    )
+    lm.requires_grad_(False)
+    lm.eval()
+    return LoadedRun(
+        lm=lm,
+        tokenizer=parts.tokenizer,
+        template=parts.template,
+        encoder=encoder,
+        directory=weights,
+        base_model=spec.name,
+        compute_dtype=compute_dtype,
+        config=parts.config,
+        no_template=parts.no_template,
+    )
+
+
+def build_model(
+    spec: ModelSpec,
+    adapters: Mapping[str, Adapter],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    stop_ids: Sequence[int],
+    saved: Path | None = None,
+    seed: int | None = None,
+) -> LanguageModel:
+    """Load the model of `spec`, attach the adapters, and let its generation settings stop at `stop_ids`.
+
+    `saved`: an artefact or a checkpoint whose weights replace those of the full model, or of the adapters. `seed`: for
+    the initial weights of adapters. Raises ModelError.
+    """
+    if saved is not None and not adapters:
+        spec = dataclasses.replace(spec, name=str(saved))
+    model = load_model(spec, list(adapters.values()), dtype=dtype, device=device)
+    lm = LanguageModel(model, tokenizer)
+    if seed is not None:
+        torch.manual_seed(seed)
+    lm.attach(adapters)
+    lm.model.generation_config = generation_defaults(lm, stop_ids)
+    if saved is not None and adapters:
+        load_weights(lm, saved, trust_remote_code=spec.trust_remote_code)
+    return lm
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What a model is built from."""
+
+    spec: ModelSpec
+    adapters: Mapping[str, Adapter]
+    tokenizer: PreTrainedTokenizerBase
+    template: Template | None
+    no_template: str = ""
+    config: RunConfig | None = None
+    compute_dtype: torch.dtype | None = None
+
+
+def _locate(directory: Path) -> tuple[Path, Path | None]:
+    """Return the directory that holds the weights, and the run directory it belongs to, if any."""
+    if not directory.is_dir():
+        raise ModelError(f"{directory}: no such directory; name a run, one of its checkpoints, an adapter or a model")
+    if (directory / layout.RUN).exists():
+        for name in (layout.ADAPTER, layout.MODEL):
+            if (directory / name).is_dir():
+                return directory / name, directory
+        checkpoints = list(layout.find_checkpoints(directory / layout.CHECKPOINTS).values())
+        hint = f", or load its last checkpoint, {checkpoints[-1]}" if checkpoints else ""
+        raise ModelError(f"{directory}: this run has no result yet; finish it with sftx run --resume{hint}")
+    parent = directory.absolute().parent
+    if directory.absolute().name in (layout.ADAPTER, layout.MODEL) and (parent / layout.RUN).exists():
+        return directory, parent
+    if parent.name == layout.CHECKPOINTS and (parent.parent / layout.RUN).exists():
+        return directory, parent.parent
+    return directory, None
+
+
+def _parts_of_run(weights: Path, run: Path, *, trust_remote_code: bool) -> _Parts:
+    loaded = load(run / layout.RUN)
+    config = loaded.config
+    manifest = RunDirectory(run).read_json(layout.MANIFEST) or {}
+    stages: dict[str, set[str]] = {}
+    for line in manifest.get("plugins", ()):
+        stages.setdefault(line["plugin"], set()).add(line["stage"])
+    assembly, installed = Assembly(loaded.origins), discover()
+    for name, options in config.plugins.items():
+        # Other plugins of the run, such as a tracker, need not be installed here.
+        if name not in stages or stages[name] & {"template", "adapter"}:
+            assembly.add(find(name, installed, origin=str(run / layout.RUN)), options)
+    has_adapters = bool(assembly.providers("sftx_adapter"))
+    if has_adapters:
+        names.check(config.model)
+    base = names.resolve(config.model) if has_adapters else str(weights)
+    tokenizer = _load_tokenizer(weights, base, trust_remote_code=trust_remote_code)
+    template = assembly.template(tokenizer)
+    spec = load_spec(base, trust_remote_code=trust_remote_code)
+    if has_adapters and config.add_tokens and template is not None:
+        base_tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
+        added = add_missing(template.controls, base_tokenizer)
+        spec = dataclasses.replace(spec, new_token_ids=ids_of(added, tokenizer))
+    dtype = getattr(torch, str(manifest.get("dtype", "")).partition(" ")[0], None)
+    return _Parts(
+        spec=spec,
+        adapters=assembly.adapters(spec),
+        tokenizer=tokenizer,
+        template=template,
+        no_template="was trained without a template",
+        config=config,
+        compute_dtype=dtype if isinstance(dtype, torch.dtype) else None,
+    )
+
+
+def _parts_of_directory(weights: Path, *, trust_remote_code: bool) -> _Parts:
+    assembly, installed = Assembly(Origins()), discover()
+    token_ids: tuple[int, ...] = ()
+    if (weights / _PEFT_CONFIG).exists():
+        options, base, token_ids = _read_peft_config(weights / _PEFT_CONFIG)
+        assembly.add(find("lora", installed), options)
+    else:
+        base = str(weights)
+    names.check(base)
+    base = names.resolve(base)
+    tokenizer = _load_tokenizer(weights, base, trust_remote_code=trust_remote_code)
+    template, no_template = None, "its tokenizer has no chat template"
+    if tokenizer.chat_template is not None:
+        try:
+            assembly.add(find("tokenizer", installed), {})
+            template = assembly.template(tokenizer)
+        except (PluginError, ConfigError) as error:
+            no_template = one_line(error)
+            log.warning("%s: its chat template cannot be used: %s", weights, no_template)
+    spec = load_spec(base, trust_remote_code=trust_remote_code)
+    spec = dataclasses.replace(spec, new_token_ids=token_ids)
+    return _Parts(spec, assembly.adapters(spec), tokenizer, template, no_template)
+
+
+def _load_tokenizer(weights: Path, base: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that was saved with the weights, or that of the base model when there is none."""
+    is_saved = any(weights.glob("tokenizer*"))
+    return load_tokenizer(str(weights) if is_saved else base, trust_remote_code=trust_remote_code)
+
+
+def _read_peft_config(path: Path) -> tuple[dict[str, Any], str, tuple[int, ...]]:
+    """Return the options of the plugin `lora`, the base model and the ids of tokens whose rows were trained.
+
+    Raises ModelError when the adapter is no LoRA, or has a variant of it that the plugin cannot compute.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        peft_type, base = values["peft_type"], values["base_model_name_or_path"]
+        others = {key: value for key, value in values.items() if key not in _PEFT_KNOWN and value}
+        if values.get("bias") not in (None, "none"):
+            others["bias"] = values["bias"]
+        if values.get("init_lora_weights", True) not in _PEFT_INITS:
+            others["init_lora_weights"] = values["init_lora_weights"]
+        alpha = values["lora_alpha"] * (math.sqrt(values["r"]) if values.get("use_rslora") else 1)
+        indices = values.get("trainable_token_indices") or ()
+        token_ids = {int(index) for ids in indices.values() for index in ids} if isinstance(indices, dict) else indices
+        options = {
+            "r": values["r"],
+            "lora_alpha": alpha,
+            "lora_dropout": values.get("lora_dropout", 0.0),
+            "target_modules": values["target_modules"],
+            "modules_to_save": values.get("modules_to_save") or [],
+        }
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        problem = f"{type(error).__name__}: {one_line(error)}"
+        raise ModelError(f"{path}: is no configuration of a LoRA adapter: {problem}") from error
+    if peft_type != "LORA" or others or not base:
+        what = f"peft_type {peft_type}" if peft_type != "LORA" else ", ".join(others) or "no base_model_name_or_path"
+        raise ModelError(
+            f"{path}: has {what}, which sftx cannot load; merge the adapter with PEFT (merge_and_unload, "
+            "save_pretrained) and load the merged model"
+        )
+    return options, str(base), tuple(sorted(token_ids))

@@ -1,0 +1,107 @@
+"""Write the files of a run directory other than checkpoints, and the summary of a run. Used on rank 0 only."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sftx.atomic_files import write_json
+from sftx.checkpoint.run_directory import RunDirectory
+from sftx.checkpoint.run_state import RunState
+from sftx.events import EvalReport, Sample
+from sftx.trainer.evaluate import write_predictions
+from sftx.trainer.evidence import as_evidence
+
+if TYPE_CHECKING:
+    from sftx.data.dataset import Dataset
+
+
+class RunWriter:
+    """The files of one run directory."""
+
+    def __init__(
+        self,
+        directory: RunDirectory,
+        resolved: Mapping[str, Any],
+        manifest: Mapping[str, Any],
+        datasets: Mapping[str, Dataset],
+        shown_rows: Sequence[dict[str, Any]],
+        started: float,
+    ) -> None:
+        """`resolved`: the run file with every default written out; `datasets` by the name of their ledger's file;
+        `shown_rows`: training examples for the report; `started`: time.monotonic() when the process began the run."""
+        self.directory = directory
+        self._resolved, self._manifest = resolved, manifest
+        self._datasets, self._shown_rows = datasets, shown_rows
+        self._started = started
+
+    def write_start(self, state: RunState) -> None:
+        """Write what the run is, unless it continues one that has written it."""
+        if state.step > 0:
+            self.directory.complete(self._manifest)
+        else:
+            self.directory.write_start(self._resolved, self._manifest)
+        self.write_ledgers()
+        self.write_evidence(state)
+
+    def write_ledgers(self) -> None:
+        """Write the ledgers; those of a stream grow while the run trains."""
+        for name, data in self._datasets.items():
+            if data.ledger.num_rows:
+                data.ledger.write(self.directory.file(name))
+
+    def write_evidence(self, state: RunState) -> None:
+        """Write the examples and token losses that the report shows."""
+        before, after = (None if one is None else one.token_losses for one in (state.before, state.latest))
+        write_json(self.directory.file("evidence.json"), as_evidence(self._shown_rows, before, after))
+
+    def write_predictions(self, samples: Sequence[Sample]) -> None:
+        write_predictions(self.directory.file("generated_predictions.jsonl"), samples)
+
+    def write_end(self, state: RunState, artefact: Path, trainer_state: Mapping[str, Any]) -> dict[str, Any]:
+        """Write trainer_state.json and summary.json, and return the summary: JSON values only."""
+        write_json(self.directory.file("trainer_state.json"), trainer_state)
+        summary: dict[str, Any] = {
+            "num_steps": state.step,
+            "loss": {"first": state.first_loss, "last": state.last_loss},
+            "num_label_tokens": state.num_label_tokens,
+            "tokens_per_second": state.num_input_tokens / state.seconds,
+            "peak_bytes": state.peak_bytes,
+            "wall_seconds": self.wall_seconds(state),
+            "artefact": str(artefact),
+        }
+        if state.best_step is not None:
+            summary["best"] = {"step": state.best_step, "value": state.best_value}
+        if state.before is not None and state.latest is not None:
+            summary["held_out"] = {"before": dict(state.before.metrics), "after": dict(state.latest.metrics)}
+            summary["samples"] = _compared(state.before, state.latest)
+        self.directory.write_summary(summary)
+        return summary
+
+    def wall_seconds(self, state: RunState) -> float:
+        """Return the duration of the run so far, earlier processes of it included."""
+        return state.wall_seconds + time.monotonic() - self._started
+
+    def remove_empty_run(self, state: RunState) -> None:
+        """Remove the directory of a run that failed before its first step: it must not refuse the next attempt."""
+        if state.step == 0 and not self.directory.resumed:
+            shutil.rmtree(self.directory.path, ignore_errors=True)
+
+
+def _compared(before: EvalReport, after: EvalReport) -> list[dict[str, str]]:
+    """Return the answers to the same questions before and after training."""
+    answers = {sample.row_id: sample for sample in after.samples}
+    return [
+        {
+            "row": then.row_id,
+            "prompt": then.prompt,
+            "reference": then.reference,
+            "before": then.prediction,
+            "after": now.prediction,
+        }
+        for then in before.samples
+        if (now := answers.get(then.row_id)) is not None
+    ]
