@@ -11,9 +11,9 @@ import ast
 import importlib.util
 import json
 import keyword
+import os
 import re
 import string
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from packaging.version import Version
 import sftx
 from sftx.assembly.discovery import discover
 from sftx.assembly.hookspecs import PROJECT, RETURNS, TEMPLATES
+from sftx.atomic_files import atomic_directory
 from sftx.errors import ConfigError, OutputError
 
 HOOKS: Final = tuple(hook.removeprefix(f"{PROJECT}_") for hook in RETURNS)
@@ -60,17 +61,12 @@ def write_package(name: str, hook: str, directory: Path) -> list[Path]:
     _check_name(names)
     files = _files(names)
     target = directory / names.distribution
-    try:
-        if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
-            raise OutputError(f"{target} exists already; move it away, or choose another --directory")
-        with tempfile.TemporaryDirectory(dir=directory, prefix=".") as temporary:
-            package = Path(temporary) / names.distribution
-            for path, text in files.items():
-                (package / path).parent.mkdir(parents=True, exist_ok=True)
-                (package / path).write_text(text, encoding="utf-8")
-            package.rename(target)
-    except OSError as error:
-        raise OutputError(f"{target} cannot be written: {error.strerror or error}") from error
+    if os.path.lexists(target) and (target.is_symlink() or not target.is_dir() or any(target.iterdir())):
+        raise OutputError(f"{target} exists already; move it away, or choose another --directory")
+    with atomic_directory(target) as package:
+        for path, text in files.items():
+            (package / path).parent.mkdir(parents=True, exist_ok=True)
+            (package / path).write_text(text, encoding="utf-8")
     return [target, *(target / path for path in files)]
 
 

@@ -1,4 +1,4 @@
-"""Names become plugins: found in metadata, imported when named, checked before anything heavy is loaded."""
+"""Tests of discovery and assembly: plugins are found in metadata, imported when named, and checked before torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HEAD = "from dataclasses import dataclass\nimport sftx\n"
 def plugin(
     body: str, *, cls: str = "Acme", decorator: str = "@dataclass(frozen=True, eq=False)", head: str = ""
 ) -> str:
-    """The source of a plugin's module."""
+    """Return the source of a plugin's module."""
     lines = "".join(f"    {line}\n" for line in body.splitlines())
     return f"{HEAD}{head}\n{decorator}\nclass {cls}:\n{lines}"
 
@@ -33,7 +33,7 @@ COLLATOR = "@sftx.hookimpl\ndef sftx_collator(self):\n    raise AssertionError('
 
 
 def activate(*names: str, remove: Sequence[str] = (), settings: dict[str, Any] | None = None) -> registry.Assembly:
-    """What `--plugin NAME ... --set NAME=VALUE` make active."""
+    """Return the assembly of `--plugin NAME ... --set NAME=VALUE`."""
     given = [("data.train", ["rows.jsonl"], "--data rows.jsonl")]
     given += [(name, value, f"--set {name}={value}") for name, value in (settings or {}).items()]
     return registry.activate(loading.load(None, add=names, remove=remove, assignments=given))
@@ -373,10 +373,15 @@ PARSER = "fields = 'x'\nsamples = ()\n@sftx.hookimpl\ndef sftx_parser(self):\n  
         (
             "def __call__(self, a, b):\n    return 1 / 0",
             "metric",
-            lambda metric: metric("a", "b"),
+            lambda metric: metric.scores(["a"], ["b"], ["rows:1"]),
             "metric failed: Zero",
         ),
-        ("def __call__(self, a, b):\n    return a", "metric", lambda metric: metric("a", "b"), "metric returned str"),
+        (
+            "def __call__(self, a, b):\n    return a",
+            "metric",
+            lambda metric: metric.scores(["a"], ["b"], ["rows:1"]),
+            "metric returned str",
+        ),
     ],
 )
 def test_a_stage_that_fails_or_returns_the_wrong_thing_later_is_named_too(
@@ -390,26 +395,30 @@ def test_a_stage_that_fails_or_returns_the_wrong_thing_later_is_named_too(
     assert str(caught.value).startswith(f"plugin 'acme' (acme 1.0): {expected}")
 
 
-def test_what_a_row_or_the_machine_is_to_blame_for_is_not_laid_on_the_plugin() -> None:
+def test_errors_of_a_row_the_memory_or_the_disk_are_not_attributed_to_the_plugin() -> None:
     import torch
 
-    from sftx.assembly.stages import Guarded
+    from sftx.assembly.stages import AdapterStage, ParserStage
 
     class Stage:
-        def parse(self, error: Exception) -> None:
+        def parse(self, error: Any, where: Any = None) -> Any:
             raise error
 
-        save = parse
+        load = save = parse
 
-    stage = Guarded("plugin 'acme' (acme 1.0)", "sftx_adapter", Stage())
+    made: Any = Stage()
+    parser, adapter = ParserStage("plugin 'acme' (acme 1.0)", made), AdapterStage("plugin 'acme' (acme 1.0)", made)
+    error: Any
     for error in (DataError("rows:3: no"), MemoryError(), torch.OutOfMemoryError("no")):
         with pytest.raises(type(error)) as caught:
-            stage.parse(error)
+            parser.parse(error, sftx.Location("rows", 3))
         assert caught.value is error
+        assert "acme" not in str(error)
+    error = OSError("full")
     with pytest.raises(OSError, match="full"):
-        stage.save(OSError("full"))
-    with pytest.raises(PluginError, match="parse failed: OSError: full"):
-        stage.parse(OSError("full"))
+        adapter.save(error)
+    with pytest.raises(PluginError, match="load failed: OSError: full"):
+        adapter.load(error)
 
 
 def test_a_hook_gets_only_the_arguments_it_asks_for(install_plugin: Any) -> None:
@@ -448,14 +457,15 @@ def test_every_default_is_a_built_in_plugin() -> None:
     assert named <= set(BUILT_IN)
 
 
-def test_a_stage_can_be_copied_pickled_and_asked_for_what_it_has_not() -> None:
+def test_a_stage_can_be_copied_and_pickled() -> None:
+    """Workers of the preprocessing get their stages by pickle."""
     import copy
     import pickle
 
-    from sftx.assembly.stages import Guarded
+    from sftx.assembly.stages import ParserStage
+    from sftx_plugins.parsers.text import Text
 
-    stage = Guarded("plugin 'acme' (acme 1.0)", "sftx_metric", sftx.Location("rows", 3))
+    stage = ParserStage("plugin 'acme' (acme 1.0)", Text())
     for other in (copy.copy(stage), copy.deepcopy(stage), pickle.loads(pickle.dumps(stage))):
-        assert other.path == "rows"
+        assert other.fields == stage.fields
         assert str(other) == "plugin 'acme' (acme 1.0)"
-    assert not hasattr(stage, "no_such_thing")

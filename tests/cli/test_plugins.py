@@ -1,4 +1,4 @@
-"""`sftx plugins`: what is listed without an import, described, checked, and given as a schema to editors."""
+"""Tests of `sftx plugins`: list (which imports nothing), info, check and schema."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Plugin:
 
 
 def plugins(*arguments: str) -> Result:
-    """The command in this process; an error it raises is in `.exception`."""
+    """Run the command in this process; an error that it raises is in `.exception`."""
     return CliRunner().invoke(cli.command, list(arguments))
 
 
@@ -56,7 +56,7 @@ def plugins(*arguments: str) -> Result:
 
 
 def test_two_hundred_plugins_are_listed_and_none_is_imported(install_plugin: Any, tmp_path: Path) -> None:
-    """Nor is anything else affected by one of them that is broken."""
+    """One of them is broken, which affects nothing else."""
     marker = tmp_path / "imported"
     for number in range(200):
         code = f"from pathlib import Path\nPath({str(marker)!r}).touch()\n" if number else "this is no Python"
@@ -178,7 +178,7 @@ def schema(*arguments: str) -> dict[str, Any]:
 
 
 def is_valid(text: str, made: dict[str, Any], tmp_path: Path) -> bool:
-    """Whether the schema takes a run file; the loader must think the same."""
+    """Return whether the schema accepts a run file, after asserting that the loader agrees."""
     path = tmp_path / "run.yaml"
     path.write_text(text)
     values, _ = run_file.read(path)

@@ -29,7 +29,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a package for each hook, `sftx-my-HOOK`."""
+    """Return a directory with a package `sftx-my-HOOK` for each hook."""
     directory = tmp_path_factory.mktemp("packages")
     for hook in HOOKS:
         write_package(f"my-{hook}", hook, directory)
@@ -119,9 +119,9 @@ def test_a_place_that_is_taken_or_cannot_be_written_is_refused(tmp_path: Path, m
     assert "exists already" in refused("file", tmp_path, error=OutputError)
     (tmp_path / "sftx-link").symlink_to(tmp_path / "nowhere")
     assert "exists already" in refused("link", tmp_path, error=OutputError)
-    assert "cannot be written: File name too long" in refused("a" * 300, tmp_path, error=OutputError)
+    assert "File name too long" in refused("a" * 300, tmp_path, error=OutputError)
     (tmp_path / "taken").write_text("")
-    with pytest.raises(OutputError, match="cannot be written: Not a directory"):
+    with pytest.raises(OutputError, match="Not a directory"):
         write_package("mine", "metric", tmp_path / "taken")
 
     written: list[Path] = []
@@ -134,7 +134,7 @@ def test_a_place_that_is_taken_or_cannot_be_written_is_refused(tmp_path: Path, m
 
     with monkeypatch.context() as patched:
         patched.setattr(Path, "write_text", full)
-        assert "cannot be written: No space left on device" in refused("other", tmp_path, error=OutputError)
+        assert "No space left on device" in refused("other", tmp_path, error=OutputError)
     assert len(written) == 4
 
 
@@ -197,7 +197,7 @@ def test_the_text_of_the_packages_is_installed_with_sftx() -> None:
 
 
 def test_the_packages_are_linted_and_formatted(packages: Path, tmp_path: Path) -> None:
-    """By their own settings, and by this project's further rules that do not depend on where they lie."""
+    """They pass ruff with their own settings, and with those rules of this project that do not depend on the path."""
     for hook in HOOKS:  # names of other lengths break lines elsewhere
         write_package(f"x{hook[:2]}", hook, tmp_path)
         write_package(f"retrieval-augmented-answers-{hook}", hook, tmp_path)
@@ -210,7 +210,7 @@ def test_the_packages_are_linted_and_formatted(packages: Path, tmp_path: Path) -
 
 
 def test_the_packages_are_typed_and_so_are_the_examples(packages: Path) -> None:
-    """In this project's settings, which are stricter than those of the packages, so that `make types`' cache serves."""
+    """They pass mypy with the stricter settings of this project, so that the cache of `make types` is used."""
     assert tomllib.loads((packages / "sftx-my-loss" / "pyproject.toml").read_text())["tool"]["mypy"]["strict"]
     files = sorted(packages.rglob("*.py"))
     assert len(files) == 2 * len(HOOKS) + 1
@@ -227,7 +227,7 @@ def test_the_packages_are_typed_and_so_are_the_examples(packages: Path) -> None:
 
 @pytest.fixture(scope="module")
 def installed(packages: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The packages as `pip install` leaves them, as entries of sys.path: a directory of metadata, and the packages."""
+    """Return entries for sys.path that install the packages: a directory of their metadata, and the packages."""
     site = tmp_path_factory.mktemp("site-packages")
     for hook in HOOKS:
         package = packages / f"sftx-my-{hook}"
@@ -276,7 +276,7 @@ def test_the_tests_of_the_new_packages_pass(installed: list[Path], tmp_path: Pat
 # One hook in the fast tests; what differs between hooks is tested above.
 @pytest.mark.parametrize("hook", [HOOKS[0], *(pytest.param(hook, marks=pytest.mark.slow) for hook in HOOKS[1:])])
 def test_a_new_package_installs_passes_its_tests_and_trains(hook: str, tmp_path: Path, tiny_model: Path) -> None:
-    """From an empty directory, as a user types it: new, install, test, check, run."""
+    """The commands are those that a user types, in an empty directory: new, install, test, check, run."""
     home = tmp_path / "home"
     home.mkdir()
     environment = make_environment(tmp_path / "environment")

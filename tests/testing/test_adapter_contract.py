@@ -1,4 +1,4 @@
-"""The contract of an adapter bites: for each clause an adapter that breaks just it; the built-in ones keep all."""
+"""Tests of the adapter contract: bad adapters that break one clause each, and the built-in ones, which break none."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from sftx_plugins.adapters.lora_layers import WEIGHTS, LoraAdapter, LoraLinear
 
 
 class Good(LoraAdapter):
-    """LoRA; those below differ from it in one thing. `layers`: what was attached."""
+    """A correct LoRA; the classes below change one thing. `layers` holds the attached layers."""
 
     @property
     def layers(self) -> list[LoraLinear]:
@@ -183,7 +183,7 @@ class LoadsToServe(Good):
 
 
 class DrawsAndForgets(Good):
-    """VeRA's idea: lora_A is drawn and never trained; but it is not saved either."""
+    """Draws lora_A and never trains it, as VeRA does, but does not save it either."""
 
     def attach(self, lm: LanguageModel) -> None:
         super().attach(lm)
@@ -195,7 +195,7 @@ class DrawsAndForgets(Good):
 
 
 class Lenient(Good):
-    """Takes what it finds under its own names."""
+    """Loads the tensors under its own names, and checks nothing."""
 
     def found(self, directory: Path) -> dict[str, Tensor]:
         tensors = load_file(directory / WEIGHTS)
@@ -260,7 +260,7 @@ class DrawsAnywhere(Good):
 
 
 class CountsLayers(Good):
-    """A layer's mask is drawn from lm.seed and a count that begins anew with each forward, not with a recomputation."""
+    """Draws a layer's mask from lm.seed and a count that restarts with each forward, but not with a recomputation."""
 
     count = 0
 
@@ -289,7 +289,7 @@ class ReadsWeights(Good):
 
 @dataclass(frozen=True, eq=False)
 class Plugin(Lora):
-    """LoRA's options with another adapter behind them."""
+    """A plugin with the options of LoRA that returns another adapter."""
 
     made: ClassVar[type] = Good
 
@@ -406,7 +406,7 @@ def test_a_built_in_adapter_keeps_the_contract(name: str) -> None:
 
 
 def test_it_can_be_checked_on_another_model(tiny_model: Path, tmp_path: Path) -> None:
-    """One that lies in a directory: here with weights that are not tied and with a dropout of its own."""
+    """The model directory holds a model with untied weights and with dropout."""
     shutil.copytree(tiny_model, tmp_path, dirs_exist_ok=True)
     config = AutoConfig.from_pretrained(tiny_model, tie_word_embeddings=False, attention_dropout=0.1)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)

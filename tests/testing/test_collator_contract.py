@@ -1,4 +1,4 @@
-"""The contract of a collator: good ones keep it, and for each clause there is one that breaks just that."""
+"""Tests of the collator contract: good collators, and bad ones that break one clause each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from contracts import assert_every_clause_is_broken, assert_fails, assert_fails_only, whole_suite_cases
 from packing import Packed
-from sftx import IGNORE_INDEX, Batch, Example, hookimpl, pad
+from sftx import IGNORE_INDEX, Batch, Example, Window, hookimpl, pad
 from sftx.testing.clauses import MADE
 from sftx.testing.collator import SUITE, check_collator
 from sftx.testing.kit import Kit, built_in
@@ -23,12 +23,13 @@ from sftx_plugins.collators.padded import Padded
 
 
 class InOrder(Padded):
-    """Good: no shuffling, no global state."""
+    """A good collator without shuffling and without global state."""
 
-    def plan(self, lengths: Any, groups: Any, *, examples_per_step: int, final: bool, **_: Any) -> Any:
-        rows = [tuple(i for i, of in enumerate(groups) if of == group) for group in dict.fromkeys(groups)]
-        full = len(rows) if final else len(rows) - len(rows) % examples_per_step
-        steps = [tuple(rows[at : min(full, at + examples_per_step)]) for at in range(0, full, examples_per_step)]
+    def plan(self, window: Window) -> Any:
+        groups, size = window.groups, window.rows_per_step
+        rows = [tuple(i for i, other in enumerate(groups) if other == group) for group in dict.fromkeys(groups)]
+        full = len(rows) if window.is_last else len(rows) - len(rows) % size
+        steps = [tuple(rows[at : min(full, at + size)]) for at in range(0, full, size)]
         return steps, tuple(i for row in rows[full:] for i in row)
 
 
@@ -36,66 +37,66 @@ class InOrder(Padded):
 
 
 class DropsLast(Padded):
-    def plan(self, *args: Any, examples_per_step: int, **kwargs: Any) -> Any:
-        steps, carried = super().plan(*args, examples_per_step=examples_per_step, **kwargs)
-        return [step for step in steps if len(step) == examples_per_step], carried
+    def plan(self, window: Window) -> Any:
+        steps, carried = super().plan(window)
+        return [step for step in steps if len(step) == window.rows_per_step], carried
 
 
 class CarriesOverAtTheEnd(Padded):
-    def plan(self, *args: Any, final: bool, **kwargs: Any) -> Any:
-        return super().plan(*args, final=False, **kwargs)
+    def plan(self, window: Window) -> Any:
+        return super().plan(dataclasses.replace(window, is_last=False))
 
 
 class StepsTooLarge(Padded):
-    def plan(self, *args: Any, examples_per_step: int, **kwargs: Any) -> Any:
-        return super().plan(*args, examples_per_step=examples_per_step + 1, **kwargs)
+    def plan(self, window: Window) -> Any:
+        return super().plan(dataclasses.replace(window, rows_per_step=window.rows_per_step + 1))
 
 
 class EmptyStep(InOrder):
-    def plan(self, *args: Any, **kwargs: Any) -> Any:
-        steps, carried = super().plan(*args, **kwargs)
+    def plan(self, window: Window) -> Any:
+        steps, carried = super().plan(window)
         return [*steps, ()], carried
 
 
 class ShortSteps(InOrder):
-    def plan(self, *args: Any, final: bool, **kwargs: Any) -> Any:
-        return super().plan(*args, final=True, **kwargs)  # nothing is carried over
+    def plan(self, window: Window) -> Any:
+        return super().plan(dataclasses.replace(window, is_last=True))  # nothing is carried over
 
 
 class TearsPairs(InOrder):
-    def plan(self, lengths: Any, groups: Any, **kwargs: Any) -> Any:
-        return super().plan(lengths, range(len(groups)), **kwargs)
+    def plan(self, window: Window) -> Any:
+        return super().plan(dataclasses.replace(window, groups=range(len(window.groups))))
 
 
 class TurnsPairs(InOrder):
-    def plan(self, *args: Any, **kwargs: Any) -> Any:
-        steps, carried = super().plan(*args, **kwargs)
+    def plan(self, window: Window) -> Any:
+        steps, carried = super().plan(window)
         return [tuple(row[::-1] for row in step) for step in steps], carried
 
 
 class ShufflesAnyhow(InOrder):
-    def plan(self, *args: Any, **kwargs: Any) -> Any:
-        steps, carried = super().plan(*args, **kwargs)
+    def plan(self, window: Window) -> Any:
+        steps, carried = super().plan(window)
         return [tuple(sorted(step, key=lambda row: hash((row, torch.initial_seed())))) for step in steps], carried
 
 
 class DrawsFromTorch(InOrder):
-    def plan(self, *args: Any, **kwargs: Any) -> Any:
+    def plan(self, window: Window) -> Any:
         torch.rand(1)
-        return super().plan(*args, **kwargs)
+        return super().plan(window)
 
 
 class SortsItsArguments(InOrder):
-    def plan(self, lengths: list[int], groups: Any, **kwargs: Any) -> Any:
-        lengths.sort()
-        return super().plan(lengths, groups, **kwargs)
+    def plan(self, window: Window) -> Any:
+        window.lengths.sort()  # type: ignore[attr-defined]
+        return super().plan(window)
 
 
 class EverySecondBackwards(InOrder):
     calls: ClassVar[Iterator[int]] = itertools.count()
 
-    def plan(self, *args: Any, **kwargs: Any) -> Any:
-        steps, carried = super().plan(*args, **kwargs)
+    def plan(self, window: Window) -> Any:
+        steps, carried = super().plan(window)
         return (steps[::-1] if next(self.calls) % 2 else steps), carried
 
 
@@ -114,7 +115,8 @@ class RowIdsOfTheFirst(Padded):
 class Cuts(Padded):
     def collate(self, examples: Sequence[Example]) -> Batch:
         cut = [dataclasses.replace(e, token_ids=e.token_ids[:60], loss_mask=e.loss_mask[:60]) for e in examples]
-        return super().collate([dataclasses.replace(e, weights=e.weights and e.weights[:60]) for e in cut])
+        weights = [None if e.weights is None else e.weights[:60] for e in cut]
+        return super().collate([dataclasses.replace(e, weights=w) for e, w in zip(cut, weights, strict=True)])
 
 
 class NoBorders(Packed):
@@ -124,7 +126,7 @@ class NoBorders(Packed):
 
 class CountsTheFirstToken(Padded):
     def collate(self, examples: Sequence[Example]) -> Batch:
-        return change(super().collate(examples), num_label_tokens=sum(sum(e.loss_mask) for e in examples) + 1)
+        return change(super().collate(examples), num_label_tokens=sum(int(e.loss_mask.sum()) for e in examples) + 1)
 
 
 class CountsPadding(Padded):
@@ -198,7 +200,7 @@ class MasksByPaddingsId(Padded):
 
 
 class TrainsTheNextDocument(Packed):
-    """The last token of a document is made to predict the first of the next one."""
+    """Trains the last token of a document to predict the first one of the next document."""
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         batch = super().collate(examples)
@@ -210,7 +212,7 @@ class TrainsTheNextDocument(Packed):
 
 
 class Reweighs(Padded):
-    """Moves weight between the tokens of a batch so that its loss stays: right in sum, and wrong in each token."""
+    """Moves weight between the tokens of a batch so that the sum of the losses is right and each token's is wrong."""
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         batch = super().collate(examples)

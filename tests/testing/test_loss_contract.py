@@ -1,4 +1,4 @@
-"""The contract of a loss: good ones keep it, of tokens and of pairs; for each clause there is one that breaks it."""
+"""Tests of the loss contract: good losses over tokens and pairs, and bad ones that break one clause each."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def token_losses(logits_BTV: Tensor, batch: Batch) -> Tensor:
 
 
 class CrossEntropy:
-    """Good, and what the bad ones change."""
+    """A good loss; most bad ones change one thing of it."""
 
     @hookimpl
     def sftx_loss(self) -> Loss:
@@ -59,14 +59,14 @@ class CrossEntropy:
 
 
 class InSinglePrecision(CrossEntropy):
-    """Good: the usual cast of the logits."""
+    """A good loss that casts the logits to fp32, as is usual."""
 
     def logits(self, lm: LanguageModel, batch: Batch) -> Tensor:
         return super().logits(lm, batch).float()
 
 
 class Preferences(CrossEntropy):
-    """Good: DPO (Rafailov et al. 2023, arXiv:2305.18290, equation 7) on pairs of its own format, summed over pairs."""
+    """A good loss: DPO (Rafailov et al. 2023, arXiv:2305.18290, equation 7), summed over pairs of its own format."""
 
     beta = 0.1
     fields: ClassVar[str] = "ask, good, bad"
@@ -229,7 +229,7 @@ class InfiniteInEvaluation(CrossEntropy):
 
 
 class CountsColumns(CrossEntropy):
-    """A mean over the columns of each row, times a length that was thought to be constant."""
+    """Takes the mean over the columns of each row, times a length that depends on the padding."""
 
     def __call__(self, lm: LanguageModel, batch: Batch) -> LossSum:
         return LossSum(100 * token_losses(self.logits(lm, batch), batch).mean(1).sum())
@@ -241,7 +241,7 @@ class DenominatorOfAllTokens(CrossEntropy):
 
 
 class PaddedGradient(CrossEntropy):
-    """The right sum; its gradient is scaled by the share of padding."""
+    """Returns the right sum with a gradient that is scaled by the share of padding."""
 
     def __call__(self, lm: LanguageModel, batch: Batch) -> LossSum:
         out = super().__call__(lm, batch)
@@ -267,7 +267,7 @@ class OneForABatch(CrossEntropy):
 
 
 class NormalisesWeights(CrossEntropy):
-    """So that the weights of a batch have the mean 1."""
+    """Normalises the weights of a batch to the mean 1."""
 
     def __call__(self, lm: LanguageModel, batch: Batch) -> LossSum:
         weights_BT = batch.token_weights_BT
@@ -281,7 +281,7 @@ class NormalisesWeights(CrossEntropy):
 
 
 class RegularisesPrompts(CrossEntropy):
-    """A z-loss on every real token."""
+    """Adds a z-loss on every non-padding token, prompts included."""
 
     def __call__(self, lm: LanguageModel, batch: Batch) -> LossSum:
         assert batch.lengths_B is not None
@@ -302,7 +302,7 @@ class DetachedHidden(CrossEntropy):
 
 
 class FreezesALayer(CrossEntropy):
-    """While it computes: the gradient is right along itself, and lacks what this layer should get."""
+    """Freezes a layer during the forward: the gradient is right along itself, but zero in this layer."""
 
     def __call__(self, lm: LanguageModel, batch: Batch) -> LossSum:
         parameter = next(parameter for name, parameter in lm.named_parameters() if "v_proj.lora_B" in name)
@@ -319,7 +319,7 @@ class OnePercentTooMuch(CrossEntropy):
 
 
 class ReferenceThatMoves(Preferences):
-    """The reference is the trained model itself, held constant: it has a gradient, and the sum does not change."""
+    """Uses the trained model, detached, as its reference: there is a gradient, but the sum never changes."""
 
     def __call__(self, lm: LanguageModel, batch: Batch) -> LossSum:
         ours_B = -token_losses(self.logits(lm, batch), batch).sum(1)
@@ -395,7 +395,7 @@ def test_masked_ce_keeps_the_contract(options: dict[str, Any]) -> None:
 
 
 class PackedCrossEntropy(CrossEntropy, Packed):
-    """Good: a collator and a loss in one plugin."""
+    """A good plugin that is both a collator and a loss."""
 
 
 @pytest.mark.parametrize("good", [CrossEntropy, InSinglePrecision, Preferences, PackedCrossEntropy])

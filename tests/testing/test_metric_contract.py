@@ -1,4 +1,4 @@
-"""The contract of a metric: good ones keep it, and for each clause there are ones that break just that."""
+"""Tests of the metric contract: good metrics, and bad ones that break one clause each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sftx.testing.metric import SUITE
 
 
 class Overlap:
-    """The share of the reference's words that the answer has."""
+    """Scores the share of the reference's words that the answer contains."""
 
     @hookimpl
     def sftx_metric(self) -> Any:
@@ -30,14 +30,14 @@ class Overlap:
 
 
 class Whole(Overlap):
-    """A score may be a whole number, or True."""
+    """Returns a bool, which is a valid score."""
 
     def __call__(self, prediction: str, reference: str) -> Any:
         return prediction == reference
 
 
 class Both(Overlap):
-    """Two scores of an answer, and two of a set that are no means."""
+    """Returns two scores of an answer, and two scores of a set that are not means."""
 
     def __call__(self, prediction: str, reference: str) -> Any:
         return {"overlap": super().__call__(prediction, reference), "empty": prediction == ""}
@@ -133,7 +133,7 @@ class SetNamesVary(Both):
 
 
 class SetOfTwo(Both):
-    """Divides by one less than the rows."""
+    """Divides by the number of rows minus one."""
 
     def corpus(self, predictions: list[str], references: list[str]) -> Any:
         return sum(map(len, predictions)) / (len(predictions) - 1)
@@ -147,7 +147,7 @@ class SetRemembers(Both):
 
 
 class Remembers(Overlap):
-    """Scores by how often it has been asked."""
+    """Adds the number of calls so far to the score."""
 
     calls: ClassVar[Iterator[int]] = itertools.count()
 

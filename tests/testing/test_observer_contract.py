@@ -1,4 +1,4 @@
-"""The contract of an observer bites: for each clause an observer that breaks just it; the built-in ones keep all."""
+"""Tests of the observer contract: bad observers that break one clause each, and the built-in ones, which break none."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from sftx.testing.process import process
 
 
 class Good(Observer):
-    """Writes a line for each step; those below differ from it in one thing."""
+    """A good observer that writes a line for each step; the classes below change one thing."""
 
     def __init__(self, run: RunInfo) -> None:
         self.run = run
@@ -78,7 +78,7 @@ class KeepsTheFile(Good):
 
 
 class KeepsThePath(Good):
-    """Goes on with the last run's file where that is still there."""
+    """Continues the file of the last run if that still exists."""
 
     last: Path | None = None
 
@@ -128,7 +128,7 @@ class ClosesWhatItStepped(Good):
 
 
 class ClosesWhatItEnded(Good):
-    """Never told of a step it closes in silence, else with the summary."""
+    """Needs the summary in close() once there was a step."""
 
     summary: Mapping[str, Any] | None = None
 
@@ -185,7 +185,7 @@ class Prunes(Good):
 
 
 class KeepsStdout(Good):
-    """Gives it back when the run ends well, not when it is closed."""
+    """Restores stdout when the run ends successfully, but not in close()."""
 
     def on_start(self, report: StartReport) -> None:
         self.stdout, sys.stdout = sys.stdout, io.StringIO()
@@ -195,7 +195,7 @@ class KeepsStdout(Good):
 
 
 class LooksIn(Good):
-    """Logs activations, and halves them while it does."""
+    """Hooks into the modules to log activations, and halves them."""
 
     def on_start(self, report: StartReport) -> None:
         self.handle = nn.modules.module.register_module_forward_hook(self.look)
@@ -214,7 +214,7 @@ class Detaches(LooksIn):
 
 
 class ShrinksWeights(Good):
-    """Keeps an eye on the weights where every optimizer shows them, and a hand."""
+    """Changes the weights in a hook that runs after every optimizer step."""
 
     def on_start(self, report: StartReport) -> None:
         self.handle = register_optimizer_step_post_hook(self.look)
@@ -230,7 +230,7 @@ class ShrinksWeights(Good):
 
 
 def sets(what: Callable[[], Any], event: str = "on_step") -> type[Observer]:
-    """An observer that does just that."""
+    """Return an observer class that calls `what` in one event."""
     return type("Sets", (Good,), {event: lambda self, *_: what() and None})
 
 
@@ -240,7 +240,7 @@ def seeds_when_made(run: RunInfo) -> Observer:
 
 
 class Plugin:
-    """The plugin of such an observer."""
+    """A plugin whose hook calls `made`."""
 
     def __init__(self, made: Callable[[RunInfo], Any]) -> None:
         self.made = made

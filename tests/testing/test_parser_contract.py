@@ -1,4 +1,4 @@
-"""The contract of a parser: good ones keep it, and for each clause there are ones that break just that."""
+"""Tests of the parser contract: good parsers, and bad ones that break one clause each."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sftx.testing.parser import SUITE, check_parser
 
 
 class Pairs:
-    """A question, an answer and perhaps a list of notes."""
+    """Reads a question, an answer and an optional list of notes."""
 
     fields: Any = "question, answer (notes)"
     samples: Any = (
@@ -45,7 +45,7 @@ class Pairs:
 
 
 class Choices(Pairs):
-    """Two conversations of one record, which belong together."""
+    """Returns two conversations for one record, as a group."""
 
     samples = ({"question": "What melts in the hand?", "answer": "Gallium.", "rejected": "Iron."},)
 
@@ -58,7 +58,7 @@ class Choices(Pairs):
 
 
 class Texts(Pairs):
-    """Pre-training text."""
+    """Reads text for pre-training."""
 
     samples = ({"body": "Gallium melts at 29.8 degrees."},)
 
@@ -72,7 +72,7 @@ class Texts(Pairs):
 
 
 class Ids(Pairs):
-    """Rows that were tokenised before."""
+    """Reads rows that are tokenised already."""
 
     samples = ({"ids": [5, 6, 7]},)
 
@@ -94,7 +94,7 @@ def test_good_parsers_keep_every_clause(plugin: object) -> None:
     assert_passes(SUITE, plugin)
 
 
-# --- and a bad one, or several, for each clause ---------------------------------------------------
+# --- bad ones, at least one for each clause ---------------------------------------------------
 
 
 class GivesNumber(Pairs):
@@ -282,8 +282,16 @@ BAD: Sequence[tuple[type, str, str]] = [
     (CountsTokensWrongly, "trains-something", "cannot be encoded: 3 token ids and 2 values of the loss mask"),
     (TakesAnswerOut, "pure", "samples[0] was changed; work on a copy"),
     (Numbers, "pure", "={'number': "),
-    (TrustsFields, "names-the-row", "samples[0] with ['question'] left out raised KeyError"),
-    (TrustsDepth, "names-the-row", "samples[1] with ['notes'] = [7] raised TypeError"),
+    (
+        TrustsFields,
+        "names-the-row",
+        "samples[0] with ['question'] left out raised PluginError: the parser: parse failed: KeyError",
+    ),
+    (
+        TrustsDepth,
+        "names-the-row",
+        "samples[1] with ['notes'] = [7] raised PluginError: the parser: parse failed: TypeError",
+    ),
     (NamesNoRow, "names-the-row", "does not name the row"),
     (HandsOnNulls, "names-the-row", "['answer'] = None raised PluginError: "),
 ]

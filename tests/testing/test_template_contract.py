@@ -1,4 +1,4 @@
-"""The contract of a template: good ones of several forms keep it, and for each clause there are ones that break it."""
+"""Tests of the template contract: good templates of several forms, and bad ones that break one clause each."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EOT = "<|endoftext|>"
 
 
 class Brackets:
-    """No system turn; the answer begins right after the prompt, and its stop is the tokenizer's end of text."""
+    """Has no system turn; the answer begins right after the prompt, and ends with the tokenizer's end of text."""
 
     controls: ClassVar[frozenset[str]] = frozenset({"[INST]", "[/INST]", "</s>"})
     stop: ClassVar[tuple[str, ...]] = ("</s>",)
@@ -57,7 +57,7 @@ class Brackets:
 
 
 class Instruction(Brackets):
-    """Headings in plain text; the end of text alone is a control token, and it ends every text."""
+    """Writes headings as plain text; its only control token is the end of text, which ends every answer."""
 
     controls: ClassVar[frozenset[str]] = frozenset({EOT})
     stop: ClassVar[tuple[str, ...]] = (EOT,)
@@ -77,7 +77,7 @@ class Instruction(Brackets):
 
 
 class Thinking(ChatML):
-    """Writes an empty thought before the last answer only: what is earlier changes when a turn follows."""
+    """Writes an empty thought before the last answer only, so that earlier turns change when a turn follows."""
 
     controls: ClassVar[frozenset[str]] = frozenset({START, END, "<think>", "</think>"})
     rewrites_history: ClassVar[bool] = True
@@ -101,11 +101,11 @@ def test_good_templates_keep_every_clause(plugin: object) -> None:
     assert_passes(SUITE, plugin)
 
 
-# --- and a bad one, or several, for each clause ---------------------------------------------------
+# --- bad ones, at least one for each clause ---------------------------------------------------
 
 
 class Changed(ChatML):
-    """ChatML, each turn of which, of five segments, is written as `turn` says."""
+    """ChatML whose `turn` rewrites the five segments of each turn."""
 
     chat_template = None
 
@@ -291,7 +291,7 @@ class TrainsHeader(Changed):
 
 
 class AsksWithoutMask(ChatML):
-    """What it asks is encoded as one text, what it trains in parts: the same characters, other tokens."""
+    """Encodes the prompt as one text and the training text in parts: the same characters, but other tokens."""
 
     controls = frozenset({END})
     chat_template = None
