@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from sftx.assembly.registry import discover, find, load_class
+from sftx.assembly.discovery import discover, find, load_class
 from sftx.config.default_plugins import DEFAULT_PLUGINS
 from sftx.config.options import DataConfig, Source
 from sftx.data.encoder import Encoder

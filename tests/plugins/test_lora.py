@@ -1,4 +1,4 @@
-"""LoRA: begins as the identity, trains what it says, saves and loads strictly, merges to the same logits."""
+"""LoRA: it starts as the identity, trains the chosen modules, loads strictly, and merges to the same logits."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def take_steps(session: Session, count: int = 3) -> list[float]:
     return losses
 
 
-def test_it_begins_as_the_identity_and_trains_only_what_it_says(tiny_model_dir: Path, data: Path) -> None:
+def test_it_starts_as_the_identity_and_trains_only_its_own_parameters(tiny_model_dir: Path, data: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -63,7 +63,7 @@ def test_it_begins_as_the_identity_and_trains_only_what_it_says(tiny_model_dir: 
 
 
 @pytest.mark.parametrize("saved", [[], ["lm_head", "embed_tokens"]])
-def test_it_round_trips_merges_and_steps_aside(
+def test_it_loads_what_it_saved_merges_and_can_be_disabled(
     tiny_model_dir: Path, data: Path, tmp_path: Path, saved: list[str]
 ) -> None:
     import torch
@@ -90,7 +90,7 @@ def test_it_round_trips_merges_and_steps_aside(
 
 
 def test_peft_loads_modules_trained_in_full(tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
-    """Tied weights are trained as the one tensor that they are, and saved under both names for PEFT."""
+    """Tied weights are trained as one tensor and saved under both names for PEFT."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM

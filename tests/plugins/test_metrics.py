@@ -162,7 +162,7 @@ def test_bleu_warns_once_about_scripts_without_spaces(caplog: pytest.LogCaptureF
         ("[" * 100_000 + "]" * 100_000, 0),
     ],
 )
-def test_json_valid_takes_what_is_json(answer: str, score: float) -> None:
+def test_json_valid_accepts_json(answer: str, score: float) -> None:
     assert JsonValid().sftx_metric()(answer, "whatever") == score
 
 
@@ -184,7 +184,7 @@ CALL = {
         ('{"function": ', 0),
     ],
 )
-def test_json_valid_holds_answers_against_a_schema(answer: str, score: float, tmp_path: Path) -> None:
+def test_json_valid_checks_answers_against_a_schema(answer: str, score: float, tmp_path: Path) -> None:
     path = tmp_path / "schema.json"
     path.write_text(json.dumps(CALL))
     assert JsonValid(str(path)).sftx_metric()(answer, "whatever") == score

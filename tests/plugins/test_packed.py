@@ -73,7 +73,7 @@ def test_every_token_is_packed_once_or_carried_over(
 
 @given(lengths=SIZES, length=st.integers(90, 300))
 def test_rows_are_those_of_best_fit_decreasing(lengths: list[int], length: int) -> None:
-    """Against the rule as it is stated, with a search through all open rows."""
+    """Compare with the textbook algorithm, which searches all open rows."""
     rooms: list[int] = []
     for size in sorted(lengths, reverse=True):
         fitting = [room for room in rooms if room >= size]

@@ -197,7 +197,7 @@ DIFFERENCES: dict[str, list[tuple[str, bool, bool]]] = {
     "qwen2_5": [("\n", False, True)],  # and the newline that ends this prompt
     "deepseek_v3": [("<｜Assistant｜>", False, True)],
 }
-"""Token, whether we train it, whether TRL does."""
+"""For each differing token: its text, whether it is trained here, and whether TRL trains it."""
 
 
 # --- seventy real templates ---------------------------------------------------------------------
@@ -205,7 +205,7 @@ DIFFERENCES: dict[str, list[tuple[str, bool, bool]]] = {
 TOKEN = re.compile(
     r"<\|[^|<>\s]+\|>|<｜[^｜<>\s]+｜>|\[/?[A-Z_]+\]|</?[a-z_:]+>|<\|?[a-zA-Z_]+\|?>|\[e~\[|\]~\w*\]|<SPECIAL_\d+>"
 )
-"""What the templates' own tokens look like."""
+"""Matches the control tokens in the source of a template."""
 
 
 def with_template(source: str) -> JinjaTemplate:
