@@ -81,7 +81,6 @@ class RunState:
         renamed = with_new_names(values)
         return cls(**renamed | {name: _eval_report(renamed[name]) for name in ("before", "latest")})
 
-
     def as_trainer_state(self, config: TrainConfig, num_steps: int, checkpoints: Path) -> dict[str, Any]:
         """Return the state as transformers writes its TrainerState, for tools that read that."""
         return {

@@ -133,7 +133,7 @@ def test_split_keeps_every_token_once(kit: Kit) -> None:
     (whole,) = encode(kit, text, max_length=10_000).examples
     row = encode(kit, text, max_length=64, long_rows="split")
     assert [token for piece in row.examples for token in piece.token_ids.tolist()] == whole.token_ids.tolist()
-    assert [piece.part for piece in row.examples] == list(range(1, len(row.examples) + 1))
+    assert [piece.row_id for piece in row.examples] == [f"{WHERE}#{n + 1}" for n in range(len(row.examples))]
     assert all(len(piece.token_ids) == 64 for piece in row.examples[:-1])
     assert [e.action for e in row.entries] == ["split"]
 

@@ -291,8 +291,11 @@ def test_opcheck_of_the_linear_operation() -> None:
     torch.library.opcheck(torch.ops.sftx.trained_rows, (labels_M, 3, IGNORE_INDEX, 5))
 
 
-@pytest.mark.parametrize("reduction", ["sum", "none"])
-@pytest.mark.parametrize("chunk", [{}, {"chunk_rows": 5}, {"workspace_bytes": 1000}], ids=str)
+@pytest.mark.parametrize(
+    ("chunk", "reduction"),
+    covering([{}, {"chunk_rows": 5}, {"workspace_bytes": 1000}], ["sum", "none"], strength=1),
+    ids=str,
+)
 def test_compiles_whole_and_again_at_most_twice(reduction: str, chunk: dict[str, int]) -> None:
     """With as many trained tokens as each batch happens to have."""
     torch._dynamo.reset()

@@ -131,8 +131,12 @@ def test_half_precision_is_at_most_twice_as_far_from_fp64_as_torch(dtype: torch.
             assert error(actual[name], exact[name]) <= 2 * error(torchs[name], exact[name])
 
 
-def test_autocast_gives_the_numbers_of_the_cast_base() -> None:
-    """fp32 A and B on a bf16 base: the same with autocast as without; and as with bf16 A and B, but unrounded."""
+def test_autocast_gives_the_numbers_of_the_cast_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp32 A and B on a bf16 base: the same with autocast as without; and as with bf16 A and B, but unrounded.
+
+    The products run in fp32, as on a CPU without bf16 instructions; one that has them rounds each product to bf16.
+    """
+    monkeypatch.setattr("sftx_kernels.gemm.cpu_multiplies", lambda dtype: dtype == torch.float32)
     leaves = make(7, dtype=torch.bfloat16)
     mixed = cast(leaves, torch.bfloat16, torch.float32)
     plain, outside = ours(leaves), ours(mixed)
