@@ -1,8 +1,9 @@
-"""What encoding a million generated rows takes: time, resident memory of all processes, and a second start.
+"""Measure time and resident memory of encoding a million generated rows, and of a second start from the cache.
 
-Generates a file of conversations (`--rows`), then prepares it twice, each time in a fresh process: once encoding, once
-from the cache. Resident memory is the sum over the process and its workers, looked at ten times a second; pages of
-mapped files that happen to be in memory count. Into benchmarks/results/cpu/encode.json, or --out.
+The benchmark generates a file of conversations (`--rows`), then prepares it twice, each time in a new process: first
+by encoding it, then from the cache. Resident memory is the sum over the process and its workers, sampled ten times a
+second; it includes resident pages of memory-mapped files. The result is written to
+benchmarks/results/cpu/encode.json, or to --out.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from sftx.model import names
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "benchmarks" / "results" / "cpu" / "encode.json"
-LIMIT_BYTES, LIMIT_S = 2 * 10**9, 3.0
+MAX_RSS_BYTES, MAX_SECOND_START_S = 2 * 10**9, 3.0
 
 
 def main() -> int:
@@ -45,7 +46,7 @@ def main() -> int:
         environment = os.environ | {"SFTX_CACHE": str(Path(work) / "cache"), "TOKENIZERS_PARALLELISM": "false"}
         command = [sys.executable, __file__, "--prepare", str(data), "--model", names.resolve(options.EMBEDDED_MODEL)]
         command += [] if arguments.num_proc is None else ["--num-proc", str(arguments.num_proc)]
-        runs = {name: watched(command, environment) for name in ("first", "second")}
+        runs = {name: run_and_sample(command, environment) for name in ("first", "second")}
         result = {
             "rows": arguments.rows,
             "file_bytes": data.stat().st_size,
@@ -56,12 +57,12 @@ def main() -> int:
     print(json.dumps(result, indent=2))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    enough = max(run["peak_rss_bytes"] for run in runs.values()) < LIMIT_BYTES
-    return 0 if enough and runs["second"]["prepare_s"] < LIMIT_S else 1
+    is_small = max(run["peak_rss_bytes"] for run in runs.values()) < MAX_RSS_BYTES
+    return 0 if is_small and runs["second"]["prepare_s"] < MAX_SECOND_START_S else 1
 
 
 def generate(path: Path, num_rows: int) -> None:
-    """Conversations of 2 or 4 turns, of words drawn at random: about 100 tokens a row."""
+    """Write conversations of 2 or 4 turns of random words, with about 100 tokens a row."""
     rng = random.Random(0)
     words = [line.split()[0] for line in Path(__file__).read_text().splitlines() if line.split()]
     with path.open("w", encoding="utf-8") as file:
@@ -75,7 +76,7 @@ def generate(path: Path, num_rows: int) -> None:
 
 
 def prepare(path: Path, model: str, num_proc: int | None) -> None:
-    """In a process of its own: what `sftx run` does between options and model, on its last line as JSON."""
+    """Encode the rows as `sftx run` does before it loads the model, and print the result as one line of JSON."""
     from sftx.assembly.registry import activate
     from sftx.data.pipeline import build_pipeline
 
@@ -94,8 +95,8 @@ def prepare(path: Path, model: str, num_proc: int | None) -> None:
     print(json.dumps({"prepare_s": seconds, "examples": len(data.examples), "tokens": data.num_input_tokens}))
 
 
-def watched(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
-    """What the command said on its last line, and the most resident memory of it and its children."""
+def run_and_sample(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
+    """Run a command and return the JSON of its last line, with the peak resident memory of it and its children."""
     peak = 0
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
 
@@ -108,15 +109,15 @@ def watched(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
         watcher = threading.Thread(target=watch)
         watcher.start()
         assert process.stdout is not None
-        said = process.stdout.read()
+        printed = process.stdout.read()
         watcher.join()
     if process.returncode:
         sys.exit(process.returncode)
-    return json.loads(said.splitlines()[-1]) | {"peak_rss_bytes": peak}
+    return json.loads(printed.splitlines()[-1]) | {"peak_rss_bytes": peak}
 
 
 def resident_bytes(pid: int) -> int:
-    """Of a process and all below it."""
+    """Return the resident memory of a process and all its descendants."""
     try:
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()

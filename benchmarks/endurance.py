@@ -1,11 +1,11 @@
-"""Whether a run's memory grows: the embedded model trains for an hour, and its resident memory is looked at meanwhile.
+"""Measure whether the memory of a run grows, by sampling it while the embedded model trains for an hour.
 
-LoRA r16 on all linear layers, packed rows of 512 tokens, two micro-batches a step; held-out rows are evaluated and
-answered, and checkpoints saved, all along. It is `sftx run` in a process of its own, which SIGTERM ends. What the first
-quarter of the time brings (first evaluation, first checkpoint, caches that fill) is warm-up. After it, memory goes up
-and down with each micro-batch by a fifth; what stays is the lowest of each of nine equal stretches. Into
-benchmarks/results/cpu/endurance.json, or --out, come the samples, and the growth of a line fitted to these nine by
-least squares, over their time and relative to its beginning. Linux only: memory is read from /proc.
+The run uses LoRA r16 on all linear layers, packed rows of 512 tokens and two micro-batches a step, and regularly
+evaluates and answers held-out rows and saves checkpoints. It is `sftx run` in a process of its own, which SIGTERM ends.
+The first quarter of the time (first evaluation, first checkpoint, caches that fill) is warm-up. After it, each
+micro-batch makes memory rise and fall by a fifth, so that only the minimum of each of nine equal periods is used. The
+samples, and the growth of a line fitted to these nine minima by least squares, relative to its beginning, are written
+to benchmarks/results/cpu/endurance.json, or to --out. Linux only, because memory is read from /proc.
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "benchmarks" / "results" / "cpu" / "endurance.json"
-GOAL = 0.01
-"""Growth that is not to be reached."""
-WARM_UP, STRETCHES = 0.25, 9
+MAX_GROWTH = 0.01
+WARM_UP, PERIODS = 0.25, 9
 COMMAND = (
     "run --plugin chatml --plugin lora --plugin packed --plugin exact-match --set packed.length=512 --max-length 512 "
     "--data sftx:demo/train.jsonl --eval-data held_out.jsonl --per-device-train-batch-size 1 "
@@ -40,11 +39,11 @@ HELD_OUT_ROWS = 40
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=60.0, help="of training (60)")
+    parser.add_argument("--minutes", type=float, default=60.0, help="minutes of training (60)")
     parser.add_argument("--every", type=float, default=5.0, help="seconds between two samples (5)")
-    parser.add_argument("--directory", type=Path, default=Path("endurance"), help="where the run lies (endurance)")
+    parser.add_argument("--directory", type=Path, default=Path("endurance"), help="directory of the run (endurance)")
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--again", action="store_true", help="only look at the samples that lie in the directory")
+    parser.add_argument("--again", action="store_true", help="only report on the samples in the directory")
     options = parser.parse_args()
     if not Path("/proc/self/statm").is_file():
         print("/proc is needed, which this system lacks", file=sys.stderr)
@@ -68,11 +67,11 @@ def _conclude(samples: list[tuple[float, int]], run: Path, out: Path) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(report) + "\n", encoding="utf-8")
     print(f"written: {out}")
-    return int(not report["growth"] < GOAL)
+    return int(not report["growth"] < MAX_GROWTH)
 
 
 def _run(directory: Path, minutes: float, every: float) -> tuple[list[tuple[float, int]], int]:
-    """(seconds since the first step, bytes) again and again, and the exit code."""
+    """Run the training, and return its samples (seconds since the first step, resident bytes) and its exit code."""
     directory.mkdir(parents=True)
     held_out = (ROOT / "sftx" / "demo" / "held_out.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (directory / "held_out.jsonl").write_text("".join(held_out[:HELD_OUT_ROWS]), encoding="utf-8")
@@ -109,12 +108,12 @@ def _resident_bytes(pid: int) -> int:
 def _report(samples: list[tuple[float, int]], run: Path) -> dict[str, Any]:
     end = samples[-1][0]
     settled = [(seconds, resident) for seconds, resident in samples if seconds >= WARM_UP * end]
-    length = (end - settled[0][0]) / STRETCHES
-    floors: dict[int, int] = {}
+    length = (end - settled[0][0]) / PERIODS
+    minima: dict[int, int] = {}
     for seconds, resident in settled:
-        stretch = min(STRETCHES - 1, int((seconds - settled[0][0]) / length))
-        floors[stretch] = min(resident, floors.get(stretch, resident))
-    line = statistics.linear_regression(list(floors), list(floors.values()))
+        period = min(PERIODS - 1, int((seconds - settled[0][0]) / length))
+        minima[period] = min(resident, minima.get(period, resident))
+    line = statistics.linear_regression(list(minima), list(minima.values()))
     events = [json.loads(text) for text in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [event for event in events if event["event"] == "step"]
     return {
@@ -130,8 +129,8 @@ def _report(samples: list[tuple[float, int]], run: Path) -> dict[str, Any]:
         "loss": [steps[0]["loss"], steps[-1]["loss"]],
         "warm_up_minutes": WARM_UP * end / 60,
         "bytes_after_warm_up": line.intercept,
-        "floors": list(floors.values()),
-        "growth": line.slope * (STRETCHES - 1) / line.intercept,
+        "floors": list(minima.values()),
+        "growth": line.slope * (PERIODS - 1) / line.intercept,
         "highest_bytes": max(resident for _, resident in settled),
         "samples": [[round(seconds, 1), resident] for seconds, resident in samples],
     }
@@ -143,10 +142,10 @@ def _print(report: dict[str, Any]) -> None:
         f"{report['minutes']:.1f} minutes: {report['steps']} steps, {report['tokens']} tokens, "
         f"{report['evaluations']} evaluations, loss {report['loss'][0]:.3f} -> {report['loss'][1]:.3f}"
     )
-    missed = "" if report["growth"] < GOAL else ", missed"
+    missed = "" if report["growth"] < MAX_GROWTH else ", missed"
     print(
         f"resident memory {report['bytes_after_warm_up'] / 1e6:.0f} MB after {report['warm_up_minutes']:.0f} minutes; "
-        f"growth since {report['growth']:+.2%} (goal under {GOAL:.0%}{missed}), "
+        f"growth since {report['growth']:+.2%} (goal under {MAX_GROWTH:.0%}{missed}), "
         f"highest {report['highest_bytes'] / 1e6:.0f} MB"
     )
 

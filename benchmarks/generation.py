@@ -1,9 +1,10 @@
-"""What answering the demo's held-out rows takes: in batches, and one row at a time, by the embedded model in fp32.
+"""Compare batched generation with generation of one row at a time, on the demo's held-out rows.
 
-All rows are answered in batches of `--batch-size`; one at a time, `--single` of them, evenly spread. Both take turns,
-so that whoever else uses the machine slows both. Ratios are of seconds a row, by the clock and of the process's CPU
-time (which, with one thread, does not count what others take). Answers of the same row must be equal. Into
-benchmarks/results/cpu/generation.json, or --out; exits with 1 below five times, or when an answer differs.
+The embedded model answers in fp32: all rows in batches of `--batch-size`, and `--single` evenly spaced rows one at a
+time. The two alternate, so that other load of the machine slows both. The speedup is the ratio of seconds a row, by
+wall time and by CPU time of the process (which, with one thread, does not include other processes). Both must give the
+same answer to a row. The result is written to benchmarks/results/cpu/generation.json, or to --out. The exit code is 1
+for a speedup of less than five, or when an answer differs.
 """
 
 from __future__ import annotations
@@ -22,19 +23,20 @@ import torch
 from sftx.assembly.registry import activate
 from sftx.config import loading
 from sftx.data.pipeline import build_pipeline
-from sftx.model.language_model import LanguageModel
+from sftx.model.generate import generate_greedy
+from sftx.model.language_model import CausalLM
 from sftx.model.load import load_model, load_spec
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "benchmarks" / "results" / "cpu" / "generation.json"
-WANTED = 5.0
+MIN_SPEEDUP = 5.0
 
 
 @dataclass
-class Clock:
-    """Answers, and what they took."""
+class TimedGeneration:
+    """Generates answers and keeps them with the time they took."""
 
-    lm: LanguageModel
+    lm: CausalLM
     stop_ids: Sequence[int]
     max_new_tokens: int
     wall_s: float = 0.0
@@ -42,16 +44,20 @@ class Clock:
     answers: dict[int, list[int]] = field(default_factory=dict)
 
     def answer(self, prompts: Sequence[Sequence[int]], rows: Sequence[int], batch_size: int) -> None:
+        """Generate the answers to the prompts of these rows."""
         wall, cpu = time.perf_counter(), time.process_time()
-        found = self.lm.generate(
-            [prompts[row] for row in rows],
-            max_new_tokens=self.max_new_tokens,
-            stop_ids=self.stop_ids,
-            batch_size=batch_size,
+        answers = list(
+            generate_greedy(
+                self.lm,
+                [prompts[row] for row in rows],
+                max_new_tokens=self.max_new_tokens,
+                stop_ids=self.stop_ids,
+                batch_size=batch_size,
+            )
         )
         self.wall_s += time.perf_counter() - wall
         self.cpu_s += time.process_time() - cpu
-        self.answers.update(zip(rows, found, strict=True))
+        self.answers.update((rows[index], answer) for index, answer in answers)
 
     def summary(self) -> dict[str, float]:
         num = len(self.answers)
@@ -78,11 +84,11 @@ def main() -> int:
     config = loaded.config
     batch_size = arguments.batch_size or config.generation.batch_size or config.train.per_device_eval_batch_size
     model = load_model(load_spec(prepared.model), [], dtype=torch.float32, device=torch.device("cpu"))
-    lm = LanguageModel(model, prepared.tokenizer)
+    lm = CausalLM(model, prepared.tokenizer)
     batched, single = (
-        Clock(lm, prepared.encoder.stop_ids, config.generation.max_new_tokens) for _ in ("batched", "single")
+        TimedGeneration(lm, prepared.encoder.stop_ids, config.generation.max_new_tokens) for _ in ("batched", "single")
     )
-    lm.generate(prompts[:1], max_new_tokens=2, stop_ids=(), batch_size=1)  # what only the first one takes
+    list(generate_greedy(lm, prompts[:1], max_new_tokens=2, stop_ids=(), batch_size=1))  # warm-up
 
     by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     batches = [by_length[at : at + batch_size] for at in range(0, len(by_length), batch_size)]
@@ -92,8 +98,8 @@ def main() -> int:
         batched.answer(prompts, rows, batch_size)
         print(f"{turn + 1} of {len(batches)}", batched.summary(), single.summary(), flush=True)
 
-    wrong = [row for row, answer in single.answers.items() if answer != batched.answers[row]]
-    one, many = single.summary(), batched.summary()
+    different = [row for row, answer in single.answers.items() if answer != batched.answers[row]]
+    single_summary, batched_summary = single.summary(), batched.summary()
     result = {
         "cores": os.cpu_count(),
         "machine": platform.processor() or platform.machine(),
@@ -102,16 +108,16 @@ def main() -> int:
         "batch_size": batch_size,
         "max_new_tokens": config.generation.max_new_tokens,
         "prompt_tokens": sum(map(len, prompts)) / len(prompts),
-        "batched": many,
-        "single": one,
-        "different_answers": len(wrong),
-        "times_faster_wall": one["wall_s_per_row"] / many["wall_s_per_row"],
-        "times_faster_cpu": one["cpu_s_per_row"] / many["cpu_s_per_row"],
+        "batched": batched_summary,
+        "single": single_summary,
+        "different_answers": len(different),
+        "times_faster_wall": single_summary["wall_s_per_row"] / batched_summary["wall_s_per_row"],
+        "times_faster_cpu": single_summary["cpu_s_per_row"] / batched_summary["cpu_s_per_row"],
     }
     print(json.dumps(result, indent=2))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    return 0 if not wrong and min(result["times_faster_wall"], result["times_faster_cpu"]) >= WANTED else 1
+    return 0 if not different and min(result["times_faster_wall"], result["times_faster_cpu"]) >= MIN_SPEEDUP else 1
 
 
 if __name__ == "__main__":

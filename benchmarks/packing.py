@@ -1,10 +1,10 @@
-"""What padding costs: real tokens a second of padded rows in random order, padded rows of similar length, packed rows.
+"""Compare non-padding tokens per second of padded rows in random order, rows grouped by length, and packed rows.
 
-The embedded model with LoRA r16 on all linear layers, the alpaca demo set (`make assets`), chatml, at most 2,048 tokens
-a row: forward and backward of micro-batches of 8 padded rows, or of one packed row. Of each kind some micro-batches
-that stand for its epoch, from the cheapest to the dearest in equal steps, are run by turns in one process. Into
-benchmarks/results/cpu/packing.json, or --out, come tokens a second (of all together, and the median of the
-micro-batches), their ratios, and how full the packed rows are.
+The embedded model with LoRA r16 on all linear layers runs forward and backward on the alpaca demo set (`make assets`)
+with chatml and at most 2,048 tokens a row, in micro-batches of 8 padded rows or of one packed row. Some micro-batches
+of each kind, chosen at equal steps from the cheapest to the most expensive of its epoch, alternate in one process. The
+tokens per second (of all together, and the median of the micro-batches), their ratios and the share of the packed rows
+that is filled are written to benchmarks/results/cpu/packing.json, or to --out.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ GOALS = {"packed / random": 1.8, "packed / grouped": 0.95, "efficiency": 0.97}
 
 @dataclass
 class Kind:
-    """One way to batch: its micro-batches, and what running them took."""
+    """A way to batch has micro-batches, with the non-padding tokens of each and the seconds it took."""
 
     batches: list[Any]
     padding: float
-    """Share of the epoch's positions that are padding."""
+    """Share of the epoch's tokens that are padding."""
     tokens: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
@@ -50,12 +50,12 @@ class Kind:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--micro-batches", type=int, default=6, help="of each kind (6)")
+    parser.add_argument("--micro-batches", type=int, default=6, help="micro-batches of each kind (6)")
     parser.add_argument(
         "--length", type=int, default=2048, help="tokens of a packed row, and of the longest row (2048)"
     )
     parser.add_argument("--bf16", action="store_true", help="bf16 under autocast, instead of fp32")
-    parser.add_argument("--quick", action="store_true", help="two micro-batches of at most 128 tokens, nothing written")
+    parser.add_argument("--quick", action="store_true", help="two micro-batches of at most 128 tokens, no report")
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
     if not DATA.is_file():
@@ -70,7 +70,7 @@ def main() -> int:
     report = _report(kinds, efficiency, length=length, bf16=options.bf16, num_examples=len(examples))
     missed = _print(report)
     if options.quick:
-        print("--quick tries that all of it runs; its figures mean nothing")
+        print("--quick only checks that everything runs; its figures have no meaning")
         return 0
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -79,13 +79,13 @@ def main() -> int:
 
 
 def _load(bf16: bool) -> tuple[Any, Any]:
-    """What a run trains with: forward and backward of one batch, and the encoder."""
+    """Return a function that runs forward and backward of one batch as a run does, and the encoder."""
     import torch
 
     from sftx.config.options import EMBEDDED_MODEL, TrainConfig
     from sftx.data.encoder import Encoder
     from sftx.model import names
-    from sftx.model.language_model import LanguageModel
+    from sftx.model.language_model import CausalLM
     from sftx.model.load import load_model, load_spec, load_tokenizer
     from sftx.trainer import precision as precisions
     from sftx.trainer.parallel import TrainStep
@@ -99,7 +99,7 @@ def _load(bf16: bool) -> tuple[Any, Any]:
     adapter = Lora(r=16).sftx_adapter(spec)
     model = load_model(spec, [adapter], dtype=precision.base_dtype(frozen=True), device=precision.device)
     torch.manual_seed(0)
-    lm = LanguageModel(model, tokenizer)
+    lm = CausalLM(model, tokenizer)
     lm.attach({"lora": adapter})
     lm.train()
     module = TrainStep(lm, MaskedCE().sftx_loss())
@@ -114,7 +114,7 @@ def _load(bf16: bool) -> tuple[Any, Any]:
 
 
 def _examples(encoder: Any, length: int) -> list[Any]:
-    """The rows that fit, encoded."""
+    """Encode the rows of at most `length` tokens."""
     from sftx import Example, Location
     from sftx_plugins.parsers.alpaca import Alpaca
 
@@ -128,7 +128,7 @@ def _examples(encoder: Any, length: int) -> list[Any]:
 
 
 def _kinds(examples: Sequence[Any], length: int, num: int) -> tuple[dict[str, Kind], float]:
-    """Micro-batches of each kind, and the share of the packed rows that is filled."""
+    """Return the micro-batches of each kind, and the share of the packed rows that is filled."""
     from sftx_plugins.collators.packed import Packed
     from sftx_plugins.collators.padded import Padded
 
@@ -145,8 +145,8 @@ def _kinds(examples: Sequence[Any], length: int, num: int) -> tuple[dict[str, Ki
 def _kind(collator: Any, examples: Sequence[Any], rows: int, num: int) -> Kind:
     steps = _steps(collator, examples, rows)
     batches = [collator.collate([examples[index] for row in step for index in row]) for step in steps]
-    # By what they cost: a position in the body of the model, and about a quarter of that in the head where it is
-    # trained. Packed rows differ in the latter only: those of long documents have more of it.
+    # Sort by cost: the head costs a label token about a quarter of what the rest of the model costs every token.
+    # Packed rows differ in the head only, where those of long documents have more label tokens.
     batches.sort(key=lambda batch: batch.input_ids_BT.numel() + batch.num_label_tokens / 4)
     positions = sum(batch.input_ids_BT.numel() for batch in batches)
     chosen = [batches[int((number + 0.5) * len(batches) / num)] for number in range(num)]
@@ -154,7 +154,7 @@ def _kind(collator: Any, examples: Sequence[Any], rows: int, num: int) -> Kind:
 
 
 def _steps(collator: Any, examples: Sequence[Any], rows: int) -> list[Any]:
-    """The epoch, a micro-batch a step."""
+    """Plan an epoch in which each step is one micro-batch."""
     steps, _ = collator.plan(
         [len(example.token_ids) for example in examples],
         [example.group for example in examples],
@@ -169,7 +169,7 @@ def _steps(collator: Any, examples: Sequence[Any], rows: int) -> list[Any]:
 
 def _measure(step: Any, kinds: dict[str, Kind]) -> None:
     for kind in kinds.values():
-        step(min(kind.batches, key=lambda batch: batch.input_ids_BT.numel()))  # what is only slow the first time
+        step(min(kind.batches, key=lambda batch: batch.input_ids_BT.numel()))  # warm-up
     for batches in zip(*(kind.batches for kind in kinds.values()), strict=True):
         for kind, batch in zip(kinds.values(), batches, strict=True):
             start = time.perf_counter()
@@ -197,11 +197,11 @@ def _report(kinds: dict[str, Kind], efficiency: float, *, length: int, bf16: boo
 
 
 def _print(report: dict[str, Any]) -> list[str]:
-    """Shows the figures; returns the goals that they miss."""
+    """Print the figures, and return the names of the goals that they miss."""
     print(f"{report['machine']}, {report['dtype']}, torch {report['torch']}, transformers {report['transformers']}")
     for name, figures in report["kinds"].items():
         print(
-            f"{name:>8}: {figures['tokens_per_second']:6.1f} real tokens/s (median "
+            f"{name:>8}: {figures['tokens_per_second']:6.1f} non-padding tokens/s (median "
             f"{figures['median_tokens_per_second']:.1f}), {figures['padding']:.1%} padding, {figures['seconds']:.0f} s"
         )
     missed = [name for name, goal in GOALS.items() if not report[name] >= goal]

@@ -1,9 +1,9 @@
-"""Kills runs at random instants, saving included, goes on with each, and compares the end with that of a run that was
-never killed: every byte but how long things took (tests/helpers/same_end.py).
+"""Kill runs at random times, also while they save, resume them, and compare their end with that of undisturbed runs.
 
-`make torture N=50`: so many kills in all, by turns over the kinds of run in tests/helpers/killing.py; a run is killed
-one to three times before it is let end, one kill in five is a SIGTERM. A round that fails is shown with the seed that
-repeats its instants, and its directory is kept. Exits with 1 when there is any.
+Every byte must be equal except for measured times (tests/helpers/same_end.py). `make torture N=50` kills 50 times in
+all, in turn over the kinds of runs of tests/helpers/killing.py. A run is killed one to three times before it may
+finish; one kill in five is a SIGTERM. A run that ends differently is printed with the seed that repeats its times, and
+its directory is kept; the exit code is 1 then.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from same_end import differences  # noqa: E402
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kills", type=int, nargs="?", default=50, help="in all (50)")
+    parser.add_argument("kills", type=int, nargs="?", default=50, help="number of kills in all (50)")
     parser.add_argument(
-        "--seed", type=int, default=time.time_ns() % 10**6, help="of the instants (by default the clock)"
+        "--seed", type=int, default=time.time_ns() % 10**6, help="seed of the random times (by default from the clock)"
     )
     options = parser.parse_args()
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -59,20 +59,20 @@ def main() -> int:
             killed.remove()
         number += 1
     print(", ".join(f"{name} {count}" for name, count in kills.items()))
-    print(f"{kills.total()} kills in {number} runs, {wrong} of which ended otherwise than one that was never killed")
+    print(f"{kills.total()} kills in {number} runs, {wrong} of which ended differently from an undisturbed run")
     if not wrong:
         shutil.rmtree(directory)
     return int(wrong > 0)
 
 
 def _problems(killed: Killed, undisturbed: Path) -> list[str]:
-    """What is wrong with a run at its end."""
+    """Return how the end of a killed run differs from that of an undisturbed one."""
     if killed.codes[-1] != 0:
         return [f"exit codes {killed.codes}: {killed.printed[-500:]}"]
     found = differences(undisturbed, killed.output_dir)
-    # A run that is stopped saves where it stands: it may keep other checkpoints than one that is not, the last is one.
-    stopped = any(code == 128 + signal.SIGTERM for code in killed.codes)
-    return [line for line in found if not (stopped and line.startswith("checkpoints/") and ": only in " in line)]
+    # SIGTERM makes a run save a checkpoint, which may replace another one of the checkpoints it keeps.
+    is_stopped = any(code == 128 + signal.SIGTERM for code in killed.codes)
+    return [line for line in found if not (is_stopped and line.startswith("checkpoints/") and ": only in " in line)]
 
 
 if __name__ == "__main__":

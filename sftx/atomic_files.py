@@ -41,7 +41,8 @@ def open_bytes(path: Path) -> AbstractContextManager[BinaryIO]:
 
 @contextmanager
 def _open(path: Path, *, overwrite: bool, **options: Any) -> Iterator[Any]:
-    part = path.with_name(f".{path.name}{_PART}")
+    # Where nothing is overwritten, each of two processes that write the same file has a part of its own.
+    part = path.with_name(f".{path.name}{_PART}" if overwrite else f".{path.name}.{os.getpid()}{_PART}")
     try:
         with part.open(**options) as file:
             yield file
@@ -185,7 +186,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-# Old names, until the trainer no longer uses them.
-directory, damage = atomic_directory, find_damage

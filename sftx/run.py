@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from sftx.data.dataset import Dataset
     from sftx.data.pipeline import DataPipeline
     from sftx.data.sampler import Sampler
-    from sftx.model.language_model import LanguageModel
+    from sftx.model.language_model import CausalLM
     from sftx.trainer.precision import Precision
     from sftx.trainer.session import Session
     from sftx.trainer.trainer import Trainer
@@ -172,7 +172,7 @@ def _assemble(prepared: _Prepared, started: float) -> Session:
     from sftx.trainer.session import Session
 
     checkpoints = Checkpoints(directory.file("checkpoints"), config.train.checkpoints_kept)
-    saved = process_group.run_on_rank0(checkpoints.newest_whole) if directory.resumed else None
+    saved = process_group.run_on_rank0(checkpoints.newest_intact) if directory.resumed else None
     precision = precisions.choose(config.train, process_group.local_rank)
 
     def make_observers(path: Path) -> Observers:
@@ -207,7 +207,7 @@ def _assemble(prepared: _Prepared, started: float) -> Session:
         evaluator=Evaluator(
             eval_data,
             collator=pipeline.collator,
-            engine=trainer.engine,
+            strategy=trainer.strategy,
             process_group=process_group,
             metrics=metrics,
             precision=precision,
@@ -276,17 +276,17 @@ def _build_trainer(
     # memory once.
     is_sharded = process_group.is_initialized and config.train.distributed == "fsdp2"
     trainer = process_group.one_rank_at_a_time(load) if is_sharded else load()
-    trainer.engine.broadcast_parameters()
-    step, lm = trainer.engine.step, trainer.lm
+    trainer.strategy.broadcast_parameters()
+    step, lm = trainer.strategy.step, trainer.lm
     with process_group.detect_lost_peers(), precision.autocast():
-        step.within(lm.check)
-        step.within(lambda: check_packing(lm, pipeline.collator, sampler.examples))
+        step.call_in_forward(lm.check)
+        step.call_in_forward(lambda: check_packing(lm, pipeline.collator, sampler.examples))
     return trainer
 
 
 def _load_model(
     config: RunConfig, assembly: Assembly, pipeline: DataPipeline, precision: Precision, saved: Path | None
-) -> LanguageModel:
+) -> CausalLM:
     """Load the model with its adapters; its weights are those of the checkpoint `saved` where there is one."""
     import torch
 
@@ -329,7 +329,7 @@ def _check_evaluation(config: RunConfig, eval_data: Dataset, metrics: Mapping[st
             raise ConfigError(f"option 'train.{name}' needs held-out rows; give some with --eval-data, or leave it out")
 
 
-def _check_fit(config: RunConfig, sampler: Sampler, lm: LanguageModel, eval_data: Dataset) -> None:
+def _check_fit(config: RunConfig, sampler: Sampler, lm: CausalLM, eval_data: Dataset) -> None:
     """Raise ModelError for token ids without an embedding; warn of likely mistakes in lengths and schedule."""
     from sftx.data.sampler import StreamSampler
     from sftx.trainer.schedule import num_decay_steps, num_warmup_steps
@@ -359,7 +359,7 @@ def _manifest(
     config: RunConfig,
     assembly: Assembly,
     pipeline: DataPipeline,
-    lm: LanguageModel,
+    lm: CausalLM,
     precision: Precision,
     process_group: ProcessGroup,
 ) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The operations in which fine-tuning spends its time, each with a plain-torch and a Triton implementation.
+"""sftx_kernels has the operations in which fine-tuning spends its time, in plain torch and in Triton.
 
 An operation has one name everywhere: `<operation>.py` is the public function with its checks, autograd and plain-torch
 implementation, `triton/<operation>.py` its Triton kernels, and `bench/<operation>.py` its benchmark. This package

@@ -1,4 +1,4 @@
-"""Argument checks that several operations share, and the dtype that autocast gives their matrix products.
+"""These are the argument checks that several operations share, and the dtype that autocast gives their products.
 
 Every rejected argument raises a ValueError with the argument's name, what was expected and what was passed.
 """

@@ -1,4 +1,4 @@
-"""Cross-entropy of logits that exist already; `linear_cross_entropy` never materialises them.
+"""`cross_entropy` is for logits that exist already; `linear_cross_entropy` never materialises them.
 
 For a row of logits a with label y, token weight w and label smoothing s:
 
@@ -28,7 +28,7 @@ IGNORE_INDEX: Final = -100
 
 
 class CrossEntropyOutput(NamedTuple):
-    """The result of `cross_entropy`. Its floats are fp32, or fp64 for fp64 logits.
+    """This is the result of `cross_entropy`. Its floats are fp32, or fp64 for fp64 logits.
 
     loss: 0-d (`reduction="sum"`), or [N] with 0 at ignored rows (`"none"`); the only field that carries a gradient.
     num_tokens: the number of rows that are not ignored, unweighted; 0-d int64 on the device, so that nothing syncs.
@@ -145,7 +145,7 @@ def check_labels(labels_N: Tensor, ignore_index: int, num_classes: int) -> None:
 
 
 class Formula(NamedTuple):
-    """The numbers of the loss. With ignore_index None no row is ignored."""
+    """A Formula holds the numbers of the loss. With ignore_index None no row is ignored."""
 
     label_smoothing: float = 0.0
     z_loss: float = 0.0
@@ -156,7 +156,7 @@ class Formula(NamedTuple):
 
 @dataclass(frozen=True)
 class LogitRows:
-    """Rows of logits and the outputs to fill, on one device; an output that is None is not computed.
+    """LogitRows holds rows of logits and the outputs to fill, on one device; an output that is None is not computed.
 
     Ignored rows get 0. Without `loss_N` only the gradient is computed, and `lse_N` is an input.
     """

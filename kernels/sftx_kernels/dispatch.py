@@ -1,4 +1,4 @@
-"""Choice of an operation's implementation, from device, dtype and request.
+"""`decide` chooses an operation's implementation from the device, the dtype and what the caller requests.
 
 - `torch`: plain torch. It runs everywhere, in every dtype, and is the reference in the tests.
 - `triton`: the kernels of `sftx_kernels.triton`; large matrix products stay with torch (cuBLAS).
@@ -25,7 +25,7 @@ ENVIRONMENT: Final = "SFTX_KERNELS"
 AUTO: Final = "auto"
 BACKENDS: Final = ("torch", "triton")
 OPERATIONS: Final = ("cross_entropy", "lora_linear", "nf4")
-"""The operations with a backend of their own; `linear_cross_entropy` runs on that of `cross_entropy`."""
+"""These operations have a backend of their own; `linear_cross_entropy` runs on that of `cross_entropy`."""
 
 _LOGGER = logging.getLogger("sftx_kernels")
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Dropout masks as functions of a seed, 16 random bits an element: plain torch here, `triton.dropout` for kernels.
+"""`dropped_mask` makes dropout masks from a seed, 16 random bits an element; `triton.dropout` does so in kernels.
 
 A probability is rounded to a multiple of 2**-16 and the scale of kept elements uses the rounded value, so that the mean
 is exact.

@@ -1,4 +1,4 @@
-"""Matrix products, computed in the dtype that is fastest on the processor.
+"""These functions compute matrix products in the dtype that is fastest on the processor.
 
 A CPU without bf16 instructions multiplies bf16 matrices through scalar-like paths: 45 GFLOP/s where fp32 reaches 130
 (2 cores with AVX-512 but no avx512_bf16, torch 2.13). There the product of half-precision matrices is computed in

@@ -1,4 +1,4 @@
-"""Cross-entropy from hidden states: the head's product, softmax, loss and gradients, one chunk of rows at a time.
+"""`linear_cross_entropy` computes the loss and its gradients from hidden states, one chunk of logits at a time.
 
 Shape suffixes: N rows (tokens), M rows that are not ignored, C rows of a chunk, D hidden, V vocabulary. Chunks are
 of the M rows; `rows_M` holds their indices among the N.
@@ -27,7 +27,7 @@ from sftx_kernels.gemm import accumulator, add_weight_gradient_, multiplies_nati
 
 
 class LinearCrossEntropyOutput(NamedTuple):
-    """The result of `linear_cross_entropy`. Its floats are fp32, or fp64 for fp64 input.
+    """This is the result of `linear_cross_entropy`. Its floats are fp32, or fp64 for fp64 input.
 
     loss: 0-d (`reduction="sum"`), or [N] with 0 at ignored rows (`"none"`); the only field that carries a gradient.
     num_tokens: the number of rows that are not ignored, unweighted; an int on the host, so reading it never syncs.
@@ -135,7 +135,7 @@ def linear_cross_entropy(
 
 
 class LinearCrossEntropyWorkspace(NamedTuple):
-    """The temporaries of one forward pass of `linear_cross_entropy`."""
+    """A workspace describes the temporaries of one forward pass of `linear_cross_entropy`."""
 
     chunk_rows: int  # rows whose logits exist at once
     num_bytes: int  # of a chunk's logits and hidden states, and of the weight's copy where it is cast
@@ -191,7 +191,7 @@ def _default_chunk_rows(
 
 
 def choose_chunk(weight_VD: Tensor, dtype: torch.dtype, workspace_bytes: int | None, *, trained: bool) -> int:
-    """Deprecated: call `linear_cross_entropy_workspace`."""
+    """Return the default chunk. Deprecated: call `linear_cross_entropy_workspace`."""
     device_type = weight_VD.device.type
     return _default_chunk_rows(weight_VD.shape[0], dtype, device_type, workspace_bytes, head_trains=trained)
 
@@ -232,7 +232,7 @@ def _scatter(values_M: Tensor, rows_M: Tensor | None, num_rows: int) -> Tensor:
 
 
 class _Inputs(NamedTuple):
-    """The tensors of a call, ignored rows removed from labels and token weights."""
+    """_Inputs holds the tensors of a call, with ignored rows removed from labels and token weights."""
 
     hidden_ND: Tensor
     weight_VD: Tensor
@@ -243,7 +243,7 @@ class _Inputs(NamedTuple):
 
 
 class _Options(NamedTuple):
-    """The other arguments of a call. A torch operation takes them flat, behind the `_Inputs`: see `_SCHEMA`."""
+    """_Options holds the other arguments of a call. The torch operation takes them flat, after the `_Inputs`."""
 
     label_smoothing: float
     z_loss: float
@@ -261,7 +261,7 @@ class _Options(NamedTuple):
 
 
 class _Outputs(NamedTuple):
-    """The results of the operation; those that are not asked for are empty.
+    """_Outputs holds the results of the operation; those that are not requested are empty.
 
     The gradients are for an upstream gradient of 1; dW and db have the accumulator's dtype.
     """

@@ -1,4 +1,4 @@
-"""`lora_linear`, a linear layer plus its low-rank update, and `lora_linears` for several that share their input.
+"""`lora_linear` is a linear layer plus its low-rank update, `lora_linears` several layers that share their input.
 
 With x [M, K], W [O, K], A [R, K], B [O, R], alpha the scaling times dropout's 1 / (1 - p), keep dropout's mask:
 
@@ -196,7 +196,7 @@ def _check_layer(
 
 
 class _Spec(NamedTuple):
-    """The arguments of a call that are not tensors."""
+    """A _Spec holds the arguments of a call that are not tensors."""
 
     scalings: tuple[float, ...]
     dropout_p: float
@@ -205,7 +205,7 @@ class _Spec(NamedTuple):
 
 
 class _Group(NamedTuple):
-    """The tensors of a call that may have gradients, and those of NF4 weights: codes as weights, and absmax."""
+    """A _Group holds the tensors of a call, NF4 weights as codes and absmax."""
 
     x: Tensor
     weights: tuple[Tensor, ...]
@@ -378,7 +378,7 @@ _CACHED_ELEMENTS = 3 << 18
 
 
 class _Products:
-    """The products of one forward or backward, with dropout as a function of `seed`.
+    """_Products computes the matrix products of one forward or backward, with dropout as a function of `seed`.
 
     All matrices have one dtype. With keep the mask of ones and zeros, drop(x) is keep * x * keep_scale; the caller
     multiplies the scale into a factor that it has anyway. With the backend "triton" the kernels compute `down`, and
@@ -492,7 +492,7 @@ def _add_product_(sum_MO: Tensor, a_MR: Tensor, b_RO: Tensor, alpha: float) -> T
 
 
 class _LoraLinears(torch.autograd.Function):
-    """The operation in eager mode, on the flat tensors of a `_Group`."""
+    """_LoraLinears is the operation in eager mode, on the flat tensors of a `_Group`."""
 
     @staticmethod
     def forward(ctx: Any, spec: _Spec, seed: Tensor | None, sizes: tuple[int, ...], *flat: Tensor) -> Any:

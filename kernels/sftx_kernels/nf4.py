@@ -1,4 +1,4 @@
-"""Weights of four bits: NF4, from QLoRA (arXiv:2305.14314, section 3 and appendix E).
+"""`quantize_nf4` and `dequantize_nf4` implement NF4, the four-bit weights of QLoRA (arXiv:2305.14314, section 3).
 
 A weight, flattened along its rows, is cut into blocks. Each block stores its largest magnitude (absmax, fp32), and for
 each element the number of the level nearest to element / absmax. Two numbers share a byte, the first in its high
@@ -37,11 +37,11 @@ LEVELS: Final = (
     0.7229568362236023,
     1.0,
 )
-"""The levels of appendix E: quantiles of the normal distribution, 0 among them, scaled to [-1, 1]."""
+"""These are the levels of appendix E: quantiles of the normal distribution and 0, scaled to [-1, 1]."""
 
 
 class NF4Weight(NamedTuple):
-    """A weight [O, K] in four bits. `block_size` follows from the sizes."""
+    """An NF4Weight holds a weight [O, K] in four bits. `block_size` follows from the sizes."""
 
     codes: Tensor  # uint8, [O * K / 2]
     absmax: Tensor  # fp32, [O * K / block_size]

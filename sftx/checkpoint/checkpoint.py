@@ -25,16 +25,14 @@ from sftx.checkpoint import layout, sharded_files
 from sftx.distributed.dtensor import has_shards, is_sharded, local_shard, shard_like
 from sftx.distributed.process_group import ProcessGroup
 from sftx.errors import OutputError, PluginError, TrainingError
-from sftx.model.language_model import LanguageModel
+from sftx.model.language_model import CausalLM
 from sftx.model.load import load_model
 from sftx.types import ModelSpec
 
 log = logging.getLogger(__name__)
 
 
-def write_artefact(
-    lm: LanguageModel, directory: Path, process_group: ProcessGroup, *, consolidated: bool = True
-) -> None:
+def write_artefact(lm: CausalLM, directory: Path, process_group: ProcessGroup, *, consolidated: bool = True) -> None:
     """Write the adapters in PEFT's format, or the full model in transformers', and the tokenizer.
 
     Every rank must call it. Of a sharded model rank 0 writes one file, or, when not `consolidated`, each rank its own.
@@ -50,9 +48,7 @@ def write_artefact(
         process_group.run_on_rank0(lambda: _write_unsharded(lm, directory))
 
 
-def _write_sharded_model(
-    lm: LanguageModel, directory: Path, process_group: ProcessGroup, *, consolidated: bool
-) -> None:
+def _write_sharded_model(lm: CausalLM, directory: Path, process_group: ProcessGroup, *, consolidated: bool) -> None:
     weights = lm.model.state_dict(keep_vars=True)  # tied weights are one parameter under two names
     if consolidated:
         gathered = sharded_files.gather(weights, process_group, owner=lambda name: 0)
@@ -69,7 +65,7 @@ def _write_sharded_model(
     process_group.run_on_rank0(write_configuration)
 
 
-def _write_unsharded(lm: LanguageModel, directory: Path) -> None:
+def _write_unsharded(lm: CausalLM, directory: Path) -> None:
     """Write what rank 0 holds in full: an unsharded model, the adapters and the tokenizer."""
     if not lm.adapters and not has_shards(lm.model):
         lm.model.save_pretrained(directory)
@@ -82,7 +78,7 @@ def _write_unsharded(lm: LanguageModel, directory: Path) -> None:
     lm.tokenizer.save_pretrained(directory)
 
 
-def _adapter_directory(lm: LanguageModel, name: str, directory: Path) -> Path:
+def _adapter_directory(lm: CausalLM, name: str, directory: Path) -> Path:
     """Return where an adapter's files are: in the artefact itself, or in a directory each when there are several."""
     return directory if len(lm.adapters) == 1 else directory / name
 
@@ -97,7 +93,7 @@ def _without_progress_bars() -> Iterator[None]:
 
 
 @torch.no_grad()
-def load_weights(lm: LanguageModel, directory: Path, *, trust_remote_code: bool) -> None:
+def load_weights(lm: CausalLM, directory: Path, *, trust_remote_code: bool) -> None:
     """Load an artefact's or a checkpoint's weights into the model, or into its adapters. Raises ModelError."""
     for name, adapter in lm.adapters.items():
         adapter.load(_adapter_directory(lm, name, directory))
@@ -183,5 +179,3 @@ class Checkpoints:
             for step, path in list(layout.find_checkpoints(self.directory).items())[: -self.limit]:
                 if step != keep:
                     atomic_files.remove(path)
-
-    newest_whole = newest_intact

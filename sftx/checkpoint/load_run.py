@@ -25,8 +25,8 @@ from sftx.data.encoder import Encoder
 from sftx.errors import ConfigError, ModelError, PluginError, one_line
 from sftx.model import names
 from sftx.model.added_tokens import add_missing, ids_of
-from sftx.model.generate import answers, generation_defaults
-from sftx.model.language_model import LanguageModel
+from sftx.model.generate import generate_greedy, generation_defaults
+from sftx.model.language_model import CausalLM
 from sftx.model.load import load_model, load_spec, load_tokenizer
 from sftx.types import Adapter, Conversation, ModelSpec, Template
 
@@ -54,7 +54,7 @@ _PEFT_INITS: Final = (True, False, None, "gaussian", "eva", "orthogonal")
 class LoadedRun:
     """A fine-tuned model and what is needed to prompt it as it was trained."""
 
-    lm: LanguageModel
+    lm: CausalLM
     """The model with its adapters attached and their weights loaded; in eval mode, and nothing requires a gradient."""
     tokenizer: PreTrainedTokenizerBase
     """The tokenizer that was saved, with the chat template that the model was trained with."""
@@ -93,7 +93,7 @@ class LoadedRun:
         """Return the greedy answer to each prompt as token ids, without the stop token that ended it."""
         with torch.no_grad(), self.autocast():
             by_index = dict(
-                answers(
+                generate_greedy(
                     self.lm,
                     prompts,
                     max_new_tokens=max_new_tokens,
@@ -171,7 +171,7 @@ def build_model(
     stop_ids: Sequence[int],
     saved: Path | None = None,
     seed: int | None = None,
-) -> LanguageModel:
+) -> CausalLM:
     """Load the model of `spec`, attach the adapters, and let its generation settings stop at `stop_ids`.
 
     `saved`: an artefact or a checkpoint whose weights replace those of the full model, or of the adapters. `seed`: for
@@ -180,7 +180,7 @@ def build_model(
     if saved is not None and not adapters:
         spec = dataclasses.replace(spec, name=str(saved))
     model = load_model(spec, list(adapters.values()), dtype=dtype, device=device)
-    lm = LanguageModel(model, tokenizer)
+    lm = CausalLM(model, tokenizer)
     if seed is not None:
         torch.manual_seed(seed)
     lm.attach(adapters)
@@ -192,7 +192,7 @@ def build_model(
 
 @dataclass(frozen=True)
 class _Parts:
-    """What a model is built from."""
+    """The parts that a model is built from."""
 
     spec: ModelSpec
     adapters: Mapping[str, Adapter]
@@ -235,9 +235,7 @@ def _parts_of_run(weights: Path, run: Path, *, trust_remote_code: bool) -> _Part
         if name not in stages or stages[name] & {"template", "adapter"}:
             assembly.add(find(name, installed, origin=str(run / layout.RUN)), options)
     has_adapters = bool(assembly.providers("sftx_adapter"))
-    if has_adapters:
-        names.check(config.model)
-    base = names.resolve(config.model) if has_adapters else str(weights)
+    base = _resolve_base(config.model, f"model in {run / layout.RUN}") if has_adapters else str(weights)
     tokenizer = _load_tokenizer(weights, base, trust_remote_code=trust_remote_code)
     template = assembly.template(tokenizer)
     spec = load_spec(base, trust_remote_code=trust_remote_code)
@@ -261,12 +259,12 @@ def _parts_of_directory(weights: Path, *, trust_remote_code: bool) -> _Parts:
     assembly, installed = Assembly(Origins()), discover()
     token_ids: tuple[int, ...] = ()
     if (weights / _PEFT_CONFIG).exists():
-        options, base, token_ids = _read_peft_config(weights / _PEFT_CONFIG)
+        options, name, token_ids = _read_peft_config(weights / _PEFT_CONFIG)
+        base = _resolve_base(name, f"base_model_name_or_path in {weights / _PEFT_CONFIG}")
         assembly.add(find("lora", installed), options)
     else:
         base = str(weights)
-    names.check(base)
-    base = names.resolve(base)
+        names.check(base)
     tokenizer = _load_tokenizer(weights, base, trust_remote_code=trust_remote_code)
     template, no_template = None, "its tokenizer has no chat template"
     if tokenizer.chat_template is not None:
@@ -279,6 +277,15 @@ def _parts_of_directory(weights: Path, *, trust_remote_code: bool) -> _Parts:
     spec = load_spec(base, trust_remote_code=trust_remote_code)
     spec = dataclasses.replace(spec, new_token_ids=token_ids)
     return _Parts(spec, assembly.adapters(spec), tokenizer, template, no_template)
+
+
+def _resolve_base(name: str, place: str) -> str:
+    """Return the directory or hub id of an adapter's base model. Raises ModelError that says where it was named."""
+    try:
+        names.check(name)
+    except ModelError as error:
+        raise ModelError(f"{error}; put the base model there, or correct {place}") from error
+    return names.resolve(name)
 
 
 def _load_tokenizer(weights: Path, base: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:

@@ -23,6 +23,7 @@ from typing import Any, Final
 from sftx import atomic_files
 from sftx.checkpoint import layout
 from sftx.config import run_file
+from sftx.config.flatten import flatten
 from sftx.errors import ConfigError, OutputError, one_line
 from sftx.events import Result
 
@@ -42,8 +43,7 @@ _ROUNDING: Final = frozenset(
 """Options that may change with a warning, as they change only the order of floating-point additions."""
 
 _SPLIT: Final = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps")
-"""Options that say how the rows of an optimizer step are divided, which changes neither the order of the data nor the
-update."""
+"""Options that divide the rows of an optimizer step, which changes neither the order of the data nor the update."""
 
 _LOCKS_UNSUPPORTED: Final = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
@@ -90,7 +90,7 @@ class RunDirectory:
 
     def recorded_batch_size(self) -> int:
         """Return the rows of a step, over all processes, that the run here was started with."""
-        return _rows_per_step(_flat(run_file.read(self.file(layout.RUN))[0]))
+        return _rows_per_step(flatten(run_file.read(self.file(layout.RUN))[0]))
 
     def check_inputs(self, manifest: Mapping[str, Any]) -> None:
         """Raise ConfigError when model or data have other content than at the start of the run.
@@ -286,7 +286,7 @@ def _flat_options(values: Mapping[str, Any], observers: Collection[str]) -> dict
     if not isinstance(values.get("plugins"), dict):
         raise OutputError(f"{layout.RUN}: is not what a run has written; begin another one with --output-dir")
     plugins = {name: options for name, options in values["plugins"].items() if name not in observers}
-    options = _flat({**values, "plugins": plugins})
+    options = flatten({**values, "plugins": plugins})
     options["plugins"] = list(plugins)
     return options
 
@@ -299,17 +299,15 @@ def _only_observers(plugins: Iterable[Mapping[str, str]]) -> set[str]:
     return {name for name, filled in stages.items() if filled == {"observer"}}
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
-    return flat
-
-
 def _rows_per_step(values: Mapping[str, Any]) -> int:
     """Return the rows of a step from recorded options. sftx 0.1 recorded the two factors alone."""
     recorded = values.get("train.train_batch_size")
-    return int(recorded if recorded is not None else math.prod(values[name] for name in _SPLIT))
+    if recorded is not None:
+        return int(recorded)
+    factors = [values.get(name) for name in _SPLIT]
+    if None in factors:
+        raise OutputError(f"{layout.RUN}: is not what a run has written; begin another one with --output-dir")
+    return math.prod(factors)
 
 
 def _shown(values: Mapping[str, Any], name: str) -> str:

@@ -81,7 +81,6 @@ class RunState:
         renamed = with_new_names(values)
         return cls(**renamed | {name: _eval_report(renamed[name]) for name in ("before", "latest")})
 
-
     def as_trainer_state(self, config: TrainConfig, num_steps: int, checkpoints: Path) -> dict[str, Any]:
         """Return the state as transformers writes its TrainerState, for tools that read that."""
         return {
@@ -115,7 +114,9 @@ def _eval_report(values: Mapping[str, Any] | None) -> EvalReport | None:
         return None
     losses: Mapping[str, Any] | None = values.get("token_losses")
     if losses is not None:  # tuples are lists in JSON
-        tuples: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in losses.items()}
+        tuples: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in losses.items()
+        }
         values = {**values, "token_losses": TokenLosses(**tuples)}
     samples = tuple(Sample(**sample) for sample in values["samples"])
     return EvalReport(**{**values, "samples": samples})

@@ -1,17 +1,15 @@
-"""`sftx data`: what a run would read, in other forms."""
+"""The command `sftx data` converts the data of a run."""
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 
 import click
 
+from sftx import atomic_files
 from sftx.cli.options import run_options
-from sftx.config import loading, options
+from sftx.config import loading
 from sftx.errors import ConfigError, OutputError, one_line, printable
 
 _SUFFIXES = (".jsonl", ".ndjson")
@@ -33,7 +31,7 @@ def export(file: Path | None, loaded: loading.Loaded, output: str) -> None:
     """
     from sftx.assembly.registry import activate
     from sftx.data import sources
-    from sftx.data.export import export as lines_of
+    from sftx.data.export import export_lines
     from sftx.data.ledger import Ledger
     from sftx.data.pipeline import check_formats
 
@@ -47,26 +45,29 @@ def export(file: Path | None, loaded: loading.Loaded, output: str) -> None:
     parsers = activate(loaded).parsers()
     check_formats(data, loaded.origins, parsers)
     ledger = Ledger()
-    lines = lines_of(data.train, data, parsers, ledger)
+    lines = export_lines(data.train, data, parsers, ledger)
     if output == "-":
         sys.stdout.buffer.writelines(f"{line}\n".encode() for line in lines)
         sys.stdout.flush()
     else:
-        _write(lines, Path(output).expanduser())
-    for line in (*ledger.summary(), *_not_applied(data)):
+        path = Path(output).expanduser()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"--output {output}: cannot be written: {one_line(error)}") from error
+        with atomic_files.open_text(path, overwrite=False) as stream:
+            stream.writelines(f"{line}\n" for line in lines)
+    for line in ledger.summary():
         click.echo(printable(line), err=True)
-    gone = sum(entry.action in ("dropped", "filtered") for entry in ledger.entries)
-    click.echo(printable(f"{ledger.num_rows - gone} of {ledger.num_rows} rows written to {output}"), err=True)
-
-
-def _not_applied(data: options.DataConfig) -> Iterable[str]:
-    for filters in dict.fromkeys(source.filters or data.filters for source in data.train):
-        if filters.min_length or filters.max_length is not None:
-            yield "filters.min_length and max_length count tokens, which an export has none of: not applied"
-            return
+    filters = [source.filters or data.filters for source in data.train]
+    if any(one.min_length or one.max_length is not None for one in filters):
+        click.echo("filters.min_length and max_length count tokens and are not applied to an export", err=True)
+    num_left_out = sum(entry.action in ("dropped", "filtered") for entry in ledger.entries)
+    click.echo(printable(f"{ledger.num_rows - num_left_out} of {ledger.num_rows} rows written to {output}"), err=True)
 
 
 def _check_output(output: str) -> None:
+    """Raise OutputError when the file exists or its suffix is not that of JSON lines."""
     try:
         path = Path(output).expanduser()
     except RuntimeError as error:
@@ -76,20 +77,4 @@ def _check_output(output: str) -> None:
             f"--output {output}: JSON lines are written; name a file that ends in {' or '.join(_SUFFIXES)}"
         )
     if path.exists() or path.is_symlink():
-        raise OutputError(f"--output {output}: is there already and never written over; choose another name")
-
-
-def _write(lines: Iterable[str], path: Path) -> None:
-    """Writes a file beside `path`, which then takes its name: it is there whole, or not at all."""
-    part = path.with_name(f".{path.name}.part-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("x", encoding="utf-8", newline="\n") as stream:
-            stream.writelines(line + "\n" for line in lines)
-        _check_output(str(path))  # somebody may have written it meanwhile
-        part.rename(path)
-    except OSError as error:
-        raise OutputError(f"--output {path}: cannot be written: {one_line(error)}") from error
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
+        raise OutputError(f"--output {output}: exists already and is never overwritten; choose another name")

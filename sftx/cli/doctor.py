@@ -1,4 +1,4 @@
-"""`sftx doctor`: what is wrong with a run, before it trains."""
+"""`sftx doctor`: find problems of a run before it trains."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from sftx.config import loading
 @click.option("--json", "as_json", is_flag=True, help="Write the findings as one JSON object.")
 @click.pass_context
 def command(ctx: click.Context, *, file: Path | None, loaded: loading.Loaded, as_json: bool) -> None:
-    """Look for what is wrong with a run: its rows, its template, its tokenizer and what is known of its model.
+    """Find problems of a run before it trains: in its rows, template and tokenizer, and in the model's configuration.
 
-    RUN_FILE and the options are those of `sftx run`; no model weights are read. Ends with 1 when there is an error
+    RUN_FILE and the options are those of `sftx run`; no model weights are read. Exits with 1 when there is an error
     among the findings.
     """
     del file
-    # torch and transformers are loaded here, for seconds: the options are checked by now.
+    # These import torch and transformers, which takes seconds: only after the options are checked.
     from rich.console import Console
 
-    from sftx.cli import inspect
-    from sftx.inspection.dataset_view import look
-    from sftx.inspection.diagnosis import doctor
+    from sftx.cli.inspect import report_json
+    from sftx.inspection.dataset_view import view_dataset
+    from sftx.inspection.diagnosis.diagnose import diagnose, print_diagnosis
 
-    diagnosis = doctor.diagnose(look(loaded))
+    diagnosis = diagnose(view_dataset(loaded))
     if as_json:
-        click.echo(inspect.as_json(diagnosis), nl=False)
+        click.echo(report_json(diagnosis), nl=False)
     else:
         console = Console(highlight=False)
-        doctor.show(diagnosis, console if console.is_terminal else Console(highlight=False, width=120))
+        print_diagnosis(diagnosis, console if console.is_terminal else Console(highlight=False, width=120))
     ctx.exit(int(diagnosis.failed))

@@ -1,11 +1,10 @@
-"""`sftx inspect`: what each token is, which are trained, what was dropped or cut."""
+"""`sftx inspect`: show each token of a run's rows, which tokens are trained, and which rows were dropped or cut."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -16,14 +15,16 @@ from sftx.config import loading
 from sftx.errors import OutputError, one_line
 
 if TYPE_CHECKING:
-    from sftx.inspection.token_report.inspect import Choice, Show
+    from sftx.inspection.token_report.explained_rows import Show
 
 _NUMBER: Final = re.compile(r"[1-9][0-9]{0,15}")
 _FILE = click.Path(dir_okay=False, allow_dash=True)
+_MARK: Final = b"sftx inspect"
+"""Every file that this command writes begins with this text, and may therefore be replaced by it."""
 
 
-def _places(_ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
-    """`PATH:LINE`, or a number of all rows, as (path, number)."""
+def _parse_places(_ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
+    """Turn `PATH:LINE` into (path, line), and the number of a row into ("", number)."""
     places = []
     for value in values:
         path, _, number = value.rpartition(":")
@@ -35,9 +36,9 @@ def _places(_ctx: click.Context, _param: click.Parameter, values: tuple[str, ...
 
 @click.command()
 @run_options("data")
-@click.option("--rows", "most", metavar="N", type=click.IntRange(min=1), help="Rows to show.  [default: 3]")
+@click.option("--rows", "max_rows", metavar="N", type=click.IntRange(min=1), help="Rows to show.  [default: 3]")
 @click.option(
-    "--row", "places", metavar="PATH:LINE|N", multiple=True, callback=_places,
+    "--row", "places", metavar="PATH:LINE|N", multiple=True, callback=_parse_places,
     help="Show this row, by its place or its number; repeat for more.",
 )  # fmt: skip
 @click.option("--show", type=click.Choice(["longest", "dropped", "cut"]), help="Show these rows, not the first.")
@@ -45,120 +46,97 @@ def _places(_ctx: click.Context, _param: click.Parameter, values: tuple[str, ...
     "--split", type=click.Choice(["train", "eval"]), default="train", show_default=True, help="Which data to look at."
 )
 @click.option("--ids", is_flag=True, help="Show the id of each token.")
-@click.option("--html", "html_path", metavar="FILE", type=_FILE, help="Write a page, complete in one file.")
+@click.option("--html", "html_path", metavar="FILE", type=_FILE, help="Write an HTML page, complete in one file.")
 @click.option(
-    "--max-rows", metavar="N", type=click.IntRange(min=1), default=200, show_default=True, help="Rows in the page."
-)
-@click.option("--json", "json_path", metavar="FILE|-", type=_FILE, help="Write all of it as one JSON object.")
+    "--max-rows", "max_page_rows", metavar="N", type=click.IntRange(min=1), default=200, show_default=True,
+    help="Rows in the page.",
+)  # fmt: skip
+@click.option("--json", "json_path", metavar="FILE|-", type=_FILE, help="Write the report as one JSON object.")
 @click.pass_context
 def command(
     ctx: click.Context,
     *,
     file: Path | None,
     loaded: loading.Loaded,
-    most: int | None,
+    max_rows: int | None,
     places: tuple[tuple[str, int], ...],
     show: Show | None,
     split: Literal["train", "eval"],
     ids: bool,
     html_path: str | None,
-    max_rows: int,
+    max_page_rows: int,
     json_path: str | None,
 ) -> None:
-    """Show what a run would train on: every token, and why it is trained or not.
+    """Show what a run would train on: every token, and the reason why it is trained or not.
 
     RUN_FILE and the options are those of `sftx run`; no model weights are read. Rows that would stop a run are shown
     with the reason.
     """
     data = loaded.config.data
     _check_outputs(html_path, json_path, [file, *(Path(source.path) for source in (*data.train, *data.eval))])
-    if places and (show is not None or most is not None):
+    if places and (show is not None or max_rows is not None):
         raise click.UsageError("--row names the rows that are shown; leave --rows and --show out")
-    if ctx.get_parameter_source("max_rows") == click.core.ParameterSource.COMMANDLINE and html_path is None:
+    if ctx.get_parameter_source("max_page_rows") == click.core.ParameterSource.COMMANDLINE and html_path is None:
         raise click.UsageError("--max-rows has no meaning without --html")
-    if split == "eval" and not loaded.config.data.eval:
+    if split == "eval" and not data.eval:
         raise click.UsageError("--split eval: the run has no held-out rows; give them with --eval-data")
-    _inspect(loaded, split, _choice(places, show, most), ids=ids, html=html_path, max_rows=max_rows, json=json_path)
+
+    # These import torch and transformers, which takes seconds: only after the options are checked.
+    from rich.console import Console
+
+    from sftx.inspection.dataset_view import view_dataset
+    from sftx.inspection.token_report.explained_rows import RowSelection, inspect_rows, sample_rows
+    from sftx.inspection.token_report.terminal import print_report
+    from sftx.inspection.token_report.token_page import token_page
+
+    view = view_dataset(loaded)
+    report = inspect_rows(view, split, RowSelection(show or "first", max_rows or 3, places))
+    if json_path is not None:
+        _write(json_path, report_json(report))
+    if html_path is not None:
+        page_report = report if places else sample_rows(view, split, max_page_rows)
+        _write(html_path, token_page(page_report))
+        if html_path != "-":
+            count = f"{len(page_report.rows):,} of {page_report.figures.num_rows:,} rows"
+            click.echo(f"wrote {html_path} ({count})", err=True)
+    if json_path is None and html_path is None:
+        console = Console(highlight=False)
+        print_report(report, console if console.is_terminal else Console(highlight=False, width=120), ids=ids)
 
 
-def _check_outputs(html: str | None, json: str | None, inputs: Iterable[Path | None]) -> None:
-    """Raises UsageError for an output that would lose something."""
+def _check_outputs(html: str | None, json: str | None, inputs: list[Path | None]) -> None:
+    """Raises UsageError for an output that would replace an input or any file that this command did not write."""
     if html is not None and html == json:
-        raise click.UsageError(f"--html and --json are both {html}; give each a place of its own")
-    taken = {path.expanduser().resolve() for path in inputs if path is not None}
+        raise click.UsageError(f"--html and --json are both {html}; give each its own file")
+    input_paths = {path.expanduser().resolve() for path in inputs if path is not None}
     for option, suffix, output in (("--html", ".html", html), ("--json", ".json", json)):
         if output is None or output == "-":
             continue
         path = Path(output)
         if path.suffix != suffix:
             raise click.UsageError(f"{option} {output}: name a file that ends in {suffix}")
-        if path.resolve() in taken or (path.exists() and _MARK not in _head(path)):
-            raise click.UsageError(f"{option} {output}: holds something else, which is not written over")
+        try:
+            with path.open("rb") as stream:
+                is_foreign = _MARK not in stream.read(4096)
+        except OSError:
+            is_foreign = path.exists()
+        if path.resolve() in input_paths or is_foreign:
+            raise click.UsageError(f"{option} {output}: holds something else and is not overwritten")
 
 
-_MARK: Final = b"sftx inspect"
-"""Stands at the beginning of what this command writes, and lets it be written again."""
-
-
-def _head(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(4096)
-    except OSError:
-        return b""
-
-
-def _choice(places: tuple[tuple[str, int], ...], show: Show | None, most: int | None) -> Choice:
-    # Imported here and below: what stands above is checked before torch and transformers are loaded, for seconds.
-    from sftx.inspection.token_report.inspect import Choice
-
-    return Choice(show or "first", most or 3, places)
-
-
-def _inspect(
-    loaded: loading.Loaded,
-    split: Literal["train", "eval"],
-    choice: Choice,
-    *,
-    ids: bool,
-    html: str | None,
-    max_rows: int,
-    json: str | None,
-) -> None:
-    from rich.console import Console
-
-    from sftx.inspection.dataset_view import look
-    from sftx.inspection.token_report import inspect, terminal
-
-    looked = look(loaded)
-    asked = inspect.inspect(looked, split, choice)
-    if json is not None:
-        _write(json, as_json(asked))
-    if html is not None:
-        from sftx.inspection.token_report.html import page
-
-        chosen = asked if choice.rows else inspect.sample(looked, split, max_rows)
-        _write(html, page(chosen))
-        if html != "-":
-            click.echo(f"wrote {html} ({len(chosen.rows):,} of {chosen.figures.num_rows:,} rows)", err=True)
-    if json is None and html is None:
-        console = Console(highlight=False)
-        terminal.show(asked, console if console.is_terminal else Console(highlight=False, width=120), ids=ids)
-
-
-def as_json(report: Any) -> str:
-    """A dataclass of the reports as one JSON object, with the names of its fields."""
+def report_json(report: Any) -> str:
+    """Return a report, which is a dataclass, as one JSON object with the names of its fields."""
     values = {"made_by": _MARK.decode()} | dataclasses.asdict(report)
     return json.dumps(values, ensure_ascii=False, indent=1) + "\n"
 
 
 def _write(path: str, text: str) -> None:
-    """Raises OutputError."""
+    """Write to a file, or to standard output for `-`. Raises OutputError."""
     if path == "-":
         click.echo(text.encode(errors="backslashreplace"), nl=False)
         return
     try:
-        # A name of a file that is no UTF-8 is shown with escapes.
+        # A file name that is not UTF-8 is written with escapes.
         Path(path).write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {one_line(error)}") from error

@@ -1,4 +1,4 @@
-"""`sftx plan`: memory, time and cost of a run, from its configuration alone."""
+"""`sftx plan`: estimate memory, time and cost of a run from its configuration alone."""
 
 from __future__ import annotations
 
@@ -12,23 +12,26 @@ import click
 from sftx.cli.options import run_options
 from sftx.config import loading
 from sftx.errors import ConfigError
-from sftx.inspection.memory_plan import MOST_ROWS, MOST_TOKENS, devices
+from sftx.inspection.memory_plan import MAX_ROWS, MAX_TOKENS, target_device
 
 if TYPE_CHECKING:
-    from sftx.inspection.memory_plan.plan import Plan
+    from sftx.inspection.memory_plan.planner import RunPlan
 
 
 @click.command()
 @run_options("data", "train", "generation")
 @click.option(
     "--gpu", metavar="SIZE|NAME|cpu",
-    help="What to plan for: a GPU's memory (24GB is 24 * 10^9 bytes, 24GiB 24 * 2^30), a card's name, or cpu.",
+    help="Device to plan for: a GPU's memory (24GB is 24 * 10^9 bytes, 24GiB 24 * 2^30), a card's name, or cpu.",
 )  # fmt: skip
-@click.option("--nproc", type=click.IntRange(min=1), default=1, show_default=True, help="Processes, one a device.")
 @click.option(
-    "--tokens-per-second", type=click.FloatRange(min=0, min_open=True), help="Measured rate, all processes together."
+    "--nproc", type=click.IntRange(min=1), default=1, show_default=True, help="Processes, each on a device of its own."
 )
-@click.option("--price-per-hour", type=click.FloatRange(min=0), help="Of all devices together, in any currency.")
+@click.option(
+    "--tokens-per-second", type=click.FloatRange(min=0, min_open=True),
+    help="Measured throughput of all processes together.",
+)  # fmt: skip
+@click.option("--price-per-hour", type=click.FloatRange(min=0), help="Price of all devices together, in any currency.")
 @click.option("--num-tokens", type=click.IntRange(min=1), help="Tokens of the whole run, all epochs together.")
 @click.option("--json", "as_json", is_flag=True, help="Write one JSON object.")
 @click.pass_context
@@ -44,20 +47,20 @@ def command(
     num_tokens: int | None,
     as_json: bool,
 ) -> None:
-    """Tell what memory and time a run of RUN_FILE and these options needs, before anything is loaded.
+    """Estimate the memory and time of a run of RUN_FILE and these options, before anything is loaded.
 
     The model's config.json is enough. Exits with 1 when --gpu is given and the run does not fit.
     """
-    device = devices.parse(gpu or "cpu")
+    device = target_device.parse(gpu or "cpu")
     rows, length = loaded.config.train.micro_batch_size, loaded.config.data.max_length
-    if rows > MOST_ROWS or length > MOST_TOKENS:
+    if rows > MAX_ROWS or length > MAX_TOKENS:
         raise ConfigError(
-            f"a batch of {rows} rows of {length} tokens is not planned; {MOST_ROWS} rows and {MOST_TOKENS} tokens are "
-            "the most"
+            f"a batch of {rows} rows of {length} tokens is not planned; the most are {MAX_ROWS} rows and {MAX_TOKENS} "
+            "tokens"
         )
-    from sftx.inspection.memory_plan.plan import plan
+    from sftx.inspection.memory_plan.planner import plan_run
 
-    found = plan(
+    plan = plan_run(
         loaded,
         device,
         num_processes=nproc,
@@ -66,25 +69,23 @@ def command(
         num_tokens=num_tokens,
     )
     if as_json:
-        values = dataclasses.asdict(found)
-        values["need"]["total"] = found.need.total
+        values = dataclasses.asdict(plan)
+        values["need"]["total"] = plan.need.total
         click.echo(json.dumps(values, indent=1))
     else:
-        _show(found)
-    if found.fits is False:
+        _print_plan(plan)
+    if plan.fits is False:
         ctx.exit(1)
 
 
-def _show(found: Plan) -> None:
+def _print_plan(plan: RunPlan) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console, need = Console(highlight=False), found.need
-    console.print(
-        f"{found.model}: {need.num_parameters:,} parameters, {need.num_trainable:,} trained; {found.dtype}",
-        markup=False,
-    )
-    where = found.device.name if found.num_processes == 1 else f"each of {found.num_processes} ({found.distributed})"
+    console, need = Console(highlight=False), plan.need
+    parameters = f"{need.num_parameters:,} parameters, {need.num_trainable:,} trained"
+    console.print(f"{plan.model}: {parameters}; {plan.dtype}", markup=False)
+    where = plan.device.name if plan.num_processes == 1 else f"each of {plan.num_processes} ({plan.distributed})"
     rows = "1 row" if need.rows == 1 else f"{need.rows} rows"
     console.print(f"{rows} of {need.max_length} tokens on {where}", markup=False)
     table = Table("memory", "GB")
@@ -94,20 +95,20 @@ def _show(found: Plan) -> None:
     table.add_section()
     table.add_row(f"peak, in {need.when}", f"{need.total / 1e9:.2f}")
     console.print(table)
-    if found.fits is not None:
-        room = (found.device.num_bytes or 0) / 1e9
-        verdict = "fits" if found.fits else "does not fit"
-        console.print(f"{verdict}: {need.total / 1e9:.1f} of {room:.1f} GB", markup=False)
+    if plan.fits is not None:
+        limit = (plan.device.num_bytes or 0) / 1e9
+        verdict = "fits" if plan.fits else "does not fit"
+        console.print(f"{verdict}: {need.total / 1e9:.1f} of {limit:.1f} GB", markup=False)
         console.print(
-            f"largest batch: {found.largest_batch} rows of {need.max_length} tokens a process; longest single row: "
-            f"{found.largest_length} tokens",
+            f"largest batch: {plan.largest_batch} rows of {need.max_length} tokens a process; longest single row: "
+            f"{plan.largest_length} tokens",
             markup=False,
         )
-    for line in found.advice:
+    for line in plan.advice:
         console.print(f"  try {line}", markup=False)
-    if found.seconds is not None:
-        cost = "" if found.price is None else f", {found.price:,.2f} in money"
-        console.print(f"time: {found.seconds / 3600:,.2f} h{cost}", markup=False)
-    elif found.tokens_per_second is not None:
-        console.print(f"rate: {found.tokens_per_second:,.0f} tokens/s; --num-tokens gives the time", markup=False)
-    console.print("assumed: " + "; ".join(found.assumptions), markup=False)
+    if plan.seconds is not None:
+        cost = "" if plan.price is None else f", at a price of {plan.price:,.2f}"
+        console.print(f"time: {plan.seconds / 3600:,.2f} h{cost}", markup=False)
+    elif plan.tokens_per_second is not None:
+        console.print(f"rate: {plan.tokens_per_second:,.0f} tokens/s; --num-tokens gives the time", markup=False)
+    console.print("assumed: " + "; ".join(plan.assumptions), markup=False)

@@ -1,9 +1,8 @@
-"""`sftx report`: what came of a run, or of several, as a page to look at."""
+"""`sftx report`: write an HTML page about one run or several."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -14,50 +13,47 @@ from sftx.errors import ConfigError, OutputError, one_line, printable
 log = logging.getLogger(__name__)
 
 _MARK: Final = b"sftx report"
-"""Stands in the head of what this command writes, and lets it be written again."""
+"""Every file that this command writes holds this text near its beginning, and may therefore be replaced by it."""
 
 
 @click.command()
 @click.argument("runs", metavar="RUN_DIR...", nargs=-1, required=True, type=click.Path(file_okay=True, path_type=Path))
 @click.option(
     "-o", "--output", metavar="DIR|FILE.html", type=click.Path(path_type=Path),
-    help="Where the page goes, with the picture beside it.  [default: report.html in the run's directory; of several "
-    "runs, here]",
+    help="Where to write the page, with the picture beside it.  [default: report.html in the run's directory; for "
+    "several runs, in the current directory]",
 )  # fmt: skip
 def command(*, runs: tuple[Path, ...], output: Path | None) -> None:
-    """Write report.html and loss.png of a run: curves, masks, answers before and after, what it was made of.
+    """Write report.html and loss.png of a run: curves, loss masks, answers before and after training, versions.
 
-    Of two or more RUN_DIRs the curves lie over one another, with what differs between the runs. A run may still be
-    under way. The page is complete in one file and fetches nothing; loss.png needs matplotlib.
+    For two or more RUN_DIRs, the page shows their curves together and what differs between the runs. A run may still
+    be running. The page is complete in one file and fetches nothing; loss.png needs matplotlib.
     """
-    from sftx.inspection.run_report.run_record import read
+    from sftx.inspection.run_report.run_record import read_run
     from sftx.inspection.run_report.run_report import PAGE, PICTURE, notes, write
 
     if len({run.resolve() for run in runs}) < len(runs):
         raise click.UsageError("one run is named twice; name each once")
-    page = _page(runs, output, PAGE)
+    if output is None:
+        page = runs[0] / PAGE if len(runs) == 1 else Path(PAGE)
+    else:
+        page = output if output.suffix == ".html" and not output.is_dir() else output / PAGE
     picture = page.with_name(PICTURE if page.name == PAGE else f"{page.stem}-{PICTURE}")
     for path in (page, picture):
-        _check_free(path)
-    records = [read(run) for run in runs]
-    for n, note in notes(records):
-        log.warning("%s: %s", runs[n], note)
+        _check_replaceable(path)
+    records = [read_run(run) for run in runs]
+    for number, note in notes(records):
+        log.warning("%s: %s", runs[number], note)
     try:
         page.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"{page.parent}: cannot be made: {one_line(error)}") from error
+        raise OutputError(f"{page.parent}: cannot be created: {one_line(error)}") from error
     for path in write(records, page, picture):
         click.echo(f"wrote {printable(str(path))}")
 
 
-def _page(runs: Sequence[Path], output: Path | None, name: str) -> Path:
-    if output is None:
-        return runs[0] / name if len(runs) == 1 else Path(name)
-    return output if output.suffix == ".html" and not output.is_dir() else output / name
-
-
-def _check_free(path: Path) -> None:
-    """Raises ConfigError for a file that is no report: what somebody else wrote is not written over."""
+def _check_replaceable(path: Path) -> None:
+    """Raises ConfigError for a file that is not a report: a file of another origin is never overwritten."""
     try:
         with path.open("rb") as file:
             head = file.read(4096)
@@ -66,4 +62,4 @@ def _check_free(path: Path) -> None:
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {one_line(error)}") from error
     if _MARK not in head:
-        raise ConfigError(f"{path}: holds something else, which is not written over; choose a place with --output")
+        raise ConfigError(f"{path}: holds something else and is not overwritten; choose another place with --output")

@@ -1,12 +1,13 @@
-"""Encoded rows are kept on disk under a name that says all they were made from, so that a stale one cannot be used.
+"""Cache encoded rows on disk under a key that depends on everything they were made from, so that none can be stale.
 
-A directory appears whole, by renaming, or not at all; what a killed process left behind is swept away by the next.
+An entry is a directory, which is written beside its place and renamed into it. Unlike `atomic_files.atomic_directory`,
+several processes can write the same entry at the same time: each writes a directory of its own and holds a lock on it,
+the first to finish provides the entry. The next run removes the directories of killed processes, which hold no lock.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -17,15 +18,18 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from sftx.config.options import DataConfig, Source
+from filelock import FileLock, Timeout
+
+from sftx.atomic_files import sha256_of_file
+from sftx.config.options import Source
 from sftx.data import sources
 from sftx.data.dataset import Dataset, Examples
-from sftx.data.ledger import Ledger
+from sftx.data.ledger import LINE_ERRORS, Ledger
 from sftx.data.row_encoder import Question, RowEncoder
 from sftx.errors import OutputError, one_line
 from sftx.paths import cache_dir
@@ -34,29 +38,32 @@ log = logging.getLogger(__name__)
 
 _LIBRARIES: Final = ("tokenizers", "transformers", "jinja2", "numpy")
 _PART: Final = ".part-"
-_YOUNG_S: Final = 10
-# What decides how an epoch is put together, or how fast, but not what a row becomes.
-_NOT_OF_A_ROW: Final = (
+_LOCK: Final = "lock"
+_UNLOCKED_S: Final = 10
+"""Seconds for which a new directory may have no lock yet."""
+_NO_EFFECT_ON_ROWS: Final = (
     "train", "eval", "mix_strategy", "max_dropped", "streaming", "plan_window", "num_proc", "cache",
 )  # fmt: skip
+"""Options of `data` that decide how an epoch is put together or how fast rows are encoded, but not what they become."""
 
 
 @dataclass(frozen=True)
 class Cache:
-    """One encoded split, kept in `directory`."""
+    """A cache entry holds the encoded training rows or held-out rows of a run."""
 
     directory: Path
 
     @classmethod
-    def of(cls, wanted: Sequence[Source], encode: RowEncoder, identity: Mapping[str, Any]) -> Cache:
-        """Where this very encoding is kept: by content of the data, template, tokenizer, options, code and versions."""
+    def of(cls, source_list: Sequence[Source], encode: RowEncoder, identity: Mapping[str, Any]) -> Cache:
+        """Return the entry of this encoding. `identity` describes the plugins: names, options and source code."""
         tokenizer = encode.encoder.tokenizer
+        options = {field.name: getattr(encode.config, field.name) for field in dataclasses.fields(encode.config)}
         made_from = {
             "sources": [
                 {**dataclasses.asdict(source), "weight": None, "content": sources.fingerprint(source)}
-                for source in wanted
+                for source in source_list
             ],
-            "options": {name: value for name, value in _options(encode.config).items() if name not in _NOT_OF_A_ROW},
+            "options": {name: value for name, value in options.items() if name not in _NO_EFFECT_ON_ROWS},
             "questions": encode.questions,
             "wrapped": encode.wrapped,
             "tokenizer": [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, tokenizer.chat_template],
@@ -68,71 +75,71 @@ class Cache:
         return cls(cache_dir() / "encoded" / hashlib.sha256(text.encode()).hexdigest()[:32])
 
     def load(self) -> Dataset | None:
-        """What was kept; None when nothing was, or not as it was written."""
+        """Return the cached rows, or None when there is no entry. A damaged entry is removed."""
         if not self.directory.is_dir():
             return None
         try:
-            return self._load()
+            described = json.loads((self.directory / "dataset.json").read_text(encoding="utf-8"))
+            with (self.directory / "ledger.jsonl").open(encoding="utf-8") as lines:
+                ledger = Ledger(Ledger.read(lines), described["num_rows"])
+            with (self.directory / "questions.jsonl").open(encoding="utf-8") as lines:
+                questions = [Question(**json.loads(line)) for line in lines]
+            log.info("the encoded rows come from %s", self.directory)
+            return Dataset(
+                examples=Examples.load(self.directory),
+                questions=questions,
+                ledger=ledger,
+                formats=Counter(described["formats"]),
+                trains_stop=described["trains_stop"],
+                has_turns=described["has_turns"],
+            )
         except (OSError, ValueError, KeyError, TypeError) as error:
-            log.warning("%s is damaged and not used: %s", self.directory, one_line(error))
+            log.warning("%s is damaged and removed: %s", self.directory, one_line(error))
             shutil.rmtree(self.directory, ignore_errors=True)
             return None
 
-    def _load(self) -> Dataset:
-        described = json.loads((self.directory / "dataset.json").read_text(encoding="utf-8"))
-        with (self.directory / "ledger.jsonl").open(encoding="utf-8") as lines:
-            ledger = Ledger(Ledger.read(lines), described["num_rows"])
-        with (self.directory / "questions.jsonl").open(encoding="utf-8") as lines:
-            questions = [Question(**json.loads(line)) for line in lines]
-        log.info("the encoded rows come from %s", self.directory)
-        return Dataset(
-            examples=Examples.load(self.directory),
-            questions=questions,
-            ledger=ledger,
-            formats=Counter(described["formats"]),
-            trains_stop=described["trains_stop"],
-            has_turns=described["has_turns"],
-        )
-
     @contextmanager
     def writing(self) -> Iterator[Path]:
-        """A directory to be filled, which becomes the cache's when all went well. Raises OutputError."""
+        """Yield a directory to write to, which becomes the entry when the body ends without an error.
+
+        Raises OutputError.
+        """
         home = self.directory.parent
-        with _explained(home):
+        with _as_output_error(home):
             home.mkdir(parents=True, exist_ok=True)
-            _sweep(home)
+            _remove_abandoned(home)
             part = Path(tempfile.mkdtemp(dir=home, prefix=_PART))
-            part.chmod(home.stat().st_mode)  # who may read the cache may read what is in it
+            part.chmod(home.stat().st_mode)  # mkdtemp makes a directory that only its owner can read
         try:
-            with (part / "lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # let go by the system, should this process be killed
+            with FileLock(part / _LOCK):  # the system releases it when this process is killed
                 yield part
-                with _explained(home):
+                with _as_output_error(home):
                     try:
                         part.replace(self.directory)
                     except OSError:
-                        if not self.directory.is_dir():  # else another process was faster, with the same
+                        if not self.directory.is_dir():  # otherwise another process wrote the same entry first
                             raise
         finally:
             shutil.rmtree(part, ignore_errors=True)
 
     def save(self, data: Dataset, directory: Path) -> None:
-        """Writes all but the examples, which lie there already."""
+        """Write everything but the examples, which are in the directory already."""
         described = {
             "num_rows": data.ledger.num_rows,
             "formats": data.formats,
             "trains_stop": data.trains_stop,
             "has_turns": data.has_turns,
         }
-        with _explained(directory):
+        with _as_output_error(directory):
             (directory / "dataset.json").write_text(json.dumps(described), encoding="utf-8")
-            data.ledger.write(directory / "ledger.jsonl")
+            with (directory / "ledger.jsonl").open("w", encoding="utf-8", errors=LINE_ERRORS) as file:
+                file.writelines(data.ledger.lines())
             with (directory / "questions.jsonl").open("w", encoding="utf-8") as file:
                 file.writelines(json.dumps(dataclasses.asdict(question)) + "\n" for question in data.questions)
 
 
 @contextmanager
-def _explained(home: Path) -> Iterator[None]:
+def _as_output_error(home: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -141,30 +148,17 @@ def _explained(home: Path) -> Iterator[None]:
         ) from error
 
 
-def _options(config: DataConfig) -> dict[str, Any]:
-    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-
-
-def _sweep(home: Path) -> None:
-    """Removes what processes left behind that are no more: they hold no lock."""
+def _remove_abandoned(home: Path) -> None:
+    """Remove the unfinished directories of processes that no longer run, on which nobody holds a lock."""
     for part in home.glob(f"{_PART}*"):
-        try:
-            if time.time() - part.stat().st_mtime < _YOUNG_S:
-                continue  # made just now, perhaps not locked yet
-            with (part / "lock").open() as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            continue  # somebody's who is at work, or another user's
-        except FileNotFoundError:
-            pass  # killed before it locked
-        shutil.rmtree(part, ignore_errors=True)
+        with suppress(Timeout, OSError):  # held by a running process, owned by another user, or just removed
+            if time.time() - part.stat().st_mtime >= _UNLOCKED_S:
+                with FileLock(part / _LOCK, timeout=0):
+                    shutil.rmtree(part, ignore_errors=True)
 
 
 def code_digest(package: str) -> str:
-    """SHA-256 of the files of an imported package, or of a single module: a version that nobody forgets.
-
-    Of what the package calls elsewhere, other than sftx, only versions are known.
-    """
+    """Return a SHA-256 of all files of an imported package, or of a single module, in place of a version number."""
     module = sys.modules[package]
     digest = hashlib.sha256()
     roots = [Path(path) for path in getattr(module, "__path__", ())]
@@ -173,5 +167,5 @@ def code_digest(package: str) -> str:
         files = [(Path(str(module.__file__)).parent, Path(str(module.__file__)))]
     for root, file in files:
         if "__pycache__" not in file.parts:
-            digest.update(file.relative_to(root).as_posix().encode() + file.read_bytes())
+            digest.update(f"{file.relative_to(root).as_posix()} {sha256_of_file(file)}\n".encode())
     return digest.hexdigest()

@@ -1,6 +1,6 @@
-"""What parsers find becomes records again: of any format, the one form that most tools read.
+"""Convert records of any format into one that most tools read.
 
-A conversation is written as OpenAI's messages, which the built-in format `messages` reads back as they were.
+A conversation is written in OpenAI's messages format; the built-in parser `messages` reads it back unchanged.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from sftx.data import sources
 from sftx.data.ledger import Ledger
 from sftx.data.row_encoder import EncodedRow, filtered_by_turns, mark_trained, parse_record
 from sftx.errors import DataError, SftxError
-from sftx.types import Conversation, Location, Message, Parsed, PlainText, Record, ToolCall
+from sftx.types import Conversation, Location, Message, Parsed, PlainText, Record
 
 DUPLICATE = "the same as an earlier row"
 
 
-def export(
-    wanted: Sequence[Source], config: DataConfig, parsers: Mapping[str, ParserStage], ledger: Ledger
+def export_lines(
+    train: Sequence[Source], config: DataConfig, parsers: Mapping[str, ParserStage], ledger: Ledger
 ) -> Iterator[str]:
-    """One line of JSON for each row of the sources, in their order; the ledger has those that are left out.
+    """Yield one line of JSON for each row of the sources, in order; rows that are left out are added to the ledger.
 
-    Weights of sources say how an epoch is put together, and change nothing here; what counts tokens is not applied
-    either. Raises DataError: a row that cannot be read or written, more dropped rows than `config.max_dropped` allows.
+    Weights of sources and options that count tokens have no effect. Raises DataError for a row that cannot be read or
+    written, and for more dropped rows than `config.max_dropped` allows.
     """
     seen: set[bytes] = set()
-    for source in wanted:
+    for source in train:
         filters = source.filters or config.filters
         for where, record in sources.read(source):
             row = EncodedRow(where)
@@ -57,16 +57,17 @@ def export(
 
 
 def _line(parsed: Sequence[Parsed], where: Location, config: DataConfig) -> str:
+    """Return a parsed record as one line of JSON, which is valid UTF-8."""
     if len(parsed) != 1:
         raise DataError(
-            f"{where}: its format makes {len(parsed)} examples of it that belong together (a preference pair), which a "
-            "line of messages cannot say; leave such rows out"
+            f"{where}: its format makes {len(parsed)} examples of it that belong together (a preference pair), which "
+            "the messages format cannot express; leave such rows out"
         )
     record = to_record(mark_trained(parsed[0], config))
     try:
         line = json.dumps(record, ensure_ascii=False, allow_nan=False)
         line.encode()
-    except UnicodeEncodeError:  # a lone surrogate, which JSON can hold as an escape
+    except UnicodeEncodeError:  # a lone surrogate, which JSON can only hold as an escape
         return json.dumps(record)
     except (TypeError, ValueError, RecursionError) as error:
         raise DataError(f"{where}: cannot be written as JSON: {error}") from None
@@ -74,9 +75,9 @@ def _line(parsed: Sequence[Parsed], where: Location, config: DataConfig) -> str:
 
 
 def to_record(parsed: Parsed) -> Record:
-    """The record that the built-in formats read as `parsed`: `messages` and `tools`, `text`, or `input_ids`.
+    """Return the record that the built-in parsers read as `parsed`: `messages` and `tools`, `text`, or `input_ids`.
 
-    `extras`, which a parser keeps for a loss of its own, are no part of any format and left out.
+    `extras`, which a parser provides for a loss of its own, are left out, since none of these formats has them.
     """
     if isinstance(parsed, PlainText):
         return {"text": parsed.text}
@@ -84,7 +85,7 @@ def to_record(parsed: Parsed) -> Record:
         return {"input_ids": list(parsed.token_ids), "loss_mask": [int(trained) for trained in parsed.loss_mask]}
     record: dict[str, Any] = {"messages": [_message(message) for message in parsed.messages]}
     if parsed.tools:
-        # As JSON text where a null would be lost: readers of tables take it for a key that is not there.
+        # JSON text keeps nulls, which readers of tables (parquet, Arrow) take for missing keys.
         record["tools"] = (
             json.dumps(parsed.tools, ensure_ascii=False) if _has_null(parsed.tools) else list(parsed.tools)
         )
@@ -92,30 +93,35 @@ def to_record(parsed: Parsed) -> Record:
 
 
 def _message(message: Message) -> dict[str, Any]:
-    written: dict[str, Any] = {"role": message.role, "content": message.content}
+    """Return a message in OpenAI's format, with `train` and `weight` where the record sets them."""
+    record: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.reasoning:
-        written["reasoning_content"] = message.reasoning
+        record["reasoning_content"] = message.reasoning
     if message.tool_calls:
-        written["tool_calls"] = [_tool_call(call) for call in message.tool_calls]
+        # The arguments are JSON text, as in OpenAI's format; readers of tables (parquet, Arrow) would give objects each
+        # other's keys.
+        record["tool_calls"] = [
+            ({} if call.id is None else {"id": call.id})
+            | {
+                "type": "function",
+                "function": {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)},
+            }
+            for call in message.tool_calls
+        ]
     for name in ("name", "tool_call_id"):
         if (value := getattr(message, name)) is not None:
-            written[name] = value
+            record[name] = value
     if message.weight == 0:
-        return written | {"train": False}
+        return record | {"train": False}
     if message.trainable is not None:
-        written["train"] = message.trainable
+        record["train"] = message.trainable
     if message.weight != 1:
-        written["weight"] = message.weight
-    return written
-
-
-def _tool_call(call: ToolCall) -> dict[str, Any]:
-    """The arguments are JSON text, as OpenAI has them: as objects, tables would fill them with each other's keys."""
-    function = {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)}
-    return ({} if call.id is None else {"id": call.id}) | {"type": "function", "function": function}
+        record["weight"] = message.weight
+    return record
 
 
 def _has_null(value: Any) -> bool:
+    """Return whether a JSON value contains null."""
     if isinstance(value, Mapping):
         return any(map(_has_null, value.values()))
     return value is None or (isinstance(value, list | tuple) and any(map(_has_null, value)))

@@ -1,4 +1,4 @@
-"""Hub datasets, and directories that are laid out as one, become rows by way of `datasets`."""
+"""Read hub datasets, and directories laid out as one, with the library `datasets`."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from sftx.errors import DataError, SftxError, did_you_mean, one_line
 from sftx.types import Location
 
 DEFAULT_SPLIT: Final = "train"
-_PATIENCE_S: Final = 5
+_HUB_TIMEOUT_S: Final = 5
 
 
 def is_saved(directory: Path) -> bool:
-    """Whether `save_to_disk` wrote this directory."""
-    one = (directory / "state.json").is_file() and (directory / "dataset_info.json").is_file()
-    return one or (directory / "dataset_dict.json").is_file()
+    """Return whether `save_to_disk` wrote this directory: a dataset, or a dictionary of splits."""
+    is_dataset = (directory / "state.json").is_file() and (directory / "dataset_info.json").is_file()
+    return is_dataset or (directory / "dataset_dict.json").is_file()
 
 
 def read_saved(directory: Path, source: Source, skip: Skip) -> Rows:
-    """The rows of a directory that `save_to_disk` wrote; memory-mapped. Raises DataError."""
+    """Yield the rows of a directory that `save_to_disk` wrote, memory-mapped. Raises DataError."""
     import datasets
 
-    with _explained(source.path):
+    with _as_data_error(source.path):
         data = datasets.load_from_disk(str(directory))
         if isinstance(data, datasets.DatasetDict):
             split = source.split or DEFAULT_SPLIT
@@ -41,32 +41,33 @@ def read_saved(directory: Path, source: Source, skip: Skip) -> Rows:
 
 
 def read_directory(directory: Path, source: Source, skip: Skip) -> Rows:
-    """The rows of one split of a directory laid out as a hub dataset; read file by file. Raises DataError."""
+    """Yield the rows of one split of a directory laid out as a hub dataset, file by file. Raises DataError."""
     import datasets
 
-    with _explained(source.path):
+    with _as_data_error(source.path):
         split = source.split or DEFAULT_SPLIT
         data = datasets.load_dataset(str(directory), source.subset, split=split, streaming=True)
         yield from _numbered(data, source, skip)
 
 
 def read_hub(source: Source, skip: Skip, *, streaming: bool) -> Rows:
-    """The rows of a hub dataset: downloaded once, into the cache of `datasets`, or again each time when streaming.
+    """Yield the rows of a hub dataset. Raises DataError.
 
-    A source with a limit is streamed, which need not download what comes after. Raises DataError.
+    The dataset is downloaded once, into the cache of `datasets`, or each time again when streaming. A source with a
+    limit is always streamed, so that the rows after the limit are not downloaded.
     """
     import datasets
 
     streaming = (streaming or source.limit is not None) and not datasets.config.HF_HUB_OFFLINE
-    with _explained(source.path):
+    with _as_data_error(source.path):
         yield from _numbered(_load(source, streaming=streaming), source, skip)
 
 
 def hub_fingerprint(source: Source) -> str:
-    """What names the present content of a hub dataset: its commit; offline, where the cache keeps it."""
+    """Return what identifies the content of a hub dataset: its commit, or offline the paths of its cached files."""
     import datasets
 
-    with _explained(source.path):
+    with _as_data_error(source.path):
         if not datasets.config.HF_HUB_OFFLINE:
             return _commit(source.path)
         return " ".join(str(file["filename"]) for file in _load(source, streaming=False).cache_files)
@@ -86,46 +87,47 @@ def _load(source: Source, *, streaming: bool) -> Any:
 
 @cache
 def _commit(path: str) -> str:
-    """The commit that this process reads. Raises DataError.
+    """Ask the hub for the dataset's commit, once in a process. Raises DataError.
 
-    Asked before anything else: `datasets` would try for 23 s to reach a hub that is not there.
+    It comes before every call of `datasets`, which would try for 23 s to reach a hub that is not there.
     """
     from huggingface_hub import HfApi, errors
 
-    nothing_here = f"{path}: no such file or directory (looked in {Path.cwd()})"
+    not_local = f"{path}: no such file or directory (looked in {Path.cwd()})"
     try:
-        return str(HfApi().dataset_info(path, timeout=_PATIENCE_S).sha)
+        return str(HfApi().dataset_info(path, timeout=_HUB_TIMEOUT_S).sha)
     except errors.RepositoryNotFoundError:
         hint = "a private one needs `hf auth login`"
-        raise DataError(f"{nothing_here}, and no such dataset on the hub; {hint}") from None
+        raise DataError(f"{not_local}, and no such dataset on the hub; {hint}") from None
     except errors.HfHubHTTPError as error:
         raise DataError(f"{path}: the hub answers: {one_line(error)}") from error
-    except Exception as error:  # the errors of whichever HTTP client it uses
+    except Exception as error:  # raised by whichever HTTP client huggingface_hub uses
         raise DataError(
-            f"{nothing_here}, and the hub cannot be reached ({one_line(error, max_chars=120)}); set HF_HUB_OFFLINE=1 "
+            f"{not_local}, and the hub cannot be reached ({one_line(error, max_chars=120)}); set HF_HUB_OFFLINE=1 "
             "to use a dataset that was downloaded before"
         ) from error
 
 
 def _numbered(data: Any, source: Source, skip: Skip) -> Rows:
+    """Yield the rows of a loaded dataset with their locations, after those to be skipped."""
     import datasets
 
     chosen = "/".join(part for part in (source.subset, source.split) if part is not None)
     path = f"{source.path}[{chosen}]" if chosen else source.path
-    # All but the last of them by `datasets`, which does not say how many there were.
-    passed = skip.left - 1
+    # `datasets` skips all of these rows but the last one, because it does not tell how many rows it skipped.
+    num_skipped = skip.left - 1
     if isinstance(data, datasets.Dataset):
-        passed = min(passed, len(data) - 1)
-    if passed > 0:
-        data = data.skip(skip.over(passed))
-    for number, row in enumerate(data, max(passed, 0) + 1):
+        num_skipped = min(num_skipped, len(data) - 1)
+    if num_skipped > 0:
+        data = data.skip(skip.over(num_skipped))
+    for number, row in enumerate(data, max(num_skipped, 0) + 1):
         if not skip.over(1):
             yield Location(path, number, "row"), row
 
 
 @contextmanager
-def _explained(path: str) -> Iterator[None]:
-    """Raises DataError for what `datasets` raises, which has many roots."""
+def _as_data_error(path: str) -> Iterator[None]:
+    """Raise DataError for every exception of `datasets`, which have no common base class."""
     try:
         yield
     except SftxError:

@@ -1,35 +1,38 @@
-"""The account of every row that does not reach training as it was written."""
+"""The ledger has an entry for every row that was dropped, filtered, cut or split."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
+from sftx import atomic_files
 from sftx.errors import DataError
 from sftx.types import Location
 
-_MOST_SHOWN = 10
+LINE_ERRORS: Final = "backslashreplace"
+"""How the lines of a ledger are encoded: a path can hold lone surrogates, which this writes as JSON's own escapes."""
+_MOST_SHOWN: Final = 10
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One row that was dropped, filtered or changed."""
+    """An entry says what happened to one row, and why."""
 
     where: Location
     action: Literal["dropped", "filtered", "cut", "split"]
-    """`filtered`: the run asked for it, so that it does not count against `max_dropped`."""
+    """`filtered` rows were left out by `data.filters` and do not count against `data.max_dropped`."""
     reason: str
     length: int
-    """Tokens of the row as it was written; 0 when it was never encoded."""
+    """Number of tokens of the whole row; 0 when it was not encoded."""
     kept: int
-    """Tokens that are left."""
+    """Number of tokens that are left of it."""
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON values, as ledger.jsonl holds them."""
+        """Return the JSON object of a line of ledger.jsonl."""
         return {
             "where": str(self.where),
             "source": self.where.path,
@@ -42,7 +45,7 @@ class Entry:
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> Entry:
-        """What `as_dict` gave."""
+        """Return the entry whose `as_dict` is `values`."""
         unit = "line" if "line" in values else "row"
         where = Location(values["source"], values[unit], unit)
         return cls(where, values["action"], values["reason"], values["length"], values["kept"])
@@ -50,20 +53,20 @@ class Entry:
 
 @dataclass
 class Ledger:
-    """Collects the entries of one split."""
+    """A ledger collects the entries of the training rows or of the held-out rows, and counts the rows."""
 
     entries: list[Entry] = field(default_factory=list)
     num_rows: int = 0
 
     def check(self, max_dropped: float) -> None:
-        """Raises DataError when more than the share `max_dropped` of all rows was dropped, or none is left."""
+        """Raise DataError when more than the share `max_dropped` of all rows was dropped, or when no row is left."""
         dropped = [entry for entry in self.entries if entry.action == "dropped"]
-        gone = [entry for entry in self.entries if entry.action in ("dropped", "filtered")]
-        is_empty = bool(gone) and len(gone) == self.num_rows
+        left_out = [entry for entry in self.entries if entry.action in ("dropped", "filtered")]
+        is_empty = bool(left_out) and len(left_out) == self.num_rows
         if len(dropped) <= max_dropped * self.num_rows and not is_empty:
             return
-        first = (dropped or gone)[0]
-        reasons = Counter(entry.reason for entry in (dropped or gone))
+        first = (dropped or left_out)[0]
+        reasons = Counter(entry.reason for entry in (dropped or left_out))
         others = f" (reasons: {'; '.join(f'{n}x {reason}' for reason, n in reasons.most_common(3))})"
         tokens = f" (the row has {first.length} tokens)" if first.length else ""
         shown = f"{first.where}: {first.reason}{tokens}; "
@@ -72,14 +75,14 @@ class Ledger:
             raise DataError(f"{shown}the filters leave none of {self.num_rows} rows{others}; loosen data.filters")
         shown += f"{len(dropped)} of {self.num_rows} rows train nothing or were dropped"
         if is_empty:
-            raise DataError(f"{shown}{others}; mend the rows")
+            raise DataError(f"{shown}{others}; correct the rows")
         raise DataError(
             f"{shown}, more than data.max_dropped={max_dropped:g} allows{others}; "
-            "mend the rows, or raise data.max_dropped"
+            "correct the rows, or raise data.max_dropped"
         )
 
     def summary(self) -> list[str]:
-        """One line for each kind of entry, the most frequent first: how many, why, and where the first stands."""
+        """Return a line for each action and reason, the most frequent first: count, reason and the first location."""
         first: dict[tuple[str, str], Location] = {}
         for entry in self.entries:
             first.setdefault((entry.action, entry.reason), entry.where)
@@ -93,12 +96,16 @@ class Ledger:
             lines.append(f"{rest} more rows for {len(kinds) - _MOST_SHOWN} other reasons: see the ledger")
         return lines
 
+    def lines(self) -> Iterator[str]:
+        """Yield one line of JSON for each entry."""
+        return (json.dumps(entry.as_dict(), ensure_ascii=False) + "\n" for entry in self.entries)
+
     def write(self, path: Path) -> None:
-        """Writes one JSON line an entry."""
-        with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            file.writelines(json.dumps(entry.as_dict(), ensure_ascii=False) + "\n" for entry in self.entries)
+        """Write the lines to a file. Raises OutputError; the old content of `path` is kept then."""
+        with atomic_files.open_text(path, errors=LINE_ERRORS) as file:
+            file.writelines(self.lines())
 
     @staticmethod
     def read(lines: Iterable[str]) -> list[Entry]:
-        """The entries that `write` wrote."""
+        """Return the entries of these lines."""
         return [Entry.of(json.loads(line)) for line in lines]

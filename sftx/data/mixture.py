@@ -1,4 +1,4 @@
-"""Sources with weights become the examples of one epoch, drawn anew for each: pure in the seed and the epoch."""
+"""Sample the examples of one epoch from weighted sources, as a pure function of the seed and the epoch."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from sftx.errors import DataError
 
 Strategy = Literal["concat", "interleave_under", "interleave_over"]
-_ONCE: Final = 1.0
-_MOST_DRAWN: Final = 10**9
+_MOST_GROUPS: Final = 10**9
 
 
 def sample(
@@ -25,22 +24,23 @@ def sample(
     seed: int,
     epoch: int,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Indices of the examples of this epoch, and their groups: distinct for each time that a group is drawn.
+    """Return the indices of the epoch's examples and their groups, which are distinct for each time a group is drawn.
 
-    `groups` [n] rising, `sources` [n], `weights` by source. `concat`: each group of a source as often as its weight
-    says, a fraction of the weight being that share of the groups. `interleave_*`: sources in shares that are as their
-    weights, until the first of them is used up (`under`) or every one is (`over`); as LLaMA-Factory's strategies.
-    Raises DataError when that leaves nothing.
+    `groups` [n] ascending and `sources` [n] belong to the examples, `weights` to the sources. `concat`: the number of
+    groups of a source is multiplied with its weight. `interleave_*`: the numbers of groups are in proportion to the
+    weights; the epoch ends when the first source is exhausted (`under`) or when every source is (`over`), as in
+    LLaMA-Factory. Raises DataError when no group is drawn.
     """
-    if strategy == "concat" and all(weight == _ONCE for weight in weights):
+    if strategy == "concat" and all(weight == 1 for weight in weights):
         return np.arange(len(groups)), groups
-    starts = np.flatnonzero(np.diff(groups, prepend=-1))  # the first example of each group
+    starts = np.flatnonzero(np.diff(groups, prepend=-1))  # index of the first example of each group
     sizes = np.diff(np.append(starts, len(groups)))
-    chosen = [
-        _draw(np.flatnonzero(sources[starts] == source), num, f"mixture {seed} {epoch} {source}")
-        for source, num in enumerate(_numbers(sources[starts], weights, strategy))
-    ]
-    drawn = np.concatenate(chosen)
+    drawn = np.concatenate(
+        [
+            _draw(np.flatnonzero(sources[starts] == source), num, f"mixture {seed} {epoch} {source}")
+            for source, num in enumerate(_num_groups(sources[starts], weights, strategy))
+        ]
+    )
     if not len(drawn):
         raise DataError("data.train: the weights leave no row for an epoch; raise one of them")
     num = sizes[drawn]
@@ -48,15 +48,15 @@ def sample(
     return np.repeat(starts[drawn] - before, num) + np.arange(num.sum()), np.repeat(np.arange(len(drawn)), num)
 
 
-def _numbers(sources: NDArray[np.int32], weights: Sequence[float], strategy: Strategy) -> list[int]:
-    """How many groups each source gives."""
+def _num_groups(sources: NDArray[np.int32], weights: Sequence[float], strategy: Strategy) -> list[int]:
+    """Return how many groups are drawn from each source; `sources` [groups]."""
     available = [int((sources == source).sum()) for source in range(len(weights))]
     if strategy == "concat":
         return [round(num * weight) for num, weight in zip(available, weights, strict=True)]
-    epochs = [num / weight for num, weight in zip(available, weights, strict=True) if num]
-    unit = min(epochs, default=0) if strategy == "interleave_under" else max(epochs, default=0)
-    numbers = [round(unit * weight) if num else 0 for num, weight in zip(available, weights, strict=True)]
-    if sum(numbers) > _MOST_DRAWN:
+    ratios = [num / weight for num, weight in zip(available, weights, strict=True) if num]
+    ratio = min(ratios, default=0) if strategy == "interleave_under" else max(ratios, default=0)
+    numbers = [round(ratio * weight) if num else 0 for num, weight in zip(available, weights, strict=True)]
+    if sum(numbers) > _MOST_GROUPS:
         raise DataError(
             f"data.train: the weights ask for {sum(numbers):,} rows in an epoch; bring them nearer together"
         )
@@ -64,8 +64,8 @@ def _numbers(sources: NDArray[np.int32], weights: Sequence[float], strategy: Str
 
 
 def _draw(available: NDArray[np.int64], num: int, seed: str) -> NDArray[np.int64]:
-    """`num` of them: every one equally often, and the rest at random without repetition."""
-    times, rest = divmod(num, len(available)) if len(available) else (0, 0)
-    # Seeds of text are hashed: streams of neighbouring epochs have nothing in common.
+    """Draw `num` of the groups: each one equally often, and the remainder at random without repetition."""
+    times, remainder = divmod(num, len(available)) if len(available) else (0, 0)
+    # The seed is hashed, so that the random streams of neighbouring epochs are independent.
     generator = np.random.default_rng(np.frombuffer(hashlib.sha256(seed.encode()).digest(), np.uint32))
-    return np.concatenate([np.tile(available, times), generator.permutation(available)[:rest]])
+    return np.concatenate([np.tile(available, times), generator.permutation(available)[:remainder]])

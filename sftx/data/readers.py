@@ -1,8 +1,8 @@
-"""One file becomes rows, each with its line or row.
+"""Read one file as rows, each with its line or row number.
 
-Text is read line by line in plain Python, so that rows of different shapes may stand side by side and an error knows
-its line (Arrow's type inference rejects such files as a whole). Nothing is held but the row in hand: the size of a
-file does not matter. parquet and Arrow are read a few rows at a time, without the copy that `datasets` would make.
+Text files are read line by line in plain Python, so that rows with different fields can be in one file and every error
+names its line (Arrow's type inference rejects such files as a whole). Only one row is held in memory at a time. parquet
+and Arrow files are read a few rows at a time, without the copy that `datasets` would make.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, Final, TypeAlias
 
@@ -30,7 +31,6 @@ _BATCH_ROWS: Final = 256
 
 _LONE_RETURN: Final = re.compile(r"(?<=\r)(?!\n)")
 
-# What a file of a wrong name begins with, and the name that it should have.
 _MAGIC: Final = {
     ".gz": re.compile(rb"\x1f\x8b"),
     ".zst": re.compile(rb"\x28\xb5\x2f\xfd"),
@@ -39,26 +39,27 @@ _MAGIC: Final = {
     ".parquet": re.compile(rb"PAR1[\x00-\x1f]"),
     ".arrow": re.compile(rb"ARROW1\x00"),
 }
+"""First bytes of the binary formats, to tell the right suffix for a binary file with the suffix of a text file."""
 
 
 @dataclass
 class Skip:
-    """How many rows are still to be passed over before the first is given: they were read in an earlier process.
+    """Counts the rows that are still to be skipped because the run read them before it was resumed.
 
-    What is wrong with such a row was told then; it may go unseen.
+    A skipped row need not be valid: the run reported its errors then.
     """
 
     left: int = 0
 
     def over(self, num: int) -> int:
-        """How many of the next `num` rows are passed over."""
-        passed = min(self.left, num)
-        self.left -= passed
-        return passed
+        """Skip as many of the next `num` rows as are left to skip, and return how many these are."""
+        skipped = min(self.left, num)
+        self.left -= skipped
+        return skipped
 
 
 def kind(file: Path) -> str | None:
-    """The suffix that says how the file is read: `.jsonl` of `rows.jsonl.gz`. None for one of no known kind."""
+    """Return the suffix that decides how a file is read (`.jsonl` for `rows.jsonl.gz`), or None for an unknown one."""
     *others, suffix = ("", *(suffix.lower() for suffix in file.suffixes))
     if suffix in _COMPRESSED:
         return others[-1] if others and others[-1] in _TEXT else None
@@ -66,13 +67,13 @@ def kind(file: Path) -> str | None:
 
 
 def known() -> str:
-    """The suffixes of readable files, in words."""
+    """Return the suffixes of all readable files as text for an error."""
     *most, last = _COMPRESSED
     return f"{', '.join(_TEXT)} (each also compressed: {', '.join(most)} or {last}), {', '.join(_BINARY)}"
 
 
 def read(file: Path, path: str, skip: Skip) -> Rows:
-    """The rows of a file of a known kind; errors and places call it `path`. Raises DataError."""
+    """Yield the rows of a file of a known kind. Locations and errors name it `path`. Raises DataError."""
     suffix = kind(file)
     assert suffix is not None
     last = ""
@@ -82,7 +83,7 @@ def read(file: Path, path: str, skip: Skip) -> Rows:
             last = f" after {where.unit} {where.number}"
     except DataError:
         raise
-    except Exception as error:  # of the file system, or of a reader of somebody else's: gzip, zlib, lzma, Arrow
+    except Exception as error:  # raised by the file system, gzip, zlib, lzma or Arrow
         raise DataError(f"{path}: cannot be read{last}: {one_line(error)}") from error
 
 
@@ -90,21 +91,18 @@ def read(file: Path, path: str, skip: Skip) -> Rows:
 
 
 def _open(file: Path) -> BinaryIO:
+    """Open a text file for reading its bytes, decompressed."""
     module = _COMPRESSED.get(file.suffix.lower())
-    stream: BinaryIO = (
-        _open_zst(file) if module == "pyarrow" else importlib.import_module(module or "io").open(file, "rb")
-    )
+    if module == "pyarrow":
+        import pyarrow as pa  # type: ignore[import-untyped]
+
+        return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(file)), "zstd"))
+    stream: BinaryIO = importlib.import_module(module or "io").open(file, "rb")
     return stream
 
 
-def _open_zst(file: Path) -> BinaryIO:
-    import pyarrow as pa  # type: ignore[import-untyped]
-
-    return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(file)), "zstd"))
-
-
 def _texts(stream: Any, path: str, *, max_bytes: int = -1) -> Iterator[str]:
-    """The lines of a file, or pieces of them of at most `max_bytes`. Raises DataError for what is not UTF-8."""
+    """Yield the lines of a UTF-8 file, or pieces of them of at most `max_bytes`. Raises DataError for other bytes."""
     start = stream.peek(10)
     for suffix, magic in _MAGIC.items():
         if magic.match(start):
@@ -143,16 +141,16 @@ def _loads(text: str, where: Location) -> Any:
 
 
 def _read_json(file: Path, path: str, skip: Skip) -> Rows:
-    """A list of rows, decoded one by one; a file of this name that holds JSON lines is read as such."""
+    """Decode a list of rows one by one. A file with this suffix that holds JSON lines is read as JSON lines."""
     with _open(file) as stream:
         text = JsonText(_texts(stream, path, max_bytes=_PIECE_BYTES), path)
         start = text.peek()
         if start == "[":
-            yield from _items(text, skip)
+            yield from _list_items(text, skip)
             return
         if start == "{":
             where = text.where()
-            with suppress(DataError):  # what is wrong is said better by the reader of lines
+            with suppress(DataError):  # the reader of lines reports the error better
                 text.value()
                 if text.where() != where:
                     start = ""
@@ -161,7 +159,8 @@ def _read_json(file: Path, path: str, skip: Skip) -> Rows:
     yield from _read_lines(file, path, skip)
 
 
-def _items(text: JsonText, skip: Skip) -> Rows:
+def _list_items(text: JsonText, skip: Skip) -> Rows:
+    """Decode the items of a list whose opening bracket comes next."""
     text.skip()
     while text.peek() != "]":
         where, row = text.where(), text.value()
@@ -177,12 +176,17 @@ def _items(text: JsonText, skip: Skip) -> Rows:
 
 
 def _read_csv(file: Path, path: str, skip: Skip) -> Rows:
-    """Every field is text: "042" and "NA" stay as they are. Blank lines are skipped."""
-    # Not by datasets: pandas takes the first field for an index, in silence, when the rows have one more than the
-    # header, and drops the second of two columns of one name.
-    csv.field_size_limit(2**31 - 1)  # of the whole process; a document may be longer than the 128 KiB of the default
+    """Read every field as text: "042" and "NA" stay as they are. Blank lines are skipped."""
+    # `datasets` is not used: its pandas reader silently takes the first field for an index when the rows have one field
+    # more than the header, and drops the second of two columns with the same name.
+    csv.field_size_limit(2**31 - 1)  # for the whole process; a document may be longer than the default of 128 KiB
     with _open(file) as stream:
-        reader = csv.reader(_csv_lines(_texts(stream, path)), strict=True)
+        # A lone carriage return ends a line too.
+        lines = chain.from_iterable(
+            [line] if line.count("\r") == line.endswith("\r\n") else filter(None, _LONE_RETURN.split(line))
+            for line in _texts(stream, path)
+        )
+        reader = csv.reader(lines, strict=True)
         names: list[str] | None = None
         where = Location(path, 1)
         try:
@@ -201,17 +205,8 @@ def _read_csv(file: Path, path: str, skip: Skip) -> Rows:
             raise DataError(f"{where}: not valid CSV: {error}") from None
 
 
-def _csv_lines(lines: Iterable[str]) -> Iterator[str]:
-    """A lone carriage return ends a line too."""
-    for line in lines:
-        if line.count("\r") == line.endswith("\r\n"):
-            yield line
-        else:
-            yield from filter(None, _LONE_RETURN.split(line))
-
-
 def _read_text(file: Path, path: str, skip: Skip) -> Rows:
-    """The whole file is one document: `{"text": ...}`."""
+    """Read the whole file as one document: `{"text": ...}`."""
     with _open(file) as stream:
         text = "".join(_texts(stream, path))
     if text.strip() and not skip.over(1):
@@ -221,15 +216,15 @@ def _read_text(file: Path, path: str, skip: Skip) -> Rows:
 # --- columns ------------------------------------------------------------------------------------
 
 
-def _check_names(names: Sequence[str], who: str) -> None:
+def _check_names(names: Sequence[str], where: str) -> None:
     if len(set(names)) < len(names):
-        raise DataError(f"{who}: two columns have the same name: {', '.join(names)}")
+        raise DataError(f"{where}: two columns have the same name: {', '.join(names)}")
 
 
 def _read_parquet(file: Path, path: str, skip: Skip) -> Rows:
     import pyarrow.parquet  # type: ignore[import-untyped]
 
-    # Without pre_buffer and with a buffer of its own, a page is in memory at a time, not a whole row group.
+    # Without pre_buffer and with an own buffer, one page is in memory at a time instead of a whole row group.
     with pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=2**20) as source:
         groups, before = list(range(source.num_row_groups)), 0
         while groups and (num_rows := source.metadata.row_group(groups[0]).num_rows) <= skip.left:
@@ -240,7 +235,7 @@ def _read_parquet(file: Path, path: str, skip: Skip) -> Rows:
 
 
 def _read_arrow(file: Path, path: str, skip: Skip) -> Rows:
-    """Both forms: the stream that `datasets` writes, and the file that knows where its batches are."""
+    """Read both Arrow formats: the stream, which `datasets` writes, and the file, which has an index of its batches."""
     import pyarrow as pa
 
     with pa.OSFile(str(file)) as source:
@@ -255,23 +250,23 @@ def _read_arrow(file: Path, path: str, skip: Skip) -> Rows:
 
 
 def _rows(schema: Any, batches: Iterable[Any], path: str, skip: Skip, number: int = 0) -> Rows:
-    """The rows of Arrow's record batches as Python values, a few at a time; the first is the one after `number`."""
+    """Yield the rows of Arrow's record batches as Python values, a few at a time; `number` rows come before them."""
     _check_names(schema.names, path)
     decode = _json_decoder(schema)
     for batch in batches:
-        passed = skip.over(batch.num_rows)
-        number += passed
-        if passed == batch.num_rows:
+        skipped = skip.over(batch.num_rows)
+        number += skipped
+        if skipped == batch.num_rows:
             continue
-        batch.validate(full=True)  # damaged offsets would be followed to wherever they point
-        for start in range(passed, batch.num_rows, _BATCH_ROWS):
+        batch.validate(full=True)  # otherwise damaged offsets would be read as addresses
+        for start in range(skipped, batch.num_rows, _BATCH_ROWS):
             for row in batch.slice(start, _BATCH_ROWS).to_pylist():
                 number += 1
                 yield Location(path, number, "row"), decode(row)
 
 
 def _json_decoder(schema: Any) -> Callable[[Any], Any]:
-    """Arrow keeps JSON of any shape, as `datasets` writes it for tools, as text that says that it is JSON."""
+    """Return a function that decodes Arrow's JSON extension type, in which `datasets` stores tools as text."""
     if "extension<arrow.json>" not in str(schema):
         return lambda row: row
     from datasets import Features
@@ -283,7 +278,7 @@ def _json_decoder(schema: Any) -> Callable[[Any], Any]:
 Reader: TypeAlias = Callable[[Path, str, Skip], Rows]
 
 _COMPRESSED: Final = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma", ".zst": "pyarrow"}
-"""Each suffix of a compressed file, and the module that opens it."""
+"""The module that opens each kind of compressed file."""
 
 _TEXT: Final[dict[str, Reader]] = {
     ".jsonl": _read_lines,

@@ -1,15 +1,15 @@
-"""Tables of phrasings and values -> the rows of `train.jsonl` and `held_out.jsonl`.
+"""Generate the rows of `train.jsonl` and `held_out.jsonl` from tables of phrasings and values.
 
-The task: a request in everyday English -> one line of JSON that calls a function with its arguments.
+The task is to answer a request in everyday English with one line of JSON that calls a function with its arguments.
 
     wake me at 06:45 for yoga
     {"function": "set_alarm", "arguments": {"time": "06:45", "label": "yoga"}}
 
-An argument stands in the answer if and only if the request names it. The held-out rows take every free value
-(names, places, times, amounts, texts, ...) from a fifth of its pool that no training row uses, and a quarter
-of them are phrased in ways that no training row is. The same call gives the same bytes on every machine.
+The answer has an argument if and only if the request names it. The held-out rows take every free value (names,
+places, times, amounts, texts, ...) from a fifth of its pool that no training row uses, and a quarter of them use
+phrasings that no training row uses. The generator writes the same bytes on every machine.
 
-    python -m sftx.demo.generate [DIR]      # rewrites the two files, by default beside this module
+    python -m sftx.demo.generate [DIR]      # writes the two files, by default into the directory of this module
 """
 
 import json
@@ -32,17 +32,17 @@ NEW_PHRASING_EVERY = 4  # every fourth held-out row of a function uses a phrasin
 
 
 def words(text: str) -> tuple[str, ...]:
-    """The comma-separated entries of a table."""
+    """Return the comma-separated entries of a table."""
     return tuple(entry.strip() for entry in text.split(","))
 
 
 def table(text: str) -> list[str]:
-    """The entries of every line; where a line has columns (+), every combination of their entries."""
+    """Return the entries of every line, and for a line with columns (+) every combination of their entries."""
     lines = [product(*map(words, line.split("+"))) for line in text.strip().rstrip(",").split(",\n")]
     return [" ".join(entries) for line in lines for entries in line]
 
 
-# Arguments with few values, all of them in both splits. Value -> the ways to say it.
+# Arguments with few values, all of which occur in both splits. Each value has the list of its wordings.
 CURRENCIES = {"USD": ["dollars"], "EUR": ["euros"], "GBP": ["pounds"], "JPY": ["yen"], "CHF": ["francs"]}
 WEEKDAYS = words("Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday")
 CLOSED: dict[str, dict[str, list[str]]] = {
@@ -52,7 +52,7 @@ CLOSED: dict[str, dict[str, list[str]]] = {
     "source": CURRENCIES,
     "target": CURRENCIES,
 }
-# Arguments with many values, none of them in both splits. All are said as they are.
+# Arguments with many values, none of which occurs in both splits. A request has them literally.
 FREE: dict[str, Sequence[Value]] = {
     "time": [f"{hour:02}:{minute:02}" for hour in range(5, 23) for minute in range(0, 60, 5)],
     "minutes": range(2, 121),
@@ -97,8 +97,8 @@ FREE: dict[str, Sequence[Value]] = {
     "place": table("north, old, city, river, central + library, museum, station, market, hospital, theater"),
 }
 
-# Each function with its arguments in the order of the answer, then its phrasings; + marks the held-out ones.
-# A phrasing that starts with a small letter is a command, and gets an opening; the others stay as they are.
+# Each function has its arguments in the order of the answer, then its phrasings; + marks those of held-out rows only.
+# A phrasing that starts with a small letter is a command and gets an opening; the others are used unchanged.
 OPENINGS = ("{}", "{}", "please {}", "Hey, {}.", "Can you {}?", "Could you please {}?", "I want you to {}.")
 PHRASINGS = """
 set_alarm(time, label)
@@ -195,7 +195,7 @@ add_event(title, day, time, place)
 
 @dataclass(frozen=True)
 class Function:
-    """A callable function and the ways to ask for it; slots in braces are its arguments."""
+    """A callable function has phrasings of a request for it, with its arguments in braces."""
 
     name: str
     arguments: list[str]
@@ -204,6 +204,7 @@ class Function:
 
 
 def parse_functions(text: str) -> list[Function]:
+    """Parse the table of functions and their phrasings."""
     functions: list[Function] = []
     for line in text.strip().splitlines():
         phrasing = line.strip()
@@ -221,42 +222,44 @@ FUNCTIONS = parse_functions(PHRASINGS)
 
 
 def pick(rng: Random, values: Sequence[T]) -> T:
-    """One of `values`, by random(): the one method that Python promises to keep reproducible."""
+    """Choose one of `values` with `random()`, the only method whose results Python guarantees to stay the same."""
     return values[int(rng.random() * len(values))]
 
 
 def shuffled(rng: Random, values: Iterable[T]) -> list[T]:
+    """Return the values in random order, for the same reason with `random()` alone."""
     return sorted(values, key=lambda _: rng.random())
 
 
 def free_values(argument: str, split: Split) -> list[Value]:
-    """The values of a free argument that `split` may use."""
+    """Return the values of a free argument that the rows of `split` may use."""
     values = shuffled(Random(f"values of {argument}"), FREE[argument])
     num_held_out = round(len(values) * HELD_OUT_FRACTION)
     return values[:num_held_out] if split == "held_out" else values[num_held_out:]
 
 
 def draw(function: Function, phrasing: str, split: Split, rng: Random) -> tuple[str, str]:
-    """A request in the given phrasing, and its answer."""
+    """Draw the arguments of a request with the given phrasing, and return the request and its answer."""
     values: dict[str, Value] = {}
-    spoken: dict[str, Value] = {}
+    wordings: dict[str, Value] = {}
     for argument in function.arguments:
         if f"{{{argument}}}" not in phrasing:
             continue
         if argument in CLOSED:
-            # Not the same currency twice.
-            value, ways = pick(rng, [item for item in CLOSED[argument].items() if item[0] not in values.values()])
-            values[argument], spoken[argument] = value, pick(rng, ways)
+            # A currency is not converted into itself.
+            unused = [item for item in CLOSED[argument].items() if item[0] not in values.values()]
+            value, value_wordings = pick(rng, unused)
+            values[argument], wordings[argument] = value, pick(rng, value_wordings)
         else:
-            values[argument] = spoken[argument] = pick(rng, free_values(argument, split))
-    request = phrasing.format_map(spoken)
+            values[argument] = wordings[argument] = pick(rng, free_values(argument, split))
+    request = phrasing.format_map(wordings)
     if phrasing[0].islower():
         request = pick(rng, OPENINGS).format(request)
     return request, json.dumps({"function": function.name, "arguments": values})
 
 
 def rows(split: Split, num_rows: int) -> list[Row]:
-    """`num_rows` different rows, the functions in equal shares, in random order."""
+    """Generate `num_rows` different rows in random order, with the same number of rows for each function."""
     rng = Random(f"rows of {split}")
     answers: dict[str, str] = {}
     while len(answers) < num_rows:
@@ -273,11 +276,12 @@ def rows(split: Split, num_rows: int) -> list[Row]:
 
 
 def file_text(split: Split) -> str:
-    """The content of `<split>.jsonl`."""
+    """Return the content of the file of a split."""
     return "".join(json.dumps(row) + "\n" for row in rows(split, NUM_ROWS[split]))
 
 
 def main(directory: Path) -> None:
+    """Write the file of every split into `directory`."""
     for split in NUM_ROWS:
         (directory / f"{split}.jsonl").write_text(file_text(split), encoding="utf-8", newline="\n")
 

@@ -1,102 +1,95 @@
-"""A run's options become its data as training would get it, for commands that look and do not train.
+"""The data of a run as training would encode it, for commands that show or check rows and do not train.
 
-What would stop a run does not stop a look: it is told as one of the problems.
+Errors that would stop a run are collected in `DatasetView.problems` instead of being raised.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from sftx.assembly.registry import activate
 from sftx.config.loading import Loaded
 from sftx.config.options import DataConfig, RunConfig, Source
-from sftx.data import pipeline, sources, wanted
+from sftx.data import sources
 from sftx.data.dataset import Dataset
 from sftx.data.ledger import Entry
-from sftx.data.pipeline import DataPipeline
-from sftx.data.row_encoder import EMPTY, NO_TURN, NOTHING_TRAINED, RowEncoder
+from sftx.data.pipeline import DataPipeline, build_pipeline
+from sftx.data.row_encoder import EMPTY, NO_TURN, NOTHING_TRAINED
 from sftx.errors import DataError
 from sftx.model import names
 from sftx.types import Location, Record
 
 Split = Literal["train", "eval"]
-_WHAT_ENCODED_ROWS_LACK: Final = frozenset({NOTHING_TRAINED, EMPTY, NO_TURN})
+_REASONS_AFTER_PARSING: Final = frozenset({NOTHING_TRAINED, EMPTY, NO_TURN})
+"""The reasons for which a row is dropped although a parser could read it."""
 
 
 @dataclass
-class Look:
-    """A run that is looked at."""
+class DatasetView:
+    """The data of one run, read and encoded on demand."""
 
     config: RunConfig
-    """As the user wrote it."""
-    prepared: DataPipeline
-    """Made with options that let every row be seen: one that cannot be read is dropped, and drops stop nothing."""
+    """The options as the user gave them."""
+    pipeline: DataPipeline
+    """It is built with lenient options: unreadable rows are dropped, and no share of dropped rows is an error."""
     _datasets: dict[Split, Dataset] = field(default_factory=dict)
-    _problems: dict[Split, list[str]] = field(default_factory=dict)
+    _problems: dict[Split, tuple[str, ...]] = field(default_factory=dict)
 
     def sources(self, split: Split) -> tuple[Source, ...]:
-        """What is read; of a stream only as much as its first window takes."""
-        return self.prepared.config.train if split == "train" else self.prepared.config.eval
+        """Return the sources of a split; streamed sources are limited to the rows of the first plan window."""
+        return self.pipeline.config.train if split == "train" else self.pipeline.config.eval
 
     def dataset(self, split: Split) -> Dataset:
-        """The encoded rows. Raises DataError only for what cannot be read at all."""
+        """Return the encoded rows of a split. Raises DataError only for a source that cannot be read at all."""
         if split not in self._datasets:
-            prepared = self.prepared
-            data = prepared.load_train(check=False) if split == "train" else prepared.load_eval(check=False)
+            is_train = split == "train"
+            data = self.pipeline.load_train(check=False) if is_train else self.pipeline.load_eval(check=False)
+            problems = []
+            if self.config.data.invalid_rows == "error":
+                problems += [f"{entry.where}: {entry.reason}" for entry in data.ledger.entries if is_unreadable(entry)][
+                    :1
+                ]
+            try:
+                data.check(self.pipeline.encode, max_dropped=self.config.data.max_dropped)
+            except DataError as error:
+                problems.append(str(error))
             self._datasets[split] = data
-            self._problems[split] = list(_would_stop(data, self.config.data, prepared.encode))
+            self._problems[split] = tuple(dict.fromkeys(problems))
         return self._datasets[split]
 
     def problems(self, split: Split) -> tuple[str, ...]:
-        """What would stop a run on these rows, as it would say it."""
+        """Return the messages of the errors with which a run would stop on the rows of a split."""
         self.dataset(split)
-        return tuple(dict.fromkeys(self._problems[split]))
+        return self._problems[split]
 
     def records(self, split: Split) -> Iterator[tuple[Source, Location, Record]]:
-        """Every row as it was written."""
+        """Yield every row of a split as its source has it."""
         for source in self.sources(split):
             yield from ((source, where, record) for where, record in sources.read(source))
 
 
 def is_unreadable(entry: Entry) -> bool:
-    """Whether the ledger's entry is of a row that no parser could read."""
-    return entry.action == "dropped" and not entry.length and entry.reason not in _WHAT_ENCODED_ROWS_LACK
+    """Return whether the ledger's entry is about a row that no parser could read."""
+    return entry.action == "dropped" and not entry.length and entry.reason not in _REASONS_AFTER_PARSING
 
 
-def _would_stop(data: Dataset, config: DataConfig, encode: RowEncoder) -> Iterator[str]:
-    if config.invalid_rows == "error":
-        unreadable = [entry for entry in data.ledger.entries if is_unreadable(entry)]
-        yield from (f"{entry.where}: {entry.reason}" for entry in unreadable[:1])
-    try:
-        data.check(encode, max_dropped=config.max_dropped)
-    except DataError as error:
-        yield str(error)
-
-
-def look(loaded: Loaded) -> Look:
-    """Everything that needs no data and no weights. Raises SftxError."""
+def view_dataset(loaded: Loaded) -> DatasetView:
+    """Load plugins and tokenizer of a run; neither rows nor weights are read yet. Raises SftxError."""
     config = loaded.config
     names.check(config.model)
-    wanted.check(config)
+    sources.check_data_config(config)
     assembly = activate(loaded)
     lenient = dataclasses.replace(config, data=_lenient(config.data))
-    return Look(config, pipeline.build_pipeline(lenient, assembly, loaded.origins))
+    return DatasetView(config, build_pipeline(lenient, assembly, loaded.origins))
 
 
 def _lenient(data: DataConfig) -> DataConfig:
-    if data.streaming:  # what would be planned first
+    """Return options with which every row can be looked at, and a stream is its first plan window."""
+    if data.streaming:
         rows = -(-data.plan_window // len(data.train))
         limited = [dataclasses.replace(s, limit=min(rows, s.limit or rows)) for s in data.train]
         data = dataclasses.replace(data, train=tuple(limited), streaming=False)
     return dataclasses.replace(data, invalid_rows="drop", max_dropped=1.0)
-
-
-def kinds(entries: Iterable[Entry], key: Callable[[Entry], str]) -> Mapping[str, list[Entry]]:
-    """The entries by `key`, the most frequent first."""
-    found: dict[str, list[Entry]] = {}
-    for entry in entries:
-        found.setdefault(key(entry), []).append(entry)
-    return dict(sorted(found.items(), key=lambda item: -len(item[1])))

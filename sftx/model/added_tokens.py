@@ -1,4 +1,4 @@
-"""Control tokens that a template needs and a tokenizer lacks are added, and the model gets rows for them."""
+"""Adds the control tokens that a template needs and a tokenizer lacks, and embedding rows for them to the model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def add_missing(controls: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Adds those of `controls` that are no tokens yet, as special tokens in sorted order, and returns them."""
+    """Adds those control tokens that the vocabulary lacks, as special tokens in sorted order, and returns them."""
     vocabulary = tokenizer.get_vocab()
     missing = sorted(token for token in set(controls) if token not in vocabulary)
     tokenizer.add_tokens(missing, special_tokens=True)
@@ -24,26 +24,27 @@ def add_missing(controls: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def ids_of(tokens: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The ids of added tokens, in ascending order: what `ModelSpec.new_token_ids` holds."""
-    return tuple(sorted(tokenizer.get_vocab()[token] for token in tokens))
+    """Returns the ids of added tokens in ascending order, as `ModelSpec.new_token_ids` holds them."""
+    vocabulary = tokenizer.get_vocab()
+    return tuple(sorted(vocabulary[token] for token in tokens))
 
 
-def make_room(model: PreTrainedModel, token_ids: Sequence[int]) -> None:
-    """Gives the embedding, and a head of its own, rows up to the largest id.
+def grow_embeddings(model: PreTrainedModel, token_ids: Sequence[int]) -> None:
+    """Grows the embedding, and an untied head, until the largest of the ids has a row.
 
-    Rows that the checkpoint has to spare are used as they are. Those that are added are drawn around the mean of the
-    others (Hewitt 2021, https://nlp.stanford.edu/~johnhew/vocab-expansion.html), always the same.
+    Rows that the checkpoint has beyond its vocabulary are used as they are. New rows are drawn around the mean of the
+    others (Hewitt 2021, https://nlp.stanford.edu/~johnhew/vocab-expansion.html) with a fixed seed.
     """
-    rows = cast(Any, model.get_input_embeddings()).weight.shape[0]
-    needed = max(token_ids, default=-1) + 1
-    if needed <= rows:
+    num_rows = cast(Any, model.get_input_embeddings()).weight.shape[0]
+    num_needed = max(token_ids, default=-1) + 1
+    if num_needed <= num_rows:
         return
     verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(logging.CRITICAL)  # what it says of the new rows is said above
+    transformers_logging.set_verbosity(logging.CRITICAL)  # its notes on the new rows repeat the docstring above
     try:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
-            model.resize_token_embeddings(needed)
+            model.resize_token_embeddings(num_needed)
     finally:
         transformers_logging.set_verbosity(verbosity)
-    log.info("the embedding has grown from %d to %d rows, for added tokens", rows, needed)
+    log.info("the embedding has grown from %d to %d rows, for added tokens", num_rows, num_needed)

@@ -1,4 +1,4 @@
-"""Prompts become greedy answers: batches padded at the left, with the model's own cache.
+"""Greedy generation of answers to prompts, in left-padded batches with the model's own key-value cache.
 
 Dimensions: B rows, T tokens.
 """
@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 if TYPE_CHECKING:
-    from sftx.model.language_model import LanguageModel
+    from sftx.types import LanguageModel
 
 
-def answers(
+def generate_greedy(
     lm: LanguageModel,
     prompts: Sequence[Sequence[int]],
     *,
@@ -26,51 +26,52 @@ def answers(
     batch_size: int,
     check_stop: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[int, list[int]]]:
-    """The index of each prompt with its answer, without the stop token that ended it, batch by batch.
+    """Yields (index of the prompt, token ids of its answer without the stop token), batch by batch.
 
-    Each token is the likeliest one: what the model's own settings ask for besides (a repetition penalty, which would
-    see the padding too) does not apply. Prompts of similar length share a batch, the longest come first: what does not
-    fit into memory shows at once. `check_stop` is called before each token of a batch, and ends it all by raising.
+    Every token is the most likely one. The model's own generation settings do not apply: a repetition penalty, for
+    example, would also count the padding. Prompts of similar length share a batch. The longest come first, so that a
+    batch that does not fit into memory fails at once. `check_stop` is called before every batch and every token; it may
+    raise to end the generation.
     """
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         eos_token_id=list(stop_ids) or None,
-        pad_token_id=0,  # never seen: the mask hides it
+        pad_token_id=0,  # any id will do: padding is masked, and cut off after the first stop token
     )
-    stopping = StoppingCriteriaList([_Check(check_stop)])
+    stopping = StoppingCriteriaList([_CheckStop(check_stop)])
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     for start in range(0, len(order), batch_size):
         check_stop()
-        chosen = order[start : start + batch_size]
-        ids_BT, mask_BT = _left_padded([prompts[index] for index in chosen])
-        with torch.no_grad(), _answering(lm, settings):
+        indices = order[start : start + batch_size]
+        ids_BT, mask_BT = _pad_left([prompts[index] for index in indices])
+        with torch.no_grad(), _evaluating_with(lm.model, settings):
             out_BT = cast(Any, lm.model).generate(
                 input_ids=ids_BT.to(lm.device),
                 attention_mask=mask_BT.to(lm.device),
                 stopping_criteria=stopping,
-                synced_gpus=False,  # the whole model is here: no process waits for another's answers
+                synced_gpus=False,  # every process has all parameters here and generates on its own
             )
-        for index, ids in zip(chosen, out_BT[:, ids_BT.shape[1] :].tolist(), strict=True):
-            yield index, _until_stop(ids, stop_ids)
+        for index, ids in zip(indices, out_BT[:, ids_BT.shape[1] :].tolist(), strict=True):
+            end = next((position for position, token in enumerate(ids) if token in stop_ids), len(ids))
+            yield index, ids[:end]
 
 
 @contextlib.contextmanager
-def _answering(lm: LanguageModel, settings: GenerationConfig) -> Iterator[None]:
-    """Without dropout, and with these settings as the model's own, which transformers fills every gap from."""
-    model: PreTrainedModel = lm.model
-    training, own = lm.training, model.generation_config
-    lm.eval()
+def _evaluating_with(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
+    """Switches dropout off, and replaces the generation config, which transformers reads every unset value from."""
+    training, own_settings = model.training, model.generation_config
+    model.eval()
     model.generation_config = settings
     try:
         yield
     finally:
-        model.generation_config = own
-        lm.train(training)
+        model.generation_config = own_settings
+        model.train(training)
 
 
-class _Check(StoppingCriteria):
-    """Stops nothing by itself: it calls what may raise."""
+class _CheckStop(StoppingCriteria):
+    """Calls `check_stop` before every token; it never stops a row by itself."""
 
     def __init__(self, check_stop: Callable[[], None]) -> None:
         self._check_stop = check_stop
@@ -80,8 +81,11 @@ class _Check(StoppingCriteria):
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
-def _left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Ids and mask, both [B, T] in int64."""
+def _pad_left(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Returns the padded ids and the attention mask, both int64 [B, T].
+
+    `tokenizer.pad` raises for a tokenizer without a padding token, which none is needed for here.
+    """
     length = max(map(len, prompts))
     ids_BT = torch.zeros(len(prompts), length, dtype=torch.int64)
     mask_BT = torch.zeros_like(ids_BT)
@@ -91,23 +95,19 @@ def _left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     return ids_BT, mask_BT
 
 
-def _until_stop(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
-    end = next((at for at, token in enumerate(ids) if token in stop_ids), len(ids))
-    return ids[:end]
-
-
 def generation_defaults(lm: LanguageModel, stop_ids: Sequence[int]) -> GenerationConfig:
-    """The model's own settings with which it stops where it was trained to: for the saved generation_config.json.
+    """Returns the generation config to save with the model: its own, extended so that it stops where it was trained to.
 
-    The template's stop tokens come before the model's own; padding is the tokenizer's, or the first stop token.
+    The template's stop tokens come before the model's own. The padding token is the model's, or the tokenizer's, or
+    the first stop token.
     """
     settings = GenerationConfig.from_dict(cast(Any, lm.model.generation_config).to_dict())
     own = settings.eos_token_id
-    ends = list(dict.fromkeys([*stop_ids, *([own] if isinstance(own, int) else own or [])]))
-    if ends:
-        settings.eos_token_id = ends[0] if len(ends) == 1 else ends
-    settings._from_model_config = None  # no longer what config.json says alone
+    eos_ids = list(dict.fromkeys([*stop_ids, *([own] if isinstance(own, int) else own or [])]))
+    if eos_ids:
+        settings.eos_token_id = eos_ids[0] if len(eos_ids) == 1 else eos_ids
+    settings._from_model_config = None  # config.json alone no longer says all of it
     if settings.pad_token_id is None:
-        pad = lm.tokenizer.pad_token_id
-        settings.pad_token_id = pad if isinstance(pad, int) else next(iter(ends), None)
+        pad_id = lm.tokenizer.pad_token_id
+        settings.pad_token_id = pad_id if isinstance(pad_id, int) else next(iter(eos_ids), None)
     return settings

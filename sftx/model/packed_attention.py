@@ -1,9 +1,10 @@
-"""How the documents of a packed row are kept from seeing one another, in a model of transformers.
+"""Keeps the documents of a packed row from attending to one another, in a transformers model.
 
-Three ways (`Batch.attention`). `varlen`: attention within the borders, a function of ours that transformers calls in
-every layer, given the borders by name as its own flash attention is. `mask`: transformers' own mask, which it makes
-from position ids that begin anew; exact for whatever the architecture does with its masks. `mask4d`: a mask made here,
-which transformers takes as it is, without the architecture's windows.
+There are three ways (`Batch.attention`). `varlen`: attention within `cu_seqlens`, by a function of ours that is
+registered with transformers and that every layer calls with `cu_seqlens`, as for its own flash attention. `mask`:
+transformers' own mask, which it builds from position ids that restart at each document; exact whatever the architecture
+does with its masks. `mask4d`: a mask built here, which transformers uses as it is, without the architecture's sliding
+windows.
 
 Dimensions: B rows, T tokens, H query heads, K key and value heads, D head dimension.
 """
@@ -27,26 +28,29 @@ if TYPE_CHECKING:
     from sftx.types import Attention, Batch
 
 NAME: Final = "sftx_documents"
-"""What transformers calls our attention."""
+"""The name under which our attention is registered with transformers."""
 
-# What layers hand to an attention function without changing what it has to compute.
-_HARMLESS: Final = frozenset(
+# Arguments of layers to their attention function that do not change what it has to compute.
+_IGNORED_ARGUMENTS: Final = frozenset(
     {"cu_seq_lens_k", "max_length_k", "position_ids", "cache_position", "use_cache", "return_dict", "is_causal"}
 )
 
 
-@dataclass(frozen=True)
-class Call:
-    """What one layer asked of its attention."""
+# --- the attention function of a layer ----------------------------------------------------------
 
-    has_borders: bool
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """Records the arguments with which one layer called its attention function."""
+
+    has_cu_seqlens: bool
     is_causal: bool
     window: int | None
     dropout: float
     dtype: torch.dtype
     head_dims: frozenset[int]
-    others: tuple[str, ...]
-    """Names of further things that it wants heeded."""
+    other_arguments: tuple[str, ...]
+    """Names of further arguments that are set and would change the result."""
 
 
 def attention_forward(
@@ -60,24 +64,28 @@ def attention_forward(
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
     sliding_window: int | None = None,
-    calls: list[Call] | None = None,
+    calls: list[AttentionCall] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one layer: query [B, H, T, D], key and value [B, K, T, D] to [B, T, H, D].
+    """Computes the attention of one layer from query [B, H, T, D] and key and value [B, K, T, D]; returns [B, T, H, D].
 
-    Given borders (then B is 1 and there is no cache), within each document; else transformers' own for sdpa. Given
-    `calls`, nothing is computed: what is asked for is added there.
+    With `cu_seq_lens_q` (then B is 1 and there is no cache) it is attention within each document, otherwise
+    transformers' own sdpa. With `calls` nothing is computed: the arguments are appended to that list.
     """
     if calls is not None:
         calls.append(
-            Call(
-                has_borders=cu_seq_lens_q is not None,
+            AttentionCall(
+                has_cu_seqlens=cu_seq_lens_q is not None,
                 is_causal=kwargs.get("is_causal") is not False and getattr(module, "is_causal", True),
                 window=sliding_window,
                 dropout=dropout,
                 dtype=value.dtype,
                 head_dims=frozenset(x.shape[-1] for x in (query, key, value)),
-                others=tuple(n for n, v in kwargs.items() if v is not None and v is not False and n not in _HARMLESS),
+                other_arguments=tuple(
+                    name
+                    for name, argument in kwargs.items()
+                    if argument is not None and argument is not False and name not in _IGNORED_ARGUMENTS
+                ),
             )
         )
         return value.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
@@ -87,7 +95,7 @@ def attention_forward(
             dropout=dropout, scaling=scaling, sliding_window=sliding_window, **kwargs,
         )  # fmt: skip
     if dropout:
-        raise ModelError(f"attention within documents has no dropout, asked for was {dropout}")
+        raise ModelError(f"attention within documents supports no dropout, and the layer asks for {dropout}")
     out_THD = varlen_attention.attend(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
@@ -100,150 +108,147 @@ def attention_forward(
     return out_THD[None], None
 
 
-# Without borders all is as with sdpa, the mask too: generation from padded prompts needs it.
+# Without cu_seqlens everything is as with sdpa, and so is the mask: generation from left-padded prompts needs it.
 AttentionInterface.register(NAME, attention_forward)
 AttentionMaskInterface.register(NAME, masking_utils.sdpa_mask)
+
+
+# --- the arguments of the decoder ---------------------------------------------------------------
 
 
 def decoder_arguments(
     batch: Batch, attention: Attention, config: PretrainedConfig, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """What the decoder is given beside the ids of a packed batch. Raises ModelError when the mask would be wrong."""
-    assert batch.cu_seqlens is not None
+    """Returns the decoder's arguments for a packed batch, except ids. Raises ModelError if a mask would be wrong."""
+    cu_seqlens, num_tokens = batch.cu_seqlens, batch.input_ids_BT.shape[1]
+    assert cu_seqlens is not None
     arguments: dict[str, Any] = {"position_ids": batch.position_ids_BT, "attention_mask": None}
+    chunk: int | None = getattr(config, "attention_chunk_size", None)
     if attention == "varlen":
-        borders, longest = batch.cu_seqlens, batch.max_seqlen
         arguments |= {
-            "cu_seq_lens_q": borders,
-            "cu_seq_lens_k": borders,
-            "max_length_q": longest,
-            "max_length_k": longest,
+            "cu_seq_lens_q": cu_seqlens,
+            "cu_seq_lens_k": cu_seqlens,
+            "max_length_q": batch.max_seqlen,
+            "max_length_k": batch.max_seqlen,
         }
-        # In place of a mask of T x T that nobody reads. A layer that did read it would fail, and not see too much.
-        arguments["attention_mask"] = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=borders.device)
+        # An empty mask in place of an unused one of T x T. A layer that did use it would fail, and not see too much.
+        arguments["attention_mask"] = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=cu_seqlens.device)
     elif attention == "mask4d":
-        _check_windows(config, batch.max_seqlen)
-        arguments["attention_mask"] = block_mask(_document_numbers(batch), dtype)
-    else:
-        _check_chunks(config, batch.input_ids_BT.shape[1])
-    return arguments
-
-
-def _document_numbers(batch: Batch) -> Tensor:
-    """[1, T]: the number of the document that each token is part of, counted from 1."""
-    assert batch.cu_seqlens is not None
-    at_T = torch.arange(batch.input_ids_BT.shape[1], device=batch.cu_seqlens.device)
-    return torch.searchsorted(batch.cu_seqlens, at_T, right=True)[None]
-
-
-def block_mask(documents_BT: Tensor, dtype: torch.dtype) -> Tensor:
-    """[B, 1, T, T] of `dtype`: 0 where a token sees another, the smallest number where it does not.
-
-    It sees those before it and itself, of its own document; 0 is padding, which nothing sees and which sees nothing:
-    the rule of LLaMA-Factory's prepare_4d_attention_mask.
-    """
-    query_BT1, key_B1T = documents_BT[:, :, None], documents_BT[:, None, :]
-    seen_BTT = ((query_BT1 == key_B1T) & (query_BT1 != 0)).tril()
-    mask_BTT = torch.zeros(seen_BTT.shape, dtype=dtype, device=documents_BT.device)
-    return mask_BTT.masked_fill(~seen_BTT, torch.finfo(dtype).min)[:, None]
-
-
-def layer_windows(config: PretrainedConfig) -> list[int | None]:
-    """How many tokens each layer's attention sees, itself included; None: all before it."""
-    window: int | None = getattr(config, "sliding_window", None)
-    everywhere = ["full_attention" if window is None else "sliding_attention"] * config.num_hidden_layers
-    kinds: list[str] = getattr(config, "layer_types", None) or everywhere
-    return [window if kind == "sliding_attention" else None for kind in kinds]
-
-
-def _check_windows(config: PretrainedConfig, longest: int) -> None:
-    chunk: int | None = getattr(config, "attention_chunk_size", None)
-    shortest = min((w for w in (*layer_windows(config), chunk) if w is not None), default=longest)
-    if shortest < longest:
-        raise ModelError(
-            f"attention mask4d: {config.model_type} has layers that see {shortest} tokens, and a document has "
-            f"{longest}; transformers takes a ready-made mask as it is and the window would be lost; use attention "
-            "varlen or mask"
-        )
-
-
-def _check_chunks(config: PretrainedConfig, num_tokens: int) -> None:
-    chunk: int | None = getattr(config, "attention_chunk_size", None)
-    by_document = hasattr(masking_utils, "remap_positions_for_packed_sequence")
-    if chunk is not None and chunk < num_tokens and not by_document:
+        windows = [window for window in (*layer_windows(config), chunk) if window is not None]
+        if windows and min(windows) < batch.max_seqlen:
+            raise ModelError(
+                f"attention mask4d: {config.model_type} has layers that see {min(windows)} tokens, and a document has "
+                f"{batch.max_seqlen}; transformers takes a ready-made mask as it is and the window would be lost; use "
+                "attention varlen or mask"
+            )
+        positions_T = torch.arange(num_tokens, device=cu_seqlens.device)
+        documents_BT = torch.searchsorted(cu_seqlens, positions_T, right=True)[None]
+        arguments["attention_mask"] = block_mask(documents_BT, dtype)
+    elif chunk is not None and chunk < num_tokens and not hasattr(masking_utils, "remap_positions_for_packed_sequence"):
         raise ModelError(
             f"attention mask: {config.model_type} attends in chunks of {chunk} tokens, which this transformers counts "
             "from the beginning of a packed row and not of a document; upgrade transformers, or train with the "
             "collator padded"
         )
+    return arguments
+
+
+def block_mask(documents_BT: Tensor, dtype: torch.dtype) -> Tensor:
+    """Builds a block-diagonal causal mask, [B, 1, T, T] of `dtype`, as LLaMA-Factory's prepare_4d_attention_mask does.
+
+    `documents_BT` is the number of each token's document, counted from 1; 0 is padding. The mask is 0 where a token may
+    attend to another: to itself and the tokens before it in its document. Elsewhere, and for all padding, it is the
+    smallest number of `dtype`.
+    """
+    query_BT1, key_B1T = documents_BT[:, :, None], documents_BT[:, None, :]
+    visible_BTT = ((query_BT1 == key_B1T) & (query_BT1 != 0)).tril()
+    mask_BTT = torch.zeros(visible_BTT.shape, dtype=dtype, device=documents_BT.device)
+    return mask_BTT.masked_fill(~visible_BTT, torch.finfo(dtype).min)[:, None]
+
+
+def layer_windows(config: PretrainedConfig) -> list[int | None]:
+    """Returns the sliding window of each layer, in tokens including a token itself; None for full causal attention."""
+    window: int | None = getattr(config, "sliding_window", None)
+    same = ["full_attention" if window is None else "sliding_attention"] * config.num_hidden_layers
+    layer_types: list[str] = getattr(config, "layer_types", None) or same
+    return [window if layer_type == "sliding_attention" else None for layer_type in layer_types]
+
+
+# --- switching a model to varlen ----------------------------------------------------------------
 
 
 def use_varlen(decoder: PreTrainedModel) -> str | None:
-    """Has the decoder call our attention from now on. Returns why that would be wrong, and then leaves it as it was."""
+    """Makes the decoder call our attention from now on, or returns the reason why that would be wrong."""
     own = decoder.config._attn_implementation
     if own == NAME:
         return None
     if own != "sdpa":
         return f"its attention is computed by transformers' {own!r}"
     decoder.set_attn_implementation(NAME)
-    reason = _why_not(decoder) if decoder.config._attn_implementation == NAME else "its attention cannot be replaced"
+    if decoder.config._attn_implementation == NAME:
+        reason = _reason_against_varlen(decoder)
+    else:
+        reason = "its attention cannot be replaced"
     if reason is not None:
         decoder.set_attn_implementation(own)
     return reason
 
 
-def _why_not(decoder: PreTrainedModel) -> str | None:
-    """Asks the model itself: a forward of two documents in which each layer's attention tells what it is given."""
-    config, calls = decoder.config, _survey(decoder)
+def _reason_against_varlen(decoder: PreTrainedModel) -> str | None:
+    """Runs a forward of two documents and returns why the layers' calls are not plain attention within documents."""
+    config, calls = decoder.config, _record_attention_calls(decoder)
     if isinstance(calls, str):
-        return f"it fails when its attention is given borders: {calls}"
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    windows = sorted(w for w in layer_windows(config) if w is not None)
+        return f"it fails when its attention is given cu_seqlens: {calls}"
+    unknown = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if len(calls) < config.num_hidden_layers:
-        return f"{config.num_hidden_layers - len(calls)} of its {config.num_hidden_layers} layers ask no such attention"
-    if kinds:
-        return f"it has layers of {', '.join(sorted(kinds))}"
-    if not all(call.has_borders for call in calls):
-        return "its layers do not hand the borders on"
-    others = sorted({name for call in calls for name in call.others})
+        missing = config.num_hidden_layers - len(calls)
+        return f"{missing} of its {config.num_hidden_layers} layers do not call the attention function"
+    if unknown:
+        return f"it has layers of {', '.join(sorted(unknown))}"
+    if not all(call.has_cu_seqlens for call in calls):
+        return "its layers do not pass cu_seqlens on"
+    others = sorted({name for call in calls for name in call.other_arguments})
     if others:
-        return f"its attention wants {', '.join(others)} heeded"
+        return f"its attention also depends on {', '.join(others)}"
     if not all(call.is_causal for call in calls):
         return "its attention is not causal"
+    windows = sorted(window for window in layer_windows(config) if window is not None)
     if sorted(call.window for call in calls if call.window is not None) != windows:
-        return "its layers ask for other windows than its configuration has"
+        return "the sliding windows of its layers are not those of its configuration"
     if any(call.dropout for call in calls):
         return "it has dropout in its attention"
     if any(len(call.head_dims) > 1 for call in calls):
         return "its keys and values differ in size"
-    found = {(call.dtype, dim) for call in calls for dim in call.head_dims}
     device = next(decoder.parameters()).device
-    return next((reason for dtype, dim in found if (reason := varlen_attention.why_not(device, dtype, dim))), None)
+    for dtype, head_dim in {(call.dtype, dim) for call in calls for dim in call.head_dims}:
+        reason = varlen_attention.reason_against(device, dtype, head_dim)
+        if reason is not None:
+            return reason
+    return None
 
 
 @torch.no_grad()
-def _survey(decoder: PreTrainedModel) -> list[Call] | str:
-    """What the layers ask of their attention while training, or the model's error."""
-    calls: list[Call] = []
+def _record_attention_calls(decoder: PreTrainedModel) -> list[AttentionCall] | str:
+    """Returns how the layers call their attention function in training mode, or the text of the model's error."""
+    calls: list[AttentionCall] = []
     device = next(decoder.parameters()).device
-    ids_BT = torch.zeros(1, 8, dtype=torch.int64, device=device)
-    borders = torch.tensor([0, 4, 8], dtype=torch.int32, device=device)
+    cu_seqlens = torch.tensor([0, 4, 8], dtype=torch.int32, device=device)
     training = decoder.training
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            decoder.train()  # dropout is asked for then only
+            decoder.train()  # layers pass their dropout in training mode only
             decoder(
-                input_ids=ids_BT,
+                input_ids=torch.zeros(1, 8, dtype=torch.int64, device=device),
                 position_ids=torch.arange(8, device=device)[None] % 4,
                 attention_mask=torch.empty(1, 1, 0, 0, dtype=torch.bool, device=device),
-                cu_seq_lens_q=borders,
-                cu_seq_lens_k=borders,
+                cu_seq_lens_q=cu_seqlens,
+                cu_seq_lens_k=cu_seqlens,
                 max_length_q=4,
                 max_length_k=4,
                 use_cache=False,
                 calls=calls,
             )
-    except Exception as error:  # whatever a model's own code raises; it has other ways to train
+    except Exception as error:  # a model's own code may raise anything; it is then trained with a mask
         return one_line(error)
     finally:
         decoder.train(training)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sftx.assembly.stages import make
 from sftx.data.collate import groups_of
-from sftx.model.language_model import LanguageModel
+from sftx.model.language_model import CausalLM
 from sftx.model.load import load_model, load_spec
 from sftx.testing.kit import Kit, built_in
 from sftx.types import IGNORE_INDEX, Adapter, Batch, ModelSpec
@@ -45,7 +45,7 @@ class Base:
 class Attached:
     """A model with the adapter attached."""
 
-    lm: LanguageModel
+    lm: CausalLM
     adapter: Adapter
     batch: Batch
     base: Base
@@ -156,9 +156,9 @@ class Case:
         )
         return ((exact_BTV - rounded_BTV).abs().max() / exact_BTV.abs().max()).item()
 
-    def _load(self, spec: ModelSpec, *adapters: Adapter, dtype: torch.dtype = torch.float32) -> LanguageModel:
+    def _load(self, spec: ModelSpec, *adapters: Adapter, dtype: torch.dtype = torch.float32) -> CausalLM:
         model = load_model(spec, list(adapters), dtype=dtype, device=torch.device("cpu"))
-        return LanguageModel(model, self.kit.tokenizer)
+        return CausalLM(model, self.kit.tokenizer)
 
     def trained(self) -> Attached:
         """Return a newly trained model, which a clause may change. Every call returns the same parameters."""
@@ -185,13 +185,13 @@ class Case:
 
 
 @torch.no_grad()
-def logits_of(lm: LanguageModel, batch: Batch) -> Tensor:
+def logits_of(lm: CausalLM, batch: Batch) -> Tensor:
     lm.eval()
     return lm.logits(lm.hidden(batch).hidden_BTD)
 
 
 @torch.no_grad()
-def _draws(lm: LanguageModel, batch: Batch) -> bool:
+def _draws(lm: CausalLM, batch: Batch) -> bool:
     before = torch.get_rng_state()
     lm.train()
     lm.hidden(batch)

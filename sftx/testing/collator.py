@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from sftx.assembly.stages import make
 from sftx.data.collate import groups_of
-from sftx.model.language_model import LanguageModel
+from sftx.model.language_model import CausalLM
 from sftx.testing.batches import differences, norm, varied
 from sftx.testing.clauses import ClauseError, Suite
 from sftx.testing.kit import MAX_LENGTH, Kit
@@ -331,7 +331,7 @@ def _check_random_states(before: dict[str, Any], what: str) -> None:
         raise ClauseError(f"{what} drew from {changed}, which others use too; use a generator of its own")
 
 
-def _batch_loss(lm: LanguageModel, batch: Batch) -> Tensor:
+def _batch_loss(lm: CausalLM, batch: Batch) -> Tensor:
     logits_BTV = lm.logits(lm.hidden(batch).hidden_BTD)
     loss_N = functional.cross_entropy(
         logits_BTV.flatten(0, 1), batch.labels_BT.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
@@ -339,7 +339,7 @@ def _batch_loss(lm: LanguageModel, batch: Batch) -> Tensor:
     return (loss_N if batch.token_weights_BT is None else loss_N * batch.token_weights_BT.flatten()).sum()
 
 
-def _example_loss(lm: LanguageModel, example: Example) -> Tensor:
+def _example_loss(lm: CausalLM, example: Example) -> Tensor:
     """Compute the loss with the forward of transformers: each token is predicted from those before it."""
     ids_T = torch.tensor(example.token_ids, dtype=torch.int64, device=lm.device)
     logits_TV = lm.model(input_ids=ids_T[None], use_cache=False).logits[0]

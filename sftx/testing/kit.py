@@ -19,7 +19,7 @@ from sftx.data.encoder import Encoder
 from sftx.data.row_encoder import EncodedRow, RowEncoder
 from sftx.errors import DataError
 from sftx.model import tiny
-from sftx.model.language_model import LanguageModel
+from sftx.model.language_model import CausalLM
 from sftx.model.load import load_model, load_spec, load_tokenizer
 from sftx.types import Adapter, Collator, Conversation, Example, Location, Loss, Message, ModelSpec, Parser, Template
 
@@ -111,11 +111,11 @@ class Kit:
 
     def language_model(
         self, adapters: Mapping[str, Adapter] | None = None, *, dtype: torch.dtype = torch.float32
-    ) -> LanguageModel:
+    ) -> CausalLM:
         """Load the model again and attach these adapters; without any, all parameters are trained."""
         adapters = adapters or {}
         model = load_model(self.spec, list(adapters.values()), dtype=dtype, device=torch.device("cpu"))
-        lm = LanguageModel(model, self.tokenizer)
+        lm = CausalLM(model, self.tokenizer)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
             lm.attach(adapters)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sftx.assembly.stages import make
 from sftx.data.collate import groups_of
-from sftx.model.language_model import LanguageModel
+from sftx.model.language_model import CausalLM
 from sftx.testing.batches import copy_of, differences, identical, norm, varied, widened
 from sftx.testing.clauses import ClauseError, Suite
 from sftx.testing.kit import Kit, built_in
@@ -67,11 +67,11 @@ class _Case:
         return self._kit.collator.collate([example for group in self.groups for example in group])
 
     @cached_property
-    def lm_fp32(self) -> LanguageModel:
+    def lm_fp32(self) -> CausalLM:
         return self._model(torch.float32)
 
     @cached_property
-    def lm(self) -> LanguageModel:
+    def lm(self) -> CausalLM:
         """The same model in fp64."""
         return self._model(torch.float64).double()
 
@@ -84,7 +84,7 @@ class _Case:
         names = [name for name, module in model.named_modules() if any(module is other for other in trained)]
         return built_in("lora", r=4, modules_to_save=tuple(names))
 
-    def _model(self, dtype: torch.dtype) -> LanguageModel:
+    def _model(self, dtype: torch.dtype) -> CausalLM:
         adapter = make(self._lora, "sftx_adapter", spec=self._kit.spec)
         lm = self._kit.language_model({"lora": adapter}, dtype=dtype)
         embedding = lm.model.get_input_embeddings()
@@ -102,7 +102,7 @@ class _Case:
                 parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
         return lm
 
-    def run(self, lm: LanguageModel, batch: Batch) -> LossSum:
+    def run(self, lm: CausalLM, batch: Batch) -> LossSum:
         """Compute the loss as the trainer does, after seeding, on a copy of the batch."""
         lm.train()
         with random_states_kept():
@@ -321,16 +321,16 @@ def check_loss(plugin: object, *, model: Path | None = None) -> None:
     SUITE.check(plugin, model=model)
 
 
-def _trained(lm: LanguageModel) -> list[nn.Parameter]:
+def _trained(lm: CausalLM) -> list[nn.Parameter]:
     return [parameter for parameter in lm.parameters() if parameter.requires_grad]
 
 
-def _seed(lm: LanguageModel) -> None:
+def _seed(lm: CausalLM) -> None:
     lm.seed.fill_(1)
     torch.manual_seed(1)
 
 
-def _gradient(out: LossSum, lm: LanguageModel) -> list[Tensor]:
+def _gradient(out: LossSum, lm: CausalLM) -> list[Tensor]:
     return list(torch.autograd.grad(out.sum, _trained(lm), retain_graph=True, materialize_grads=True))
 
 
@@ -359,7 +359,7 @@ def _run_and_compare(case: _Case, *, training: bool) -> LossSum:
     return out
 
 
-def _state(lm: LanguageModel, batch: Batch) -> dict[str, object]:
+def _state(lm: CausalLM, batch: Batch) -> dict[str, object]:
     """Return everything that a loss must not change, by its name in an error message."""
     state: dict[str, object] = {
         f"the training mode of {name or 'lm'}": module.training for name, module in lm.named_modules()

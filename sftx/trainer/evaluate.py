@@ -23,10 +23,10 @@ from sftx.data.dataset import Dataset, Examples
 from sftx.distributed.process_group import ProcessGroup
 from sftx.errors import PluginError, TrainingError, is_out_of_memory
 from sftx.events import EvalReport, Sample
-from sftx.model.generate import answers
-from sftx.model.language_model import LanguageModel
+from sftx.model.generate import generate_greedy
+from sftx.model.language_model import CausalLM
 from sftx.trainer.evidence import choose_row, token_losses
-from sftx.trainer.parallel import Engine
+from sftx.trainer.parallel import ParallelStrategy
 from sftx.trainer.precision import Precision
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class Evaluator:
         data: Dataset,
         *,
         collator: CollatorStage,
-        engine: Engine,
+        strategy: ParallelStrategy,
         metrics: Mapping[str, MetricStage],
         precision: Precision,
         stop_ids: Sequence[int],
@@ -60,7 +60,7 @@ class Evaluator:
             questions = [questions[index * len(questions) // generation.max_rows] for index in chosen]
         self._examples, self._questions = data.examples, list(questions)
         self._collator = collator
-        self._engine = engine
+        self._strategy = strategy
         self._process_group = process_group or ProcessGroup()
         self._metrics = metrics
         self._precision = precision
@@ -70,7 +70,7 @@ class Evaluator:
         self._max_new_tokens = generation.max_new_tokens
         self.check_stop = check_stop
 
-    def __call__(self, lm: LanguageModel, step: int) -> EvalReport:
+    def __call__(self, lm: CausalLM, step: int) -> EvalReport:
         """Evaluate the model after `step` steps. Raises TrainingError, PluginError."""
         start = time.perf_counter()
         training = lm.training
@@ -84,17 +84,17 @@ class Evaluator:
                 with _explain_out_of_memory(lm, f"step {step}: to answer", option, self._generation_batch_size):
                     samples = self._samples(lm) if self._metrics else ()
                 row = choose_row(self._examples)
-                losses = None if row is None else self._engine.step.within(lambda: token_losses(lm, row))
+                losses = None if row is None else self._strategy.step.call_in_forward(lambda: token_losses(lm, row))
         finally:
             lm.train(training)
         means |= self._process_group.run_on_rank0(lambda: score(self._metrics, samples, reported=means))
         return EvalReport(step, means, samples, time.perf_counter() - start, losses)
 
-    def _losses(self, lm: LanguageModel, step: int) -> dict[str, float]:
+    def _losses(self, lm: CausalLM, step: int) -> dict[str, float]:
         """Return the loss and the loss's metrics over the denominator of the whole dataset."""
         sums: defaultdict[str, float] = defaultdict(float)
         denominator = 0.0
-        loss = self._engine.step.loss
+        loss = self._strategy.step.loss
         batches = _batches(self._examples, self._batch_size)
         world_size = self._process_group.world_size
         numbers = range(self._process_group.rank, math.ceil(len(batches) / world_size) * world_size, world_size)
@@ -103,7 +103,7 @@ class Evaluator:
             is_counted = number < len(batches)  # a rank that has no batch left takes part in the collectives
             indices = batches[number if is_counted else 0].tolist()
             batch = self._collator.collate([self._examples[index] for index in indices])
-            out = self._engine.step(batch.to(lm.device))
+            out = self._strategy.step(batch.to(lm.device))
             denominator += is_counted * loss.denominator(batch)
             sums["loss"] += is_counted * out.sum.item()
             for name, value in out.metrics.items():
@@ -117,10 +117,10 @@ class Evaluator:
             raise TrainingError(f"step {step}: the loss of the held-out rows is {mean_loss:g}; look at the model")
         return {"loss": mean_loss, **loss.report_means(means, f"the evaluation after step {step}")}
 
-    def _samples(self, lm: LanguageModel) -> tuple[Sample, ...]:
+    def _samples(self, lm: CausalLM) -> tuple[Sample, ...]:
         """Generate an answer to every question."""
         log.info("answering %d held-out rows", len(self._questions))
-        with self._engine.summon_full_params():
+        with self._strategy.summon_full_params():
             answered = self._answer(lm) if self._process_group.world_size == 1 else self._answer_on_all_ranks(lm)
         return tuple(
             Sample(
@@ -133,14 +133,14 @@ class Evaluator:
             for number, question in enumerate(self._questions)
         )
 
-    def _answer(self, lm: LanguageModel) -> dict[int, list[int]]:
+    def _answer(self, lm: CausalLM) -> dict[int, list[int]]:
         """Return the token ids of the answers by the number of the question."""
         answered = {}
         # The bar appears on a terminal only, and only when it takes longer than two seconds.
         with tqdm(
             total=len(self._questions), desc="answering", unit=" rows", delay=2, disable=None, leave=False
         ) as bar:
-            for number, ids in answers(
+            for number, ids in generate_greedy(
                 lm,
                 [question.prompt_ids for question in self._questions],
                 max_new_tokens=self._max_new_tokens,
@@ -152,7 +152,7 @@ class Evaluator:
                 bar.update()
         return answered
 
-    def _answer_on_all_ranks(self, lm: LanguageModel) -> dict[int, list[int]]:
+    def _answer_on_all_ranks(self, lm: CausalLM) -> dict[int, list[int]]:
         """Divide the questions among ranks: each answers a batch, then all check together whether to stop."""
         size = self._generation_batch_size
         order = sorted(range(len(self._questions)), key=lambda number: -len(self._questions[number].prompt_ids))
@@ -161,7 +161,7 @@ class Evaluator:
         for start in range(0, len(batches), self._process_group.world_size):
             self.check_stop()
             for batch in batches[start : start + self._process_group.world_size][self._process_group.rank :][:1]:
-                for index, ids in answers(
+                for index, ids in generate_greedy(
                     lm,
                     [self._questions[number].prompt_ids for number in batch],
                     max_new_tokens=self._max_new_tokens,
@@ -203,7 +203,7 @@ def score(
 
 
 @contextlib.contextmanager
-def _explain_out_of_memory(lm: LanguageModel, what: str, option: str, num_rows: int) -> Iterator[None]:
+def _explain_out_of_memory(lm: CausalLM, what: str, option: str, num_rows: int) -> Iterator[None]:
     """Turn an out-of-memory error into a TrainingError that says what to lower, and by how much."""
     try:
         yield

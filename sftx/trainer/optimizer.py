@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from sftx.checkpoint import optimizer_state
 from sftx.config.options import TrainConfig
 from sftx.errors import ModelError
-from sftx.model.language_model import LanguageModel
+from sftx.model.language_model import CausalLM
 from sftx.trainer.optimizer_factories import build
 from sftx.trainer.parameter_groups import trained
 
@@ -22,7 +22,7 @@ class RunOptimizer:
     Norms and biases do not decay; `rate_scale` of an adapter and `embedding_learning_rate` scale the rate of a group.
     """
 
-    def __init__(self, lm: LanguageModel, config: TrainConfig) -> None:
+    def __init__(self, lm: CausalLM, config: TrainConfig) -> None:
         self._kind = config.optim
         members = trained(lm, config)
         self._parameters = {member.name: member.parameter for member in members}

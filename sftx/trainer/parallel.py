@@ -1,8 +1,8 @@
-"""How a model's parameters lie in the processes of a run, and how their gradients come together.
+"""Parallel strategies: how parameters are distributed over the processes of a run, and how gradients are reduced.
 
-`Engine` is one process. `Replicated` is torch's DistributedDataParallel: every process has the whole model. `Sharded`
-is torch's fully_shard (FSDP2): every process has its share of each decoder layer, of what is left, of their gradients
-and of the optimizer's state; a layer is whole only while it computes.
+`ParallelStrategy` is one process. `DDPStrategy` is torch's DistributedDataParallel: every process has all parameters.
+`FSDP2Strategy` is torch's fully_shard: every process has a shard of each decoder layer, of the remaining parameters, of
+their gradients and of the optimizer state; a layer's parameters are gathered only while it computes.
 """
 
 from __future__ import annotations
@@ -17,16 +17,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.fsdp import register_fsdp_forward_method as register_forward
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 from sftx.assembly.stages import LossStage
 from sftx.config.options import TrainConfig
-from sftx.distributed.dtensor import full_tensor
 from sftx.distributed.process_group import ProcessGroup
 from sftx.errors import ConfigError
-from sftx.model.language_model import LanguageModel
+from sftx.model.language_model import CausalLM
 from sftx.trainer.layers import decoder_layers
 from sftx.trainer.precision import Precision
 from sftx.types import Batch, LossSum
@@ -37,15 +42,15 @@ _BY_ELEMENT: Final = ("adamw", "sgd", "lion")
 """Optimizers that update each number of a tensor by itself, so that a share of it is as good as the whole."""
 
 
-# What is the same in all processes is not sent before each forward; the option has another name from torch 2.13 on.
-_OPTIONS: Final = inspect.signature(DistributedDataParallel).parameters
-_BUFFERS: Final = "forward_sync_buffers" if "forward_sync_buffers" in _OPTIONS else "broadcast_buffers"
+# The option of DDP that broadcasts buffers before each forward pass was renamed in torch 2.13.
+_DDP_OPTIONS: Final = inspect.signature(DistributedDataParallel).parameters
+_SYNC_BUFFERS: Final = "forward_sync_buffers" if "forward_sync_buffers" in _DDP_OPTIONS else "broadcast_buffers"
 
 
 class TrainStep(nn.Module):
-    """One forward from a batch to its loss sum: what is wrapped for several processes, the loss inside."""
+    """Runs the forward pass from a batch to its loss sum. DDP and FSDP2 wrap this module, which includes the loss."""
 
-    def __init__(self, lm: LanguageModel, loss: LossStage) -> None:
+    def __init__(self, lm: CausalLM, loss: LossStage) -> None:
         super().__init__()
         self.lm = lm
         self.loss = loss
@@ -53,48 +58,48 @@ class TrainStep(nn.Module):
     def forward(self, batch: Batch) -> LossSum:
         return self.loss(self.lm, batch)
 
-    def within(self, work: Callable[[], T]) -> T:
-        """What `work` gives, which may call the model: parameters that belong to no layer are whole within it."""
+    def call_in_forward(self, work: Callable[[], T]) -> T:
+        """Runs `work`, which may call the model, as FSDP2 runs a forward pass: with the root's parameters unsharded.
+
+        The root is this module. Its parameters are those that belong to no decoder layer: embeddings, head, last norm.
+        """
         return work()
 
 
-class Engine:
-    """One process, which has all there is."""
+class ParallelStrategy:
+    """Runs the train step in one process, which has all parameters. Subclasses run it in several."""
 
     def __init__(self, step: TrainStep) -> None:
         self.step = step
-
-    def __call__(self, batch: Batch) -> LossSum:
-        """The loss of a micro-batch whose gradient is wanted."""
-        out: LossSum = self.step(batch)
-        return out
+        self.module: nn.Module = step
+        """What runs the forward pass of a training step: `step` itself, or torch's wrapper of it."""
 
     def broadcast_parameters(self) -> None:
-        """Gives what trains in every process the values of the main one's. Every process calls it, once."""
+        """Broadcasts the trained parameters of rank 0. Every process calls it, once, after loading."""
 
     def micro_batch_context(self, *, last: bool) -> AbstractContextManager[None]:
-        """Around forward and backward of one micro-batch; `last` of a step."""
+        """Returns the context for forward and backward of a micro-batch; `last` says whether it ends the step."""
         return contextlib.nullcontext()
 
     def sync_gradients(self) -> None:
-        """Once all gradients of a step are there."""
+        """Averages the gradients that the backward passes of a step did not reduce; called once a step after them."""
 
     def summon_full_params(self) -> AbstractContextManager[None]:
-        """Within it every process has the whole model, and may call it without the others."""
+        """Returns a context in which every process has all parameters and may call the model without the others."""
         return contextlib.nullcontext()
 
     def all_reduce(self, values: Tensor) -> Tensor:
-        """Each added up over all processes."""
+        """Sums each value over all processes, in place, and returns the tensor."""
         return values
 
     @property
     def gradient_scale(self) -> float:
-        """What a loss is multiplied with because gradients are averaged over the processes."""
+        """Returns the factor of each loss that turns the average of gradients over the processes into their sum."""
         return 1.0
 
 
-class MultiProcessStrategy(Engine):
-    """What is the same however the model lies in the processes."""
+class MultiProcessStrategy(ParallelStrategy):
+    """Implements what DDP and FSDP2 have in common."""
 
     def __init__(self, step: TrainStep, process_group: ProcessGroup) -> None:
         super().__init__(step)
@@ -110,60 +115,58 @@ class MultiProcessStrategy(Engine):
 
 
 class DDPStrategy(MultiProcessStrategy):
-    """Every process has the whole model; gradients are added up while the last backward of a step runs."""
+    """Keeps all parameters in every process, and reduces gradients during the last backward pass of a step."""
 
     def __init__(self, step: TrainStep, process_group: ProcessGroup, device: torch.device) -> None:
         super().__init__(step, process_group)
-        buffers: dict[str, Any] = {_BUFFERS: False}
-        # torch has no public way to leave out what is frozen, which need not be sent.
-        fixed = [name for name, p in step.named_parameters(remove_duplicate=False) if not p.requires_grad]
-        fixed += [name for name, _ in step.named_buffers(remove_duplicate=False)]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(step, fixed)
-        self._module = DistributedDataParallel(
+        options: dict[str, Any] = {_SYNC_BUFFERS: False}
+        # Frozen parameters and buffers are equal everywhere and need no broadcast; torch has no public option for that.
+        frozen = [name for name, p in step.named_parameters(remove_duplicate=False) if not p.requires_grad]
+        frozen += [name for name, _ in step.named_buffers(remove_duplicate=False)]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(step, frozen)
+        self.module = DistributedDataParallel(
             step,
             device_ids=[device.index] if device.type == "cuda" else None,
-            **buffers,
+            **options,
             gradient_as_bucket_view=True,
-            find_unused_parameters=has_experts(step.lm) or _trains_beyond_text(step.lm),
+            find_unused_parameters=has_experts(step.lm) or _trains_other_towers(step.lm),
         )
-
-    def __call__(self, batch: Batch) -> LossSum:
-        out: LossSum = self._module(batch)
-        return out
 
     @contextlib.contextmanager
     def micro_batch_context(self, *, last: bool) -> Iterator[None]:
-        with contextlib.nullcontext() if last else self._module.no_sync():
+        with contextlib.nullcontext() if last else cast(DistributedDataParallel, self.module).no_sync():
             yield
 
 
 class FSDP2Strategy(MultiProcessStrategy):
-    """Every process has its share of the model. What adapters train is whole in each, as they save and load it.
+    """Shards the model over the processes. Adapters' parameters are replicated, because adapters save and load them.
 
-    The base that they leave frozen is shared out as it is, in whatever dtype, so that a quantised one fits too.
+    The frozen base of adapters is sharded in the dtype that it has, so that a quantised base can be sharded too.
     """
 
     def __init__(self, step: TrainStep, process_group: ProcessGroup, config: TrainConfig, precision: Precision) -> None:
-        """Moves the model to the device, layer by layer."""
+        """Shards the model and moves the shards to the device, one layer after the other."""
         super().__init__(step, process_group)
         model, device = step.lm.model, precision.device
         step.lm.computes_on = device
         self._replicated = [p for p in step.parameters() if p.requires_grad] if step.lm.adapters else []
         for parameter in self._replicated:
             parameter.data = parameter.data.to(device)
-        shared: dict[str, Any] = {
-            # Of the group that there is: to make another, all would have to come here at the same time.
+        options: dict[str, Any] = {
+            # Uses the existing group: creating another one is a collective, and the processes load at different times.
             "mesh": DeviceMesh.from_group(cast(Any, dist.group.WORLD), device.type),
             "ignored_params": set(self._replicated),
-            "offload_policy": _offload(device) if config.fsdp_offload else OffloadPolicy(),
+            "offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda")
+            if config.fsdp_offload
+            else OffloadPolicy(),
         }
-        # Weights that train in fp32 are sent in the dtype of the products; states stay as autocast has them.
-        narrow = None if step.lm.adapters or precision.dtype == torch.float32 else precision.dtype
-        policy = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        # Trained fp32 weights are gathered in the dtype of autocast; hidden states keep the dtypes that autocast chose.
+        param_dtype = None if step.lm.adapters or precision.dtype == torch.float32 else precision.dtype
+        policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for layer in decoder_layers(model):
-            fully_shard(layer, mp_policy=policy, **shared)
-        fully_shard(step, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), **shared)
-        register_forward(step, "within")
+            fully_shard(layer, mp_policy=policy, **options)
+        fully_shard(step, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), **options)
+        register_fsdp_forward_method(step, "call_in_forward")
         if not step.lm.adapters and has_experts(step.lm):
             cast(Any, step).set_reduce_scatter_unused_params(True)
 
@@ -172,81 +175,80 @@ class FSDP2Strategy(MultiProcessStrategy):
             dist.broadcast(parameter.data, src=0)
 
     def sync_gradients(self) -> None:
-        # A gradient that is nowhere stays away, as in one process: what is unused neither decays nor has a state.
+        # A parameter that has no gradient in any process gets none, as in one process: it is not decayed, and has no
+        # optimizer state.
         counts = self._process_group.all_reduce_sum([parameter.grad is not None for parameter in self._replicated])
-        used = [p for p, count in zip(self._replicated, counts, strict=True) if count]
+        used = [parameter for parameter, count in zip(self._replicated, counts, strict=True) if count]
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in used]
         for dtype in {gradient.dtype for gradient in gradients}:
-            alike = [gradient for gradient in gradients if gradient.dtype == dtype]
-            summed = torch.cat([gradient.flatten() for gradient in alike])
-            dist.all_reduce(summed)
-            summed /= self._process_group.world_size
-            for gradient, part in zip(alike, summed.split([one.numel() for one in alike]), strict=True):
-                gradient.copy_(part.view_as(gradient))
+            bucket = [gradient for gradient in gradients if gradient.dtype == dtype]
+            flat = torch.cat([gradient.flatten() for gradient in bucket])
+            dist.all_reduce(flat)
+            flat /= self._process_group.world_size
+            for gradient, mean in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
+                gradient.copy_(mean.view_as(gradient))
         for parameter, gradient in zip(used, gradients, strict=True):
             parameter.grad = gradient
 
     @contextlib.contextmanager
     def summon_full_params(self) -> Iterator[None]:
         modules = [module for module in self.step.modules() if isinstance(module, FSDPModule)]
-        self.step.within(lambda: None)  # torch takes the first module that is called for the outermost one
+        self.step.call_in_forward(lambda: None)  # torch makes the first module that is called the root
         for module in modules:
             module.set_reshard_after_forward(False, recurse=False)
             module.unshard()
         try:
             yield
         finally:
-            # torch fetches, in a backward pass, what it saw called before: from here on that is the same everywhere.
-            self.step.within(lambda: None)
+            # torch prefetches in the order of the modules of the last forward pass. The processes ran different ones
+            # in this context; this one is the same everywhere.
+            self.step.call_in_forward(lambda: None)
             for module in modules:
                 module.set_reshard_after_forward(not isinstance(module, TrainStep), recurse=False)
                 module.reshard()
 
 
-def has_experts(lm: LanguageModel) -> bool:
-    """Whether there are experts, modules of their own, to some of which no token of a process may go. Where they are
-    one tensor, as transformers has them, all of it gets a gradient."""
+def has_experts(lm: CausalLM) -> bool:
+    """Returns whether trained experts are separate modules, so that those that get no token have no gradient.
+
+    transformers keeps all experts of a layer in one tensor, which always has a gradient.
+    """
     lists = [m for name, m in lm.named_modules() if isinstance(m, nn.ModuleList) and name.endswith(".experts")]
     return any(parameter.requires_grad for experts in lists for parameter in experts.parameters())
 
 
-def _trains_beyond_text(lm: LanguageModel) -> bool:
-    """Whether what trains is not all of decoder and head: a tower for pictures gets no gradient from text."""
+def _trains_other_towers(lm: CausalLM) -> bool:
+    """Returns whether parameters outside of decoder and head are trained: a vision tower has no gradient from text."""
     parts = (lm.model.get_decoder(), lm.model.get_output_embeddings())
-    reached = {id(parameter) for part in parts for parameter in part.parameters()}
-    return any(p.requires_grad and id(p) not in reached for p in lm.parameters())
+    used = {id(parameter) for part in parts for parameter in part.parameters()}
+    return any(p.requires_grad and id(p) not in used for p in lm.parameters())
 
 
 def can_share(config: TrainConfig, *, has_adapters: bool) -> bool:
-    """Whether fsdp2 is able to do it."""
+    """Returns whether fsdp2 supports the options: no fp16, and adapters or an optimizer that updates shards."""
     return not config.fp16 and (has_adapters or config.optim in _BY_ELEMENT)
 
 
 def check(config: TrainConfig, *, has_adapters: bool) -> None:
-    """Raises ConfigError for what cannot be done on shares of a model."""
+    """Raises ConfigError when fsdp2 does not support the options."""
     if config.distributed != "fsdp2" or can_share(config, has_adapters=has_adapters):
         return
     if config.fp16:
         raise ConfigError(
-            "option 'train.fp16': its loss scale is not kept together over the shares of fsdp2; use bf16, or ddp"
+            "option 'train.fp16': fsdp2 does not synchronise its loss scale over the shards; use bf16, or ddp"
         )
     raise ConfigError(
-        f"option 'train.optim': {config.optim} needs whole tensors, of which fsdp2 gives each process a share; "
+        f"option 'train.optim': {config.optim} needs whole tensors, and fsdp2 gives each process a shard; "
         f"take {', '.join(_BY_ELEMENT[:-1])} or {_BY_ELEMENT[-1]}, train an adapter (--plugin lora), or use ddp"
     )
 
 
-def engine(step: TrainStep, process_group: ProcessGroup, config: TrainConfig, precision: Precision) -> Engine:
-    """What the options and the number of processes ask for."""
+def build_strategy(
+    step: TrainStep, process_group: ProcessGroup, config: TrainConfig, precision: Precision
+) -> ParallelStrategy:
+    """Builds the strategy that the option `train.distributed` selects; without a process group, that of one process."""
     if not process_group.is_initialized:
-        return Engine(step)
+        return ParallelStrategy(step)
     if config.distributed == "ddp":
         return DDPStrategy(step, process_group, precision.device)
     return FSDP2Strategy(step, process_group, config, precision)
-
-
-def _offload(device: torch.device) -> CPUOffloadPolicy:
-    return CPUOffloadPolicy(pin_memory=device.type == "cuda")
-
-
-whole = full_tensor  # its name in trainer.py, until that is adapted

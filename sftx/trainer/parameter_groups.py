@@ -11,7 +11,7 @@ from torch import nn
 
 from sftx.config.options import TrainConfig
 from sftx.errors import ConfigError, ModelError, PluginError
-from sftx.model.language_model import LanguageModel
+from sftx.model.language_model import CausalLM
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class TrainableParam:
         return self.parameter.ndim >= 2
 
 
-def trained(lm: LanguageModel, config: TrainConfig) -> list[TrainableParam]:
+def trained(lm: CausalLM, config: TrainConfig) -> list[TrainableParam]:
     """Every parameter that trains, tied ones once. Raises ModelError when there is none, ConfigError, PluginError."""
     # By identity: rows of added tokens lie in a parametrisation of these modules, tied weights in both.
     embedding = {id(parameter) for parameter in lm.model.get_input_embeddings().parameters()}
@@ -52,7 +52,7 @@ def trained(lm: LanguageModel, config: TrainConfig) -> list[TrainableParam]:
     return found
 
 
-def _scale(lm: LanguageModel, config: TrainConfig, name: str, is_end: bool) -> float:
+def _scale(lm: CausalLM, config: TrainConfig, name: str, is_end: bool) -> float:
     """The rate of embedding and head is the option's where it is given; else each adapter may scale its own."""
     if is_end and config.embedding_learning_rate is not None:
         return config.embedding_learning_rate / config.learning_rate

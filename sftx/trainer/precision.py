@@ -1,4 +1,4 @@
-"""The machine and the options become a device and the dtypes of a run."""
+"""Chooses the device and the dtypes of a run from the options and the hardware, and measures peak memory."""
 
 from __future__ import annotations
 
@@ -16,73 +16,77 @@ from sftx.errors import ConfigError
 
 @dataclass(frozen=True)
 class Precision:
-    """Where and in what numbers a run computes.
+    """Holds the device and the dtypes of a run.
 
-    With bf16 or fp16, matrix products run in it under autocast. What trains is fp32: adapters, or the whole model when
-    there is none; a frozen base is kept in the narrow dtype. `narrow_weights`: a model that trains as a whole is too.
+    In bf16 or fp16, matrix products run in `dtype` under autocast. Trained parameters are fp32, whether adapters or the
+    whole model; the frozen base of adapters is kept in `dtype`. With `low_precision_weights` (the optimizer adamw_bf16)
+    a model that is trained as a whole is kept in `dtype` too.
     """
 
     device: torch.device
     dtype: torch.dtype
     tf32: bool = False
-    narrow_weights: bool = False
+    low_precision_weights: bool = False
 
     def base_dtype(self, *, frozen: bool) -> torch.dtype:
-        return self.dtype if frozen or self.narrow_weights else torch.float32
+        """Returns the dtype in which the model is loaded; `frozen` when only adapters are trained."""
+        return self.dtype if frozen or self.low_precision_weights else torch.float32
 
     def autocast(self) -> torch.autocast:
-        narrow = self.dtype != torch.float32
-        # Without autocast's cache, which keeps a narrow copy of every weight until the forward is over, also of layers
-        # that are computed again: 2 bytes a parameter, for weights that are used once.
+        """Returns the autocast context of a forward pass, which does nothing in fp32."""
+        is_enabled = self.dtype != torch.float32
+        # Autocast's cache is off: it keeps a copy of every weight in `dtype` until the forward pass ends, also for
+        # recomputed layers. That costs 2 bytes per parameter, and every weight is used once.
         return torch.autocast(
-            self.device.type, dtype=self.dtype if narrow else None, enabled=narrow, cache_enabled=False
+            self.device.type, dtype=self.dtype if is_enabled else None, enabled=is_enabled, cache_enabled=False
         )
 
     def grad_scaler(self) -> torch.amp.GradScaler:
-        """Keeps gradients within float16's range, where that is the dtype; else it does nothing."""
+        """Returns the loss scaler that keeps fp16 gradients in range, which does nothing in other dtypes."""
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
     def __str__(self) -> str:
         name = str(self.dtype).removeprefix("torch.")
         details = [] if self.dtype == torch.float32 else ["autocast"]
         details += ["loss scaled"] if self.dtype == torch.float16 else []
-        details += ["no fp32 copy of weights"] if self.narrow_weights else []
+        details += ["no fp32 copy of weights"] if self.low_precision_weights else []
         details += ["products in tf32"] if self.tf32 else []
         return f"{name} ({', '.join(details)})" if details else name
 
 
 def choose(config: TrainConfig, local_rank: int = 0) -> Precision:
-    """Also switches TF32. `local_rank`: the number of the GPU, where there are any.
+    """Chooses device and dtypes, and sets TF32 for the process; `local_rank` is the index of the GPU, if there is one.
 
-    Raises ConfigError when the options exclude each other, or this GPU lacks bf16."""
+    Raises ConfigError when the options contradict each other, or when this GPU does not support bf16.
+    """
     on_cpu = config.use_cpu or not torch.cuda.is_available()
     device = torch.device("cpu") if on_cpu else torch.device("cuda", local_rank)
-    narrow_weights = config.optim == "adamw_bf16"
-    if narrow_weights and (config.fp16 or config.bf16 is False):
-        asked = "fp16" if config.fp16 else "bf16: false"
+    low_precision_weights = config.optim == "adamw_bf16"
+    if low_precision_weights and (config.fp16 or config.bf16 is False):
+        conflicting = "fp16" if config.fp16 else "bf16: false"
         raise ConfigError(
-            f"option 'train.optim': adamw_bf16 keeps weights in bfloat16, which {asked} excludes; leave one out"
+            f"option 'train.optim': adamw_bf16 keeps weights in bfloat16, which {conflicting} excludes; leave one out"
         )
-    able = device.type == "cpu" or torch.cuda.is_bf16_supported()
-    if not able and (config.bf16 or narrow_weights):
+    supports_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported()
+    if not supports_bf16 and (config.bf16 or low_precision_weights):
         option = "bf16" if config.bf16 else "optim: adamw_bf16"
-        raise ConfigError(f"option 'train.{option}': this GPU has no bfloat16; leave it out, or set fp16")
-    by_default = narrow_weights or (device.type == "cuda" and able)
-    bf16 = not config.fp16 and (by_default if config.bf16 is None else config.bf16)
+        raise ConfigError(f"option 'train.{option}': this GPU does not support bfloat16; leave it out, or set fp16")
+    default_bf16 = low_precision_weights or (device.type == "cuda" and supports_bf16)
+    bf16 = not config.fp16 and (default_bf16 if config.bf16 is None else config.bf16)
     dtype = torch.float16 if config.fp16 else torch.bfloat16 if bf16 else torch.float32
     tf32 = config.tf32 and device.type == "cuda"
     if device.type == "cuda":
         torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
-    return Precision(device, dtype, tf32, narrow_weights)
+    return Precision(device, dtype, tf32, low_precision_weights)
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Most memory in use so far: the device's where there is a GPU, resident memory of the process otherwise."""
+    """Returns the peak memory so far: of the GPU as torch allocated it, otherwise the peak resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
-    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
-    if found is not None:  # Linux, whose getrusage() counts what this process was before exec() as well: its parent
-        return int(found[1]) * 1024
+    match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    if match is not None:  # Linux, where getrusage() also counts the memory of the parent process before exec()
+        return int(match[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

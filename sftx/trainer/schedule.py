@@ -1,8 +1,8 @@
-"""A step's number becomes its learning rate: a pure function, so that a resumed run needs no state for it.
+"""Learning-rate schedules, as pure functions of the step: a resumed run needs no scheduler state.
 
-A schedule is a shape over progress, which goes from 0 after warm-up to 1 at the end of the run. The formulas are those
-of transformers' get_scheduler; `minimind` is that of MiniMind's trainers (https://github.com/jingyaogong/minimind,
-get_lr in trainer/trainer_utils.py), which begins at 1.1 times the rate and ends at a tenth of it.
+The formulas are those of transformers' get_scheduler. `minimind` is that of MiniMind's trainers
+(https://github.com/jingyaogong/minimind, get_lr in trainer/trainer_utils.py), which begins at 1.1 times the learning
+rate and ends at a tenth of it.
 """
 
 from __future__ import annotations
@@ -13,59 +13,59 @@ from sftx.config.options import TrainConfig
 
 
 def num_warmup_steps(config: TrainConfig, num_steps: int) -> int:
-    """`warmup_steps`, or that share of all steps when it is below 1 (rounded up, as transformers does)."""
-    return _steps(config.warmup_steps, num_steps)
+    """Returns `warmup_steps`; below 1 it is a fraction of all steps, rounded up as transformers does."""
+    return _resolve(config.warmup_steps, num_steps)
 
 
 def num_decay_steps(config: TrainConfig, num_steps: int) -> int:
-    """The last steps of warmup_stable_decay, which decay: `lr_decay_steps`, as far as warm-up leaves room for them."""
-    return min(_steps(config.lr_decay_steps, num_steps), max(0, num_steps - num_warmup_steps(config, num_steps)))
+    """Returns the number of decay steps at the end of warmup_stable_decay: at most those that warm-up leaves."""
+    return min(_resolve(config.lr_decay_steps, num_steps), max(0, num_steps - num_warmup_steps(config, num_steps)))
 
 
 def learning_rate(config: TrainConfig, step: int, num_steps: int) -> float:
-    """The rate of optimizer step `step`, counted from 0.
+    """Returns the learning rate of optimizer step `step`, counted from 0.
 
-    Warm-up is linear from 0 to where the shape begins. Then the rate falls to `min_lr_ratio` of its peak, except that
-    `constant` stays and `minimind` has a floor of its own; past `num_steps` it stays where it ended.
+    Warm-up is linear from 0 to the first value of the schedule. Then the rate falls to `min_lr_ratio` of its peak,
+    except that `constant` does not fall and `minimind` has a minimum of its own. After `num_steps` it stays the same.
     """
     warmup = num_warmup_steps(config, num_steps)
     if step >= warmup:
-        return config.learning_rate * _shape(config, step - warmup, num_steps - warmup, num_steps)
-    risen = step / warmup
-    if config.lr_scheduler_type == "warmup_stable_decay":  # transformers' begins at the floor, not at 0
-        risen = _above(config.min_lr_ratio, risen)
-    return config.learning_rate * risen * _shape(config, 0, num_steps - warmup, num_steps)
+        return config.learning_rate * _factor(config, step - warmup, num_steps - warmup, num_steps)
+    warmup_factor = step / warmup
+    if config.lr_scheduler_type == "warmup_stable_decay":  # transformers' begins at the minimum, not at 0
+        warmup_factor = _rescale(warmup_factor, config.min_lr_ratio)
+    return config.learning_rate * warmup_factor * _factor(config, 0, num_steps - warmup, num_steps)
 
 
-def _steps(value: float, num_steps: int) -> int:
+def _resolve(value: float, num_steps: int) -> int:
     return math.ceil(value * num_steps if value < 1 else value)
 
 
-def _shape(config: TrainConfig, step: int, length: int, num_steps: int) -> float:
-    """The share of the peak rate after `step` of the `length` steps that follow warm-up."""
-    progress = min(1.0, step / max(1, length))
+def _factor(config: TrainConfig, step: int, num_after_warmup: int, num_steps: int) -> float:
+    """Returns the factor of the peak rate at `step`, counted from the end of warm-up, of `num_after_warmup` steps."""
+    progress = min(1.0, step / max(1, num_after_warmup))
     match config.lr_scheduler_type:
         case "constant":
             return 1.0
         case "minimind":
             return 0.1 + _half_cosine(progress)
         case "linear":
-            share = 1.0 - progress
+            factor = 1.0 - progress
         case "polynomial":
-            share = (1.0 - progress) ** config.lr_power
+            factor = (1.0 - progress) ** config.lr_power
         case "cosine":
-            share = _half_cosine(progress)
+            factor = _half_cosine(progress)
         case _:  # warmup_stable_decay
-            share = _decay(config, step, length, num_decay_steps(config, num_steps))
-    return _above(config.min_lr_ratio, share)
+            factor = _decay(config, step, num_after_warmup, num_decay_steps(config, num_steps))
+    return _rescale(factor, config.min_lr_ratio)
 
 
-def _decay(config: TrainConfig, step: int, length: int, num_decay: int) -> float:
-    """1 until the last `num_decay` steps, which fall to 0."""
-    done = step - (length - num_decay)
-    if done < 0:
+def _decay(config: TrainConfig, step: int, num_after_warmup: int, num_decay: int) -> float:
+    """Returns 1 before the last `num_decay` steps, in which the factor falls to 0."""
+    num_decayed = step - (num_after_warmup - num_decay)
+    if num_decayed < 0:
         return 1.0
-    progress = min(1.0, done / num_decay) if num_decay else 1.0
+    progress = min(1.0, num_decayed / num_decay) if num_decay else 1.0
     match config.lr_decay_type:
         case "linear":
             return 1.0 - progress
@@ -79,6 +79,6 @@ def _half_cosine(progress: float) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def _above(floor: float, share: float) -> float:
-    """A share of what lies between the floor and 1, on top of the floor."""
-    return share * (1.0 - floor) + floor
+def _rescale(factor: float, minimum: float) -> float:
+    """Maps a factor in [0, 1] linearly to [minimum, 1]."""
+    return factor * (1.0 - minimum) + minimum

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from sftx.data.collate import pad
 from sftx.errors import ModelError, one_line
-from sftx.model.language_model import LanguageModel
+from sftx.model.language_model import CausalLM
 from sftx.types import Batch, Collator, Example
 
 _PIECE_TOKENS: Final = 24
 
 
-def check_packing(lm: LanguageModel, collator: Collator, examples: Sequence[Example]) -> None:
+def check_packing(lm: CausalLM, collator: Collator, examples: Sequence[Example]) -> None:
     """Nothing when the collator does not pack. Raises ModelError when documents see one another.
 
     Where varlen is what leaks, the model goes on with transformers' own mask, if that does not.
@@ -71,7 +71,7 @@ def _piece(example: Example, number: int) -> Example:
 
 
 @torch.no_grad()
-def _leak(lm: LanguageModel, batch: Batch) -> str | None:
+def _leak(lm: CausalLM, batch: Batch) -> str | None:
     """What shows that documents see one another; None when they do not."""
     assert batch.cu_seqlens is not None
     borders = batch.cu_seqlens.tolist()

@@ -30,7 +30,7 @@ from sftx.errors import (
     one_line,
 )
 from sftx.events import Result, StartReport, StepReport
-from sftx.model.language_model import LanguageModel
+from sftx.model.language_model import CausalLM
 from sftx.trainer.control import TrainerControl
 from sftx.trainer.evaluate import Evaluator
 from sftx.trainer.observers import Observers
@@ -49,7 +49,7 @@ class Session:
     data: Dataset
     eval_data: Dataset
     sampler: Sampler
-    lm: LanguageModel
+    lm: CausalLM
     trainer: Trainer
     evaluator: Evaluator
     observers: Observers

@@ -22,17 +22,18 @@ from torch import Tensor, nn
 from sftx.assembly.stages import CollatorStage, LossStage
 from sftx.config.options import TrainConfig
 from sftx.data.sampler import PlannedStep, Sampler, split_step
+from sftx.distributed.dtensor import full_tensor
 from sftx.distributed.process_group import ProcessGroup
 from sftx.errors import TrainingError, is_out_of_memory
 from sftx.events import StepReport
-from sftx.model.language_model import LanguageModel
+from sftx.model.language_model import CausalLM
 from sftx.trainer import memory_advice
 from sftx.trainer.layers import prepare_layers
 from sftx.trainer.optimizer import RunOptimizer
-from sftx.trainer.parallel import Engine, TrainStep, engine, whole
+from sftx.trainer.parallel import ParallelStrategy, TrainStep, build_strategy
 from sftx.trainer.precision import Precision, peak_bytes
 from sftx.trainer.schedule import learning_rate
-from sftx.types import Batch
+from sftx.types import Batch, LossSum
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ class MicroBatch:
 class Trainer:
     """Runs optimizer steps on one model."""
 
-    lm: LanguageModel
+    lm: CausalLM
     loss: LossStage
     collator: CollatorStage
     config: TrainConfig
@@ -65,12 +66,12 @@ class Trainer:
     """The checkpoint that an error tells the user to fall back on."""
     check_stop: Callable[[], None] = lambda: None
     """Called between micro-batches. It raises when the run is to stop, and the current step is discarded."""
-    engine: Engine = field(init=False)
+    strategy: ParallelStrategy = field(init=False)
     optimizer: RunOptimizer = field(init=False)
 
     def __post_init__(self) -> None:
         prepare_layers(self.lm.model, self.config)
-        self.engine = engine(TrainStep(self.lm, self.loss), self.process_group, self.config, self.precision)
+        self.strategy = build_strategy(TrainStep(self.lm, self.loss), self.process_group, self.config, self.precision)
         self.optimizer = RunOptimizer(self.lm, self.config)  # after sharding: its state is that of the shards
         self.parameters = [p for p in self.lm.parameters() if p.requires_grad]
         self.scaler = self.precision.grad_scaler()
@@ -160,7 +161,7 @@ class Trainer:
             loss, metrics = self.accumulate(micro_batches, denominator, number - 1)
             for optimizer in self.optimizer.optimizers:
                 self.scaler.unscale_(optimizer)
-            norm = whole(nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf))
+            norm = full_tensor(nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf))
             # The only synchronisation with the device in a step: an update by a gradient that is not finite cannot be
             # undone.
             loss_value, norm_value = torch.stack((loss, norm.to(loss))).tolist()
@@ -190,21 +191,21 @@ class Trainer:
             seed = random.Random(f"forward {self.config.seed} {number} {place}").getrandbits(63)
             self.lm.seed.fill_(seed)
             torch.manual_seed(seed)
-            with self.engine.micro_batch_context(last=index == len(micro_batches) - 1):
+            with self.strategy.micro_batch_context(last=index == len(micro_batches) - 1):
                 with self.precision.autocast():
-                    out = self.engine(one.batch.to(self.lm.device))
+                    out: LossSum = self.strategy.module(one.batch.to(self.lm.device))
                 is_counted = float(one.is_counted)
                 objective = out.sum * is_counted / denominator
                 if out.aux_loss is not None:
                     objective = objective + out.aux_loss * (one.denominator / denominator)
                     metrics["aux_loss"] += out.aux_loss.detach() * (one.denominator / denominator)
-                self.scaler.scale(objective * self.engine.gradient_scale).backward()
+                self.scaler.scale(objective * self.strategy.gradient_scale).backward()
             loss += out.sum.detach() * is_counted / denominator
             for name, value in out.metrics.items():
                 metrics[name] += value.detach() * is_counted / denominator
-        self.engine.sync_gradients()
+        self.strategy.sync_gradients()
         names = self.process_group.all_gather_names(metrics)
-        summed = self.engine.all_reduce(torch.stack([loss, *(metrics[name].to(loss) for name in names)]))
+        summed = self.strategy.all_reduce(torch.stack([loss, *(metrics[name].to(loss) for name in names)]))
         return summed[0], dict(zip(names, summed[1:], strict=True))
 
     def _lower_loss_scale(self, number: int) -> bool:

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("short")
 # ---- providers
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape.op} {shape}")
 def test_every_provider_that_can_run_here_is_right(shape: Shape, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Error in units of the dtype's last place. Compiled ones are traced as ever, but not through a C++ compiler."""

@@ -312,7 +312,8 @@ def test_no_more_workers_than_processors(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_table_without_rich(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "rich", None)
+    for name in ("rich", "rich.console", "rich.table"):
+        monkeypatch.setitem(sys.modules, name, None)
     print_table([["sm_90", "regs"], ["good row-sum", "32"], ["x", "128"]], width=10)
     assert capsys.readouterr().out == "  sm_90         regs\n  good row-sum    32\n  x              128\n"
 

@@ -240,13 +240,13 @@ def test_no_template(tiny_model_dir: Path) -> None:
             '{"messages": [{"role": "user", "content": "x"}]}',
             "rows.jsonl:1: no assistant turn, so nothing to train (the row has 6 tokens); "
             "1 of 1 rows train nothing or were dropped; "
-            "mend the rows",
+            "correct the rows",
         ),
         (
             '{"prompt": [{"role": "assistant", "content": "x"}], "completion": [{"role": "user", "content": "y"}]}\n'
             * 3,
             "rows.jsonl:1: no trained token (the row has 13 tokens); "
-            "3 of 3 rows train nothing or were dropped; mend the rows",
+            "3 of 3 rows train nothing or were dropped; correct the rows",
         ),
     ],
     ids=["empty", "json", "format", "role", "no-assistant", "untrained"],
@@ -261,14 +261,14 @@ def test_too_many_rows_that_train_nothing(base: list[str]) -> None:
     assert error_of(*base) == (
         "rows.jsonl:2: no assistant turn, so nothing to train (the row has 8 tokens); "
         "1 of 3 rows train nothing or were dropped, "
-        "more than data.max_dropped=0.05 allows; mend the rows, or raise data.max_dropped"
+        "more than data.max_dropped=0.05 allows; correct the rows, or raise data.max_dropped"
     )
 
 
 def test_a_max_length_shorter_than_the_prompt(base: list[str]) -> None:
     assert error_of(*base, "--max-length", "4") == (
         "rows.jsonl:1: its prompt alone fills max_length=4 (the row has 16 tokens); "
-        "4 of 4 rows train nothing or were dropped; mend the rows"
+        "4 of 4 rows train nothing or were dropped; correct the rows"
     )
 
 

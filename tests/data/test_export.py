@@ -1,4 +1,4 @@
-"""Rows of any format are written as messages, and what is written is read back as it was."""
+"""Rows of any format are exported as messages, which are read back unchanged."""
 
 from __future__ import annotations
 
@@ -71,19 +71,19 @@ TOOL = st.builds(
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(MESSAGE, max_size=4).map(tuple), st.lists(TOOL, max_size=2).map(tuple))
-def test_a_conversation_is_read_back_as_it_was(
+def test_a_conversation_is_read_back_unchanged(
     parsers: dict[str, Parser], messages: tuple[Message, ...], tools: tuple[Any, ...]
 ) -> None:
     conversation = Conversation(messages, tools)
     assert read_back(parsers, conversation) == conversation
 
 
-def test_text_and_tokens_are_read_back_as_they_were(parsers: dict[str, Parser]) -> None:
+def test_text_and_tokens_are_read_back_unchanged(parsers: dict[str, Parser]) -> None:
     for parsed in (PlainText("床前明月光\r\n"), Tokens((5, 6, 7), (False, True, True))):
         assert read_back(parsers, parsed) == parsed
 
 
-def test_every_sample_of_every_format_is_the_same_after_an_export(parsers: dict[str, Parser]) -> None:
+def test_every_sample_of_every_format_is_read_back_unchanged(parsers: dict[str, Parser]) -> None:
     for parser in parsers.values():
         for sample in parser.samples:
             found = parser.parse(sample, WHERE)
@@ -91,7 +91,7 @@ def test_every_sample_of_every_format_is_the_same_after_an_export(parsers: dict[
                 assert read_back(parsers, found[0]) == dataclasses.replace(found[0], extras={})
 
 
-def test_the_written_form_is_openais() -> None:
+def test_conversations_are_written_in_the_format_of_openai() -> None:
     call = ToolCall("weather", {"city": "北京", "day": None}, "c1")
     messages = (
         Message("user", "Q"),
@@ -137,8 +137,8 @@ def written(
     file = tmp_path / "x.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     ledger = Ledger()
-    wanted = [Source(str(file), **(source or {}))]
-    lines = list(export.export(wanted, DataConfig(**options), parsers, ledger))
+    source_list = [Source(str(file), **(source or {}))]
+    lines = list(export.export_lines(source_list, DataConfig(**options), parsers, ledger))
     assert not any("\n" in line for line in lines)
     return [json.loads(line) for line in lines], ledger
 
@@ -147,12 +147,12 @@ def reasons(ledger: Ledger) -> list[tuple[int, str, str]]:
     return [(entry.where.number, entry.action, entry.reason) for entry in ledger.entries]
 
 
-def test_rows_of_every_format_are_merged_in_their_order(parsers: dict[str, Parser], tmp_path: Path) -> None:
+def test_rows_of_every_format_are_merged_in_order(parsers: dict[str, Parser], tmp_path: Path) -> None:
     sharegpt = {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}
     rows, ledger = written(parsers, tmp_path, PAIR, sharegpt, {"text": "T"}, LONG)
     question, answer = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
     assert rows == [
-        {"messages": [question | {"train": False}, answer]},  # a prompt is not trained, whatever a run trains
+        {"messages": [question | {"train": False}, answer]},  # a prompt is never trained
         {"messages": [question, answer]},
         {"text": "T"},
         LONG,
@@ -160,7 +160,7 @@ def test_rows_of_every_format_are_merged_in_their_order(parsers: dict[str, Parse
     assert (ledger.num_rows, ledger.entries) == (4, [])
 
 
-def test_filters_and_what_cannot_be_read_are_in_the_ledger(parsers: dict[str, Parser], tmp_path: Path) -> None:
+def test_filtered_and_invalid_rows_are_in_the_ledger(parsers: dict[str, Parser], tmp_path: Path) -> None:
     filters = Filters(duplicates="drop", max_turns=2)
     rows, ledger = written(
         parsers, tmp_path, PAIR, LONG, PAIR, {"prompt": 5, "completion": "A"}, {"text": "T"},
@@ -178,7 +178,7 @@ def test_filters_and_what_cannot_be_read_are_in_the_ledger(parsers: dict[str, Pa
         written(parsers, tmp_path, {"prompt": 5, "completion": "A"}, PAIR, invalid_rows="drop")
 
 
-def test_what_the_options_say_of_turns_is_written(parsers: dict[str, Parser], tmp_path: Path) -> None:
+def test_options_that_decide_which_turns_are_trained_are_applied(parsers: dict[str, Parser], tmp_path: Path) -> None:
     (row,), _ = written(parsers, tmp_path, LONG, train_turns="last", system="S")
     assert [(m["role"], m.get("train")) for m in row["messages"]] == [
         ("system", None),
@@ -189,14 +189,14 @@ def test_what_the_options_say_of_turns_is_written(parsers: dict[str, Parser], tm
     ]
 
 
-def test_columns_and_limit_are_those_of_the_source(parsers: dict[str, Parser], tmp_path: Path) -> None:
+def test_columns_and_limit_of_the_source_are_applied(parsers: dict[str, Parser], tmp_path: Path) -> None:
     source = {"columns": {"prompt": "q", "completion": "a"}, "limit": 1}
     rows, _ = written(parsers, tmp_path, {"q": "Q", "a": "A"}, {"q": 5}, source=source)
     assert [m["content"] for m in rows[0]["messages"]] == ["Q", "A"]
 
 
 def test_a_preference_pair_is_refused(tmp_path: Path) -> None:
-    """As two lines, the answer that is not preferred would be trained as the other is."""
+    """As two lines, the rejected answer would be trained like the preferred one."""
 
     class Pairs:
         fields = "chosen, rejected"
@@ -212,6 +212,6 @@ def test_a_preference_pair_is_refused(tmp_path: Path) -> None:
         written({"pairs": Pairs()}, tmp_path, {"chosen": "a"})
 
 
-def test_what_is_no_unicode_stays_what_it_is(parsers: dict[str, Parser], tmp_path: Path) -> None:
+def test_a_lone_surrogate_is_read_back_unchanged(parsers: dict[str, Parser], tmp_path: Path) -> None:
     rows, _ = written(parsers, tmp_path, {"text": "a \ud800 b"}, {"text": "é"})
     assert rows == [{"text": "a \ud800 b"}, {"text": "é"}]

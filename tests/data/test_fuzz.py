@@ -1,8 +1,8 @@
-"""10,000 rows that somebody got wrong: each gives examples, an entry of the ledger, or an error with its place.
+"""10,000 malformed rows: each becomes examples, an entry of the ledger, or an error with its location.
 
-Whatever becomes an example is checked anew, without the code that made its mask: what is trained decodes to the text of
-the trained turns, letter by letter, nothing that the row marks as another's is among it, and there is no control token
-but those that the form of the conversation has.
+Every example is checked without the code that made its mask: its trained tokens decode to exactly the text of the
+trained turns, without any text that the row marks as not the assistant's, and the number of its control tokens is that
+of the template.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ END = "<|im_end|>"
 PARSERS: dict[str, Parser] = {name: load_class(find(name, discover()))() for name in DEFAULTS["sftx_parser"]}
 SAMPLES = [sample for parser in PARSERS.values() for sample in parser.samples]
 
-# --- what the row itself says ------------------------------------------------------------
+# --- texts of the row ------------------------------------------------------------
 
 
 def bare(text: str) -> str:
@@ -43,7 +43,7 @@ def bare(text: str) -> str:
 
 
 def says(record: dict[str, Any]) -> set[str]:
-    """Every text of the row without white space and tags; of parts, and of an instruction with its input, the whole."""
+    """Return every text of the row without white space and tags, and the joined parts of a content or instruction."""
     found = {bare(inner[key]) for inner, key in texts(record)} | {""}
     for inner, key in places(record):
         parts = inner[key] if type(inner[key]) is list else []
@@ -60,7 +60,7 @@ def says(record: dict[str, Any]) -> set[str]:
 
 
 def check_nothing_is_lost(conversation: Conversation, record: dict[str, Any], format_: str) -> None:
-    """Asserts that what the parser made of each turn stands in the row, whole; of a transcript, as a piece."""
+    """Check that the row has the text of each parsed turn: as a whole value, or as a part of a transcript."""
     whole = says(record)
     for message in conversation.messages:
         reasoning, content = bare(message.reasoning), bare(message.content)
@@ -70,7 +70,7 @@ def check_nothing_is_lost(conversation: Conversation, record: dict[str, Any], fo
             assert reasoning + content in whole or {reasoning, content} <= whole
 
 
-# --- what must be trained, by the form of ChatML and by what Hermes made of it for tools ----------------------
+# --- the trained text in ChatML, with tools in the form of Hermes ----------------------
 
 
 def trained_text(conversation: Conversation) -> str:
@@ -95,9 +95,9 @@ def trained_text(conversation: Conversation) -> str:
 
 
 def num_controls(conversation: Conversation, vocabulary: dict[str, int]) -> int:
-    """Control tokens of the form: two around each turn, results in a row sharing one, and around thoughts and calls.
+    """Count the control tokens of ChatML: two for each turn (consecutive tool results share one), reasoning and calls.
 
-    What is said of the tools shows a call twice.
+    The system text that lists the tools has an example call and its tags twice.
     """
     messages: list[Message] = list(conversation.messages)
     if conversation.tools and not (messages and messages[0].role == "system"):
@@ -117,14 +117,14 @@ def num_controls(conversation: Conversation, vocabulary: dict[str, int]) -> int:
 
 
 class Model:
-    """A tokenizer with ChatML on it."""
+    """A tokenizer, and row encoders that use it with ChatML."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.vocabulary = tokenizer.get_vocab()
         template = load_class(find("chatml", discover()))().sftx_template(tokenizer)
         self.encoder = Encoder(tokenizer, template)
-        # Longer than any row, so that none is cut; and so short that many are.
+        # One encoder does not cut any row, and the others cut many.
         self.whole = RowEncoder(PARSERS, self.encoder, DataConfig(max_length=2**22))
         self.cut = [
             RowEncoder(PARSERS, self.encoder, DataConfig(max_length=CUT_TO, long_rows=policy))
@@ -138,7 +138,7 @@ class Model:
 def encode(
     encoder: RowEncoder, where: Location, record: dict[str, Any]
 ) -> tuple[list[tuple[list[int], list[bool]]], int]:
-    """Ids and mask of each example of a record, and how many entries of the ledger it gave. Raises DataError."""
+    """Return token ids and mask of each example of a record, and the number of its ledger entries. Raises DataError."""
     row = encoder(where, record, Source("fuzz.jsonl"))
     assert all(entry.where == where and entry.reason for entry in row.entries)
     return [(one.token_ids.tolist(), one.loss_mask.tolist()) for one in row.examples], len(row.entries)
@@ -158,7 +158,7 @@ def trained_ids(ids: list[int], mask: list[bool]) -> list[int]:
 
 
 def check(parsed: Parsed, ids: list[int], mask: list[bool], model: Model) -> None:
-    """Asserts that exactly what is to be trained is."""
+    """Check that exactly the right tokens are trained."""
     trained = trained_ids(ids, mask)
     if isinstance(parsed, Tokens):
         assert (ids, mask) == (list(parsed.token_ids), list(parsed.loss_mask))
@@ -179,7 +179,7 @@ def check(parsed: Parsed, ids: list[int], mask: list[bool], model: Model) -> Non
 
 
 def same(one: str, other: str) -> bool:
-    """Whether two texts are the same; Qwen's tokenizer composes accents (NFC) before anything else."""
+    """Return whether two texts are equal after Unicode normalization (NFC), which Qwen's tokenizer applies first."""
     return one == other or unicodedata.normalize("NFC", one) == unicodedata.normalize("NFC", other)
 
 
@@ -198,7 +198,7 @@ def test_no_row_gives_a_traceback_or_trains_a_wrong_token(models: list[Model]) -
             error = ""
         if error:
             assert str(where) in error
-            assert len(error) < 1000, "an error is a line, however long the value was"
+            assert len(error) < 1000, "an error has one line, however long the value is"
             assert error.isprintable()
             outcomes["refused" if name else "of no format"] += 1
             continue

@@ -1,4 +1,4 @@
-"""A hub dataset is read at one commit, or one line says why it cannot be had. The hub is played: none is reached."""
+"""Hub datasets are read at one commit, or raise an error of one line. The hub is mocked, the network is not used."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ def answer(status: int) -> Any:
     return types.SimpleNamespace(headers={}, request=None, status_code=status)
 
 
-def test_why_a_hub_dataset_cannot_be_had_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_dataset_that_cannot_be_downloaded_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import errors
 
-    sources.check(Source("owner/name"))  # nothing is asked yet
+    sources.check(Source("owner/name"))  # the hub is not asked yet
     assert sources.num_bytes(Source("owner/name")) == 0
     here = f"owner/name: no such file or directory (looked in {Path.cwd()})"
     hub_raises(monkeypatch, OSError("Name or service not known"))
@@ -71,16 +71,16 @@ def test_why_a_hub_dataset_cannot_be_had_is_said_in_one_line(monkeypatch: pytest
 
 
 def test_a_hub_dataset_is_read_at_the_commit_that_its_fingerprint_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The hub is played by a local directory, which `datasets` takes by the same call."""
+    """A local directory, which `datasets` loads by the same call, takes the place of the hub."""
     import datasets
     import huggingface_hub
 
     commits = iter(["abc", "def"])
-    asked: list[dict[str, Any]] = []
+    calls: list[dict[str, Any]] = []
     load = datasets.load_dataset
 
     def load_dataset(path: str, name: str | None, **options: Any) -> Any:
-        asked.append({"path": path, "name": name, **options})
+        calls.append({"path": path, "name": name, **options})
         return load("there", name, split=options["split"], streaming=options["streaming"], cache_dir="cache")
 
     Path("there").mkdir()
@@ -103,7 +103,7 @@ def test_a_hub_dataset_is_read_at_the_commit_that_its_fingerprint_names(monkeypa
         assert len(list(sources.read(source, streaming=True))) == 2
     finally:
         datasets.enable_progress_bars()
-    assert [(a["revision"], a["streaming"], a["split"]) for a in asked] == [
+    assert [(a["revision"], a["streaming"], a["split"]) for a in calls] == [
         ("abc", False, "train"),
         ("abc", True, "train"),
         ("abc", True, "train"),
@@ -115,15 +115,15 @@ def test_a_hub_dataset_is_read_at_the_commit_that_its_fingerprint_names(monkeypa
 def test_offline_the_hub_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
-    hub_raises(monkeypatch, AssertionError("asked"))
+    hub_raises(monkeypatch, AssertionError("the hub was asked"))
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    asked: list[dict[str, Any]] = []
+    calls: list[dict[str, Any]] = []
 
     def load_dataset(path: str, name: str | None, **options: Any) -> Any:
-        asked.append(options)
+        calls.append(options)
         raise ConnectionError("Couldn't reach 'owner/name' on the Hub (OfflineModeIsEnabled)")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(DataError, match=r"^owner/name: cannot be read: Couldn't reach 'owner/name' on the Hub"):
         list(sources.read(Source("owner/name", limit=3)))
-    assert asked == [{"split": "train", "streaming": False, "revision": None}]
+    assert calls == [{"split": "train", "streaming": False, "revision": None}]

@@ -1,4 +1,4 @@
-"""Weighted sources: each epoch takes what the weights say, another part each time, and never parts a group."""
+"""Weighted sources: the weights decide how many examples an epoch has, each epoch draws anew, groups stay together."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sftx.errors import DataError
 
 
 def drawn(sizes: list[int], weights: list[float], strategy: Any, epoch: int = 0, seed: int = 1) -> Counter[int]:
-    """How often each example is drawn; source s has examples s*1000, s*1000+1, ... of a group each."""
+    """Count how often each example is drawn. Source s has examples s*1000, s*1000+1, ..., each its own group."""
     sources = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
     names = np.concatenate([np.arange(size) + 1000 * s for s, size in enumerate(sizes)])
     indices, groups = sample(np.arange(sum(sizes)), sources, weights, strategy, seed=seed, epoch=epoch)
@@ -30,7 +30,7 @@ def per_source(counts: Counter[int]) -> dict[int, int]:
     return dict(found)
 
 
-def test_without_weights_every_example_is_once_in_an_epoch() -> None:
+def test_without_weights_an_epoch_has_every_example_once() -> None:
     assert set(drawn([5, 7], [1, 1], "concat").values()) == {1}
 
 
@@ -46,7 +46,7 @@ def test_concat_repeats_by_weight_and_draws_a_fraction_anew() -> None:
 @pytest.mark.parametrize(
     ("strategy", "expected"), [("interleave_under", {0: 10, 1: 30}), ("interleave_over", {0: 33, 1: 100})]
 )
-def test_interleaving_keeps_the_shares(strategy: str, expected: dict[int, int]) -> None:
+def test_interleaving_keeps_the_proportions_of_the_weights(strategy: str, expected: dict[int, int]) -> None:
     counts = drawn([10, 100], [1, 3], strategy)
     assert per_source(counts) == expected
     if strategy == "interleave_over":
@@ -54,7 +54,7 @@ def test_interleaving_keeps_the_shares(strategy: str, expected: dict[int, int]) 
         assert {counts[name] for name in range(10)} == {3, 4}
 
 
-def test_over_many_epochs_every_example_comes_equally_often() -> None:
+def test_over_many_epochs_every_example_is_drawn_equally_often() -> None:
     total: Counter[int] = Counter()
     for epoch in range(200):
         total += drawn([40], [0.5], "concat", epoch)
@@ -62,7 +62,7 @@ def test_over_many_epochs_every_example_comes_equally_often() -> None:
     assert all(58 <= total[name] <= 142 for name in range(40))
 
 
-def test_groups_stay_whole_and_each_repetition_is_a_group_of_its_own() -> None:
+def test_groups_stay_together_and_each_repetition_is_a_group_of_its_own() -> None:
     groups = np.array([0, 0, 1, 1, 2, 2])
     indices, drawn_groups = sample(groups, np.zeros(6, np.int32), [2.0], "concat", seed=1, epoch=0)
     members: dict[int, list[int]] = {}

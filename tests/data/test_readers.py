@@ -1,4 +1,4 @@
-"""A file of each kind becomes rows that know their place, or one line says why not."""
+"""Readers of each kind of file yield rows with their locations, or raise an error of one line."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ def _in_an_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 # --- JSON lines ---------------------------------------------------------------------------------
 
 
-def test_json_lines_may_have_different_fields_and_know_their_lines() -> None:
+def test_json_lines_may_have_different_fields_and_keep_their_line_numbers() -> None:
     content = f'{{"a": 1}}\n\n   \n{{"b": [null, {{"c": {json.dumps(TEXT)}}}]}}'
     assert rows("x.jsonl", content) == [("x.jsonl:1", {"a": 1}), ("x.jsonl:4", {"b": [None, {"c": TEXT}]})]
 
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.JSONL", "x.ndjson", "x.json"])
 @pytest.mark.parametrize("start", ["", "\ufeff", "\r\n", "\ufeff\r\n"], ids=["bare", "bom", "blank", "bom-blank"])
-def test_a_byte_order_mark_and_windows_line_ends_change_nothing_but_the_line(name: str, start: str) -> None:
+def test_a_byte_order_mark_and_windows_line_ends_do_not_change_the_rows(name: str, start: str) -> None:
     first = 1 + start.count("\n")
     expected = [(f"{name}:{first}", {"a": 1}), (f"{name}:{first + 2}", {"a": "x\r\n"})]
     assert rows(name, f'{start}{{"a": 1}}\r\n\r\n{{"a": "x\\r\\n"}}\r\n') == expected
 
 
 def test_only_a_newline_ends_a_line() -> None:
-    """JSON may hold U+2028 and U+0085 as they are, which str.splitlines takes for ends of lines."""
+    """JSON may contain U+2028 and U+0085 unescaped, which str.splitlines takes for line ends."""
     content = json.dumps({"a": TEXT}, ensure_ascii=False) + "\n" + '{"b": 1}\n'
     assert rows("x.jsonl", content) == [("x.jsonl:1", {"a": TEXT}), ("x.jsonl:2", {"b": 1})]
 
@@ -64,7 +64,7 @@ def test_only_a_newline_ends_a_line() -> None:
         ("\ufeff", "x.jsonl: holds no rows"),
     ],
 )
-def test_a_broken_line_is_named(content: str | bytes, message: str) -> None:
+def test_a_broken_line_is_reported(content: str | bytes, message: str) -> None:
     assert error_of("x.jsonl", content).startswith(message)
 
 
@@ -78,7 +78,7 @@ def test_rows_before_a_broken_one_are_read() -> None:
 # --- JSON ---------------------------------------------------------------------------------------
 
 
-def test_a_json_list_knows_the_line_of_each_row() -> None:
+def test_the_rows_of_a_json_list_keep_their_line_numbers() -> None:
     content = ' \n[\n  {"a": 1}, {"a": 2},\n  {\n    "a": 3\n  }\n  , {"b": "x"}\n]\n'
     assert rows("x.json", content) == [
         ("x.json:3", {"a": 1}),
@@ -88,7 +88,7 @@ def test_a_json_list_knows_the_line_of_each_row() -> None:
     ]
 
 
-def test_a_json_file_of_json_lines_is_read_as_such() -> None:
+def test_a_json_file_may_hold_json_lines() -> None:
     assert rows("x.json", '{"a": 1}\n{"a": 2}\n') == [("x.json:1", {"a": 1}), ("x.json:2", {"a": 2})]
     assert rows("y.json", '{"a": 1}') == [("y.json:1", {"a": 1})]
 
@@ -113,14 +113,14 @@ def test_a_json_file_of_json_lines_is_read_as_such() -> None:
         ("", "x.json: holds no rows"),
     ],
 )
-def test_a_broken_json_file_is_named_with_the_line(content: str | bytes, message: str) -> None:
+def test_a_broken_json_file_is_reported_with_the_line(content: str | bytes, message: str) -> None:
     assert error_of("x.json", content).startswith(message)
 
 
 # --- CSV and parquet ----------------------------------------------------------------------------
 
 
-def test_csv_is_text_and_stays_what_it_is() -> None:
+def test_csv_fields_are_unchanged_text() -> None:
     content = f'prompt,completion\r\n042,NA\r\n\r\n"two\r\nlines, ""quoted""",\r\n"{TEXT}",1e5\r\n'
     assert rows("x.csv", content) == [
         ("x.csv:2", {"prompt": "042", "completion": "NA"}),
@@ -147,11 +147,11 @@ def test_csv_may_begin_with_a_byte_order_mark_and_hold_long_texts() -> None:
         ("", "x.csv: holds no rows"),
     ],
 )
-def test_a_broken_csv_file_is_named_with_the_line(content: str | bytes, message: str) -> None:
+def test_a_broken_csv_file_is_reported_with_the_line(content: str | bytes, message: str) -> None:
     assert error_of("x.csv", content).startswith(message)
 
 
-def test_parquet_gives_nested_rows_with_their_numbers() -> None:
+def test_parquet_yields_nested_rows_with_their_row_numbers() -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -161,7 +161,7 @@ def test_parquet_gives_nested_rows_with_their_numbers() -> None:
     assert read == [("x.parquet row 1", records[0]), ("x.parquet row 2", records[1])]
 
 
-def test_a_broken_or_empty_parquet_file_is_named(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_broken_or_empty_parquet_file_is_reported(capfd: pytest.CaptureFixture[str]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -196,14 +196,14 @@ COMPRESS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".
         ("x.txt", TEXT),
     ],
 )
-def test_a_compressed_file_gives_the_same_rows(name: str, content: str, suffix: str) -> None:
+def test_a_compressed_file_yields_the_same_rows(name: str, content: str, suffix: str) -> None:
     plain = [(where.removeprefix(name), row) for where, row in rows(name, content)]
     packed = name + suffix
     assert [(w.removeprefix(packed), r) for w, r in rows(packed, COMPRESS[suffix](content.encode()))] == plain
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)
-def test_a_compressed_file_that_ends_early_is_an_error_and_no_shorter_file(suffix: str) -> None:
+def test_a_truncated_compressed_file_is_an_error(suffix: str) -> None:
     content = b"".join(json.dumps({"a": number, "b": os.urandom(40).hex()}).encode() + b"\n" for number in range(9999))
     packed = COMPRESS[suffix](content)
     name = "x.jsonl" + suffix
@@ -216,7 +216,7 @@ def test_a_compressed_file_that_ends_early_is_an_error_and_no_shorter_file(suffi
     ("suffix", "compress"), [*COMPRESS.items(), (".parquet", lambda content: b"PAR1\x15" + content)]
 )
 @pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.csv", "x.txt"])
-def test_a_file_of_the_wrong_name_is_told_the_right_one(name: str, suffix: str, compress: Any) -> None:
+def test_a_file_with_the_wrong_suffix_is_reported_with_the_right_one(name: str, suffix: str, compress: Any) -> None:
     assert error_of(name, compress(b"{}")) == f"{name}: begins as a {suffix} file does; give it that name"
 
 
@@ -231,7 +231,7 @@ WIDE = [
 
 @pytest.mark.parametrize("indent", [None, 0, 3])
 @pytest.mark.parametrize("ensure_ascii", [True, False])
-def test_a_list_is_the_same_wherever_its_pieces_are_cut(
+def test_a_list_does_not_depend_on_the_size_of_the_pieces_read(
     indent: int | None, ensure_ascii: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = "\ufeff \n" + json.dumps(WIDE * 2, indent=indent, ensure_ascii=ensure_ascii) + " \n"
@@ -243,7 +243,9 @@ def test_a_list_is_the_same_wherever_its_pieces_are_cut(
         assert rows("x.json", content) == whole
 
 
-def test_an_error_in_a_list_has_the_same_place_wherever_its_pieces_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_location_of_an_error_in_a_list_does_not_depend_on_the_size_of_the_pieces_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     broken = [
         '[{"a": "é"},\n\n {"a": 1, é}]',
         '[{"a": "é"},\n {"a": "x\ny"}]',
@@ -279,7 +281,7 @@ def arrow_table(num_rows: int) -> tuple[Any, list[dict[str, Any]]]:
 
 
 @pytest.mark.parametrize("form", ["new_stream", "new_file"])
-def test_both_forms_of_arrow_are_read(form: str) -> None:
+def test_both_arrow_formats_are_read(form: str) -> None:
     import pyarrow as pa
 
     table, records = arrow_table(600)
@@ -292,7 +294,7 @@ def test_both_forms_of_arrow_are_read(form: str) -> None:
     assert error_of("x.arrow", "no arrow").startswith("x.arrow: cannot be read: ")
 
 
-def test_damaged_arrow_is_an_error_and_no_crash() -> None:
+def test_a_damaged_arrow_file_is_an_error() -> None:
     import pyarrow as pa
 
     table = pa.table({"a": ["xxxxx", "y"]})
@@ -306,7 +308,7 @@ def test_damaged_arrow_is_an_error_and_no_crash() -> None:
 
 
 def test_json_of_any_shape_in_a_column_is_decoded() -> None:
-    """What `datasets` writes for tools, whose fields differ from row to row."""
+    """`datasets` writes such columns for tools, whose fields differ from row to row."""
     from datasets import Dataset, Features, Json, List, Value
 
     records = [{"n": 1, "tools": [{"a": {"b": 1}}]}, {"n": 2, "tools": [{"c": "x"}, 5]}, {"n": 3, "tools": None}]
@@ -315,7 +317,7 @@ def test_json_of_any_shape_in_a_column_is_decoded() -> None:
     assert [row for _, row in sources.read(Source("x.parquet"))] == records
 
 
-def test_two_columns_of_one_name_are_refused() -> None:
+def test_two_columns_with_the_same_name_are_refused() -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 

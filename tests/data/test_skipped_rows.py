@@ -1,4 +1,4 @@
-"""Reading from the middle: the rows that were read before are passed over, in every kind of source."""
+"""Reading may start at any row of every kind of source, as a resumed run needs it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROWS = [{"a": n, "b": f"row {n}"} for n in range(NUM)]
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    """The rows in the form that the file's name says, with blank lines, small row groups and batches."""
+    """Write rows in the format of the file's suffix, with blank lines, small row groups and small batches."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -48,7 +48,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def check(source: Source, *, streaming: bool = False) -> list[Any]:
-    """Every beginning gives the rest of what is read from the first row on, with the same places."""
+    """Check that reading from any row on yields the same rows and locations as reading all, and return all."""
     whole = list(sources.read(source, streaming=streaming))
     num = len(whole)
     assert num > 2
@@ -88,9 +88,7 @@ def test_a_directory_of_several_kinds_is_read_from_any_row(tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("name", ["x.parquet", "x.arrow", "x.jsonl"])
-def test_no_value_is_made_of_a_row_that_is_passed_over(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_skipped_rows_are_not_decoded(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / name, ROWS)
     made: list[Any] = []
     loads, decoder = readers._loads, readers._json_decoder

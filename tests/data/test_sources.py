@@ -1,4 +1,4 @@
-"""A source becomes records that know their place, or one line says why not."""
+"""Sources yield records with their locations, or raise an error of one line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _in_an_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 # --- files --------------------------------------------------------------------------------------
 
 
-def test_what_is_no_readable_file_is_said() -> None:
+def test_an_unreadable_path_is_reported() -> None:
     assert error_of("none.jsonl") == f"none.jsonl: no such file (looked in {Path.cwd()})"
     assert error_of("/none/none.jsonl") == "/none/none.jsonl: no such file"
     assert error_of("x.tsv", "") == f"x.tsv: unknown kind of file '.tsv'; known are {readers.known()}"
@@ -36,25 +36,27 @@ def test_what_is_no_readable_file_is_said() -> None:
     assert error_of("x" * 300 + ".jsonl").startswith("x" * 300 + ".jsonl: cannot be read: ")
     Path("dangling.jsonl").symlink_to("nowhere.jsonl")
     assert error_of("dangling.jsonl") == "dangling.jsonl: is a link to nowhere.jsonl, which is not there"
-    os.mkfifo("pipe.jsonl")  # it would be waited for without end
+    os.mkfifo("pipe.jsonl")  # opening it would block forever
     assert error_of("pipe.jsonl") == "pipe.jsonl: is no regular file"
 
 
-def test_a_path_may_begin_at_home_or_in_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_may_begin_with_the_home_directory_or_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     write("x.jsonl", "{}")
     assert [str(where) for where, _ in sources.read(Source("~/x.jsonl"))] == ["~/x.jsonl:1"]
     assert sources.resolve("sftx:errors.py") == Path(sftx.__file__).with_name("errors.py")
 
 
-def test_a_file_that_may_not_be_read_is_said_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_without_read_permission_is_reported_before_reading(monkeypatch: pytest.MonkeyPatch) -> None:
     write("x.jsonl", "{}")
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # chmod does not stop a root user
     with pytest.raises(DataError, match=r"^x\.jsonl: cannot be read: permission denied$"):
         sources.check(Source("x.jsonl"))
 
 
-def test_a_limit_stops_before_what_is_broken() -> None:
+def test_a_limit_stops_before_a_broken_row() -> None:
     write("x.jsonl", '{"a": 1}\n{"a": 2}\n{')
     assert [row for _, row in sources.read(Source("x.jsonl", limit=2))] == [{"a": 1}, {"a": 2}]
 
@@ -99,7 +101,7 @@ def test_a_directory_is_its_files_in_the_order_of_their_paths() -> None:
     )
 
 
-def test_what_a_directory_lacks_is_said() -> None:
+def test_a_directory_without_rows_is_reported() -> None:
     Path("empty").mkdir()
     assert error_of("empty").startswith("empty: no file of rows is in this directory, which holds nothing; known are .")
     folder(d__a_DOT_md="", d__b_DOT_py="")
@@ -108,7 +110,7 @@ def test_what_a_directory_lacks_is_said() -> None:
     assert error_of("d") == "d: holds no rows"
     folder(d__c_DOT_jsonl='{"a": 1}\n{')
     assert error_of("d").startswith("d/c.jsonl:2: not valid JSON")
-    Path("d/e.parquet").symlink_to("gone")  # a shard that is missing is no shard less
+    Path("d/e.parquet").symlink_to("gone")  # a missing shard is an error
     assert error_of("d") == "d/e.parquet: is a link to gone, which is not there"
 
 
@@ -120,13 +122,13 @@ def test_what_a_directory_lacks_is_said() -> None:
         {"d__train__a_DOT_jsonl": "{}", "d__eval__a_DOT_jsonl": "{}"},
     ],
 )
-def test_held_out_files_are_not_trained_on_because_they_lie_beside_the_others(files: dict[str, str]) -> None:
+def test_a_directory_with_several_splits_is_refused(files: dict[str, str]) -> None:
     folder(**files)
     with pytest.raises(DataError, match=r"^d: holds several splits \(.*\); choose one with split: NAME"):
         sources.check(Source("d"))
 
 
-def test_a_directory_of_shards_gives_the_split_that_is_asked_for() -> None:
+def test_a_directory_of_shards_yields_the_chosen_split() -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -187,7 +189,7 @@ def mapped(record: dict[str, Any], **columns: str) -> dict[str, Any]:
     return dict(row)
 
 
-def test_columns_make_the_record_that_the_format_wants() -> None:
+def test_columns_give_fields_the_names_of_the_format() -> None:
     record = {"q": "Q", "qa": {"answer": {"text": "A"}}, "a.b": 1, "prompt": "not this", "none": None}
     assert mapped(record, prompt="q", completion="qa.answer.text") == {"prompt": "Q", "completion": "A"}
     assert mapped(record, x="a.b", y="none") == {"x": 1, "y": None}
@@ -202,13 +204,13 @@ def test_columns_make_the_record_that_the_format_wants() -> None:
         ("n.x", "no column 'n.x'"),
     ],
 )
-def test_a_column_that_is_not_there_is_named_with_its_line(column: str, message: str) -> None:
+def test_a_missing_column_is_reported_with_its_line(column: str, message: str) -> None:
     with pytest.raises(DataError) as caught:
         mapped({"question": "Q", "qa": {"answer": "A"}, "n": None}, prompt=column)
     assert str(caught.value) == f"x.jsonl:1: columns: {message}"
 
 
-def test_a_column_that_some_rows_lack_is_named_with_the_first_such_line() -> None:
+def test_a_column_that_some_rows_lack_is_reported_with_the_first_such_line() -> None:
     write("x.jsonl", '{"q": 1}\n{"q": 2}\n{"a": 3}\n')
     *others, (where, row) = sources.read(Source("x.jsonl"))
     assert [sources.mapped(row, {"prompt": "q"}, where) for where, row in others] == [{"prompt": 1}, {"prompt": 2}]
@@ -226,7 +228,7 @@ def test_the_fingerprint_of_a_file_alone_is_the_hash_of_its_bytes() -> None:
     assert sources.fingerprint(Source("x.jsonl", weight=2, format="messages")) == expected
 
 
-def test_a_fingerprint_changes_with_whatever_changes_the_rows() -> None:
+def test_a_fingerprint_changes_when_the_rows_change() -> None:
     folder(d__a_DOT_jsonl='{"a": 1}', d__b_DOT_jsonl='{"a": 2}')
     seen = [
         sources.fingerprint(source)
@@ -249,7 +251,7 @@ def test_a_fingerprint_changes_with_whatever_changes_the_rows() -> None:
 
 
 @pytest.mark.parametrize("name", ["./owner/name", "a/b/c", "owner/name.jsonl", "name", "/owner/name"])
-def test_what_cannot_be_a_hub_dataset_is_no_such_file(name: str) -> None:
+def test_a_path_that_cannot_be_a_hub_id_is_a_missing_file(name: str) -> None:
     with pytest.raises(DataError, match=r": no such file"):
         sources.check(Source(name))
 
@@ -295,13 +297,13 @@ def test_a_file_of_200_mb_is_read_in_little_memory(name: str) -> None:
             file.writelines(["".join(",".join(r.values()) + "\n" for r in records).encode()] * num_repeats)
         else:
             table = pa.concat_tables([pa.Table.from_pylist(records)] * num_repeats).combine_chunks()
-            if name == "x.parquet":  # one row group, the worst of cases
+            if name == "x.parquet":  # one row group is the worst case
                 pq.write_table(table, file, use_dictionary=False, compression="none", row_group_size=len(table))
             else:
                 with pa.ipc.new_stream(file, table.schema) as writer:
                     writer.write_table(table, max_chunksize=1000)
     assert Path(name).stat().st_size > 195e6
-    # Arrow's own allocator keeps for later what was freed, which says nothing of what is held.
+    # Arrow's own allocator does not return freed memory to the system, so that the measurement needs the system's.
     environment = os.environ | {"ARROW_DEFAULT_MEMORY_POOL": "system"}
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, name], env=environment, capture_output=True, text=True, check=True, timeout=60

@@ -1,4 +1,4 @@
-"""Rows that do not fit: each policy keeps what it says, and none trains a stop where the text did not stop."""
+"""Truncation policies keep the tokens that they promise, and never train a stop token where the text did not stop."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sftx_plugins.templates.chatml import ChatML
 
 WHERE = Location("rows.jsonl", 7)
 STOP = 3
-"""The control token of the pieces below, in which every other id is plain text."""
+"""The only control token of the made-up rows below."""
 
 
 @pytest.fixture(scope="module")
@@ -39,20 +39,20 @@ def encode(kit: Kit, conversation: Any, **options: Any) -> EncodedRow:
     return RowEncoder({}, kit.encoder, DataConfig(**options)).encode([conversation], EncodedRow(WHERE))
 
 
-def test_lengths_are_llama_factorys() -> None:
+def test_lengths_of_known_examples() -> None:
     assert infer_lengths(3000, 2000, 1000) == (600, 400)
     assert infer_lengths(1000, 100, 1000) == (900, 100)
 
 
 @settings(max_examples=500)
 @given(st.integers(0, 5000), st.integers(0, 5000), st.integers(1, 3000))
-def test_lengths_are_those_of_llama_factorys_own_function(prompt: int, answer: int, limit: int) -> None:
+def test_lengths_are_those_of_llama_factory(prompt: int, answer: int, limit: int) -> None:
     theirs = assets.function(assets.path("llamafactory", "processor_utils.py"), "infer_seqlen")
     if prompt + answer > 0:
         assert infer_lengths(prompt, answer, limit) == theirs(prompt, answer, limit)
 
 
-def test_cut_end_keeps_the_beginning_and_loses_the_stop(kit: Kit) -> None:
+def test_cut_end_keeps_the_beginning_without_the_stop_token(kit: Kit) -> None:
     whole = encode(kit, turns(20, 40)).examples[0]
     row = encode(kit, turns(20, 40), max_length=len(whole.token_ids) - 10)
     (cut,) = row.examples
@@ -63,7 +63,7 @@ def test_cut_end_keeps_the_beginning_and_loses_the_stop(kit: Kit) -> None:
     ]
 
 
-def test_cut_oldest_leaves_whole_turns_out_and_keeps_the_system(kit: Kit) -> None:
+def test_cut_oldest_removes_whole_turns_and_keeps_the_system_message(kit: Kit) -> None:
     conversation = Conversation((Message("system", "Be brief."), *turns(30, 5, 30, 6, 10, 7).messages))
     limit = len(encode(kit, Conversation((conversation.messages[0], *conversation.messages[3:]))).examples[0].token_ids)
     (cut,) = encode(kit, conversation, long_rows="cut_oldest", max_length=limit).examples
@@ -80,7 +80,7 @@ def test_cut_oldest_drops_a_row_whose_last_turns_alone_are_too_long(kit: Kit) ->
     assert row.entries[0].reason == "its prompt alone fills max_length=40"
 
 
-def test_cut_proportional_keeps_the_frame_of_the_turns(kit: Kit) -> None:
+def test_cut_proportional_keeps_the_control_tokens_of_the_turns(kit: Kit) -> None:
     conversation = turns(100, 80)
     whole = encode(kit, conversation).examples[0]
     limit = len(whole.token_ids) // 2
@@ -96,7 +96,7 @@ def test_cut_proportional_keeps_the_frame_of_the_turns(kit: Kit) -> None:
 
 @settings(max_examples=300)
 @given(st.data())
-def test_cut_proportional_keeps_what_llama_factory_keeps_of_every_turn(data: st.DataObject) -> None:
+def test_cut_proportional_keeps_as_many_tokens_of_every_turn_as_llama_factory(data: st.DataObject) -> None:
     theirs = assets.function(assets.path("llamafactory", "processor_utils.py"), "infer_seqlen")
     pairs = data.draw(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=5))
     limit = data.draw(st.integers(2, 100))
@@ -133,7 +133,7 @@ def test_split_keeps_every_token_once(kit: Kit) -> None:
     (whole,) = encode(kit, text, max_length=10_000).examples
     row = encode(kit, text, max_length=64, long_rows="split")
     assert [token for piece in row.examples for token in piece.token_ids.tolist()] == whole.token_ids.tolist()
-    assert [piece.part for piece in row.examples] == list(range(1, len(row.examples) + 1))
+    assert [piece.row_id for piece in row.examples] == [f"{WHERE}#{n + 1}" for n in range(len(row.examples))]
     assert all(len(piece.token_ids) == 64 for piece in row.examples[:-1])
     assert [e.action for e in row.entries] == ["split"]
 
@@ -151,7 +151,7 @@ def test_drop_and_error(kit: Kit) -> None:
     st.integers(4, 120),
     st.sampled_from(["cut_end", "cut_oldest", "cut_proportional", "split", "drop"]),
 )
-def test_no_policy_gives_a_long_example_or_a_false_stop(lengths: list[int], limit: int, policy: Any) -> None:
+def test_no_policy_returns_a_long_example_or_a_false_stop_token(lengths: list[int], limit: int, policy: Any) -> None:
     kit = _SHARED
     answers = turns(*lengths).messages[1::2]
     right = [f"{m.content}<|im_end|>" for m in answers]
@@ -163,7 +163,7 @@ def test_no_policy_gives_a_long_example_or_a_false_stop(lengths: list[int], limi
             said = kit.tokenizer.decode(example.token_ids[list(run)])
             if on and "<|im_end|>" in said:
                 answer = said.removesuffix("\n")
-                # Whole, or the end of one whose beginning stands in the piece before.
+                # A whole answer, or the end of one that begins in the example before.
                 assert answer in right or (policy == "split" and any(whole.endswith(answer) for whole in right))
 
 

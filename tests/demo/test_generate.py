@@ -1,4 +1,4 @@
-"""The shipped data is the generator's output, and what is held out is unknown to training."""
+"""The shipped rows are the generator's output, and the held-out rows use values and phrasings unknown to training."""
 
 import json
 from collections import Counter
@@ -85,14 +85,14 @@ def test_free_values_of_held_out_rows_are_unknown_to_training() -> None:
         assert ((name, value) in known) == (name in CLOSED), (name, value)
 
 
-def test_closed_arguments_are_those_of_the_generator() -> None:
+def test_the_generator_has_the_same_closed_arguments() -> None:
     assert set(generate.CLOSED) == CLOSED
     assert not CLOSED & set(generate.FREE)
     assert {name for function in generate.FUNCTIONS for name in function.arguments} == CLOSED | set(generate.FREE)
 
 
-def test_values_stand_in_the_request() -> None:
-    """Every value can be read off the request: a free one literally, a closed one by its wording."""
+def test_every_value_can_be_read_in_the_request() -> None:
+    """The request has a free value literally and a closed value by its wording."""
     for split in SPLITS:
         for request, answer in zip(requests(split), answers(split), strict=True):
             for name, value in answer["arguments"].items():

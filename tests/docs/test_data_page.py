@@ -1,4 +1,4 @@
-"""docs/data.md is true: its run files load, and it knows every option, policy, format and kind of file."""
+"""docs/data.md is complete: its run files load, and it has every option, policy, format and kind of file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_a_run_file_of_the_page_loads(text: str) -> None:
     assert validation.validate(options.RunConfig, values, origins=run_file.Origins()).data.train
 
 
-def test_the_page_knows_every_option_of_data() -> None:
+def test_the_page_has_every_option_of_data() -> None:
     blocks = re.findall(r"^```\w*\n(.*?)^```$|^    (.*)$", PAGE, flags=re.MULTILINE | re.DOTALL)
     text = re.sub(r"^```.*?^```$", "", PAGE, flags=re.MULTILINE | re.DOTALL)
     shown = set(re.findall(r"[a-z_]+", " ".join([*re.findall(r"`[^`]+`", text), *map(str, blocks)])))
@@ -32,20 +32,20 @@ def test_the_page_knows_every_option_of_data() -> None:
         assert not missing, cls
 
 
-def test_the_page_knows_every_policy_and_strategy() -> None:
+def test_the_page_has_every_policy_and_strategy() -> None:
     hints = get_type_hints(options.DataConfig)
     for option in ("long_rows", "mix_strategy"):
         assert all(value in PAGE for value in get_args(hints[option])), option
 
 
-def test_the_page_knows_every_format_and_kind_of_file() -> None:
+def test_the_page_has_every_format_and_kind_of_file() -> None:
     for name in DEFAULTS["sftx_parser"]:
         assert f"| `{name}` |" in PAGE
     for suffix in re.findall(r"\.[a-z]+\w*", readers.known()):
         assert f"`{suffix}`" in PAGE, suffix
 
 
-def test_the_page_s_ledger_line_is_one() -> None:
+def test_the_line_of_a_ledger_on_the_page_is_valid() -> None:
     import json
 
     from sftx.data.ledger import Entry

@@ -1,4 +1,4 @@
-"""The shape of the small random models that other architectures are tried with."""
+"""The shape of the small random models of other architectures."""
 
 from __future__ import annotations
 

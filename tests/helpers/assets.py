@@ -1,4 +1,4 @@
-"""Real tokenizers, chat templates and demo data, which `make assets` fetches; and functions out of others' source."""
+"""Finds tokenizers, chat templates and demo data that `make assets` fetched, and takes functions from their source."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ ROOT = Path(__file__).parents[2] / ".assets"
 
 
 def path(*parts: str) -> Path:
-    """A file or directory of the assets. Fails where it was not fetched."""
+    """Returns the path of a fetched file or directory. Fails if it was not fetched."""
     found = ROOT.joinpath(*parts)
     assert found.exists(), f"{found} is missing: run `make assets`"
     return found
 
 
 def function(file: Path, name: str, **names: Any) -> Callable[..., Any]:
-    """One function out of a module that cannot be imported whole, given the global names that it uses."""
+    """Compiles one function of a module that cannot be imported; `names` are the globals that it uses."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     found = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
     found.decorator_list = []

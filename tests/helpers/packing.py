@@ -1,4 +1,4 @@
-"""A collator that packs, for the tests of what must hold for packed batches as for padded ones."""
+"""A collator that packs, for tests that must hold for packed batches as for padded ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sftx_plugins.collators.padded import Padded
 
 
 class Packed(Padded):
-    """All examples of a micro-batch in one row, one after the other."""
+    """Packs all examples of a micro-batch into one row."""
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         return pack(examples)

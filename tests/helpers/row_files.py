@@ -1,4 +1,4 @@
-"""Files of rows in the current directory: written, read back, or refused in one line."""
+"""Write files of rows into the current directory and read them back, or return their error."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def write(name: str, content: str | bytes) -> str:
 
 
 def rows(name: str, content: str | bytes) -> list[tuple[str, Any]]:
-    """The records of a file of that content, with their places as an error shows them."""
+    """Return the records of a file with that content, with their locations as errors show them."""
     return [(str(where), record) for where, record in sources.read(Source(write(name, content)))]
 
 

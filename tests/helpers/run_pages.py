@@ -1,4 +1,4 @@
-"""Run directories written by hand, and what stands in the pages that are made of them."""
+"""Run directories written by hand, and a parser of the pages that are made from them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from click.testing import CliRunner, Result
 
 from sftx.config import run_file
-from sftx.inspection.run_report.run_record import read
+from sftx.inspection.run_report.run_record import read_run
 from sftx.inspection.run_report.run_report import page_data
 
 
@@ -67,7 +67,7 @@ def write_run(path: Path, *, metrics: str | None = None, config: Any = None, **f
 
 def as_json(runs: Sequence[Path]) -> Any:
     """What the page of these runs holds."""
-    return json.loads(json.dumps(page_data([read(run) for run in runs]), allow_nan=False))
+    return json.loads(json.dumps(page_data([read_run(run) for run in runs]), allow_nan=False))
 
 
 def sftx(*arguments: Any) -> Result:

@@ -1,4 +1,4 @@
-"""Trainers of a small Llama on rows of random tokens, without a run around them."""
+"""Builds trainers of a small Llama on rows of random tokens, without a run around them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from sftx import Collator, Example, Step
 from sftx.assembly.stages import CollatorStage, LossStage
 from sftx.config.options import TrainConfig
 from sftx.data.sampler import PlannedStep
-from sftx.model.language_model import LanguageModel
+from sftx.model.generate import generate_greedy
+from sftx.model.language_model import CausalLM
 from sftx.model.load import load_model, load_spec
 from sftx.trainer import precision
 from sftx.trainer.trainer import MicroBatch, Trainer
@@ -29,13 +30,13 @@ ROWS_PER_STEP = 4
 def trainer_of(
     model: Path, *, packed: bool = False, lora: bool = True, dropout: float = 0.0, **options: Any
 ) -> Trainer:
-    """Two rows a micro-batch. LoRA's B is random, not zero, so that every gradient is something."""
+    """Builds a trainer with 2 rows per micro-batch. LoRA's B is random, not zero, so that no gradient is zero."""
     config = TrainConfig(per_device_train_batch_size=2, use_cpu=True, **options)
-    numbers, spec = precision.choose(config), load_spec(str(model))
+    chosen, spec = precision.choose(config), load_spec(str(model))
     adapters = {"lora": Lora(r=4, lora_dropout=dropout).sftx_adapter(spec)} if lora else {}
-    dtype = numbers.base_dtype(frozen=lora)
-    loaded = load_model(spec, list(adapters.values()), dtype=dtype, device=numbers.device)
-    lm = LanguageModel(loaded, AutoTokenizer.from_pretrained(model))
+    dtype = chosen.base_dtype(frozen=lora)
+    loaded = load_model(spec, list(adapters.values()), dtype=dtype, device=chosen.device)
+    lm = CausalLM(loaded, AutoTokenizer.from_pretrained(model))
     torch.manual_seed(1)
     lm.attach(adapters)
     for name, parameter in lm.named_parameters():
@@ -45,7 +46,7 @@ def trainer_of(
     if packed:
         lm.attention_of(collator.collate(rows(2)))
     loss, stage = LossStage("the loss", MaskedCE()), CollatorStage("the collator", collator)
-    return Trainer(lm, loss, stage, config, numbers, 10)
+    return Trainer(lm, loss, stage, config, chosen, 10)
 
 
 def rows(count: int, seed: int = 0, longest: int = 40) -> list[Example]:
@@ -58,31 +59,37 @@ def rows(count: int, seed: int = 0, longest: int = 40) -> list[Example]:
 
 
 def planned(step: Step, examples: Sequence[Example]) -> PlannedStep:
-    """A step of these rows as a sampler gives it."""
+    """Returns the step of these rows as a sampler plans it."""
     return PlannedStep(0.0, step, examples, np.array([len(example.token_ids) for example in examples], np.int64))
 
 
 def denominator(batches: Sequence[MicroBatch]) -> float:
-    """That of a step of these micro-batches, in one process."""
-    return sum(one.denominator for one in batches)
+    """Returns the denominator of a step of these micro-batches in one process."""
+    return sum(micro_batch.denominator for micro_batch in batches)
 
 
 def batches_of(trainer: Trainer, seed: int = 0) -> list[MicroBatch]:
-    """Those of one step: rows of one example, or of several where the collator packs."""
-    each = 3 if isinstance(trainer.collator._collator, PackedRows) else 1
-    step = [tuple(range(at, at + each)) for at in range(0, ROWS_PER_STEP * each, each)]
-    return trainer.micro_batches(planned(tuple(step), rows(ROWS_PER_STEP * each, seed)))
+    """Returns the micro-batches of one step; a row has one example, or three when the collator packs."""
+    per_row = 3 if isinstance(trainer.collator._collator, PackedRows) else 1
+    step = [tuple(range(at, at + per_row)) for at in range(0, ROWS_PER_STEP * per_row, per_row)]
+    return trainer.micro_batches(planned(tuple(step), rows(ROWS_PER_STEP * per_row, seed)))
 
 
 def gradients(trainer: Trainer, batches: Sequence[MicroBatch]) -> dict[str, torch.Tensor]:
-    """Of one step, by the parameters' names."""
+    """Computes the gradients of one step, by parameter name."""
     trainer.optimizer.zero_grad()
     trainer.accumulate(batches, denominator(batches), 0)
     return {name: p.grad.clone() for name, p in trainer.lm.named_parameters() if p.grad is not None}
 
 
+def answers_in_order(lm: CausalLM, prompts: Sequence[Sequence[int]], **options: Any) -> list[list[int]]:
+    """Generates the answers to all prompts, in the order of the prompts."""
+    answers = dict(generate_greedy(lm, prompts, **options))
+    return [answers[index] for index in range(len(prompts))]
+
+
 def small_model(directory: Path, **shape: Any) -> Path:
-    """A random Llama of 200 tokens, with a tokenizer of as many words."""
+    """Saves a random Llama with a vocabulary of 200 tokens, and a tokenizer of as many words."""
     from tokenizers import Tokenizer, models
     from transformers import LlamaConfig
 

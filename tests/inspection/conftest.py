@@ -1,4 +1,4 @@
-"""Runs that are looked at: the tiny model, or a copy of it with another tokenizer, and rows made on the spot."""
+"""Fixtures that make a `DatasetView`: of the tiny model, or a copy of it with another tokenizer, and given rows."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-MakeLook = Callable[..., Any]
-"""`make_look(rows, held_out=..., model=..., plugins=..., **options of data)`: a `Look`."""
+MakeView = Callable[..., Any]
+"""`make_view(rows, held_out=..., model=..., plugins=..., **options of data)`: a `DatasetView`."""
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> str:
@@ -20,9 +20,9 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> str:
 
 
 @pytest.fixture
-def make_look(tmp_path: Path) -> MakeLook:
+def make_view(tmp_path: Path) -> MakeView:
     from sftx.config import loading
-    from sftx.inspection.dataset_view import look
+    from sftx.inspection.dataset_view import view_dataset
 
     def make(
         rows: Sequence[dict[str, Any]],
@@ -41,7 +41,7 @@ def make_look(tmp_path: Path) -> MakeLook:
             assignments.append(("data.eval", [write_rows(tmp_path / "held.jsonl", held_out)], ""))
         assignments += [(f"data.{name}", value, f"--{name}") for name, value in options.items()]
         assignments += [(name, value, name) for name, value in (settings or {}).items()]
-        return look(loading.load(None, add=plugins, assignments=assignments))
+        return view_dataset(loading.load(None, add=plugins, assignments=assignments))
 
     return make
 

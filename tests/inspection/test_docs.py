@@ -30,7 +30,7 @@ def test_commands_work_as_they_are_written(command: str, tmp_path: Path, monkeyp
 
 
 def test_every_check_stands_on_the_page() -> None:
-    from sftx.inspection.diagnosis.doctor import CHECKS
+    from sftx.inspection.diagnosis.diagnose import CHECKS
 
     assert re.findall(r"^\| `([\w-]+)` \|", PAGE, flags=re.M) == [check.__name__.replace("_", "-") for check in CHECKS]
 
@@ -38,11 +38,11 @@ def test_every_check_stands_on_the_page() -> None:
 def test_its_fields_are_those_of_the_code() -> None:
     from dataclasses import fields
 
-    from sftx.inspection.token_report.inspect import Inspection, ShownExample, ShownRow
-    from sftx.inspection.token_report.tokens import Token
+    from sftx.inspection.token_report.explained_rows import ExplainedExample, ExplainedRow, TokenReport
+    from sftx.inspection.token_report.explained_tokens import ExplainedToken
 
     named = set(re.findall(r"`(\w+)`", PAGE.partition("### JSON")[2].partition("\n## ")[0]))
-    for report in (Inspection, ShownRow, ShownExample, Token):
+    for report in (TokenReport, ExplainedRow, ExplainedExample, ExplainedToken):
         assert {field.name for field in fields(report)} <= named
 
 

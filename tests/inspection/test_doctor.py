@@ -22,12 +22,12 @@ HELD = [turns(f"What is {n} times {n}?", f"It is {n * n}.") for n in range(3)]
 
 
 @pytest.fixture
-def findings(make_look: Callable[..., Any]) -> Callable[..., list[tuple[str, str, str]]]:
+def findings(make_view: Callable[..., Any]) -> Callable[..., list[tuple[str, str, str]]]:
     """(severity, check, what was seen) of each finding on these rows."""
-    from sftx.inspection.diagnosis.doctor import diagnose
+    from sftx.inspection.diagnosis.diagnose import diagnose
 
     def find(rows: list[dict[str, Any]], **options: Any) -> list[tuple[str, str, str]]:
-        found = diagnose(make_look(rows, **options)).findings
+        found = diagnose(make_view(rows, **options)).findings
         assert all(finding.fix for finding in found)
         return [(finding.severity, finding.check, finding.seen) for finding in found]
 
@@ -59,8 +59,8 @@ OF_ROWS: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str, str, str]] =
     "all of them": ([{"messages": [{"role": "user", "content": "x"}]}], {}, "dropped-rows", "error", "1 of 1 rows"),
     "duplicates": ([*GOOD, GOOD[3]], {}, "duplicated-rows", "warning", "1 of 11 examples"),
     "cut rows": ([*GOOD, turns("x", "y " * 300)], {"max_length": 200}, "cut-rows", "warning", "in 1 of them no"),
-    "little trained": ([turns("x " * 300, "y")] * 1, {}, "trained-share", "warning", "of the tokens are trained"),
-    "all trained": (GOOD, {"train_on_prompt": True}, "trained-share", "warning", "of the tokens are trained"),
+    "little trained": ([turns("x " * 300, "y")] * 1, {}, "trained-share", "warning", "% of the tokens"),
+    "all trained": (GOOD, {"train_on_prompt": True}, "trained-share", "warning", "% of the tokens"),
     "an empty turn": ([*GOOD, turns("  ", "nothing to say?")], {}, "empty-turns", "warning", "rows.jsonl:11"),
     "mojibake": ([*GOOD, turns("x", "itâ€™s a cafÃ©")], {}, "damaged-text", "warning", "rows.jsonl:11 has 'â€™'"),
     "a lost byte": ([*GOOD, turns("x", "caf\ufffd")], {}, "damaged-text", "warning", "rows.jsonl:11"),
@@ -89,7 +89,7 @@ def test_rows_that_are_trained_and_held_out_are_found(findings: Find) -> None:
     assert [severity for severity, _ in found] == ["error", "warning"]
     assert "1 of 5 held-out examples are trained on" in found[0][1]
     assert "rows.jsonl:3" in found[0][1]
-    assert "1 of 5 held-out examples ask what a training row asks" in found[1][1]
+    assert "1 of 5 held-out examples have the prompt of a training row" in found[1][1]
     assert "rows.jsonl:5" in found[1][1]
     assert of("leakage", findings(GOOD, held_out=HELD)) == []
 
@@ -209,34 +209,34 @@ def test_rows_past_the_models_length_are_found(findings: Find, make_model: Calla
 )
 @pytest.mark.parametrize("wrong", ["cp1252", "latin-1"])
 def test_text_read_in_the_wrong_encoding_is_found(text: str, wrong: str) -> None:
-    from sftx.inspection.diagnosis.mojibake import mojibake
+    from sftx.inspection.diagnosis.mojibake import find_mojibake
 
     damaged = "".join(
         bytes([byte]).decode(wrong, "ignore") or bytes([byte]).decode("latin-1") for byte in text.encode("utf-8")
     )
-    assert mojibake(damaged)
-    assert not mojibake(text)
+    assert find_mojibake(damaged)
+    assert not find_mojibake(text)
 
 
 def test_chinese_read_as_gbk_is_found() -> None:
-    from sftx.inspection.diagnosis.mojibake import mojibake
+    from sftx.inspection.diagnosis.mojibake import find_mojibake
 
-    assert mojibake("请用中文回答我的问题吧吧".encode().decode("gb18030", "ignore"))
-    assert mojibake("锟斤拷")
+    assert find_mojibake("请用中文回答我的问题吧吧".encode().decode("gb18030", "ignore"))
+    assert find_mojibake("锟斤拷")
 
 
 @pytest.mark.parametrize(
     "text", ["MANHÃ”, disse", "CAFÉ” and É“", "”Å” och ”Ä”, ”Ö”", "ÂNGELA", "50 µm ± 2 °C · §3 ½", "Ça, c’est «bien»"]
 )
 def test_text_of_western_languages_is_none(text: str) -> None:
-    from sftx.inspection.diagnosis.mojibake import mojibake
+    from sftx.inspection.diagnosis.mojibake import find_mojibake
 
-    assert not mojibake(text)
+    assert not find_mojibake(text)
 
 
 @pytest.mark.parametrize("name", ["alpaca_zh_demo.json", "dpo_zh_demo.json", "glaive_toolcall_zh_demo.json"])
 def test_real_chinese_is_none(name: str) -> None:
-    from sftx.inspection.diagnosis.mojibake import mojibake
+    from sftx.inspection.diagnosis.mojibake import find_mojibake
 
     path = ASSETS / name
     assert path.is_file(), "run `make assets`"
@@ -250,7 +250,7 @@ def test_real_chinese_is_none(name: str) -> None:
 
     collect(json.loads(path.read_text(encoding="utf-8")))
     assert len(strings) > 900
-    found = [(piece, text) for text in strings if (piece := mojibake(text))]
+    found = [(piece, text) for text in strings if (piece := find_mojibake(text))]
     assert all("\ufffd" in text or piece in ("锟斤拷", "烫烫烫") for piece, text in found), found[:3]
     assert len(found) <= 0.01 * len(strings)
 
@@ -264,13 +264,13 @@ def invoke(*arguments: str) -> Any:
     return CliRunner().invoke(main, ["doctor", "--model", "sftx:tiny", "--plugin", "chatml", *arguments])
 
 
-def test_the_exit_code_says_whether_there_is_an_error(make_look: Callable[..., Any], tmp_path: Path) -> None:
+def test_the_exit_code_says_whether_there_is_an_error(make_view: Callable[..., Any], tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
-    make_look(GOOD)
+    make_view(GOOD)
     done = invoke("--data", str(rows))
     assert done.exit_code == 0, done.output
     assert "16 checks on 10 rows: 0 errors, 1 warning, 1 note" in done.stdout
-    make_look([*GOOD, {"\x1b[2J": 1}])
+    make_view([*GOOD, {"\x1b[2J": 1}])
     done = invoke("--data", str(rows))
     assert done.exit_code == 1
     assert done.stdout.startswith("error")

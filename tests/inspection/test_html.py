@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from looking import ROWS
+from inspected_rows import ROWS
 
 HOSTILE: list[dict[str, Any]] = [
     {"text": "</script><script>window.hacked = 1</script>"},
@@ -53,21 +53,21 @@ class Page(HTMLParser):
 
 
 @pytest.fixture
-def page_of(make_look: Callable[..., Any]) -> Callable[..., tuple[str, Page, Any]]:
-    from sftx.inspection.token_report.html import page
-    from sftx.inspection.token_report.inspect import sample
+def page_of(make_view: Callable[..., Any]) -> Callable[..., tuple[str, Page, Any]]:
+    from sftx.inspection.token_report.explained_rows import sample_rows
+    from sftx.inspection.token_report.token_page import token_page
 
     def make(rows: list[dict[str, Any]], most: int = 200, **options: Any) -> tuple[str, Page, Any]:
-        inspection = sample(make_look(rows, **options), "train", most)
-        text = page(inspection)
-        return text, Page(text), inspection
+        report = sample_rows(make_view(rows, **options), "train", most)
+        text = token_page(report)
+        return text, Page(text), report
 
     return make
 
 
 def test_what_rows_say_is_data_and_nothing_else(page_of: Callable[..., tuple[str, Page, Any]]) -> None:
     _, harmless, _ = page_of([{"text": "harmless"}])
-    text, page, inspection = page_of([*ROWS, *HOSTILE])
+    text, page, report = page_of([*ROWS, *HOSTILE])
     assert page.elements == harmless.elements, "rows make no element and no attribute"
     assert "hacked" not in text.replace("window.hacked = 1\\u003c/script>", "")
     block = text.partition('id="data">')[2].partition("</script>")[0]
@@ -77,21 +77,21 @@ def test_what_rows_say_is_data_and_nothing_else(page_of: Callable[..., tuple[str
     assert HOSTILE[0]["text"] in shown[len(ROWS)]
     assert HOSTILE[1]["text"] in shown[len(ROWS) + 1]
     assert json.loads(shown[len(ROWS) + 2]) == HOSTILE[2]
-    assert len(shown) == len(inspection.rows)
+    assert len(shown) == len(report.rows)
 
 
-def test_the_page_holds_the_inspection(page_of: Callable[..., tuple[str, Page, Any]]) -> None:
-    _, page, inspection = page_of(ROWS, max_length=100)
+def test_the_page_holds_the_report(page_of: Callable[..., tuple[str, Page, Any]]) -> None:
+    _, page, report = page_of(ROWS, max_length=100)
     data = page.data
-    for row, was in zip(data["rows"], inspection.rows, strict=True):
+    for row, was in zip(data["rows"], report.rows, strict=True):
         assert (row["where"], row["status"], row["reasons"]) == (was.where, was.status, list(was.reasons))
         for example, shown in zip(row["examples"], was.examples, strict=True):
             assert [
                 (id, text, data["words"][role], data["words"][why], bool(flags & 1), bool(flags & 2))
                 for id, text, role, why, flags in example["tokens"]
             ] == [(t.id, t.text, t.role, t.why, t.trained, t.control) for t in shown.tokens]
-    assert data["figures"]["num_label_tokens"] == inspection.figures.num_label_tokens
-    assert data["figures"]["lengths"]["max"] == inspection.figures.lengths.max
+    assert data["figures"]["num_label_tokens"] == report.figures.num_label_tokens
+    assert data["figures"]["lengths"]["max"] == report.figures.lengths.max
 
 
 def test_nothing_is_fetched_and_only_its_own_script_may_run(page_of: Callable[..., tuple[str, Page, Any]]) -> None:
@@ -141,10 +141,10 @@ def test_colours_are_legible(page_of: Callable[..., tuple[str, Page, Any]], sche
             assert (high + 0.05) / (low + 0.05) >= 4.5, f"{ink} on {background}"
 
 
-def test_the_command_writes_it(tmp_path: Path, make_look: Callable[..., Any]) -> None:
+def test_the_command_writes_it(tmp_path: Path, make_view: Callable[..., Any]) -> None:
     from sftx.cli import main
 
-    make_look([{"text": f"row {n}"} for n in range(30)])
+    make_view([{"text": f"row {n}"} for n in range(30)])
     target = tmp_path / "page.html"
     common = ["inspect", "--model", "sftx:tiny", "--plugin", "chatml", "--data", str(tmp_path / "rows.jsonl")]
     done = CliRunner().invoke(main, [*common, "--html", str(target), "--max-rows", "10"])

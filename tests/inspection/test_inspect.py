@@ -1,4 +1,4 @@
-"""What is shown is what training gets, for every row, policy and option; what stops a run stops no look at it."""
+"""`sftx inspect` shows exactly what training gets, for every row, policy and option, and rows that would stop a run."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from click.testing import CliRunner
 from rich.cells import cell_len
 from rich.console import Console
 
-from looking import ROWS
+from inspected_rows import ROWS
 from sftx.errors import DataError, PluginError
 
 ALL = 10_000
 ANSWERED = {"messages": [{"role": "user", "content": "why"}, {"role": "assistant", "content": "because"}]}
 
 
-def rows_of(look: Any, **choice: Any) -> tuple[Any, ...]:
-    from sftx.inspection.token_report.inspect import Choice, inspect
+def rows_of(view: Any, **selection: Any) -> tuple[Any, ...]:
+    from sftx.inspection.token_report.explained_rows import RowSelection, inspect_rows
 
-    return inspect(look, "train", Choice(**({"most": ALL} | choice))).rows
+    return inspect_rows(view, "train", RowSelection(**({"max_rows": ALL} | selection))).rows
 
 
 def why_of(row: Any, text: str) -> set[str]:
@@ -41,12 +41,13 @@ def why_of(row: Any, text: str) -> set[str]:
     return whys
 
 
-def printed(look: Any, *, ids: bool = False, **console: Any) -> str:
+def printed(view: Any, *, ids: bool = False, **console: Any) -> str:
     from sftx.inspection.token_report import terminal
-    from sftx.inspection.token_report.inspect import Choice, inspect
+    from sftx.inspection.token_report.explained_rows import RowSelection, inspect_rows
 
     out = io.StringIO()
-    terminal.show(inspect(look, "train", Choice(most=ALL)), Console(file=out, highlight=False, **console), ids=ids)
+    report = inspect_rows(view, "train", RowSelection(max_rows=ALL))
+    terminal.print_report(report, Console(file=out, highlight=False, **console), ids=ids)
     return out.getvalue()
 
 
@@ -70,27 +71,29 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_every_row_is_shown_as_the_dataset_has_it(make_look: Callable[..., Any], name: str) -> None:
-    look = make_look([*ROWS, ROWS[0]], **OPTIONS[name])
-    data = look.dataset("train")
-    shown = {e.name: e for row in rows_of(look) if row.status not in ("dropped", "filtered") for e in row.examples}
+def test_every_row_is_shown_as_the_dataset_has_it(make_view: Callable[..., Any], name: str) -> None:
+    view = make_view([*ROWS, ROWS[0]], **OPTIONS[name])
+    data = view.dataset("train")
+    shown = {e.name: e for row in rows_of(view) if row.status not in ("dropped", "filtered") for e in row.examples}
     assert list(shown) == [example.row_id for example in data.examples]
     assert len(shown) >= 3
     for example in data.examples:
         tokens = shown[example.row_id].tokens
-        assert [token.id for token in tokens] == example.token_ids
-        assert [token.trained for token in tokens] == example.loss_mask
-        assert [token.weight for token in tokens] == pytest.approx(example.weights or [1.0] * len(tokens))
+        assert [token.id for token in tokens] == example.token_ids.tolist()
+        assert [token.trained for token in tokens] == example.loss_mask.tolist()
+        assert [token.weight for token in tokens] == pytest.approx(
+            [1.0] * len(tokens) if example.weights is None else example.weights.tolist()
+        )
         assert shown[example.row_id].num_label_tokens == example.num_label_tokens
         assert all(token.why for token in tokens)
         assert all(token.why.startswith("not") or ", not" in token.why for token in tokens if not token.trained)
-    gone = [row for row in rows_of(look) if row.status in ("dropped", "filtered")]
+    gone = [row for row in rows_of(view) if row.status in ("dropped", "filtered")]
     assert len(gone) == sum(entry.action in ("dropped", "filtered") for entry in data.ledger.entries)
     assert not any(token.trained for row in gone for example in row.examples for token in example.tokens)
 
 
 def test_rows_whose_history_is_rewritten_are_shown_as_their_examples(
-    make_look: Callable[..., Any], install_plugin: Callable[..., None]
+    make_view: Callable[..., Any], install_plugin: Callable[..., None]
 ) -> None:
     code = (
         "from dataclasses import dataclass\n"
@@ -100,16 +103,16 @@ def test_rows_whose_history_is_rewritten_are_shown_as_their_examples(
         "    rewrites_history = True\n"
     )
     install_plugin("rewriting", code, {"rewrites": "Rewrites"})
-    look = make_look(ROWS, plugins=["rewrites"])
-    (row,) = rows_of(look, rows=(("rows.jsonl", 4),))
+    view = make_view(ROWS, plugins=["rewrites"])
+    (row,) = rows_of(view, rows=(("rows.jsonl", 4),))
     assert [example.name.rpartition("#")[2] for example in row.examples] == ["1", "2", "3"]
     assert "not trained here: this turn is trained in an example of its own" in why_of(row, "first answer")
     trained = ["".join(t.text for t in example.tokens if t.trained) for example in row.examples]
     assert trained == ["the first answer<|im_end|>\n", "three<|im_end|>\n", "   the third   answer<|im_end|>\n"]
 
 
-def test_texts_joined_are_what_the_template_wrote(make_look: Callable[..., Any]) -> None:
-    rows = rows_of(make_look(ROWS))
+def test_texts_joined_are_what_the_template_wrote(make_view: Callable[..., Any]) -> None:
+    rows = rows_of(make_view(ROWS))
     (example,) = rows[0].examples
     assert "".join(token.text for token in example.tokens) == "".join(
         f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n" for message in ROWS[0]["messages"]
@@ -119,20 +122,20 @@ def test_texts_joined_are_what_the_template_wrote(make_look: Callable[..., Any])
     assert [token.text for token in spelled] == ["<|im_start|>", "<|im_end|>"] * 3, "what a row spells is no control"
 
 
-def test_a_character_of_several_tokens_is_whole_on_the_first(make_look: Callable[..., Any]) -> None:
-    (row, *_) = rows_of(make_look(ROWS))
+def test_a_character_of_several_tokens_is_whole_on_the_first(make_view: Callable[..., Any]) -> None:
+    (row, *_) = rows_of(make_view(ROWS))
     tokens = row.examples[0].tokens
     llamas = [n for n, token in enumerate(tokens) if "🦙" in token.text]
     assert len(llamas) == 3
     assert all(tokens[n + 1].text == "" for n in llamas), "the tiny tokenizer takes a byte or two at a time"
-    look = make_look([{"input_ids": [t.id for t in tokens], "loss_mask": [True] * len(tokens)}])
-    again = rows_of(look)[0].examples[0].tokens
+    view = make_view([{"input_ids": [t.id for t in tokens], "loss_mask": [True] * len(tokens)}])
+    again = rows_of(view)[0].examples[0].tokens
     assert "".join(token.text for token in again) == "".join(token.text for token in tokens)
     assert [token.text for token in again].count("") == [token.text for token in tokens].count("")
 
 
-def test_every_label_says_why(make_look: Callable[..., Any]) -> None:
-    rows = rows_of(make_look(ROWS))
+def test_every_label_says_why(make_view: Callable[..., Any]) -> None:
+    rows = rows_of(make_view(ROWS))
     assert why_of(rows[0], "<|im_start|>") == {"control token, not trained"}
     ends = ("control token that ends the turn, trained", "control token that ends the turn, not trained")
     assert why_of(rows[0], "<|im_end|>") == {*ends, "not trained: user"}, "one of them only spelled"
@@ -145,7 +148,7 @@ def test_every_label_says_why(make_look: Callable[..., Any]) -> None:
     masks = {token.why for token in rows[5].examples[0].tokens}
     assert masks == {"not trained: the row's own mask", "trained: the row's own mask"}
     (first, *_) = rows[4].examples[0].tokens
-    assert first.why.startswith("trained: plain text, every token is; counts for nothing")
+    assert first.why.startswith("trained: plain text, every token is; has no effect")
     assert rows[4].examples[0].num_label_tokens == len(rows[4].examples[0].tokens) - 1
 
 
@@ -157,16 +160,16 @@ def test_every_label_says_why(make_look: Callable[..., Any]) -> None:
         ({"train_on_prompt": True}, "trained: data.train_on_prompt"),
     ],
 )
-def test_options_are_named_as_reasons(make_look: Callable[..., Any], option: dict[str, Any], why: str) -> None:
+def test_options_are_named_as_reasons(make_view: Callable[..., Any], option: dict[str, Any], why: str) -> None:
     turns = [*ANSWERED["messages"], *ANSWERED["messages"]]
-    (row,) = rows_of(make_look([{"messages": turns}], **option))
+    (row,) = rows_of(make_view([{"messages": turns}], **option))
     assert any(token.why.startswith(why) for token in row.examples[0].tokens)
-    (row,) = rows_of(make_look([{"messages": turns}]))
+    (row,) = rows_of(make_view([{"messages": turns}]))
     assert not any(token.why.startswith(why) for token in row.examples[0].tokens)
 
 
 def test_a_template_that_is_never_the_same_is_refused(
-    make_look: Callable[..., Any], install_plugin: Callable[..., None]
+    make_view: Callable[..., Any], install_plugin: Callable[..., None]
 ) -> None:
     code = (
         "import itertools\n"
@@ -182,100 +185,100 @@ def test_a_template_that_is_never_the_same_is_refused(
     )
     install_plugin("restless", code, {"restless": "Restless"})
     with pytest.raises(PluginError, match="differently each time"):
-        rows_of(make_look([ANSWERED], plugins=["restless"]))
+        rows_of(make_view([ANSWERED], plugins=["restless"]))
 
 
 # --- which rows ---------------------------------------------------------------------------------
 
 
-def test_what_would_stop_a_run_is_shown_with_its_reason(make_look: Callable[..., Any]) -> None:
-    look = make_look(ROWS)
-    rows = rows_of(look)
+def test_what_would_stop_a_run_is_shown_with_its_reason(make_view: Callable[..., Any]) -> None:
+    view = make_view(ROWS)
+    rows = rows_of(view)
     assert [row.status for row in rows] == ["kept", "dropped", "dropped", *["kept"] * 4]
     assert rows[1].reasons == ("no assistant turn, so nothing to train",)
     assert rows[1].examples
     assert "no format has the fields" in rows[2].reasons[0]
     assert json.loads(rows[2].record) == ROWS[2]
-    problems = look.problems("train")
+    problems = view.problems("train")
     assert any("no format has the fields" in problem for problem in problems)
     assert any("more than data.max_dropped=0.05 allows" in problem for problem in problems)
 
 
-def test_nothing_but_dropped_rows_can_be_looked_at(make_look: Callable[..., Any]) -> None:
-    from sftx.inspection.figures import figures
+def test_a_split_of_dropped_rows_alone_is_shown(make_view: Callable[..., Any]) -> None:
+    from sftx.inspection.dataset_statistics import dataset_statistics
 
-    look = make_look(ROWS[1:3])
-    assert [row.status for row in rows_of(look)] == ["dropped", "dropped"]
-    found = figures(look, "train")
+    view = make_view(ROWS[1:3])
+    assert [row.status for row in rows_of(view)] == ["dropped", "dropped"]
+    found = dataset_statistics(view, "train")
     assert (found.num_examples, found.lengths, found.filling, found.num_steps) == (0, None, None, None)
     assert any("2 of 2 rows train nothing" in problem for problem in found.problems)
 
 
-def test_rows_are_chosen(make_look: Callable[..., Any]) -> None:
-    look = make_look(ROWS, max_length=100)
-    status = {row.number: row.status for row in rows_of(look)}
+def test_rows_are_chosen(make_view: Callable[..., Any]) -> None:
+    view = make_view(ROWS, max_length=100)
+    status = {row.number: row.status for row in rows_of(view)}
     assert sorted(status.values()) == ["cut", "dropped", "dropped", "dropped", "kept", "kept", "kept"]
 
-    def numbers(**choice: Any) -> list[int]:
-        return [row.number for row in rows_of(look, **choice)]
+    def numbers(**selection: Any) -> list[int]:
+        return [row.number for row in rows_of(view, **selection)]
 
-    assert numbers(most=2) == [1, 2]
+    assert numbers(max_rows=2) == [1, 2]
     assert numbers(rows=(("", 6), ("rows.jsonl", 1))) == [6, 1]
     assert numbers(show="dropped") == [number for number in status if status[number] == "dropped"]
     assert numbers(show="cut") == [number for number in status if status[number] == "cut"]
-    lengths = look.dataset("train").examples.lengths
-    assert len(rows_of(look, show="longest", most=1)[0].examples[0].tokens) == max(lengths)
+    lengths = view.dataset("train").examples.lengths
+    assert len(rows_of(view, show="longest", max_rows=1)[0].examples[0].tokens) == max(lengths)
     with pytest.raises(DataError, match=r"--row 8: there is no such row among the 7 of data\.train"):
         numbers(rows=(("", 8),))
     with pytest.raises(DataError, match=r"--row other\.jsonl:1"):
         numbers(rows=(("other.jsonl", 1),))
 
 
-def test_a_page_has_some_of_each_kind(make_look: Callable[..., Any]) -> None:
-    from sftx.inspection.token_report.inspect import sample
+def test_a_page_has_some_of_each_kind(make_view: Callable[..., Any]) -> None:
+    from sftx.inspection.token_report.explained_rows import sample_rows
 
     plain = [{"text": f"row {n}"} for n in range(60)]
-    look = make_look([*plain, *ROWS], max_length=60)
-    few = sample(look, "train", 15)
+    view = make_view([*plain, *ROWS], max_length=60)
+    few = sample_rows(view, "train", 15)
     assert len(few.rows) == 15
     assert [row.number for row in few.rows] == sorted({row.number for row in few.rows})
     assert {"dropped", "cut", "kept"} == {row.status for row in few.rows}
     assert few.chosen.startswith("some")
-    everything = sample(look, "train", 100)
+    everything = sample_rows(view, "train", 100)
     assert len(everything.rows) == 67
     assert everything.chosen == "all"
 
 
-def test_a_stream_is_looked_at_as_far_as_its_first_window(make_look: Callable[..., Any]) -> None:
-    from sftx.inspection.figures import figures
+def test_a_stream_is_shown_up_to_its_first_window(make_view: Callable[..., Any]) -> None:
+    from sftx.inspection.dataset_statistics import dataset_statistics
 
     rows = [{"text": f"row {n}"} for n in range(60)]
-    look = make_look(rows, streaming=True, plan_window=20, settings={"train.max_steps": 3})
-    found = figures(look, "train")
+    view = make_view(rows, streaming=True, plan_window=20, settings={"train.max_steps": 3})
+    found = dataset_statistics(view, "train")
     assert (found.num_rows, found.num_steps, found.note) == (20, 3, "streamed: the first 20 rows")
 
 
-def test_wrapped_rows_are_shown_whole(make_look: Callable[..., Any]) -> None:
-    from sftx.inspection.figures import figures
+def test_wrapped_rows_are_shown_whole(make_view: Callable[..., Any]) -> None:
+    from sftx.inspection.dataset_statistics import dataset_statistics
 
     texts = [{"text": f"row {n} " * 30} for n in range(5)]
-    look = make_look(texts, plugins=["packed"], max_length=32, settings={"packed.strategy": "wrapped"})
-    shown = [token for row in rows_of(look) for example in row.examples for token in example.tokens]
-    data = look.dataset("train").examples
+    view = make_view(texts, plugins=["packed"], max_length=32, settings={"packed.strategy": "wrapped"})
+    shown = [token for row in rows_of(view) for example in row.examples for token in example.tokens]
+    data = view.dataset("train").examples
     assert len(data) > 5
     assert [token.id for token in shown] == [token for example in data for token in example.token_ids]
     assert [token.trained for token in shown] == [trained for example in data for trained in example.loss_mask]
-    assert figures(look, "train").note.startswith("rows are shown whole; training cuts")
+    assert dataset_statistics(view, "train").note.startswith("rows are shown whole; training cuts")
 
 
 # --- figures ------------------------------------------------------------------------------------
 
 
-def test_figures_are_those_of_the_dataset(make_look: Callable[..., Any]) -> None:
-    from sftx.inspection.figures import figures
+def test_figures_are_those_of_the_dataset(make_view: Callable[..., Any]) -> None:
+    from sftx.inspection.dataset_statistics import dataset_statistics
 
-    look = make_look(ROWS, max_length=100)
-    data, found = look.dataset("train"), figures(look, "train")
+    view = make_view(ROWS, max_length=100)
+    data, found = view.dataset("train"), dataset_statistics(view, "train")
     lengths = sorted(data.examples.lengths.tolist())
     assert found.lengths is not None
     assert (found.lengths.min, found.lengths.max) == (lengths[0], lengths[-1])
@@ -292,8 +295,8 @@ def test_figures_are_those_of_the_dataset(make_look: Callable[..., Any]) -> None
     assert not found.filling.packs
 
 
-def test_packed_rows_tell_how_full_they_are(make_look: Callable[..., Any], install_plugin: Callable[..., None]) -> None:
-    from sftx.inspection.figures import figures
+def test_packed_rows_tell_how_full_they_are(make_view: Callable[..., Any], install_plugin: Callable[..., None]) -> None:
+    from sftx.inspection.dataset_statistics import dataset_statistics
 
     code = (
         "from dataclasses import dataclass\n"
@@ -303,15 +306,16 @@ def test_packed_rows_tell_how_full_they_are(make_look: Callable[..., Any], insta
         "    @hookimpl\n"
         "    def sftx_collator(self) -> Collator:\n"
         "        return self\n"
-        "    def plan(self, lengths, groups, *, seed, epoch, window, examples_per_step, final):\n"
-        "        return [(tuple(range(at, min(at + 2, len(lengths)))),) for at in range(0, len(lengths), 2)], ()\n"
+        "    def plan(self, window):\n"
+        "        num = len(window.lengths)\n"
+        "        return [(tuple(range(at, min(at + 2, num))),) for at in range(0, num, 2)], ()\n"
         "    def collate(self, examples):\n"
         "        return pack(examples)\n"
     )
     install_plugin("pairing", code, {"pairs": "Pairs"})
     settings = {"train.per_device_train_batch_size": 1}
-    look = make_look([ANSWERED] * 4, plugins=["chatml", "pairs"], max_length=100, settings=settings)
-    found = figures(look, "train")
+    view = make_view([ANSWERED] * 4, plugins=["chatml", "pairs"], max_length=100, settings=settings)
+    found = dataset_statistics(view, "train")
     assert found.filling is not None
     assert found.filling.packs
     assert found.filling.share == 1
@@ -324,41 +328,41 @@ def test_packed_rows_tell_how_full_they_are(make_look: Callable[..., Any], insta
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 
 
-def test_no_control_character_reaches_the_terminal(make_look: Callable[..., Any]) -> None:
-    text = printed(make_look([*ROWS, {"\x1b]0;title\x07": "\x9b2J"}]), width=80)
+def test_no_control_character_reaches_the_terminal(make_view: Callable[..., Any]) -> None:
+    text = printed(make_view([*ROWS, {"\x1b]0;title\x07": "\x9b2J"}]), width=80)
     assert not CONTROL.search(text)
     assert "?[31mdo? that" in text
     assert "«No.⏎" in text
     assert "⇥" in text
 
 
-def test_colours_carry_no_foreign_codes(make_look: Callable[..., Any]) -> None:
-    look = make_look(ROWS)
-    text = printed(look, width=80, force_terminal=True, color_system="truecolor", no_color=False)
+def test_colours_carry_no_foreign_codes(make_view: Callable[..., Any]) -> None:
+    view = make_view(ROWS)
+    text = printed(view, width=80, force_terminal=True, color_system="truecolor", no_color=False)
     assert "«" not in text
     assert "\x1b[38;2;6;33;14;48;2;165;223;180mN" in text
     plain = re.sub(r"\x1b\[[\d;]*m", "", text)
     assert not CONTROL.search(plain)
-    without = printed(look, width=80, force_terminal=True, color_system="truecolor", no_color=True)
+    without = printed(view, width=80, force_terminal=True, color_system="truecolor", no_color=True)
     assert "«" in without
     assert "38;2" not in without
 
 
 @pytest.mark.parametrize("width", [40, 60, 119])
-def test_lines_fit_the_terminal(make_look: Callable[..., Any], width: int) -> None:
+def test_lines_fit_the_terminal(make_view: Callable[..., Any], width: int) -> None:
     turns = {"user": "好" * 100, "assistant": "🦙" * 50 + "a" * 90}
     wide = {"messages": [{"role": role, "content": text} for role, text in turns.items()]}
-    text = printed(make_look([wide]), width=width, ids=True)
+    text = printed(make_view([wide]), width=width, ids=True)
     lines = text.partition("<|im_start|>")[2].partition("«trained»")[0].splitlines()[1:]
     assert len(lines) > 10
     assert max(map(cell_len, lines)) <= width
 
 
-def test_ids_are_shown_on_demand(make_look: Callable[..., Any]) -> None:
-    look = make_look([ANSWERED])
-    ids = look.dataset("train").examples[0].token_ids
-    assert [int(found) for found in re.findall(r"⟨(\d+)⟩", printed(look, ids=True))] == ids
-    assert "⟨" not in printed(look)
+def test_ids_are_shown_on_demand(make_view: Callable[..., Any]) -> None:
+    view = make_view([ANSWERED])
+    ids = view.dataset("train").examples[0].token_ids.tolist()
+    assert [int(found) for found in re.findall(r"⟨(\d+)⟩", printed(view, ids=True))] == ids
+    assert "⟨" not in printed(view)
 
 
 # --- the command --------------------------------------------------------------------------------
@@ -370,10 +374,12 @@ def invoke(*arguments: str) -> Any:
     return CliRunner().invoke(main, ["inspect", "--model", "sftx:tiny", "--plugin", "chatml", *arguments])
 
 
-def test_json_is_the_same_structure(make_look: Callable[..., Any], tmp_path: Path) -> None:
-    from sftx.inspection.token_report.inspect import Choice, inspect
+def test_json_is_the_same_structure(make_view: Callable[..., Any], tmp_path: Path) -> None:
+    from sftx.inspection.token_report.explained_rows import RowSelection, inspect_rows
 
-    expected = {"made_by": "sftx inspect"} | dataclasses.asdict(inspect(make_look(ROWS), "train", Choice(most=2)))
+    expected = {"made_by": "sftx inspect"} | dataclasses.asdict(
+        inspect_rows(make_view(ROWS), "train", RowSelection(max_rows=2))
+    )
     done = invoke("--data", str(tmp_path / "rows.jsonl"), "--rows", "2", "--json", "-")
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout) == json.loads(json.dumps(expected))
@@ -385,14 +391,14 @@ def test_json_is_the_same_structure(make_look: Callable[..., Any], tmp_path: Pat
     ("option", "name", "message"),
     [
         ("--json", "rows.jsonl", "name a file that ends in .json"),
-        ("--html", "other.html", "holds something else, which is not written over"),
-        ("--json", "other.json", "holds something else, which is not written over"),
+        ("--html", "other.html", "holds something else"),
+        ("--json", "other.json", "holds something else"),
     ],
 )
 def test_nothing_is_written_over(
-    make_look: Callable[..., Any], tmp_path: Path, option: str, name: str, message: str
+    make_view: Callable[..., Any], tmp_path: Path, option: str, name: str, message: str
 ) -> None:
-    make_look(ROWS)
+    make_view(ROWS)
     for other in ("other.html", "other.json"):
         (tmp_path / other).write_text("mine")
     before = (tmp_path / name).read_bytes()
@@ -401,15 +407,15 @@ def test_nothing_is_written_over(
     assert (tmp_path / name).read_bytes() == before
 
 
-def test_what_it_wrote_is_written_again(make_look: Callable[..., Any], tmp_path: Path) -> None:
-    make_look(ROWS)
+def test_what_it_wrote_is_written_again(make_view: Callable[..., Any], tmp_path: Path) -> None:
+    make_view(ROWS)
     for _ in range(2):
-        for option, name in (("--html", "look.html"), ("--json", "look.json")):
+        for option, name in (("--html", "view.html"), ("--json", "view.json")):
             assert invoke("--data", str(tmp_path / "rows.jsonl"), option, str(tmp_path / name)).exit_code == 0
 
 
-def test_held_out_rows_are_looked_at(tmp_path: Path, make_look: Callable[..., Any]) -> None:
-    make_look(ROWS[:1], held_out=[ANSWERED])
+def test_held_out_rows_are_shown(tmp_path: Path, make_view: Callable[..., Any]) -> None:
+    make_view(ROWS[:1], held_out=[ANSWERED])
     files = ["--data", str(tmp_path / "rows.jsonl"), "--eval-data", str(tmp_path / "held.jsonl")]
     done = invoke(*files, "--split", "eval")
     assert done.exit_code == 0, done.output
@@ -445,8 +451,8 @@ def test_wrong_options_are_told_before_torch_is_imported() -> None:
     subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True)
 
 
-def test_without_colours_every_trained_turn_stands_between_signs(make_look: Callable[..., Any], tmp_path: Path) -> None:
-    make_look(ROWS[:1])
+def test_without_colours_every_trained_turn_stands_between_signs(make_view: Callable[..., Any], tmp_path: Path) -> None:
+    make_view(ROWS[:1])
     done = invoke("--data", str(tmp_path / "rows.jsonl"), "--train-on-prompt", "--rows", "1")
     assert done.exit_code == 0, done.output
     turns = done.output.partition("rows.jsonl:1")[2].partition("«trained»")[0]

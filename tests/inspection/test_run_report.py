@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from run_pages import Page, as_json, lines, sftx, step, write_run
-from sftx.inspection.run_report.run_record import read, thinned
-from sftx.inspection.run_report.run_report import figures_of, page_data, write_reports
+from sftx.inspection.run_report.run_record import read_run, thin_out
+from sftx.inspection.run_report.run_report import key_figures, page_data, write_reports
 
 HOSTILE = "</script><img src=x onerror=alert(1)><!-- {{data}} {{policy}} \u2028 \ud800 \u202e ש"
 BLANK = "an empty run"
@@ -53,7 +53,7 @@ def test_a_run_ends_with_its_report(real: Path) -> None:
 
 
 def test_a_run_records_masks_and_the_loss_of_tokens(real: Path) -> None:
-    details = page_data([read(real)])["details"]
+    details = page_data([read_run(real)])["details"]
     assert 0 < len(details["rows"]) <= 5
     for row in details["rows"]:
         assert any(trained for _, trained in row["tokens"])
@@ -120,10 +120,10 @@ def test_values_of_another_kind_break_nothing(tmp_path: Path, wrong: Any) -> Non
 
 def test_a_line_that_was_cut_off_is_normal_and_another_is_named(tmp_path: Path) -> None:
     metrics = lines([step(1)]) + "{damaged\n" + lines([step(2), step(3)]) + '{"event": "st'
-    record = read(write_run(tmp_path / "run", metrics=metrics))
+    record = read_run(write_run(tmp_path / "run", metrics=metrics))
     assert record.steps["step"] == [1, 2, 3]
     assert [note for note in record.notes if "metrics" in note] == [
-        "metrics.jsonl: the last line was cut off, as when a run is killed",
+        "metrics.jsonl: the last line is incomplete, as after a killed run",
         "metrics.jsonl: 1 line is damaged and left out: line 2",
     ]
 
@@ -131,26 +131,28 @@ def test_a_line_that_was_cut_off_is_normal_and_another_is_named(tmp_path: Path) 
 def test_what_is_no_number_is_a_gap(tmp_path: Path) -> None:
     told = [step(1), step(2, loss=math.nan), step(3, loss=math.inf, grad_norm=math.nan), step(4)]
     run = write_run(tmp_path / "run", metrics=lines(told))
-    record = read(run)
+    record = read_run(run)
     assert record.steps["loss"] == [2.0, None, None, 0.5]
-    assert "loss of 2 steps are no finite number, a gap in the curve (first: step 2)" in record.notes
+    (note,) = [note for note in record.notes if note.startswith("loss ")]
+    assert "2 steps" in note
+    assert "first: step 2)" in note
     assert as_json([run])["runs"][0]["steps"]["loss"] == [2.0, None, None, 0.5]
     write_reports(run)
     assert (run / "loss.png").exists()
 
 
 def test_a_run_under_way_tells_how_far_it_is(tmp_path: Path) -> None:
-    record = read(write_run(tmp_path / "run", metrics=lines([step(1), step(2)])))
-    figures = figures_of(record)
+    record = read_run(write_run(tmp_path / "run", metrics=lines([step(1), step(2)])))
+    figures = key_figures(record)
     assert not record.is_complete
     assert figures["steps"] == "2 of 4"
     assert figures["training loss"] == "2 → 1"
-    assert figures["trained tokens"] == "20"
+    assert figures["label tokens"] == "20"
 
 
 def test_steps_that_were_done_anew_count_once(tmp_path: Path) -> None:
     told = [step(1), step(2), step(3), step(2, loss=7.0), step(3, loss=8.0)]
-    record = read(write_run(tmp_path / "run", metrics=lines(told)))
+    record = read_run(write_run(tmp_path / "run", metrics=lines(told)))
     assert record.steps["loss"] == [2.0, 7.0, 8.0]
     assert record.steps["tokens"] == [10, 20, 30]
     assert record.steps["minutes"] == pytest.approx([0.1, 0.2, 0.3])
@@ -165,14 +167,28 @@ def test_without_metrics_the_trainers_state_has_the_curves(tmp_path: Path) -> No
         place.mkdir(parents=True)
         state = {"log_history": history[: number - 8], "max_steps": 20}
         (place / "trainer_state.json").write_text(json.dumps(state))
-    record = read(run)
+    record = read_run(run)
     assert record.steps["loss"] == [3.0]
     assert record.evaluations["loss"] == [2.0], "the newest checkpoint's"
     assert record.num_steps == 20
 
 
+def test_a_run_of_sftx_0_1_is_read_by_its_old_names(tmp_path: Path) -> None:
+    told = [step(1), step(2)]
+    old = {"num_label_tokens": "num_tokens", "num_input_tokens": "num_real_tokens"}
+    run = write_run(
+        tmp_path / "run",
+        metrics=lines([{old.get(name, name): value for name, value in line.items()} for line in told]),
+        summary={"num_steps": 2, "num_tokens": 21},
+    )
+    assert "num_tokens" in (run / "metrics.jsonl").read_text()
+    record = read_run(run)
+    assert record.steps["tokens"] == [10, 20]
+    assert key_figures(record)["label tokens"] == "21"
+
+
 def test_evaluations_lie_where_their_steps_are(tmp_path: Path) -> None:
-    record = read(write_run(tmp_path / "run"))
+    record = read_run(write_run(tmp_path / "run"))
     assert record.evaluations["step"] == [0, 4]
     assert record.evaluations["tokens"] == [0, 40]
     assert record.evaluations["minutes"] == pytest.approx([0, 0.4])
@@ -181,11 +197,11 @@ def test_evaluations_lie_where_their_steps_are(tmp_path: Path) -> None:
 def test_long_curves_are_thinned_to_means() -> None:
     columns = {name: [float(n) for n in range(10)] for name in ("step", "tokens", "loss", "peak_bytes")}
     columns["loss"][4] = None  # type: ignore[call-overload]
-    found, size = thinned(columns, 4)
+    found, size = thin_out(columns, 4)
     assert size == 3
     assert found["step"] == found["peak_bytes"] == [2, 5, 8, 9]
     assert found["loss"] == [1.0, 4.0, 7.0, 9.0]
-    assert thinned(columns, 10) == (columns, 1)
+    assert thin_out(columns, 10) == (columns, 1)
 
 
 def test_the_ledger_is_counted_by_reason(tmp_path: Path) -> None:
@@ -193,7 +209,7 @@ def test_the_ledger_is_counted_by_reason(tmp_path: Path) -> None:
     entries = [{"where": f"a.jsonl:{n}", "action": "cut", "reason": "long"} for n in (3, 5)]
     entries += [{"where": "a.jsonl:9", "action": "dropped", "reason": HOSTILE}]
     (run / "ledger.jsonl").write_text(lines(entries))
-    assert read(run).ledger == [
+    assert read_run(run).ledger == [
         ("training", "cut", "long", 2, "a.jsonl:3"),
         ("training", "dropped", HOSTILE, 1, "a.jsonl:9"),
     ]

@@ -11,7 +11,7 @@ import pytest
 from run_pages import Page, lines, sftx, step, write_run
 from sftx.errors import ConfigError
 from sftx.inspection.run_report import compare, plot
-from sftx.inspection.run_report.run_record import read
+from sftx.inspection.run_report.run_record import read_run
 from sftx.inspection.run_report.run_report import write_reports
 
 # --- several runs -------------------------------------------------------------------------------
@@ -46,13 +46,13 @@ def test_runs_lie_over_one_another_and_what_differs_is_told(tmp_path: Path) -> N
 
 def test_names_have_as_many_parts_as_they_need() -> None:
     paths = [Path("/r/a/run"), Path("/r/b/run"), Path("/r/c")]
-    assert compare.names(paths) == ["a/run", "b/run", "c"]
+    assert compare.short_names(paths) == ["a/run", "b/run", "c"]
 
 
 def test_the_average_is_not_pulled_to_the_first_value() -> None:
-    assert plot.smoothed([3.0, 3.0, 3.0], 10) == pytest.approx([3.0, 3.0, 3.0])
-    assert plot.smoothed([1.0, 2.0, 4.0], 1) == [1.0, 2.0, 4.0]
-    first, second = plot.smoothed([0.0, 1.0], 3)
+    assert plot.smooth([3.0, 3.0, 3.0], 10) == pytest.approx([3.0, 3.0, 3.0])
+    assert plot.smooth([1.0, 2.0, 4.0], 1) == [1.0, 2.0, 4.0]
+    first, second = plot.smooth([0.0, 1.0], 3)
     assert (first, second) == pytest.approx((0.0, 1 / 1.5)), "weights 1/2 and 1"
 
 
@@ -64,7 +64,7 @@ def test_the_command_refuses_what_is_no_run(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for name, said in (("empty", "holds no run"), ("file", "is a file"), ("nowhere", "no such directory")):
         with pytest.raises(ConfigError, match=said):
-            read(tmp_path / name)
+            read_run(tmp_path / name)
         done = sftx(tmp_path / name)
         assert done.exit_code == 1
         assert said in done.stderr

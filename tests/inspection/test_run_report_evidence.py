@@ -14,18 +14,19 @@ from transformers import AutoModelForCausalLM
 
 from sftx.data.dataset import Examples, Writer
 from sftx.data.row_encoder import EncodedRow
+from sftx.data.token_text import token_texts
 from sftx.events import TokenLosses
-from sftx.model.language_model import LanguageModel
+from sftx.model.language_model import CausalLM
 from sftx.model.tiny import make_tokenizer, model_dir
-from sftx.trainer.evidence import as_evidence, choose_row, shown_rows, token_losses, token_texts
+from sftx.trainer.evidence import as_evidence, choose_row, shown_rows, token_losses
 from sftx.types import Example, Location
 
 TEXT = "Bread, 预训练 🦙🦙 and שלום.\n  <|im_end|>"
 
 
 @pytest.fixture(scope="module")
-def lm() -> LanguageModel:
-    return LanguageModel(AutoModelForCausalLM.from_pretrained(model_dir()), make_tokenizer()).eval()
+def lm() -> CausalLM:
+    return CausalLM(AutoModelForCausalLM.from_pretrained(model_dir()), make_tokenizer()).eval()
 
 
 class Words:
@@ -94,7 +95,7 @@ def test_of_a_long_row_what_is_trained_is_shown(length: int, first: int, left_ou
     ("lengths", "chosen"),
     [([5, 300, 40, 50], "a.jsonl:3"), ([5, 30, 9], "a.jsonl:2"), ([600, 400], "a.jsonl:2"), ([31, 257], "a.jsonl:1")],
 )
-def test_the_row_that_is_looked_at_can_be_taken_in(lengths: list[int], chosen: str) -> None:
+def test_the_chosen_row_has_a_readable_length(lengths: list[int], chosen: str) -> None:
     row = choose_row(examples_of(lengths))
     assert row is not None
     assert row.row_id == chosen
@@ -102,7 +103,7 @@ def test_the_row_that_is_looked_at_can_be_taken_in(lengths: list[int], chosen: s
     assert choose_row(examples_of([])) is None
 
 
-def test_every_token_has_the_loss_that_the_model_gives_it(lm: LanguageModel) -> None:
+def test_every_token_has_the_loss_that_the_model_gives_it(lm: CausalLM) -> None:
     ids = lm.tokenizer(TEXT).input_ids
     row = Example(ids, [n > 5 for n in range(len(ids))], "row", 0, weights=[2.0] * len(ids))
     with torch.no_grad():

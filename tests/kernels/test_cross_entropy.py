@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from devices import BACKENDS, DEVICE, DTYPES, error
+from devices import BACKENDS, DEVICE, DTYPES, covering, error
 from sftx_kernels import IGNORE_INDEX, cross_entropy, linear_cross_entropy
 from sftx_kernels.triton import cross_entropy as kernels
 from sftx_kernels.triton.launch import CHIPS
@@ -87,11 +87,11 @@ def assert_close(N: int, V: int, dtype: torch.dtype, reduction: str, *, ignored:
         assert error(value, exact[name]) <= 2 * error(torchs[name], exact[name]) + 1e-6, name
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("inplace", [False, True], ids=["", "inplace"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("reduction", ["sum", "none"])
-@pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "everything"])
+@pytest.mark.parametrize(
+    ("backend", "inplace", "dtype", "reduction", "options"),
+    covering(BACKENDS, [False, True], DTYPES, ["sum", "none"], [{}, EVERYTHING]),
+    ids=str,
+)
 def test_values_and_gradients(backend: str, inplace: bool, dtype: torch.dtype, reduction: str, options: Any) -> None:
     for shape in ODD_SHAPES:
         assert_close(*shape, dtype, reduction, backend=backend, inplace=inplace, **options)
@@ -131,9 +131,9 @@ def test_a_second_derivative_is_refused(inplace: bool) -> None:
         torch.autograd.grad(loss, leaf, create_graph=True)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "everything"])
-@pytest.mark.parametrize("splits", [1, 2, 8])
+@pytest.mark.parametrize(
+    ("splits", "options", "dtype"), covering([1, 2, 8], [{}, EVERYTHING], DTYPES, strength=1), ids=str
+)
 def test_programs_that_share_a_row_agree(splits: int, options: dict[str, float], dtype: torch.dtype) -> None:
     case = Case(3, 40_000, dtype, ignored=0.0)
     case.labels_N[1] = IGNORE_INDEX
@@ -291,8 +291,11 @@ def test_opcheck_of_the_linear_operation() -> None:
     torch.library.opcheck(torch.ops.sftx.trained_rows, (labels_M, 3, IGNORE_INDEX, 5))
 
 
-@pytest.mark.parametrize("reduction", ["sum", "none"])
-@pytest.mark.parametrize("chunk", [{}, {"chunk_rows": 5}, {"workspace_bytes": 1000}], ids=str)
+@pytest.mark.parametrize(
+    ("chunk", "reduction"),
+    covering([{}, {"chunk_rows": 5}, {"workspace_bytes": 1000}], ["sum", "none"], strength=1),
+    ids=str,
+)
 def test_compiles_whole_and_again_at_most_twice(reduction: str, chunk: dict[str, int]) -> None:
     """With as many trained tokens as each batch happens to have."""
     torch._dynamo.reset()

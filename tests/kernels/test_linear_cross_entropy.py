@@ -20,7 +20,7 @@ from torch.autograd import gradcheck
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from devices import DEVICE, DTYPES, error
+from devices import DEVICE, DTYPES, covering, error
 from sftx_kernels import IGNORE_INDEX, linear_cross_entropy, linear_cross_entropy_workspace
 
 EVERYTHING = {"label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 2.5, "logit_scale": 0.7}
@@ -180,9 +180,9 @@ def bf16_units(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- values and gradients
 
 
-@pytest.mark.parametrize("reduction", ["sum", "none"])
-@pytest.mark.parametrize("trained", [True, False])
-@pytest.mark.parametrize("options", EACH_OPTION, ids=str)
+@pytest.mark.parametrize(
+    ("reduction", "trained", "options"), covering(["sum", "none"], [True, False], EACH_OPTION), ids=str
+)
 def test_gradcheck(reduction: str, trained: bool, options: dict[str, float]) -> None:
     case = Case(7, 3, 5, seed=1)
     assert 0 < case.num_valid < 7
@@ -204,9 +204,9 @@ def test_gradcheck_of_the_head_alone(reduction: str, wanted: list[str]) -> None:
     assert gradcheck(loss, [inputs[name].clone().requires_grad_() for name in wanted])
 
 
-@pytest.mark.parametrize("shape", ODD_SHAPES, ids=str)
-@pytest.mark.parametrize("reduction", ["sum", "none"])
-@pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "everything"])
+@pytest.mark.parametrize(
+    ("shape", "reduction", "options"), covering(ODD_SHAPES, ["sum", "none"], [{}, EVERYTHING]), ids=str
+)
 def test_fp32_equals_torch(shape: tuple[int, int, int], reduction: str, options: dict[str, float]) -> None:
     case = Case(*shape, dtype=torch.float32)
     ours = case.differentiate("fused", reduction, **options)
@@ -226,10 +226,11 @@ def test_many_threads() -> None:
         assert error(actual, expected) <= 1e-5
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", ODD_SHAPES, ids=str)
-@pytest.mark.parametrize("reduction", ["sum", "none"])
-@pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "everything"])
+@pytest.mark.parametrize(
+    ("dtype", "shape", "reduction", "options"),
+    covering([torch.bfloat16, torch.float16], ODD_SHAPES, ["sum", "none"], [{}, EVERYTHING]),
+    ids=str,
+)
 def test_half_precision_is_at_most_twice_as_far_from_fp64_as_torch(
     dtype: torch.dtype, shape: tuple[int, int, int], reduction: str, options: dict[str, float]
 ) -> None:
@@ -251,8 +252,7 @@ def test_half_precision_is_at_most_twice_as_far_from_fp64_as_torch(
         assert error(actual, expected) <= 2 * error(torchs, expected) + 1e-6
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "everything"])
+@pytest.mark.parametrize(("dtype", "options"), covering(DTYPES, [{}, EVERYTHING], strength=1), ids=str)
 def test_triton_is_at_most_twice_as_far_from_fp64_as_torch(dtype: torch.dtype, options: dict[str, float]) -> None:
     for shape in [(0, 5, 7), (20, 5, 1), (20, 5, 7), (20, 16, 1023), (8, 4, 32003)]:
         case = Case(*shape, dtype=dtype).on(DEVICE)
@@ -304,7 +304,8 @@ def test_any_shape_equals_torch_in_fp64(
 
 @pytest.mark.parametrize("slice_elements", [1, 100, 1 << 24])
 def test_slices_of_a_chunk_change_nothing(slice_elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sftx_kernels.cross_entropy._SLICE_ELEMENTS_CPU", slice_elements)
+    # The name sftx_kernels.cross_entropy is the function, so the module is looked up.
+    monkeypatch.setattr(sys.modules["sftx_kernels.cross_entropy"], "_SLICE_ELEMENTS_CPU", slice_elements)
     monkeypatch.setattr("sftx_kernels.gemm._SLAB_ELEMENTS", slice_elements)
     case = Case(37, 16, 23, dtype=torch.bfloat16)
     ours = case.differentiate("fused", "sum", **EVERYTHING)

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from devices import covering
 from sftx_kernels.dropout import keep_scale, threshold_of
 from sftx_kernels.lora import lora_linear, lora_linears
 from sftx_kernels.nf4 import dequantize_nf4, quantize_nf4
@@ -81,8 +82,11 @@ def test_the_reference_is_philox(key: int, counter: int, words: tuple[int, ...])
     assert tuple(philox4x32(torch.full((4,), counter), (key, key), 7).tolist()) == words
 
 
-@pytest.mark.parametrize("seed", [0, 1, 123456789012345678, (1 << 63) - 1, -1])
-@pytest.mark.parametrize("tile", [(16, 64), (64, 16), (32, 8)])
+@pytest.mark.parametrize(
+    ("seed", "tile"),
+    covering([0, 1, 123456789012345678, (1 << 63) - 1, -1], [(16, 64), (64, 16), (32, 8)], strength=1),
+    ids=str,
+)
 def test_mask_is_philox_whatever_the_tile(seed: int, tile: tuple[int, int]) -> None:
     threshold = threshold_of(0.3)
     out = torch.zeros(64, 64, dtype=torch.int8, device=DEVICE)
@@ -139,10 +143,9 @@ SHAPES = [(1, 7, 5, 1), (37, 33, 129, 5), (37, 64, 24, 33), (130, 64, 130, 16), 
 DROPOUTS = [0.0, 0.4]
 
 
-@pytest.mark.parametrize("dropout_p", DROPOUTS)
-@pytest.mark.parametrize(("M", "K", "O", "R"), SHAPES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_shrink_and_grad_a(dtype: torch.dtype, M: int, K: int, O: int, R: int, dropout_p: float) -> None:  # noqa: E741
+@pytest.mark.parametrize(("dtype", "shape", "dropout_p"), covering(DTYPES, SHAPES, DROPOUTS), ids=str)
+def test_shrink_and_grad_a(dtype: torch.dtype, shape: tuple[int, int, int, int], dropout_p: float) -> None:
+    M, K, _, R = shape
     threshold = threshold_of(dropout_p)
     keep_MK = expected_mask(5, M, K, threshold).to(DEVICE)
     seed = torch.tensor(5, device=DEVICE) if dropout_p else None
@@ -160,9 +163,9 @@ def test_shrink_and_grad_a(dtype: torch.dtype, M: int, K: int, O: int, R: int, d
     assert_as_good(dA_RK, dS_MR.T @ dropped_MK, dS_MR.double().T @ dropped_MK.double())
 
 
-@pytest.mark.parametrize(("M", "K", "O", "R"), [*SHAPES, (70, 8, 300, 32)])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_down(dtype: torch.dtype, M: int, K: int, O: int, R: int) -> None:  # noqa: E741
+@pytest.mark.parametrize(("dtype", "shape"), covering(DTYPES, [*SHAPES, (70, 8, 300, 32)], strength=1), ids=str)
+def test_down(dtype: torch.dtype, shape: tuple[int, int, int, int]) -> None:
+    M, _, O, R = shape  # noqa: E741
     R = min(R, 32)
     dy_MO, B_OR, s_MR = (normal(*s, dtype=dtype) for s in ((M, O), (O, R), (M, R)))
     launch, dS_PMR, dB_POR = down_launch(with_gaps(dy_MO), with_gaps(B_OR), with_gaps(s_MR), CHIP, alpha=SCALING)
@@ -174,13 +177,13 @@ def test_down(dtype: torch.dtype, M: int, K: int, O: int, R: int) -> None:  # no
     assert_as_good(dB_OR, dy_MO.T @ s_MR * SCALING, dy_MO.double().T @ s_MR.double() * SCALING)
 
 
-@pytest.mark.parametrize("dropout_p", DROPOUTS)
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize(("M", "K", "O", "R"), [*SHAPES, (17, 8, 24, 70)])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_outer(
-    dtype: torch.dtype, M: int, K: int, O: int, R: int, transposed: bool, dropout_p: float  # noqa: E741
-) -> None:  # fmt: skip
+@pytest.mark.parametrize(
+    ("dtype", "shape", "transposed", "dropout_p"),
+    covering(DTYPES, [*SHAPES, (17, 8, 24, 70)], [False, True], DROPOUTS),
+    ids=str,
+)
+def test_outer(dtype: torch.dtype, shape: tuple[int, int, int, int], transposed: bool, dropout_p: float) -> None:
+    M, _, O, R = shape  # noqa: E741
     threshold = threshold_of(dropout_p)
     mask = {"seed": torch.tensor(-9, device=DEVICE), "threshold": threshold} if dropout_p else {}
     keep_MO = expected_mask(-9, M, O, threshold).to(DEVICE)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from sftx.model import tiny
 from sftx.model.added_tokens import add_missing, ids_of
-from sftx.model.language_model import LanguageModel
+from sftx.model.language_model import CausalLM
 from sftx.model.load import load_model, load_spec, load_tokenizer
 from sftx.types import Batch
 from sftx_plugins.adapters.lora import Lora
@@ -31,20 +31,20 @@ def add(model_dir: Path, num_tokens: int) -> tuple[Any, tuple[int, ...]]:
     return tokenizer, ids_of(added, tokenizer)
 
 
-def adapted(model_dir: Path, num_tokens: int, **options: Any) -> tuple[LanguageModel, tuple[int, ...]]:
+def adapted(model_dir: Path, num_tokens: int, **options: Any) -> tuple[CausalLM, tuple[int, ...]]:
     tokenizer, ids = add(model_dir, num_tokens)
     spec = load_spec(str(model_dir))
     spec = dataclasses.replace(spec, new_token_ids=ids)
     adapter = Lora(**options).sftx_adapter(spec)
     model = load_model(spec, [adapter], dtype=torch.float32, device=torch.device("cpu"))
-    lm = LanguageModel(model, tokenizer)
+    lm = CausalLM(model, tokenizer)
     torch.manual_seed(0)
     lm.attach({"lora": adapter})
     lm.check()
     return lm, ids
 
 
-def logits_of(lm: LanguageModel, ids_T: torch.Tensor) -> torch.Tensor:
+def logits_of(lm: CausalLM, ids_T: torch.Tensor) -> torch.Tensor:
     batch = Batch(
         input_ids_BT=ids_T[None],
         labels_BT=ids_T[None],
@@ -53,13 +53,13 @@ def logits_of(lm: LanguageModel, ids_T: torch.Tensor) -> torch.Tensor:
         cu_seqlens=None,
         max_seqlen=len(ids_T),
         row_ids=("row",),
-        num_tokens=len(ids_T),
+        num_label_tokens=len(ids_T),
         num_input_tokens=len(ids_T),
     )
     return lm.logits(lm.hidden(batch).hidden_BTD)
 
 
-def train(lm: LanguageModel, ids_T: torch.Tensor, steps: int = 3) -> None:
+def train(lm: CausalLM, ids_T: torch.Tensor, steps: int = 3) -> None:
     optimizer = torch.optim.AdamW([p for p in lm.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
     for _ in range(steps):
         optimizer.zero_grad()

@@ -11,19 +11,20 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from sftx.data.collate import pad
-from sftx.model.generate import answers, generation_defaults
-from sftx.model.language_model import LanguageModel
+from sftx.model.generate import generate_greedy, generation_defaults
+from sftx.model.language_model import CausalLM
 from sftx.model.load import load_spec
 from sftx.testing.kit import built_in
 from sftx.types import Example
+from trainers import answers_in_order
 
 NEW = 12
 
 
-def load(directory: Path, *, adapter: bool = False, **settings: Any) -> LanguageModel:
+def load(directory: Path, *, adapter: bool = False, **settings: Any) -> CausalLM:
     model = AutoModelForCausalLM.from_pretrained(directory)
     model.generation_config.update(**settings)
-    lm = LanguageModel(model, AutoTokenizer.from_pretrained(directory))
+    lm = CausalLM(model, AutoTokenizer.from_pretrained(directory))
     if adapter:
         lm.attach({"lora": built_in("lora").sftx_adapter(load_spec(str(directory)))})
         for name, parameter in lm.named_parameters():
@@ -32,14 +33,14 @@ def load(directory: Path, *, adapter: bool = False, **settings: Any) -> Language
     return lm
 
 
-def prompts(lm: LanguageModel) -> list[list[int]]:
-    """Of 1 to 90 tokens, in no order."""
+def prompts(lm: CausalLM) -> list[list[int]]:
+    """Prompts of 1 to 90 tokens, in no order."""
     rng = random.Random(1)
     return [[rng.randrange(len(lm.tokenizer)) for _ in range(length)] for length in (7, 90, 1, 33, 2, 60, 7, 18, 41)]
 
 
-def by_hand(lm: LanguageModel, prompt: list[int], stop_ids: tuple[int, ...]) -> list[int]:
-    """The likeliest token after all before it, without a cache."""
+def by_hand(lm: CausalLM, prompt: list[int], stop_ids: tuple[int, ...]) -> list[int]:
+    """Generates an answer token by token, without a cache."""
     ids = list(prompt)
     lm.eval()
     for _ in range(NEW):
@@ -62,7 +63,7 @@ def test_a_batch_answers_as_one_row_at_a_time(tiny_model_dir: Path, adapter: boo
     lengths = {len(answer) for answer in expected}
     assert min(lengths) < NEW == max(lengths), "some rows stop, and some do not"
     for batch_size in (1, 4, len(asked)):
-        found = lm.generate(asked, max_new_tokens=NEW, stop_ids=stop_ids, batch_size=batch_size)
+        found = answers_in_order(lm, asked, max_new_tokens=NEW, stop_ids=stop_ids, batch_size=batch_size)
         assert found == expected, f"{batch_size} rows at once"
     for prompt, answer in zip(asked, expected, strict=True):
         settings = GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=list(stop_ids), pad_token_id=0)
@@ -75,16 +76,16 @@ def test_a_batch_answers_as_one_row_at_a_time(tiny_model_dir: Path, adapter: boo
 def test_the_adapter_changes_the_answers(tiny_model_dir: Path) -> None:
     lm = load(tiny_model_dir, adapter=True)
     ask = {"max_new_tokens": NEW, "stop_ids": (), "batch_size": 4}
-    attached = lm.generate(prompts(lm), **ask)
+    attached = answers_in_order(lm, prompts(lm), **ask)
     with lm.without_adapters():
-        assert lm.generate(prompts(lm), **ask) != attached
+        assert answers_in_order(lm, prompts(lm), **ask) != attached
 
 
 def test_settings_of_the_model_do_not_make_answers_depend_on_padding(tiny_model_dir: Path) -> None:
     plain, odd = load(tiny_model_dir), load(tiny_model_dir, repetition_penalty=5.0, max_length=3, num_beams=2)
     asked = prompts(plain)
     expected = [by_hand(plain, prompt, ()) for prompt in asked]
-    assert odd.generate(asked, max_new_tokens=NEW, stop_ids=(), batch_size=4) == expected
+    assert answers_in_order(odd, asked, max_new_tokens=NEW, stop_ids=(), batch_size=4) == expected
     assert odd.model.generation_config.repetition_penalty == 5, "what the artefact will say is as it was"
 
 
@@ -93,7 +94,7 @@ def test_answers_come_batch_by_batch_and_stop_where_asked(tiny_model_dir: Path) 
     lm.train()
     settings = lm.model.generation_config
     asked = prompts(lm)
-    given = answers(lm, asked, max_new_tokens=3, stop_ids=(), batch_size=4)
+    given = generate_greedy(lm, asked, max_new_tokens=3, stop_ids=(), batch_size=4)
     first = [next(given)[0] for _ in range(4)]
     assert first == [1, 5, 8, 3], "the longest first"
     assert sorted(first + [index for index, _ in given]) == list(range(len(asked)))
@@ -109,7 +110,9 @@ def test_answers_come_batch_by_batch_and_stop_where_asked(tiny_model_dir: Path) 
     got = []
 
     def ask() -> None:
-        for index, _ in answers(lm, asked, max_new_tokens=3, stop_ids=(), batch_size=4, check_stop=stop_in_the_second):
+        for index, _ in generate_greedy(
+            lm, asked, max_new_tokens=3, stop_ids=(), batch_size=4, check_stop=stop_in_the_second
+        ):
             got.append(index)
 
     with pytest.raises(KeyboardInterrupt):

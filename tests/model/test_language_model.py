@@ -22,9 +22,10 @@ from transformers import (
 
 from architectures import SHAPE
 from sftx import Batch, Example, ModelError
-from sftx.model.language_model import LanguageModel
+from sftx.model.language_model import CausalLM
 from sftx_plugins.collators.padded import Padded
 from sftx_plugins.losses.masked_ce import MaskedCE
+from trainers import answers_in_order
 
 EXPERTS = {"output_router_logits": True, "router_aux_loss_coef": 0.1}
 CONFIGS = {
@@ -79,7 +80,7 @@ def their_inputs(rows: list[Example]) -> dict[str, torch.Tensor]:
 def test_the_loss_is_the_architectures_own(name: str) -> None:
     """Soft caps, scales and router losses included, on padded rows."""
     model = model_of(name)
-    lm = LanguageModel(model, tokenizer=None).eval()  # type: ignore[arg-type]
+    lm = CausalLM(model, tokenizer=None).eval()  # type: ignore[arg-type]
     lm.check()
     rows = examples()
     batch = Padded().collate(rows)
@@ -100,7 +101,7 @@ def test_the_loss_is_the_architectures_own(name: str) -> None:
 @pytest.mark.parametrize("name", ["llama", "gemma2 (soft cap)", "granite (logit scaling)", "phi3"])
 def test_cross_entropy_is_that_of_the_logits(name: str) -> None:
     """With the architecture's scale and soft cap, weighted and summed, or per token."""
-    lm = LanguageModel(model_of(name), tokenizer=None).eval()  # type: ignore[arg-type]
+    lm = CausalLM(model_of(name), tokenizer=None).eval()  # type: ignore[arg-type]
     batch = Padded().collate(examples())
     hidden_BTD = lm.hidden(batch).hidden_BTD
     nll_N = torch.nn.functional.cross_entropy(
@@ -117,7 +118,7 @@ def test_cross_entropy_is_that_of_the_logits(name: str) -> None:
 
 def test_what_lies_under_the_padding_is_never_seen() -> None:
     """Other ids there change nothing: neither the loss nor any gradient."""
-    lm = LanguageModel(model_of("tied"), tokenizer=None)  # type: ignore[arg-type]
+    lm = CausalLM(model_of("tied"), tokenizer=None)  # type: ignore[arg-type]
     batch = Padded().collate(examples())
     assert batch.lengths_B is not None
     outside = torch.arange(batch.input_ids_BT.shape[1]) >= batch.lengths_B[:, None]
@@ -135,7 +136,7 @@ def test_what_lies_under_the_padding_is_never_seen() -> None:
 
 
 def test_padding_a_batch_changes_no_loss() -> None:
-    lm = LanguageModel(model_of("gemma3"), tokenizer=None)  # type: ignore[arg-type]
+    lm = CausalLM(model_of("gemma3"), tokenizer=None)  # type: ignore[arg-type]
     rows = examples()
     alone = sum(MaskedCE()(lm, Padded().collate([row])).sum for row in rows)
     together = MaskedCE()(lm, Padded(pad_to_multiple_of=16).collate(rows)).sum
@@ -145,21 +146,21 @@ def test_padding_a_batch_changes_no_loss() -> None:
 def test_an_architecture_that_computes_its_logits_otherwise_is_refused_by_name() -> None:
     model = model_of("llama")
     model.lm_head.register_forward_hook(lambda module, args, out: out * 1.01)
-    lm = LanguageModel(model, tokenizer=None).eval()  # type: ignore[arg-type]
+    lm = CausalLM(model, tokenizer=None).eval()  # type: ignore[arg-type]
     with pytest.raises(ModelError, match=r"LlamaForCausalLM: its logits are not head\(hidden\)"):
         lm.check()
 
 
 def test_answers_of_a_batch_are_those_of_single_rows_and_end_at_the_stop_token() -> None:
     model = model_of("qwen2")
-    lm = LanguageModel(model, tokenizer=None).eval()  # type: ignore[arg-type]
+    lm = CausalLM(model, tokenizer=None).eval()  # type: ignore[arg-type]
     prompts = [e.token_ids for e in examples((3, 11, 6, 4))]
-    together = lm.generate(prompts, max_new_tokens=12, stop_ids=(), batch_size=4)
-    alone = [lm.generate([p], max_new_tokens=12, stop_ids=(), batch_size=1)[0] for p in prompts]
+    together = answers_in_order(lm, prompts, max_new_tokens=12, stop_ids=(), batch_size=4)
+    alone = [answers_in_order(lm, [p], max_new_tokens=12, stop_ids=(), batch_size=1)[0] for p in prompts]
     assert together == alone
     assert all(len(answer) == 12 for answer in together)
     stop = together[0][5]
-    stopped = lm.generate(prompts, max_new_tokens=12, stop_ids=(stop,), batch_size=2)
+    stopped = answers_in_order(lm, prompts, max_new_tokens=12, stop_ids=(stop,), batch_size=2)
     assert stopped == [answer[: answer.index(stop)] if stop in answer else answer for answer in together]
 
 

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sftx.data.collate import pad
-from sftx.model.language_model import LanguageModel
+from sftx.model.language_model import CausalLM
 from sftx.model.load import load_model, load_spec, load_tokenizer
 from sftx.types import Example
 
@@ -32,7 +32,7 @@ def padded_with_end(tiny_model_dir: Path, tmp_path: Path) -> Path:
     return directory
 
 
-def gradient_of_rows(lm: LanguageModel) -> torch.Tensor:
+def gradient_of_rows(lm: CausalLM) -> torch.Tensor:
     """[V, D]: of the input embedding, for two rows of different lengths that hold the token in their middle."""
     examples = [
         Example([5, END, 9, 11, END], [False, True, True, True, True], "a", 0),
@@ -54,7 +54,7 @@ def test_the_row_of_the_padding_token_is_trained_as_any_other(padded_with_end: P
     reference = AutoModelForCausalLM.from_pretrained(padded_with_end, pad_token_id=None)
     assert reference.get_input_embeddings().padding_idx is None
 
-    found, expected, lost = (gradient_of_rows(LanguageModel(model, tokenizer)) for model in (ours, reference, theirs))
+    found, expected, lost = (gradient_of_rows(CausalLM(model, tokenizer)) for model in (ours, reference, theirs))
     assert torch.equal(found, expected)
     assert found[END].abs().max() > 0
     assert not lost[END].any(), "which is what was wrong"
@@ -68,5 +68,5 @@ def test_the_forward_is_the_same_and_the_padding_itself_has_no_gradient(padded_w
     theirs: Any = AutoModelForCausalLM.from_pretrained(padded_with_end)
     ids = torch.tensor([[5, END, 9, END]])
     assert torch.equal(ours(input_ids=ids).logits, theirs(input_ids=ids).logits)
-    gradient = gradient_of_rows(LanguageModel(ours, load_tokenizer(str(padded_with_end))))
+    gradient = gradient_of_rows(CausalLM(ours, load_tokenizer(str(padded_with_end))))
     assert not gradient[0].any(), "id 0 lies under the padding alone"

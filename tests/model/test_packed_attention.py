@@ -39,12 +39,13 @@ from transformers import (
 from architectures import SHAPE
 from sftx import Attention, Batch, Example, ModelError, pack, pad
 from sftx.model import packed_attention, varlen_attention
-from sftx.model.language_model import LanguageModel
+from sftx.model.language_model import CausalLM
 from sftx.trainer.layers import enable_checkpointing
 from sftx.trainer.self_checks import check_packing
 from sftx_plugins.collators.packed import Packed, PackedRows
 from sftx_plugins.collators.padded import Padded
 from sftx_plugins.losses.masked_ce import MaskedCE
+from trainers import answers_in_order
 
 LENGTHS = (9, 1, 5, 13)
 MIXED = ["sliding_attention", "full_attention"]
@@ -59,14 +60,14 @@ CONFIGS: dict[str, tuple[PreTrainedConfig, str | None]] = {
     "gemma3, window in one layer": (Gemma3TextConfig(**SHAPE, sliding_window=5, layer_types=MIXED), None),
     "gemma2, soft caps": (
         Gemma2Config(**SHAPE, sliding_window=5),
-        r"computed by transformers' 'eager'|wants softcap heeded",
+        r"'eager'|depends on softcap",
     ),
     "gpt2, dropout": (
         GPT2Config(vocab_size=211, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2),
         "dropout in its attention",
     ),
 }
-"""Architectures, and why varlen cannot express those that fall back to transformers' own mask."""
+"""Architectures, and for those that fall back to transformers' own mask the reason why varlen cannot be used."""
 LEAKING: dict[str, PreTrainedConfig] = {
     "lfm2, convolution": Lfm2Config(**SHAPE, layer_types=["conv", "full_attention"], initializer_range=0.1),
     "mamba, state space": MambaConfig(vocab_size=211, hidden_size=32, num_hidden_layers=2, state_size=8),
@@ -88,17 +89,17 @@ def examples(lengths: Sequence[int] = LENGTHS, vocabulary: int = 211) -> list[Ex
     ]
 
 
-def made(config: PreTrainedConfig) -> LanguageModel:
+def made(config: PreTrainedConfig) -> CausalLM:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
-    return LanguageModel(model, None).eval()  # type: ignore[arg-type]
+    return CausalLM(model, None).eval()  # type: ignore[arg-type]
 
 
-def loss_and_gradients(lm: LanguageModel, batches: Sequence[Batch]) -> tuple[float, dict[str, Tensor]]:
+def loss_and_gradients(lm: CausalLM, batches: Sequence[Batch]) -> tuple[float, dict[str, Tensor]]:
     lm.zero_grad(set_to_none=True)
     total = 0.0
     for batch in batches:
-        loss = MaskedCE()(lm, batch).sum if batch.num_tokens else None
+        loss = MaskedCE()(lm, batch).sum if batch.num_label_tokens else None
         if loss is not None:
             loss.backward()
             total += loss.item()
@@ -107,8 +108,8 @@ def loss_and_gradients(lm: LanguageModel, batches: Sequence[Batch]) -> tuple[flo
     return total, gradients
 
 
-def assert_equal_training(lm: LanguageModel, ways: Sequence[Attention], rows: Sequence[Example]) -> None:
-    """Of the packed rows, each way, and of each alone: the loss and the whole gradient, to 1e-5."""
+def assert_equal_training(lm: CausalLM, ways: Sequence[Attention], rows: Sequence[Example]) -> None:
+    """Asserts that each kind of packing has the loss and the gradient of the rows alone, to 1e-5."""
     alone, wanted = loss_and_gradients(lm, [pad([row]) for row in rows])
     for way in ways:
         packed, gradients = loss_and_gradients(lm, [pack(rows, attention=way)])
@@ -154,7 +155,7 @@ def test_packed_training_is_that_of_documents_alone(
 
 
 def test_chunks_that_begin_with_the_row_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Documents alone have others, and the probe's pieces are too short to see it."""
+    """Such chunks differ from those of a document alone, and the probe's pieces are too short to see it."""
     monkeypatch.delattr(masking_utils, "remap_positions_for_packed_sequence", raising=False)
     lm = made(LlamaConfig(**SHAPE))
     lm.config.update({"attention_chunk_size": 4})
@@ -167,10 +168,11 @@ def test_chunks_that_begin_with_the_row_are_refused(monkeypatch: pytest.MonkeyPa
 def test_two_language_models_share_one_model(caplog: pytest.LogCaptureFixture) -> None:
     lm = made(LlamaConfig(**SHAPE))
     assert lm.attention_of(pack(examples())) == "varlen"
-    assert LanguageModel(lm.model, lm.tokenizer).attention_of(pack(examples())) == "varlen"
+    assert CausalLM(lm.model, lm.tokenizer).attention_of(pack(examples())) == "varlen"
     assert caplog.text == ""
 
 
+@pytest.mark.slow
 def test_packed_training_is_that_of_documents_alone_on_the_real_model(real_model_dir: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(real_model_dir)
     texts = ("The capital of France is Paris.", "ok", "One, two, three, four, five.")
@@ -178,13 +180,13 @@ def test_packed_training_is_that_of_documents_alone_on_the_real_model(real_model
     for number, text in enumerate(texts):
         ids = [*tokenizer(text).input_ids, tokenizer.eos_token_id]
         rows.append(Example(ids, [at > 1 for at in range(len(ids))], f"row {number}", number))
-    lm = LanguageModel(AutoModelForCausalLM.from_pretrained(real_model_dir, dtype=torch.float32), tokenizer).eval()
+    lm = CausalLM(AutoModelForCausalLM.from_pretrained(real_model_dir, dtype=torch.float32), tokenizer).eval()
     assert_equal_training(lm, ("varlen", "mask", "mask4d"), rows)
     assert lm.attention_of(pack(rows)) == "varlen"
 
 
 def test_the_4d_mask_is_llama_factorys() -> None:
-    """Seen is what has the same number, is no padding (0), and stands not behind."""
+    """A token attends to tokens with its document number that are not padding (0) and not after it."""
     numbers = [[1, 1, 2, 2, 2, 0], [1, 2, 2, 3, 3, 3], [0, 0, 1, 1, 1, 1]]
     for dtype in (torch.float32, torch.bfloat16):
         mask = packed_attention.block_mask(torch.tensor(numbers), dtype)
@@ -195,7 +197,7 @@ def test_the_4d_mask_is_llama_factorys() -> None:
             assert mask[b, 0, i, j].item() == (0 if seen else torch.finfo(dtype).min)
 
 
-def test_the_4d_mask_of_a_batch_has_its_borders() -> None:
+def test_the_4d_mask_of_a_batch_follows_its_cu_seqlens() -> None:
     lm = made(LlamaConfig(**SHAPE))
     batch = pack(examples((2, 1, 3)), attention="mask4d")
     mask = packed_attention.decoder_arguments(batch, "mask4d", lm.config, torch.float32)["attention_mask"]
@@ -207,16 +209,16 @@ def test_the_4d_mask_of_a_batch_has_its_borders() -> None:
 
 def tensors(lengths: Sequence[int], H: int, K: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     T = sum(lengths)
-    borders = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-    # Of the strides that a layer's projections have: heads beside one another.
+    cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    # With the strides of a layer's projections, where the heads of a token are adjacent.
     query, key, value = (torch.randn(heads, T, 8, dtype=dtype).transpose(0, 1) for heads in (H, K, K))
-    return query, key, value, borders
+    return query, key, value, cu_seqlens
 
 
-def by_definition(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, window: int | None) -> Tensor:
-    """Softmax over what is seen, in fp64."""
+def by_definition(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, window: int | None) -> Tensor:
+    """Computes the softmax over the visible tokens in fp64."""
     at = torch.arange(len(query))
-    document = torch.searchsorted(borders, at, right=True)
+    document = torch.searchsorted(cu_seqlens, at, right=True)
     seen = (document[:, None] == document) & (at[:, None] >= at)
     if window is not None:
         seen &= at[:, None] - at < window
@@ -236,15 +238,15 @@ def by_definition(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, wi
 def test_attention_and_its_gradients_are_those_of_the_definition(
     dtype: torch.dtype, tolerance: float, H: int, K: int, window: int | None
 ) -> None:
-    *inputs, borders = tensors((7, 1, 30, 2), H, K, dtype)
+    *inputs, cu_seqlens = tensors((7, 1, 30, 2), H, K, dtype)
     weights = torch.randn(40, H, 8, dtype=dtype)
     results = []
     for attend in (varlen_attention.attend, by_definition):
         leaves = [x.detach().clone().requires_grad_() for x in inputs]
         if attend is by_definition:
-            out = by_definition(*leaves, borders, window)  # type: ignore[misc]
+            out = by_definition(*leaves, cu_seqlens, window)  # type: ignore[misc]
         else:
-            out = varlen_attention.attend(*leaves, borders, 30, scale=0.3, window=window)  # type: ignore[misc]
+            out = varlen_attention.attend(*leaves, cu_seqlens, 30, scale=0.3, window=window)  # type: ignore[misc]
         results.append([out, *torch.autograd.grad(out, leaves, weights.to(out.dtype))])
     for ours, right in zip(*results, strict=True):
         assert ours.dtype == dtype
@@ -254,10 +256,10 @@ def test_attention_and_its_gradients_are_those_of_the_definition(
 
 
 def test_torch_finds_nothing_wrong_with_the_operation() -> None:
-    *inputs, borders = tensors((7, 1, 3), 6, 2, torch.float32)
+    *inputs, cu_seqlens = tensors((7, 1, 3), 6, 2, torch.float32)
     leaves = [x.detach().requires_grad_() for x in inputs]
-    torch.library.opcheck(varlen_attention.attend_on_cpu, (*leaves, borders, 0.3, None))
-    torch.library.opcheck(varlen_attention.attend_on_cpu, (*leaves, borders, 0.3, 2))
+    torch.library.opcheck(varlen_attention.attend_on_cpu, (*leaves, cu_seqlens, 0.3, None))
+    torch.library.opcheck(varlen_attention.attend_on_cpu, (*leaves, cu_seqlens, 0.3, 2))
 
 
 @pytest.mark.parametrize("grouped", [True, False])
@@ -278,10 +280,10 @@ def test_the_gpus_kernel_is_asked_for_the_same(
         return by_definition(query, key, value, cu_seq_q, None if window_size[0] < 0 else window_size[0] + 1)
 
     monkeypatch.setattr(varlen_attention, "varlen_attn", varlen_attn)
-    monkeypatch.setattr(varlen_attention, "_GROUPED", grouped)
-    *inputs, borders = tensors((7, 1, 30, 2), 6, 2, torch.float32)
-    on_gpu = varlen_attention.attend_on_gpu(*inputs, borders, 30, scale=0.3, window=window)  # type: ignore[misc]
-    on_cpu = varlen_attention.attend(*inputs, borders, 30, scale=0.3, window=window)  # type: ignore[misc]
+    monkeypatch.setattr(varlen_attention, "_HAS_GQA", grouped)
+    *inputs, cu_seqlens = tensors((7, 1, 30, 2), 6, 2, torch.float32)
+    on_gpu = varlen_attention.attend_on_gpu(*inputs, cu_seqlens, 30, scale=0.3, window=window)  # type: ignore[misc]
+    on_cpu = varlen_attention.attend(*inputs, cu_seqlens, 30, scale=0.3, window=window)  # type: ignore[misc]
     torch.testing.assert_close(on_gpu.float(), on_cpu)
 
 
@@ -295,6 +297,7 @@ def test_under_autocast_it_computes_in_bf16() -> None:
 
 
 # torch hides this warning itself, from a user's filters and not from one that makes errors of warnings.
+@pytest.mark.slow  # tests/trainer/test_compile.py compiles packed rows too
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_compiled_layers_have_no_graph_breaks(checkpointing: bool) -> None:
@@ -328,7 +331,7 @@ def test_compiled_layers_have_no_graph_breaks(checkpointing: bool) -> None:
     [LlamaConfig(**SHAPE), MistralConfig(**SHAPE, sliding_window=5), CONFIGS["gemma3, window in one layer"][0]],
     ids=["llama", "mistral", "gemma3"],
 )
-def test_without_borders_all_is_as_with_sdpa(config: PreTrainedConfig) -> None:
+def test_without_cu_seqlens_everything_is_as_with_sdpa(config: PreTrainedConfig) -> None:
     own, ours = made(config), made(config)
     assert ours.attention_of(pack(examples())) == "varlen"
     assert ours.model.config._attn_implementation == packed_attention.NAME
@@ -336,7 +339,7 @@ def test_without_borders_all_is_as_with_sdpa(config: PreTrainedConfig) -> None:
     for lm in (own, ours):
         lm.check()
     answers = [
-        lm.generate(prompts, max_new_tokens=8, stop_ids=[], batch_size=4)  # padded at the left, with a cache
+        answers_in_order(lm, prompts, max_new_tokens=8, stop_ids=[], batch_size=4)  # padded at the left, with a cache
         for lm in (own, ours)
     ]
     assert answers[0] == answers[1]
@@ -357,7 +360,7 @@ def test_a_saved_model_does_not_name_our_attention(tmp_path: Path) -> None:
 def test_what_varlen_is_not_made_for_is_said(caplog: pytest.LogCaptureFixture) -> None:
     reasons = {
         "it has layers of chunked_attention": {"layer_types": ["chunked_attention", "full_attention"]},
-        "other windows than its configuration": {"sliding_window": 5},
+        "sliding windows": {"sliding_window": 5},
     }
     for reason, changes in reasons.items():
         lm = made(LlamaConfig(**SHAPE))
@@ -371,7 +374,7 @@ def test_what_varlen_is_not_made_for_is_said(caplog: pytest.LogCaptureFixture) -
 # --- the leak probe -----------------------------------------------------------------------------
 
 
-def probe(lm: LanguageModel, way: Attention = "varlen") -> None:
+def probe(lm: CausalLM, way: Attention = "varlen") -> None:
     check_packing(lm, Packed(attention=way).sftx_collator(64), examples((30, 9, 40)))
 
 
@@ -408,7 +411,7 @@ def test_the_probe_keeps_groups_whole() -> None:
 
 
 def test_the_probe_asks_nothing_of_a_collator_that_pads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LanguageModel, "hidden", None)
+    monkeypatch.setattr(CausalLM, "hidden", None)
     check_packing(made(LlamaConfig(**SHAPE)), Padded().sftx_collator(), examples())
 
 
@@ -422,15 +425,15 @@ def test_an_architecture_that_leaks_stops_the_run(name: str) -> None:
 def test_varlen_that_leaks_falls_back_to_the_mask(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An attention that takes the borders and does not heed them."""
+    """An attention that ignores cu_seqlens."""
     right = varlen_attention.attend
 
-    def ignores_borders(
-        query: Tensor, key: Tensor, value: Tensor, borders: Tensor, longest: int, **options: Any
+    def ignores_cu_seqlens(
+        query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int, **options: Any
     ) -> Tensor:
-        return right(query, key, value, borders[[0, -1]], int(borders[-1]), **options)
+        return right(query, key, value, cu_seqlens[[0, -1]], int(cu_seqlens[-1]), **options)
 
-    monkeypatch.setattr(varlen_attention, "attend", ignores_borders)
+    monkeypatch.setattr(varlen_attention, "attend", ignores_cu_seqlens)
     lm = made(LlamaConfig(**SHAPE))
     probe(lm)
     (said,) = [record.getMessage() for record in caplog.records]

@@ -1,4 +1,4 @@
-"""LLaMA-Factory's demo sets, as they are: every row is read, looked at and trained on."""
+"""LLaMA-Factory's demo sets, as they are: every row is read, inspected and trained on."""
 
 from __future__ import annotations
 
@@ -22,31 +22,34 @@ SETS = {
 }
 
 
-@pytest.mark.parametrize(("name", "num_rows"), SETS.items())
-@pytest.mark.parametrize("collator", ["padded", "packed"])
-def test_a_demo_set_is_run_unedited(tmp_path: Path, name: str, num_rows: int, collator: str) -> None:
+FIRST = ("glaive_toolcall_en_demo.json", "packed")
+"""The one that `make test` runs: tool calls, of very different lengths."""
+
+
+@pytest.mark.parametrize(
+    ("name", "collator"),
+    [
+        pytest.param(name, collator, marks=[] if (name, collator) == FIRST else [pytest.mark.slow])
+        for name in SETS
+        for collator in ("padded", "packed")
+    ],
+)
+def test_a_demo_set_is_run_unedited(tmp_path: Path, name: str, collator: str) -> None:
     out = tmp_path / "out"
     data = str(assets.path("llamafactory", name))
     arguments = ["run", "--model", "sftx:tiny", "--plugin", "chatml", "--plugin", collator, "--data", data]
-    arguments += [
-        "--max-length",
-        "16384",
-        "--max-steps",
-        "2",
-        "--per-device-train-batch-size",
-        "1",
-        "--output-dir",
-        str(out),
-    ]
+    arguments += ["--max-length", "16384", "--max-steps", "2", "--per-device-train-batch-size", "1"]
+    arguments += ["--output-dir", str(out)]
     done = CliRunner().invoke(main, arguments, catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    assert f"{num_rows:,} (" in done.output
+    assert f"{SETS[name]:,} (" in done.output
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert sum(entry.get("event") == "step" for entry in metrics) == 2
     ledger = [json.loads(line) for line in (out / "ledger.jsonl").read_text(encoding="utf-8").splitlines()]
     assert {entry["action"] for entry in ledger} <= {"cut"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "num_rows"), SETS.items())
 def test_a_demo_set_is_inspected_unedited(name: str, num_rows: int) -> None:
     data = str(assets.path("llamafactory", name))

@@ -17,8 +17,9 @@ from sftx.data.row_encoder import Question
 from sftx.errors import OutputError, PluginError, TrainingError
 from sftx.events import Sample
 from sftx.trainer.evaluate import Evaluator, write_predictions
-from sftx.trainer.parallel import Engine, TrainStep
+from sftx.trainer.parallel import ParallelStrategy, TrainStep
 from sftx.trainer.session import Session
+from trainers import answers_in_order
 
 ROWS = 23
 
@@ -39,7 +40,7 @@ def session(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> S
 def evaluator(session: Session, batch_size: int, **changed: Any) -> Evaluator:
     given: dict[str, Any] = {
         "collator": session.trainer.collator,
-        "engine": session.trainer.engine,
+        "strategy": session.trainer.strategy,
         "metrics": {},
         "precision": session.trainer.precision,
         "stop_ids": (2,),
@@ -104,8 +105,8 @@ class Keeps:
 def test_nothing_is_kept_from_batch_to_batch(session: Session) -> None:
     growth, of_keeping = Growth(), Growth()
     evaluator(session, 1, check_stop=growth)(session.lm, 0)
-    keeps = Engine(TrainStep(session.lm, Keeps(session.trainer.loss)))
-    evaluator(session, 1, check_stop=of_keeping, engine=keeps)(session.lm, 0)
+    keeps = ParallelStrategy(TrainStep(session.lm, Keeps(session.trainer.loss)))
+    evaluator(session, 1, check_stop=of_keeping, strategy=keeps)(session.lm, 0)
     assert growth.calls == ROWS
     logits_bytes = 4 * session.lm.head_weight.shape[0]
     assert of_keeping.per_batch == pytest.approx(logits_bytes, rel=0.01), "it would be seen"
@@ -237,7 +238,7 @@ def test_a_prompt_is_written_with_its_control_tokens_and_an_answer_without(sessi
     asked = Evaluator(
         held_out,
         collator=session.trainer.collator,
-        engine=session.trainer.engine,
+        strategy=session.trainer.strategy,
         metrics={"exact": exact},
         precision=session.trainer.precision,
         stop_ids=(),
@@ -246,5 +247,5 @@ def test_a_prompt_is_written_with_its_control_tokens_and_an_answer_without(sessi
     )
     (sample,) = asked(session.lm, 0).samples
     assert sample.full_prompt == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-    answer = session.lm.generate([ids], max_new_tokens=3, stop_ids=(), batch_size=1)[0]
+    answer = answers_in_order(session.lm, [ids], max_new_tokens=3, stop_ids=(), batch_size=1)[0]
     assert sample.prediction == tokenizer.decode(answer, skip_special_tokens=True)

@@ -88,7 +88,7 @@ def test_a_metric_that_is_not_a_number_is_stopped(tiny_model_dir: Path, data: Pa
     evaluator = Evaluator(
         held_out,
         collator=session.trainer.collator,
-        engine=session.trainer.engine,
+        strategy=session.trainer.strategy,
         metrics={"odd": lambda prediction, reference: float("nan")},
         precision=session.trainer.precision,
         stop_ids=(2,),
@@ -180,7 +180,7 @@ def test_a_loss_that_is_no_sum_of_scalars_is_stopped(
     tiny_model_dir: Path, data: Path, change: Any, message: str
 ) -> None:
     session = session_of(tiny_model_dir, data)
-    session.trainer.loss = session.trainer.engine.step.loss = LossStage("the loss", Changed(change))
+    session.trainer.loss = session.trainer.strategy.step.loss = LossStage("the loss", Changed(change))
     with pytest.raises(PluginError, match=message):
         session.trainer.train_step(
             1, 0.1, session.trainer.micro_batches(planned(session.sampler.epoch(0)[0], session.data.examples))
@@ -190,7 +190,7 @@ def test_a_loss_that_is_no_sum_of_scalars_is_stopped(
 @pytest.mark.parametrize("number", [0.0, -1.0, float("inf"), True])
 def test_evaluation_refuses_what_training_refuses(tiny_model_dir: Path, data: Path, number: Any) -> None:
     session = session_of(tiny_model_dir, data, data__eval=[str(data)])
-    session.trainer.engine.step.loss = LossStage("the loss", Changed(lambda out: None, number))
+    session.trainer.strategy.step.loss = LossStage("the loss", Changed(lambda out: None, number))
     with pytest.raises(PluginError, match=r"denominator gave"):
         session.evaluator(session.lm, 0)
     other = session_of(tiny_model_dir, data, data__eval=[str(data)])
@@ -211,7 +211,7 @@ def test_running_out_of_memory_in_evaluation_is_one_line_that_says_what_to_lower
     def full(*_: Any) -> None:
         raise raised
 
-    session.trainer.engine.step.loss = LossStage("the loss", Changed(full))
+    session.trainer.strategy.step.loss = LossStage("the loss", Changed(full))
     with pytest.raises(TrainingError, match="lower per_device_eval_batch_size"):
         session.evaluator(session.lm, 0)
 

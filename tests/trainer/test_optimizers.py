@@ -23,7 +23,7 @@ from transformers.optimization import Adafactor
 
 from sftx.config.options import TrainConfig
 from sftx.errors import ConfigError, ModelError, PluginError
-from sftx.model.language_model import LanguageModel
+from sftx.model.language_model import CausalLM
 from sftx.trainer.optimizer import RunOptimizer
 from sftx.trainer.optimizers import SplitAdamW, _joined, _split
 from sftx.trainer.schedule import learning_rate
@@ -64,20 +64,20 @@ def base(*, tied: bool = False) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def full(optim: str = "adamw", *, tied: bool = False) -> LanguageModel:
+def full(optim: str = "adamw", *, tied: bool = False) -> CausalLM:
     dtype = torch.bfloat16 if optim == "adamw_bf16" else torch.float32
-    return LanguageModel(base(tied=tied).to(dtype), cast(Any, None))
+    return CausalLM(base(tied=tied).to(dtype), cast(Any, None))
 
 
-def with_lora(*, tied: bool = True, new_token_ids: tuple[int, ...] = (), **options: Any) -> LanguageModel:
+def with_lora(*, tied: bool = True, new_token_ids: tuple[int, ...] = (), **options: Any) -> CausalLM:
     model = base(tied=tied)
-    lm = LanguageModel(model, cast(Any, None))
+    lm = CausalLM(model, cast(Any, None))
     spec = ModelSpec("tiny", model.config, model, new_token_ids=new_token_ids)
     lm.attach({"lora": Lora(r=4, **options).sftx_adapter(spec)})
     return lm
 
 
-def put_gradients(lm: LanguageModel, step: int) -> None:
+def put_gradients(lm: CausalLM, step: int) -> None:
     """Random ones of a step, of sizes that differ, a pure function of it."""
     generator = torch.Generator().manual_seed(step)
     for number, parameter in enumerate(p for p in lm.parameters() if p.requires_grad):
@@ -85,7 +85,7 @@ def put_gradients(lm: LanguageModel, step: int) -> None:
         parameter.grad = grad.to(parameter.dtype)
 
 
-def advance(lm: LanguageModel, optimizer: RunOptimizer, config: TrainConfig, steps: range) -> None:
+def advance(lm: CausalLM, optimizer: RunOptimizer, config: TrainConfig, steps: range) -> None:
     for step in steps:
         optimizer.zero_grad()
         optimizer.set_learning_rate(learning_rate(config, step, NUM_STEPS))
@@ -93,14 +93,14 @@ def advance(lm: LanguageModel, optimizer: RunOptimizer, config: TrainConfig, ste
         optimizer.step()
 
 
-def weights(lm: LanguageModel) -> dict[str, Tensor]:
+def weights(lm: CausalLM) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in lm.named_parameters() if p.requires_grad}
 
 
-Make = Callable[[LanguageModel, TrainConfig], list[torch.optim.Optimizer]]
+Make = Callable[[CausalLM, TrainConfig], list[torch.optim.Optimizer]]
 
 
-def split(lm: LanguageModel, decay: float, names: Callable[[str], bool] = lambda name: True) -> list[dict[str, Any]]:
+def split(lm: CausalLM, decay: float, names: Callable[[str], bool] = lambda name: True) -> list[dict[str, Any]]:
     chosen = [p for name, p in lm.named_parameters() if names(name)]
     groups = [
         {"params": [p for p in chosen if p.ndim > 1], "weight_decay": decay},
@@ -113,22 +113,22 @@ def is_hidden(name: str) -> bool:
     return "proj" in name
 
 
-def adamw(lm: LanguageModel, config: TrainConfig) -> list[torch.optim.Optimizer]:
+def adamw(lm: CausalLM, config: TrainConfig) -> list[torch.optim.Optimizer]:
     return [torch.optim.AdamW(split(lm, 0.1), lr=1.0, betas=BETAS, eps=EPSILON)]
 
 
-def adamw_8bit(lm: LanguageModel, config: TrainConfig) -> list[torch.optim.Optimizer]:
+def adamw_8bit(lm: CausalLM, config: TrainConfig) -> list[torch.optim.Optimizer]:
     given = {"lr": 1.0, "betas": BETAS, "eps": EPSILON}
     embedding = split(lm, 0.1, lambda name: "embed" in name)
     others = split(lm, 0.1, lambda name: "embed" not in name)
     return [bitsandbytes.optim.AdamW8bit(others, **given), bitsandbytes.optim.AdamW(embedding, **given)]
 
 
-def adafactor(lm: LanguageModel, config: TrainConfig) -> list[torch.optim.Optimizer]:
+def adafactor(lm: CausalLM, config: TrainConfig) -> list[torch.optim.Optimizer]:
     return [Adafactor(split(lm, 0.1), lr=1.0, scale_parameter=False, relative_step=False)]
 
 
-def lion(lm: LanguageModel, config: TrainConfig) -> list[torch.optim.Optimizer]:
+def lion(lm: CausalLM, config: TrainConfig) -> list[torch.optim.Optimizer]:
     return [lion_pytorch.Lion(split(lm, 0.1), lr=1.0, betas=BETAS)]
 
 
@@ -142,12 +142,12 @@ class DecayedByHand(torch.optim.SGD):
         return super().step(closure)
 
 
-def sgd(lm: LanguageModel, config: TrainConfig) -> list[torch.optim.Optimizer]:
+def sgd(lm: CausalLM, config: TrainConfig) -> list[torch.optim.Optimizer]:
     matrices, vectors = (group["params"] for group in split(lm, 0.1))
     return [DecayedByHand(matrices, lr=1.0, momentum=0.8), torch.optim.SGD(vectors, lr=1.0, momentum=0.8)]
 
 
-def muon(lm: LanguageModel, config: TrainConfig) -> list[torch.optim.Optimizer]:
+def muon(lm: CausalLM, config: TrainConfig) -> list[torch.optim.Optimizer]:
     hidden = split(lm, 0.1, is_hidden)
     others = split(lm, 0.1, lambda name: not is_hidden(name))
     return [
@@ -238,7 +238,7 @@ def test_adamw_bf16_does_what_plain_bfloat16_cannot() -> None:
     [(kind, adapted) for kind in KINDS for adapted in (False, True) if kind != KINDS[-1] or not adapted],
 )
 def test_a_resumed_optimizer_goes_on_bit_for_bit(kind: str, adapted: bool, tmp_path: Path) -> None:
-    def make() -> LanguageModel:
+    def make() -> CausalLM:
         return with_lora(tied=False, modules_to_save=("lm_head", "embed_tokens")) if adapted else full(kind)
 
     config = config_of(kind, embedding_learning_rate=1e-3)
@@ -291,7 +291,7 @@ def test_a_state_of_something_else_is_refused() -> None:
     tensors, values = optimizer.state_dict()
     first = next(iter(weights(lm)))
 
-    def refused(tensors: dict[str, Tensor], values: dict[str, Any], lm: LanguageModel, config: TrainConfig) -> str:
+    def refused(tensors: dict[str, Tensor], values: dict[str, Any], lm: CausalLM, config: TrainConfig) -> str:
         fresh = RunOptimizer(lm, config)
         with pytest.raises(ModelError) as caught:
             fresh.load_state_dict(tensors, values)
@@ -312,7 +312,7 @@ def test_a_state_of_something_else_is_refused() -> None:
     assert f"too many: {first}/other" in refused(more, values, with_lora(), config)
 
 
-def rates(lm: LanguageModel, optimizer: RunOptimizer) -> dict[str, tuple[float, float]]:
+def rates(lm: CausalLM, optimizer: RunOptimizer) -> dict[str, tuple[float, float]]:
     """The rate and the decay of every parameter that is updated."""
     names = {id(p): name for name, p in lm.named_parameters()}
     groups = [group for one in optimizer.optimizers for group in one.param_groups]

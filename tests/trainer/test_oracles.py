@@ -92,6 +92,7 @@ def test_ten_steps_give_the_losses_of_transformers_peft_and_adamw(real_model_dir
     assert ours[-1] < ours[0], "nothing was learnt, so equal losses would prove little"
 
 
+@pytest.mark.slow
 def test_peft_loads_the_adapter_and_computes_our_logits(real_model_dir: Path, rows: Path, tmp_path: Path) -> None:
     import torch
     from peft import PeftConfig, PeftModel
@@ -138,6 +139,7 @@ def _mask(batch: Any) -> Any:
     return (torch.arange(batch.input_ids_BT.shape[1]) < batch.lengths_B[:, None]).long()
 
 
+@pytest.mark.slow
 def test_the_accumulated_gradient_of_the_real_model_does_not_depend_on_the_split(
     real_model_dir: Path, rows: Path
 ) -> None:
@@ -217,6 +219,7 @@ def test_every_split_of_a_step_gives_one_gradient(tiny_model_dir: Path, mixed_ro
         assert torch.linalg.vector_norm(gradients[split] - gradients[8, 1]) <= 1e-5 * norm, split
 
 
+@pytest.mark.slow
 def test_every_split_gives_the_same_losses_over_ten_steps(tiny_model_dir: Path, mixed_rows: Path) -> None:
     losses = {}
     for split in SPLITS:

@@ -14,7 +14,7 @@ import torch
 from sftx.config.options import TrainConfig
 from sftx.errors import ConfigError, TrainingError
 from sftx.trainer import precision
-from tests.helpers.trainers import batches_of, small_model, trainer_of
+from trainers import batches_of, small_model, trainer_of
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""`sftx bench`: measurements of the operations against every installed peer, and the static report of the kernels.
+"""This package is `sftx bench`: it measures the operations against installed peers and reports on compiled kernels.
 
 `<operation>.py` holds an operation's shapes, problem, least work and providers, `operations.py` the list of all
 operations; `runner.run` measures, `static.report.run` compiles without a GPU. The package imports torch, triton and
@@ -7,4 +7,4 @@ the rest of `sftx_kernels`; rich and matplotlib improve tables and draw plots wh
 
 
 class BenchError(ValueError):
-    """A request that cannot be measured, or a file that cannot be read or written; the message is one line."""
+    """A BenchError is a request that cannot be measured or a file that cannot be used; its message is one line."""

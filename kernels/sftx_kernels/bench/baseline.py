@@ -1,4 +1,4 @@
-"""Comparison of sftx's times and memory with an earlier result of `sftx bench --json`."""
+"""A `Baseline` compares sftx's times and memory with an earlier result of `sftx bench --json`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Change(NamedTuple):
 
 
 class Baseline:
-    """An earlier result; all fields that are compared are validated when it is read.
+    """A Baseline is an earlier result; all fields that are compared are validated when it is read.
 
     Raises:
         BenchError: it cannot be read, or is not a result of `sftx bench`.
@@ -42,7 +42,7 @@ class Baseline:
         self._environment: Mapping[str, Any] = document["environment"]
         self._rows = {_key(row): row for row in document["rows"] if row["ours"]}
         self.differences: list[str] = []
-        """Package versions that differ, so that a change may have another cause than sftx."""
+        """These package versions differ, so that a change may have another cause than sftx."""
 
     def match(self, environment: Mapping[str, Any]) -> None:
         """Fill `differences`; raises BenchError if the baseline was measured on another device."""

@@ -1,4 +1,4 @@
-"""What the benchmarks of all operations share: a case, its inputs and exact results, and who computes it.
+"""This module has what the benchmarks of all operations share: cases, problems, exact results and providers.
 
 A case is an operation's shape with a dtype and a share of ignored rows. Its least work counts the products that the
 gradients need, each operand read once and each result written once. Ignored rows need neither products nor reads, but
@@ -30,7 +30,7 @@ _REFERENCE_S = 10.0
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of one operation's inputs; `str` of it names them in tables and results."""
+    """A Shape has the sizes of one operation's inputs; `str` of it is their name in tables and results."""
 
     op: ClassVar[str]
     dispatched_as: ClassVar[str]  # the operation's name in `sftx_kernels.dispatch`
@@ -92,7 +92,7 @@ def make_problem(case: Case, device: torch.device) -> Problem:
 
 
 class Random:
-    """The generator of a case's inputs: one fixed seed, on the case's device, in its dtype."""
+    """A Random generates a case's inputs from one fixed seed, on the case's device, in its dtype."""
 
     def __init__(self, case: Case, device: torch.device) -> None:
         self.generator = torch.Generator(device).manual_seed(_SEED)
@@ -108,7 +108,7 @@ class Random:
 
 @dataclass(frozen=True)
 class Reference:
-    """Exact values by name, of the rows `rows` (None: of all rows)."""
+    """A Reference has exact values by name, of the rows `rows` (None: of all rows)."""
 
     values: Mapping[str, Tensor]
     rows: Tensor | None
@@ -149,7 +149,7 @@ class Prepared(NamedTuple):
 
 
 Obstacle = Callable[[Case, torch.device], str | None]
-"""A function that returns why a provider cannot run a case on a device, None if it can."""
+"""An Obstacle returns why a provider cannot run a case on a device, None if it can."""
 
 
 def _no_obstacle(_case: Case, _device: torch.device) -> str | None:
@@ -158,7 +158,7 @@ def _no_obstacle(_case: Case, _device: torch.device) -> str | None:
 
 @dataclass(frozen=True)
 class Provider:
-    """An implementation of an operation: `prepare` turns the operation's problem into a forward and its leaves.
+    """A Provider is an implementation of an operation; `prepare` turns a problem into a forward and its leaves.
 
     It calls the peer's public interface as the peer's documentation does. The peer is imported when it is prepared; one
     that is not installed is absent, which is not an error.
@@ -182,10 +182,15 @@ class Provider:
         return self.obstacle(case, device)
 
     def version(self) -> str | None:
-        try:
-            return importlib.metadata.version(self.distribution)
-        except importlib.metadata.PackageNotFoundError:
-            return None
+        return installed_version(self.distribution)
+
+
+def installed_version(distribution: str) -> str | None:
+    """Return the version of a distribution, None if it is not installed."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def own_provider(name: str, op: str, prepare: Callable[[Any], Prepared], obstacle: Obstacle = _no_obstacle) -> Provider:

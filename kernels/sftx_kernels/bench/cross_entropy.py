@@ -1,4 +1,4 @@
-"""Benchmark of `cross_entropy`: logits and labels -> loss and gradient of the logits.
+"""This benchmark measures `cross_entropy`: logits and labels -> loss and gradient of the logits.
 
 Peers were read in liger-kernel 0.8.5, quack-kernels 0.6.5 and unsloth 2026.10.9.
 """
@@ -34,14 +34,14 @@ from sftx_kernels.cross_entropy import IGNORE_INDEX, cross_entropy
 from sftx_kernels.triton.launch import Work
 
 UPSTREAM: Final = 0.5
-"""The upstream gradient of a loss: exact in every dtype, and not 1, which some implementations treat specially."""
+"""This is the upstream gradient of a loss: exact in every dtype, and not 1, which some implementations special-case."""
 
 _CHUNK_ELEMENTS = 1 << 27  # of fp64 logits in a reference: 1 GB
 
 
 @dataclass(frozen=True)
 class CrossEntropyShape(Shape):
-    """Logits [rows, vocab] and labels."""
+    """The inputs are logits [rows, vocab] and labels."""
 
     op: ClassVar = "cross-entropy"
     dispatched_as: ClassVar = "cross_entropy"
@@ -52,7 +52,7 @@ class CrossEntropyShape(Shape):
         return f"{self.rows}x{self.vocab}" + (" zipf" if self.logits == "zipf" else "")
 
     def least(self, num_valid: int, itemsize: int) -> dict[Pass, Work]:
-        """Per logit 3 operations for the sum of exponentials (subtract, exp, add) and 3 for the gradient."""
+        """Count for each logit 3 operations for the sum of exponentials (subtract, exp, add) and 3 for the gradient."""
         read, written = num_valid * self.vocab * itemsize, self.rows * self.vocab * itemsize
         flops, labels = 3 * num_valid * self.vocab, self.rows * 8
         return {
@@ -82,7 +82,7 @@ def make_labels(random: Random, case: Case, bias_V: Tensor) -> Tensor:
 
 @dataclass
 class LossProblem:
-    """Inputs of a cross-entropy, on logits or on hidden rows and a head (then `weight_VD` is not None)."""
+    """A LossProblem has the inputs of a cross-entropy, on logits (`weight_VD` is None) or on hidden rows and a head."""
 
     case: Case
     input_NE: Tensor  # logits [N, V] or hidden rows [N, D]

@@ -1,4 +1,4 @@
-"""Peak rates of a device: from its data sheet if its name is known, else measured once."""
+"""`describe` returns the peak rates of a device, from its data sheet if its name is known, else measured."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TERA: Final = 1e12
 
 @dataclass(frozen=True)
 class Peaks:
-    """The speed of light of a device: dense products without sparsity, and memory."""
+    """Peaks is the speed of light of a device: dense products without sparsity, and memory."""
 
     flops_per_s: Mapping[str, float]  # by the keys of DTYPES, and "fp64", in which the references are made
     bytes_per_s: float

@@ -1,4 +1,4 @@
-"""The files that the bench reads and writes; an unusable one raises a BenchError of one line.
+"""These functions read and write the bench's files; an unusable one raises a BenchError of one line.
 
 Results take time to measure, so their paths are checked before measuring, and written atomically.
 """

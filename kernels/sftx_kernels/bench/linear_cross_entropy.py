@@ -1,4 +1,4 @@
-"""Benchmark of `linear_cross_entropy`: hidden rows, the head's weight and labels -> loss and gradients.
+"""This benchmark measures `linear_cross_entropy`: hidden rows, the head's weight and labels -> loss and gradients.
 
 Peers were read in liger-kernel 0.8.5, cut-cross-entropy 25.1.1 and quack-kernels 0.6.5.
 """
@@ -44,7 +44,7 @@ LOW_MEMORY_BYTES: Final = 64 * 1024 * 1024
 
 @dataclass(frozen=True)
 class LinearCrossEntropyShape(Shape):
-    """Hidden rows [rows, hidden], the head's weight [vocab, hidden] and labels."""
+    """The inputs are hidden rows [rows, hidden], the head's weight [vocab, hidden] and labels."""
 
     op: ClassVar = "linear-cross-entropy"
     dispatched_as: ClassVar = "cross_entropy"
@@ -58,7 +58,7 @@ class LinearCrossEntropyShape(Shape):
         return f"{self.rows}x{self.hidden}x{self.vocab} {kind}" + (" zipf" if self.logits == "zipf" else "")
 
     def least(self, num_valid: int, itemsize: int) -> dict[Pass, Work]:
-        """2MDV for the logits of the M rows that are not ignored, as much for dX, and for dW where the head trains."""
+        """Count 2MDV for the logits of the M valid rows, as much for dX, and as much for dW if the head trains."""
         product = 2 * num_valid * self.hidden * self.vocab
         weight = self.vocab * self.hidden * itemsize
         read = num_valid * self.hidden * itemsize + weight + self.rows * 8
@@ -84,7 +84,7 @@ class LinearCrossEntropyShape(Shape):
 # ---- providers
 
 Loss = Callable[[Tensor, Tensor, Tensor], Any]
-"""A function of (hidden_ND, weight_VD, labels_N)."""
+"""A Loss is a function of (hidden_ND, weight_VD, labels_N)."""
 
 
 def _prepared(problem: LossProblem, loss: Loss) -> Prepared:

@@ -1,4 +1,4 @@
-"""Benchmark of `lora_linear` and `lora_linears`: x and linears with low-rank updates -> outputs, gradients of x, A, B.
+"""This benchmark measures `lora_linear` and `lora_linears`: x, linears, updates -> outputs, gradients of x, A and B.
 
 Peers were read in unsloth 2026.10.9 and peft 0.21.
 """
@@ -36,7 +36,7 @@ SCALING = 2.0
 
 @dataclass(frozen=True)
 class LoraShape(Shape):
-    """x [rows, in_features] through linears of these out_features, each with an update of this rank."""
+    """The input x [rows, in_features] goes through linears of these out_features, each with an update of this rank."""
 
     op: ClassVar = "lora"
     dispatched_as: ClassVar = "lora_linear"
@@ -53,7 +53,7 @@ class LoraShape(Shape):
         return f"{self.rows}x{self.in_features}x{outs} r{self.rank}{dropout}"
 
     def least(self, num_valid: int, itemsize: int) -> dict[Pass, Work]:
-        """Forward x W^T, S = x A^T, S B^T; backward dY W, dS = dY B, dS A, dA = dS^T x, dB = dY^T S.
+        """Count in forward x W^T, S = x A^T, S B^T; in backward dY W, dS = dY B, dS A, dA = dS^T x, dB = dY^T S.
 
         x, dY and W are read once in each pass that needs them; S, which is small, is neither read nor written.
         """
@@ -81,7 +81,7 @@ class LoraShape(Shape):
 
 @dataclass
 class LoraProblem:
-    """Linears that share x. Its values are called y0, d_x, d_A0, d_B0, y1, ..."""
+    """A LoraProblem has linears that share x. Its values are called y0, d_x, d_A0, d_B0, y1, ..."""
 
     case: Case
     x_MK: Tensor

@@ -1,4 +1,4 @@
-"""Time and memory of a provider's forward and backward.
+"""This module measures time and memory of a provider's forward and backward.
 
 Providers are measured round by round, one after the other within a round, so that drift (clocks, temperature, other
 processes) affects all of them equally.
@@ -28,7 +28,7 @@ Times = dict[Pass, float]  # in ms
 
 
 class Quantiles(NamedTuple):
-    """In ms."""
+    """Quantiles of times, in ms."""
 
     p20: float
     median: float
@@ -37,7 +37,7 @@ class Quantiles(NamedTuple):
 
 @dataclass
 class Run:
-    """One provider on one problem, with the samples measured so far."""
+    """A Run is one provider on one problem, with the samples measured so far."""
 
     provider: Provider
     prepared: Prepared
@@ -81,7 +81,7 @@ class Clock(Protocol):
 
 
 class _CpuClock:
-    """Caches keep the previous provider's data, which with inputs of this size is no use to the next one."""
+    """This clock leaves caches with the previous provider's data, which with inputs of this size helps no provider."""
 
     num_warmups = 0  # `first_call` was a warm-up
 
@@ -103,7 +103,7 @@ class _CpuClock:
 
 
 class _CudaClock:
-    """CUDA events around each pass, caches flushed before it. Nothing syncs within a round, so launches overlap."""
+    """This clock records CUDA events around each pass and flushes caches before it; nothing syncs within a round."""
 
     num_warmups = 1
 
@@ -135,17 +135,14 @@ class _CudaClock:
         torch.cuda.synchronize(self.device)
 
 
-def make_clock(device: Device) -> Clock:
-    return _CudaClock(device) if device.torch_device.type == "cuda" else _CpuClock()
-
-
 def time_runs(
-    runs: Sequence[Run], clock: Clock, budget_s: float, guard: Callable[[Run, Callable[[], None]], None]
+    runs: Sequence[Run], device: Device, budget_s: float, guard: Callable[[Run, Callable[[], None]], None]
 ) -> None:
     """Fill the samples of the runs, in as many rounds as the budget allows, at least MIN_ROUNDS.
 
     `guard` calls a function for a run and records its failure, so that an exception ends only that run's row.
     """
+    clock: Clock = _CudaClock(device) if device.torch_device.type == "cuda" else _CpuClock()
     start = time.perf_counter()
     for number in range(1, clock.num_warmups + MAX_ROUNDS + 1):
         pending: list[tuple[Run, Callable[[], Times]]] = []
@@ -200,11 +197,6 @@ def peak_bytes(device: torch.device, function: Callable[[], object]) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
-
-
-def memory_of(run: Run, device: torch.device) -> int:
-    """Return the peak of forward and backward, including the gradients."""
-    return peak_bytes(device, lambda: run.backward(run.forward()))
 
 
 def rates(times: Mapping[Pass, Quantiles], run: Run, device: Device) -> dict[Pass, dict[str, float]]:

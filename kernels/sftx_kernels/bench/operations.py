@@ -1,4 +1,4 @@
-"""The operations that `sftx bench` measures: their shapes, defaults, shapes files and providers."""
+"""This module lists the operations that `sftx bench` measures, with their shapes, defaults and providers."""
 
 from __future__ import annotations
 

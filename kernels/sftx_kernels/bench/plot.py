@@ -1,8 +1,7 @@
-"""One picture for each operation: the time of forward and backward over the masks or over one varying size."""
+"""`write_plots` draws the time of forward and backward over the masks, or over one varying size, for each operation."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,10 +15,6 @@ from sftx_kernels.bench.report import Row
 _COLOURS: Final = ("#0072B2", "#56B4E9", "#009E73", "#000000", "#E69F00", "#D55E00", "#CC79A7", "#999999")
 _MARKERS: Final = ("o", "s", "^", "D", "v", "P", "X", "*")
 _PER_LINE: Final = 3  # panels
-
-
-def has_matplotlib() -> bool:
-    return importlib.util.find_spec("matplotlib") is not None
 
 
 def path_of(directory: Path, op: str) -> Path:

@@ -1,9 +1,8 @@
-"""The results of a bench as rows, tables, JSON and CSV."""
+"""This module presents the results of a bench as rows, tables, JSON and CSV."""
 
 from __future__ import annotations
 
 import csv
-import importlib.metadata
 import json
 import platform
 import subprocess
@@ -15,7 +14,7 @@ from typing import Any, Final
 import torch
 
 from sftx_kernels.bench import files
-from sftx_kernels.bench.cases import PASSES, Case
+from sftx_kernels.bench.cases import PASSES, Case, installed_version
 from sftx_kernels.bench.devices import Device
 from sftx_kernels.bench.operations import shape_entry
 
@@ -26,7 +25,7 @@ _PACKAGES: Final = ("torch", "triton", "sftx", "peft", "liger-kernel", "cut-cros
 
 @dataclass
 class Row:
-    """One provider on one case. Figures that were not measured are None; `failure` or `absent` says why.
+    """A Row has the results of one provider on one case; a figure that was not measured is None.
 
     passes: for forward, backward and both: median_ms, p20_ms, p80_ms, tflop_per_s, gb_per_s, light_percent.
     error: the largest relative error against fp64, of the value `error_of`, over the rows `error_on`.
@@ -73,15 +72,8 @@ def environment(device: Device) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
         "git": _git_state(),
-        "versions": {name: version for name in _PACKAGES if (version := _version(name)) is not None},
+        "versions": {name: version for name in _PACKAGES if (version := installed_version(name)) is not None},
     }
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _git_state() -> str | None:
@@ -139,13 +131,6 @@ def table_of(rows: Sequence[Row]) -> list[list[str]]:
     return lines
 
 
-def notes_of(rows: Sequence[Row]) -> list[str]:
-    """Return the failures on one case, and which rows its errors cover."""
-    notes = [f"failed: {row.provider}: {row.failure}" for row in rows if row.failure]
-    partial = sorted({row.error_on for row in rows if row.error_on and row.error_on != "all rows"})
-    return notes + [f"error: {rows_compared}" for rows_compared in partial]
-
-
 def absent_of(rows: Sequence[Row]) -> list[str]:
     """Return a line for each provider and reason why it was not tried, with the operations concerned.
 
@@ -161,12 +146,16 @@ def absent_of(rows: Sequence[Row]) -> list[str]:
 
 
 def print_case(rows: Sequence[Row]) -> None:
-    lines, notes = table_of(rows), notes_of(rows)
+    """Print the table of one case, the failures, and which rows the errors cover unless it is all."""
     print(f"\n{rows[0].case}")
+    lines = table_of(rows)
     if len(lines) > 1:
         print_table(lines)
-    for note in notes:
-        print(f"  {note}")
+    for row in rows:
+        if row.failure:
+            print(f"  failed: {row.provider}: {row.failure}")
+    for rows_compared in sorted({row.error_on for row in rows if row.error_on and row.error_on != "all rows"}):
+        print(f"  error: {rows_compared}")
 
 
 def print_table(lines: Sequence[Sequence[str]], *, width: int | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Peak resident memory of one provider on one case, in a process of its own: `python -m sftx_kernels.bench.rss`.
+"""`python -m sftx_kernels.bench.rss` measures the peak resident memory of one provider on one case.
 
 Unlike the allocator's peak it includes memory that libraries allocate themselves (packed operands, threads' scratch).
 Linux only: the high-water mark is reset through /proc/self/clear_refs and read from /proc/self/status.

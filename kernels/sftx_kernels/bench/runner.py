@@ -1,9 +1,10 @@
-"""The bench: selects cases and providers, measures them in rounds, prints rows and writes files."""
+"""`run` selects cases and providers, measures them in rounds, prints rows and writes files."""
 
 from __future__ import annotations
 
 import functools
 import gc
+import importlib.util
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ _CASE_S: Final = {"cpu": 15.0, "cuda": 4.0}  # for the rounds of a case, unless 
 
 @dataclass(frozen=True)
 class Options:
-    """The arguments of `sftx bench`. None means the default of the device.
+    """Options are the arguments of `sftx bench`. None means the default of the device.
 
     max_regress: the share by which a median or a peak of sftx may exceed the baseline's.
     rss: measure peak resident memory too, in a process for each provider of each case (CPU only).
@@ -142,7 +143,7 @@ def _measures_ours(todo: Sequence[Case], options: Options, device: torch.device)
 
 def _check_targets(options: Options, todo: Sequence[Case]) -> Options:
     """Check before measuring that results can be written; return the options, without plots if it cannot draw."""
-    if options.plot is not None and not plot.has_matplotlib():
+    if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
         print("no plots: matplotlib is not installed")
         options = replace(options, plot=None)
     targets = [path for path in (options.json, options.csv) if path is not None]
@@ -220,7 +221,7 @@ def _measure(runs: Sequence[tuple[Run, Row]], device: Device, budget_s: float, o
         if row_of[id(run)].failure is None:
             _attempt(row_of[id(run)], device, function)
 
-    measure.time_runs([run for run, _ in runs], measure.make_clock(device), budget_s, guard)
+    measure.time_runs([run for run, _ in runs], device, budget_s, guard)
     for run, row in runs:
         if row.failure is not None or not run.samples:
             continue
@@ -230,7 +231,9 @@ def _measure(runs: Sequence[tuple[Run, Row]], device: Device, budget_s: float, o
         row.passes = {
             name: {f"{key}_ms": value for key, value in times[name]._asdict().items()} | rates[name] for name in times
         }
-        row.peak_bytes = _attempt(row, device, functools.partial(measure.memory_of, run, device.torch_device))
+        # The peak of forward and backward includes the gradients.
+        step = functools.partial(lambda run: run.backward(run.forward()), run)
+        row.peak_bytes = _attempt(row, device, functools.partial(measure.peak_bytes, device.torch_device, step))
         if options.rss:
             row.peak_rss_bytes = _attempt(
                 row, device, functools.partial(rss.peak_rss_bytes, run.problem.case, run.provider)

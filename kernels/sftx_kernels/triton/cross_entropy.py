@@ -1,4 +1,4 @@
-"""Triton kernels of cross-entropy: loss, statistics and gradient of rows of logits.
+"""These kernels compute the cross-entropy loss, its statistics and its gradient from rows of logits.
 
 A program processes a row: it scans it once, online (Milakov and Gimelshein, arXiv:1805.02867), for the maximum, the sum
 of exponentials and the statistics, then reads it again for the gradient. The second reading comes from the L2 cache as
@@ -171,7 +171,7 @@ def row_kernel(
     WEIGHTS: tl.constexpr, GRADIENT: tl.constexpr, SCAN: tl.constexpr, SMOOTHING: tl.constexpr, STATS: tl.constexpr,
     SOFTCAP: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """One program for each row. Without SCAN the lse is an input and only the gradient is computed."""
+    """Compute one row in each program. Without SCAN the lse is an input and only the gradient is computed."""
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride_row
     label = tl.load(labels_ptr + row)
@@ -228,7 +228,7 @@ def scan_kernel(
     SMOOTHING: tl.constexpr, STATS: tl.constexpr, SOFTCAP: tl.constexpr, SPLITS: tl.constexpr, SPAN: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """SPLITS programs for each row: each scans SPAN columns and stores its sums in partial_ptr [rows, 4, SPLITS]."""
+    """Scan SPAN columns of a row in each of SPLITS programs, and store the sums in partial_ptr [rows, 4, SPLITS]."""
     row = (tl.program_id(0) // SPLITS).to(tl.int64)
     split = tl.program_id(0) % SPLITS
     label = tl.load(labels_ptr + row)
@@ -258,7 +258,7 @@ def split_kernel(
     WEIGHTS: tl.constexpr, GRADIENT: tl.constexpr, SMOOTHING: tl.constexpr, STATS: tl.constexpr,
     SOFTCAP: tl.constexpr, SPLITS: tl.constexpr, SPAN: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """SPLITS programs for each row: each combines the sums of all scans and writes the gradient of its columns."""
+    """Combine the sums of all scans of a row and write the gradient of this program's columns."""
     row = (tl.program_id(0) // SPLITS).to(tl.int64)
     split = tl.program_id(0) % SPLITS
     label = tl.load(labels_ptr + row)
@@ -298,7 +298,7 @@ def split_kernel(
 
 @triton.jit
 def scale_kernel(grad_ptr, factor_ptr, stride_row, stride_factor, V, BLOCK_V: tl.constexpr):
-    """One program for each row multiplies it by its factor; a row whose factor is 1 is not touched."""
+    """Multiply each row by its factor, one program for each row; a row whose factor is 1 is not touched."""
     row = tl.program_id(0).to(tl.int64)
     factor = tl.load(factor_ptr + row * stride_factor)
     if factor == 1.0:

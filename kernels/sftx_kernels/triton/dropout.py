@@ -1,4 +1,4 @@
-"""Dropout's mask, computed inside the kernels that use it and never stored.
+"""`keep_mask` computes dropout's mask inside the kernels that use it; the mask is never stored.
 
 Philox4x32 (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011) is a function from a counter and a
 key to 128 random bits. With (column // 8, row) as the counter and the seed as the key, an element's 16 bits do not

@@ -1,4 +1,4 @@
-"""A launch of a Triton kernel as data: run on a GPU, or compiled without one for the static report.
+"""A `Launch` describes one launch of a Triton kernel; a GPU runs it, the static report compiles it without one.
 
 Each kernel's module has functions that turn tensors and a `Chip` into a `Launch`. The static report passes tensors on
 the meta device to the same functions, so it reports exactly what ships.
@@ -17,7 +17,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Chip:
-    """The properties of a GPU on which a kernel's configuration may depend."""
+    """A Chip has the properties of a GPU on which a kernel's configuration may depend."""
 
     arch: str  # "sm_90", "gfx942"
     num_sms: int  # multiprocessors; compute units on AMD
@@ -30,7 +30,7 @@ CHIPS: Final[Mapping[str, Chip]] = {
     "sm_100": Chip("sm_100", 148, 227 * 1024),
     "gfx942": Chip("gfx942", 304, 64 * 1024),
 }
-"""The targets of the static report: A100, H100 and H200, B200, MI300X."""
+"""These are the targets of the static report: A100, H100 and H200, B200, MI300X."""
 
 
 @functools.cache
@@ -48,7 +48,7 @@ def chip_of(device: torch.device) -> Chip:
 
 @dataclass(frozen=True)
 class Work:
-    """The least work of a computation: floating-point operations, and bytes between the chip and its memory if each
+    """Work is the least that a computation does: floating-point operations, and bytes moved to and from memory if each
     input is read once and each output written once."""
 
     flops: int
@@ -60,7 +60,7 @@ Arguments = dict[str, Tensor | int | float | None]
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel, its arguments in order, and how it is compiled."""
+    """A Launch holds a kernel, its arguments in order, and how it is compiled."""
 
     kernel: Any  # the object that @triton.jit returns
     grid: int  # number of programs, all along x, the dimension without a practical limit

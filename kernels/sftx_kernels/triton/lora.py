@@ -1,4 +1,4 @@
-"""The Triton kernels of LoRA: each reads its wide matrix once, and computes dropout's mask in registers.
+"""The Triton kernels of LoRA read their wide matrix once and compute dropout's mask in registers.
 
 With x [M, K], dY [M, O], A [R, K], B [O, R] and keep, dropout's mask of ones and zeros:
 

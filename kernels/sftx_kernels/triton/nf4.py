@@ -1,4 +1,4 @@
-"""Dequantisation of NF4 codes and scales to a dense weight, in one pass over both."""
+"""This kernel dequantises NF4 codes and scales to a dense weight, in one pass over both."""
 
 from __future__ import annotations
 

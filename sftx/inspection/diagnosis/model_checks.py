@@ -1,4 +1,4 @@
-"""What `sftx doctor` checks of template, tokenizer and model: one function a check, each giving its findings."""
+"""The checks of `sftx doctor` on template, tokenizer and model. Each check is one function that yields its findings."""
 
 from __future__ import annotations
 
@@ -10,24 +10,26 @@ from pathlib import Path
 from typing import Any, Final
 
 from sftx.errors import DataError
-from sftx.inspection.diagnosis.facts import Check, Facts, Finding
+from sftx.inspection.diagnosis.check_inputs import Check, CheckInputs, Finding
 from sftx.types import Conversation, Message
 
-_BASE: Final = re.compile(r"(^|[-_.])base($|[-_.])", re.IGNORECASE)
-_EMBEDDINGS: Final = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
-_BEFORE: Final = 3
-"""Tokens that are shown before the first that differs."""
+_BASE_MODEL_NAME: Final = re.compile(r"(^|[-_.])base($|[-_.])", re.IGNORECASE)
+_EMBEDDING_NAMES: Final = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+_NUM_CONTEXT_TOKENS: Final = 3
+"""So many tokens are shown before the first that differs."""
 
-_ROUNDS: Final = (("user", "How many legs has a spider?"), ("assistant", "Eight."))
-_PROBES: Final = {
-    "a system text and two rounds": (("system", "Be brief."), *_ROUNDS, ("user", "And a fly?"), ("assistant", "Six.")),
-    "one round without a system text": _ROUNDS,
-}
+_ONE_ROUND: Final = (("user", "How many legs has a spider?"), ("assistant", "Eight."))
+_TEST_CONVERSATIONS: Final = {
+    "a system text and two rounds": (
+        ("system", "Be brief."), *_ONE_ROUND, ("user", "And a fly?"), ("assistant", "Six."),
+    ),
+    "one round without a system text": _ONE_ROUND,
+}  # fmt: skip
 
 
-def bos(facts: Facts) -> Iterator[Finding]:
-    """Examples that begin with two BOS tokens, or with none where the tokenizer writes one."""
-    bos, examples = facts.own.bos_token_id, facts.data.examples
+def bos(inputs: CheckInputs) -> Iterator[Finding]:
+    """Find examples that begin with two BOS tokens, or with none although the tokenizer writes one."""
+    bos, examples = inputs.model_tokenizer.bos_token_id, inputs.train.examples
     if not isinstance(bos, int):
         return
     starts = [examples.tokens(at)[0][:2].tolist() for at in range(len(examples))]
@@ -36,117 +38,119 @@ def bos(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             "error",
             "bos",
-            f"{len(double):,} of {len(examples):,} examples begin with {facts.token(bos)} twice (first: "
+            f"{len(double):,} of {len(examples):,} examples begin with {inputs.token_repr(bos)} twice (first: "
             f"{examples.where(double[0])}), which the model has never seen",
-            "one of template and rows writes it too often: leave it out of the rows, or choose another template",
+            "the template and the rows both write it: remove it from the rows, or choose another template",
         )
-    begins = facts.own("").input_ids[:1] == [bos]
-    if begins and facts.data.has_turns and starts and not any(start[:1] == [bos] for start in starts):
+    tokenizer_writes_bos = inputs.model_tokenizer("").input_ids[:1] == [bos]
+    if tokenizer_writes_bos and inputs.train.has_turns and starts and not any(start[:1] == [bos] for start in starts):
         yield Finding(
             "warning",
             "bos",
-            f"no example begins with {facts.token(bos)}, which this tokenizer puts before every text",
+            f"no example begins with {inputs.token_repr(bos)}, which this tokenizer puts before every text",
             "choose the template that was made for this model; without its BOS a model often does worse",
         )
 
 
-def stop_tokens(facts: Facts) -> Iterator[Finding]:
-    """Whether the token that ends an answer is trained, and what else is made of it."""
-    data, encoder, options = facts.data, facts.encoder, facts.look.config.data
-    stop = " or ".join(facts.token(token) for token in encoder.stop_ids)
-    if data.has_turns and len(data.examples) and not data.trains_stop:
-        meant = not options.train_turn_end
+def stop_tokens(inputs: CheckInputs) -> Iterator[Finding]:
+    """Find stop tokens that are never trained, that are padding too, or that generation does not stop at."""
+    train, encoder, tokenizer = inputs.train, inputs.encoder, inputs.model_tokenizer
+    stop = " or ".join(inputs.token_repr(token) for token in encoder.stop_ids)
+    if train.has_turns and len(train.examples) and not train.trains_stop:
+        is_intended = not inputs.view.config.data.train_turn_end
         yield Finding(
-            "warning" if meant else "error",
+            "warning" if is_intended else "error",
             "stop-tokens",
-            f"no example trains {stop}, which ends an answer, so the model learns not to end one",
-            "leave out --no-train-turn-end"
-            if meant
+            f"no example trains {stop}, which ends an answer, so the model does not learn to stop",
+            "omit --no-train-turn-end"
+            if is_intended
             else "raise data.max_length if every row is cut; see `sftx inspect`",
         )
-    pad, eos = facts.own.pad_token_id, facts.own.eos_token_id
-    if pad is not None and pad == eos:
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id:
         yield Finding(
             "note",
             "stop-tokens",
-            f"the padding token is the eos token, {facts.token(pad)}: harmless here, where padding is told by length",
+            f"the padding token is the eos token, {inputs.token_repr(tokenizer.pad_token_id)}: harmless here, where "
+            "padding is masked by length",
             "nothing; a tool that masks padding by its id would not train the end of answers",
         )
-    generation = facts.generation_config
-    ends = getattr(generation, "eos_token_id", None)
-    listed = [ends] if isinstance(ends, int) else list(ends or ())
-    if data.has_turns and listed and not set(listed) & set(encoder.stop_ids):
-        ids = " or ".join(facts.token(token) for token in listed)
+    eos = getattr(inputs.generation_config, "eos_token_id", None)
+    generation_stop_ids = [eos] if isinstance(eos, int) else list(eos or ())
+    if train.has_turns and generation_stop_ids and not set(generation_stop_ids) & set(encoder.stop_ids):
+        ids = " or ".join(inputs.token_repr(token) for token in generation_stop_ids)
         yield Finding(
             "warning",
             "stop-tokens",
             f"the model's generation_config.json stops at {ids}, answers are trained to end with {stop}",
-            f"generate with eos_token_id={list(encoder.stop_ids)}, or the result talks on after its answer",
+            f"generate with eos_token_id={list(encoder.stop_ids)}, or the model continues after its answer",
         )
 
 
-def own_template(facts: Facts) -> Iterator[Finding]:
-    """Where the run's template and the tokenizer's own write something else."""
-    if facts.encoder.template is None or not facts.data.has_turns or not isinstance(facts.own.chat_template, str):
+def own_template(inputs: CheckInputs) -> Iterator[Finding]:
+    """Find the first token at which the run's template and the tokenizer's own chat template differ."""
+    tokenizer = inputs.model_tokenizer
+    if inputs.encoder.template is None or not inputs.train.has_turns or not isinstance(tokenizer.chat_template, str):
         return
-    for words, turns in _PROBES.items():
-        ours, theirs = _rendered(facts, turns), _their_rendering(facts, turns)
-        if ours is None or theirs is None or ours == theirs:
+    for name, turns in _TEST_CONVERSATIONS.items():
+        by_run, by_tokenizer = _render_by_run(inputs, turns), _render_by_tokenizer(inputs, turns)
+        if by_run is None or by_tokenizer is None or by_run == by_tokenizer:
             continue
-        at = next(n for n, (a, b) in enumerate(zip_longest(ours, theirs)) if a != b)
-        before = "".join(str(facts.own.decode([token])) for token in ours[max(0, at - _BEFORE) : at])
-        a, b = (facts.token(ids[at]) if at < len(ids) else "nothing" for ids in (ours, theirs))
+        at = next(n for n, (a, b) in enumerate(zip_longest(by_run, by_tokenizer)) if a != b)
+        before = "".join(str(tokenizer.decode([token])) for token in by_run[max(0, at - _NUM_CONTEXT_TOKENS) : at])
+        a, b = (inputs.token_repr(ids[at]) if at < len(ids) else "nothing" for ids in (by_run, by_tokenizer))
         # A default system text that one of them adds is a matter of taste; the form of turns is not.
         yield Finding(
-            "warning" if words == next(iter(_PROBES)) else "note",
+            "warning" if name == next(iter(_TEST_CONVERSATIONS)) else "note",
             "own-template",
-            f"{words}: token {at}, after {before!r}, is {a} by the run's template and {b} by the tokenizer's own",
+            f"{name}: token {at}, after {before!r}, is {a} by the run's template and {b} by the tokenizer's own",
             "--plugin tokenizer trains with the tokenizer's own template, as the model was; with another one it has "
             "to learn the form anew",
         )
-        return  # one difference shows in every probe
+        return  # a difference in the first conversation shows in the second too
 
 
-def _rendered(facts: Facts, turns: tuple[tuple[str, str], ...]) -> list[int] | None:
-    """None where the template has no place for such turns."""
-    assert facts.encoder.template is not None
+def _render_by_run(inputs: CheckInputs, turns: tuple[tuple[str, str], ...]) -> list[int] | None:
+    """Return token ids, or None when the run's template does not accept these turns."""
+    assert inputs.encoder.template is not None
     conversation = Conversation(tuple(Message(role, content) for role, content in turns))
     try:
-        return facts.encoder.encode_segments(facts.encoder.template.render(conversation))[0]
+        return inputs.encoder.encode_segments(inputs.encoder.template.render(conversation))[0]
     except DataError:
         return None
 
 
-def _their_rendering(facts: Facts, turns: tuple[tuple[str, str], ...]) -> list[int] | None:
+def _render_by_tokenizer(inputs: CheckInputs, turns: tuple[tuple[str, str], ...]) -> list[int] | None:
+    """Return token ids, or None when the tokenizer's chat template does not accept these turns."""
     messages = [{"role": role, "content": content} for role, content in turns]
     try:
-        text = facts.own.apply_chat_template(messages, tokenize=False)
-    except Exception:  # Jinja's, and whatever a template raises of its own
+        text = inputs.model_tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception:  # Jinja's errors, and any error that a template raises itself
         return None
-    ids: list[int] = facts.own(str(text), add_special_tokens=False).input_ids
+    ids: list[int] = inputs.model_tokenizer(str(text), add_special_tokens=False).input_ids
     return ids
 
 
-def vocabulary(facts: Facts) -> Iterator[Finding]:
-    """Whether every token has a row of the embedding."""
-    text: Any = facts.model_config.get_text_config()
-    num_rows, written = int(text.vocab_size), _rows_of_the_embedding(Path(facts.look.prepared.model))
-    if written is not None and written != num_rows:
+def vocabulary(inputs: CheckInputs) -> Iterator[Finding]:
+    """Find token ids without a row in the embedding, and weights that disagree with config.json."""
+    text_config: Any = inputs.model_config.get_text_config()
+    num_rows, num_saved_rows = int(text_config.vocab_size), _saved_embedding_rows(Path(inputs.view.pipeline.model))
+    if num_saved_rows is not None and num_saved_rows != num_rows:
         yield Finding(
             "error",
             "vocabulary",
-            f"the weights hold an embedding of {written:,} rows, config.json says vocab_size={num_rows:,}",
-            "one of the two files belongs to another model; fetch both anew",
+            f"the weights hold an embedding of {num_saved_rows:,} rows, config.json says vocab_size={num_rows:,}",
+            "one of the two files belongs to another model; download both again",
         )
-    if facts.look.config.add_tokens:
+    if inputs.view.config.add_tokens:
         return  # the embedding grows with the tokenizer
-    largest = max(found.examples.largest_id for found in (facts.data, facts.held_out))
-    num_tokens = len(facts.look.prepared.tokenizer)
+    largest = max(data.examples.largest_id for data in (inputs.train, inputs.held_out))
+    num_tokens = len(inputs.view.pipeline.tokenizer)
     if largest >= num_rows:
         yield Finding(
             "error",
             "vocabulary",
-            f"the tokenizer gives the id {largest:,} ({facts.token(largest)}), the embedding has {num_rows:,} rows",
+            f"the tokenizer gives the id {largest:,} ({inputs.token_repr(largest)}), the embedding has {num_rows:,} "
+            "rows",
             "tokenizer and model do not belong together; for tokens that were added to it see --add-tokens",
         )
     elif num_tokens > num_rows:
@@ -154,13 +158,13 @@ def vocabulary(facts: Facts) -> Iterator[Finding]:
             "warning",
             "vocabulary",
             f"the tokenizer knows {num_tokens:,} tokens, the embedding has {num_rows:,} rows; no row of the data uses "
-            "those without one",
-            "take the tokenizer of this model",
+            "tokens without one",
+            "use the tokenizer of this model",
         )
 
 
-def _rows_of_the_embedding(directory: Path) -> int | None:
-    """From the header of the weights, of which nothing else is read; None where they do not lie there as one file."""
+def _saved_embedding_rows(directory: Path) -> int | None:
+    """Read the embedding's size from the header of model.safetensors; None when there is no such file."""
     file = directory / "model.safetensors"
     if not file.is_file():
         return None
@@ -169,27 +173,26 @@ def _rows_of_the_embedding(directory: Path) -> int | None:
         try:
             header = json.loads(stream.read(size))
         except (ValueError, MemoryError, OverflowError):
-            return None  # whoever loads the weights says what is wrong with them
-    return next((int(header[name]["shape"][0]) for name in header if name.endswith(_EMBEDDINGS)), None)
+            return None  # loading the weights reports the damage
+    return next((int(header[name]["shape"][0]) for name in header if name.endswith(_EMBEDDING_NAMES)), None)
 
 
-def base_model(facts: Facts) -> Iterator[Finding]:
-    """Control tokens that the model has never been trained on."""
-    template, own = facts.encoder.template, facts.own
-    if template is None or not facts.data.has_turns:
+def base_model(inputs: CheckInputs) -> Iterator[Finding]:
+    """Find control tokens that a base model has never been trained on."""
+    template, tokenizer = inputs.encoder.template, inputs.model_tokenizer
+    if template is None or not inputs.train.has_turns:
         return
-    known = {own.bos_token, own.eos_token}
-    controls = sorted(template.controls - known)
-    is_base = own.chat_template is None or _BASE.search(Path(facts.look.config.model).name) is not None
-    if not (is_base and controls) or facts.look.config.add_tokens:
+    controls = sorted(template.controls - {tokenizer.bos_token, tokenizer.eos_token})
+    is_named_base = _BASE_MODEL_NAME.search(Path(inputs.view.config.model).name) is not None
+    if not controls or not (tokenizer.chat_template is None or is_named_base) or inputs.view.config.add_tokens:
         return
-    why = "has no chat template" if own.chat_template is None else "calls itself a base model"
+    why = "has no chat template" if tokenizer.chat_template is None else "calls itself a base model"
     names = ", ".join(controls[:4]) + (", ..." if len(controls) > 4 else "")
-    adapters = facts.adapters()
-    fix = "take the model's instruct variant, or a template of plain text, such as alpaca or vicuna"
+    adapters = inputs.adapters()
+    fix = "use the model's instruct variant, or a template of plain text, such as alpaca or vicuna"
     if "lora" in adapters:
         fix += "; or train their embeddings: --set 'lora.modules_to_save=[embed_tokens, lm_head]'"
-    saved = [a.options.get("modules_to_save") for a in facts.look.prepared.assembly.providers("sftx_adapter")]
+    saved = [a.options.get("modules_to_save") for a in inputs.view.pipeline.assembly.providers("sftx_adapter")]
     yield Finding(
         "warning" if adapters and not any(saved) else "note",
         "base-model",
@@ -198,10 +201,10 @@ def base_model(facts: Facts) -> Iterator[Finding]:
     )
 
 
-def positions(facts: Facts) -> Iterator[Finding]:
-    """Rows that are longer than what the model was made for."""
-    limit = getattr(facts.model_config.get_text_config(), "max_position_embeddings", None)
-    longest = max(int(found.examples.lengths.max(initial=0)) for found in (facts.data, facts.held_out))
+def positions(inputs: CheckInputs) -> Iterator[Finding]:
+    """Find examples that are longer than the model's maximum length."""
+    limit = getattr(inputs.model_config.get_text_config(), "max_position_embeddings", None)
+    longest = max(int(data.examples.lengths.max(initial=0)) for data in (inputs.train, inputs.held_out))
     if isinstance(limit, int) and longest > limit:
         yield Finding(
             "warning",

@@ -1,7 +1,12 @@
-"""`sftx plan`: what a run needs, from its configuration alone."""
+"""`sftx plan`: the memory, time and cost of a run, estimated from its configuration alone.
+
+It may import the config, assembly, data, model and trainer packages, and `sftx_kernels`; it reads neither weights nor
+rows.
+"""
 
 from typing import Final
 
-MOST_ROWS: Final = 4096
-MOST_TOKENS: Final = 2**24
-"""Of a batch and of its rows: nobody has more at once."""
+MAX_ROWS: Final = 4096
+"""The most rows of a batch that are planned."""
+MAX_TOKENS: Final = 2**24
+"""The most tokens of a row that are planned."""

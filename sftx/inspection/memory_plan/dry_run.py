@@ -1,12 +1,12 @@
-"""A run's configuration becomes the bytes that its step needs: the step itself, on tensors that have no memory.
+"""Dry runs of a training step on fake tensors, which give the memory that the step needs.
 
-The model is its skeleton, with adapters attached and layers prepared as in a run; batch, loss, backward, clipping and
-optimizer are the run's own code. torch's fake tensors know shape, dtype and device of each result and nothing else.
-They are on the CPU: for a GPU, the rules that differ there are put in their place.
+The model is its skeleton, with adapters attached and layers prepared as for training; batch, loss, backward, clipping
+and optimizer are the run's own code. Fake tensors are on the CPU; for a GPU, the rules that differ there replace those
+of the CPU.
 
-Decoder layers that are all alike add the same bytes each, to every phase of a step. So forward and backward are gone
-through with three and with four of them, and what the fourth added is added once for each layer more: exact, and a
-model of 80 layers takes no longer than one of 5. The optimizer's update is gone through in full.
+Decoder layers that are all alike each add the same bytes to every phase of a step. So forward and backward run with
+three and with four of them, and what the fourth adds is added once for each further layer: this is exact, and a model
+of 80 layers takes no longer than one of 5. The optimizer's update runs with all layers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Final, NamedTuple, TypeAlias, cast
+from typing import Any, Final, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,15 +28,15 @@ from transformers import PreTrainedModel
 from sftx.assembly.registry import Assembly
 from sftx.config.options import TrainConfig
 from sftx.inspection.memory_plan.fake_tensors import (
-    Stage,
+    FakeStepTracker,
     gpu_products,
     make_batch,
-    mark_phases,
-    take_place,
-    without_values,
+    materialise,
+    to_fake_batch,
+    track_phases,
 )
-from sftx.inspection.memory_plan.memory_tracker import Kind, Phase, Tally
-from sftx.model.language_model import LanguageModel
+from sftx.inspection.memory_plan.memory_tracker import MemorySnapshot, MemoryTracker, Phase
+from sftx.model.language_model import CausalLM
 from sftx.model.load import load_spec
 from sftx.trainer.layers import decoder_layers, prepare_layers
 from sftx.trainer.optimizer import RunOptimizer
@@ -44,212 +44,210 @@ from sftx.trainer.parallel import TrainStep
 from sftx.trainer.precision import Precision
 from sftx.types import ModelSpec
 
-Moment: TypeAlias = dict[Kind, int]
-"""Bytes by what they are for, when they are most."""
-
-_FEW: Final = 3
-"""Layers that have among them the first, the one after it, the one before the last, and the last."""
+_FEW_LAYERS: Final = 3
+"""The fewest layers that include the first, the second, the last but one and the last."""
 
 
-class Counts(NamedTuple):
-    """Of the whole model. Counts are of numbers, tied ones once."""
+class ModelSize(NamedTuple):
+    """Sizes of the whole model; tied parameters count once."""
 
     num_parameters: int
     num_trainable: int
     trainable_bytes: int
-    shared_outside: int
-    """Bytes of what lies outside of the decoder's layers, and of the largest of these, without what adapters train."""
-    shared_layer: int
-    embedding: int
-    """Bytes of the rows that tokens are looked up in: the last that has its gradient, tied or not."""
-    longest: int | None
-    """Tokens that the model was made for, where its configuration says."""
-    depth: int
-    alike: bool
-    """Whether the decoder's layers are all alike."""
+    sharded_outside_bytes: int
+    """Bytes that FSDP2 shards outside the decoder's layers: embedding, head and final norm."""
+    sharded_layer_bytes: int
+    """Bytes that FSDP2 shards of the largest layer. What adapters train is not sharded."""
+    embedding_bytes: int
+    """Bytes of the input embedding, whose gradient is the last to be computed, tied or not."""
+    max_positions: int | None
+    """The model's maximum length in tokens, if its configuration has one."""
+    num_layers: int
+    has_equal_layers: bool
 
 
-class _Update(NamedTuple):
-    peak: Moment
-    kept: Moment
-    """What stays for the next forward."""
+class _UpdateMemory(NamedTuple):
+    peak: MemorySnapshot
+    after: MemorySnapshot
 
 
 @dataclass
-class Rehearsals:
-    """Rehearsals of one run, with one kind of device and other options from time to time. Raises SftxError as a run."""
+class DryRunner:
+    """Makes dry runs of one run for one kind of device; the options may vary. Raises SftxError as the run would."""
 
     assembly: Assembly
     precision: Precision
     model: str
     trust_remote_code: bool = False
     on_gpu: bool = False
-    _updates: dict[tuple[str, bool], _Update] = field(default_factory=dict)
+    _updates: dict[tuple[str, bool], _UpdateMemory] = field(default_factory=dict)
 
     @cached_property
     def spec(self) -> ModelSpec:
         return load_spec(self.model, trust_remote_code=self.trust_remote_code)
 
     @cached_property
-    def counts(self) -> Counts:
+    def size(self) -> ModelSize:
         with torch.device("meta"):
-            lm = self._built(self._skeleton())
+            lm = self._build(self._copy_skeleton())
             trained, layers = [p for p in lm.parameters() if p.requires_grad], decoder_layers(lm.model)
-            shared = {id(p) for p in lm.parameters() if not (p.requires_grad and lm.adapters)}
-            sizes = [_bytes([p for p in layer.parameters() if id(p) in shared]) for layer in layers]
-            return Counts(
+            sharded = {id(p) for p in lm.parameters() if not (p.requires_grad and lm.adapters)}
+            layer_bytes = [_num_bytes([p for p in layer.parameters() if id(p) in sharded]) for layer in layers]
+            structures = [_structure(layer) for layer in layers]
+            return ModelSize(
                 num_parameters=sum(p.numel() for p in lm.parameters()),
                 num_trainable=sum(p.numel() for p in trained),
-                trainable_bytes=_bytes(trained),
-                shared_outside=_bytes([p for p in lm.parameters() if id(p) in shared]) - sum(sizes),
-                shared_layer=max(sizes, default=0),
-                embedding=_bytes(list(lm.model.get_input_embeddings().parameters())),
-                longest=getattr(lm.config, "max_position_embeddings", None),
-                depth=len(layers),
-                alike=_container(lm.model) is not None and all(_facts(one) == _facts(layers[0]) for one in layers),
+                trainable_bytes=_num_bytes(trained),
+                sharded_outside_bytes=_num_bytes([p for p in lm.parameters() if id(p) in sharded]) - sum(layer_bytes),
+                sharded_layer_bytes=max(layer_bytes, default=0),
+                embedding_bytes=_num_bytes(list(lm.model.get_input_embeddings().parameters())),
+                max_positions=getattr(lm.config, "max_position_embeddings", None),
+                num_layers=len(layers),
+                has_equal_layers=_layer_list(lm.model) is not None and all(s == structures[0] for s in structures),
             )
 
-    def update(self, config: TrainConfig) -> Moment:
-        """The first update, which makes the optimizer's state."""
-        return self._updated(config).peak
-
-    def step(self, config: TrainConfig, *, rows: int, max_length: int) -> list[Moment]:
-        """The moments of forward and backward of `rows` rows of `max_length` tokens, all trained, after an update."""
-        return self._moments(config, rows, max_length)
-
     def num_tokens(self, rows: int, max_length: int) -> int:
-        """Of a batch, padding too."""
+        """Return the number of positions of a batch, padding included."""
         return make_batch(self.assembly.collator(max_length), rows, max_length).input_ids_BT.numel()
 
-    def _updated(self, config: TrainConfig) -> _Update:
-        """With several micro-batches the gradients stay, for those that come after the first add to them."""
+    def update_peak(self, config: TrainConfig) -> MemorySnapshot:
+        """Return the peak of the first optimizer update, which creates the optimizer's state."""
+        return self._update(config).peak
+
+    def step_peaks(self, config: TrainConfig, *, rows: int, max_length: int) -> list[MemorySnapshot]:
+        """Return the peak of each phase of forward and backward after an update.
+
+        The batch has `rows` rows of `max_length` tokens, all of them label tokens.
+        """
+        num_layers = self.size.num_layers
+        if self.size.has_equal_layers and num_layers > _FEW_LAYERS + 1:
+            few, more = (self._phase_peaks(config, rows, max_length, n) for n in (_FEW_LAYERS, _FEW_LAYERS + 1))
+            peaks = _extrapolate(few, more, num_layers)
+        else:
+            peaks = list(self._phase_peaks(config, rows, max_length, None).values())
+        state = self._update(config).after["optimizer"]
+        return [peak | {"optimizer": peak["optimizer"] + state} for peak in peaks]
+
+    def _update(self, config: TrainConfig) -> _UpdateMemory:
+        # With several micro-batches gradients stay allocated between them, since later ones add to the first.
         key = (config.optim, (config.gradient_accumulation_steps or 1) == 1)
         if key not in self._updates:
-            with torch.device("meta"):  # where adapters are made ten times as fast as of fake tensors
-                lm = self._built(self._skeleton())
-            with self._stage() as (_, tally):
-                take_place(lm)
-                tally.count([*lm.parameters(), *lm.buffers()], "weights")
+            with torch.device("meta"):  # adapters are built ten times as fast as from fake tensors
+                lm = self._build(self._copy_skeleton())
+            with self._fake_step() as (_, tracker):
+                materialise(lm)
+                tracker.track([*lm.parameters(), *lm.buffers()], "weights")
                 optimizer, trained = RunOptimizer(lm, config), [p for p in lm.parameters() if p.requires_grad]
-                _make_gradients(tally, trained)
-                tally.forget()
-                with tally.making("optimizer"):
+                _allocate_gradients(tracker, trained)
+                tracker.reset_peaks()
+                with tracker.allocating("optimizer"):
                     nn.utils.clip_grad_norm_(trained, config.max_grad_norm or math.inf)
                     optimizer.step()
-                self._updates[key] = _Update(tally.peak, dict(tally.live))
+                self._updates[key] = _UpdateMemory(tracker.peak, dict(tracker.current))
         return self._updates[key]
 
-    def _moments(self, config: TrainConfig, rows: int, max_length: int) -> list[Moment]:
-        depth = self.counts.depth
-        if self.counts.alike and depth > _FEW + 1:
-            few, more = (self._peaks(config, rows, max_length, layers) for layers in (_FEW, _FEW + 1))
-            moments = _deeper(few, more, depth)
-        else:
-            moments = list(self._peaks(config, rows, max_length, None).values())
-        state = self._updated(config).kept["optimizer"]
-        return [moment | {"optimizer": moment["optimizer"] + state} for moment in moments]
-
-    def _peaks(self, config: TrainConfig, rows: int, max_length: int, depth: int | None) -> dict[Phase, Moment]:
+    def _phase_peaks(
+        self, config: TrainConfig, rows: int, max_length: int, num_layers: int | None
+    ) -> dict[Phase, MemorySnapshot]:
+        """Return the peak of each phase of forward and backward with so many layers, or with all."""
         batch = make_batch(self.assembly.collator(max_length), rows, max_length)
-        skeleton = self._skeleton(depth)
-        with self._stage() as (mode, tally):
-            lm = self._built(skeleton)
-            tally.count([*lm.parameters(), *lm.buffers()], "weights")
+        skeleton = self._copy_skeleton(num_layers)
+        with self._fake_step() as (mode, tracker):
+            lm = self._build(skeleton)
+            tracker.track([*lm.parameters(), *lm.buffers()], "weights")
             trained = [p for p in lm.parameters() if p.requires_grad]
             prepare_layers(lm.model, config)
-            mark_phases(tally, decoder_layers(lm.model))
+            track_phases(tracker, decoder_layers(lm.model))
             step = TrainStep(lm.train(), self.assembly.loss())
             if (config.gradient_accumulation_steps or 1) > 1:
-                _make_gradients(tally, trained)
-            batch = without_values(mode, batch)
-            tally.forget()
+                _allocate_gradients(tracker, trained)
+            batch = to_fake_batch(mode, batch)
+            tracker.reset_peaks()
             with self.precision.autocast():
                 out = step(batch)
-            _count_arriving(tally, trained)
+            for parameter in trained:
+                parameter.register_post_accumulate_grad_hook(
+                    lambda p: tracker.track([cast(Tensor, p.grad)], "gradients")
+                )
             objective = out.sum if out.aux_loss is None else out.sum + out.aux_loss
             del out
             objective.backward()
-            return tally.peaks
+            return tracker.peaks
 
     @contextmanager
-    def _stage(self) -> Iterator[tuple[FakeTensorMode, Tally]]:
-        tally = Stage(on_gpu=self.on_gpu)
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode, tally, gpu_products(self.on_gpu):
-            yield mode, tally
+    def _fake_step(self) -> Iterator[tuple[FakeTensorMode, MemoryTracker]]:
+        tracker = FakeStepTracker(on_gpu=self.on_gpu)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode, tracker, gpu_products(self.on_gpu):
+            yield mode, tracker
 
-    def _skeleton(self, depth: int | None = None) -> PreTrainedModel:
-        """A copy of `depth` layers, or of all."""
+    def _copy_skeleton(self, num_layers: int | None = None) -> PreTrainedModel:
         model = copy.deepcopy(self.spec.skeleton)
-        if depth is not None:
-            del cast(nn.ModuleList, _container(model))[depth:]
-            cast(Any, model.config).get_text_config().num_hidden_layers = depth
+        if num_layers is not None:
+            del cast(nn.ModuleList, _layer_list(model))[num_layers:]
+            cast(Any, model.config).get_text_config().num_hidden_layers = num_layers
         return model
 
-    def _built(self, model: PreTrainedModel) -> LanguageModel:
-        """The model with its adapters, on the default device."""
+    def _build(self, model: PreTrainedModel) -> CausalLM:
+        """Return the model with its adapters, materialised on the default device."""
         adapters = self.assembly.adapters(dataclasses.replace(self.spec, skeleton=model))
-        take_place(model, self.precision.base_dtype(frozen=bool(adapters)))
-        lm = LanguageModel(model, cast(Any, None))
+        materialise(model, self.precision.base_dtype(frozen=bool(adapters)))
+        lm = CausalLM(model, cast(Any, None))
         lm.attach(adapters)
         return lm
 
 
-def _deeper(few: dict[Phase, Moment], more: dict[Phase, Moment], depth: int) -> list[Moment]:
-    """The same phases in a model of `depth` layers: those of the first two layers, of the last two, and of the rest.
+def _extrapolate(
+    few: dict[Phase, MemorySnapshot], more: dict[Phase, MemorySnapshot], num_layers: int
+) -> list[MemorySnapshot]:
+    """Return the peaks of a model of `num_layers` layers from those of `few`, and of `more`, which has one layer more.
 
-    In between, bytes rise or fall by the same amount from layer to layer, so that none of them has more than an end.
+    The phases of the first two and of the last two layers suffice: between them, bytes change by the same amount from
+    layer to layer, so that none of the layers between has a higher peak than both ends.
     """
-    moments: list[Moment] = []
-    for phase, kinds in few.items():
-        of_layer = phase.name in ("forward", "backward")
-        from_start, from_end = not of_layer or phase.layer <= 1, of_layer and phase.layer >= _FEW - 2
+    peaks: list[MemorySnapshot] = []
+    for phase, snapshot in few.items():
+        is_layer = phase.name in ("forward", "backward")
+        from_start, from_end = not is_layer or phase.layer <= 1, is_layer and phase.layer >= _FEW_LAYERS - 2
         for shift in [0] * from_start + [1] * from_end:
-            added = more[phase._replace(layer=phase.layer + shift)]
-            moments.append({kind: size + (added[kind] - size) * (depth - _FEW) for kind, size in kinds.items()})
-    return moments
+            with_one_more = more[phase._replace(layer=phase.layer + shift)]
+            num_added = num_layers - _FEW_LAYERS
+            peaks.append({kind: size + (with_one_more[kind] - size) * num_added for kind, size in snapshot.items()})
+    return peaks
 
 
-def _make_gradients(tally: Tally, trained: list[nn.Parameter]) -> None:
+def _allocate_gradients(tracker: MemoryTracker, trained: list[nn.Parameter]) -> None:
     for parameter in trained:
         parameter.grad = torch.empty_like(parameter)
-    tally.count([cast(Tensor, parameter.grad) for parameter in trained], "gradients")
+    tracker.track([cast(Tensor, parameter.grad) for parameter in trained], "gradients")
 
 
-def _count_arriving(tally: Tally, trained: list[nn.Parameter]) -> None:
-    def arrived(parameter: Tensor) -> None:
-        tally.count([cast(Tensor, parameter.grad)], "gradients")
-
-    for parameter in trained:
-        parameter.register_post_accumulate_grad_hook(arrived)
-
-
-def _container(model: Any) -> nn.ModuleList | None:
-    """The list that has the decoder's layers, all of them and nothing else; None where they lie otherwise."""
+def _layer_list(model: Any) -> nn.ModuleList | None:
+    """Return the list that holds all decoder layers and nothing else; None if there is no such list."""
     layers = decoder_layers(model)
     lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
-    return next((found for found in lists if list(found) == layers), None)
+    return next((candidate for candidate in lists if list(candidate) == layers), None)
 
 
-def _facts(layer: nn.Module) -> list[Any]:
-    """What can make a layer need other bytes than its neighbour: modules, shapes, and plain values but its number.
+def _structure(layer: nn.Module) -> list[Any]:
+    """Return what decides how many bytes a layer needs: its modules, shapes and plain attributes except its number.
 
-    Private ones are not compared: adapters keep seeds there.
+    Private attributes are left out, since adapters keep random seeds there.
     """
+
+    def is_compared(name: str, value: object) -> bool:
+        is_excluded = name == "layer_idx" or name.startswith("_")
+        return not is_excluded and (value is None or isinstance(value, bool | int | float | str | tuple))
+
     return [
         (
             name,
             type(module),
-            [(key, value) for key, value in vars(module).items() if _is_plain(key, value)],
+            [(key, value) for key, value in vars(module).items() if is_compared(key, value)],
             [(key, p.shape, p.dtype, p.requires_grad) for key, p in module.named_parameters(recurse=False)],
         )
         for name, module in layer.named_modules()
     ]
 
 
-def _is_plain(name: str, value: object) -> bool:
-    own = name == "layer_idx" or name.startswith("_")
-    return not own and (value is None or isinstance(value, bool | int | float | str | tuple))
-
-
-def _bytes(parameters: list[nn.Parameter]) -> int:
+def _num_bytes(parameters: list[nn.Parameter]) -> int:
     return sum(p.numel() * p.element_size() for p in {id(p): p for p in parameters}.values())

@@ -1,7 +1,10 @@
-"""Tensors come and go; their bytes are counted, by what they are for, and what stood when they were most is kept.
+"""Count the bytes of all tensor storages by what they are for, and keep the peak of each phase of a step.
 
-A storage is counted once, from the operation that made it until nothing refers to it: what an allocator has to hold,
-without what it wastes. What operations of torch use within themselves is not seen.
+A storage counts once, from the operation that allocates it until its last reference is gone: that is what an allocator
+has to provide, without fragmentation. Temporaries inside torch's own operations are not seen.
+
+torch.distributed._tools.MemTracker is not used: it is private, and has no way to add the temporaries inside a custom
+operation, such as the chunk of logits of the head's loss.
 """
 
 from __future__ import annotations
@@ -19,100 +22,102 @@ from torch.utils._pytree import tree_leaves
 Kind: TypeAlias = Literal["weights", "gradients", "optimizer", "activations", "head"]
 KINDS: Final[tuple[Kind, ...]] = ("weights", "gradients", "optimizer", "activations", "head")
 
+MemorySnapshot: TypeAlias = dict[Kind, int]
+"""Allocated bytes by kind at one moment, usually that of a peak."""
+
 
 class Phase(NamedTuple):
-    """A part of a step whose own peak is kept."""
+    """A part of a step whose peak is kept separately."""
 
     name: Literal["start", "forward", "head", "backward"]
-    turn: int = 0
-    """Which forward through the model, where a loss has several."""
+    model_call: int = 0
+    """The number of the forward pass through the model, when a loss makes several."""
     layer: int = 0
 
 
-class Tally(TorchDispatchMode):
-    """Within it, every storage that an operation makes is counted, as of the kind that `making` says."""
+class MemoryTracker(TorchDispatchMode):
+    """While active, counts every storage that an operation allocates, as the kind that `allocating` sets."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.live: dict[Kind, int] = dict.fromkeys(KINDS, 0)
-        """Bytes of what stands now."""
-        self.peaks: dict[Phase, dict[Kind, int]] = {}
-        """Bytes of what stood when they were most in each phase, since the last `forget`."""
+        self.current: MemorySnapshot = dict.fromkeys(KINDS, 0)
+        """Bytes that are allocated now."""
+        self.peaks: dict[Phase, MemorySnapshot] = {}
+        """The snapshot with the largest total in each phase, since the last `reset_peaks`."""
         self._kind: Kind = "activations"
         self._phase = Phase("start")
         self._total = 0
-        self._most: dict[Phase, int] = {}
-        self._known: dict[int, tuple[int, Kind, weakref.ref[Any]]] = {}
+        self._peak_totals: dict[Phase, int] = {}
+        self._storages: dict[int, tuple[int, Kind, weakref.ref[Any]]] = {}
+        """Size, kind and reference of each storage, by its address."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        self.see(out)
+        self.track_outputs(out)
         return out
 
     @property
-    def peak(self) -> dict[Kind, int]:
-        """The largest of all phases."""
-        return max(self.peaks.values(), key=lambda kinds: sum(kinds.values()))
+    def peak(self) -> MemorySnapshot:
+        """The snapshot with the largest total of all phases."""
+        return max(self.peaks.values(), key=lambda snapshot: sum(snapshot.values()))
 
-    def see(self, out: Any) -> None:
-        """Counts whatever tensors an operation gave that were not there before."""
+    def track_outputs(self, out: Any) -> None:
+        """Count the storages among an operation's outputs that are new."""
         for value in (out,) if isinstance(out, Tensor) else tree_leaves(out):
-            if isinstance(value, Tensor) and value.untyped_storage()._cdata not in self._known:
+            if isinstance(value, Tensor) and value.untyped_storage()._cdata not in self._storages:
                 self._add(value, self._kind)
 
-    def count(self, tensors: Iterable[Tensor], kind: Kind) -> None:
-        """Counts these as of that kind from now on, whatever they were counted as before."""
+    def track(self, tensors: Iterable[Tensor], kind: Kind) -> None:
+        """Count these tensors as `kind` from now on, also if they were counted as another kind before."""
         for tensor in tensors:
-            known = self._known.get(tensor.untyped_storage()._cdata)
-            if known is None:
+            key = tensor.untyped_storage()._cdata
+            if key not in self._storages:
                 self._add(tensor, kind)
-            else:
-                size, before, reference = known
-                self._known[tensor.untyped_storage()._cdata] = (size, kind, reference)
-                self.live[before] -= size
-                self.live[kind] += size
+                continue
+            size, old_kind, reference = self._storages[key]
+            self._storages[key] = (size, kind, reference)
+            self.current[old_kind] -= size
+            self.current[kind] += size
 
     @contextmanager
-    def making(self, kind: Kind) -> Iterator[None]:
-        """Within it, what is made is of that kind."""
+    def allocating(self, kind: Kind) -> Iterator[None]:
+        """Count storages that are allocated within this context as `kind`."""
         before, self._kind = self._kind, kind
         try:
             yield
         finally:
             self._kind = before
 
-    def touch(self, num_bytes: int, kind: Kind) -> None:
-        """So many bytes more were there for a moment: what an operation is known to use within itself."""
+    def add_transient(self, num_bytes: int, kind: Kind) -> None:
+        """Count an allocation that exists only inside an operation: it raises the peak and is freed at once."""
         self._change(kind, num_bytes)
         self._change(kind, -num_bytes)
 
-    def enter(self, phase: Phase) -> None:
-        """What is to come belongs to this phase."""
+    def enter_phase(self, phase: Phase) -> None:
         self._phase = phase
-        self._look()
+        self._update_peak()
 
-    def forget(self) -> None:
-        """From now on the peaks are those of what is to come."""
-        self.peaks, self._most = {}, {}
-        self._look()
+    def reset_peaks(self) -> None:
+        self.peaks, self._peak_totals = {}, {}
+        self._update_peak()
 
     def _add(self, tensor: Tensor, kind: Kind) -> None:
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
-        self._known[key] = (size, kind, weakref.ref(storage, partial(self._drop, key)))
+        self._storages[key] = (size, kind, weakref.ref(storage, partial(self._remove, key)))
         self._change(kind, size)
 
-    def _drop(self, key: int, _: Any) -> None:
-        size, kind, _ = self._known.pop(key)
+    def _remove(self, key: int, _: Any) -> None:
+        size, kind, _ = self._storages.pop(key)
         self._change(kind, -size)
 
     def _change(self, kind: Kind, size: int) -> None:
-        self.live[kind] += size
+        self.current[kind] += size
         self._total += size
         if size > 0:
-            self._look()
+            self._update_peak()
 
-    def _look(self) -> None:
-        if self._total > self._most.get(self._phase, -1):
-            self._most[self._phase] = self._total
-            self.peaks[self._phase] = dict(self.live)
+    def _update_peak(self) -> None:
+        if self._total > self._peak_totals.get(self._phase, -1):
+            self._peak_totals[self._phase] = self._total
+            self.peaks[self._phase] = dict(self.current)

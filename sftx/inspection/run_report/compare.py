@@ -1,4 +1,4 @@
-"""Several runs side by side: what they are called, what differs between their run files, and between their versions."""
+"""Several runs side by side: short names, and the options and versions in which the runs differ."""
 
 from __future__ import annotations
 
@@ -6,99 +6,82 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
-from sftx.inspection.run_report.run_record import RunRecord
+from sftx.config.flatten import flatten
+from sftx.inspection.run_report.run_record import RunRecord, as_mapping, as_mappings
 
 NOT_SET: Final = "–"
-_MOST_CHARS: Final = 200
-_OF_THIS_PLACE: Final = ("output_dir",)
-"""What differs between any two runs and says nothing."""
+_MAX_CHARS: Final = 200
 
-Table = list[tuple[str, list[str]]]
+Table: TypeAlias = list[tuple[str, list[str]]]
 """Names, each with its value in every run."""
 
 
-def names(paths: Sequence[Path]) -> list[str]:
-    """The last part of each path, with as many of those before it as tell it from the others."""
-    parts = [path.resolve().parts for path in paths]
-    deepest = max(map(len, parts))
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """Return the last part of each path, with as many parent directories as make it unique."""
+    all_parts = [path.resolve().parts for path in paths]
+    max_depth = max(map(len, all_parts))
 
-    def called(own: tuple[str, ...]) -> str:
-        for depth in range(1, deepest):
-            if sum(other[-depth:] == own[-depth:] for other in parts) == 1:
-                return "/".join(own[-depth:])
-        return str(Path(*own))
+    def short_name(parts: tuple[str, ...]) -> str:
+        for depth in range(1, max_depth):
+            if sum(other[-depth:] == parts[-depth:] for other in all_parts) == 1:
+                return "/".join(parts[-depth:])
+        return str(Path(*parts))
 
-    return [called(own) for own in parts]
+    return [short_name(parts) for parts in all_parts]
 
 
-def options(records: Sequence[RunRecord]) -> Table:
-    """The options, by dotted names, that are not the same in all run files; `plugins` is their order."""
+def differing_options(records: Sequence[RunRecord]) -> Table:
+    """Return the options, by dotted names, that differ between run files; `plugins` is the plugins' order."""
     return _differing([_options(record) for record in records])
 
 
-def versions(records: Sequence[RunRecord]) -> Table:
-    """What is not the same in all manifests: versions, device, model and data."""
-    return _differing([dict(facts(record.manifest)) for record in records])
+def differing_versions(records: Sequence[RunRecord]) -> Table:
+    """Return the versions, devices, models and data that differ between manifests."""
+    return _differing([dict(versions(record.manifest)) for record in records])
 
 
-def facts(manifest: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """What a manifest says of the host, the libraries and what was read; its plugins have a table of their own."""
-    found = [
-        (name.replace("_", " "), manifest.get(name))
-        for name in ("sftx", "python", "platform", "device", "num_threads", "dtype")
-    ]
-    found += list(mapping(manifest.get("libraries")).items())
-    found += [(f"plugin {one.get('plugin')}", one.get("version")) for one in mappings(manifest.get("plugins"))]
-    model = mapping(manifest.get("model"))
-    found += [("model", model.get("name")), ("model revision", model.get("revision"))]
-    found += [("model sha256", model.get("sha256"))]
-    for what, key in (("training data", "data"), ("held-out data", "eval_data")):
-        found += [(f"{what} {source.get('path')}", source.get("fingerprint")) for source in mappings(manifest.get(key))]
-    return [(name, value) for name, value in found if value is not None]
+def versions(manifest: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Return names and values of a manifest: the host, libraries, plugin versions, model and data."""
+    names = ("sftx", "python", "platform", "device", "num_threads", "dtype")
+    pairs = [(name.replace("_", " "), manifest.get(name)) for name in names]
+    pairs += list(as_mapping(manifest.get("libraries")).items())
+    pairs += [(f"plugin {line.get('plugin')}", line.get("version")) for line in as_mappings(manifest.get("plugins"))]
+    model = as_mapping(manifest.get("model"))
+    pairs += [("model", model.get("name")), ("model revision", model.get("revision"))]
+    pairs += [("model sha256", model.get("sha256"))]
+    for title, key in (("training data", "data"), ("held-out data", "eval_data")):
+        sources = as_mappings(manifest.get(key))
+        pairs += [(f"{title} {source.get('path')}", source.get("fingerprint")) for source in sources]
+    return [(name, value) for name, value in pairs if value is not None]
 
 
-def shown(value: Any) -> str:
-    """One short line: text as it is, everything else as JSON."""
+def as_text(value: Any) -> str:
+    """Return one short line: a string as it is, any other value as JSON."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return shorten(text, _MOST_CHARS, placeholder=" ...") if len(text) > _MOST_CHARS else text
-
-
-def mapping(value: Any) -> Mapping[str, Any]:
-    """`value` where it is what it should be; empty otherwise."""
-    return {str(name): inner for name, inner in value.items()} if isinstance(value, dict) else {}
-
-
-def mappings(value: Any) -> list[Mapping[str, Any]]:
-    """Those of a list that are objects."""
-    return [mapping(one) for one in value if isinstance(one, dict)] if isinstance(value, list) else []
+    return shorten(text, _MAX_CHARS, placeholder=" ...") if len(text) > _MAX_CHARS else text
 
 
 def _options(record: RunRecord) -> dict[str, Any]:
-    values = {name: value for name, value in record.config.items() if name not in _OF_THIS_PLACE}
-    flat = _flat(values)
-    plugins = mapping(values.get("plugins"))
-    # A plugin without options is on where its name stands in the order.
-    flat = {name: value for name, value in flat.items() if name.removeprefix("plugins.") not in plugins or value}
-    return {"plugins": ", ".join(plugins), **flat} if record.config else {}
+    if not record.config:
+        return {}
+    # The output directory differs between any two runs.
+    values = {name: value for name, value in record.config.items() if name != "output_dir"}
+    plugins = as_mapping(values.get("plugins"))
+    # A plugin without options has an empty mapping; its name in `plugins` shows that it is used.
+    flat = {
+        name: value for name, value in flatten(values).items() if value or name.removeprefix("plugins.") not in plugins
+    }
+    return {"plugins": ", ".join(plugins), **flat}
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        is_section = isinstance(value, dict) and value
-        found |= _flat(value, f"{prefix}{name}.") if is_section else {f"{prefix}{name}": value}
-    return found
-
-
-def _differing(values: Sequence[Mapping[str, Any]]) -> Table:
-    """A run of which nothing is known differs in nothing, and has no value."""
-    known = [one for one in values if one]
-    every = dict.fromkeys(name for one in known for name in one)
-    texts = {name: [json.dumps(one.get(name), sort_keys=True, default=str) for one in known] for name in every}
-    return [
-        (name, [shown(one[name]) if name in one else NOT_SET for one in values])
-        for name in every
-        if len(set(texts[name])) > 1 or len({name in one for one in known}) > 1
-    ]
+def _differing(runs: Sequence[Mapping[str, Any]]) -> Table:
+    """Return the names whose values differ. A run without any values is not compared, and has NOT_SET everywhere."""
+    known = [values for values in runs if values]
+    table = []
+    for name in dict.fromkeys(name for values in known for name in values):
+        texts = {json.dumps(values.get(name), sort_keys=True, default=str) for values in known}
+        if len(texts) > 1 or len({name in values for values in known}) > 1:
+            table.append((name, [as_text(values[name]) if name in values else NOT_SET for values in runs]))
+    return table

@@ -1,4 +1,4 @@
-"""Counts from SASS and AMD's assembly text: spills, tensor-core instructions, and the loads of the innermost loops.
+"""This module counts spills, tensor-core instructions and loads of the innermost loops in SASS and AMD's assembly.
 
 Loops are found as in a compiler: a branch to a block that dominates it closes a natural loop. A loop is innermost if it
 contains no other that loads from global memory or multiplies on tensor cores (a loop that waits for a barrier does
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Final
 
 BULK: Final = "bulk"
-"""The width of a load whose size is in a descriptor and not in the instruction (TMA)."""
+"""This is the width of a load whose size is in a descriptor and not in the instruction (TMA)."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,12 @@ class Instruction:
 
 
 Listing = Sequence[Instruction | str]
-"""Instructions in order, and the labels (str) between them."""
+"""A Listing has instructions in order, and the labels (str) between them."""
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """Code whose loads are counted together: an innermost loop, or all of a kernel without loops."""
+    """A Stretch is code whose loads are counted together: an innermost loop, or all of a kernel without loops."""
 
     is_loop: bool
     num_dots: int  # tensor-core instructions
@@ -39,7 +39,7 @@ class Stretch:
 
     @property
     def wide_bytes(self) -> int:
-        """Bytes that a thread loads by vectors of 8 bytes or more; a bulk load counts as one of 16."""
+        """Return the bytes that a thread loads by vectors of 8 bytes or more; a bulk load counts as one of 16."""
         return sum(n * _num_bytes(width) for width, n in self.loads.items() if _num_bytes(width) >= 8)
 
     @property

@@ -1,4 +1,4 @@
-"""Compilation of a Launch for a GPU that is not present, and the properties of its binary. Imports triton when called.
+"""These functions compile a Launch for a GPU that is not present, and read its binary. They import triton when called.
 
 A Launch with tensors on the meta device is specialised by Triton's own binder, as its JIT would on such a GPU
 (a meta tensor's address is 0, so pointers count as 16-byte aligned, as torch's allocator gives them), compiled and
@@ -49,15 +49,12 @@ def specialise(arch: str, launch: Launch) -> tuple[Any, Any]:
     return ASTSource(kernel, signature, constants, attributes), options
 
 
-def compile_launch(arch: str, launch: Launch) -> Any:
+def properties(arch: str, launch: Launch) -> dict[str, Any]:
+    """Compile a launch and return the fields of a report's Row that come from the binary."""
     import triton
 
     source, options = specialise(arch, launch)
-    return triton.compile(source, target=_target(arch), options=options.__dict__)
-
-
-def properties(arch: str, launch: Launch, kernel: Any) -> dict[str, Any]:
-    """Return the fields of a report's Row that come from the binary."""
+    kernel = triton.compile(source, target=_target(arch), options=options.__dict__)
     resources, listing = _nvidia(kernel) if "cubin" in kernel.asm else _amd(kernel)
     shared_bytes = kernel.metadata.shared
     tensor_memory = getattr(kernel.metadata, "tmem_size", None) or 0

@@ -1,4 +1,4 @@
-"""Occupancy: how many programs fit a multiprocessor of the static report's chips.
+"""`occupancy` computes how many programs fit a multiprocessor of the static report's chips.
 
 It is computed as in NVIDIA's occupancy calculator: registers are allocated by the warp in units of 256, shared memory
 by the program in units of 128 bytes on top of 1 KB that the system reserves for each program (sm_80 and later); limits
@@ -16,7 +16,7 @@ from typing import Final, NamedTuple
 
 @dataclass(frozen=True)
 class Multiprocessor:
-    """The limits of one multiprocessor (a compute unit on AMD)."""
+    """A Multiprocessor has the limits of one multiprocessor (a compute unit on AMD)."""
 
     warps: int
     programs: int
@@ -70,7 +70,7 @@ def occupancy(arch: str, num_warps: int, registers: int, shared_bytes: int, tens
 
 
 CHIP_OF_DEVICE: Final = {"A100": "sm_80", "H100": "sm_90", "H200": "sm_90", "B200": "sm_100", "MI300X": "gfx942"}
-"""The chip of each device in `devices.DATA_SHEETS`, whose rooflines the report shows."""
+"""This maps each device of `devices.DATA_SHEETS` to its chip; the report shows their rooflines."""
 
 
 def _round_up(number: int, unit: int) -> int:

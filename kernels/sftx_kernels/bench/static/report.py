@@ -1,4 +1,4 @@
-"""The static report: every shipped kernel configuration, compiled for GPUs that are not present, and its properties.
+"""The static report compiles every shipped kernel configuration for GPUs that are not present, and checks the binaries.
 
 A module of `sftx_kernels.triton` has `shipped(chip)`, which yields (name, Launch) with tensors on the meta device.
 `rows` compiles them (`compiler.py`) into a `Row` each. `broken_gates` checks a row under any version of Triton; `stale`
@@ -35,14 +35,14 @@ from sftx_kernels.triton.launch import CHIPS, Chip, Launch
 _INTERPRET: Final = "TRITON_INTERPRET"
 
 GOLDEN: Final = Path(__file__).resolve().parents[4] / "benchmarks" / "static.json"
-"""The golden file of a checkout; the wheel has none."""
+"""This is the golden file of a checkout; the wheel has none."""
 
 _COLUMNS: Final = 120
 
 
 @dataclass(frozen=True)
 class Row:
-    """One configuration on one target. Counts are of instructions in the text, not of those executed."""
+    """A Row describes one configuration on one target. It counts instructions in the text, not those executed."""
 
     arch: str
     name: str
@@ -187,7 +187,7 @@ def _rows(arch: str, sources: tuple[str, ...], names: tuple[str, ...]) -> list[R
     launches = [_collected(arch, sources)[name] for name in names]
     properties: dict[str, Any]
     try:
-        properties = compiler.properties(arch, launches[0], compiler.compile_launch(arch, launches[0]))
+        properties = compiler.properties(arch, launches[0])
     except Exception as error:  # any exception of a compiler is a result of the report
         cause: BaseException = error  # the last in the chain has the reason; Triton's own error only the source line
         while cause.__cause__ is not None:
@@ -326,11 +326,6 @@ def run(
     return 1 if complaints else 0
 
 
-def _table_width() -> int:
-    """Return the width of the terminal, or a fixed width if the output is not a terminal."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else _COLUMNS
-
-
 def _print_table(arch: str, rows: Sequence[Row]) -> None:
     """Print registers, spills and loads of a thread, programs and warps of a multiprocessor, and roofline times."""
     devices = [device for device, chip in CHIP_OF_DEVICE.items() if chip == arch]
@@ -339,7 +334,8 @@ def _print_table(arch: str, rows: Sequence[Row]) -> None:
         *(f"{device} us" for device in devices),
     ]  # fmt: skip
     print()
-    print_table([header, *(_cells(row, devices) for row in rows)], width=_table_width())
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else _COLUMNS
+    print_table([header, *(_cells(row, devices) for row in rows)], width=width)
 
 
 def _cells(row: Row, devices: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Rows that show all there is to show: markup, control characters, weights, rows that no parser takes."""
+"""Rows with everything that `sftx inspect` can show: markup, control characters, weights, rows that no parser reads."""
 
 from __future__ import annotations
 

@@ -19,14 +19,19 @@ from sftx.cli import main
 from sftx.config import loading
 from sftx.config.options import TrainConfig
 from sftx.errors import ConfigError
-from sftx.inspection.memory_plan import devices
-from sftx.inspection.memory_plan import plan as plans
+from sftx.inspection.memory_plan import target_device
 
 GB = 10**9
 
 
-def planner(model: str, *plugins: str, device: devices.Device = devices.CPU, ranks: int = 1, **options: Any) -> Any:
-    from sftx.inspection.memory_plan.plan import Planner
+def slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def planner(
+    model: str, *plugins: str, device: target_device.TargetDevice = target_device.CPU, ranks: int = 1, **options: Any
+) -> Any:
+    from sftx.inspection.memory_plan.planner import Planner
 
     values = {"model": model, "data.train": "none.jsonl", "data.max_length": 32} | options
     assignments = [(name, value, name) for name, value in values.items()]
@@ -46,7 +51,7 @@ def tiny() -> str:
 def test_parameters_are_those_of_the_real_model(tiny: str) -> None:
     from transformers import AutoModelForCausalLM
 
-    need = planner(tiny).need()
+    need = planner(tiny).estimate()
     assert need.num_parameters == need.num_trainable == AutoModelForCausalLM.from_pretrained(tiny).num_parameters()
 
 
@@ -57,7 +62,7 @@ def test_what_lora_trains_is_what_peft_trains(tiny: str) -> None:
     theirs = get_peft_model(
         AutoModelForCausalLM.from_pretrained(tiny), LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
     )
-    need = planner(tiny, "lora").need()
+    need = planner(tiny, "lora").estimate()
     assert need.num_trainable == theirs.get_nb_trainable_parameters()[0]
 
 
@@ -69,48 +74,48 @@ def test_public_models_have_as_many_parameters_as_their_makers_say(name: str, tm
     assert spec.skeleton.num_parameters() == configs.NUM_PARAMETERS[name]
 
 
-@pytest.mark.parametrize("plugins", [(), ("lora",), ("packed",), ("lora", "packed")])
+@pytest.mark.parametrize("plugins", [(), slow(("lora",)), slow(("packed",)), ("lora", "packed")])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_rehearsal_counts_what_a_real_step_makes(tiny: str, plugins: tuple[str, ...], checkpointing: bool) -> None:
-    """The same tally around a real step, whose tensors have memory and values."""
+def test_a_dry_run_counts_what_a_real_step_allocates(tiny: str, plugins: tuple[str, ...], checkpointing: bool) -> None:
+    """The same tracker is active around a real step, whose tensors have memory and values."""
     import torch
 
-    from sftx.inspection.memory_plan.fake_tensors import StepTally, make_batch
-    from sftx.model.language_model import LanguageModel
+    from sftx.inspection.memory_plan.fake_tensors import StepTracker, make_batch
+    from sftx.model.language_model import CausalLM
     from sftx.model.load import load_model, load_spec
     from sftx.trainer.layers import prepare_layers
     from sftx.trainer.parallel import TrainStep
 
     plan = planner(tiny, *plugins, **{"train.gradient_checkpointing": checkpointing, "train.optim": "sgd"})
-    train, assembly = plan.config.train, plan.rehearsals.assembly
-    found = max(plan.rehearsals.step(train, rows=8, max_length=512), key=lambda moment: sum(moment.values()))
+    train, assembly = plan.config.train, plan.dry_runner.assembly
+    planned = max(plan.dry_runner.step_peaks(train, rows=8, max_length=512), key=lambda peak: sum(peak.values()))
     spec = load_spec(tiny)
     adapters = assembly.adapters(spec)
     model = load_model(spec, list(adapters.values()), dtype=torch.float32, device=torch.device("cpu"))
-    lm = LanguageModel(model, None)  # type: ignore[arg-type]
+    lm = CausalLM(model, None)  # type: ignore[arg-type]
     lm.attach(adapters)
     prepare_layers(model, train)
     lm.train()
-    batch, tally = make_batch(assembly.collator(512), 8, 512), StepTally()
-    with tally:
-        tally.count([*lm.parameters(), *lm.buffers()], "weights")
+    batch, tracker = make_batch(assembly.collator(512), 8, 512), StepTracker()
+    with tracker:
+        tracker.track([*lm.parameters(), *lm.buffers()], "weights")
         TrainStep(lm, assembly.loss())(batch).sum.backward()
-    assert sum(found.values()) == pytest.approx(sum(tally.peak.values()), rel=0.02)
-    assert found["weights"] == tally.peak["weights"]
+    assert sum(planned.values()) == pytest.approx(sum(tracker.peak.values()), rel=0.02)
+    assert planned["weights"] == tracker.peak["weights"]
 
 
-@pytest.mark.parametrize("plugins", [(), ("lora",), ("packed",), ("lora", "packed")])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_few_layers_tell_of_many(plugins: tuple[str, ...], checkpointing: bool, tmp_path: Path) -> None:
-    """The same bytes of every kind as when all layers are gone through."""
+@pytest.mark.parametrize("plugins", [(), slow(("lora",)), slow(("packed",)), ("lora", "packed")])
+@pytest.mark.parametrize("checkpointing", [slow(False), True])
+def test_few_layers_are_extrapolated_to_many(plugins: tuple[str, ...], checkpointing: bool, tmp_path: Path) -> None:
+    """The result has the same bytes of every kind as a dry run of all layers."""
     directory = configs.write(configs.SMOLLM2 | {"num_hidden_layers": 6}, tmp_path)
-    rehearsals = planner(directory, *plugins).rehearsals
+    runner = planner(directory, *plugins).dry_runner
     train = TrainConfig(gradient_checkpointing=checkpointing)
-    assert rehearsals.counts.alike
-    few = rehearsals.step(train, rows=4, max_length=256)
-    rehearsals.counts = rehearsals.counts._replace(alike=False)
-    every = rehearsals.step(train, rows=4, max_length=256)
-    assert max(few, key=lambda moment: sum(moment.values())) == max(every, key=lambda moment: sum(moment.values()))
+    assert runner.size.has_equal_layers
+    few = runner.step_peaks(train, rows=4, max_length=256)
+    runner.size = runner.size._replace(has_equal_layers=False)
+    every = runner.step_peaks(train, rows=4, max_length=256)
+    assert max(few, key=lambda peak: sum(peak.values())) == max(every, key=lambda peak: sum(peak.values()))
 
 
 # --- what follows from the counts ---------------------------------------------------------------
@@ -118,16 +123,16 @@ def test_few_layers_tell_of_many(plugins: tuple[str, ...], checkpointing: bool, 
 
 def test_more_rows_longer_rows_and_no_checkpointing_need_more(tiny: str) -> None:
     plan = planner(tiny)
-    base = plan.need(rows=2).total
-    assert base < plan.need(rows=4).total
-    assert base < plan.need(rows=2, max_length=64).total
-    assert plan.need(rows=8, gradient_checkpointing=True).total < plan.need(rows=8).total
+    base = plan.estimate(rows=2).total
+    assert base < plan.estimate(rows=4).total
+    assert base < plan.estimate(rows=2, max_length=64).total
+    assert plan.estimate(rows=8, gradient_checkpointing=True).total < plan.estimate(rows=8).total
 
 
 def test_shares_of_fsdp2_are_smaller_and_gradients_of_ddp_are_always_there(tiny: str) -> None:
-    one = planner(tiny).need(rows=1)
-    ddp = planner(tiny, ranks=2).need(rows=1)
-    fsdp2 = planner(tiny, ranks=2, **{"train.distributed": "fsdp2"}).need(rows=1)
+    one = planner(tiny).estimate(rows=1)
+    ddp = planner(tiny, ranks=2).estimate(rows=1)
+    fsdp2 = planner(tiny, ranks=2, **{"train.distributed": "fsdp2"}).estimate(rows=1)
     assert ddp.kinds["gradients"] == 4 * one.num_trainable
     assert ddp.total >= one.total
     assert fsdp2.kinds["weights"] == pytest.approx(one.kinds["weights"] / 2, abs=1)
@@ -136,9 +141,9 @@ def test_shares_of_fsdp2_are_smaller_and_gradients_of_ddp_are_always_there(tiny:
 
 def test_a_large_model_is_planned_from_its_config_alone(tmp_path: Path) -> None:
     directory = configs.write(configs.CONFIGS["llama-3-8b"], tmp_path)
-    need = planner(directory, "lora", device=devices.parse("24GB"), **{"train.gradient_checkpointing": True}).need(
-        rows=1, max_length=512
-    )
+    need = planner(
+        directory, "lora", device=target_device.parse("24GB"), **{"train.gradient_checkpointing": True}
+    ).estimate(rows=1, max_length=512)
     # 8.03e9 weights of 2 bytes, and LoRA's 4.2e7 of 4.
     assert need.kinds["weights"] == pytest.approx(2 * 8.03e9 + 4 * 4.19e7, rel=0.001)
     assert need.total < 24 * GB
@@ -146,12 +151,14 @@ def test_a_large_model_is_planned_from_its_config_alone(tmp_path: Path) -> None:
 
 @given(st.integers(0, 10_000), st.integers(0, 500), st.integers(0, 3), st.integers(2, 5_000))
 def test_the_largest_that_fits_is_found_to_a_hundredth(base: int, slope: int, bend: int, limit: int) -> None:
+    from sftx.inspection.memory_plan.planner import find_largest
+
     def total(number: int) -> int:
         asked.append(number)
         return base + slope * number + bend * number**2 // 100
 
     asked: list[int] = []
-    most = plans._most(total, limit, 1, 2, at_most=3_000)
+    most = find_largest(total, limit, 1, 2, at_most=3_000)
     assert most == 0 or total(most) <= limit
     beyond = most + max(1, most // 100)
     assert beyond > 3_000 or total(beyond) > limit
@@ -175,14 +182,15 @@ def test_it_exits_with_0_when_it_fits_and_with_1_when_not(tiny: str) -> None:
     assert too_large.exit_code == 1
     assert "does not fit" in too_large.output
     assert "--gradient-checkpointing" in too_large.output
-    uneven = invoke("--model", tiny, "--nproc", "3", "--per-device-train-batch-size", "4")
+    uneven = invoke("--model", tiny, "--nproc", "3", "--train-batch-size", "4")
     assert uneven.exit_code == 1
-    assert "3 processes cannot share the 4 rows of a step evenly" in uneven.output
+    assert "train_batch_size" in uneven.output
+    assert "3 processes cannot divide 4 rows" in uneven.output
 
 
 def test_processes_that_share_a_step_have_fewer_rows_at_once(tiny: str) -> None:
     step = {"train.per_device_train_batch_size": 4, "train.gradient_accumulation_steps": 2}
-    needs = [planner(tiny, ranks=ranks, **step).need() for ranks in (1, 2, 4, 8)]
+    needs = [planner(tiny, ranks=ranks, **step).estimate() for ranks in (1, 2, 4, 8)]
     assert [need.rows for need in needs] == [4, 4, 2, 1]
     totals = [need.total for need in needs[1:]]
     assert totals == sorted(totals, reverse=True)
@@ -202,25 +210,25 @@ def test_what_is_advised_is_planned_to_fit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("text", "num_bytes"), [("24GB", 24 * GB), ("22.5GiB", int(22.5 * 2**30)), ("80 gb", 80 * GB)])
 def test_sizes_are_read(text: str, num_bytes: int) -> None:
-    assert devices.parse(text).num_bytes == num_bytes
+    assert target_device.parse(text).num_bytes == num_bytes
 
 
 @pytest.mark.parametrize("text", ["24", "GB", "0GB", "-1GB", "24MB", "24GB more", ""])
 def test_other_sizes_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="expected a GPU's memory, such as 24GB"):
-        devices.parse(text)
+        target_device.parse(text)
 
 
 # --- against a real run -------------------------------------------------------------------------
 
 CASES = [
-    ("--plugin", "lora", "--gradient-checkpointing", "--per-device-train-batch-size", "2"),
-    ("--per-device-train-batch-size", "1"),
+    slow(("--plugin", "lora", "--gradient-checkpointing", "--per-device-train-batch-size", "2")),
+    slow(("--per-device-train-batch-size", "1")),
     ("--distributed", "fsdp2", "--nproc", "2", "--gradient-checkpointing", "--per-device-train-batch-size", "2"),
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=" ".join)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(case))
 def test_planned_within_a_tenth_of_the_peak_of_a_real_run(
     case: tuple[str, ...], real_model_dir: Path, tmp_path: Path
 ) -> None:

@@ -1,0 +1,141 @@
+"""`CheckInputs` is what the checks of `sftx doctor` read, and `Finding` is what they return."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from sftx.data.dataset import Dataset
+from sftx.data.encoder import Encoder
+from sftx.data.row_encoder import EncodedRow, parse_record
+from sftx.errors import DataError
+from sftx.inspection.dataset_view import DatasetView
+from sftx.inspection.diagnosis.mojibake import find_mojibake
+from sftx.types import Conversation, Parsed, PlainText
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+Severity = Literal["error", "warning", "note"]
+"""`error`: the run stops, or trains something unintended; `warning`: a likely mistake; `note`: worth knowing."""
+
+_MAX_TEXT_ROWS: Final = 100_000
+"""The text of at most so many rows is read; all other checks see every row."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One problem that a check found."""
+
+    severity: Severity
+    check: str
+    """The name of the check."""
+    seen: str
+    """What is wrong and where."""
+    fix: str
+
+
+@dataclass
+class TextProblems:
+    """Places of training rows whose text looks wrong before it is encoded."""
+
+    empty_turns: list[str] = field(default_factory=list)
+    mojibake: list[tuple[str, str]] = field(default_factory=list)
+    """The place of each row with text that was decoded wrongly, and the first damaged piece."""
+    spelled_controls: list[tuple[str, str]] = field(default_factory=list)
+    """The place of each row whose text spells a control token, and that token."""
+    leading_bos: list[str] = field(default_factory=list)
+    """The place of each row whose first text begins with the text of the BOS token."""
+
+
+@dataclass
+class CheckInputs:
+    """The data, tokenizer and configuration of one run; expensive parts are computed once, when first used."""
+
+    view: DatasetView
+    model_tokenizer: PreTrainedTokenizerBase
+    """The tokenizer as it is saved with the model, with its own chat template."""
+    model_config: PretrainedConfig
+    generation_config: GenerationConfig | None
+
+    @cached_property
+    def train(self) -> Dataset:
+        return self.view.dataset("train")
+
+    @cached_property
+    def held_out(self) -> Dataset:
+        return self.view.dataset("eval")
+
+    @property
+    def encoder(self) -> Encoder:
+        return self.view.pipeline.encoder
+
+    def adapters(self) -> list[str]:
+        """Return the names of the adapter plugins; without one, all weights are trained."""
+        return [active.info.name for active in self.view.pipeline.assembly.providers("sftx_adapter")]
+
+    def token_repr(self, token_id: int) -> str:
+        return repr(str(self.model_tokenizer.decode([token_id], clean_up_tokenization_spaces=False)))
+
+    @cached_property
+    def text_problems(self) -> TextProblems:
+        problems = TextProblems()
+        encode, tokenizer = self.view.pipeline.encode, self.view.pipeline.tokenizer
+        template = encode.encoder.template
+        controls = set(template.controls) if template is not None else set()
+        controls |= {token for token in tokenizer.all_special_tokens if len(token) > 1}
+        bos = str(tokenizer.bos_token or "")
+        for number, (source, where, record) in enumerate(self.view.records("train")):
+            if number == _MAX_TEXT_ROWS:
+                break
+            try:
+                parsed = parse_record(record, EncodedRow(where), encode.parsers, source, encode.config)
+            except DataError:
+                continue  # the ledger lists rows that cannot be read
+            texts = [text for part in parsed for text in _texts(part)]
+            if damaged := next(filter(None, map(find_mojibake, texts)), ""):
+                problems.mojibake.append((str(where), damaged))
+            if spelled := next((token for token in sorted(controls) if any(token in text for text in texts)), ""):
+                problems.spelled_controls.append((str(where), spelled))
+            if bos and texts and texts[0].startswith(bos):
+                problems.leading_bos.append(str(where))
+            if any(_has_empty_turn(part) for part in parsed):
+                problems.empty_turns.append(str(where))
+        return problems
+
+
+Check = Callable[[CheckInputs], Iterator[Finding]]
+"""A check's name is that of its function, with `-` for `_`."""
+
+
+def _texts(parsed: Parsed) -> Iterator[str]:
+    if isinstance(parsed, Conversation):
+        for message in parsed.messages:
+            yield message.content
+            yield message.reasoning
+    elif isinstance(parsed, PlainText):
+        yield parsed.text
+
+
+def _has_empty_turn(parsed: Parsed) -> bool:
+    return isinstance(parsed, Conversation) and any(
+        not (message.content.strip() or message.reasoning.strip() or message.tool_calls) for message in parsed.messages
+    )
+
+
+def load_check_inputs(view: DatasetView) -> CheckInputs:
+    """Load the tokenizer and the small configuration files of the model. Raises ModelError."""
+    from transformers import AutoConfig, GenerationConfig
+
+    from sftx.model.load import load_tokenizer
+
+    trust = view.config.trust_remote_code
+    model = view.pipeline.model
+    try:
+        generation: Any = GenerationConfig.from_pretrained(model)
+    except (OSError, ValueError):  # many models have no generation_config.json
+        generation = None
+    tokenizer = load_tokenizer(model, trust_remote_code=trust)
+    return CheckInputs(view, tokenizer, AutoConfig.from_pretrained(model, trust_remote_code=trust), generation)

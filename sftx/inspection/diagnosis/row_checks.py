@@ -1,0 +1,227 @@
+"""The checks of `sftx doctor` on a run's rows. Each check is one function that yields its findings."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sftx.data.dataset import Examples
+from sftx.inspection.dataset_statistics import dataset_statistics
+from sftx.inspection.dataset_view import Split, is_unreadable
+from sftx.inspection.diagnosis.check_inputs import Check, CheckInputs, Finding
+
+_MAX_PLACES: Final = 3
+"""A finding names at most so many rows."""
+_MANY_CUT = _MANY_DUPLICATES = 0.01
+_FEW_LABELS, _MANY_LABELS = 0.02, 0.95
+_FULL_ROWS, _FULL_BATCHES = 0.9, 0.75
+_MIN_PROMPT_TOKENS: Final = 8
+"""Prompts of fewer tokens may be equal by chance."""
+
+
+def _join_places(places: Sequence[str]) -> str:
+    rest = f" and {len(places) - _MAX_PLACES:,} more" if len(places) > _MAX_PLACES else ""
+    return ", ".join(places[:_MAX_PLACES]) + rest
+
+
+def _count_rows(number: int, singular: str, plural: str) -> str:
+    return f"1 row {singular}" if number == 1 else f"{number:,} rows {plural}"
+
+
+def _splits(inputs: CheckInputs) -> tuple[Split, ...]:
+    return ("train", "eval") if inputs.view.sources("eval") else ("train",)
+
+
+def unreadable_rows(inputs: CheckInputs) -> Iterator[Finding]:
+    """Find rows that no parser accepts, or that a parser or the template rejects."""
+    stops = inputs.view.config.data.invalid_rows == "error"
+    for split in _splits(inputs):
+        entries = [entry for entry in inputs.view.dataset(split).ledger.entries if is_unreadable(entry)]
+        if entries:
+            shown = "; ".join(f"{entry.where}: {entry.reason}" for entry in entries[:_MAX_PLACES])
+            fix = "correct them, or name their fields with columns: {field: column}"
+            yield Finding(
+                "error" if stops else "warning",
+                "unreadable-rows",
+                f"data.{split}: {_count_rows(len(entries), 'cannot', 'cannot')} be read: {shown}",
+                fix + ("; --invalid-rows drop leaves them out" if stops else ""),
+            )
+
+
+def dropped_rows(inputs: CheckInputs) -> Iterator[Finding]:
+    """Find more dropped rows than the run allows, and whatever else would stop it."""
+    for split in _splits(inputs):
+        entries = inputs.view.dataset(split).ledger.entries
+        unreadable = {f"{entry.where}: {entry.reason}" for entry in entries if is_unreadable(entry)}
+        for problem in inputs.view.problems(split):
+            if problem not in unreadable:
+                fix = "see them with `sftx inspect --show dropped" + ("`" if split == "train" else " --split eval`")
+                yield Finding("error", "dropped-rows", f"data.{split}: {problem}", fix)
+
+
+def duplicated_rows(inputs: CheckInputs) -> Iterator[Finding]:
+    """Find examples with exactly the tokens and labels of an earlier one."""
+    examples = inputs.train.examples
+    first: dict[bytes, int] = {}
+    duplicates = [(first[key], n) for n, key in enumerate(_digests(examples)) if first.setdefault(key, n) != n]
+    if duplicates:
+        earlier, later = (examples.where(at) for at in duplicates[0])
+        yield Finding(
+            "warning" if len(duplicates) > _MANY_DUPLICATES * len(examples) else "note",
+            "duplicated-rows",
+            f"{len(duplicates):,} of {len(examples):,} examples have exactly the tokens of an earlier one (first: "
+            f"{later} equals {earlier})",
+            "drop them with --set data.filters.duplicates=drop, unless they are meant to count more",
+        )
+
+
+def leakage(inputs: CheckInputs) -> Iterator[Finding]:
+    """Find held-out rows that are trained on: a score on them says nothing."""
+    held_out, train = inputs.held_out.examples, inputs.train.examples
+    train_digests = {key: n for n, key in enumerate(_digests(train))}
+    equal = [(n, train_digests[key]) for n, key in enumerate(_digests(held_out)) if key in train_digests]
+    if equal:
+        yield Finding(
+            "error",
+            "leakage",
+            f"{len(equal):,} of {len(held_out):,} held-out examples are trained on (first: "
+            f"{held_out.where(equal[0][0])} is {train.where(equal[0][1])})",
+            "remove them from one of the two; a score on them says nothing",
+        )
+    equal_numbers = {n for n, _ in equal}
+    train_prompts = {key: n for n, key in enumerate(_prompt_digests(train)) if key}
+    same_prompt = [
+        (n, train_prompts[key])
+        for n, key in enumerate(_prompt_digests(held_out))
+        if key in train_prompts and n not in equal_numbers
+    ]
+    if same_prompt:
+        yield Finding(
+            "warning",
+            "leakage",
+            f"{len(same_prompt):,} of {len(held_out):,} held-out examples have the prompt of a training row with "
+            f"another answer (first: {held_out.where(same_prompt[0][0])} and {train.where(same_prompt[0][1])})",
+            "keep each prompt in one of the two, or read the held-out scores with care",
+        )
+
+
+def _digests(examples: Examples) -> Iterator[bytes]:
+    for at in range(len(examples)):
+        token_ids, loss_mask = examples.tokens(at)
+        yield _digest(token_ids, loss_mask.tobytes())
+
+
+def _prompt_digests(examples: Examples) -> Iterator[bytes]:
+    """Yield a digest of the tokens before the first label token; empty when there are only a few of them."""
+    for at in range(len(examples)):
+        token_ids, loss_mask = examples.tokens(at)
+        first = int(loss_mask.argmax())
+        yield _digest(token_ids[:first]) if first >= _MIN_PROMPT_TOKENS else b""
+
+
+def _digest(token_ids: NDArray[np.int32], more: bytes = b"") -> bytes:
+    return hashlib.blake2b(token_ids.tobytes() + more, digest_size=16).digest()
+
+
+def cut_rows(inputs: CheckInputs) -> Iterator[Finding]:
+    """Find rows that are longer than max_length, and answers whose stop token is cut off."""
+    train, examples = inputs.train, inputs.train.examples
+    cut = {str(entry.where) for entry in train.ledger.entries if entry.action == "cut"}
+    if not cut:
+        return
+    num_without_stop = 0
+    for at in range(len(examples)):
+        if str(examples.where(at)) in cut:
+            token_ids, loss_mask = examples.tokens(at)
+            num_without_stop += not np.isin(token_ids[loss_mask], inputs.encoder.stop_ids).any()
+    share = len(cut) / train.ledger.num_rows
+    detail = f"; in {num_without_stop:,} of them no stop token is trained" if num_without_stop else ""
+    yield Finding(
+        "warning" if share > _MANY_CUT else "note",
+        "cut-rows",
+        f"{_count_rows(len(cut), 'is', 'are')} cut ({share:.1%}) to max_length="
+        f"{inputs.view.config.data.max_length}{detail}",
+        "raise data.max_length, or choose with --long-rows what is cut (cut_oldest keeps whole answers, drop leaves "
+        "the row out)",
+    )
+
+
+def trained_share(inputs: CheckInputs) -> Iterator[Finding]:
+    """Find conversations in which hardly any token is a label token, or nearly all are."""
+    train = inputs.train
+    if not train.has_turns or not train.num_input_tokens:
+        return
+    share = train.num_label_tokens / train.num_input_tokens
+    seen = f"{share:.1%} of the tokens are label tokens"
+    if share < _FEW_LABELS:
+        fix = "check with `sftx inspect` that the answers are trained; all other tokens are only context"
+        yield Finding("warning", "trained-share", seen, fix)
+    if share > _MANY_LABELS:
+        fix = "prompts are trained too, which is rarely intended: omit --train-on-prompt, check data.train_roles"
+        yield Finding("warning", "trained-share", seen, fix)
+
+
+def empty_turns(inputs: CheckInputs) -> Iterator[Finding]:
+    """Find conversations with a turn that has no text and no tool call."""
+    places = inputs.text_problems.empty_turns
+    if places:
+        seen = f"{_count_rows(len(places), 'has', 'have')} an empty turn: {_join_places(places)}"
+        fix = "remove the turn or the row; a trained empty turn teaches the model to answer nothing"
+        yield Finding("warning", "empty-turns", seen, fix)
+
+
+def damaged_text(inputs: CheckInputs) -> Iterator[Finding]:
+    """Find text that was decoded with the wrong encoding."""
+    damaged = inputs.text_problems.mojibake
+    if damaged:
+        places = _join_places([f"{where} has {piece!r}" for where, piece in damaged])
+        seen = f"{_count_rows(len(damaged), 'holds', 'hold')} text that was read in the wrong encoding: {places}"
+        fix = "read the original again as UTF-8 (or its own encoding); to repair: text.encode('cp1252').decode('utf-8')"
+        yield Finding("warning", "damaged-text", seen, fix)
+
+
+def spelled_controls(inputs: CheckInputs) -> Iterator[Finding]:
+    """Find text that spells control tokens: the rows may have been rendered by a template already."""
+    problems = inputs.text_problems
+    if places := problems.leading_bos:
+        seen = f"{_count_rows(len(places), 'begins', 'begin')} with the text of the BOS token: {_join_places(places)}"
+        fix = "remove it from the rows: the template writes the BOS token, and text never becomes a control token"
+        yield Finding("warning", "spelled-controls", seen, fix)
+    if spelled := problems.spelled_controls:
+        places = [f"{where} has {token}" for where, token in spelled]
+        rows = _count_rows(len(spelled), "spells", "spell")
+        seen = f"{rows} a control token, which is encoded as plain text: {_join_places(places)}"
+        fix = "if the rows were rendered by a template before, use them as they were before that"
+        yield Finding("note", "spelled-controls", seen, fix)
+
+
+def full_batches(inputs: CheckInputs) -> Iterator[Finding]:
+    """Find batches with much padding, and packed rows that are not filled."""
+    if not len(inputs.train.examples):
+        return
+    filling = dataset_statistics(inputs.view, "train").filling
+    assert filling is not None
+    if filling.row_share is not None and filling.row_share < _FULL_ROWS and filling.num_rows > 1:
+        fix = "raise data.max_length, so that more examples fit into a row"
+        yield Finding("note", "full-batches", f"packed rows are {filling.row_share:.1%} full", fix)
+    elif filling.row_share is None and filling.share < _FULL_BATCHES:
+        seen = f"{1 - filling.share:.1%} of a batch is padding, which costs time and trains nothing"
+        yield Finding("note", "full-batches", seen, "pack the rows: --plugin packed")
+
+
+CHECKS: Final[tuple[Check, ...]] = (
+    unreadable_rows,
+    dropped_rows,
+    duplicated_rows,
+    leakage,
+    cut_rows,
+    trained_share,
+    empty_turns,
+    damaged_text,
+    spelled_controls,
+    full_batches,
+)
