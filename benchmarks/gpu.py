@@ -58,10 +58,8 @@ def main() -> int:
     except BenchError as error:
         print(f"bench: {error}", file=sys.stderr)
         code = 1
-    print(
-        f"\ntests {'not run' if arguments.no_tests else 'passed' if tests_passed else 'FAILED, see tests.txt'}, ",
-        end="",
-    )
+    tests = "not run" if arguments.no_tests else "passed" if tests_passed else "FAILED, see tests.txt"
+    print(f"\ntests {tests}, ", end="")
     print(f"bench {'done' if code == 0 else 'FAILED'}, {time.monotonic() - start:.0f} s; results in {out}")
     return 0 if tests_passed and code == 0 else 1
 

@@ -29,7 +29,7 @@ GOALS = {"packed / random": 1.8, "packed / grouped": 0.95, "efficiency": 0.97}
 
 @dataclass
 class Kind:
-    """A way to batch: its micro-batches, their non-padding tokens and the seconds each of them took."""
+    """A way to batch has micro-batches, with the non-padding tokens of each and the seconds it took."""
 
     batches: list[Any]
     padding: float

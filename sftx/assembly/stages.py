@@ -227,13 +227,17 @@ class TemplateStage(_Stage):
 
     def render(self, conversation: Conversation) -> tuple[Segment, ...]:
         with self._attribute("render"):
-            return self._checked("render", self._template.render(conversation))
+            segments = self._template.render(conversation)
+        self._check("render", segments)
+        return segments
 
     def generation_prompt(self, conversation: Conversation) -> tuple[Segment, ...]:
         with self._attribute("generation_prompt"):
-            return self._checked("generation_prompt", self._template.generation_prompt(conversation))
+            segments = self._template.generation_prompt(conversation)
+        self._check("generation_prompt", segments)
+        return segments
 
-    def _checked(self, what: str, segments: Any) -> tuple[Segment, ...]:
+    def _check(self, what: str, segments: Any) -> None:
         if not isinstance(segments, tuple | list):
             raise self._refuse(f"{what} returned {type(segments).__name__}, expected a list")
         for segment in segments:
@@ -241,7 +245,6 @@ class TemplateStage(_Stage):
                 raise self._refuse(f"wrote {segment!r:.90}, expected a Segment of text")
             if not 0 <= segment.weight < math.inf:
                 raise self._refuse(f"a segment has the weight {segment.weight:g}, expected a number of at least 0")
-        return tuple(segments)
 
     def _explains_itself(self, error: BaseException, what: str) -> bool:
         return isinstance(error, DataError)

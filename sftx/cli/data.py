@@ -1,4 +1,4 @@
-"""The command `sftx data`."""
+"""The command `sftx data` converts the data of a run."""
 
 from __future__ import annotations
 

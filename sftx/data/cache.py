@@ -49,19 +49,19 @@ _NO_EFFECT_ON_ROWS: Final = (
 
 @dataclass(frozen=True)
 class Cache:
-    """The cache entry of the encoded training rows or held-out rows."""
+    """A cache entry holds the encoded training rows or held-out rows of a run."""
 
     directory: Path
 
     @classmethod
-    def of(cls, wanted: Sequence[Source], encode: RowEncoder, identity: Mapping[str, Any]) -> Cache:
+    def of(cls, source_list: Sequence[Source], encode: RowEncoder, identity: Mapping[str, Any]) -> Cache:
         """Return the entry of this encoding. `identity` describes the plugins: names, options and source code."""
         tokenizer = encode.encoder.tokenizer
         options = {field.name: getattr(encode.config, field.name) for field in dataclasses.fields(encode.config)}
         made_from = {
             "sources": [
                 {**dataclasses.asdict(source), "weight": None, "content": sources.fingerprint(source)}
-                for source in wanted
+                for source in source_list
             ],
             "options": {name: value for name, value in options.items() if name not in _NO_EFFECT_ON_ROWS},
             "questions": encode.questions,
@@ -79,27 +79,24 @@ class Cache:
         if not self.directory.is_dir():
             return None
         try:
-            return self._load()
+            described = json.loads((self.directory / "dataset.json").read_text(encoding="utf-8"))
+            with (self.directory / "ledger.jsonl").open(encoding="utf-8") as lines:
+                ledger = Ledger(Ledger.read(lines), described["num_rows"])
+            with (self.directory / "questions.jsonl").open(encoding="utf-8") as lines:
+                questions = [Question(**json.loads(line)) for line in lines]
+            log.info("the encoded rows come from %s", self.directory)
+            return Dataset(
+                examples=Examples.load(self.directory),
+                questions=questions,
+                ledger=ledger,
+                formats=Counter(described["formats"]),
+                trains_stop=described["trains_stop"],
+                has_turns=described["has_turns"],
+            )
         except (OSError, ValueError, KeyError, TypeError) as error:
             log.warning("%s is damaged and removed: %s", self.directory, one_line(error))
             shutil.rmtree(self.directory, ignore_errors=True)
             return None
-
-    def _load(self) -> Dataset:
-        described = json.loads((self.directory / "dataset.json").read_text(encoding="utf-8"))
-        with (self.directory / "ledger.jsonl").open(encoding="utf-8") as lines:
-            ledger = Ledger(Ledger.read(lines), described["num_rows"])
-        with (self.directory / "questions.jsonl").open(encoding="utf-8") as lines:
-            questions = [Question(**json.loads(line)) for line in lines]
-        log.info("the encoded rows come from %s", self.directory)
-        return Dataset(
-            examples=Examples.load(self.directory),
-            questions=questions,
-            ledger=ledger,
-            formats=Counter(described["formats"]),
-            trains_stop=described["trains_stop"],
-            has_turns=described["has_turns"],
-        )
 
     @contextmanager
     def writing(self) -> Iterator[Path]:

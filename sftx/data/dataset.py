@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Final, TypeAlias, overload
 
@@ -101,11 +102,12 @@ class Examples(Sequence[Example]):
         weights = self._columns["weights"]
         if len(weights):
             weights = weights[span]
-        part = int(self._columns["parts"][at])
+        path, unit = self._places[self._columns["files"][at]]
+        where, part = Location(path, int(self._columns["numbers"][at]), unit), int(self._columns["parts"][at])
         return Example(
             token_ids=self._columns["token_ids"][span],
             loss_mask=self._columns["loss_mask"][span],
-            row_id=f"{self.where(at)}#{part}" if part else str(self.where(at)),
+            row_id=f"{where}#{part}" if part else str(where),
             group=int(self.groups[at]),
             weights=weights if (weights != 1).any() else None,
             extras=self._extras.get(at, {}),
@@ -169,7 +171,7 @@ class Writer:
     def __init__(self, directory: Path | None = None) -> None:
         self._directory = directory
         self._sinks: dict[str, Any] = {
-            name: bytearray() if directory is None else (directory / f"{name}.bin").open("wb") for name in _DTYPES
+            name: BytesIO() if directory is None else (directory / f"{name}.bin").open("wb") for name in _DTYPES
         }
         self._places: dict[tuple[str, str], int] = {}
         self._extras: dict[int, Mapping[str, Any]] = {}
@@ -184,41 +186,39 @@ class Writer:
         place = (row.where.path, row.where.unit)
         file = self._places.setdefault(place, len(self._places))
         for n, example in enumerate(row.examples):
-            if example.weights is not None and not self._has_weights:
+            length, weights = len(example.token_ids), example.weights
+            values: dict[str, Any] = {
+                "token_ids": example.token_ids,
+                "loss_mask": example.loss_mask,
+                "lengths": length,
+                "num_label_tokens": example.num_label_tokens,
+                "groups": self._next_group + example.group,
+                "sources": source,
+                "files": file,
+                "numbers": row.where.number,
+                "parts": n + 1 if len(row.examples) > 1 else 0,
+            }
+            if weights is not None and not self._has_weights:  # the examples before it have weights of 1 from now on
                 self._has_weights = True
-                self._write("weights", np.ones(self._num_tokens, np.float32))
-            length = len(example.token_ids)
-            self._write("token_ids", example.token_ids)
-            self._write("loss_mask", example.loss_mask)
-            if self._has_weights:
-                self._write("weights", np.ones(length, np.float32) if example.weights is None else example.weights)
+                values["weights"] = np.concatenate([np.ones(self._num_tokens), weights])
+            elif self._has_weights:
+                values["weights"] = np.ones(length) if weights is None else weights
+            try:
+                for name, value in values.items():
+                    self._sinks[name].write(np.ascontiguousarray(value, _DTYPES[name]).tobytes())
+            except OSError as error:
+                raise OutputError(f"{self._directory}: cannot be written: {one_line(error)}") from error
             self._num_tokens += length
             self._largest_id = max(self._largest_id, int(example.token_ids.max()))
-            part = n + 1 if len(row.examples) > 1 else 0
-            group = self._next_group + example.group
-            values = (length, example.num_label_tokens, group, source, file, row.where.number, part)
-            for (name, dtype), value in zip(_OF_EXAMPLES.items(), values, strict=True):
-                self._write(name, np.asarray(value, dtype))
             if example.extras:
                 self._extras[self.num_examples] = example.extras
             self.num_examples += 1
         self._next_group += row.num_groups
 
-    def _write(self, name: str, values: NDArray[Any]) -> None:
-        data = np.ascontiguousarray(values, _DTYPES[name]).tobytes()
-        sink = self._sinks[name]
-        if self._directory is None:
-            sink.extend(data)
-            return
-        try:
-            sink.write(data)
-        except OSError as error:
-            raise OutputError(f"{self._directory}: cannot be written: {one_line(error)}") from error
-
     def finish(self) -> Examples:
         """Return the examples, memory-mapped when they were written to files."""
         if self._directory is None:
-            columns = {name: np.frombuffer(self._sinks[name], dtype) for name, dtype in _DTYPES.items()}
+            columns = {name: np.frombuffer(self._sinks[name].getbuffer(), dtype) for name, dtype in _DTYPES.items()}
             return Examples(columns, list(self._places), self._extras, self._largest_id)
         self.close()
         described = {

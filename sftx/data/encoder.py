@@ -108,7 +108,8 @@ class Encoder:
     def encode(self, parsed: Parsed) -> tuple[list[int], list[bool], list[float]]:
         """Return token ids, loss mask and loss weights of a parsed record. Raises DataError."""
         if isinstance(parsed, Conversation):
-            assert self.template is not None
+            if self.template is None:
+                raise DataError(f"a conversation needs a template, and the run has none{self.advice()}")
             return self.encode_segments(self.template.render(parsed))
         if isinstance(parsed, PlainText):
             ids = [*self._beginning, *self.plain(parsed.text), *self._end]

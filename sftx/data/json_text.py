@@ -20,7 +20,7 @@ _LONGEST_WORD: Final = len("-Infinity")
 
 
 class JsonText:
-    """A position in the text of `pieces` that only moves forward; the text before it is discarded."""
+    """JsonText is a position in the text of `pieces` that only moves forward; the text before it is discarded."""
 
     def __init__(self, pieces: Iterator[str], path: str) -> None:
         self._pieces = pieces

@@ -1,4 +1,4 @@
-"""The ledger: an entry for every row that was dropped, filtered, cut or split."""
+"""The ledger has an entry for every row that was dropped, filtered, cut or split."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MOST_SHOWN: Final = 10
 
 @dataclass(frozen=True)
 class Entry:
-    """An entry of the ledger: what happened to one row, and why."""
+    """An entry says what happened to one row, and why."""
 
     where: Location
     action: Literal["dropped", "filtered", "cut", "split"]
@@ -53,7 +53,7 @@ class Entry:
 
 @dataclass
 class Ledger:
-    """The entries of the training rows or of the held-out rows, and how many rows were read."""
+    """A ledger collects the entries of the training rows or of the held-out rows, and counts the rows."""
 
     entries: list[Entry] = field(default_factory=list)
     num_rows: int = 0

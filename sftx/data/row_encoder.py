@@ -97,11 +97,15 @@ class RowEncoder:
     def encode(self, parsed: Sequence[Parsed], row: EncodedRow, filters: Filters | None = None) -> EncodedRow:
         """Add the examples of a parsed record to `row`; where it has none, its entries say why."""
         filters = filters or self.config.filters
-        if reason := filtered_by_turns(parsed, filters):
+        has_filter = filters.min_turns or filters.max_turns is not None
+        if has_filter and (reason := filtered_by_turns(parsed, filters)):
             row.drop(reason, action="filtered")
             return row
         marked = [mark_trained(one, self.config) for one in parsed]
-        units = [unit for one in marked for unit in split_units(one, self.encoder)]
+        template = self.encoder.template
+        units: Sequence[Parsed] = marked
+        if template is not None and template.rewrites_history:
+            units = [unit for one in marked for unit in split_units(one, self.encoder)]
         if not units:  # no result of the parser, or a template that makes one example of each trained turn, and none is
             row.drop(_reason_nothing_trained(marked))
             return row
@@ -191,7 +195,8 @@ def parse_record(
     record: Record, row: EncodedRow, parsers: Mapping[str, ParserStage], source: Source, config: DataConfig
 ) -> Sequence[Parsed]:
     """Parse a record with the requested format, or the first parser that accepts it, and note the format in `row`."""
-    record = sources.mapped(record, source.columns, row.where)
+    if source.columns:
+        record = sources.mapped(record, source.columns, row.where)
     row.format = source.format or config.format or ""
     if not row.format:
         for name, parser in parsers.items():
@@ -244,11 +249,7 @@ def mark_trained(parsed: Parsed, config: DataConfig) -> Parsed:
 def split_units(parsed: Parsed, encoder: Encoder) -> Iterator[Parsed]:
     """Yield what becomes one example each: the whole, or each trained turn where the template rewrites history."""
     template = encoder.template
-    if not isinstance(parsed, Conversation):
-        yield parsed
-    elif template is None:
-        raise DataError(f"a conversation needs a template, and the run has none{encoder.advice()}")
-    elif not template.rewrites_history:
+    if not isinstance(parsed, Conversation) or template is None or not template.rewrites_history:
         yield parsed
     else:
         for end, message in enumerate(parsed.messages, 1):

@@ -21,7 +21,7 @@ LabelledTokens: TypeAlias = tuple[list[int], list[bool], list[float]]
 
 
 class Truncated(NamedTuple):
-    """The examples that a unit of too many tokens becomes, as indices into its tokens."""
+    """A unit with too many tokens becomes these examples, given as indices into its tokens."""
 
     unit: Parsed
     """The given unit; with `cut_oldest`, the same conversation without its oldest turns."""

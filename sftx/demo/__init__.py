@@ -1,4 +1,4 @@
-"""The demo task of sftx, everyday requests as function calls: its rows, their generator and the run file.
+"""The demo task of sftx is to answer everyday requests with function calls: rows, their generator and the run file.
 
 This package imports nothing of sftx, and no other package imports it: the files are found by their paths.
 """

@@ -195,7 +195,7 @@ add_event(title, day, time, place)
 
 @dataclass(frozen=True)
 class Function:
-    """A callable function and the phrasings of a request for it, with its arguments in braces."""
+    """A callable function has phrasings of a request for it, with its arguments in braces."""
 
     name: str
     arguments: list[str]

@@ -71,11 +71,8 @@ class ParallelStrategy:
 
     def __init__(self, step: TrainStep) -> None:
         self.step = step
-
-    def __call__(self, batch: Batch) -> LossSum:
-        """Runs the forward pass of a micro-batch, to be followed by the backward pass."""
-        out: LossSum = self.step(batch)
-        return out
+        self.module: nn.Module = step
+        """What runs the forward pass of a training step: `step` itself, or torch's wrapper of it."""
 
     def broadcast_parameters(self) -> None:
         """Broadcasts the trained parameters of rank 0. Every process calls it, once, after loading."""
@@ -127,7 +124,7 @@ class DDPStrategy(MultiProcessStrategy):
         frozen = [name for name, p in step.named_parameters(remove_duplicate=False) if not p.requires_grad]
         frozen += [name for name, _ in step.named_buffers(remove_duplicate=False)]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(step, frozen)
-        self._module = DistributedDataParallel(
+        self.module = DistributedDataParallel(
             step,
             device_ids=[device.index] if device.type == "cuda" else None,
             **options,
@@ -135,13 +132,9 @@ class DDPStrategy(MultiProcessStrategy):
             find_unused_parameters=has_experts(step.lm) or _trains_other_towers(step.lm),
         )
 
-    def __call__(self, batch: Batch) -> LossSum:
-        out: LossSum = self._module(batch)
-        return out
-
     @contextlib.contextmanager
     def micro_batch_context(self, *, last: bool) -> Iterator[None]:
-        with contextlib.nullcontext() if last else self._module.no_sync():
+        with contextlib.nullcontext() if last else cast(DistributedDataParallel, self.module).no_sync():
             yield
 
 

@@ -33,7 +33,7 @@ from sftx.trainer.optimizer import RunOptimizer
 from sftx.trainer.parallel import ParallelStrategy, TrainStep, build_strategy
 from sftx.trainer.precision import Precision, peak_bytes
 from sftx.trainer.schedule import learning_rate
-from sftx.types import Batch
+from sftx.types import Batch, LossSum
 
 log = logging.getLogger(__name__)
 
@@ -193,7 +193,7 @@ class Trainer:
             torch.manual_seed(seed)
             with self.strategy.micro_batch_context(last=index == len(micro_batches) - 1):
                 with self.precision.autocast():
-                    out = self.strategy(one.batch.to(self.lm.device))
+                    out: LossSum = self.strategy.module(one.batch.to(self.lm.device))
                 is_counted = float(one.is_counted)
                 objective = out.sum * is_counted / denominator
                 if out.aux_loss is not None:

@@ -1,4 +1,4 @@
-"""What docs/observers.md names is there, and what is there it names."""
+"""docs/observers.md names every option, curve and event, and no others."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PLUGINS = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases, "mlflow": MLfl
 
 
 def first_column(heading: str) -> list[str]:
-    """What stands between backticks in the first column of the table with that heading."""
+    """Return the words in backticks in the first column of the table with that heading."""
     table = re.search(rf"^\| {heading} \|.*\n\| ---.*\n((?:\|.*\n)+)", PAGE, re.MULTILINE)
     assert table, heading
     return re.findall(r"`([^`]+)`", " ".join(line.split(" | ")[0] for line in table[1].splitlines()))
@@ -37,10 +37,10 @@ def test_every_plugin_has_its_line_and_its_extra() -> None:
     for name, cls in PLUGINS.items():
         assert f"`sftx[{name}]`" in PAGE
         assert project["optional-dependencies"][name]
-        assert project["entry-points"]["sftx.plugins"][name] == f"sftx_plugins.{name}:{cls.__name__}"
+        assert project["entry-points"]["sftx.plugins"][name] == f"sftx_plugins.observers.{name}:{cls.__name__}"
 
 
-def test_the_names_of_the_curves_are_those_that_are_written() -> None:
+def test_the_page_names_the_curves_that_are_written() -> None:
     step = StepReport(1, 1, 1.0, 1.0, 1.0, 1.0, 1, 1, 1.0, 1, {"NAME": 1.0})
     evaluation = EvalReport(1, {"loss": 1.0, "NAME": 1.0})
     written = step_values(step).keys() | evaluation_values(evaluation).keys() | {"summary/NAME"}
@@ -52,4 +52,4 @@ def test_every_event_is_named() -> None:
     events = [name for name in vars(Observer) if name.startswith("on_") or name == "close"]
     assert all(f"`{name}`" in own for name in events)
     for name in PLUGINS:
-        assert len((ROOT / f"plugins/sftx_plugins/{name}.py").read_text(encoding="utf-8").splitlines()) < 200
+        assert len((ROOT / f"plugins/sftx_plugins/observers/{name}.py").read_text(encoding="utf-8").splitlines()) < 200

@@ -1,4 +1,4 @@
-"""A live oracle for the example sftx-dpo: what TRL's DPOTrainer computes from the same pairs, model and adapter."""
+"""The example sftx-dpo compared with TRL's DPOTrainer on the same pairs, model and adapter."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is depr
 
 
 def write_pairs(path: Path, *, num: int) -> None:
-    """Pairs of different lengths.
+    """Write pairs of different lengths.
 
     The answers have 8 words at most: the log-probabilities of longer ones add up to over 256 nats, where one rounding
     of fp32 is 3e-5, and TRL computes in fp32 whatever the model is in.
@@ -66,7 +66,7 @@ def write_pairs(path: Path, *, num: int) -> None:
 
 @pytest.fixture
 def session_of(tiny_model: Path, tmp_path: Path, install_plugin: Any, monkeypatch: pytest.MonkeyPatch) -> SessionOf:
-    """An assembled run of the example's own source: 2 micro-batches of 2 pairs a step, its adapter not the identity."""
+    """Return an assembled run with the example's source: 2 micro-batches of 2 pairs, and an adapter with an effect."""
     monkeypatch.syspath_prepend(DPO)
     install_plugin("dpo-here", "from sftx_dpo import DPO", {"dpo": "DPO"})
     write_pairs(tmp_path / "pairs.jsonl", num=16)
@@ -101,7 +101,7 @@ def session_of(tiny_model: Path, tmp_path: Path, install_plugin: Any, monkeypatc
 
 @pytest.fixture
 def oracle(tiny_model: Path, tmp_path: Path) -> Any:
-    """TRL's trainer on the same model, with a LoRA of PEFT; its own data set is never read."""
+    """Return TRL's trainer on the same model with PEFT's LoRA. Its own data set is never read."""
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -126,7 +126,7 @@ def oracle(tiny_model: Path, tmp_path: Path) -> Any:
 
 
 def copy_adapter(session: Session, peft_model: Any) -> None:
-    """Gives PEFT's layers the values of ours."""
+    """Copy our LoRA weights into PEFT's layers."""
     import torch
 
     ours = dict(session.lm.model.named_parameters())
@@ -137,7 +137,7 @@ def copy_adapter(session: Session, peft_model: Any) -> None:
 
 
 def trl_inputs(oracle: Any, pairs: list[tuple[Example, Example]]) -> dict[str, Any]:
-    """A batch by TRL's own collator, from our token ids and masks."""
+    """Return a batch of TRL's own collator from our token ids and masks."""
     rows = []
     for chosen, rejected in pairs:
         start = chosen.loss_mask.index(True)
@@ -168,7 +168,7 @@ def pairs_of(session: Session, step: Any) -> list[tuple[Example, Example]]:
 def test_steps_of_training_give_the_losses_gradients_and_rewards_of_trl(
     session_of: SessionOf, oracle: Any, gradient_checkpointing: bool
 ) -> None:
-    """With checkpointing, the forward is repeated after the adapters have been switched off and on again."""
+    """With gradient checkpointing, the forward is recomputed after the adapters were disabled and enabled again."""
     import torch
 
     session = session_of(**{"train.gradient_checkpointing": gradient_checkpointing})
@@ -201,7 +201,7 @@ def test_steps_of_training_give_the_losses_gradients_and_rewards_of_trl(
 def test_held_out_batches_of_any_size_give_trls_loss(
     session_of: SessionOf, oracle: Any, num_pairs: int, label_smoothing: float
 ) -> None:
-    """TRL has no conservative loss, but eps * -log sigmoid(-m) = eps * (m - log sigmoid(m)): its own and the margin."""
+    """TRL has no conservative loss, but eps * -log sigmoid(-m) = eps * (m - log sigmoid(m)): TRL's loss and margin."""
     import torch
 
     session = session_of(**{"dpo.label_smoothing": label_smoothing})

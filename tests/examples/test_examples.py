@@ -1,4 +1,4 @@
-"""The example packages as a stranger has them: built, installed from their wheels outside the repository, used."""
+"""The example packages as a third party uses them: built, installed from wheels, and used outside the repository."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def environment(wheels: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Environment:
-    """An environment of its own with both packages, over the packages of this one."""
+    """Return a virtual environment with both packages, on top of the packages of this one."""
     made = make_environment(tmp_path_factory.mktemp("environment"))
     made.install(*wheels)
     return made

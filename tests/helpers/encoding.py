@@ -1,4 +1,4 @@
-"""Files of rows as the datasets of a run, without a run."""
+"""Encode files of rows as a run does, without a run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def prepared(
     *,
     questions: bool = False,
 ) -> Dataset:
-    """Every row of these files, encoded, not cached, and checked as for a run."""
+    """Encode every row of these files without the cache, and check the result as a run does."""
     stages = {name: ParserStage(f"plugin {name!r}", parser) for name, parser in parsers.items()}
     encode = RowEncoder(stages, encoder, config, questions=questions)
     data = load_dataset([Source(str(path)) for path in paths], encode)

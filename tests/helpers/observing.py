@@ -1,4 +1,4 @@
-"""Runs of the tiny model that a tracking tool observes, and what metrics.jsonl says of them to compare with."""
+"""Runs of the tiny model with an observer, and the values in metrics.jsonl to compare with."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ import pytest
 from sftx.config.loading import load
 from sftx.events import Result, RunInfo
 from sftx.run import run
-from sftx.testing.observer_case import events, run_info, tell
+from sftx.testing.observer_case import events, run_info, send
 
 STEPS, SAVED, STOPPED = 6, 3, 5
-"""Of a whole run; the step of its only checkpoint before it stops; the step in which it stops."""
+"""The steps of a run, the step of the only checkpoint before the interruption, and the interrupted step."""
 HOSTILE = 'a b/../<x>|"é"\\//\ud800' + "n" * 300
-"""A name that a metric of a plugin may have."""
+"""A hostile name for a metric."""
 
 
 class InterruptedRunError(Exception):
-    """What ends a run here, of which the engine knows nothing."""
+    """An exception that is unknown to sftx."""
 
 
 def train(plugin: str, directory: Path, *, resume: bool = False, **settings: Any) -> Result:
-    """Six steps on eight rows, evaluated and saved after the third and the last; it lies in `directory`/run."""
+    """Train six steps on eight rows into `directory`/run; evaluate and save after the third and the last."""
     rows = [{"prompt": f"count to {n}", "completion": " ".join("abcdefgh"[: n + 1])} for n in range(8)]
     directory.mkdir(exist_ok=True)
     (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    given = {
+    options = {
         "model": "sftx:tiny",
         "data.train": [str(directory / "rows.jsonl")],
         "data.eval": [str(directory / "rows.jsonl")],
@@ -49,13 +49,13 @@ def train(plugin: str, directory: Path, *, resume: bool = False, **settings: Any
     loaded = load(
         None,
         add=["chatml", "lora", "exact-match", plugin],
-        assignments=[(name, value, f"{name}={value}") for name, value in given.items()],
+        assignments=[(name, value, f"{name}={value}") for name, value in options.items()],
     )
     return run(loaded, name="observed", resume=resume)
 
 
 def stop_in(step: int, error: BaseException, look: Callable[[], object] = lambda: None) -> pytest.MonkeyPatch:
-    """Every training stops when that step begins, until the patch is undone. `look` is called just before."""
+    """Raise `error` at the start of that step until the patch is undone, after calling `look`."""
     from sftx.trainer.trainer import Trainer
 
     begin = Trainer.step
@@ -71,20 +71,20 @@ def stop_in(step: int, error: BaseException, look: Callable[[], object] = lambda
     return patch
 
 
-def told(run_directory: Path, event: str, name: str) -> dict[int, float]:
-    """What metrics.jsonl has under that name, by step."""
+def logged(run_directory: Path, event: str, name: str) -> dict[int, float]:
+    """Return the values under that name in metrics.jsonl, by step."""
     lines = map(json.loads, (run_directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     return {line["step"]: line[name] for line in lines if line["event"] == event}
 
 
 def play(plugin: object, place: Path, change: Callable[[str, tuple[Any, ...]], tuple[Any, ...]]) -> RunInfo:
-    """A whole run's events without the run, each with its arguments as `change` has them."""
+    """Send the events of a run to an observer without training; `change` may replace their arguments."""
     from sftx.assembly.stages import make
 
     info = run_info(place)
     observer = make(plugin, "sftx_observer", run=info)
     for name, arguments in events(info):
-        tell(observer, (name, change(name, arguments)), info)
+        send(observer, (name, change(name, arguments)), info)
     return info
 
 
@@ -94,17 +94,17 @@ _BLOCK, _HEADER = 32768, 7
 
 
 def wandb_records(path: Path) -> Iterator[Any]:
-    """The records of a `.wandb` file, as W&B's own protobuf messages.
+    """Yield the records of a `.wandb` file as W&B's protobuf messages.
 
-    Python has no reader of them from W&B any more. The file is a log of LevelDB's form after a header of seven bytes:
-    blocks of 32 KiB with chunks, each a checksum (4 bytes), a length (2) and a type: whole, first, middle, last (1).
+    W&B no longer has a reader in Python. The file is a log in LevelDB's format after a header of seven bytes: blocks of
+    32 KiB with chunks, each with a checksum (4 bytes), a length (2) and a type (1): full, first, middle or last.
     """
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, place, payload = path.read_bytes(), _HEADER, b""
     assert data[:4] == b":W&B"
     while place + _HEADER <= len(data):
-        if _BLOCK - place % _BLOCK < _HEADER:  # what is left of a block is too short for a chunk
+        if _BLOCK - place % _BLOCK < _HEADER:  # the rest of the block is too short for a chunk
             place += _BLOCK - place % _BLOCK
             continue
         _, length, kind = struct.unpack_from("<IHB", data, place)
@@ -118,5 +118,5 @@ def wandb_records(path: Path) -> Iterator[Any]:
 
 
 def wandb_files(directory: Path) -> Sequence[Path]:
-    """One for each process that took part, in the order of time."""
+    """Return the `.wandb` files, one for each process, oldest first."""
     return sorted(directory.glob("wandb/*run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime_ns)

@@ -1,4 +1,4 @@
-"""Real tokenizers with their own templates, and the built-in templates made for them."""
+"""Real tokenizers with their own chat templates, and the built-in templates for them."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def tokenizer_of(name: str) -> PreTrainedTokenizerBase:
 
 
 def tokenizer_with(name: str, tokens: Iterable[str], *, rstrip: bool = False) -> PreTrainedTokenizerBase:
-    """A copy of a real tokenizer, with control tokens of another model."""
+    """Return a copy of a real tokenizer with added control tokens."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(ASSETS / "tokenizers" / name)
     tokenizer.add_tokens([AddedToken(token, rstrip=rstrip, special=True) for token in tokens])
     return tokenizer
 
 
 def own_template(name: str) -> str:
-    """The chat template that a model carries."""
+    """Return the chat template of a model."""
     path = ASSETS / "chat_templates" / f"{name}.jinja"
     if not path.is_file():
         pytest.fail(f"{path} is missing; run `make assets`")
@@ -64,7 +64,7 @@ def own_template(name: str) -> str:
 
 
 def training_template(name: str) -> str:
-    """TRL's variant of a chat template, which marks what is trained."""
+    """Return TRL's variant of a chat template, which marks the trained text."""
     spec = importlib.util.find_spec("trl")
     assert spec is not None
     assert spec.origin is not None
@@ -73,77 +73,72 @@ def training_template(name: str) -> str:
 
 @lru_cache
 def template_of(name: str, tokenizer: str | PreTrainedTokenizerBase, **options: Any) -> Any:
-    made_for = tokenizer_of(tokenizer) if isinstance(tokenizer, str) else tokenizer
-    return make(built_in(name, **options), "sftx_template", tokenizer=made_for)
+    loaded = tokenizer_of(tokenizer) if isinstance(tokenizer, str) else tokenizer
+    return make(built_in(name, **options), "sftx_template", tokenizer=loaded)
 
 
 def encoder_of(name: str, tokenizer: str, **options: Any) -> Encoder:
-    """Templates of the same control tokens share what an encoder spends its time on: a tokenizer made anew."""
+    """Return an encoder. Templates with the same control tokens share its tokenizer, which takes a second to build."""
     template = template_of(name, tokenizer, **options)
-    made = copy.copy(_encoder(tokenizer, template))
-    made.template = template
-    return made
+    key = tokenizer, template.controls, template.stop
+    if key not in _ENCODERS:
+        _ENCODERS[key] = Encoder(tokenizer_of(tokenizer), template)
+    encoder = copy.copy(_ENCODERS[key])
+    encoder.template = template
+    return encoder
 
 
 _ENCODERS: dict[Any, Encoder] = {}
 
 
-def _encoder(tokenizer: str, template: Any) -> Encoder:
-    key = tokenizer, template.controls, template.stop
-    if key not in _ENCODERS:
-        _ENCODERS[key] = Encoder(tokenizer_of(tokenizer), template)
-    return _ENCODERS[key]
-
-
 def as_dicts(conversation: Conversation) -> list[dict[str, Any]]:
-    """The messages as `apply_chat_template` takes them."""
-    return [_as_dict(message) for message in conversation.messages]
+    """Return the messages as `apply_chat_template` takes them."""
+    dicts = []
+    for message in conversation.messages:
+        as_dict: dict[str, Any] = {"role": message.role, "content": message.content}
+        if message.reasoning:
+            as_dict["reasoning_content"] = message.reasoning
+        if message.tool_calls:
+            as_dict["tool_calls"] = [
+                {"type": "function", "function": {"name": call.name, "arguments": dict(call.arguments)}}
+                | ({"id": call.id} if call.id else {})
+                for call in message.tool_calls
+            ]
+        if message.tool_call_id:
+            as_dict["tool_call_id"] = message.tool_call_id
+        dicts.append(as_dict)
+    return dicts
 
 
-def _as_dict(message: Message) -> dict[str, Any]:
-    given: dict[str, Any] = {"role": message.role, "content": message.content}
-    if message.reasoning:
-        given["reasoning_content"] = message.reasoning
-    if message.tool_calls:
-        given["tool_calls"] = [
-            {"type": "function", "function": {"name": call.name, "arguments": dict(call.arguments)}}
-            | ({"id": call.id} if call.id else {})
-            for call in message.tool_calls
-        ]
-    if message.tool_call_id:
-        given["tool_call_id"] = message.tool_call_id
-    return given
+def _apply(tokenizer: str | PreTrainedTokenizerBase, chat: Conversation | list[Any], **options: Any) -> Any:
+    loaded = tokenizer_of(tokenizer) if isinstance(tokenizer, str) else tokenizer
+    tools = [dict(tool) for tool in chat.tools] if isinstance(chat, Conversation) else []
+    messages = as_dicts(chat) if isinstance(chat, Conversation) else chat
+    return loaded.apply_chat_template(messages, tools=tools or None, **options)
 
 
-def _applied(tokenizer: str | PreTrainedTokenizerBase, asked: Conversation | list[Any], **options: Any) -> Any:
-    of = tokenizer_of(tokenizer) if isinstance(tokenizer, str) else tokenizer
-    tools = [dict(tool) for tool in asked.tools] if isinstance(asked, Conversation) else []
-    messages = as_dicts(asked) if isinstance(asked, Conversation) else asked
-    return of.apply_chat_template(messages, tools=tools or None, **options)
+def own_ids(tokenizer: str | PreTrainedTokenizerBase, chat: Conversation | list[Any], **options: Any) -> list[int]:
+    """Return the token ids of the tokenizer's own chat template."""
+    return list(_apply(tokenizer, chat, return_dict=False, **options))
 
 
-def own_ids(tokenizer: str | PreTrainedTokenizerBase, asked: Conversation | list[Any], **options: Any) -> list[int]:
-    """Token ids that the tokenizer's own template gives."""
-    return list(_applied(tokenizer, asked, return_dict=False, **options))
-
-
-def own_text(tokenizer: str | PreTrainedTokenizerBase, asked: Conversation | list[Any], **options: Any) -> str:
-    return str(_applied(tokenizer, asked, tokenize=False, **options))
+def own_text(tokenizer: str | PreTrainedTokenizerBase, chat: Conversation | list[Any], **options: Any) -> str:
+    return str(_apply(tokenizer, chat, tokenize=False, **options))
 
 
 def trl_mask(
-    tokenizer: str | PreTrainedTokenizerBase, asked: Conversation, training: str, **options: Any
+    tokenizer: str | PreTrainedTokenizerBase, chat: Conversation, training: str, **options: Any
 ) -> tuple[list[int], list[bool]]:
-    """Token ids and what is trained of them, as TRL's training template has it."""
-    made = _applied(
+    """Return the token ids and the mask of TRL's training template."""
+    encoded = _apply(
         tokenizer,
-        asked,
+        chat,
         chat_template=training_template(training),
         return_dict=True,
         return_assistant_tokens_mask=True,
         **options,
     )
-    return list(made["input_ids"]), [bool(trained) for trained in made["assistant_masks"]]
+    return list(encoded["input_ids"]), [bool(trained) for trained in encoded["assistant_masks"]]
 
 
 def text_of(segments: Iterable[Segment]) -> str:
@@ -171,24 +166,23 @@ REAL = {
     "zephyr": "llama2",
     "ma-rlhf": "llama2",
 }
-"""Each native template and a real tokenizer that it fits; where there is none of the family, one of another with its
-control tokens."""
+"""A real tokenizer for each native template: that of its model, or another one with the control tokens added."""
 
 
 @lru_cache
-def with_phis_tokens() -> Any:
+def tokenizer_of_phi() -> Any:
     return tokenizer_with("llama3_1", ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>"])
 
 
 def real(name: str, **options: Any) -> tuple[Any, Any]:
-    """The tokenizer of a template, and the template made for it."""
-    tokenizer = with_phis_tokens() if REAL[name] == "phi" else tokenizer_of(REAL[name])
+    """Return the tokenizer of a template and the template for it."""
+    tokenizer = tokenizer_of_phi() if REAL[name] == "phi" else tokenizer_of(REAL[name])
     return tokenizer, template_of(name, tokenizer, **options)
 
 
 @lru_cache
 def encoded_by(name: str) -> tuple[Any, Encoder]:
-    """The tokenizer of a template, and an encoder of the two; making one takes a second or more."""
+    """Return the tokenizer of a template and an encoder with both, which takes a second to build."""
     tokenizer, template = real(name)
     return tokenizer, Encoder(tokenizer, template) if REAL[name] == "phi" else encoder_of(name, REAL[name])
 

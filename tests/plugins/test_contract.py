@@ -1,13 +1,17 @@
-"""Every built-in plugin keeps the contract that a stranger's is held against, and is found as that one is."""
+"""Every built-in plugin keeps the contract that a third party's is checked against."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sftx.assembly.registry import PluginInfo, discover
+from sftx.assembly.discovery import PluginInfo, discover, hooks_of, instance, load_class
 from sftx.config.run_file import Origins
+from sftx.testing.clauses import Finding
+from sftx.testing.contract import SUITES, check_plugin
+from sftx.testing.runs import run_tiny
 
 BUILT_IN = [info for info in discover() if info.package == "sftx"]
 OPTIONS: dict[str, list[dict[str, Any]]] = {
@@ -26,18 +30,42 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "lora": [{"lora_dropout": 0.3, "loraplus_lr_ratio": 16}, {"modules_to_save": ["lm_head", "embed_tokens"]}],
     "masked-ce": [{"label_smoothing": 0.1, "z_loss": 1e-3}, {"workspace_mb": 1}],
 }
-"""Options under which a plugin is checked too; with its defaults it always is."""
+"""Options with which a plugin is checked besides its defaults."""
+
+
+def broken(findings: list[Finding]) -> list[str]:
+    return [f"{f.hook} / {f.clause}: {f.message}" for f in findings if f.status != "ok"]
 
 
 @pytest.mark.parametrize("info", BUILT_IN, ids=lambda info: info.name)
-def test_a_built_in_plugin_keeps_its_contract(info: PluginInfo) -> None:
-    from sftx.testing.contract import check_plugin
+def test_a_built_in_plugin_keeps_the_contracts_of_its_hooks(info: PluginInfo) -> None:
+    """The suite of each hook, in this process and with the default options; the slow test checks the rest."""
+    cls = load_class(info)
+    plugin = instance(info, cls, {}, Origins())
+    hooks = hooks_of(info, cls)
+    assert hooks
+    for hook in hooks:
+        assert broken(SUITES[hook.removeprefix("sftx_")].findings(plugin)) == []
 
-    for options in [{}, *OPTIONS.get(info.name, [])]:
-        findings = check_plugin(info, options, Origins())
-        broken = [f"{f.hook} / {f.clause}: {f.message}" for f in findings if f.status != "ok"]
-        assert broken == [], f"with {options}"
-        assert {finding.hook for finding in findings} > {"package", "run"}
+
+def test_a_run_with_the_default_plugins_trains(tmp_path: Path) -> None:
+    assert run_tiny(["lora"], tmp_path).summary["num_steps"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("info", "options"),
+    [
+        pytest.param(info, options, id=f"{info.name}-{number}")
+        for info in BUILT_IN
+        for number, options in enumerate([{}, *OPTIONS.get(info.name, [])])
+    ],
+)
+def test_a_built_in_plugin_keeps_its_whole_contract(info: PluginInfo, options: dict[str, Any]) -> None:
+    """The suites of its package and of its hooks, and a run of two steps."""
+    findings = check_plugin(info, options, Origins())
+    assert broken(findings) == []
+    assert {finding.hook for finding in findings} > {"package", "run"}
 
 
 def test_the_options_above_are_those_of_built_in_plugins() -> None:

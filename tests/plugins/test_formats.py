@@ -1,4 +1,4 @@
-"""What the built-in formats make of records: real sets, oracles of other libraries, and what a turn may say."""
+"""The built-in parsers: real data sets, comparisons with other libraries, and the fields of a turn."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from sftx import Conversation, DataError, Location, Message, Parser, PlainText, Tokens, ToolCall
+from sftx.assembly.discovery import discover, find, load_class
 from sftx.assembly.hookspecs import DEFAULTS
-from sftx.assembly.registry import discover, find, load_class
 from sftx_plugins.parsers._turns import split_reasoning
 from sftx_plugins.parsers.alpaca import Alpaca
 from sftx_plugins.parsers.hh_rlhf import HHRLHF
@@ -69,11 +69,11 @@ ROWS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "hh-rlhf": ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "c"}, ("hh-rlhf",)),
     "plain text": ({"text": "a", "url": "b", "timestamp": "c"}, ("text",)),
     "token ids": ({"input_ids": [1], "attention_mask": [1], "labels": [1]}, ("tokens",)),
-    # The first is who gets it: the form with the most structure, and with our own tokens.
+    # The first one gets the record: the format with the most structure, and text before token ids.
     "alpaca with its rendered text": ({"instruction": "a", "output": "b", "text": "c"}, ("alpaca", "text")),
     "messages that were tokenised too": ({"messages": [USER], "input_ids": [1]}, ("messages", "tokens")),
     "ultrafeedback": ({"prompt": "a", "chosen": [USER], "rejected": [USER], "messages": [USER]}, ("messages",)),
-    # Preference pairs are another plugin's: what is left of them is no conversation to learn.
+    # Preference pairs need another plugin: without their answers they are not conversations to train on.
     "a pair of LLaMA-Factory's": ({"conversations": [], "chosen": {}, "rejected": {}}, ()),
     "a pair of TRL's": ({"prompt": "a", "chosen": "b", "rejected": "c"}, ()),
     "something else": ({"question": "a", "answer": "b"}, ()),
@@ -81,9 +81,7 @@ ROWS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize(("record", "takers"), ROWS.values(), ids=ROWS)
-def test_a_record_goes_to_one_format_or_to_the_first_of_those_listed(
-    record: dict[str, Any], takers: tuple[str, ...]
-) -> None:
+def test_the_parsers_that_accept_a_record(record: dict[str, Any], takers: tuple[str, ...]) -> None:
     assert tuple(name for name, parser in PARSERS.items() if parser.accepts(record)) == takers
 
 
@@ -157,7 +155,7 @@ def test_the_demo_set_of_plain_text() -> None:
 
 
 @pytest.mark.parametrize("name", ["mllm_demo.json", "mllm_audio_demo.json", "mllm_video_demo.json"])
-def test_rows_with_pictures_or_sounds_are_refused_by_name(name: str) -> None:
+def test_rows_with_images_or_audio_are_refused_with_the_field(name: str) -> None:
     for row in demo_set(name):
         with pytest.raises(DataError, match=r"^rows.jsonl:7: (images|audios|videos) cannot be trained on, only text"):
             PARSERS[format_of(row)].parse(row, WHERE)
@@ -177,7 +175,7 @@ THOUGHTS = [
 
 @pytest.mark.parametrize("text", THOUGHTS)
 def test_a_block_of_reasoning_is_split_off_as_qwen3s_own_template_does(text: str) -> None:
-    """The oracle renders both forms: the tags in the content, and what we made of them in fields."""
+    """Qwen3's template renders the tags in the content and our split fields to the same text."""
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
@@ -297,13 +295,13 @@ def test_a_null_in_json_text_is_kept() -> None:
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
-def test_reasoning_of_its_own_wins_over_tags_in_the_text(key: str) -> None:
+def test_a_reasoning_field_takes_precedence_over_tags_in_the_text(key: str) -> None:
     said = message(role="assistant", content="<think>a</think>b", **{key: "c"})
     assert (said.reasoning, said.content) == ("c", "<think>a</think>b")
     assert message(role="assistant", content=None, **{key: "c"}).content == ""
 
 
-def test_parts_are_put_together() -> None:
+def test_parts_are_joined() -> None:
     parts = [
         {"type": "thinking", "thinking": "Hm. "},
         {"type": "text", "text": "a", "image_url": None},
@@ -330,7 +328,7 @@ def test_parts_are_put_together() -> None:
         ({"weight": None, "train": None}, None, 1.0),
     ],
 )
-def test_what_a_message_says_of_its_training(keys: dict[str, Any], trainable: bool | None, weight: float) -> None:
+def test_the_training_fields_of_a_message(keys: dict[str, Any], trainable: bool | None, weight: float) -> None:
     said = message(role="assistant", content="x", **keys)
     assert (said.trainable, said.weight) == (trainable, weight)
 
@@ -397,7 +395,7 @@ def test_sharegpt_takes_both_styles_of_keys_in_one_row() -> None:
 
 @pytest.mark.parametrize("key", ["tools", "functions"])
 @pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL])])
-def test_minimind_has_its_tools_in_the_systems_turn(key: str, tools: Any) -> None:
+def test_minimind_has_its_tools_in_the_system_turn(key: str, tools: Any) -> None:
     turns = [{"role": "system", "content": "s", key: tools, "tool_calls": "", "reasoning_content": ""}, USER]
     assert one(ShareGPT(), {"conversations": turns}) == Conversation(
         (Message("system", "s"), Message("user", "x")), tools=(TOOL,)
@@ -423,7 +421,7 @@ def test_sharegpt_with_other_keys_and_words() -> None:
     assert [(m.role, m.content) for m in found] == [("user", "a"), ("assistant", "b"), ("user", "c")]
 
 
-def test_a_system_text_beside_the_same_in_the_first_turn_stands_once() -> None:
+def test_a_system_text_equal_to_that_of_the_first_turn_is_kept_once() -> None:
     turns = [{"from": "system", "value": "s"}, {"from": "human", "value": "a"}]
     assert len(one(ShareGPT(), {"conversations": turns, "system": "s"}).messages) == 2
 

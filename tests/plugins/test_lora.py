@@ -1,4 +1,4 @@
-"""LoRA: begins as the identity, trains what it says, saves and loads strictly, merges to the same logits."""
+"""LoRA: it starts as the identity, trains the chosen modules, loads strictly, and merges to the same logits."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def take_steps(session: Session, count: int = 3) -> list[float]:
     return losses
 
 
-def test_it_begins_as_the_identity_and_trains_only_what_it_says(tiny_model_dir: Path, data: Path) -> None:
+def test_it_starts_as_the_identity_and_trains_only_its_own_parameters(tiny_model_dir: Path, data: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -63,7 +63,7 @@ def test_it_begins_as_the_identity_and_trains_only_what_it_says(tiny_model_dir: 
 
 
 @pytest.mark.parametrize("saved", [[], ["lm_head", "embed_tokens"]])
-def test_it_round_trips_merges_and_steps_aside(
+def test_it_loads_what_it_saved_merges_and_can_be_disabled(
     tiny_model_dir: Path, data: Path, tmp_path: Path, saved: list[str]
 ) -> None:
     import torch
@@ -90,7 +90,7 @@ def test_it_round_trips_merges_and_steps_aside(
 
 
 def test_peft_loads_modules_trained_in_full(tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
-    """Tied weights are trained as the one tensor that they are, and saved under both names for PEFT."""
+    """Tied weights are trained as one tensor and saved under both names for PEFT."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -114,7 +114,7 @@ def test_peft_loads_modules_trained_in_full(tiny_model_dir: Path, data: Path, tm
 
 @pytest.mark.parametrize("alone", ["lm_head", "embed_tokens"])
 def test_tied_weights_are_never_split(tiny_model_dir: Path, data: Path, alone: str) -> None:
-    with pytest.raises(ConfigError, match=r"would split tied weights: lm_head and model\.embed_tokens"):
+    with pytest.raises(ConfigError, match=r"modules_to_save.*lm_head and model\.embed_tokens"):
         session_of(tiny_model_dir, data, lora__modules_to_save=[alone])
 
 
@@ -131,13 +131,13 @@ def test_target_modules_are_endings_or_a_regular_expression_of_the_whole_path(ti
     assert adapted(["q_proj"]) == queries
     assert adapted(["q_proj", "layers.1.mlp.up_proj"]) == queries | {"1.mlp.up_proj"}
     assert adapted(r"model\.layers\.1\.self_attn\.(q|v)_proj") == {"1.self_attn.q_proj", "1.self_attn.v_proj"}
-    with pytest.raises(ConfigError, match=r"\['wq'\] match no linear layer; this model has q_proj, k_proj"):
+    with pytest.raises(ConfigError, match=r"target_modules \['wq'\].*q_proj, k_proj"):
         adapted(["wq"])
-    with pytest.raises(ConfigError, match=r"\['wq'\] match no linear layer"):
+    with pytest.raises(ConfigError, match=r"target_modules \['wq'\]"):
         adapted(["q_proj", "wq"])
-    with pytest.raises(ConfigError, match="no regular expression"):
+    with pytest.raises(ConfigError, match=r"target_modules '\('.*regular expression"):
         adapted("(")
-    with pytest.raises(ConfigError, match=r"match the output head 'lm_head'.*modules_to_save: \[lm_head\]"):
+    with pytest.raises(ConfigError, match=r"target_modules.*'lm_head'.*modules_to_save: \[lm_head\]"):
         adapted(["lm_head"])
 
 
@@ -149,9 +149,7 @@ def test_layers_that_another_adapter_has_changed_are_refused(
         "@dataclasses.dataclass(frozen=True, eq=False)\nclass Again(Lora):\n    pass\n"
     )
     install_plugin("acme", code, {"again": "Again"})
-    with pytest.raises(
-        ConfigError, match=r"'again' \(acme 1\.0\): another adapter of this run has changed model\.layers"
-    ):
+    with pytest.raises(ConfigError, match=r"'again' \(acme 1\.0\):.* model\.layers"):
         session_of(tiny_model_dir, data, "again")
 
 
@@ -159,10 +157,10 @@ def test_loading_is_strict(tiny_model_dir: Path, data: Path, tmp_path: Path) -> 
     narrow = session_of(tiny_model_dir, data, lora__target_modules=["q_proj"])
     narrow.lm.adapters["lora"].save(tmp_path)
     wide = session_of(tiny_model_dir, data)
-    with pytest.raises(ModelError, match="24 tensors of this adapter are missing and 0 are not of it"):
+    with pytest.raises(ModelError, match=r"\b24\b.*missing.*\b0\b"):
         wide.lm.adapters["lora"].load(tmp_path)
     other_rank = session_of(tiny_model_dir, data, lora__target_modules=["q_proj"], lora__r=4)
-    with pytest.raises(ModelError, match=r"has the shape \[16, 32\], expected \[4, 32\]"):
+    with pytest.raises(ModelError, match=r"\[16, 32\].*\[4, 32\]"):
         other_rank.lm.adapters["lora"].load(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""What the plugin `mlflow` writes, as MLflow's own client reads it."""
+"""The plugin `mlflow`: its runs as MLflow's own client reads them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from observing import HOSTILE, SAVED, STEPS, STOPPED, InterruptedRunError, play, stop_in, told, train
+from observing import HOSTILE, SAVED, STEPS, STOPPED, InterruptedRunError, logged, play, stop_in, train
 from sftx.assembly.registry import activate
 from sftx.config.loading import load
 from sftx.distributed.signals import Stop
@@ -22,7 +22,7 @@ from sftx_plugins.observers.mlflow import MLflow
 
 @pytest.fixture(scope="module", autouse=True)
 def _files_and_silence() -> Iterator[None]:
-    """MLflow's reader asks for the first; the second is so that no test sends anything."""
+    """Allow the client to read files, and let no test send telemetry."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         patch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
@@ -31,7 +31,7 @@ def _files_and_silence() -> Iterator[None]:
 
 
 def read(run_directory: Path) -> tuple[Any, Any]:
-    """A client of what lies there, and the one run in it."""
+    """Return a client of the files in the run directory, and their only run."""
     from mlflow import MlflowClient
 
     client = MlflowClient(str(run_directory / "mlruns"))
@@ -46,14 +46,14 @@ def history(client: Any, run: Any, name: str) -> list[tuple[int, float]]:
 
 @pytest.fixture(scope="module")
 def run_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a run that stops after a checkpoint and two more steps, and goes on."""
+    """The directory of a run that is interrupted two steps after a checkpoint and then resumed."""
     directory = tmp_path_factory.mktemp("mlflow")
     out = directory / "run"
 
     def look() -> None:
         client, run = read(out)
         assert run.info.status == "RUNNING"
-        assert history(client, run, "train/loss") == list(told(out, "step", "loss").items())
+        assert history(client, run, "train/loss") == list(logged(out, "step", "loss").items())
 
     patch = stop_in(STOPPED, InterruptedRunError(), look)
     with pytest.raises(InterruptedRunError):
@@ -68,11 +68,11 @@ def test_every_step_and_evaluation_is_there_once(run_directory: Path) -> None:
     client, run = read(run_directory)
     assert run.info.status == "FINISHED"
     for name in ("loss", "grad_norm", "learning_rate", "epoch", "num_label_tokens"):
-        expected = told(run_directory, "step", name)
+        expected = logged(run_directory, "step", name)
         assert list(expected) == list(range(1, STEPS + 1))
         assert history(client, run, f"train/{name}") == list(expected.items())
     for name in ("loss", "exact-match"):
-        expected = told(run_directory, "evaluate", name)
+        expected = logged(run_directory, "evaluate", name)
         assert list(expected) == [0, SAVED, STEPS]
         assert history(client, run, f"eval/{name}") == list(expected.items())
 
@@ -95,7 +95,7 @@ def test_answers_options_table_and_result_are_there(run_directory: Path) -> None
     assert run.data.metrics["summary/held_out/after/loss"] == summary["held_out"]["after"]["loss"]
 
 
-def test_a_run_that_a_signal_ends_is_killed(tmp_path: Path) -> None:
+def test_a_run_that_a_signal_ends_is_marked_killed(tmp_path: Path) -> None:
     patch = stop_in(STOPPED, Stop(15))
     with pytest.raises(Stop):
         train("mlflow", tmp_path)
@@ -103,7 +103,7 @@ def test_a_run_that_a_signal_ends_is_killed(tmp_path: Path) -> None:
     assert read(tmp_path / "run")[1].info.status == "KILLED"
 
 
-def test_any_name_and_text_is_taken(tmp_path: Path) -> None:
+def test_any_name_and_text_is_written(tmp_path: Path) -> None:
     def change(name: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         if name == "on_step":
             return (dataclasses.replace(arguments[0], metrics={HOSTILE: 0.5, "../..": 0.25, "/": 0.125}),)
@@ -118,15 +118,15 @@ def test_any_name_and_text_is_taken(tmp_path: Path) -> None:
     assert history(client, run, name) == [(1, 0.5), (2, 0.5)]
 
 
-def test_a_long_option_is_cut_and_stands_whole_in_run_yaml(tmp_path: Path) -> None:
+def test_a_long_option_is_cut_and_complete_in_run_yaml(tmp_path: Path) -> None:
     from sftx.assembly.stages import make
-    from sftx.testing.observer_case import events, run_info, tell
+    from sftx.testing.observer_case import events, run_info, send
 
     info = run_info(tmp_path)
     config = dict(info.config) | {"model": "m" * 10_000, "data": {"x": {f"o{n}": n for n in range(250)}}}
     info = RunInfo(info.output_dir, config)
     observer = make(MLflow(experiment="sftx"), "sftx_observer", run=info)
-    tell(observer, events(info)[0], info)
+    send(observer, events(info)[0], info)
     observer.close()
     _, run = read(info.output_dir)
     assert run.data.params["model"] == "m" * 6000
@@ -135,7 +135,7 @@ def test_a_long_option_is_cut_and_stands_whole_in_run_yaml(tmp_path: Path) -> No
     assert "m" * 10_000 in whole.read_text(encoding="utf-8")
 
 
-def test_a_store_and_names_of_the_users_own(tmp_path: Path) -> None:
+def test_a_store_and_names_from_the_options(tmp_path: Path) -> None:
     from mlflow import MlflowClient
 
     place = (tmp_path / "elsewhere").as_uri()
@@ -147,15 +147,15 @@ def test_a_store_and_names_of_the_users_own(tmp_path: Path) -> None:
     assert run.info.run_name == "first"
 
 
-def test_without_the_library_a_run_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_named_with_what_installs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mlflow", None)
     assembly = activate(load(None, add=["chatml", "mlflow"], assignments=[]))
-    said = r"^plugin 'mlflow' .*: needs the library mlflow.*pip install 'sftx\[mlflow\]'"
+    said = r"^plugin 'mlflow' .*: mlflow.*pip install 'sftx\[mlflow\]'"
     with pytest.raises(ConfigError, match=said):
         assembly.observers(RunInfo(tmp_path / "run", {}))
 
 
-def test_an_option_that_is_none_is_refused() -> None:
+def test_an_unknown_option_is_refused() -> None:
     given = [("mlflow.uri", "x", "--set mlflow.uri=x")]
     with pytest.raises(ConfigError, match=r"mlflow\.uri.*tracking_uri"):
         activate(load(None, add=["chatml", "mlflow"], assignments=given))

@@ -1,4 +1,4 @@
-"""What the plugin `tensorboard` writes, as TensorBoard's own reader has it."""
+"""The plugin `tensorboard`: its event files as TensorBoard's own reader reads them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from observing import HOSTILE, SAVED, STEPS, STOPPED, InterruptedRunError, play, stop_in, told, train
+from observing import HOSTILE, SAVED, STEPS, STOPPED, InterruptedRunError, logged, play, stop_in, train
 from sftx.assembly.registry import activate
 from sftx.config.loading import load
 from sftx.errors import ConfigError
@@ -28,21 +28,21 @@ def scalars(reader: Any, name: str) -> list[tuple[int, float]]:
 
 
 def text(reader: Any, name: str) -> dict[int, str]:
-    """A text by the steps at which it was written."""
+    """Return a text by the steps at which it was written."""
     events = reader.Tensors(f"{name}/text_summary")
     return {event.step: event.tensor_proto.string_val[0].decode() for event in events}
 
 
 @pytest.fixture(scope="module")
 def run_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a run that stops after a checkpoint and two more steps, and goes on."""
+    """The directory of a run that is interrupted two steps after a checkpoint and then resumed."""
     directory = tmp_path_factory.mktemp("tensorboard")
     out = directory / "run"
 
     def look() -> None:
-        """As a process that is killed here leaves it."""
+        """Check the files as a process that is killed here would leave them."""
         reader = read(out / "tensorboard")
-        assert scalars(reader, "train/loss") == near(told(out, "step", "loss"))
+        assert scalars(reader, "train/loss") == near(logged(out, "step", "loss"))
         assert [step for step, _ in scalars(reader, "train/loss")] == list(range(1, STOPPED))
 
     patch = stop_in(STOPPED, InterruptedRunError(), look)
@@ -54,18 +54,18 @@ def run_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def near(values: dict[int, float]) -> list[Any]:
-    """Event files have float32."""
+    """Return the values for a comparison with event files, which hold float32."""
     return [(step, pytest.approx(value, rel=1e-7)) for step, value in values.items()]
 
 
 def test_every_step_and_evaluation_is_there_once(run_directory: Path) -> None:
     reader = read(run_directory / "tensorboard")
     for name in ("loss", "grad_norm", "learning_rate", "epoch", "num_label_tokens", "peak_bytes"):
-        expected = told(run_directory, "step", name)
+        expected = logged(run_directory, "step", name)
         assert list(expected) == list(range(1, STEPS + 1))
         assert scalars(reader, f"train/{name}") == near(expected)
     for name in ("loss", "exact-match"):
-        expected = told(run_directory, "evaluate", name)
+        expected = logged(run_directory, "evaluate", name)
         assert list(expected) == [0, SAVED, STEPS]
         assert scalars(reader, f"eval/{name}") == near(expected)
 
@@ -87,7 +87,7 @@ def test_answers_options_table_and_result_are_there(run_directory: Path) -> None
     assert options["plugins.lora.target_modules"].string_value == "all-linear"
 
 
-def test_a_new_run_in_a_directory_voids_what_lies_there(tmp_path: Path) -> None:
+def test_a_new_run_in_a_directory_replaces_the_old_one(tmp_path: Path) -> None:
     for loss in (9.0, 3.0):
 
         def change(name: str, arguments: tuple[Any, ...], loss: float = loss) -> tuple[Any, ...]:
@@ -97,7 +97,7 @@ def test_a_new_run_in_a_directory_voids_what_lies_there(tmp_path: Path) -> None:
     assert scalars(read(tmp_path / "logs" / info.output_dir.name), "train/loss") == [(1, 3.0), (2, 3.0)]
 
 
-def test_any_name_and_text_is_taken(tmp_path: Path) -> None:
+def test_any_name_and_text_is_written(tmp_path: Path) -> None:
     def change(name: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         if name == "on_step":
             return (dataclasses.replace(arguments[0], metrics={HOSTILE: 0.5}),)
@@ -113,12 +113,12 @@ def test_any_name_and_text_is_taken(tmp_path: Path) -> None:
     assert "\n    # no heading" in text(reader, "eval/samples")[0]
 
 
-def test_without_the_library_a_run_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_named_with_what_installs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     assembly = activate(load(None, add=["chatml", "tensorboard"], assignments=[]))
-    said = r"^plugin 'tensorboard' .*: needs the library tensorboard.*pip install 'sftx\[tensorboard\]'"
+    said = r"^plugin 'tensorboard' .*: tensorboard.*pip install 'sftx\[tensorboard\]'"
     with pytest.raises(ConfigError, match=said):
         assembly.observers(RunInfo(tmp_path / "run", {}))
 

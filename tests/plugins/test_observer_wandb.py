@@ -1,4 +1,4 @@
-"""What the plugin `wandb` writes offline, as W&B's own messages; nothing here goes to a server."""
+"""The plugin `wandb`: its offline files as W&B's own messages; no test contacts a server."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from observing import (
     STEPS,
     STOPPED,
     InterruptedRunError,
+    logged,
     play,
     stop_in,
-    told,
     train,
     wandb_files,
     wandb_records,
@@ -36,7 +36,7 @@ from sftx_plugins.observers.wandb import WeightsAndBiases
 
 @pytest.fixture(scope="module", autouse=True)
 def _no_key_and_no_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """No key of who runs the tests, no server, nothing in the user's directories."""
+    """Hide the user's key, settings and directories from the tests."""
     home = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("WANDB_")]:
@@ -61,7 +61,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 
 def history(paths: Sequence[Path], name: str) -> dict[int, float]:
-    """By step; where a step was done again, both times must say the same, and each file has it once."""
+    """Return values by step. A repeated step must have the same value, and each file has it once."""
     found: dict[int, float] = {}
     for path in paths:
         steps = [row["_step"] for row in rows(path)]
@@ -75,7 +75,7 @@ def history(paths: Sequence[Path], name: str) -> dict[int, float]:
 
 @pytest.fixture(scope="module")
 def run_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a run that stops after a checkpoint and two more steps, and goes on."""
+    """The directory of a run that is interrupted two steps after a checkpoint and then resumed."""
     directory = tmp_path_factory.mktemp("wandb")
     patch = stop_in(STOPPED, InterruptedRunError())
     with pytest.raises(InterruptedRunError):
@@ -92,14 +92,14 @@ def test_every_step_and_evaluation_is_there(run_directory: Path) -> None:
         list(range(SAVED + 1, STEPS + 1)),
     ]
     for name in ("loss", "grad_norm", "learning_rate", "epoch", "num_label_tokens"):
-        assert history(files, f"train/{name}") == told(run_directory, "step", name)
+        assert history(files, f"train/{name}") == logged(run_directory, "step", name)
     for name in ("loss", "exact-match"):
-        expected = told(run_directory, "evaluate", name)
+        expected = logged(run_directory, "evaluate", name)
         assert list(expected) == [0, SAVED, STEPS]
         assert history(files, f"eval/{name}") == expected
 
 
-def test_both_processes_write_one_run_and_say_how_they_ended(run_directory: Path) -> None:
+def test_both_processes_write_one_run_and_their_exit_codes(run_directory: Path) -> None:
     begun = [kept(file, "run")[0] for file in wandb_files(run_directory)]
     ended = [kept(file, "exit")[-1].exit_code for file in wandb_files(run_directory)]
     assert {run.run_id for run in begun} == {(run_directory / "wandb-run-id.txt").read_text().strip()}
@@ -123,7 +123,7 @@ def test_answers_options_table_and_result_are_there(run_directory: Path) -> None
     assert [(row[0], row[3]) for row in shown["data"]] == [(sample["row"], sample["after"]) for sample in expected]
 
 
-def test_neither_console_nor_code_nor_git_is_taken(run_directory: Path) -> None:
+def test_neither_console_nor_code_nor_git_is_captured(run_directory: Path) -> None:
     for file in wandb_files(run_directory):
         assert not kept(file, "output")
         assert not kept(file, "output_raw")
@@ -131,8 +131,8 @@ def test_neither_console_nor_code_nor_git_is_taken(run_directory: Path) -> None:
         assert not list(file.parent.glob("files/**/*.py"))
 
 
-def test_what_a_killed_process_reported_is_on_the_disk(tmp_path: Path) -> None:
-    """But for its last row, if no checkpoint holds that step, and what it reported in the last moment."""
+def test_a_killed_process_has_written_what_it_reported(tmp_path: Path) -> None:
+    """Except for its last row, if no checkpoint has committed that step, and reports of the last moment."""
     script = (
         "import os, signal, sys, time\nfrom pathlib import Path\nfrom observing import *\n"
         "def look():\n    time.sleep(1)\n    os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -144,11 +144,11 @@ def test_what_a_killed_process_reported_is_on_the_disk(tmp_path: Path) -> None:
     )
     assert done.returncode == -signal.SIGKILL
     found = history(wandb_files(tmp_path / "run"), "train/loss")
-    assert found.items() <= told(tmp_path / "run", "step", "loss").items()
+    assert found.items() <= logged(tmp_path / "run", "step", "loss").items()
     assert list(range(1, SAVED + 1)) == list(found)[:SAVED]
 
 
-def test_any_name_and_text_is_taken(tmp_path: Path) -> None:
+def test_any_name_and_text_is_written(tmp_path: Path) -> None:
     def change(name: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         if name == "on_step":
             return (dataclasses.replace(arguments[0], metrics={HOSTILE: 0.5, "a.b": 0.25}),)
@@ -169,10 +169,10 @@ def test_disabled_it_writes_nothing(tmp_path: Path) -> None:
     assert not (info.output_dir / "wandb").exists()
 
 
-def test_online_without_a_key_is_an_error_and_no_question(tmp_path: Path) -> None:
+def test_online_without_a_key_is_an_error_without_a_prompt(tmp_path: Path) -> None:
     given = [("wandb.mode", "online", "--set wandb.mode=online")]
     assembly = activate(load(None, add=["chatml", "wandb"], assignments=given))
-    with pytest.raises(ConfigError, match=r"^plugin 'wandb' .*: mode online needs an API key.*wandb login"):
+    with pytest.raises(ConfigError, match=r"^plugin 'wandb' .*: online.*wandb login"):
         assembly.observers(RunInfo(tmp_path / "run", {}))
 
 
@@ -188,14 +188,14 @@ def test_with_a_key_it_goes_online_unless_the_environment_says_otherwise(monkeyp
     assert _mode(wandb, "online") == "online"
 
 
-def test_without_the_library_a_run_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_named_with_what_installs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     assembly = activate(load(None, add=["chatml", "wandb"], assignments=[]))
-    with pytest.raises(ConfigError, match=r"^plugin 'wandb' .*: needs the library wandb.*pip install 'sftx\[wandb\]'"):
+    with pytest.raises(ConfigError, match=r"^plugin 'wandb' .*: wandb.*pip install 'sftx\[wandb\]'"):
         assembly.observers(RunInfo(tmp_path / "run", {}))
 
 
-def test_a_mode_that_is_none_is_refused() -> None:
+def test_an_unknown_mode_is_refused() -> None:
     given = [("wandb.mode", "sideways", "--set wandb.mode=sideways")]
     with pytest.raises(ConfigError, match=r"wandb\.mode.*offline"):
         activate(load(None, add=["chatml", "wandb"], assignments=given))

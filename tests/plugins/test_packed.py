@@ -1,16 +1,17 @@
-"""`packed` loses and repeats nothing, fills its rows, is pure, and packs a million rows in time linear in them."""
+"""`packed` loses and repeats no token, fills its rows, is a pure function, and takes time linear in the rows."""
 
 from __future__ import annotations
 
 import random
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sftx import IGNORE_INDEX, ConfigError, Example, Step, pack, pad
+from sftx import IGNORE_INDEX, ConfigError, Example, Step, Window, pack, pad
 from sftx_plugins.collators.packed import Packed, PackedRows
 from sftx_plugins.collators.padded import Padded
 
@@ -24,9 +25,8 @@ def rows_of(
 def plan(
     lengths: Sequence[int], length: int = 64, strategy: str = "bfd", **changes: object
 ) -> tuple[list[Step], tuple[int, ...]]:
-    arguments = {"seed": 1, "epoch": 0, "window": 0, "examples_per_step": 4, "final": True} | changes
-    groups = arguments.pop("groups", range(len(lengths)))
-    return PackedRows(length, strategy, "varlen").plan(lengths, groups, **arguments)  # type: ignore[arg-type]
+    window = Window(lengths, range(len(lengths)), rows_per_step=4, seed=1)
+    return PackedRows(length, strategy, "varlen").plan(replace(window, **changes))  # type: ignore[arg-type]
 
 
 def example(number: int, length: int, *, weighted: bool = False) -> Example:
@@ -46,34 +46,34 @@ SIZES = st.lists(st.integers(1, 90), min_size=1, max_size=150)
     lengths=SIZES,
     length=st.integers(1, 100),
     strategy=st.sampled_from(["bfd", "wrapped"]),
-    examples_per_step=st.integers(1, 5),
+    rows_per_step=st.integers(1, 5),
     group_size=st.integers(1, 3),
-    final=st.booleans(),
+    is_last=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_every_token_is_packed_once_or_carried_over(
-    lengths: list[int], length: int, strategy: str, examples_per_step: int, group_size: int, final: bool, seed: int
+    lengths: list[int], length: int, strategy: str, rows_per_step: int, group_size: int, is_last: bool, seed: int
 ) -> None:
     groups = [index // group_size for index in range(len(lengths))]
     steps, carried = plan(
-        lengths, length, strategy, groups=groups, examples_per_step=examples_per_step, final=final, seed=seed
+        lengths, length, strategy, groups=groups, rows_per_step=rows_per_step, is_last=is_last, seed=seed
     )
     rows = [row for step in steps for row in step]
     assert sorted([index for row in rows for index in row] + list(carried)) == list(range(len(lengths)))
     for row in rows:
-        # More than a row holds is one group alone.
+        # Only a single group may be longer than a row.
         assert sum(lengths[index] for index in row) <= length or len({groups[index] for index in row}) == 1
         for group in {groups[index] for index in row}:
             members = [index for index in row if groups[index] == group]
             assert members == [index for index in range(len(lengths)) if groups[index] == group]
-    short = [step for step in steps if len(step) < examples_per_step]
-    assert len(short) <= (1 if final else 0)
-    assert not (final and carried)
+    short = [step for step in steps if len(step) < rows_per_step]
+    assert len(short) <= (1 if is_last else 0)
+    assert not (is_last and carried)
 
 
 @given(lengths=SIZES, length=st.integers(90, 300))
 def test_rows_are_those_of_best_fit_decreasing(lengths: list[int], length: int) -> None:
-    """Against the rule as it is stated, with a search through all open rows."""
+    """Compare with the textbook algorithm, which searches all open rows."""
     rooms: list[int] = []
     for size in sorted(lengths, reverse=True):
         fitting = [room for room in rooms if room >= size]
@@ -101,7 +101,7 @@ def test_a_plan_takes_time_linear_in_the_rows() -> None:
         tries = []
         for _ in range(3):
             start = time.process_time()
-            plan(lengths[:num], 2048, examples_per_step=16)
+            plan(lengths[:num], 2048, rows_per_step=16)
             tries.append(time.process_time() - start)
         return min(tries)
 
@@ -110,12 +110,12 @@ def test_a_plan_takes_time_linear_in_the_rows() -> None:
 
 
 @pytest.mark.parametrize("strategy", ["bfd", "wrapped"])
-def test_the_plan_is_pure_in_seed_epoch_and_window(strategy: str) -> None:
+def test_the_plan_is_a_pure_function_of_seed_epoch_and_window(strategy: str) -> None:
     rng = random.Random(0)
     lengths = [rng.randint(2, 30) for _ in range(200)]
     first = plan(lengths, strategy=strategy)
     assert first == plan(lengths, strategy=strategy)
-    for change in ({"seed": 2}, {"epoch": 1}, {"window": 1}):
+    for change in ({"seed": 2}, {"epoch": 1}, {"index": 1}):
         assert first != plan(lengths, strategy=strategy, **change)
 
 
@@ -125,7 +125,7 @@ def test_each_epoch_packs_anew() -> None:
 
 
 def test_the_emptiest_rows_are_carried_over() -> None:
-    steps, carried = plan([60, 60, 60, 60, 5], examples_per_step=4, final=False)
+    steps, carried = plan([60, 60, 60, 60, 5], rows_per_step=4, is_last=False)
     assert carried == (4,)
     assert sorted(steps[0]) == [(0,), (1,), (2,), (3,)]
 
@@ -144,7 +144,7 @@ def test_a_wrapped_stream_fills_rows_of_exactly_that_length(pieces: list[int], l
     assert sorted(sums, reverse=True) == [length] * (sum(cut) // length) + [sum(cut) % length] * (sum(cut) % length > 0)
     assert all(row == tuple(range(row[0], row[-1] + 1)) for row in rows_of(cut, length, "wrapped"))
     # In windows, what is carried over is the end of the stream: what follows goes on where it stopped.
-    steps, carried = plan(cut, length, "wrapped", final=False, examples_per_step=per_step)
+    steps, carried = plan(cut, length, "wrapped", is_last=False, rows_per_step=per_step)
     assert all(sum(cut[index] for index in row) == length for step in steps for row in step)
     assert carried == tuple(range(len(cut) - len(carried), len(cut)))
 
@@ -184,5 +184,5 @@ def test_padding_free_packs_the_rows_of_a_padded_plan() -> None:
     batch = Padded(padding_free=True).sftx_collator().collate(examples)
     assert batch.input_ids_BT.tolist() == pack(examples).input_ids_BT.tolist()
     assert batch.cu_seqlens is not None
-    with pytest.raises(ConfigError, match="padding_free pads nothing"):
+    with pytest.raises(ConfigError, match=r"padding_free.*pad_to_multiple_of"):
         Padded(padding_free=True, pad_to_multiple_of=8).sftx_collator()

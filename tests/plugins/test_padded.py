@@ -1,60 +1,58 @@
-"""`padded` loses and repeats nothing, is pure, keeps pairs together, and masks by length."""
+"""`padded` loses and repeats no example, is a pure function, keeps pairs together, and masks by length."""
 
 from __future__ import annotations
 
 import random
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sftx import IGNORE_INDEX, Example
+from sftx import IGNORE_INDEX, Example, Window
 from sftx_plugins.collators.padded import Padded
 
 
-def plan(padded: Padded, lengths: list[int], groups: list[int] | None = None, **changes: object) -> object:
-    arguments = {"seed": 1, "epoch": 0, "window": 0, "examples_per_step": 4, "final": True} | changes
-    return padded.plan(lengths, groups or list(range(len(lengths))), **arguments)  # type: ignore[arg-type]
+def plan(padded: Padded, lengths: list[int], **changes: int) -> object:
+    return padded.plan(replace(Window(lengths, range(len(lengths)), rows_per_step=4, seed=1), **changes))  # type: ignore[arg-type]
 
 
 @given(
     lengths=st.lists(st.integers(2, 500), min_size=1, max_size=120),
-    examples_per_step=st.integers(1, 9),
+    rows_per_step=st.integers(1, 9),
     grouped=st.booleans(),
-    final=st.booleans(),
+    is_last=st.booleans(),
     paired=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_every_example_is_planned_once_or_carried_over(
-    lengths: list[int], examples_per_step: int, grouped: bool, final: bool, paired: bool, seed: int
+    lengths: list[int], rows_per_step: int, grouped: bool, is_last: bool, paired: bool, seed: int
 ) -> None:
     groups = [index // 2 for index in range(len(lengths))] if paired else list(range(len(lengths)))
-    steps, carried = Padded(group_by_length=grouped).plan(
-        lengths, groups, seed=seed, epoch=0, window=0, examples_per_step=examples_per_step, final=final
-    )
+    window = Window(lengths, groups, rows_per_step, seed=seed, is_last=is_last)
+    steps, carried = Padded(group_by_length=grouped).plan(window)
     assert sorted([i for step in steps for row in step for i in row] + list(carried)) == list(range(len(lengths)))
     assert all(len({groups[i] for i in row}) == 1 for step in steps for row in step)
-    short = [step for step in steps if len(step) < examples_per_step]
-    assert len(short) <= (1 if final else 0)
-    assert not (final and carried)
+    short = [step for step in steps if len(step) < rows_per_step]
+    assert len(short) <= (1 if is_last else 0)
+    assert not (is_last and carried)
 
 
-def test_the_plan_is_pure_in_seed_epoch_and_window() -> None:
+def test_the_plan_is_a_pure_function_of_seed_epoch_and_window() -> None:
     rng = random.Random(0)
     lengths = [rng.randint(2, 90) for _ in range(64)]
     first = plan(Padded(), lengths)
     assert first == plan(Padded(), lengths)
-    for change in ({"seed": 2}, {"epoch": 1}, {"window": 1}):
+    for change in ({"seed": 2}, {"epoch": 1}, {"index": 1}):
         assert first != plan(Padded(), lengths, **change)
 
 
 def test_the_plan_is_the_same_in_another_process() -> None:
     code = (
-        "from sftx_plugins.collators.padded import Padded;"
-        "print(Padded().plan(list(range(2, 60)), list(range(58)), seed=3, epoch=1, window=0,"
-        " examples_per_step=4, final=True))"
+        "from sftx import Window; from sftx_plugins.collators.padded import Padded;"
+        "print(Padded().plan(Window(range(2, 60), range(58), rows_per_step=4, seed=3, epoch=1)))"
     )
     runs = {
         subprocess.run(
@@ -62,7 +60,7 @@ def test_the_plan_is_the_same_in_another_process() -> None:
         ).stdout
         for seed in ("1", "2")
     }
-    own = Padded().plan(list(range(2, 60)), list(range(58)), seed=3, epoch=1, window=0, examples_per_step=4, final=True)
+    own = Padded().plan(Window(range(2, 60), range(58), rows_per_step=4, seed=3, epoch=1))
     assert runs == {f"{own}\n"}
 
 
@@ -71,7 +69,7 @@ def test_rows_of_similar_length_share_a_step() -> None:
     lengths = [rng.randint(2, 900) for _ in range(800)]
 
     def padding(padded: Padded) -> int:
-        steps, _ = padded.plan(lengths, list(range(800)), seed=0, epoch=0, window=0, examples_per_step=8, final=True)
+        steps, _ = padded.plan(Window(lengths, range(800), rows_per_step=8))
         return sum(max(lengths[i] for (i,) in step) * len(step) for step in steps) - sum(lengths)
 
     assert padding(Padded()) < padding(Padded(group_by_length=False)) / 10

@@ -1,4 +1,4 @@
-"""Each native template against what its model's own tokenizer writes, token by token."""
+"""The token ids of each native template equal those of the chat template of its model."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ FORMS: dict[str, tuple[str, dict[str, Conversation]]] = {
     "deepseek3": ("deepseek_v3", {**PLAIN, **SYSTEM}),
     "mistral": ("mistral_nemo", PLAIN),
 }
-"""Templates whose model's tokenizer has a template of its own, and what that writes without a fault."""
+"""Templates whose model's tokenizer has a chat template, and conversations that it writes correctly."""
 CASES = [
     pytest.param(name, tokenizer, conversation, id=f"{name}, {what}")
     for name, (tokenizer, conversations) in FORMS.items()
@@ -80,7 +80,7 @@ CASES = [
 ]
 
 
-# --- token ids, as the model's own template gives them ---------------------------------------------
+# --- token ids of the model's own template ---------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "tokenizer", "conversation"), CASES)
@@ -118,7 +118,7 @@ THOUGHTS = chat(
 
 
 @pytest.mark.parametrize("thinking", ["keep", "strip", "empty"])
-def test_each_trained_turn_of_qwen3_is_written_as_qwen3_would_have_written_it(thinking: str) -> None:
+def test_each_trained_turn_of_qwen3_renders_as_in_qwen3s_own_template(thinking: str) -> None:
     encoder = encoder_of("qwen3", "qwen3", thinking=thinking)
     found = [unit for unit in split_units(THOUGHTS, encoder) if isinstance(unit, Conversation)]
     assert len(found) == 4
@@ -149,7 +149,7 @@ def test_llama3_writes_tools_as_llama_3_1() -> None:
         assert ids == own_ids("llama3_1", conversation, chat_template=own)
 
 
-def test_gemma_writes_what_gemma_2_and_gemma_3_do_and_the_system_text_that_gemma_2_refuses() -> None:
+def test_gemma_equals_gemma_2_and_gemma_3_and_writes_the_system_text_that_gemma_2_refuses() -> None:
     own = own_template("google-gemma-2-2b-it")
     gemma, gemma3 = template_of("gemma", "gemma3"), template_of("gemma3", "gemma3")
     for conversation in PLAIN.values():
@@ -160,7 +160,7 @@ def test_gemma_writes_what_gemma_2_and_gemma_3_do_and_the_system_text_that_gemma
 
 
 def test_deepseek3_writes_one_round_of_two_calls_as_deepseeks_own_does() -> None:
-    """The one case in which that writes every token; it takes arguments as text, and None where nothing is said."""
+    """This is the only case in which DeepSeek's template writes every token. It takes arguments as text."""
     first, calls, *others = TWO_CALLS.messages
     conversation = Conversation((first, dataclasses.replace(calls, content=""), *others[:3]))
     encoder = encoder_of("deepseek3", "deepseek_v3")
@@ -172,7 +172,7 @@ def test_deepseek3_writes_one_round_of_two_calls_as_deepseeks_own_does() -> None
 
 
 def deepseeks_own(conversation: Conversation, *, add_generation_prompt: bool = False) -> str:
-    """Its template wants None as the content of a call, which apply_chat_template takes away, and arguments as text."""
+    """Render DeepSeek's template with None as the content of calls, which apply_chat_template would drop."""
     messages = as_dicts(conversation)
     for call in (call for message in messages for call in message.get("tool_calls", ())):
         call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
@@ -183,8 +183,8 @@ def deepseeks_own(conversation: Conversation, *, add_generation_prompt: bool = F
     return own.render(messages=messages, bos_token=tokenizer.bos_token, add_generation_prompt=add_generation_prompt)
 
 
-def test_what_the_models_own_templates_lose_or_refuse() -> None:
-    """See docs/templates.md: where ours differ from them, and why."""
+def test_what_the_models_own_templates_drop_or_refuse() -> None:
+    """docs/templates.md lists these differences and the reasons."""
     briefed = SYSTEM["three turns, system"]
     with pytest.raises(TemplateError, match="System role not supported"):
         own_text("gemma3", briefed, chat_template=own_template("google-gemma-2-2b-it"))
@@ -201,7 +201,7 @@ def test_what_the_models_own_templates_lose_or_refuse() -> None:
     assert written.endswith("<｜tool▁calls▁end｜><｜end▁of▁sentence｜>")
 
 
-def test_deepseek3_drops_earlier_thoughts_when_asked() -> None:
+def test_deepseek3_drops_earlier_reasoning_as_an_option() -> None:
     asked = dataclasses.replace(THOUGHTS, tools=())
     kept, dropped = (template_of("deepseek3", "deepseek_v3", earlier_reasoning=p) for p in ("keep", "drop"))
     assert (kept.rewrites_history, dropped.rewrites_history) == (False, True)
@@ -211,7 +211,7 @@ def test_deepseek3_drops_earlier_thoughts_when_asked() -> None:
     assert text_of(dropped.render(last)).endswith("<think>\nTwo and three.\n</think>\n\n5<｜end▁of▁sentence｜>")
 
 
-def test_mistral_writes_system_and_tools_before_the_last_question_when_asked_as_nemo_does() -> None:
+def test_mistral_writes_system_and_tools_before_the_last_question_as_an_option() -> None:
     call = dataclasses.replace(CALLED.messages[2], tool_calls=(ToolCall("weather", {"city": "Paris"}, "abcdefgh1"),))
     result = dataclasses.replace(CALLED.messages[3], tool_call_id="abcdefgh1")
     conversation = chat(("user", "Hi"), ("assistant", "Hello"), ("user", "Paris?"), call, result, tools=TOOLS)
@@ -232,7 +232,7 @@ def test_mistral_numbers_calls_that_have_no_id_and_refuses_other_ids() -> None:
     assert '"id": "call00000"}, {"name"' in text
     assert '[TOOL_RESULTS]{"content": 30, "call_id": "call00001"}[/TOOL_RESULTS]' in text
     bad = dataclasses.replace(silent, tool_calls=(ToolCall("weather", {}, "call_1"),))
-    with pytest.raises(DataError, match="'call_1'; Mistral's have nine letters or digits"):
+    with pytest.raises(DataError, match=r"'call_1'.*nine"):
         template_of("mistral", "mistral_nemo").render(Conversation((turns[0], bad)))
 
 

@@ -1,4 +1,4 @@
-"""What native templates train, beside TRL's training templates, which mark it in Jinja."""
+"""The masks of native templates compared with those of TRL's training templates."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ BEGINS_EARLIER = [
 
 
 @pytest.mark.parametrize(("name", "training", "conversation", "before"), BEGINS_EARLIER)
-def test_masks_of_trl_that_train_the_last_token_of_the_prompt_too(
+def test_masks_of_trl_that_also_train_the_last_token_of_the_prompt(
     name: str, training: str, conversation: Conversation, before: list[str]
 ) -> None:
-    """The newline after Qwen's role, and DeepSeek's token of the role: the model never has to write them."""
+    """TRL trains the newline after Qwen's role and DeepSeek's role token, which the model never generates."""
     tokenizer, encoder = encoded_by(name)
     ids, mask, _ = encoder.encode(conversation)
     their_ids, theirs = trl_mask(tokenizer, conversation, training)
@@ -52,7 +52,7 @@ def test_masks_of_trl_that_train_the_last_token_of_the_prompt_too(
 
 
 def test_trl_keeps_every_thought_of_qwen3_and_makes_one_example_of_all() -> None:
-    """It trains of each turn what ours trains; what stands before differs, as Qwen3 writes earlier turns anew."""
+    """TRL trains the same text of each turn; the context differs, because Qwen3 renders earlier turns differently."""
     tokenizer, encoder = encoded_by("qwen3")
     thoughts = chat(
         ("user", "a?"), Message("assistant", "A", reasoning="Hm."), ("user", "b?"), ("assistant", "B"), ("user", "c?"),
@@ -71,8 +71,8 @@ def runs(ids: list[int], mask: list[bool]) -> list[list[int]]:
     return [[token for token, _ in run] for trained, run in groupby(pairs, key=lambda pair: pair[1]) if trained]
 
 
-def test_an_answer_that_begins_with_a_newline_is_other_tokens_beside_the_newline_of_its_role() -> None:
-    """Apart, since it is trained and that is not; joined, one token would be both. The text is the same."""
+def test_a_newline_at_the_start_of_an_answer_is_a_token_of_its_own() -> None:
+    """The newlines are split because only the second is trained; the text is the same as when joined."""
     tokenizer, encoder = encoded_by("chatml")
     conversation = chat(("user", "U"), ("assistant", "\nA"))
     ids, mask, _ = encoder.encode(conversation)

@@ -118,7 +118,7 @@ def test_compiled_layers_train_alike_in_one_graph(
             batches = batches_of(compiled, 4)[:1]
             with torch.no_grad():
                 compiled.lm.eval()
-                compiled.strategy(batches[0].batch)  # as an evaluation between two steps
+                compiled.strategy.module(batches[0].batch)  # as an evaluation between two steps
                 compiled.lm.train()
         right, got = eager.step(number, 0, batches), compiled.step(number, 0, batches)
         assert got.loss == pytest.approx(right.loss, rel=tolerance)

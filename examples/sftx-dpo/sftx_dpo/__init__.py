@@ -1,4 +1,4 @@
-"""Direct Preference Optimization for sftx: pairs of answers are parsed, kept together and compared by one plugin.
+"""Direct Preference Optimization (DPO) for sftx: one plugin that parses pairs of answers, batches and compares them.
 
 @inproceedings{rafailov2023direct,
     title = {Direct Preference Optimization: Your Language Model is Secretly a Reward Model},
@@ -23,18 +23,18 @@ __all__ = ["DPO"]
 
 @dataclass(frozen=True, eq=False)
 class DPO:
-    """Trains an adapter to prefer the chosen answer of a pair to the rejected one, more than the model alone does."""
+    """Trains an adapter to prefer the chosen answer of a pair over the rejected one, more than the base model does."""
 
     beta: Annotated[
         float,
-        Field(gt=0, description="How closely the trained model keeps to the reference; lower moves it further."),
+        Field(gt=0, description="How close the trained model stays to the reference; lower lets it move further."),
     ] = 0.1
     label_smoothing: Annotated[
         float,
         Field(
             ge=0,
             lt=0.5,
-            description="Share of the pairs that are taken to be labelled the wrong way round (conservative DPO).",
+            description="Assumed share of pairs with swapped labels (conservative DPO).",
         ),
     ] = 0.0
 

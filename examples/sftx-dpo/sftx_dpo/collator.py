@@ -1,4 +1,4 @@
-"""Pairs become batches: the two sides of a pair always together, and who they are in the batch's extras."""
+"""Batches preference pairs: both sides of a pair share a micro-batch, whose extras say which row is which side."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from sftx_dpo.parser import CHOSEN, REJECTED, SIDE
 
 CHOSEN_P: Final = "dpo_chosen_P"
 REJECTED_P: Final = "dpo_rejected_P"
-"""Keys of a batch's extras: for each of its P pairs, the row of that side; int64."""
+"""Keys of a batch's extras: the rows of the chosen and of the rejected answers of its P pairs; int64."""
 
 
 class PairCollator:
-    """A row of a step is a pair, so `per_device_train_batch_size` counts pairs. Padded at the right."""
+    """Plans pairs as rows, so that `per_device_train_batch_size` counts pairs, and pads at the right."""
 
     def plan(self, window: Window) -> tuple[list[Step], Row]:
-        """A random order of the pairs; within a step the longest first, so that neighbours need little padding."""
+        """Return the pairs in a random order, the longest of a step first, so that neighbours need little padding."""
         members: dict[int, list[int]] = {}
         for index, group in enumerate(window.groups):
             members.setdefault(group, []).append(index)
         pairs = [tuple(indices) for indices in members.values()]
-        # A text as seed is hashed with SHA-512: the same in every process, which tuples are not.
+        # A seed that is text is hashed with SHA-512, so it is the same in every process, unlike a tuple's hash.
         random.Random(f"dpo {window.seed} {window.epoch} {window.index}").shuffle(pairs)
         num_carried = 0 if window.is_last else len(pairs) % window.rows_per_step
         planned = pairs[: len(pairs) - num_carried]
@@ -37,7 +37,7 @@ class PairCollator:
         return steps, tuple(index for pair in pairs[len(planned) :] for index in pair)
 
     def collate(self, examples: Sequence[Example]) -> Batch:
-        """A padded batch, with the rows of each pair in its extras. Raises DataError for a row that is no pair."""
+        """Return a padded batch with the rows of each pair in its extras. Raises DataError for a row without a pair."""
         import torch
 
         sides: dict[int, dict[object, int]] = {}
@@ -47,7 +47,7 @@ class PairCollator:
             members = [example.row_id for example in examples if example.group == group]
             if set(rows) != {CHOSEN, REJECTED} or len(members) != 2:
                 raise DataError(
-                    f"{members[0]}: is no preference pair, and dpo trains on nothing else; give it records with "
+                    f"{members[0]}: is not a preference pair, and dpo trains on nothing else; give it records with "
                     "conversations, chosen and rejected"
                 )
         batch = pad(examples)

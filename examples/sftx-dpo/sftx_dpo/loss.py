@@ -1,4 +1,4 @@
-"""The loss of DPO, Rafailov et al. 2023, equation 7: how much more the chosen answer gained than the rejected one.
+"""The loss of DPO (Rafailov et al. 2023, equation 7).
 
 Dimensions: B rows, T tokens, N = B*T, D hidden, P pairs.
 """
@@ -12,17 +12,17 @@ from sftx import Batch, ConfigError, LossSum
 from sftx_dpo.collator import CHOSEN_P, REJECTED_P
 
 if TYPE_CHECKING:
-    from sftx import HiddenOut, LanguageModel  # need torch, which options are checked before
+    from sftx import HiddenOut, LanguageModel
     from torch import Tensor
 
 
 class DPOLoss:
-    """-log sigmoid(m) for each pair, where m, its margin, is the reward of the chosen answer less the rejected one's.
+    """Computes -log sigmoid(m) for each pair, with the margin m = reward(chosen) - reward(rejected).
 
-    The reward of an answer y to x is beta * log(p(y|x) / p_ref(y|x)): what the adapter changed, in nats times beta.
-    `label_smoothing` eps takes a share of the labels for wrong: (1 - eps) * -log sigmoid(m) + eps * -log sigmoid(-m)
-    (conservative DPO, Mitchell 2023, https://ericmitchell.ai/cdpo.pdf). That is what the labels are believed to say,
-    so that it holds for held-out pairs too.
+    The reward of an answer y to x is beta * log(p(y|x) / p_ref(y|x)), where p_ref is the model without its adapter.
+    `label_smoothing` eps assumes that a share of the labels is wrong: (1 - eps) * -log sigmoid(m) + eps * -log
+    sigmoid(-m) (conservative DPO, Mitchell 2023, https://ericmitchell.ai/cdpo.pdf). It describes the labels, so it
+    applies to held-out pairs too.
     """
 
     def __init__(self, beta: float, label_smoothing: float) -> None:
@@ -30,18 +30,17 @@ class DPOLoss:
         self._label_smoothing = label_smoothing
 
     def denominator(self, batch: Batch) -> float:
-        """Pairs."""
+        """Return the number of pairs."""
         return float(batch.extras[CHOSEN_P].shape[0])
 
     def __call__(self, lm: LanguageModel, batch: Batch) -> LossSum:
-        """Two forwards: the model without its adapters, then with them. Raises ConfigError when there are none."""
+        """Run the model without its adapters, then with them. Raises ConfigError if there are none."""
         import torch
         from torch.nn.functional import logsigmoid
 
         if not lm.adapters:
             raise ConfigError(
-                "it compares the model with itself before training, which needs an adapter to switch off; "
-                "add --plugin lora"
+                "the reference of dpo is the model without its adapters, so a run needs one; add --plugin lora"
             )
         with torch.no_grad(), lm.without_adapters():
             reference_B = log_likelihoods(lm, batch, lm.hidden(batch))
@@ -61,7 +60,7 @@ class DPOLoss:
 
 
 def log_likelihoods(lm: LanguageModel, batch: Batch, hidden: HiddenOut) -> Tensor:
-    """[B] fp32: the sum of the log-probabilities of each row's trained tokens, in nats."""
+    """Return the sum of the log-probabilities of each row's label tokens in nats: [B], fp32."""
     nll_N = lm.cross_entropy(
         hidden.hidden_BTD,
         batch.labels_BT,

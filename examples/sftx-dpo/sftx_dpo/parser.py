@@ -1,4 +1,4 @@
-"""`{"conversations": [...], "chosen": {...}, "rejected": {...}}` becomes two conversations: LLaMA-Factory's form."""
+"""`{"conversations": [...], "chosen": {...}, "rejected": {...}}` becomes two conversations (LLaMA-Factory)."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any, ClassVar, Final
 from sftx import Conversation, DataError, Location, Message, Record
 
 SIDE: Final = "dpo_side"
-"""The key of a conversation's extras that says which side of its pair it is."""
+"""The key of a conversation's extras whose value is CHOSEN or REJECTED."""
 CHOSEN, REJECTED = "chosen", "rejected"
 _ROLES: Final[Mapping[str, str]] = {"human": "user", "gpt": "assistant", "system": "system"}
 
 
 class PairParser:
-    """Reads preference pairs: one request, or a whole conversation up to one, and two answers to it."""
+    """Reads preference pairs: a conversation up to a request, and two answers to it."""
 
     fields: ClassVar[str] = "conversations, chosen, rejected (system)"
     samples: ClassVar[Sequence[Record]] = (
@@ -45,7 +45,7 @@ class PairParser:
         return {"conversations", CHOSEN, REJECTED} <= record.keys()
 
     def parse(self, record: Record, where: Location) -> tuple[Conversation, ...]:
-        """The chosen conversation, then the rejected one; only the answers are trained. Raises DataError."""
+        """Return the chosen conversation, then the rejected one; only the answers are trained. Raises DataError."""
         if record.get("tools"):
             raise DataError(f"{where}: tools cannot be trained on; write them into the system text")
         system = record.get("system")
@@ -63,7 +63,7 @@ class PairParser:
 
 
 def _message(turn: Any, name: str, where: Location) -> Message:
-    """A turn of the context, which is not trained."""
+    """Return a turn of the context, which is not trained."""
     if not isinstance(turn, dict):
         raise DataError(f"{where}: {name} is {_shown(turn)}, expected an object with from and value")
     speaker = turn.get("from")
@@ -86,6 +86,6 @@ def _text(value: Any, name: str, where: Location) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value of a record as an error shows it."""
+    """Return a value of a record as an error message shows it."""
     text = repr(value)
     return "missing or null" if value is None else text if len(text) <= 40 else f"{text[:37]}..."

@@ -1,4 +1,4 @@
-"""The contracts of the hooks that DPO fills, its formula, and what a user is told who gives it the wrong thing."""
+"""The contracts of the hooks that DPO fills, its formula, and its error messages."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def test_it_keeps_the_contracts(check: Any, plugin: DPO) -> None:
     check(plugin)
 
 
-def test_a_run_begins_where_both_answers_are_as_good_and_learns_to_tell_them_apart(plugin_run: Any) -> None:
+def test_a_run_starts_at_log_2_and_learns_to_prefer_the_chosen_answers(plugin_run: Any) -> None:
     result = plugin_run("dpo", "lora", rows=PAIRS, dpo__beta=0.5, train__max_steps=20, train__learning_rate=0.02)
     before, after = (result.summary["held_out"][when] for when in ("before", "after"))
-    assert before["loss"] == pytest.approx(math.log(2)), "without training, the model is its own reference"
+    assert before["loss"] == pytest.approx(math.log(2)), "before training, the model equals its reference"
     assert before["rewards/margins"] == pytest.approx(0, abs=1e-4)
     assert after["loss"] < 0.5
     assert after["rewards/accuracies"] == 1
@@ -57,31 +57,31 @@ def test_only_the_answers_are_trained(tiny_tokenizer: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"chosen": {"from": "human", "value": "x"}}, "chosen.from is 'human', expected 'gpt'"),
-        ({"rejected": None}, "rejected is missing or null, expected an object"),
-        ({"conversations": []}, r"conversations is \[\], expected a list of turns"),
-        ({"conversations": [{"from": "gpt", "value": "Hi"}]}, "the last turn of conversations is not from human"),
-        ({"conversations": [{"from": "bot", "value": "Hi"}]}, r"conversations\[0\].from is 'bot', expected human"),
-        ({"tools": "[]"}, "tools cannot be trained on"),
-        ({"system": 3}, "system is 3, expected text"),
+        ({"chosen": {"from": "human", "value": "x"}}, "chosen.from .*'human'.*'gpt'"),
+        ({"rejected": None}, "rejected .*missing or null"),
+        ({"conversations": []}, r"conversations .*\[\]"),
+        ({"conversations": [{"from": "gpt", "value": "Hi"}]}, r"the last turn of conversations .*human"),
+        ({"conversations": [{"from": "bot", "value": "Hi"}]}, r"conversations\[0\].from .*'bot'.* human"),
+        ({"tools": "[]"}, "tools"),
+        ({"system": 3}, r"system .*3.* text"),
     ],
 )
-def test_a_record_that_is_no_pair_is_refused_by_its_place(change: dict[str, Any], message: str) -> None:
+def test_a_record_that_is_not_a_pair_is_refused_with_its_place(change: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=rf"^pairs.jsonl:7: {message}"):
         DPO().sftx_parser().parse(PAIRS[0] | change, Location("pairs.jsonl", 7))
 
 
-def test_an_ordinary_row_is_refused_by_its_place() -> None:
+def test_an_ordinary_row_is_refused_with_its_place() -> None:
     ordinary = Example([5, 6, 7], [False, True, True], row_id="chat.jsonl:3", group=3)
-    with pytest.raises(DataError, match=r"^chat.jsonl:3: is no preference pair"):
+    with pytest.raises(DataError, match=r"^chat.jsonl:3: .*preference pair"):
         DPO().sftx_collator().collate([ordinary])
 
 
-def test_a_run_on_ordinary_rows_says_which(plugin_run: Any) -> None:
+def test_a_run_on_ordinary_rows_names_the_row(plugin_run: Any) -> None:
     rows = [*PAIRS, {"prompt": "1 plus 1", "completion": "2"}]
-    with pytest.raises(DataError, match=r"rows.jsonl:7: is no preference pair"):
+    with pytest.raises(DataError, match=r"rows.jsonl:7: .*preference pair"):
         plugin_run("dpo", "lora", rows=rows)
-    with pytest.raises(DataError, match=r"rows.jsonl:7: conversations is missing or null"):
+    with pytest.raises(DataError, match=r"rows.jsonl:7: conversations .*missing or null"):
         plugin_run("dpo", "lora", rows=rows, data__format="dpo")
 
 

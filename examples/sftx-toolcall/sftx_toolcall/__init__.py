@@ -1,4 +1,4 @@
-"""Function calls for sftx: a plain-text form of conversations whose answers are a call in JSON, and their score."""
+"""Function calls for sftx: a plain-text template for conversations whose answers are a call in JSON, and a metric."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ __all__ = ["ToolCall"]
 
 @dataclass(frozen=True, eq=False)
 class ToolCall:
-    """Turns under headings, a call as one line of JSON; scores whether the right function is called the right way."""
+    """Writes turns under headings and a call as one line of JSON; scores function and arguments of the call."""
 
     partial: Annotated[
-        float, Field(ge=0, le=1, description="Score of a call of the right function with wrong arguments.")
+        float, Field(ge=0, le=1, description="Score of a call to the right function with wrong arguments.")
     ] = 0.5
 
     @hookimpl

@@ -1,4 +1,4 @@
-"""A generated call and the right one become a score: parsed values are compared, not text."""
+"""Scores a generated call against the reference by comparing parsed values, not text."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from typing import Any
 class CallScore:
     """1 for the right function with the right arguments, `partial` for the right function alone, otherwise 0.
 
-    The order of keys, white space and the way a number is written count nothing. A reference that is no call, which a
-    conversation may hold too, must be met word for word.
+    The order of keys, white space and the spelling of a number make no difference. If the reference is not a call, the
+    answer must equal it.
     """
 
     partial: float
 
     def __call__(self, prediction: str, reference: str) -> float:
-        right, called = read_call(reference), read_call(prediction)
-        if right is None:
+        expected, called = read_call(reference), read_call(prediction)
+        if expected is None:
             return float(prediction.strip() == reference.strip())
-        if called is None or called["function"] != right["function"]:
+        if called is None or called["function"] != expected["function"]:
             return 0.0
-        return 1.0 if equal(called["arguments"], right["arguments"]) else self.partial
+        return 1.0 if equal(called["arguments"], expected["arguments"]) else self.partial
 
 
 def read_call(text: str) -> dict[str, Any] | None:
-    """`{"function": name, "arguments": {...}}` if the whole text is that; None when it is anything else."""
+    """Return `{"function": name, "arguments": {...}}` if that is the whole text, otherwise None."""
     try:
         value = json.loads(text)
-    except (ValueError, RecursionError):  # no JSON; a number of thousands of digits; thousands of brackets
+    except (ValueError, RecursionError):  # not JSON, a number of thousands of digits, or thousands of brackets
         return None
     if not isinstance(value, dict) or value.keys() != {"function", "arguments"}:
         return None
@@ -39,7 +39,7 @@ def read_call(text: str) -> dict[str, Any] | None:
 
 
 def equal(a: Any, b: Any) -> bool:
-    """Equality of JSON values. Python's own takes true for 1."""
+    """Return whether two JSON values are equal. Python's == takes true for 1."""
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
     if isinstance(a, list) and isinstance(b, list):

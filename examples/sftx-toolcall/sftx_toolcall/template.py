@@ -1,4 +1,4 @@
-"""A conversation becomes plain text under headings, with no control token but the tokenizer's own end of text.
+"""Writes a conversation as plain text under headings. The only control token is the tokenizer's eos token.
 
 ### System
 Answer with a call of a function, and nothing else.
@@ -30,18 +30,18 @@ _GAP: Final = "\n\n"
 
 
 class HeadedText:
-    """Writes conversations for one tokenizer: any that has an end of text. Raises PluginError for others."""
+    """The template for one tokenizer. Raises PluginError if the tokenizer has no eos token."""
 
     rewrites_history: Final = False
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if not isinstance(tokenizer.eos_token, str):
             raise PluginError(
-                f"the tokenizer of {tokenizer.name_or_path} has no eos token, with which an answer ends; "
+                f"the tokenizer of {tokenizer.name_or_path} has no eos token, which has to end an answer; "
                 "choose a template made for this model"
             )
         self._eos: str = tokenizer.eos_token
-        # Models whose tokenizer puts a token at the start of every text were trained with it, and expect it.
+        # A model whose tokenizer puts a bos token before every text was trained with it.
         starts = tokenizer.bos_token is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
         self._bos: str | None = str(tokenizer.bos_token) if starts else None
 
@@ -55,7 +55,7 @@ class HeadedText:
 
     @property
     def chat_template(self) -> str:
-        """The same in Jinja, as `tokenizer.apply_chat_template` runs it."""
+        """The same format in Jinja, for `tokenizer.apply_chat_template`."""
         headings = ", ".join(f"'{role}': {heading!r}" for role, heading in _HEADINGS.items())
         return (
             f"{{% set headings = {{{headings}}} %}}"
@@ -71,11 +71,11 @@ class HeadedText:
         )
 
     def render(self, conversation: Conversation) -> tuple[Segment, ...]:
-        """The whole conversation. Raises DataError for a role that has no heading here, and for tools."""
+        """Return the whole conversation. Raises DataError for tools, and for a role without a heading."""
         return tuple(self._segments(conversation))
 
     def generation_prompt(self, conversation: Conversation) -> tuple[Segment, ...]:
-        """The conversation, and the heading of a call. Raises as `render` does."""
+        """Return the conversation and the heading of a call. Raises DataError as `render` does."""
         gap = _GAP if conversation.messages else ""
         return (*self._segments(conversation), Segment(gap + _HEADINGS["assistant"]))
 

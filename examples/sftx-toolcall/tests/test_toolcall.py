@@ -1,4 +1,4 @@
-"""The contracts of the hooks that it fills, the text it writes, and its scores."""
+"""The contracts of the hooks that the plugin fills, the text that it writes, and its scores."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_the_text_of_a_conversation(tiny_tokenizer: Any) -> None:
     assert [segment.text for segment in template.render(conversation) if segment.trainable] == [LIGHTS, "<|endoftext|>"]
 
 
-def test_a_text_begins_as_the_tokenizer_begins_one(tiny_tokenizer: Any) -> None:
+def test_a_text_begins_with_bos_if_the_tokenizer_adds_it(tiny_tokenizer: Any) -> None:
     from tokenizers.processors import TemplateProcessing
 
     tiny_tokenizer.bos_token = "<|im_start|>"
@@ -63,14 +63,14 @@ def test_a_text_begins_as_the_tokenizer_begins_one(tiny_tokenizer: Any) -> None:
     assert jinja == "".join(segment.text for segment in segments)
 
 
-def test_what_it_cannot_write_it_refuses(tiny_tokenizer: Any) -> None:
+def test_it_refuses_what_it_cannot_write(tiny_tokenizer: Any) -> None:
     template = ToolCall().sftx_template(tiny_tokenizer)
-    with pytest.raises(DataError, match="no heading for the role 'critic'; this format has system, user"):
+    with pytest.raises(DataError, match=r"'critic'.* system, user"):
         template.render(Conversation((Message("critic", "no"),)))
-    with pytest.raises(DataError, match="no place for tools"):
+    with pytest.raises(DataError, match="tools"):
         template.render(Conversation((Message("user", "hi"),), tools=({"name": "timer"},)))
     tiny_tokenizer.eos_token = None
-    with pytest.raises(PluginError, match="has no eos token"):
+    with pytest.raises(PluginError, match="eos token"):
         ToolCall().sftx_template(tiny_tokenizer)
 
 
@@ -98,13 +98,13 @@ def test_scores(prediction: str, score: float) -> None:
     assert ToolCall().sftx_metric()(prediction, LIGHTS) == score
 
 
-def test_a_reference_in_words_must_be_met_word_for_word() -> None:
+def test_an_answer_must_equal_a_reference_that_is_not_a_call() -> None:
     metric = ToolCall().sftx_metric()
     assert metric("I cannot do that.\n", "I cannot do that.") == 1
     assert metric(LIGHTS, "I cannot do that.") == 0
 
 
-def test_partial_is_what_the_right_function_alone_is_worth() -> None:
+def test_partial_is_the_score_of_the_right_function_alone() -> None:
     assert ToolCall(partial=0.2).sftx_metric()(LIGHTS.replace("5", "6"), LIGHTS) == 0.2
 
 

@@ -1,4 +1,4 @@
-"""Rows of an embedding that train while the rest of it is frozen: those of added tokens. In PEFT's files, as PEFT does.
+"""Trainable rows for added tokens in an otherwise frozen embedding, in PEFT's files as PEFT writes them.
 
 Dimensions: V vocabulary, D hidden, A added tokens.
 """
@@ -14,11 +14,11 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 KEY = "token_adapter.trainable_tokens_delta"
-"""PEFT's name of the rows; despite it they are the rows themselves, not what is added to them."""
+"""PEFT's name of the rows. Despite the name they are the rows themselves, not a difference that is added to them."""
 
 
 class TokenRows(nn.Module):
-    """A parametrisation of a weight [V, D]: the frozen one with its own rows, [A, D] in fp32, in their places."""
+    """A parametrisation of a frozen weight [V, D] that replaces some of its rows with trained ones, [A, D] in fp32."""
 
     def __init__(self, weight_VD: Tensor, token_ids: Sequence[int]) -> None:
         super().__init__()
@@ -36,30 +36,30 @@ class TokenRows(nn.Module):
 
 
 def attach(model: PreTrainedModel, token_ids: Sequence[int]) -> dict[str, TokenRows]:
-    """Makes these rows of the embedding and of the head trainable; what is found by the module's path.
+    """Make these rows of the embedding and of the output head trainable, and return them by the module's path.
 
-    Tied weights share their rows, which stand under the embedding's name. A module that trains in full is left alone.
+    Tied weights share their rows, which have the embedding's name. A module that trains in full is left alone.
     """
-    found: dict[str, TokenRows] = {}
+    added: dict[str, TokenRows] = {}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = head.weight is embedding.weight
+    is_tied = head.weight is embedding.weight
     for name, module in list(model.named_modules()):
         if module not in (embedding, head) or module.weight.requires_grad:
             continue
-        shared = next(iter(found.values()), None) if tied else None
+        shared = next(iter(added.values()), None) if is_tied else None
         rows = shared or TokenRows(module.weight, token_ids)
         parametrize.register_parametrization(module, "weight", rows)
         if shared is None:
-            found[name] = rows
-    return found
+            added[name] = rows
+    return added
 
 
 @torch.no_grad()
 def merge(model: PreTrainedModel) -> None:
-    """Writes the rows into the frozen weights, and takes the parametrisations off."""
+    """Write the rows into the frozen weights and remove the parametrisations."""
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
         if parametrize.is_parametrized(module, "weight"):
-            found: Any = cast(Any, module).parametrizations.weight
-            weight_VD, rows = found.original, found[0]
+            parametrisation: Any = cast(Any, module).parametrizations.weight
+            weight_VD, rows = parametrisation.original, parametrisation[0]
             weight_VD[rows.ids_A] = rows.rows_AD.to(weight_VD.dtype)
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)

@@ -1,4 +1,4 @@
-"""Examples become rows of several, without padding: documents that share a row and never see one another."""
+"""Packs examples into rows without padding. Each example is a document that attends to itself alone."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from sftx import Attention, Batch, Collator, Example, Row, Step, Window, hookimp
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """Fills rows with whole examples (bfd), or cuts them into rows of one length (wrapped)."""
+    """Fills rows with whole examples (bfd), or cuts the stream of examples into rows of one length (wrapped)."""
 
-    length: Annotated[
-        int | None, Field(ge=1, description="Tokens that a row holds; without it, as many as data.max_length.")
-    ] = None
+    length: Annotated[int | None, Field(ge=1, description="Tokens that a row holds; by default data.max_length.")] = (
+        None
+    )
     strategy: Annotated[
         Literal["bfd", "wrapped"],
         Field(
-            description="bfd: whole examples, the longest first, each where it leaves the least room; wrapped: the "
-            "examples as one stream, cut into rows of `length` tokens (for plain text)."
+            description="bfd (best-fit-decreasing): whole examples, the longest first, each put into the row where it "
+            "leaves the least room; wrapped: one stream of examples, cut into rows of `length` tokens (for plain text)."
         ),
     ] = "bfd"
     attention: Annotated[
         Attention,
         Field(
-            description="How documents are kept apart. varlen: attention within their borders, and mask, with a "
-            "printed line, where the model cannot; mask: transformers' own mask; mask4d: a block-diagonal mask."
+            description="How documents are kept apart. varlen: attention within document boundaries (a model that "
+            "cannot do that uses mask, and a line says so); mask: transformers' mask; mask4d: a block-diagonal mask."
         ),
     ] = "varlen"
 
@@ -43,7 +43,7 @@ class Packed:
 
 @dataclass(frozen=True)
 class PackedRows:
-    """Rows of at most `length` tokens; an example that is longer has a row of its own."""
+    """Plans rows of at most `length` tokens. A longer example gets a row of its own."""
 
     length: int
     strategy: Literal["bfd", "wrapped"]
@@ -58,19 +58,19 @@ class PackedRows:
         return self.length if self.strategy == "wrapped" else None
 
     def plan(self, window: Window) -> tuple[list[Step], Row]:
-        """Full rows in a random order. Carried over are the emptiest rows, or the end of the stream when wrapped."""
-        # Text seeds are hashed with SHA-512: unlike tuples of numbers they are the same in every process.
+        """Return the rows in a random order. Carried over are the emptiest rows, or the end of a wrapped stream."""
+        # A seed that is text is hashed with SHA-512, so it is the same in every process, unlike a tuple's hash.
         rng = random.Random(f"packed {window.seed} {window.epoch} {window.index}")
-        units = _units(window.groups)
-        sizes = window.lengths if units is None else [sum(window.lengths[index] for index in unit) for unit in units]
+        groups = _groups(window.groups)
+        sizes = window.lengths if groups is None else [sum(window.lengths[i] for i in group) for group in groups]
         if self.strategy == "wrapped":
-            filled, num_open = _wrap(sizes, self.length)
+            packed, num_open = _wrap(sizes, self.length)
         else:
-            filled, num_open = _best_fit_decreasing(sizes, self.length, rng), 0
-        if units is None:
-            rows = [tuple(row) for row in filled]
+            packed, num_open = _best_fit_decreasing(sizes, self.length, rng), 0
+        if groups is None:
+            rows = [tuple(row) for row in packed]
         else:
-            rows = [tuple(itertools.chain.from_iterable(units[unit] for unit in row)) for row in filled]
+            rows = [tuple(itertools.chain.from_iterable(groups[number] for number in row)) for row in packed]
         num_carried = 0 if window.is_last else num_open + (len(rows) - num_open) % window.rows_per_step
         rows, carried = rows[: len(rows) - num_carried], rows[len(rows) - num_carried :]
         rng.shuffle(rows)
@@ -78,12 +78,12 @@ class PackedRows:
         return steps, tuple(index for row in carried for index in row)
 
     def collate(self, examples: Sequence[Example]) -> Batch:
-        """All rows of the micro-batch as one, [1, N]: there is no padding to be saved by several."""
+        """Return all rows of the micro-batch as one, [1, N]; without padding, several rows would gain nothing."""
         return pack(examples, attention=self.attention)
 
 
-def _units(groups: Sequence[int]) -> list[Row] | None:
-    """The examples of each group, which are never parted, in order of first appearance; None when each has its own."""
+def _groups(groups: Sequence[int]) -> list[Row] | None:
+    """Return the examples of each group, which stay together; None if each example is a group of its own."""
     if len(set(groups)) == len(groups):
         return None
     members: defaultdict[int, list[int]] = defaultdict(list)
@@ -93,33 +93,34 @@ def _units(groups: Sequence[int]) -> list[Row] | None:
 
 
 def _best_fit_decreasing(sizes: Sequence[int], length: int, rng: random.Random) -> list[list[int]]:
-    """Units put into rows, the longest first, each into the row that it leaves the least room in; full rows first.
+    """Pack items of these sizes into rows, the largest first, each into the row where it leaves the least room.
 
-    Best-fit-decreasing (Johnson et al. 1974): at most 11/9 of the fewest rows possible, and one. Units of one size are
-    taken in a random order, so that each epoch packs anew. Rows wait in stacks by the room that they have left, and the
-    stacks that are not empty are the bits of one integer: the tightest row that fits is the lowest bit from the size
-    on. As a row stays the tightest while the same size fits it, all of a stack is filled at a time.
+    Returns the items of each row, full rows first. Best-fit-decreasing (Johnson et al. 1974) needs at most 11/9 of the
+    fewest rows possible, and one. Items of one size are taken in a random order, so that each epoch packs differently.
+    Rows are kept in stacks by the room left in them, and the bits of one integer mark the stacks that are not empty:
+    the tightest row that fits a size is the lowest set bit from that size on. A row stays the tightest while the same
+    size fits it, so a whole stack is filled at a time.
     """
-    of_size: defaultdict[int, list[int]] = defaultdict(list)
-    for unit, size in enumerate(sizes):
-        of_size[size].append(unit)
+    items_of_size: defaultdict[int, list[int]] = defaultdict(list)
+    for item, size in enumerate(sizes):
+        items_of_size[size].append(item)
     rows_with_room: defaultdict[int, list[list[int]]] = defaultdict(list)
-    rooms = 0
-    for size in sorted(of_size, reverse=True):
-        waiting = of_size[size]
-        rng.shuffle(waiting)
+    rooms = 0  # bit r is set if rows_with_room[r] is not empty
+    for size in sorted(items_of_size, reverse=True):
+        items = items_of_size[size]
+        rng.shuffle(items)
         at = 0
-        while at < len(waiting):
+        while at < len(items):
             fitting = rooms >> size
             room = size + (fitting & -fitting).bit_length() - 1 if fitting else max(length, size)
-            each = room // size
-            num_rows = -(-(len(waiting) - at) // each)
+            per_row = room // size
+            num_rows = -(-(len(items) - at) // per_row)
             stack = rows_with_room[room] if fitting else [[] for _ in range(num_rows)]
             for _ in range(min(num_rows, len(stack))):
-                row, put = stack.pop(), waiting[at : at + each]
-                row += put
-                at += each
-                left = room - size * len(put)
+                row, added = stack.pop(), items[at : at + per_row]
+                row += added
+                at += per_row
+                left = room - size * len(added)
                 rows_with_room[left].append(row)
                 rooms |= 1 << left
             if fitting and not stack:
@@ -128,15 +129,15 @@ def _best_fit_decreasing(sizes: Sequence[int], length: int, rng: random.Random) 
 
 
 def _wrap(sizes: Sequence[int], length: int) -> tuple[list[list[int]], int]:
-    """Neighbours put together until they fill a row, and how many rows at the end are still open: 0 or 1."""
+    """Return rows of consecutive items, and the number of rows at the end that are not full: 0 or 1."""
     rows: list[list[int]] = []
     row: list[int] = []
     filled = 0
-    for unit, size in enumerate(sizes):
+    for item, size in enumerate(sizes):
         if row and filled + size > length:
             rows.append(row)
             row, filled = [], 0
-        row.append(unit)
+        row.append(item)
         filled += size
         if filled >= length:
             rows.append(row)

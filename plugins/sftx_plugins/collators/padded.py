@@ -1,4 +1,4 @@
-"""Examples become rows of one length, padded at the right and masked by length, or one row without padding."""
+"""Pads the rows of a micro-batch to one length, at the right, or concatenates them without padding."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pydantic import Field
 
 from sftx import Batch, Collator, ConfigError, Example, Row, Step, Window, hookimpl, pack, pad
 
-# As many steps are sorted by length together as in transformers' group_by_length: long enough to find rows of
-# similar length, short enough that an epoch does not run from short to long.
+# Steps whose rows are sorted by length together, as many as in transformers' group_by_length: enough to find rows of
+# similar length, and few enough that an epoch does not run from long to short rows.
 _STEPS_SORTED = 50
 
 
@@ -22,9 +22,9 @@ class Padded:
     """Pads each micro-batch to its longest row."""
 
     group_by_length: Annotated[bool, Field(description="Let rows of similar length share a step.")] = True
-    pad_to_multiple_of: Annotated[int, Field(ge=1, description="Round the length of a batch up to this.")] = 1
+    pad_to_multiple_of: Annotated[int, Field(ge=1, description="Round the row length up to a multiple of this.")] = 1
     padding_free: Annotated[
-        bool, Field(description="Compute no padding: the rows of a micro-batch one after the other, as if packed.")
+        bool, Field(description="Concatenate the rows of a micro-batch, as if packed, so that no padding is computed.")
     ] = False
 
     @hookimpl
@@ -34,18 +34,21 @@ class Padded:
         return self
 
     def plan(self, window: Window) -> tuple[list[Step], Row]:
-        """A random order of the rows; with `group_by_length`, sorted by length within stretches of 50 steps."""
-        rows = _rows(window.groups)
-        # Text seeds are hashed with SHA-512: unlike tuples of numbers they are the same in every process.
+        """Return the rows in a random order; with `group_by_length`, sorted by length within chunks of 50 steps."""
+        members: defaultdict[int, list[int]] = defaultdict(list)
+        for index, group in enumerate(window.groups):
+            members[group].append(index)
+        rows: list[Row] = [tuple(indices) for indices in members.values()]
+        # A seed that is text is hashed with SHA-512, so it is the same in every process, unlike a tuple's hash.
         rng = random.Random(f"padded {window.seed} {window.epoch} {window.index}")
         rng.shuffle(rows)
         num_carried = 0 if window.is_last else len(rows) % window.rows_per_step
         rows, carried = rows[: len(rows) - num_carried], rows[len(rows) - num_carried :]
         if self.group_by_length:
-            stretch = window.rows_per_step * _STEPS_SORTED
-            for start in range(0, len(rows), stretch):
-                rows[start : start + stretch] = sorted(
-                    rows[start : start + stretch], key=lambda row: max(window.lengths[i] for i in row), reverse=True
+            size = window.rows_per_step * _STEPS_SORTED
+            for start in range(0, len(rows), size):
+                rows[start : start + size] = sorted(
+                    rows[start : start + size], key=lambda row: max(window.lengths[i] for i in row), reverse=True
                 )
         steps = [tuple(rows[at : at + window.rows_per_step]) for at in range(0, len(rows), window.rows_per_step)]
         if self.group_by_length:
@@ -54,11 +57,3 @@ class Padded:
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         return pack(examples) if self.padding_free else pad(examples, multiple_of=self.pad_to_multiple_of)
-
-
-def _rows(groups: Sequence[int]) -> list[Row]:
-    """The examples of each group, as one row; in order of first appearance."""
-    members: defaultdict[int, list[int]] = defaultdict(list)
-    for index, group in enumerate(groups):
-        members[group].append(index)
-    return [tuple(indices) for indices in members.values()]

@@ -1,4 +1,4 @@
-"""Cross-entropy of the trained tokens, without ever holding their logits."""
+"""Cross-entropy of the label tokens; the logits are never materialised."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from pydantic import Field
 from sftx import Batch, Loss, LossSum, hookimpl
 
 if TYPE_CHECKING:
-    from sftx import LanguageModel  # needs torch, which options are checked before
+    from sftx import LanguageModel
 
 
 @dataclass(frozen=True, eq=False)
 class MaskedCE:
-    """Next-token cross-entropy over the trained tokens: head and loss in one pass, chunk by chunk."""
+    """Next-token cross-entropy over the label tokens; head and loss are computed together, in chunks."""
 
     label_smoothing: Annotated[
         float,
-        Field(ge=0, lt=1, description="Share of the target that is spread over the vocabulary, in training only."),
+        Field(ge=0, lt=1, description="Share of the target that is spread over the vocabulary; in training only."),
     ] = 0.0
     z_loss: Annotated[
-        float, Field(ge=0, description="Weight of log(sum(exp(logits)))^2, which keeps logits small, in training only.")
+        float, Field(ge=0, description="Weight of log(sum(exp(logits)))^2, which keeps logits small; in training only.")
     ] = 0.0
     workspace_mb: Annotated[
         int | None,
-        Field(ge=1, description="Most MiB that one chunk of logits may take; by default a chunk is 256 rows on a CPU."),
+        Field(ge=1, description="Largest chunk of logits, in MiB; by default a chunk is 256 rows on a CPU."),
     ] = None
 
     @hookimpl
@@ -40,7 +40,7 @@ class MaskedCE:
         import torch
 
         hidden = lm.hidden(batch)
-        # What regularises training is no part of a held-out loss.
+        # Regularisation is not part of a held-out loss.
         evaluating = not torch.is_grad_enabled()
         out = lm.cross_entropy(
             hidden.hidden_BTD,

@@ -1,4 +1,4 @@
-"""What the metrics share: libraries that are imported only when used, strict JSON, and scripts without spaces."""
+"""Shared by the metrics: optional libraries, strict JSON, and scripts that put no spaces between words."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ SPACELESS: Final = re.compile(
     r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao, Burmese, Khmer
     r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"  # Japanese, Chinese
 )
-"""A character of a script that puts no spaces between words."""
+"""Matches a character of a script that puts no spaces between words."""
 
 
-def library(module: str, distribution: str) -> Any:
-    """The module of a library that not every run needs. Raises PluginError with the line that installs it."""
+def import_library(module: str, distribution: str) -> Any:
+    """Return the module of an optional library. Raises PluginError with the command that installs it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -25,7 +25,7 @@ def library(module: str, distribution: str) -> Any:
 
 
 def parse_json(text: str) -> Any:
-    """The value that a JSON text is. Raises ValueError for any other, also for NaN, which Python alone lets pass."""
+    """Return the value of a JSON text. Raises ValueError for other text, and for NaN, which Python would accept."""
     try:
         return json.loads(text, parse_constant=_refuse)
     except RecursionError:

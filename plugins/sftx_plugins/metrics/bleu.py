@@ -1,4 +1,4 @@
-"""BLEU of all answers together, by sacrebleu."""
+"""BLEU of all answers together, computed by sacrebleu."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from sftx import Metric, PluginError, hookimpl
-from sftx_plugins.metrics._answers import SPACELESS, library
+from sftx_plugins.metrics._answers import SPACELESS, import_library
 
 log = logging.getLogger(__name__)
 
@@ -21,41 +21,40 @@ class Bleu:
 
     tokenize: Annotated[
         Literal["13a", "intl", "zh", "ja-mecab", "ko-mecab", "char", "none"],
-        Field(description="How text becomes words, by sacrebleu's names; zh for Chinese, char for any script."),
+        Field(description="sacrebleu's name of the tokenizer; zh for Chinese, char for any script."),
     ] = "13a"
     lowercase: Annotated[bool, Field(description="Compare in lower case.")] = False
 
     @hookimpl
     def sftx_metric(self) -> Metric:
-        bleu = library("sacrebleu.metrics", "sacrebleu").BLEU
+        bleu = import_library("sacrebleu.metrics", "sacrebleu").BLEU
         try:
             options = {"tokenize": self.tokenize, "lowercase": self.lowercase}
             return _Bleu(self.tokenize, bleu(**options), bleu(**options, effective_order=True))
-        except (ImportError, RuntimeError) as error:  # the tokenizers of Japanese and Korean are libraries of their own
+        except (ImportError, RuntimeError) as error:  # the tokenizers for Japanese and Korean need further libraries
             raise PluginError(f"tokenize={self.tokenize}: {error}") from error
 
 
 @dataclass
 class _Bleu:
     tokenize: str
-    of_sets: Any
-    of_sentences: Any
-    """Without the orders of which a short sentence has no n-gram at all."""
+    corpus_bleu: Any
+    sentence_bleu: Any
+    """With `effective_order`: it leaves out the n-gram orders of which a short sentence has none."""
     warned: bool = False
-    """Whether it has been said that sentences are taken for words."""
 
     def __call__(self, prediction: str, reference: str) -> float:
-        return float(self.of_sentences.sentence_score(prediction, [reference]).score)
+        return float(self.sentence_bleu.sentence_score(prediction, [reference]).score)
 
     def corpus(self, predictions: Sequence[str], references: Sequence[str]) -> float:
         spaceless = 0 if self.warned else sum(bool(SPACELESS.search(text)) for text in references)
         if spaceless and self.tokenize in ("13a", "intl", "none"):
             self.warned = True
             log.warning(
-                "bleu: %d of %d references are in a script without spaces, whose sentences tokenize=%s takes for one "
-                "word each; set bleu.tokenize=zh for Chinese, or char",
+                "bleu: %d of %d references are in a script without spaces, where tokenize=%s takes a sentence for one "
+                "word; set bleu.tokenize=zh for Chinese, or char",
                 spaceless,
                 len(references),
                 self.tokenize,
             )
-        return float(self.of_sets.corpus_score(list(predictions), [list(references)]).score)
+        return float(self.corpus_bleu.corpus_score(list(predictions), [list(references)]).score)

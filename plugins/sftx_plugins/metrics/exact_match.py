@@ -1,4 +1,4 @@
-"""The share of answers that are the reference, character by character or as JSON values."""
+"""The share of answers that equal the reference, as text or as JSON values."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from sftx_plugins.metrics._answers import parse_json
 
 @dataclass(frozen=True, eq=False)
 class ExactMatch:
-    """1 when the answer equals the reference, white space at both ends aside; otherwise 0."""
+    """1 if the answer equals the reference, apart from white space at both ends; otherwise 0."""
 
     as_json: Annotated[
         bool,
-        Field(description="Compare as JSON values where both are JSON: the order of keys and spacing do not count."),
+        Field(description="Compare as JSON values if both are JSON: the order of keys and spacing do not count."),
     ] = False
 
     @hookimpl
@@ -32,7 +32,7 @@ class ExactMatch:
 
 
 def _canonical(text: str) -> str:
-    """One text for all ways to write a JSON value; other text as it is. `1` and `1.0` are two, as `1` and `true`."""
+    """Return one text for all spellings of a JSON value, and other text as it is. `1`, `1.0` and `true` differ."""
     try:
         return json.dumps(parse_json(text), sort_keys=True)
     except ValueError:

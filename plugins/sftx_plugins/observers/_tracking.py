@@ -1,4 +1,4 @@
-"""What the observers of tracking tools share: a run's events become points by step, text and figures, named alike."""
+"""The base class of the observers that write to a tracking tool, and the names and values that they share."""
 
 from __future__ import annotations
 
@@ -11,98 +11,119 @@ import sys
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from sftx import ConfigError, EvalReport, Observer, Provider, RunInfo, Sample, StartReport, StepReport
 
 Scalar: TypeAlias = str | int | float | bool
-Ending: TypeAlias = Literal["finished", "killed", "failed"]
+ExitStatus: TypeAlias = Literal["finished", "killed", "failed"]
 
 GLOBAL_STEP = "train/global_step"
 
 
-def library(module: str, extra: str) -> Any:
-    """The module of a tool that not every run needs. Raises ConfigError with the line that installs it."""
+def import_library(module: str, extra: str) -> Any:
+    """Return the module of an optional library. Raises ConfigError with the command that installs it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise ConfigError(
-            f"needs the library {extra}, which is not there ({error}); pip install 'sftx[{extra}]', or leave the "
+            f"needs the library {extra}, which cannot be imported ({error}); pip install 'sftx[{extra}]', or leave the "
             "plugin out"
         ) from error
 
 
 class Tracker(Observer):
-    """A run as a tracking tool has it. What is to be written, and when, stands here; how, in its subclasses."""
+    """An observer that writes to a run of a tracking tool.
+
+    This class decides what is written and when; a subclass writes it. Its constructor must not open anything, because
+    `close` undoes only what `begin` opened.
+    """
+
+    tool: ClassVar[str]
+    """The name of the tool, in the name of the file that keeps the id of its run."""
 
     def __init__(self, run: RunInfo) -> None:
-        """Takes nothing that would have to be given back: not every observer that is made is told of a run."""
         self.run = run
         self._step = 0
-        self._is_begun = self._is_over = False
+        self._is_open = self._is_finished = False
 
-    # --- what a tool has to do ------------------------------------------------------------------
+    # --- what a subclass implements -------------------------------------------------------------
 
     @abstractmethod
     def begin(self, report: StartReport) -> None:
-        """Opens the tool's run, or that of the interrupted process again; writes options and the assembled table."""
+        """Open the tool's run, or the one of the interrupted process; write the options and the assembled table."""
 
     @abstractmethod
-    def points(self, values: Mapping[str, float], step: int) -> None:
-        """Writes a value of each name, at that step."""
+    def log_values(self, values: Mapping[str, float], step: int) -> None:
+        """Write one value for each name at this step."""
 
     @abstractmethod
-    def samples(self, samples: Sequence[Sample], step: int) -> None:
-        """Writes what the model answered at that step."""
+    def log_samples(self, samples: Sequence[Sample], step: int) -> None:
+        """Write the answers that the model generated at this step."""
 
     @abstractmethod
-    def figures(self, figures: Mapping[str, Scalar], step: int) -> None:
-        """Writes what the run came to, the artefact's path among it."""
+    def log_summary(self, summary: Mapping[str, Scalar], step: int) -> None:
+        """Write the results of the run, including the path of the artefact."""
 
     @abstractmethod
-    def finish(self, ending: Ending) -> None:
-        """Closes what `begin` opened. Within seconds: the process may be about to be killed."""
+    def finish(self, status: ExitStatus) -> None:
+        """Close the tool's run within seconds: the process may be about to be killed."""
 
-    # --- when -----------------------------------------------------------------------------------
+    # --- the events of a run --------------------------------------------------------------------
 
     def on_start(self, report: StartReport) -> None:
         self._step = report.resumed_step or 0
-        with _random_kept():
+        with _random_state_kept():
             self.begin(report)
-        self._is_begun = True
+        self._is_open = True
 
     def on_step(self, report: StepReport) -> None:
         self._step = report.step
-        with _random_kept():
-            self.points(step_values(report), report.step)
+        with _random_state_kept():
+            self.log_values(step_values(report), report.step)
 
     def on_evaluate(self, report: EvalReport) -> None:
         if report.step < self._step:
-            return  # the best step once more, at the end: the same values stand at that step already
-        shown = report.samples[: self.run.config["generation"]["num_samples"]]
-        with _random_kept():
-            self.points(evaluation_values(report), report.step)
-            if shown:
-                self.samples(shown, report.step)
+            return  # the final evaluation of an earlier best step repeats values that were written at that step
+        samples = report.samples[: self.run.config["generation"]["num_samples"]]
+        with _random_state_kept():
+            self.log_values(evaluation_values(report), report.step)
+            if samples:
+                self.log_samples(samples, report.step)
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
-        figures = {name: value for name, value in summary.items() if name != "samples"}
-        with _random_kept():
-            self.figures(flat({"summary": figures}, "/"), summary["num_steps"])
-        self._is_over = True
+        values = {name: value for name, value in summary.items() if name != "samples"}
+        with _random_state_kept():
+            self.log_summary(flatten({"summary": values}, "/"), summary["num_steps"])
+        self._is_finished = True
 
     def close(self) -> None:
-        if self._is_begun:
-            self._is_begun = False
-            # A run that ends otherwise is closed while its exception passes by; a signal is a KeyboardInterrupt.
-            is_stopped = isinstance(sys.exc_info()[1], KeyboardInterrupt)
-            with _random_kept():
-                self.finish("finished" if self._is_over else "killed" if is_stopped else "failed")
+        if self._is_open:
+            self._is_open = False
+            # `close` runs while the exception that ends the run propagates; a signal is a KeyboardInterrupt.
+            is_signal = isinstance(sys.exc_info()[1], KeyboardInterrupt)
+            with _random_state_kept():
+                self.finish("finished" if self._is_finished else "killed" if is_signal else "failed")
+
+    # --- the id of the tool's run, kept in the run directory for a process that resumes it --------
+
+    def load_run_id(self, report: StartReport) -> str | None:
+        """Return the id that the interrupted process saved; None for a new run, or if there is none."""
+        path = self._id_file()
+        if report.resumed_step is None or not path.exists():
+            return None
+        return path.read_text(encoding="utf-8").strip() or None
+
+    def save_run_id(self, run_id: str) -> None:
+        self._id_file().write_text(run_id + "\n", encoding="utf-8")
+
+    def _id_file(self) -> Path:
+        return self.run.output_dir / f"{self.tool}-run-id.txt"
 
 
 @contextlib.contextmanager
-def _random_kept() -> Iterator[None]:
-    """What a tool draws, for an id or before it tries again, is not taken from the training's random numbers."""
+def _random_state_kept() -> Iterator[None]:
+    """Restore the state of `random`, from which tools draw ids and waiting times, so that training stays the same."""
     state = random.getstate()
     try:
         yield
@@ -114,7 +135,7 @@ def _random_kept() -> Iterator[None]:
 
 
 def step_values(report: StepReport) -> dict[str, float]:
-    """By the names that the integrations of transformers use, where they have one."""
+    """Return the values of a step, under the names that the integrations of transformers use where they have one."""
     own = {
         "global_step": report.step,
         "epoch": report.epoch,
@@ -125,22 +146,22 @@ def step_values(report: StepReport) -> dict[str, float]:
         "tokens_per_second": report.tokens_per_second,
         "peak_bytes": report.peak_bytes,
     }
-    return {f"train/{clean(name)}": value for name, value in {**report.metrics, **own}.items()}
+    return {f"train/{replace_surrogates(name)}": value for name, value in {**report.metrics, **own}.items()}
 
 
 def evaluation_values(report: EvalReport) -> dict[str, float]:
-    named = {f"eval/{clean(name)}": value for name, value in report.metrics.items()}
-    return {GLOBAL_STEP: report.step, "eval/runtime": report.seconds, **named}
+    metrics = {f"eval/{replace_surrogates(name)}": value for name, value in report.metrics.items()}
+    return {GLOBAL_STEP: report.step, "eval/runtime": report.seconds, **metrics}
 
 
-def derived(report: StartReport) -> dict[str, Scalar]:
-    """What was found out of options, data and model: its numbers and names."""
+def start_values(report: StartReport) -> dict[str, Scalar]:
+    """Return the numbers and names of the start report, such as the number of parameters."""
     values = {field.name: getattr(report, field.name) for field in dataclasses.fields(report)}
     return {name: value for name, value in values.items() if isinstance(value, Scalar)}
 
 
-def assembled(providers: Sequence[Provider]) -> list[dict[str, str]]:
-    """The assembled table, row by row."""
+def assembled_table(providers: Sequence[Provider]) -> list[dict[str, str]]:
+    """Return the table of stages, plugins and options as one dict for each row."""
     return [
         {
             "stage": provider.stage,
@@ -152,38 +173,31 @@ def assembled(providers: Sequence[Provider]) -> list[dict[str, str]]:
     ]
 
 
-def flat(values: Mapping[str, Any], separator: str = ".") -> dict[str, Scalar]:
-    """Nested values by joined names; what is no text and no number as JSON, so that a plugin without options shows."""
-    found: dict[str, Scalar] = {}
+def sample_rows(samples: Sequence[Sample]) -> list[dict[str, str]]:
+    """Return the shown texts of each sample."""
+    return [
+        {
+            "row": replace_surrogates(sample.row_id),
+            "prompt": replace_surrogates(sample.prompt),
+            "reference": replace_surrogates(sample.reference),
+            "prediction": replace_surrogates(sample.prediction),
+        }
+        for sample in samples
+    ]
+
+
+def flatten(values: Mapping[str, Any], separator: str = ".") -> dict[str, Scalar]:
+    """Return nested values under joined names. Lists, nulls and empty mappings become JSON text, so they are shown."""
+    flat: dict[str, Scalar] = {}
     for name, value in values.items():
         if isinstance(value, Mapping) and value:
-            inner = flat(value, separator)
-            found.update({f"{clean(name)}{separator}{rest}": leaf for rest, leaf in inner.items()})
+            inner = flatten(value, separator)
+            flat.update({f"{replace_surrogates(name)}{separator}{rest}": leaf for rest, leaf in inner.items()})
         else:
-            found[clean(name)] = value if isinstance(value, Scalar) else json.dumps(value)
-    return found
+            flat[replace_surrogates(name)] = value if isinstance(value, Scalar) else json.dumps(value)
+    return flat
 
 
-def clean(text: str) -> str:
-    """Text that UTF-8 can hold: JSON may bring halves of surrogate pairs, and a tool's protobuf refuses them."""
+def replace_surrogates(text: str) -> str:
+    """Return text that UTF-8 can encode. JSON may hold lone surrogates, which the tools' protobuf refuses."""
     return text.encode("utf-8", errors="replace").decode("utf-8")
-
-
-# --- the tool's run ----------------------------------------------------------------------------
-
-
-def kept_id(run: RunInfo, tool: str, report: StartReport) -> str | None:
-    """The id of the tool's run that the interrupted process wrote; None in a new run, or when it wrote none."""
-    if report.resumed_step is None:
-        return None
-    path = _id_file(run, tool)
-    return path.read_text(encoding="utf-8").strip() or None if path.exists() else None
-
-
-def keep_id(run: RunInfo, tool: str, run_id: str) -> None:
-    """Keeps the id of the tool's run in the run directory, for a process that goes on with it."""
-    _id_file(run, tool).write_text(run_id + "\n", encoding="utf-8")
-
-
-def _id_file(run: RunInfo, tool: str) -> Path:
-    return run.output_dir / f"{tool}-run-id.txt"

@@ -1,4 +1,4 @@
-"""The run in MLflow: on a tracking server, in a database, or in files in the run directory."""
+"""MLflow: the run on a tracking server, in a database, or in files in the run directory."""
 
 from __future__ import annotations
 
@@ -16,26 +16,20 @@ from pydantic import Field
 
 from sftx import Observer, RunInfo, Sample, StartReport, hookimpl
 from sftx_plugins.observers._tracking import (
-    Ending,
+    ExitStatus,
     Scalar,
     Tracker,
-    assembled,
-    clean,
-    derived,
-    flat,
-    keep_id,
-    kept_id,
-    library,
+    assembled_table,
+    flatten,
+    import_library,
+    replace_surrogates,
+    start_values,
 )
 
-_EXTRA = "mlflow"
-_BATCH: Final = 100
-"""Of parameters that MLflow takes at once."""
-_MAX_NAME: Final = 250
-_MAX_PARAM: Final = 6000
-_MAX_TAG: Final = 5000
+# The limits of MLflow: parameters in one call, and characters of a name, a parameter and a tag.
+_BATCH_SIZE, _MAX_NAME, _MAX_PARAM, _MAX_TAG = 100, 250, 6000, 5000
 _ALLOW_FILES: Final = "MLFLOW_ALLOW_FILE_STORE"
-_STATUS: Final[Mapping[Ending, str]] = {"finished": "FINISHED", "killed": "KILLED", "failed": "FAILED"}
+_STATUS: Final[Mapping[ExitStatus, str]] = {"finished": "FINISHED", "killed": "KILLED", "failed": "FAILED"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,19 +41,24 @@ class MLflow:
         Field(min_length=1, description="By default MLFLOW_TRACKING_URI, else files in `mlruns` in the run directory."),
     ] = None
     experiment: Annotated[
-        str | None, Field(min_length=1, description="Its name; by default MLFLOW_EXPERIMENT_NAME, else `sftx`.")
+        str | None,
+        Field(min_length=1, description="Name of the experiment; by default MLFLOW_EXPERIMENT_NAME, else `sftx`."),
     ] = None
-    run_name: Annotated[str | None, Field(min_length=1, description="By default that of the run directory.")] = None
+    run_name: Annotated[
+        str | None, Field(min_length=1, description="Name of the run; by default that of the run directory.")
+    ] = None
 
     @hookimpl
     def sftx_observer(self, run: RunInfo) -> Observer:
-        mlflow = library("mlflow", _EXTRA)
+        mlflow = import_library("mlflow", "mlflow")
         uri = self.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
         experiment = self.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "sftx"
         return _Run(run, mlflow, uri, experiment, self.run_name or run.output_dir.name)
 
 
 class _Run(Tracker):
+    tool = "mlflow"
+
     def __init__(self, run: RunInfo, mlflow: Any, uri: str | None, experiment: str, name: str) -> None:
         super().__init__(run)
         self._mlflow = mlflow
@@ -68,88 +67,80 @@ class _Run(Tracker):
         self._name = name
         self._client: Any = None
         self._id = ""
-        self._told: dict[str, int] = {}
-        """The last step of each metric that the interrupted process told."""
+        self._last_steps: dict[str, int] = {}
+        """For each metric, the last step that the interrupted process wrote."""
 
     def begin(self, report: StartReport) -> None:
-        self._client = self._connect()
-        run_id = kept_id(self.run, "mlflow", report)
+        if self._uri is not None:
+            self._client = self._mlflow.MlflowClient(self._uri)
+        else:
+            with _file_store_allowed():
+                self._client = self._mlflow.MlflowClient((self.run.output_dir / "mlruns").absolute().as_uri())
+        run_id = self.load_run_id(report)
         if run_id is None:
-            self._id = self._create()
-            keep_id(self.run, "mlflow", self._id)
-            self._parameters(flat({**self.run.config, "derived": derived(report)}))
-            self._client.log_dict(self._id, copy.deepcopy(dict(self.run.config)), "run.yaml")
+            self._create_run(report)
         else:
             self._id = run_id
-            self._client.update_run(self._id, status="RUNNING")
-            self._told = self._last_steps()
+            self._client.update_run(run_id, status="RUNNING")
+            for name in self._client.get_run(run_id).data.metrics:
+                self._last_steps[name] = max(m.step for m in self._client.get_metric_history(run_id, name))
         for provider in report.providers:
-            self._tag(f"sftx.plugin.{provider.plugin}", f"{provider.distribution} {provider.version}")
-        self._client.log_dict(self._id, {"assembled": assembled(report.providers)}, "assembled.json")
+            self._set_tag(f"sftx.plugin.{provider.plugin}", f"{provider.distribution} {provider.version}")
+        self._client.log_dict(self._id, {"assembled": assembled_table(report.providers)}, "assembled.json")
 
-    def points(self, values: Mapping[str, float], step: int) -> None:
+    def _create_run(self, report: StartReport) -> None:
+        experiment = self._client.get_experiment_by_name(self._experiment)
+        if experiment is None:
+            experiment_id = self._client.create_experiment(self._experiment)
+        else:
+            experiment_id = experiment.experiment_id
+        self._id = str(self._client.create_run(experiment_id, run_name=self._name).info.run_id)
+        self.save_run_id(self._id)
+        values = flatten({**self.run.config, "derived": start_values(report)})
+        param = self._mlflow.entities.Param
+        params = [param(_valid_name(name), str(value)[:_MAX_PARAM]) for name, value in values.items()]
+        for start in range(0, len(params), _BATCH_SIZE):
+            self._client.log_batch(self._id, params=params[start : start + _BATCH_SIZE])
+        self._client.log_dict(self._id, copy.deepcopy(dict(self.run.config)), "run.yaml")
+
+    def log_values(self, values: Mapping[str, float], step: int) -> None:
         now = int(time.time() * 1000)
-        # MLflow keeps whatever it is told: a step that is done again, the same as it was, would stand there twice.
-        new = {name: value for name, value in _named(values).items() if step > self._told.get(name, -1)}
+        named = {_valid_name(name): value for name, value in values.items()}
+        # MLflow keeps every value it gets: a step that a resumed run repeats would be there twice.
+        new = {name: value for name, value in named.items() if step > self._last_steps.get(name, -1)}
         metric = self._mlflow.entities.Metric
         self._client.log_batch(self._id, metrics=[metric(name, value, now, step) for name, value in new.items()])
 
-    def samples(self, samples: Sequence[Sample], step: int) -> None:
-        rows = [{name: clean(text) for name, text in asdict(sample).items()} for sample in samples]
+    def log_samples(self, samples: Sequence[Sample], step: int) -> None:
+        rows = [{name: replace_surrogates(text) for name, text in asdict(sample).items()} for sample in samples]
         text = json.dumps(rows, indent=2, ensure_ascii=False)
         self._client.log_text(self._id, text, f"samples/step-{step}.json")
 
-    def figures(self, figures: Mapping[str, Scalar], step: int) -> None:
-        self.points({name: value for name, value in figures.items() if not isinstance(value, str)}, step)
-        for name, value in figures.items():
+    def log_summary(self, summary: Mapping[str, Scalar], step: int) -> None:
+        self.log_values({name: value for name, value in summary.items() if not isinstance(value, str)}, step)
+        for name, value in summary.items():
             if isinstance(value, str):
-                self._tag(name.replace("/", "."), value)
+                self._set_tag(name.replace("/", "."), value)
 
-    def finish(self, ending: Ending) -> None:
-        self._client.set_terminated(self._id, _STATUS[ending])
+    def finish(self, status: ExitStatus) -> None:
+        self._client.set_terminated(self._id, _STATUS[status])
 
-    def _connect(self) -> Any:
-        if self._uri is not None:
-            return self._mlflow.MlflowClient(self._uri)
-        with _files_allowed():
-            return self._mlflow.MlflowClient((self.run.output_dir / "mlruns").absolute().as_uri())
-
-    def _create(self) -> str:
-        found = self._client.get_experiment_by_name(self._experiment)
-        experiment_id = self._client.create_experiment(self._experiment) if found is None else found.experiment_id
-        made = self._client.create_run(experiment_id, run_name=self._name)
-        return str(made.info.run_id)
-
-    def _parameters(self, values: Mapping[str, Scalar]) -> None:
-        param = self._mlflow.entities.Param
-        params = [param(name, str(value)[:_MAX_PARAM]) for name, value in _named(values).items()]
-        for start in range(0, len(params), _BATCH):
-            self._client.log_batch(self._id, params=params[start : start + _BATCH])
-
-    def _last_steps(self) -> dict[str, int]:
-        names = self._client.get_run(self._id).data.metrics
-        return {name: max(m.step for m in self._client.get_metric_history(self._id, name)) for name in names}
-
-    def _tag(self, name: str, value: str) -> None:
-        self._client.set_tag(self._id, _legal(name), clean(value)[:_MAX_TAG])
+    def _set_tag(self, name: str, value: str) -> None:
+        self._client.set_tag(self._id, _valid_name(name), replace_surrogates(value)[:_MAX_TAG])
 
 
-def _named(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {_legal(name): value for name, value in values.items()}
-
-
-def _legal(name: str) -> str:
-    """A name that MLflow takes: of few characters, and a path below where it keeps a run's metrics."""
+def _valid_name(name: str) -> str:
+    """Return a name that MLflow accepts: few kinds of characters, and a relative path without `.` or `..`."""
     parts = re.sub(r"[^\w.\- /]", "_", name).split("/")
-    named = "/".join(part if part.strip(".") else "_" * max(1, len(part)) for part in parts)
-    return named[:_MAX_NAME].rstrip("/.")
+    valid = "/".join(part if part.strip(".") else "_" * max(1, len(part)) for part in parts)
+    return valid[:_MAX_NAME].rstrip("/.")
 
 
 @contextlib.contextmanager
-def _files_allowed() -> Iterator[None]:
-    """MLflow prefers a database, and makes no store of files unless the environment says so at that moment.
+def _file_store_allowed() -> Iterator[None]:
+    """Set the environment variable that MLflow, which prefers a database, needs to open a store of files.
 
-    Files need no more than MLflow itself, and no lock that a network's file system may not have.
+    Files need no package besides MLflow itself, and no lock, which a network file system may not have.
     """
     before = os.environ.get(_ALLOW_FILES)
     os.environ[_ALLOW_FILES] = "true"

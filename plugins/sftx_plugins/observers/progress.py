@@ -1,4 +1,4 @@
-"""The run on the terminal: what was assembled and derived, a bar while it trains, the result. Plain lines elsewhere."""
+"""Prints the assembled plugins, derived numbers, a progress bar and the result; plain lines if not on a terminal."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ class _Terminal(Observer):
         self._task = self._bar.add_task("", total=None)
 
     def on_start(self, report: StartReport) -> None:
-        self._console.print(_assembled(report), "", _derived(report, self._output_dir), "", sep="\n")
+        self._console.print(_assembled_table(report), "", _derived_table(report, self._output_dir), "", sep="\n")
         for line in report.ledger:
             self._print(f"note: {line}")
         if report.resumed_step is not None:
-            self._print(f"goes on after step {report.resumed_step}")
+            self._print(f"resumed after step {report.resumed_step}")
         self._bar.update(self._task, total=report.num_steps, completed=report.resumed_step or 0)
 
     def on_step(self, report: StepReport) -> None:
@@ -77,12 +77,12 @@ class _Terminal(Observer):
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
         if summary.get("samples"):
-            self._console.print(_samples(summary["samples"]))
+            self._console.print(_samples_table(summary["samples"]))
         if "held_out" in summary:
-            self._console.print(_scores(summary["held_out"]["before"], summary["held_out"]["after"]))
+            self._console.print(_scores_table(summary["held_out"]["before"], summary["held_out"]["after"]))
         self._print(
-            f"{summary['num_steps']} steps, {summary['tokens_per_second']:.0f} tokens/s, "
-            f"peak {summary['peak_bytes'] / 1e9:.1f} GB, {summary['wall_seconds']:.0f} s in all"
+            f"{summary['num_steps']} steps, {summary['tokens_per_second']:.0f} non-padding tokens/s, "
+            f"peak {summary['peak_bytes'] / 1e9:.1f} GB, {summary['wall_seconds']:.0f} s in total"
         )
         self._print(f"result: {summary['artefact']}")
 
@@ -93,46 +93,45 @@ class _Terminal(Observer):
         self._console.print(escape(line), soft_wrap=True, highlight=False)
 
 
-def _assembled(report: StartReport) -> Table:
+def _assembled_table(report: StartReport) -> Table:
     table = Table("stage", "plugin", "distribution", "options", box=None, header_style="bold", pad_edge=False)
-    shown: set[str] = set()
+    seen: set[str] = set()
     for p in report.providers:
-        # A plugin that fills several stages has its options once.
-        options = ", ".join(f"{name}={value}" for name, value in p.options.items()) if p.plugin not in shown else ""
-        shown.add(p.plugin)
+        # The options of a plugin that fills several stages are shown once.
+        options = ", ".join(f"{name}={value}" for name, value in p.options.items()) if p.plugin not in seen else ""
+        seen.add(p.plugin)
         table.add_row(p.stage, escape(p.plugin), escape(f"{p.distribution} {p.version}"), escape(options))
     return table
 
 
-def _derived(report: StartReport, output_dir: Path) -> Table:
-    share = report.num_trainable / report.num_parameters
+def _derived_table(report: StartReport, output_dir: Path) -> Table:
+    trainable = report.num_trainable / report.num_parameters
     formats = ", ".join(f"{number} {name}" for name, number in report.formats.items())
-    trained = report.num_label_tokens / max(1, report.num_input_tokens)
-    scope = "in the first window" if report.is_stream else "an epoch"
+    labels = report.num_label_tokens / max(1, report.num_input_tokens)
+    scope = "in the first window" if report.is_stream else "per epoch"
     table = Table.grid(padding=(0, 2))
     for name, value in (
         ("model", f"{report.model} on {report.device}, {report.dtype}"),
-        ("parameters", f"{report.num_parameters:,}, trained {report.num_trainable:,} ({share:.2%})"),
+        ("parameters", f"{report.num_parameters:,}, trainable {report.num_trainable:,} ({trainable:.2%})"),
         ("rows", f"{report.num_rows:,} ({formats}), held out {report.num_eval_rows:,}"),
-        ("tokens", f"{report.num_input_tokens:,} {scope}, trained {report.num_label_tokens:,} ({trained:.1%})"),
-        ("steps", f"{report.num_steps:,}, {report.tokens_per_step:.0f} trained tokens a step"),
-        ("processes", f"{report.num_processes}, which share the rows of a step" * (report.num_processes > 1)),
+        ("tokens", f"{report.num_input_tokens:,} {scope}, label tokens {report.num_label_tokens:,} ({labels:.1%})"),
+        ("steps", f"{report.num_steps:,}, {report.tokens_per_step:.0f} label tokens per step"),
+        ("processes", f"{report.num_processes}, which share the rows of each step" * (report.num_processes > 1)),
         ("output", str(output_dir)),
     ):
-        if not value:
-            continue
-        table.add_row(f"[bold]{name}[/bold]", escape(value))
+        if value:
+            table.add_row(f"[bold]{name}[/bold]", escape(value))
     return table
 
 
-def _samples(samples: list[Mapping[str, str]]) -> Table:
+def _samples_table(samples: list[Mapping[str, str]]) -> Table:
     table = Table("request", "before", "after", "expected", title="held-out rows", show_lines=True)
     for sample in samples:
         table.add_row(*(escape(sample[name]) for name in ("prompt", "before", "after", "reference")))
     return table
 
 
-def _scores(before: Mapping[str, float], after: Mapping[str, float]) -> Table:
+def _scores_table(before: Mapping[str, float], after: Mapping[str, float]) -> Table:
     table = Table("held-out", "before", "after", box=None, header_style="bold", pad_edge=False)
     for name in before:
         if name in after:
@@ -141,5 +140,5 @@ def _scores(before: Mapping[str, float], after: Mapping[str, float]) -> Table:
 
 
 def escape(text: str) -> str:
-    """Text as it stands, for the terminal: no markup of rich, and no control character that a row may hold."""
+    """Return text that the terminal shows as it is: without rich's markup and without control characters from a row."""
     return markup.escape("".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text))

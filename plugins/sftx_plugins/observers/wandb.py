@@ -1,4 +1,4 @@
-"""The run in Weights & Biases, on its server or in files that `wandb sync` sends there later."""
+"""Weights & Biases: the run on its server, or in files that `wandb sync` sends there later."""
 
 from __future__ import annotations
 
@@ -16,82 +16,80 @@ from pydantic import Field
 from sftx import ConfigError, Observer, RunInfo, Sample, StartReport, hookimpl
 from sftx_plugins.observers._tracking import (
     GLOBAL_STEP,
-    Ending,
+    ExitStatus,
     Scalar,
     Tracker,
-    assembled,
-    clean,
-    derived,
-    keep_id,
-    kept_id,
-    library,
+    assembled_table,
+    import_library,
+    sample_rows,
+    start_values,
 )
 
 log = logging.getLogger(__name__)
 
-_EXTRA = "wandb"
-_INIT_S: Final = 20.0
-"""For the server to answer; the run goes on without W&B when it does not."""
-_FINISH_S: Final = 20.0
-"""Less than the 30 seconds that Slurm and Kubernetes give a process to end; what is not sent by then stays on disk."""
-_FLUSH_S: Final = 0.2
-"""Between two writes to the disk by W&B's own process, which ends with one that is killed."""
+_INIT_SECONDS: Final = 20.0
+"""The time that the server has to answer. Without an answer the run goes on without W&B."""
+_FINISH_SECONDS: Final = 20.0
+"""Less than the 30 seconds that Slurm and Kubernetes give a process to end; data not sent by then stays on disk."""
+_FLUSH_SECONDS: Final = 0.2
+"""The time between two writes of W&B's own process, which ends with a process that is killed."""
 _SERVICE: Final = "WANDB_SERVICE"
-_EXIT_CODES: Final[Mapping[Ending, int]] = {"finished": 0, "failed": 1, "killed": 255}
-"""As W&B's own hook at the end of a process has them."""
+_EXIT_CODES: Final[Mapping[ExitStatus, int]] = {"finished": 0, "failed": 1, "killed": 255}
+"""The exit codes that W&B's own hook at the end of a process reports."""
 
 
 @dataclass(frozen=True, eq=False)
 class WeightsAndBiases:
     """Writes a W&B run: losses and rates by step, evaluations, tables of answers, the run file and the result."""
 
-    project: Annotated[str | None, Field(min_length=1, description="By default WANDB_PROJECT, else `sftx`.")] = None
+    project: Annotated[
+        str | None, Field(min_length=1, description="Name of the project; by default WANDB_PROJECT, else `sftx`.")
+    ] = None
     entity: Annotated[str | None, Field(min_length=1, description="User or team; by default your own.")] = None
-    name: Annotated[str | None, Field(min_length=1, description="By default that of the run directory.")] = None
-    group: Annotated[str | None, Field(min_length=1, description="Runs that are shown together.")] = None
-    tags: Annotated[tuple[str, ...], Field(description="Words to find the run by.")] = ()
+    name: Annotated[
+        str | None, Field(min_length=1, description="Name of the run; by default that of the run directory.")
+    ] = None
+    group: Annotated[str | None, Field(min_length=1, description="Group in which W&B shows the run.")] = None
+    tags: Annotated[tuple[str, ...], Field(description="Tags of the run.")] = ()
     mode: Annotated[
         Literal["online", "offline", "disabled"] | None,
-        Field(description="By default WANDB_MODE, else online where an API key is found, and offline where none is."),
+        Field(description="By default WANDB_MODE, else online if an API key is found and offline otherwise."),
     ] = None
     dir: Annotated[
-        str | None, Field(min_length=1, description="Where `wandb/` with its files is; by default the run directory.")
+        str | None, Field(min_length=1, description="Directory of `wandb/`; by default the run directory.")
     ] = None
     save_code: Annotated[bool, Field(description="Let W&B read the git repository and save the program.")] = False
 
     @hookimpl
     def sftx_observer(self, run: RunInfo) -> Observer:
-        wandb = library("wandb", _EXTRA)
-        return _Run(run, wandb, self._init_arguments(run, wandb, _mode(wandb, self.mode)))
-
-    def _init_arguments(self, run: RunInfo, wandb: Any, mode: str) -> dict[str, Any]:
-        """What wandb.init is given; it takes no hold of the process: no signals, no streams."""
+        wandb = import_library("wandb", "wandb")
         settings = wandb.Settings(
             console="off",
             silent=True,
             symlink=False,
-            init_timeout=_INIT_S,
-            finish_timeout=_FINISH_S,
+            init_timeout=_INIT_SECONDS,
+            finish_timeout=_FINISH_SECONDS,
             disable_git=not self.save_code,
             disable_code=not self.save_code,
             save_code=self.save_code,
-            x_transaction_log_flush_interval=_FLUSH_S,
+            x_transaction_log_flush_interval=_FLUSH_SECONDS,
         )
-        return {
+        arguments = {
             "project": self.project or os.environ.get("WANDB_PROJECT") or "sftx",
             "entity": self.entity,
             "name": self.name or os.environ.get("WANDB_NAME") or run.output_dir.name,
             "group": self.group,
             "tags": self.tags or None,
-            "mode": mode,
+            "mode": _mode(wandb, self.mode),
             "dir": self.dir and str(Path(self.dir).expanduser()),
-            "reinit": "create_new",  # a run of the program that calls sftx stays as it is
+            "reinit": "create_new",  # leaves alone a W&B run that the calling program may have open
             "settings": settings,
         }
+        return _Run(run, wandb, arguments)
 
 
 def _mode(wandb: Any, option: str | None) -> str:
-    """Never a question on the terminal. Raises ConfigError when a key is needed that is not there."""
+    """Return the mode, without ever asking on the terminal. Raises ConfigError if a key is needed and none is found."""
     mode = option or os.environ.get("WANDB_MODE")
     if mode in ("offline", "disabled", "dryrun"):
         return mode
@@ -105,61 +103,57 @@ def _mode(wandb: Any, option: str | None) -> str:
 
 
 class _Run(Tracker):
+    tool = "wandb"
+
     def __init__(self, run: RunInfo, wandb: Any, arguments: dict[str, Any]) -> None:
         super().__init__(run)
         self._wandb = wandb
         self._arguments = arguments
         self._run: Any = None
-        self._sent: int | None = None
-        """The step of the row that was sent last."""
+        self._committed_step: int | None = None
 
     def begin(self, report: StartReport) -> None:
-        run_id = kept_id(self.run, "wandb", report) or secrets.token_hex(4)
+        run_id = self.load_run_id(report) or secrets.token_hex(4)
         directory = self._arguments["dir"] or str(self.run.output_dir)
-        Path(directory).mkdir(parents=True, exist_ok=True)  # into the system's directory for temporary files otherwise
+        Path(directory).mkdir(parents=True, exist_ok=True)  # without it W&B would write into the temporary directory
         service = os.environ.get(_SERVICE)
         config = copy.deepcopy(dict(self.run.config))
-        facts = {"derived": derived(report), "assembled": assembled(report.providers)}
+        facts = {"derived": start_values(report), "assembled": assembled_table(report.providers)}
         self._run = self._wandb.init(
             **self._arguments | {"dir": directory, "config": config | facts, "id": run_id, "resume": "allow"},
-            allow_val_change=True,  # a run that goes on may save more often than before
+            allow_val_change=True,  # some options of a resumed run may differ, such as save_steps
         )
         if service is None:
-            os.environ.pop(_SERVICE, None)  # for processes that this one starts; the environment is not ours to change
-        keep_id(self.run, "wandb", run_id)
+            os.environ.pop(_SERVICE, None)  # W&B sets it, and processes started by this one would inherit it
+        self.save_run_id(run_id)
         self._run.define_metric(GLOBAL_STEP)
         self._run.define_metric("*", step_metric=GLOBAL_STEP, step_sync=True)
-        self._tell_where()
-
-    def _tell_where(self) -> None:
-        if self._run.disabled:
-            return
-        if self._run.offline:
+        if self._run.offline and not self._run.disabled:
             log.info("wandb: offline; `wandb sync %s` sends the run", Path(self._run.dir).parent)
-        else:
+        elif not self._run.disabled:
             log.info("wandb: %s", self._run.url)
 
-    # Each row has its step: those that an interrupted process sent are not taken a second time. A row is held back
-    # until its step is over, which a checkpoint ends: what is in it is never told again.
+    # Each row has its step, so W&B does not take a second time the rows that an interrupted process sent. A row stays
+    # open until its step is over; a checkpoint commits it, because a resumed run does not write it again.
 
-    def points(self, values: Mapping[str, float], step: int) -> None:
+    def log_values(self, values: Mapping[str, float], step: int) -> None:
         self._run.log(dict(values), step=step)
 
     def on_save(self, step: int, directory: Path) -> None:
-        if step != self._sent:  # the result is saved at a step that a checkpoint may have sent already
+        if step != self._committed_step:  # the result may be saved at the step of the last checkpoint
             self._run.log({}, step=step, commit=True)
-        self._sent = step
+        self._committed_step = step
 
-    def samples(self, samples: Sequence[Sample], step: int) -> None:
+    def log_samples(self, samples: Sequence[Sample], step: int) -> None:
         columns = ["row", "prompt", "reference", "prediction"]
-        rows = [[clean(text) for text in (s.row_id, s.prompt, s.reference, s.prediction)] for s in samples]
+        rows = [list(row.values()) for row in sample_rows(samples)]
         self._run.log({"eval/samples": self._wandb.Table(columns=columns, data=rows)}, step=step)
 
-    def figures(self, figures: Mapping[str, Scalar], step: int) -> None:
-        self._run.summary.update(dict(figures))
+    def log_summary(self, summary: Mapping[str, Scalar], step: int) -> None:
+        self._run.summary.update(dict(summary))
 
-    def finish(self, ending: Ending) -> None:
-        self._run.finish(exit_code=_EXIT_CODES[ending])
+    def finish(self, status: ExitStatus) -> None:
+        self._run.finish(exit_code=_EXIT_CODES[status])
         link = Path(self._run.dir).parent / "logs" / "debug-core.log"
-        if link.is_symlink():  # to a log of W&B's service that lies elsewhere, and that later runs write too
+        if link.is_symlink():  # to a log of W&B's service outside of the run, which later runs write too
             link.unlink()

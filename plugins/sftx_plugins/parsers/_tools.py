@@ -1,4 +1,4 @@
-"""Reads the functions that may be called, and the calls of them, out of a record; shared by the parsers."""
+"""Reads tool definitions and tool calls from a record."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from sftx_plugins.parsers import _values
 
 
 def tools(value: Any, name: str, where: Location) -> tuple[Mapping[str, Any], ...]:
-    """Functions in OpenAI's form. Raises DataError.
+    """Return tool definitions in OpenAI's format. Raises DataError.
 
-    `value` is a list, or JSON text of one; what it lists is `{"type": "function", "function": {...}}`, or the function
-    alone. A key that is null is left out, unless it stands in JSON text.
+    `value` is a list, or JSON text of one. Its items are `{"type": "function", "function": {...}}`, or the function
+    alone. Keys with a null are left out, except in JSON text.
     """
     if value in (None, ""):
         return ()
-    listed = _values.from_json(value, name, where) if isinstance(value, str) else value
-    items = _values.list_of(listed, name, where)
     keep_null = isinstance(value, str)
+    items = _values.list_of(_values.from_json(value, name, where) if keep_null else value, name, where)
     return tuple(_tool(item, f"{name}[{number}]", where, keep_null) for number, item in enumerate(items))
 
 
@@ -31,18 +30,19 @@ def _tool(item: Any, at: str, where: Location, keep_null: bool) -> Mapping[str, 
 
 
 def calls(value: Any, name: str, where: Location) -> tuple[ToolCall, ...]:
-    """Calls of functions: a list or one alone, or JSON text of it. Raises DataError.
+    """Return tool calls. Raises DataError.
 
-    A call is `{"id", "type": "function", "function": {"name", "arguments"}}`, or name and arguments alone. Arguments
-    are an object, or JSON text of one.
+    `value` is a list of calls or a single one, or JSON text of either. A call is
+    `{"id", "type": "function", "function": {"name", "arguments"}}`, or name and arguments alone. Arguments are an
+    object, or JSON text of one.
     """
     if value in (None, ""):
         return ()
     keep_null = isinstance(value, str)
-    found = _values.from_json(value, name, where) if isinstance(value, str) else value
-    if isinstance(found, dict):
-        return (_call(found, name, where, keep_null),)
-    items = _values.list_of(found, name, where)
+    parsed = _values.from_json(value, name, where) if keep_null else value
+    if isinstance(parsed, dict):
+        return (_call(parsed, name, where, keep_null),)
+    items = _values.list_of(parsed, name, where)
     return tuple(_call(item, f"{name}[{number}]", where, keep_null) for number, item in enumerate(items))
 
 
@@ -56,11 +56,11 @@ def _call(item: Any, at: str, where: Location, keep_null: bool) -> ToolCall:
         raise DataError(
             f"{where}: {at}: arguments are {_values.kind(arguments)}, expected an object or JSON text of one"
         )
-    known_by = call.get("id")
+    call_id = call.get("id")
     return ToolCall(
         function["name"],
         {} if arguments is None else arguments,
-        None if known_by is None else _values.text(known_by, f"{at}.id", where),
+        None if call_id is None else _values.text(call_id, f"{at}.id", where),
     )
 
 
@@ -74,7 +74,7 @@ def _object(item: Any, at: str, where: Location, expected: str, keep_null: bool)
 
 
 def _function(item: Mapping[str, Any], at: str, where: Location) -> Mapping[str, Any]:
-    """The function that an object of OpenAI's form is about, or that it is itself. It has a name."""
+    """Return the object under the key `function`, or `item` itself if there is none. It must have a name."""
     if "function" in item and item.get("type") not in (None, "function"):
         raise DataError(f"{where}: {at}.type is {_values.shown(item['type'])}, expected 'function'")
     function = item.get("function", item)

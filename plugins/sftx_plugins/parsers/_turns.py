@@ -1,4 +1,4 @@
-"""Reads turns of a conversation out of a record's values; shared by the parsers of conversations."""
+"""Reads the messages of a conversation from a record."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ ROLES: Final[Mapping[str, str]] = {
     "ipython": "tool",
     "observation": "tool",
 }
-"""The role of a turn by what OpenAI's form and its relatives call it."""
+"""The role for each word that OpenAI's format and similar ones use."""
 CALL: Final = "function_call"
-"""Stands for a role in tables such as `ROLES`: an assistant's turn whose content is JSON text of its calls."""
+"""A pseudo-role in tables such as `ROLES`: an assistant's turn whose content is JSON text of its tool calls."""
 
-_LARGEST_WEIGHT: Final = 1e6
+_MAX_WEIGHT: Final = 1e6
 _REASONING: Final = ("reasoning_content", "reasoning", "thinking")
 _TRAIN: Final = ("train", "trainable", "training")
 _WEIGHT: Final = ("weight", "loss_weight")
@@ -32,53 +32,54 @@ _OPEN, _CLOSE = "<think>", "</think>"
 
 
 def conversation(messages: Sequence[Message], record: Record, where: Location, *, turns: Any = ()) -> Conversation:
-    """The messages with the record's tools. Raises DataError for one with pictures or sounds, or a bad answer.
+    """Return the messages with the record's tools. Raises DataError for images, video or audio, and for KTO labels.
 
-    `turns` is what the messages were read from: MiniMind's data has the tools in the first one, the system's.
+    `turns` is the list that the messages were read from; MiniMind's data has the tools in its first item, the system
+    turn.
     """
     if isinstance(record.get("label"), bool):
         raise DataError(
-            f"{where}: label says whether the answer is a good one (KTO), which needs a plugin of its own; leave bad "
-            "answers out, and the field"
+            f"{where}: label marks the answer as good or bad (KTO), which needs a plugin of its own; remove rows with "
+            "bad answers, and the field"
         )
     media = next((field for field in _MEDIA if record.get(field)), None)
     if media is not None:
-        raise DataError(f"{where}: {media} cannot be trained on, only text; leave such rows out")
+        raise DataError(f"{where}: {media} cannot be trained on, only text; remove such rows")
     tools = _tools.tools(record.get("tools"), "tools", where)
     first = turns[0] if isinstance(turns, list) and turns else {}
     if not tools:
-        key = _values.present(first, ("tools", "functions"))
+        key = _values.first_key(first, ("tools", "functions"))
         tools = _tools.tools(first.get(key), f"the first turn's {key}", where)
     return Conversation(tuple(messages), tools=tools)
 
 
 def with_system(system: str, messages: Sequence[Message], where: Location) -> tuple[Message, ...]:
-    """The turns after the system text that stands in a field of its own, if there is any. Raises DataError."""
+    """Return the messages after the text of a separate system field. Raises DataError if they begin with another."""
     if not system:
         return tuple(messages)
     if messages and messages[0].role == "system":
         if messages[0].content != system:
-            raise DataError(f"{where}: has a text in system and another one in its first turn; keep one of them")
+            raise DataError(f"{where}: system and the first turn have different system texts; keep one of them")
         return tuple(messages)
     return (Message("system", system), *messages)
 
 
 def answer(text: str) -> Message:
-    """An assistant's turn; a block of reasoning at its beginning is taken for what it is."""
+    """Return an assistant's message, with `<think>` text at its beginning as its reasoning."""
     reasoning, content = split_reasoning(text)
     return Message("assistant", content, reasoning=reasoning)
 
 
 def split_reasoning(text: str) -> tuple[str, str]:
-    """The reasoning of `<think>reasoning</think>content`, and the content; ("", text) where none stands first.
+    """Split `<think>reasoning</think>content`; return ("", text) if the text does not begin like this.
 
-    A tag in a text never becomes a control token later, so the reasoning has to be told from the content here. Of both,
-    those newlines are taken off that the templates of Qwen3 and DeepSeek-R1 write around them, and nothing else.
+    The split has to happen here, because a tag in a row's text never becomes a control token later. The newlines that
+    the templates of Qwen3 and DeepSeek-R1 write around both are stripped, and nothing else.
     """
-    begun = text.lstrip()
-    if not begun.startswith(_OPEN) or _CLOSE not in begun:
+    stripped = text.lstrip()
+    if not stripped.startswith(_OPEN) or _CLOSE not in stripped:
         return "", text
-    reasoning, _, content = begun.removeprefix(_OPEN).partition(_CLOSE)
+    reasoning, _, content = stripped.removeprefix(_OPEN).partition(_CLOSE)
     return reasoning.strip("\n"), content.lstrip("\n")
 
 
@@ -91,31 +92,34 @@ def messages(
     role_keys: Sequence[str] = ("role",),
     content_keys: Sequence[str] = ("content",),
 ) -> tuple[Message, ...]:
-    """The turns of a list of objects such as `{role, content}`. Raises DataError.
+    """Return the messages of a list of objects such as `{role, content}`. Raises DataError.
 
-    `tags` are the words for roles; of `role_keys` and `content_keys` the first is taken that a turn has.
+    `tags` maps the words for roles to roles. The first of `role_keys` and of `content_keys` that an object has is read.
     """
-    found = []
+    result = []
     for number, turn in enumerate(_values.list_of(value, name, where)):
         at = f"{name}[{number}]"
         if not isinstance(turn, dict):
             raise DataError(
                 f"{where}: {at} is {_values.kind(turn)}, expected an object with {role_keys[0]} and {content_keys[0]}"
             )
-        role_key = _values.present(turn, role_keys)
-        role = _values.choice(turn.get(role_key), f"{at}.{role_key}", where, tags)
-        found.append(_message(turn, role, _values.present(turn, content_keys), at, where))
-    return tuple(found)
+        role_key = _values.first_key(turn, role_keys)
+        role = _values.lookup(turn.get(role_key), f"{at}.{role_key}", where, tags)
+        result.append(_message(turn, role, _values.first_key(turn, content_keys), at, where))
+    return tuple(result)
 
 
 def _message(turn: Record, role: str, content_key: str, at: str, where: Location) -> Message:
-    content, reasoning, calls = _said(turn, role, content_key, at, where)
+    content, reasoning, calls = _content(turn, role, content_key, at, where)
     role = "assistant" if role == CALL else role
     if role != "assistant" and (reasoning or calls):
-        what = "tool calls" if calls else "reasoning"
-        raise DataError(f"{where}: {at} is a turn of the {role} and has {what}; only an assistant's turn can")
-    trainable, weight = _training(turn, at, where)
-    is_result = role == "tool"
+        kind = "tool calls" if calls else "reasoning"
+        raise DataError(f"{where}: {at} is a turn of the {role} and has {kind}; only an assistant's turn can")
+    trainable, weight = _trainable_and_weight(turn, at, where)
+    name, tool_call_id = (
+        (_values.optional_text(turn, field, where, name=f"{at}.{field}") or None) if role == "tool" else None
+        for field in ("name", "tool_call_id")
+    )
     return Message(
         role,
         content,
@@ -123,15 +127,15 @@ def _message(turn: Record, role: str, content_key: str, at: str, where: Location
         weight,
         reasoning=reasoning,
         tool_calls=calls,
-        name=_known_by(turn, "name", at, where) if is_result else None,
-        tool_call_id=_known_by(turn, "tool_call_id", at, where) if is_result else None,
+        name=name,
+        tool_call_id=tool_call_id,
     )
 
 
-def _said(turn: Record, role: str, key: str, at: str, where: Location) -> tuple[str, str, tuple[ToolCall, ...]]:
-    """A turn's content, its reasoning and its calls."""
+def _content(turn: Record, role: str, key: str, at: str, where: Location) -> tuple[str, str, tuple[ToolCall, ...]]:
+    """Return a turn's content, its reasoning and its tool calls."""
     value, name = turn.get(key), f"{at}.{key}"
-    reasoning_key = _values.present(turn, _REASONING)
+    reasoning_key = _values.first_key(turn, _REASONING)
     reasoning = _values.optional_text(turn, reasoning_key, where, name=f"{at}.{reasoning_key}")
     calls = [call for field in ("tool_calls", CALL) for call in _tools.calls(turn.get(field), f"{at}.{field}", where)]
     if isinstance(value, list) and role != CALL:
@@ -153,7 +157,7 @@ def _said(turn: Record, role: str, key: str, at: str, where: Location) -> tuple[
 
 
 def _parts(parts: list[Any], name: str, where: Location) -> tuple[str, str, list[ToolCall]]:
-    """What a content in parts says: text, reasoning and calls, each put together."""
+    """Return the text, the reasoning and the tool calls of a content that is a list of parts."""
     texts: list[str] = []
     reasoning: list[str] = []
     calls: list[ToolCall] = []
@@ -163,44 +167,40 @@ def _parts(parts: list[Any], name: str, where: Location) -> tuple[str, str, list
             raise DataError(f"{where}: {at} is {_values.kind(part)}, expected an object with type and text")
         kind = part.get("type")
         if kind == "text":
-            key = _values.present(part, ("text", "value"))
+            key = _values.first_key(part, ("text", "value"))
             texts.append(_values.text(part.get(key), f"{at}.{key}", where))
         elif kind in ("reasoning", "thinking"):
-            key = _values.present(part, (kind, "text", "value"))
+            key = _values.first_key(part, (kind, "text", "value"))
             reasoning.append(_values.text(part.get(key), f"{at}.{key}", where))
         elif kind == "tool_call":
-            key = _values.present(part, ("tool_call", "value"))
+            key = _values.first_key(part, ("tool_call", "value"))
             calls += _tools.calls(part.get(key), f"{at}.{key}", where)
         else:
             raise DataError(
                 f"{where}: {at}.type is {_values.shown(kind)}, expected text, reasoning, thinking or tool_call; "
-                "pictures and sounds cannot be trained on"
+                "images and audio cannot be trained on"
             )
     return "".join(texts), "\n".join(reasoning), calls
 
 
-def _training(turn: Record, at: str, where: Location) -> tuple[bool | None, float]:
-    """Whether a turn is trained, None where it does not say, and its weight in the loss.
+def _trainable_and_weight(turn: Record, at: str, where: Location) -> tuple[bool | None, float]:
+    """Return whether a turn is trained, or None if it does not say, and its weight in the loss.
 
-    OpenAI's `weight` 0 trains nothing of a turn. LLaMA-Factory's `loss_weight` also says that a turn is trained.
+    A weight of 0 leaves a turn untrained. A positive `loss_weight` (LLaMA-Factory) marks it as trained.
     """
-    train_key, weight_key = (_values.present(turn, keys) for keys in (_TRAIN, _WEIGHT))
+    train_key, weight_key = (_values.first_key(turn, keys) for keys in (_TRAIN, _WEIGHT))
     trainable, weight = turn.get(train_key), turn.get(weight_key)
     if not (trainable is None or isinstance(trainable, bool)):
         raise DataError(f"{where}: {at}.{train_key} is {_values.shown(trainable)}, expected true or false")
     if weight is None:
         return trainable, 1.0
     is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
-    if not is_number or not 0 <= weight <= _LARGEST_WEIGHT:
+    if not is_number or not 0 <= weight <= _MAX_WEIGHT:
         raise DataError(
-            f"{where}: {at}.{weight_key} is {_values.shown(weight)}, expected a number from 0 to {_LARGEST_WEIGHT:g}"
+            f"{where}: {at}.{weight_key} is {_values.shown(weight)}, expected a number from 0 to {_MAX_WEIGHT:g}"
         )
     if trainable and weight == 0:
         raise DataError(f"{where}: {at}.{train_key} is true and {weight_key} is 0; leave one of them out")
     if trainable is None and (weight == 0 or weight_key == "loss_weight"):
         trainable = weight > 0
     return trainable, float(weight) if weight > 0 else 1.0
-
-
-def _known_by(turn: Record, field: str, at: str, where: Location) -> str | None:
-    return _values.optional_text(turn, field, where, name=f"{at}.{field}") or None

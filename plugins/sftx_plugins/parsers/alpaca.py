@@ -1,7 +1,7 @@
-"""`{"instruction": ..., "input": ..., "output": ..., "system": ..., "history": [[q, a], ...]}`: Stanford Alpaca's form.
+"""`{"instruction": ..., "input": ..., "output": ..., "system": ..., "history": [[q, a], ...]}`: the format of Alpaca.
 
-`system`, `history` and `tools` are LLaMA-Factory's additions, and so is the way the input is joined: on a line of its
-own.
+`system`, `history` and `tools` are LLaMA-Factory's additions. As there, the input is joined to the instruction with a
+newline.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sftx_plugins.parsers import _turns, _values
 
 @dataclass(frozen=True, eq=False)
 class Alpaca:
-    """An instruction, perhaps with an input, and its output; earlier turns in history are trained too."""
+    """An instruction, an optional input, and the output; the answers in `history` are trained too."""
 
     fields: ClassVar[str] = "instruction, output (input, system, history, tools)"
     samples: ClassVar[Sequence[Record]] = (
@@ -43,7 +43,7 @@ class Alpaca:
         history = record.get("history")
         for number, pair in enumerate(_values.list_of([] if history is None else history, "history", where)):
             if not isinstance(pair, list) or len(pair) != 2:
-                raise DataError(f"{where}: history[{number}] is no pair [question, answer]")
+                raise DataError(f"{where}: history[{number}] is not a pair [question, answer]")
             question, answer = (_values.text(side, f"history[{number}][{n}]", where) for n, side in enumerate(pair))
             messages += (Message("user", question), _turns.answer(answer))
         instruction = _values.text(record.get("instruction"), "instruction", where)

@@ -1,9 +1,9 @@
-"""`{"chosen": "\\n\\nHuman: ...\\n\\nAssistant: ...", "rejected": ...}`: the transcripts of Anthropic's hh-rlhf."""
+"""`{"chosen": "\\n\\nHuman: ...\\n\\nAssistant: ...", "rejected": ...}`: the transcripts of hh-rlhf (Anthropic)."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
@@ -17,8 +17,8 @@ _SPEAKER: Final = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 class HHRLHF:
     """The preferred transcript of each pair; the `rejected` one is not read.
 
-    A turn begins with `Human:` or `Assistant:` after an empty line; white space around its text is taken off. `chosen`
-    may also be a list of messages, as the format `messages` reads them.
+    A turn begins with `Human:` or `Assistant:` after an empty line; white space around its text is stripped. `chosen`
+    may also be a list of messages in the format `messages`.
     """
 
     fields: ClassVar[str] = "chosen (rejected)"
@@ -42,20 +42,18 @@ class HHRLHF:
         return self
 
     def accepts(self, record: Record) -> bool:
-        # Beside a conversation or a prompt, chosen is the answer alone.
+        # In a record with a conversation or a prompt, chosen is only the answer.
         return "chosen" in record and not {"conversations", "prompt"} & record.keys()
 
     def parse(self, record: Record, where: Location) -> tuple[Conversation, ...]:
         chosen: Any = record.get("chosen")
         if isinstance(chosen, list):
             return (_turns.conversation(_turns.messages(chosen, "chosen", where), record, where),)
-        turns = tuple(_turns_of(_values.text(chosen, "chosen", where), where))
-        return (_turns.conversation(turns, record, where),)
-
-
-def _turns_of(transcript: str, where: Location) -> Iterator[Message]:
-    before, *pieces = _SPEAKER.split(transcript.strip())
-    if before or not pieces:
-        raise DataError(f"{where}: chosen begins with {before[:40]!r}, expected 'Human:' or 'Assistant:'")
-    for speaker, said in zip(pieces[::2], pieces[1::2], strict=True):
-        yield Message("user", said.strip()) if speaker == "Human" else _turns.answer(said.strip())
+        before, *pieces = _SPEAKER.split(_values.text(chosen, "chosen", where).strip())
+        if before or not pieces:
+            raise DataError(f"{where}: chosen begins with {before[:40]!r}, expected 'Human:' or 'Assistant:'")
+        messages = [
+            Message("user", text.strip()) if speaker == "Human" else _turns.answer(text.strip())
+            for speaker, text in zip(pieces[::2], pieces[1::2], strict=True)
+        ]
+        return (_turns.conversation(messages, record, where),)

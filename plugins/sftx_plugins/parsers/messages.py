@@ -1,4 +1,4 @@
-"""`{"messages": [{"role": ..., "content": ...}, ...], "tools": [...]}`: the form of OpenAI, TRL and transformers."""
+"""`{"messages": [{"role": ..., "content": ...}, ...], "tools": [...]}`: the format of OpenAI and TRL."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from sftx_plugins.parsers import _turns
 class Messages:
     """Conversations as a list of messages with the roles system, user, assistant and tool.
 
-    `developer` is another word for system, `model` for assistant, `function`, `ipython` and `observation` for tool. A
-    content is text or a list of parts of text. An assistant's message may have `tool_calls` in OpenAI's form and
-    reasoning: as `reasoning_content`, `reasoning` or `thinking`, or in `<think>...</think>` before its text. `train:
-    false` leaves a message untrained, `train: true` trains it whatever its role; `weight` is its weight in the loss. A
-    null is the same as nothing; where an argument of a call is to be null, write the arguments as JSON text.
+    `developer` also means system, `model` assistant, and `function`, `ipython` and `observation` tool. A content is
+    text or a list of text parts. An assistant's message may have `tool_calls` in OpenAI's format and reasoning, as
+    `reasoning_content`, `reasoning` or `thinking`, or in `<think>...</think>` before its text. `train: false` leaves a
+    message untrained, `train: true` trains it whatever its role; `weight` is its weight in the loss. A null is the same
+    as a missing key; to give a null argument of a tool call, write the arguments as JSON text.
     """
 
     fields: ClassVar[str] = "messages (tools)"

@@ -1,4 +1,4 @@
-"""`{"prompt": ..., "completion": ...}`, each a text or a list of messages: the form of TRL."""
+"""`{"prompt": ..., "completion": ...}`, each a text or a list of messages: the format of TRL."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from sftx_plugins.parsers import _turns, _values
 
 @dataclass(frozen=True, eq=False)
 class PromptCompletion:
-    """A prompt that is not trained and a completion that is; texts are a turn of the user and of the assistant.
+    """An untrained prompt and a trained completion; a text is one turn of the user or of the assistant.
 
-    Lists of messages are read as the format `messages` reads them, with `tools` in a field of its own.
+    Lists of messages are read as in the format `messages`, with `tools` in a field of its own.
     """
 
     fields: ClassVar[str] = "prompt, completion (tools)"
@@ -38,7 +38,7 @@ class PromptCompletion:
     def parse(self, record: Record, where: Location) -> tuple[Conversation, ...]:
         prompt = _side(record.get("prompt"), "prompt", "user", where)
         completion = _side(record.get("completion"), "completion", "assistant", where)
-        # An assistant's turn within the prompt is context, not something to learn.
+        # An assistant's turn in the prompt is context and is not trained.
         context = tuple(dataclasses.replace(message, trainable=False) for message in prompt)
         return (_turns.conversation((*context, *completion), record, where),)
 

@@ -1,4 +1,4 @@
-"""`{"conversations": [{"from": "human", "value": ...}, ...], "system": ..., "tools": ...}`: the form of ShareGPT."""
+"""`{"conversations": [{"from": "human", "value": ...}, ...], "system": ..., "tools": ...}`: the format of ShareGPT."""
 
 from __future__ import annotations
 
@@ -30,19 +30,17 @@ _TAGS: Final[Mapping[str, str]] = {
 class ShareGPT:
     """Conversations as turns `from` human, gpt, system, function_call and observation, each with a `value`.
 
-    The value of a function_call is JSON text of one call, or of a list of them; an observation is what came back. Turns
-    with `role` and `content`, as in the format `messages`, are read too. `tools` stand in a field of the record or of
-    the system's turn.
+    The value of a function_call is JSON text of one call or of a list of calls; that of an observation is the result.
+    Turns with `role` and `content`, as in the format `messages`, are read too. `tools` are read from a field of the
+    record or of the system turn.
     """
 
-    role_key: Annotated[str | None, Field(description="Key of who speaks, where it is neither `from` nor `role`.")] = (
-        None
-    )
+    role_key: Annotated[str | None, Field(description="Key of the role, if it is neither `from` nor `role`.")] = None
     content_key: Annotated[
-        str | None, Field(description="Key of what is said, where it is neither `value` nor `content`.")
+        str | None, Field(description="Key of the content, if it is neither `value` nor `content`.")
     ] = None
     roles: Annotated[
-        dict[str, Role], Field(description="Further words for roles, such as {bot: assistant}; they win.")
+        dict[str, Role], Field(description="Further words for roles, such as {bot: assistant}; they take precedence.")
     ] = field(default_factory=dict)
 
     fields: ClassVar[str] = "conversations (system, tools)"
@@ -80,7 +78,7 @@ class ShareGPT:
         return self
 
     def accepts(self, record: Record) -> bool:
-        # With chosen and rejected it is a preference pair, whose conversation lacks the answer.
+        # A record with chosen and rejected is a preference pair, whose conversation has no answer.
         return "conversations" in record and not {"chosen", "rejected"} & record.keys()
 
     def parse(self, record: Record, where: Location) -> tuple[Conversation, ...]:

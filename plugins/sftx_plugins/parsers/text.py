@@ -12,7 +12,7 @@ from sftx_plugins.parsers import _values
 
 @dataclass(frozen=True, eq=False)
 class Text:
-    """Text without turns, every token of which is trained; no template is needed."""
+    """Text without turns. Every token is trained, and no template is needed."""
 
     fields: ClassVar[str] = "text"
     samples: ClassVar[Sequence[Record]] = (

@@ -1,4 +1,4 @@
-"""`{"input_ids": [...], "labels": [...]}`: rows that were tokenised elsewhere."""
+"""`{"input_ids": [...], "labels": [...]}`: rows that were tokenised by another program."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ _MASKS: Final = ("loss_mask", "completion_mask", "assistant_masks")
 class TokenIds:
     """Token ids of the model's own tokenizer, and which of them are trained.
 
-    `labels` repeat the ids, with -100 where nothing is trained; they are not shifted, sftx does that. `loss_mask`,
-    `completion_mask` and `assistant_masks` have a 1 for each token that is trained; of several, each must have one.
-    Without any of these every token is trained. Padding, where `attention_mask` is 0, is cut off.
+    `labels` repeat the ids, with -100 for untrained tokens; they are not shifted, because sftx shifts them itself.
+    `loss_mask`, `completion_mask` and `assistant_masks` have a 1 for each trained token; if a record has several, a
+    token needs a 1 in each. Without any of these every token is trained. Padding, marked by a 0 in `attention_mask`, is
+    removed.
     """
 
     fields: ClassVar[str] = f"input_ids (labels, {', '.join(_MASKS)}, attention_mask)"
@@ -38,44 +39,44 @@ class TokenIds:
 
     def parse(self, record: Record, where: Location) -> tuple[Tokens, ...]:
         ids = _ints(record, "input_ids", where)
-        real = _real(record, len(ids), where)
+        not_padding = _without_padding(record, len(ids), where)
         trained = [True] * len(ids)
         if record.get("labels") is not None:
             labels = _ints(record, "labels", where, len(ids))
-            _check_labels(ids[real], labels[real], where)
+            _check_labels(ids[not_padding], labels[not_padding], where)
             trained = [label != IGNORE_INDEX for label in labels]
         for field in _MASKS:
             if record.get(field) is not None:
                 mask = _bits(record, field, where, len(ids))
-                trained = [both and on for both, on in zip(trained, mask, strict=True)]
-        return (Tokens(tuple(ids[real]), tuple(trained[real])),)
+                trained = [a and b for a, b in zip(trained, mask, strict=True)]
+        return (Tokens(tuple(ids[not_padding]), tuple(trained[not_padding])),)
 
 
 def _ints(record: Record, field: str, where: Location, length: int | None = None) -> list[int]:
-    """A list of whole numbers, as many as there are tokens. Raises DataError."""
+    """Return a list of integers, `length` of them if that is given. Raises DataError."""
     values = _values.list_of(record.get(field), field, where)
-    strange = next((number for number, value in enumerate(values) if type(value) is not int), None)
-    if strange is not None:
-        raise DataError(f"{where}: {field}[{strange}] is {_values.shown(values[strange])}, expected a whole number")
+    wrong = next((number for number, value in enumerate(values) if type(value) is not int), None)
+    if wrong is not None:
+        raise DataError(f"{where}: {field}[{wrong}] is {_values.shown(values[wrong])}, expected a whole number")
     if length is not None and len(values) != length:
         raise DataError(f"{where}: {field} has {len(values)} values for {length} input_ids; give one each")
     return values
 
 
 def _bits(record: Record, field: str, where: Location, length: int) -> list[bool]:
-    """The same of ones and zeros, or of true and false."""
+    """Return a mask of ones and zeros, or of true and false. Raises DataError."""
     values = record.get(field)
     if isinstance(values, list):
         record = {field: [int(value) if isinstance(value, bool) else value for value in values]}
     bits = _ints(record, field, where, length)
-    strange = next((number for number, value in enumerate(bits) if value not in (0, 1)), None)
-    if strange is not None:
-        raise DataError(f"{where}: {field}[{strange}] is {_values.shown(bits[strange])}, expected 0 or 1")
+    wrong = next((number for number, value in enumerate(bits) if value not in (0, 1)), None)
+    if wrong is not None:
+        raise DataError(f"{where}: {field}[{wrong}] is {_values.shown(bits[wrong])}, expected 0 or 1")
     return [bit == 1 for bit in bits]
 
 
-def _real(record: Record, length: int, where: Location) -> slice:
-    """Where the tokens stand that are no padding."""
+def _without_padding(record: Record, length: int, where: Location) -> slice:
+    """Return the slice of the tokens that are not padding. Raises DataError if they are not contiguous."""
     if record.get("attention_mask") is None:
         return slice(0, length)
     mask = _bits(record, "attention_mask", where, length)
@@ -84,14 +85,14 @@ def _real(record: Record, length: int, where: Location) -> slice:
     start, end = mask.index(True), length - mask[::-1].index(True)
     if not all(mask[start:end]):
         raise DataError(
-            f"{where}: attention_mask has a 0 between its ones, expected zeros for padding at one end; "
+            f"{where}: attention_mask has a 0 between its ones, expected zeros at the ends alone; "
             "give each document a row of its own"
         )
     return slice(start, end)
 
 
 def _check_labels(ids: list[int], labels: list[int], where: Location) -> None:
-    """Raises DataError unless each label is the id at its own place, or IGNORE_INDEX."""
+    """Raise DataError unless each label is the id at the same position, or IGNORE_INDEX."""
     wrong = next((at for at, label in enumerate(labels) if label not in (IGNORE_INDEX, ids[at])), None)
     if wrong is None:
         return

@@ -1,61 +1,55 @@
-"""Alpaca: `system### Instruction:\\n...\\n\\n### Response:\\n...`: plain text, and the tokenizer's end of text."""
+r"""Alpaca: `system### Instruction:\n...\n\n### Response:\n...`, plain text that ends with the tokenizer's eos token."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Final
+from typing import Annotated
 
 from pydantic import Field
 
 from sftx import Conversation, Message, Segment
-from sftx_plugins.templates.native import ROUNDS, Bordered, Turn, rounds
-
-_JINJA: Final = (
-    ROUNDS
-    + """
-    {{ $begin }}{{ (system if system is not none else $default) or '' }}
-    {% for message in turns %}
-        {% if message.role == 'user' %}
-            {% if not loop.first %}{{ '\\n\\n' }}{% endif %}
-            {{ '### Instruction:\\n' + message.content + '\\n\\n' }}
-        {% else %}{{ '### Response:\\n' }}{{ thought(message) }}{{ message.content + $end }}
-        {% endif %}
-    {% endfor %}
-    {% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}
-"""
-)
+from sftx_plugins.templates.native import JINJA_SYSTEM_AND_TURNS, BosEosTemplate, Turn, split_system_and_turns
 
 
 @dataclass(frozen=True, eq=False)
-class AlpacaTemplate(Bordered):
-    """Headings in plain text, as Stanford's Alpaca has them; the response and the end of text are trained."""
+class AlpacaTemplate(BosEosTemplate):
+    """Headings in plain text, as in Stanford's Alpaca; the response and the eos token are trained."""
 
     default_system: Annotated[
         str | None,
         Field(description="Text before conversations that begin without a system turn; null adds none."),
     ] = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
 
-    @property
-    def chat_template(self) -> str | None:
-        return self._jinja(_JINJA, begin=self.begin, end=self.end, default=self.default_system)
+    answer_prompt = "### Response:\n"
+    jinja = (
+        JINJA_SYSTEM_AND_TURNS
+        + r"""
+    {{ $bos }}{{ (system if system is not none else $default_system) or '' }}
+    {% for message in turns %}
+        {% if message.role == 'user' %}
+            {% if not loop.first %}{{ '\n\n' }}{% endif %}
+            {{ '### Instruction:\n' + message.content + '\n\n' }}
+        {% else %}{{ '### Response:\n' }}{{ thought(message) }}{{ message.content + $eos }}
+        {% endif %}
+    {% endfor %}
+    {% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}
+    """
+    )
 
-    def _turns(self, conversation: Conversation) -> Iterator[Segment]:
-        system, turns = rounds(conversation, "AlpacaTemplate")
+    def _segments(self, conversation: Conversation) -> Iterator[Segment]:
+        system, turns = split_system_and_turns(conversation, "AlpacaTemplate")
         first = system or Message("system", self.default_system or "")
-        yield from Turn(self.controls, "").opening(self.begin)
-        yield from self._turn(first).says(first.content)
+        yield from Turn(self.controls, "").markup(self.bos)
+        yield from self._turn(first).content(first.content)
         for number, message in enumerate(turns):
             turn = self._turn(message)
             if message.role == "user":
-                yield from turn.opening(("\n\n" if number else "") + "### Instruction:\n")
-                yield from turn.says(message.content)
-                yield from turn.opening("\n\n")
+                yield from turn.markup(("\n\n" if number else "") + "### Instruction:\n", trained=False)
+                yield from turn.content(message.content)
+                yield from turn.markup("\n\n", trained=False)
             else:
-                yield from turn.opening("### Response:\n")
-                yield from turn.thinks(message.reasoning)
-                yield from turn.says(message.content)
-                yield from turn.words(self.end)
-
-    def _opening(self, conversation: Conversation) -> Iterator[Segment]:
-        return Turn(self.controls, "assistant").opening("### Response:\n")
+                yield from turn.markup("### Response:\n", trained=False)
+                yield from turn.reasoning(message.reasoning)
+                yield from turn.content(message.content)
+                yield from turn.markup(self.eos)

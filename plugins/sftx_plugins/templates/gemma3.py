@@ -1,4 +1,4 @@
-"""Gemma 3: the form of Gemma, whose system text its own template has too; text only, no images."""
+"""Gemma 3: the format of Gemma, with a system text as in Gemma 3's own template; text only, no images."""
 
 from __future__ import annotations
 
@@ -9,4 +9,4 @@ from sftx_plugins.templates.gemma import Gemma
 
 @dataclass(frozen=True, eq=False)
 class Gemma3(Gemma):
-    """Turns of user and model, word for word as Gemma 3's own template; text only."""
+    """Turns of user and model, word for word as in Gemma 3's own template; text only."""

@@ -1,51 +1,45 @@
-"""MA-RLHF: `BOS\\n#SYSTEM:...\\n#USER:...\\n#ASSISTANT:...EOS`: role tags as plain text, as its course trains with.
+r"""MA-RLHF: `BOS\n#SYSTEM:...\n#USER:...\n#ASSISTANT:...EOS`, with role tags as plain text, as its course trains.
 
-A tag is a newline, `#`, the role in capitals and a colon; what is said follows at once. The text begins with the
-tokenizer's beginning of text where it has one; the answer ends in its end of text, and nothing follows that.
+A tag is a newline, `#`, the role in capitals and a colon; the turn's text follows directly. The text begins with the
+tokenizer's bos token if it has one; an answer ends with its eos token, and nothing follows that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from sftx import Conversation, Segment
-from sftx_plugins.templates.native import Bordered, Turn
+from sftx_plugins.templates.native import BosEosTemplate, Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_JINJA: Final = """
-    {{ $begin }}
-    {% for message in messages %}
-        {{ '\\n#' + message.role | upper + ':' }}{{ thought(message) }}{{ message.content }}
-        {% if message.role == 'assistant' %}{{ $end }}{% endif %}
-    {% endfor %}
-    {% if add_generation_prompt %}{{ '\\n#ASSISTANT:' }}{% endif %}
-"""
-
 
 @dataclass(frozen=True, eq=False)
-class MaRlhf(Bordered):
-    """#SYSTEM:, #USER: and #ASSISTANT: on lines of their own; the answer and the end of text are trained."""
+class MaRlhf(BosEosTemplate):
+    """#SYSTEM:, #USER: and #ASSISTANT: on lines of their own; the answer and the eos token are trained."""
 
-    @property
-    def chat_template(self) -> str | None:
-        return self._jinja(_JINJA, begin=self.begin, end=self.end)
+    answer_prompt = "\n#ASSISTANT:"
+    jinja = r"""
+    {{ $bos }}
+    {% for message in messages %}
+        {{ '\n#' + message.role | upper + ':' }}{{ thought(message) }}{{ message.content }}
+        {% if message.role == 'assistant' %}{{ $eos }}{% endif %}
+    {% endfor %}
+    {% if add_generation_prompt %}{{ '\n#ASSISTANT:' }}{% endif %}
+    """
 
-    def _begins_with(self, tokenizer: PreTrainedTokenizerBase) -> str:
+    def _bos(self, tokenizer: PreTrainedTokenizerBase) -> str:
         return tokenizer.bos_token or ""
 
-    def _turns(self, conversation: Conversation) -> Iterator[Segment]:
-        yield from Turn(self.controls, "").opening(self.begin)
+    def _segments(self, conversation: Conversation) -> Iterator[Segment]:
+        yield from Turn(self.controls, "").markup(self.bos)
         for message in conversation.messages:
             turn = self._turn(message)
-            yield from turn.opening(f"\n#{message.role.upper()}:")
-            yield from turn.thinks(message.reasoning)
-            yield from turn.says(message.content)
+            yield from turn.markup(f"\n#{message.role.upper()}:", trained=False)
+            yield from turn.reasoning(message.reasoning)
+            yield from turn.content(message.content)
             if message.role == "assistant":
-                yield from turn.words(self.end)
-
-    def _opening(self, conversation: Conversation) -> Iterator[Segment]:
-        return Turn(self.controls, "assistant").opening("\n#ASSISTANT:")
+                yield from turn.markup(self.eos)

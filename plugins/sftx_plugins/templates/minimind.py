@@ -1,6 +1,7 @@
-"""MiniMind: ChatML with a short system text where a conversation has none; with tools it has none.
+"""MiniMind: ChatML with a short default system text in conversations that have neither a system turn nor tools.
 
-The form of MiniMind's tokenizer since its second version, whose control tokens are <|im_start|> and <|im_end|>.
+This is the format of MiniMind's tokenizer since its second version, with the control tokens <|im_start|> and
+<|im_end|>.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ class MiniMind(ChatML):
 
     default_system: Annotated[
         str | None,
-        Field(description="System text of conversations that begin with neither one nor tools; null adds none."),
+        Field(description="System text of conversations without a system turn and without tools; null adds none."),
     ] = "You are a helpful assistant"
 
     roles = ROLES

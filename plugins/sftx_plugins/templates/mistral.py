@@ -1,20 +1,29 @@
-"""Mistral: `<s>[INST] question[/INST] answer</s>`; without the spaces where the tokenizer is of the kind of Nemo's.
+"""Mistral: `<s>[INST] question[/INST] answer</s>`, without the spaces on tokenizers like that of Mistral Nemo.
 
-[INST] is a control token where the tokenizer has it (v0.3, Nemo), plain text where it has not (v0.1, v0.2). Where there
-are tokens for tools, these stand before a question, calls and results as JSON with ids of nine letters and digits.
+[INST] is a control token where the tokenizer has it (v0.3, Nemo) and plain text elsewhere (v0.1, v0.2). On tokenizers
+with tokens for tools, the definitions are written before a question, and calls and results as JSON with ids of nine
+letters or digits.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from pydantic import Field
 
 from sftx import Conversation, DataError, Message, Segment
-from sftx_plugins.templates.native import HAVE_TOOLS, ROUNDS, THINK, Native, as_json, only_calls, rounds
+from sftx_plugins.templates.native import (
+    JINJA_SYSTEM_AND_TURNS,
+    THINK,
+    NativeTemplate,
+    refuse_text_beside_calls,
+    split_system_and_turns,
+    templates_with_tools,
+    tojson,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,9 +33,29 @@ TOOLS: Final = frozenset(
     {"[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"}
 )
 _ID: Final = re.compile(r"[A-Za-z0-9]{9}")
-_JINJA: Final = (
-    ROUNDS
-    + """
+
+
+@dataclass(frozen=True, eq=False)
+class Mistral(NativeTemplate):
+    """Questions between [INST] and [/INST]; the answer and </s> are trained."""
+
+    place: Annotated[
+        Literal["first", "last"],
+        Field(
+            description="The user turn that holds system text and tools: the first; or the last, as in Mistral's own "
+            "templates, which rewrites earlier turns, so that each trained turn is an example of its own."
+        ),
+    ] = "first"
+
+    controls = frozenset({BEGIN, END})
+    optional_controls = THINK | TOOLS | {"[INST]", "[/INST]"}
+    stop = (END,)
+    has_tools = True
+    """On tokenizers with the tokens in TOOLS; `_attributes_for` looks."""
+    space = " "
+    jinja = (
+        JINJA_SYSTEM_AND_TURNS
+        + r"""
     {{ '<s>' }}
     {% set seen = namespace(calls=0, results=0, place=0) %}
     {% if $place == 'last' %}
@@ -56,67 +85,48 @@ _JINJA: Final = (
                     {{ '[AVAILABLE_TOOLS]' + $space + tools | list | tojson + '[/AVAILABLE_TOOLS]' }}
                 {% endif %}
                 {{ '[INST]' + $space }}
-                {% if loop.index0 == seen.place and system is not none %}{{ system + '\\n\\n' }}{% endif %}
+                {% if loop.index0 == seen.place and system is not none %}{{ system + '\n\n' }}{% endif %}
                 {{ message.content + '[/INST]' }}
             {% else %}{{ $space }}{{ thought(message) }}{{ message.content + '</s>' }}
             {% endif %}
         {% endif %}
     {% endfor %}
-"""
-)
-
-
-@dataclass(frozen=True, eq=False)
-class Mistral(Native):
-    """Questions between [INST] and [/INST]; the answer and </s> are trained."""
-
-    place: Annotated[
-        Literal["first", "last"],
-        Field(
-            description="The user's turn that has system text and tools: the first; or the last, as Mistral's own "
-            "templates do, which rewrites earlier turns, so that each trained turn is an example of its own."
-        ),
-    ] = "first"
-
-    controls = frozenset({BEGIN, END})
-    optional = THINK | TOOLS | {"[INST]", "[/INST]"}
-    stop = (END,)
-    space = " "
+    """
+    )
 
     @property
     def rewrites_history(self) -> bool:
         return self.place == "last"
 
-    @property
-    def chat_template(self) -> str | None:
-        return self._jinja(_JINJA, place=self.place, space=self.space)
-
-    def _known_of(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-        """SentencePiece sets a space before each piece of text, and Mistral's forms for it have one; Nemo's not."""
-        known = super()._known_of(tokenizer)
-        has_tools = known["controls"] >= TOOLS
+    def _attributes_for(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        """Return also the space of Mistral's SentencePiece tokenizers, which put one before each piece of text."""
+        attributes = super()._attributes_for(tokenizer)
+        has_tools = attributes["controls"] >= TOOLS
         roles = {"system", "user", "assistant", *(["tool"] if has_tools else [])}
         space = "" if tokenizer.convert_tokens_to_ids("▁") in (None, tokenizer.unk_token_id) else " "
-        return known | {"space": space, "has_tools": has_tools, "roles": frozenset(roles)}
+        return attributes | {"space": space, "has_tools": has_tools, "roles": frozenset(roles)}
 
     def _check(self, conversation: Conversation) -> None:
         if conversation.tools and not self.has_tools:
             raise DataError(
-                f"this tokenizer has no {', '.join(sorted(TOOLS))}; of the templates {HAVE_TOOLS} have tools"
+                f"this tokenizer has no {', '.join(sorted(TOOLS))}, which mistral needs for tools; "
+                f"use one of {templates_with_tools()}"
             )
         super()._check(conversation)
         for message in conversation.messages:
-            only_calls(message, "Mistral")
+            refuse_text_beside_calls(message, "Mistral")
 
-    def _turns(self, conversation: Conversation) -> Iterator[Segment]:
-        system, turns = rounds(conversation, "Mistral")
-        asked = [number for number, message in enumerate(turns) if message.role == "user"]
+    def _segments(self, conversation: Conversation) -> Iterator[Segment]:
+        system, turns = split_system_and_turns(conversation, "Mistral")
+        questions = [number for number, message in enumerate(turns) if message.role == "user"]
         yield Segment(BEGIN, control=True)
         num_calls = num_results = 0
         for number, message in enumerate(turns):
             if message.role == "user":
-                begins = number == asked[0 if self.place == "first" else -1]
-                yield from self._question(message, system if begins else None, conversation if begins else None)
+                if number == questions[0 if self.place == "first" else -1]:
+                    yield from self._question(message, system, conversation.tools)
+                else:
+                    yield from self._question(message, None, ())
             elif message.role == "tool":
                 yield from self._result(message, num_results)
                 num_results += 1
@@ -124,50 +134,48 @@ class Mistral(Native):
                 yield from self._answer(message, num_calls)
                 num_calls += len(message.tool_calls)
 
-    def _question(self, message: Message, system: Message | None, tools: Conversation | None) -> Iterator[Segment]:
-        """`tools`: the conversation, where its tools stand before this question."""
+    def _question(
+        self, message: Message, system: Message | None, tools: tuple[Mapping[str, Any], ...]
+    ) -> Iterator[Segment]:
         turn = self._turn(message)
-        if tools is not None and tools.tools:
-            yield from turn.opening(f"[AVAILABLE_TOOLS]{self.space}")
-            yield from turn.given(as_json(tools.tools))
-            yield from turn.opening("[/AVAILABLE_TOOLS]")
-        yield from turn.opening(f"[INST]{self.space}")
+        if tools:
+            yield from turn.markup(f"[AVAILABLE_TOOLS]{self.space}", trained=False)
+            yield from turn.context(tojson(tools))
+            yield from turn.markup("[/AVAILABLE_TOOLS]", trained=False)
+        yield from turn.markup(f"[INST]{self.space}", trained=False)
         if system is not None:
-            yield from self._turn(system).says(system.content)
-            yield from turn.opening("\n\n")
-        yield from turn.says(message.content)
-        yield from turn.opening("[/INST]")
+            yield from self._turn(system).content(system.content)
+            yield from turn.markup("\n\n", trained=False)
+        yield from turn.content(message.content)
+        yield from turn.markup("[/INST]", trained=False)
 
     def _answer(self, message: Message, num_calls: int) -> Iterator[Segment]:
-        """`num_calls`: those before this turn."""
+        """Yield an answer, or tool calls numbered from `num_calls`."""
         turn = self._turn(message)
-        yield from turn.words("" if message.tool_calls else self.space)
-        yield from turn.thinks(message.reasoning)
+        yield from turn.markup("" if message.tool_calls else self.space)
+        yield from turn.reasoning(message.reasoning)
         if message.tool_calls:
             calls = [
-                {"name": call.name, "arguments": call.arguments, "id": _id(call.id, number)}
+                {"name": call.name, "arguments": call.arguments, "id": _call_id(call.id, number)}
                 for number, call in enumerate(message.tool_calls, num_calls)
             ]
-            yield from turn.words(f"[TOOL_CALLS]{self.space}")
-            yield from turn.says(as_json(calls))
+            yield from turn.markup(f"[TOOL_CALLS]{self.space}")
+            yield from turn.content(tojson(calls))
         else:
-            yield from turn.says(message.content)
-        yield from turn.words(END)
+            yield from turn.content(message.content)
+        yield from turn.markup(END)
 
     def _result(self, message: Message, number: int) -> Iterator[Segment]:
         turn = self._turn(message)
-        yield from turn.opening(f"[TOOL_RESULTS]{self.space}" + '{"content": ')
-        yield from turn.says(message.content)
-        yield from turn.words(f', "call_id": "{_id(message.tool_call_id, number)}"}}[/TOOL_RESULTS]')
-
-    def _opening(self, conversation: Conversation) -> Iterator[Segment]:
-        yield from ()  # [/INST] and [/TOOL_RESULTS] are what an answer follows
+        yield from turn.markup(f"[TOOL_RESULTS]{self.space}" + '{"content": ', trained=False)
+        yield from turn.content(message.content)
+        yield from turn.markup(f', "call_id": "{_call_id(message.tool_call_id, number)}"}}[/TOOL_RESULTS]')
 
 
-def _id(given: str | None, number: int) -> str:
-    """An id, by its number where the row has none. Raises DataError."""
-    if given is not None and not _ID.fullmatch(given):
+def _call_id(call_id: str | None, number: int) -> str:
+    """Return the row's id of a call, or one made from its number. Raises DataError for an id that Mistral refuses."""
+    if call_id is not None and not _ID.fullmatch(call_id):
         raise DataError(
-            f"the id of a call is {given!r}; Mistral's have nine letters or digits; leave it out, or mend it"
+            f"the id of a tool call is {call_id!r}; Mistral's have nine letters or digits; change it or leave it out"
         )
-    return given or f"call{number:05d}"
+    return call_id or f"call{number:05d}"

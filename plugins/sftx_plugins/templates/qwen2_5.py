@@ -1,4 +1,4 @@
-"""Qwen2.5: ChatML with a system text of its own where a conversation has none, and tools in the form of Hermes."""
+"""Qwen2.5: ChatML with Qwen's own system text in conversations without one, and tools in the format of Hermes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from sftx_plugins.templates.native import THINK
 
 @dataclass(frozen=True, eq=False)
 class Qwen25(ChatML):
-    """ChatML as Qwen2.5's own template writes it, its default system text and its tools with it."""
+    """ChatML as Qwen2.5's own template writes it, with its default system text and its tools."""
 
     default_system: Annotated[
         str | None, Field(description="System text of conversations that begin without one; null adds none.")
     ] = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 
     controls = frozenset({START, END}) | CALL
-    optional = THINK | RESPONSE
+    optional_controls = THINK | RESPONSE
     roles = ROLES
