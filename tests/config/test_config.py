@@ -13,7 +13,7 @@ from pydantic import Field
 
 from sftx import paths
 from sftx.cli.options import parse_value
-from sftx.config import loading, optimizers, options, run_file, validation
+from sftx.config import loading, optimizer_table, options, run_file, validation
 from sftx.config.options import RunConfig
 from sftx.errors import ConfigError
 
@@ -192,12 +192,12 @@ def test_an_option_of_an_item_of_a_list_is_named_with_its_index(write: Any) -> N
 
 
 def test_an_optimizer_is_known_by_the_name_that_transformers_has_for_it(write: Any) -> None:
-    for name, spec in optimizers.OPTIMIZERS.items():
+    for name, spec in optimizer_table.OPTIMIZERS.items():
         for alias in (name, *spec.aliases):
             assert loading.load(write(f"train: {{optim: {alias}}}\n")).config.train.optim == name
     message = load_error(write("train: {optim: adamm}\n"))
     assert message.startswith("run.yaml:1: option 'train.optim': got \"adamm\", ")
-    assert [name for name in optimizers.OPTIMIZERS if f"'{name}'" not in message] == []
+    assert [name for name in optimizer_table.OPTIMIZERS if f"'{name}'" not in message] == []
 
 
 def test_an_int_is_a_float_and_one_path_is_a_list_of_one(write: Any) -> None:

@@ -10,7 +10,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from sftx.config.optimizers import OPTIMIZERS
+from sftx.config.optimizer_table import OPTIMIZERS
 from sftx.config.options import GenerationConfig, TrainConfig
 from sftx.distributed.signals import Stop
 
