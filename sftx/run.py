@@ -172,7 +172,7 @@ def _assemble(prepared: _Prepared, started: float) -> Session:
     from sftx.trainer.session import Session
 
     checkpoints = Checkpoints(directory.file("checkpoints"), config.train.checkpoints_kept)
-    saved = process_group.run_on_rank0(checkpoints.newest_whole) if directory.resumed else None
+    saved = process_group.run_on_rank0(checkpoints.newest_intact) if directory.resumed else None
     precision = precisions.choose(config.train, process_group.local_rank)
 
     def make_observers(path: Path) -> Observers:

@@ -1,7 +1,7 @@
-"""The hook points. A plugin is a frozen dataclass whose `@hookimpl` methods fill one or more of them.
+"""The hooks of a run. A plugin is a frozen dataclass whose `@hookimpl` methods implement one or more of them.
 
-Hooks are called once, when a run is assembled, in the order in which the plugins were named; never in the hot loop.
-Each must return what its annotation says: a plugin that has nothing to give does not implement the hook.
+Each hook is called once, when a run is assembled, in the order in which the plugins were named; none is called during
+training. It must return an object of the annotated type, never None.
 """
 
 from __future__ import annotations
@@ -24,37 +24,37 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 @hookspec
 def sftx_parser() -> Parser:  # type: ignore[empty-body]
-    """A format of records. Any number; a record goes to the first that accepts it, or to `data.format`."""
+    """Return a parser of one record format. Any number; the first that accepts a record parses it, or `data.format`."""
 
 
 @hookspec
 def sftx_template(tokenizer: PreTrainedTokenizerBase) -> Template:  # type: ignore[empty-body]
-    """The text form of a conversation. Exactly one, when any parser yields conversations."""
+    """Return the template that renders conversations as text. Exactly one, if a parser yields conversations."""
 
 
 @hookspec
 def sftx_collator(max_length: int) -> Collator:  # type: ignore[empty-body]
-    """What shares a step and a batch, given the longest example that the run allows. At most one."""
+    """Return the collator, which plans steps and makes batches from examples of up to `max_length` tokens. One."""
 
 
 @hookspec
 def sftx_adapter(spec: ModelSpec) -> Adapter:  # type: ignore[empty-body]
-    """What trains on a frozen base, called before weights are read. Any number; none is full fine-tuning."""
+    """Return an adapter for a frozen model; called before weights are read. Any number; none is full fine-tuning."""
 
 
 @hookspec
 def sftx_loss() -> Loss:  # type: ignore[empty-body]
-    """What is minimised. At most one."""
+    """Return the loss to minimise. At most one."""
 
 
 @hookspec
 def sftx_metric() -> Metric:  # type: ignore[empty-body]
-    """A score of a generated answer against the right one. Any number."""
+    """Return a metric that compares a generated answer with the reference. Any number."""
 
 
 @hookspec
 def sftx_observer(run: RunInfo) -> Observer:  # type: ignore[empty-body]
-    """Somebody to be told of the run's events. Any number."""
+    """Return an observer of the run's events. Any number."""
 
 
 RETURNS: Final[dict[str, type]] = {
@@ -66,10 +66,10 @@ RETURNS: Final[dict[str, type]] = {
     "sftx_metric": Metric,
     "sftx_observer": Observer,
 }
-"""Each hook, in the order of the stages of a run, and what an implementation must return."""
+"""The hooks, in the order of the stages of a run, and the type that each must return."""
 
 ONE_PROVIDER: Final = frozenset({"sftx_template", "sftx_collator", "sftx_loss"})
-"""Hooks that at most one plugin may fill."""
+"""The hooks that at most one plugin of a run may implement."""
 
 DEFAULTS: Final[Mapping[str, tuple[str, ...]]] = {
     "sftx_parser": ("messages", "prompt-completion", "alpaca", "sharegpt", "hh-rlhf", "tokens", "text"),
@@ -77,7 +77,8 @@ DEFAULTS: Final[Mapping[str, tuple[str, ...]]] = {
     "sftx_loss": ("masked-ce",),
     "sftx_observer": ("progress", "jsonl"),
 }
-"""The plugins of a run that names none for a hook. Where a hook takes many, they come after those that are named."""
+"""The default plugins of each hook. A hook that takes one uses the default only if no named plugin implements it; for
+the other hooks the defaults come after the named plugins."""
 
 TEMPLATES: Final = ("chatml", "qwen3", "qwen2.5", "llama3", "gemma3", "gemma", "phi", "deepseek3", "mistral", "llama2")
-"""The built-in templates: tried on the tokenizer when a run has none, to say which would fit."""
+"""The built-in templates that are tried on the tokenizer when a run has none, to suggest those that fit."""

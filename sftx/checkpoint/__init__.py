@@ -1,4 +1,4 @@
-"""What a run leaves on disk: written atomically, read back to resume the run or to use its result.
+"""The files of a run: written atomically, and read back to resume the run or to use its result.
 
 A run directory holds
 

@@ -179,5 +179,3 @@ class Checkpoints:
             for step, path in list(layout.find_checkpoints(self.directory).items())[: -self.limit]:
                 if step != keep:
                     atomic_files.remove(path)
-
-    newest_whole = newest_intact

@@ -192,7 +192,7 @@ def build_model(
 
 @dataclass(frozen=True)
 class _Parts:
-    """What a model is built from."""
+    """The parts that a model is built from."""
 
     spec: ModelSpec
     adapters: Mapping[str, Adapter]
@@ -235,9 +235,7 @@ def _parts_of_run(weights: Path, run: Path, *, trust_remote_code: bool) -> _Part
         if name not in stages or stages[name] & {"template", "adapter"}:
             assembly.add(find(name, installed, origin=str(run / layout.RUN)), options)
     has_adapters = bool(assembly.providers("sftx_adapter"))
-    if has_adapters:
-        names.check(config.model)
-    base = names.resolve(config.model) if has_adapters else str(weights)
+    base = _resolve_base(config.model, f"model in {run / layout.RUN}") if has_adapters else str(weights)
     tokenizer = _load_tokenizer(weights, base, trust_remote_code=trust_remote_code)
     template = assembly.template(tokenizer)
     spec = load_spec(base, trust_remote_code=trust_remote_code)
@@ -261,12 +259,12 @@ def _parts_of_directory(weights: Path, *, trust_remote_code: bool) -> _Parts:
     assembly, installed = Assembly(Origins()), discover()
     token_ids: tuple[int, ...] = ()
     if (weights / _PEFT_CONFIG).exists():
-        options, base, token_ids = _read_peft_config(weights / _PEFT_CONFIG)
+        options, name, token_ids = _read_peft_config(weights / _PEFT_CONFIG)
+        base = _resolve_base(name, f"base_model_name_or_path in {weights / _PEFT_CONFIG}")
         assembly.add(find("lora", installed), options)
     else:
         base = str(weights)
-    names.check(base)
-    base = names.resolve(base)
+        names.check(base)
     tokenizer = _load_tokenizer(weights, base, trust_remote_code=trust_remote_code)
     template, no_template = None, "its tokenizer has no chat template"
     if tokenizer.chat_template is not None:
@@ -279,6 +277,15 @@ def _parts_of_directory(weights: Path, *, trust_remote_code: bool) -> _Parts:
     spec = load_spec(base, trust_remote_code=trust_remote_code)
     spec = dataclasses.replace(spec, new_token_ids=token_ids)
     return _Parts(spec, assembly.adapters(spec), tokenizer, template, no_template)
+
+
+def _resolve_base(name: str, place: str) -> str:
+    """Return the directory or hub id of an adapter's base model. Raises ModelError that says where it was named."""
+    try:
+        names.check(name)
+    except ModelError as error:
+        raise ModelError(f"{error}; put the base model there, or correct {place}") from error
+    return names.resolve(name)
 
 
 def _load_tokenizer(weights: Path, base: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:

@@ -43,8 +43,7 @@ _ROUNDING: Final = frozenset(
 """Options that may change with a warning, as they change only the order of floating-point additions."""
 
 _SPLIT: Final = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps")
-"""Options that say how the rows of an optimizer step are divided, which changes neither the order of the data nor the
-update."""
+"""Options that divide the rows of an optimizer step, which changes neither the order of the data nor the update."""
 
 _LOCKS_UNSUPPORTED: Final = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
@@ -303,7 +302,12 @@ def _only_observers(plugins: Iterable[Mapping[str, str]]) -> set[str]:
 def _rows_per_step(values: Mapping[str, Any]) -> int:
     """Return the rows of a step from recorded options. sftx 0.1 recorded the two factors alone."""
     recorded = values.get("train.train_batch_size")
-    return int(recorded if recorded is not None else math.prod(values[name] for name in _SPLIT))
+    if recorded is not None:
+        return int(recorded)
+    factors: list[int] = [values[name] for name in _SPLIT if values.get(name) is not None]
+    if len(factors) < len(_SPLIT):
+        raise OutputError(f"{layout.RUN}: is not what a run has written; begin another one with --output-dir")
+    return math.prod(factors)
 
 
 def _shown(values: Mapping[str, Any], name: str) -> str:

@@ -1,4 +1,4 @@
-"""`sftx plugins new`: a package for a plugin of one's own, complete but for what it is to do."""
+"""`sftx plugins new` writes a package for a new plugin, which works before anything in it is changed."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from sftx.scaffold import HOOKS, write_package
 
 @click.command()
 @click.argument("name")
-@click.option("--hook", type=click.Choice(HOOKS), required=True, help="The stage of a run that the plugin fills.")
+@click.option("--hook", type=click.Choice(HOOKS), required=True, help="The hook that the plugin implements.")
 @click.option(
     "--directory",
     metavar="DIR",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     default=Path(),
-    help="Where the package's own directory, sftx-NAME, is made.  [default: here]",
+    help="Parent of the package directory sftx-NAME.  [default: the current directory]",
 )
 def command(name: str, hook: str, directory: Path) -> None:
-    """Write the package of a new plugin NAME, which installs and passes its tests as it stands.
+    """Write a package for a new plugin NAME. It can be installed and passes its tests before you change it.
 
-    One method of it, marked `# Yours:`, says what the plugin does.
+    The method marked `# Yours:` decides what the plugin does.
     """
     package, *files = write_package(name, hook, directory)
     for file in files:

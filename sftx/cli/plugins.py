@@ -1,4 +1,4 @@
-"""`sftx plugins`: what is installed, from metadata alone; what one plugin offers and keeps, which imports it."""
+"""`sftx plugins` lists installed plugins from their metadata; its other commands import the named plugin."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 @click.group()
 def command() -> None:
-    """List, describe, check and begin plugins."""
+    """List, describe, check and create plugins."""
 
 
 @command.command("list")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
 def list_plugins(as_json: bool) -> None:
-    """Every installed plugin; nothing of theirs is imported."""
+    """List every installed plugin, without importing any."""
     plugins = [
         {"name": info.name, "distribution": info.package, "version": info.version, "class": info.value}
         for info in discover()
@@ -46,24 +46,27 @@ def list_plugins(as_json: bool) -> None:
 @command.command()
 @click.argument("name")
 def info(name: str) -> None:
-    """Hooks and options of the plugin NAME, which is imported for it."""
+    """Show hooks and options of the plugin NAME, which is imported."""
     from pydantic import TypeAdapter
 
-    found = find(name, discover())
-    cls = load_class(found)
-    metadata = found.distribution.metadata
+    plugin = find(name, discover())
+    cls = load_class(plugin)
+    metadata = plugin.distribution.metadata
+    urls = (line.partition(",") for line in metadata.get_all("Project-URL") or ())
+    links = {label.strip().lower(): url.strip() for label, _, url in urls}
+    docs = [links[label] for label in ("documentation", "docs", "homepage", "repository") if links.get(label)]
     rows = [
-        ["plugin", found.name],
-        ["distribution", f"{found.package} {found.version}"],
-        ["license", *(metadata.get_all("License-Expression") or metadata.get_all("License") or ["not said"])[:1]],
-        ["docs", _docs(metadata.get_all("Project-URL") or ()) or "no link given"],
-        ["class", found.value],
-        ["fills", ", ".join(hooks_of(found, cls))],
+        ["plugin", plugin.name],
+        ["distribution", f"{plugin.package} {plugin.version}"],
+        ["license", *(metadata.get_all("License-Expression") or metadata.get_all("License") or ["unknown"])[:1]],
+        ["docs", *(docs or ["no link"])[:1]],
+        ["class", plugin.value],
+        ["hooks", ", ".join(hooks_of(plugin, cls))],
     ]
     _print_columns(rows)
     if cls.__doc__:
         click.echo(printable(f"\n{' '.join(cls.__doc__.split())}"))
-    with named(str(found), "describing its options"):
+    with named(str(plugin), "describing its options"):
         options: dict[str, Any] = TypeAdapter(cls).json_schema().get("properties", {})
     if not options:
         click.echo("\nIt takes no options.")
@@ -76,12 +79,6 @@ def info(name: str) -> None:
     _print_columns(rows)
 
 
-def _docs(urls: Sequence[str]) -> str:
-    """The link of a distribution's `Project-URL: label, url` lines that leads to its documentation."""
-    links = {label.strip().lower(): url.strip() for label, _, url in (line.partition(",") for line in urls)}
-    return next((links[label] for label in ("documentation", "docs", "homepage", "repository") if label in links), "")
-
-
 @command.command()
 @click.argument("name")
 @click.option("--set", "settings", metavar="NAME=VALUE", multiple=True, help="An option of the plugin: lora.r=32.")
@@ -89,56 +86,58 @@ def _docs(urls: Sequence[str]) -> str:
     "--model",
     metavar="DIR",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Check against this model and its tokenizer.  [default: a tiny one, made on the spot]",
+    help="Check with this model and its tokenizer.  [default: a tiny model]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as a JSON list.")
 def check(name: str, settings: tuple[str, ...], model: Path | None, as_json: bool) -> None:
-    """Hold the installed plugin NAME against the contract of its package and of each hook that it fills.
+    """Check the installed plugin NAME against the contract of its package and of its hooks.
 
-    Exits with 1 when a clause is broken. docs/plugins.md has the contract.
+    The exit code is 1 when a clause is broken. The contract is in docs/plugins.md.
     """
     from sftx.cli.settings import parse as parse_settings
     from sftx.config.run_file import Origins
 
     try:
-        found = find(name, discover())
+        plugin = find(name, discover())
     except PluginError as error:
         package = f"sftx-{name}"
         if not Path(package).is_dir():
             raise
-        raise PluginError(f"{error}; for the package here: python -m pip install --editable {package}") from None
+        raise PluginError(
+            f"{error}; to install the package in this directory: python -m pip install --editable {package}"
+        ) from None
     options: dict[str, Any] = {}
     origins = Origins()
     for dotted, value, typed in parse_settings(settings):
-        plugin, _, option = dotted.removeprefix("plugins.").partition(".")
-        if plugin != name:
-            raise PluginError(f"{typed}: is no option of plugin {name!r}")
+        owner, _, option = dotted.removeprefix("plugins.").partition(".")
+        if owner != name:
+            raise PluginError(f"{typed}: is not an option of plugin {name!r}")
         options[option] = value
         origins.set(f"plugins.{name}.{option}", typed)
-    with contextlib.redirect_stdout(sys.stderr):  # what the plugin prints is no finding
-        if options:  # wrong ones are told before torch is imported; what else is wrong is a finding
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the findings, not for what the plugin prints
+        if options:  # report invalid options before torch is imported; other errors become findings
             with contextlib.suppress(PluginError):
-                instance(found, load_class(found), options, origins)
+                instance(plugin, load_class(plugin), options, origins)
         from sftx.testing.contract import check_plugin
 
-        findings = check_plugin(found, options, origins, model=model)
+        findings = check_plugin(plugin, options, origins, model=model)
     if as_json:
         import dataclasses
 
         click.echo(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
     else:
-        _print_findings(found, findings)
+        _print_findings(plugin, findings)
     if any(finding.status == "failed" for finding in findings):
         sys.exit(1)
 
 
-def _print_findings(found: PluginInfo, findings: Sequence[Finding]) -> None:
-    click.echo(printable(f"{found}\n"))
+def _print_findings(plugin: PluginInfo, findings: Sequence[Finding]) -> None:
+    click.echo(printable(f"{plugin}\n"))
     rows = [["HOOK", "CLAUSE", "RESULT"]] + [
         [f.hook, f.clause, f.status.upper() if f.status == "failed" else f.status] for f in findings
     ]
     _print_columns(rows)
-    # A pipe gets whole lines.
+    # Lines are wrapped for a terminal only.
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
     for finding in findings:
         if finding.status == "failed":
@@ -151,9 +150,9 @@ def _print_findings(found: PluginInfo, findings: Sequence[Finding]) -> None:
 
 @command.command()
 @click.argument("names", nargs=-1, metavar="NAME...")
-@click.option("--all", "every", is_flag=True, help="With every installed plugin, all of which are imported for it.")
+@click.option("--all", "every", is_flag=True, help="Include every installed plugin; all of them are imported.")
 def schema(names: tuple[str, ...], every: bool) -> None:
-    """Print the JSON schema of a run file with the plugins NAME... and the default ones, for editors."""
+    """Print a JSON schema for editors: run files with the plugins NAME... and the default ones."""
     from sftx.assembly.hookspecs import DEFAULTS
     from sftx.config.json_schema import run_file_schema
 
@@ -167,9 +166,9 @@ def schema(names: tuple[str, ...], every: bool) -> None:
         raise click.UsageError("name the plugins of the run file, or give --all")
     for name in dict.fromkeys([*names, *defaults]):
         try:
-            found = find(name, installed)
-            hooks_of(found, cls := load_class(found))
-            with named(str(found), "describing its options"):
+            plugin = find(name, installed)
+            hooks_of(plugin, cls := load_class(plugin))
+            with named(str(plugin), "describing its options"):
                 run_file_schema({name: cls})
             classes[name] = cls
         except PluginError as error:
@@ -183,9 +182,9 @@ command.add_command(new.command, "new")
 
 
 def _type(schema: dict[str, Any]) -> str:
-    """The type of a JSON schema in a few letters, with its bounds: `integer >= 1`, `string | null`."""
+    """Return the type of a JSON schema in short form, with its bounds: `integer >= 1`, `string | null`."""
     if "anyOf" in schema:
-        return " | ".join(_type(one) for one in schema["anyOf"])
+        return " | ".join(_type(option) for option in schema["anyOf"])
     if "enum" in schema:
         return " | ".join(json.dumps(value) for value in schema["enum"])
     name = str(schema.get("type", "any"))

@@ -65,11 +65,11 @@ class ProcessGroup:
         return self.rank == 0
 
     def run_on_rank0(self, work: Callable[[], T]) -> T:
-        """Run `work` on rank 0 only and broadcasts its result; an exception is raised on every rank."""
+        """Run `work` on rank 0 only and broadcast its result; an exception is raised on every rank."""
         return work()
 
     def all_or_raise(self, work: Callable[[], T]) -> T:
-        """Run `work` on every rank and returns the local result; raises on every rank when it raised on any."""
+        """Run `work` on every rank and return the local result; raise on every rank when it raised on any."""
         return work()
 
     def rank0_first(self, work: Callable[[], T]) -> T:

@@ -164,7 +164,7 @@ class _Outcome(Generic[T]):
 
     @classmethod
     def capture(cls, work: Callable[[], T], rank: int) -> _Outcome[T]:
-        """Run `work` and keeps what it returned or raised."""
+        """Run `work` and keep its result or its exception."""
         try:
             return cls(rank, work())
         except Exception as error:  # an SftxError, or whatever a plugin or a library raises
@@ -179,7 +179,7 @@ class _Outcome(Generic[T]):
         return _Outcome(self.rank, message=message, kind=kind)
 
     def result(self) -> T:
-        """Return the value, or raises the error: RemoteRankError for that of another rank."""
+        """Return the value, or raise the error: RemoteRankError for that of another rank."""
         if isinstance(self.error, SftxError):
             self.error.is_shared = True
         if self.error is not None:

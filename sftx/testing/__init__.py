@@ -1,12 +1,11 @@
-"""The test-kit for plugin authors: the contract of each hook, as suites of clauses that a plugin is held against.
+"""This package lets authors of plugins test them: the contract of each hook, as a suite of clauses.
 
-`check_template(MyTemplate())` in a test raises ContractError with what is wrong and what mends it; `sftx plugins check`
-runs the same suites on an installed plugin. The pytest fixtures `tiny_model`, `tiny_tokenizer` and `plugin_run` come
-with sftx (`sftx/testing/pytest_plugin.py`). Importing this package imports torch.
+`check_template(MyTemplate())` in a test raises ContractError, which says what is wrong and how to fix it; `sftx plugins
+check` runs the same suites on an installed plugin. The pytest fixtures `tiny_model`, `tiny_tokenizer` and `plugin_run`
+come with sftx (`pytest_plugin`). Importing this package imports torch.
 
-A file for each contract: `package`, `parser`, `template`, `collator`, `adapter`, `loss`, `metric`, `observer`.
-`clauses` is what a contract is made of, `kit` what a plugin is checked with, `contract` all of them on an installed
-plugin; the other files are what the clauses of one or two contracts look at.
+Each contract is a module of its own: `package`, `parser`, `template`, `collator`, `adapter`, `loss`, `metric`,
+`observer`. The package may import all of sftx except `sftx.cli` and `sftx.inspection`; only `sftx.cli` imports it.
 """
 
 from sftx.events import Result

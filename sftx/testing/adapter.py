@@ -1,6 +1,6 @@
-"""The contract of an adapter: nothing at first, then only what it says, and off again without a trace.
+"""The contract of an adapter: it starts as the identity, trains only its own parameters, and can be switched off.
 
-Each clause looks at a model of its own, trained for a few steps, so that one that is broken spoils no other.
+Each clause works on a newly loaded model, trained for a few steps, so that a broken clause does not affect the others.
 Dimensions: B rows, T tokens, V vocabulary.
 """
 
@@ -22,42 +22,41 @@ from sftx.assembly.stages import make
 from sftx.errors import SftxError, one_line
 from sftx.model.load import load_spec
 from sftx.testing.adapter_case import LEARNING_RATE, STEPS, Case
-from sftx.testing.clauses import ClauseError, Suite
+from sftx.testing.clauses import ClauseError, Suite, must_not_raise
 from sftx.trainer.layers import enable_checkpointing
 
-_SAME: Final = 1e-6  # the same computation: what differs is rounding
-_CLOSE: Final = 1e-5  # the same product in another order of additions, as the start-up check of a run allows
-_FORMATS: Final = {".safetensors", ".json"}
+_SAME: Final = 1e-6  # for the same computation, up to rounding
+_CLOSE: Final = 1e-5  # for the same product summed in another order; the start-up check of a run allows as much
 
 SUITE: Suite[Case] = Suite("adapter", Case)
 
 
-@SUITE.clause("An adapter that was just attached changes no logit.")
+@SUITE.clause("Attaching the adapter changes no logit.")
 def begins_as_identity(case: Case) -> None:
     difference = _difference(case.begun_BTV, case.begun.base.logits_BTV)
     if not difference <= _CLOSE:
         raise ClauseError(
-            f"attached and untrained, it changes the logits by {difference:.1e} (relative); initialise what is added "
-            "so that it adds nothing, as LoRA does with lora_B = 0"
+            f"attached and untrained, it changes the logits by {difference:.1e} (relative); initialise the new "
+            "parameters so that they add nothing, as LoRA does with lora_B = 0"
         )
 
 
-@SUITE.clause("Whatever requires grad is a parameter of the model and gets a gradient; training it lowers the loss.")
+@SUITE.clause(
+    "Every tensor that requires grad is a parameter of the model and gets a gradient; training lowers the loss."
+)
 def trains_something(case: Case) -> None:
     model = case.begun
     trainable = model.trainable()
     if not trainable:
         raise ClauseError("no parameter of the model requires grad after attach; add nn.Parameters that do")
     own = {id(parameter) for parameter in model.lm.parameters()}
-    strangers = [list(leaf.shape) for leaf in _leaves(model.loss(seed=0)) if id(leaf) not in own]
-    if strangers:
+    if outside := [list(leaf.shape) for leaf in _leaves(model.loss(seed=0)) if id(leaf) not in own]:
         raise ClauseError(
-            f"{len(strangers)} tensors that require grad are no parameters of the model (the first has the shape "
-            f"{strangers[0]}), so no optimizer sees them; keep them as nn.Parameter in a module of the model"
+            f"{len(outside)} tensors that require grad are no parameters of the model (the first has the shape "
+            f"{outside[0]}), so no optimizer sees them; keep them as nn.Parameter in a module of the model"
         )
     training = case.training
-    without = [name for name, parameter in trainable.items() if parameter.grad is None]
-    if without:
+    if without := [name for name, parameter in trainable.items() if parameter.grad is None]:
         raise ClauseError(
             f"{len(without)} parameters require grad and get no gradient (first: {without[0]}); use them in the "
             "forward, not detached, or let them not require grad"
@@ -65,19 +64,17 @@ def trains_something(case: Case) -> None:
     if not training.loss_after < training.loss_before:
         raise ClauseError(
             f"{STEPS} steps of AdamW at {LEARNING_RATE} bring the loss of their batch from "
-            f"{training.loss_before:.6g} to {training.loss_after:.6g}; what is trained must reach the output"
+            f"{training.loss_before:.6g} to {training.loss_after:.6g}; the trained parameters must affect the output"
         )
 
 
-@SUITE.clause("Training leaves what does not require grad as it is, bit for bit.", needs=["trains-something"])
+@SUITE.clause("Training leaves every tensor that does not require grad bit-identical.", needs=["trains-something"])
 def leaves_the_base(case: Case) -> None:
     training = case.training
-    after = training.model.state(frozen=True)
-    changed = [name for name, value in training.frozen.items() if not _identical(after.get(name), value)]
-    if changed:
+    if changed := _changed(training.frozen, training.model.state(frozen_only=True)):
         raise ClauseError(
             f"training changed {len(changed)} tensors that do not require grad (first: {changed[0]}); change nothing "
-            "in a forward, and let what is trained require grad"
+            "in a forward, and let the trained tensors require grad"
         )
 
 
@@ -85,152 +82,136 @@ _TRAINED: Final = ["trains-something", "leaves-the-base"]
 
 
 @SUITE.clause(
-    "Within disabled() the model computes what it did before; afterwards, also after an error, what it was trained to.",
+    "Inside disabled() the model computes what the base does; afterwards, also after an exception, it is restored.",
     needs=["begins-as-identity", *_TRAINED],
 )
 def disabled_is_the_base(case: Case) -> None:
     model = case.trained()
     trained_BTV = model.logits()
 
-    def stands_aside(where: str) -> None:
+    def check_disabled(where: str) -> None:
         difference = _difference(model.logits(), model.base.logits_BTV)
         if not difference <= _SAME:
             raise ClauseError(
-                f"{where} the logits differ from the base's by {difference:.1e} (relative); switch off all that was "
-                "added, and put back what was replaced"
+                f"{where} the logits differ from the base's by {difference:.1e} (relative); switch off everything that "
+                "was added, and restore everything that was replaced"
             )
 
-    def is_back(where: str) -> None:
-        if not _identical(model.logits(), trained_BTV):
+    def check_restored(after: str) -> None:
+        if not torch.equal(model.logits(), trained_BTV):
             difference = _difference(model.logits(), trained_BTV)
             raise ClauseError(
-                f"after {where} the logits differ from the trained ones by {difference:.1e} (relative); put back what "
-                "was found, in a `finally`"
+                f"after {after} the logits differ from the trained ones by {difference:.1e} (relative); restore the "
+                "previous state in a `finally` block"
             )
 
     with model.lm.without_adapters():
-        stands_aside("within disabled()")
-    is_back("disabled()")
-    swallowed = True
+        check_disabled("within disabled()")
+    check_restored("disabled()")
+    suppressed = True
     try:
         with model.lm.without_adapters():
             raise _InterruptedError
     except _InterruptedError:
-        swallowed = False
-    is_back("an exception within disabled()")
-    if swallowed:
+        suppressed = False
+    check_restored("an exception within disabled()")
+    if suppressed:
         raise ClauseError("disabled() swallowed an exception that was raised within it; let it pass on")
     with model.lm.without_adapters():
         with model.lm.without_adapters():
-            stands_aside("within disabled() twice, one in the other,")
-        stands_aside("after an inner disabled(), still within the outer one,")
-    is_back("disabled() twice, one in the other,")
+            check_disabled("within disabled() twice, one in the other,")
+        check_disabled("after an inner disabled(), still within the outer one,")
+    check_restored("disabled() twice, one in the other,")
 
 
 class _InterruptedError(RuntimeError):
-    """What a clause raises to see who tidies up."""
+    """Raised inside disabled() to see whether the adapter is restored."""
 
 
-@SUITE.clause(
-    "It is saved as safetensors and JSON and nothing else; saving changes nothing in the model.", needs=_TRAINED
-)
+@SUITE.clause("It is saved as safetensors and JSON and nothing else; saving does not change the model.", needs=_TRAINED)
 def saves_data_only(case: Case) -> None:
     saved = case.saved
     files = sorted(path for path in saved.directory.rglob("*") if path.is_file())
-    others = [path.name for path in files if path.suffix not in _FORMATS]
-    if others:
+    if others := [path.name for path in files if path.suffix not in (".safetensors", ".json")]:
         raise ClauseError(
-            f"save wrote {', '.join(others)}; who loads a pickle runs its code: write tensors with "
+            f"save wrote {', '.join(others)}; loading a pickle runs its code, so write tensors with "
             "safetensors.torch.save_file and everything else as JSON"
         )
     if not any(path.suffix == ".safetensors" for path in files):
-        raise ClauseError("save wrote no .safetensors file into the directory; write what was trained there")
+        raise ClauseError("save wrote no .safetensors file into the directory; write the trained parameters there")
     for path in files:
-        _read(path)
-    after = saved.model.state()
-    changed = [name for name, value in saved.state.items() if not _identical(after.get(name), value)]
-    if changed or not _identical(saved.model.logits(), saved.logits_BTV):
+        try:
+            if path.suffix == ".json":
+                json.loads(path.read_text(encoding="utf-8"))
+            else:
+                with safe_open(path, framework="pt") as file:
+                    file.keys()
+        except Exception as error:
+            raise ClauseError(f"{path.name}, which save wrote, cannot be read: {one_line(error)}") from error
+    changed = _changed(saved.state, saved.model.state())
+    if changed or not torch.equal(saved.model.logits(), saved.logits_BTV):
         what = changed[0] if changed else "the logits"
-        raise ClauseError(f"save changed {what}; training goes on after it, so write copies and change nothing")
-
-
-def _read(path: Path) -> None:
-    """Raises ClauseError when the file is not what its name says."""
-    try:
-        if path.suffix == ".json":
-            json.loads(path.read_text(encoding="utf-8"))
-        else:
-            with safe_open(path, framework="pt") as file:
-                file.keys()
-    except Exception as error:
-        raise ClauseError(f"{path.name}, which save wrote, cannot be read: {one_line(error)}") from error
+        raise ClauseError(f"save changed {what}; training continues after it, so write copies and change nothing")
 
 
 @SUITE.clause(
-    "A new model with a new adapter that loads what was saved gives the same logits, bit for bit, and can train on.",
+    "A new model that loads what was saved has the same logits, bit for bit, and can be trained further.",
     needs=[*_TRAINED, "saves-data-only"],
 )
 def round_trips(case: Case) -> None:
     saved = case.saved
-    other = case.attached(seed=1)  # what was drawn while it was attached is no part of what was saved
-    begun = set(other.trainable())
-    other.adapter.load(saved.directory)
-    loaded_BTV = other.logits()
-    if not _identical(loaded_BTV, saved.logits_BTV):
+    model = case.attached(seed=1)  # random values drawn while attaching are not those of the saved adapter
+    begun = set(model.trainable())
+    model.adapter.load(saved.directory)
+    logits_BTV = model.logits()
+    if not torch.equal(logits_BTV, saved.logits_BTV):
         raise ClauseError(
-            f"after save and load the logits differ by {_difference(loaded_BTV, saved.logits_BTV):.1e} (relative); "
-            "save all that they depend on in the dtype that it has: what was trained, and what was drawn at random and "
+            f"after save and load the logits differ by {_difference(logits_BTV, saved.logits_BTV):.1e} (relative); "
+            "save everything that they depend on, in its own dtype: what was trained, and what was drawn at random and "
             "then frozen"
         )
-    if lost := begun - set(other.trainable()):
+    if lost := begun - set(model.trainable()):
         raise ClauseError(
             f"after load {len(lost)} parameters no longer require grad (first: {min(lost)}); copy the values into the "
-            "parameters that are there (`parameter.data.copy_`)"
+            "existing parameters (`parameter.data.copy_`)"
         )
 
 
 @SUITE.clause(
-    "Files in which a tensor is missing, one too many, or one of another shape are refused with an SftxError.",
+    "Files with a missing tensor, an additional one, or one of another shape are refused with an SftxError.",
     needs=["saves-data-only", "round-trips"],
 )
 def loads_strictly(case: Case) -> None:
     adapter = case.attached().adapter
-    with tempfile.TemporaryDirectory(prefix="sftx-adapter-") as place:
-        shutil.copytree(case.saved.directory, place, dirs_exist_ok=True)
-        path = min(Path(place).rglob("*.safetensors"))
+    advice = "raise a ModelError that names the file and the tensor"
+    with tempfile.TemporaryDirectory(prefix="sftx-adapter-") as directory:
+        shutil.copytree(case.saved.directory, directory, dirs_exist_ok=True)
+        path = min(Path(directory).rglob("*.safetensors"))
         with safe_open(path, framework="pt") as file:
             metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        for what, damaged in _damages(tensors):
+        for damage, damaged in _damaged(tensors):
             save_file(damaged, path, metadata=metadata)
-            try:
-                adapter.load(Path(place))
-            except SftxError:
-                continue
-            except Exception as error:
-                raise ClauseError(
-                    f"load of a file in which {what} raised {type(error).__name__}: {one_line(error)}; raise a "
-                    "ModelError that names the file and the tensor"
-                ) from error
-            raise ClauseError(
-                f"load took a file in which {what}; compare names and shapes with the adapter's own, and raise a "
-                "ModelError that names the file and the tensor"
-            )
+            with must_not_raise(f"load of a file in which {damage}", advice):
+                try:
+                    adapter.load(Path(directory))
+                except SftxError:
+                    continue
+            raise ClauseError(f"load took a file in which {damage}; compare names and shapes, and {advice}")
 
 
-def _damages(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """What is wrong with the tensors, and the tensors."""
+def _damaged(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Yield damaged copies of the tensors, each with a description of the damage."""
     name = max(tensors, key=lambda name: tensors[name].numel())
     tensor = tensors[name]
-    # One row, where there are more: `copy_` would spread it over all of them without a word.
-    shorter = tensor.ndim > 0 and len(tensor) > 1
-    other = tensor[:1].clone() if shorter else torch.stack([tensor, tensor])
+    # A single row instead of several: `copy_` would broadcast it silently.
+    other = tensor[:1].clone() if tensor.ndim > 0 and len(tensor) > 1 else torch.stack([tensor, tensor])
     yield f"{name} is missing", {key: value for key, value in tensors.items() if key != name}
     yield "the tensor 'stranger' is too many", {**tensors, "stranger": tensor.clone()}
     yield f"{name} has the shape {list(other.shape)} for {list(tensor.shape)}", {**tensors, name: other}
 
 
 @SUITE.clause(
-    "merge leaves a plain model: the trained logits, the base's parameter names, and nothing that requires grad.",
+    "merge leaves a plain model with the trained logits and the base's parameter names; no parameter requires grad.",
     needs=_TRAINED,
 )
 def merges(case: Case) -> None:
@@ -238,69 +219,65 @@ def merges(case: Case) -> None:
     trained_BTV = model.logits()
     model.adapter.merge(model.lm)
     difference = _difference(model.logits(), trained_BTV)
-    # Another order of the same additions: in a deep model the rounding of fp32 alone is more than _CLOSE.
+    # The additions happen in another order; in a deep model, rounding in fp32 alone exceeds _CLOSE.
     if not difference <= max(_CLOSE, 4 * case.rounding()):
         raise ClauseError(
             f"merged, the logits differ from the trained ones by {difference:.1e} (relative); fold the whole update "
-            "into the weights, formed in fp32, with its scaling"
+            "into the weights, computed in fp32, with its scaling"
         )
-    names, plain = {name for name, _ in model.lm.model.named_parameters()}, model.base.names
-    if names != plain:
+    names, expected = {name for name, _ in model.lm.model.named_parameters()}, model.base.names
+    if names != expected:
         raise ClauseError(
-            f"merged, the model has {len(names - plain)} parameters that the base has not and lacks "
-            f"{len(plain - names)} (first: {min(names ^ plain)}); put plain modules back under their names"
+            f"merged, the model has {len(names - expected)} parameters that the base has not and lacks "
+            f"{len(expected - names)} (first: {min(names ^ expected)}); put plain modules back under their names"
         )
-    if left := model.trainable():
-        raise ClauseError(f"merged, {len(left)} parameters require grad still (first: {min(left)}); freeze them")
+    if trainable := model.trainable():
+        raise ClauseError(
+            f"merged, {len(trainable)} parameters still require grad (first: {min(trainable)}); freeze them"
+        )
 
 
 @SUITE.clause(
-    "Whatever is random in a forward derives from lm.seed, so that gradient checkpointing computes the same anew.",
+    "All random numbers of a forward derive from lm.seed, so that gradient checkpointing recomputes the same.",
     needs=_TRAINED,
 )
 def recomputes_the_same(case: Case) -> None:
     model = case.trained()
-    first = model.gradients(seed=7, elsewhere=1)
-    again = model.gradients(seed=7, elsewhere=2)
-    if not all(_identical(again.get(name), value) for name, value in first.items()):
+    first = model.gradients(seed=7, torch_seed=1)
+    if _changed(first, model.gradients(seed=7, torch_seed=2)):
         raise ClauseError(
-            "two forwards with the same lm.seed give other gradients; draw from a generator that lm.seed seeds, not "
-            "from torch's own, and count nothing from one forward to the next"
+            "two forwards with the same lm.seed give different gradients; seed a generator from lm.seed, and "
+            "keep no count from one forward to the next"
         )
     enable_checkpointing(model.lm.model)
-    recomputed = model.gradients(seed=7, elsewhere=1)
-    difference = _difference(_flat(recomputed), _flat(first))
+    recomputed = model.gradients(seed=7, torch_seed=1)
+    difference = _difference(*(torch.cat([g[name].flatten() for name in sorted(g)]) for g in (recomputed, first)))
     if not difference <= _SAME:
         raise ClauseError(
-            f"with gradient checkpointing the gradients differ by {difference:.1e} (relative): layers are computed "
-            "again in another order, so let a layer draw from lm.seed and its own number, and count nothing"
+            f"with gradient checkpointing, which recomputes layers in another order, the gradients differ by "
+            f"{difference:.1e} (relative); seed each layer from lm.seed and the layer's own number"
         )
 
 
-@SUITE.clause("The hook needs the configuration and the skeleton alone, and leaves the skeleton as it is, on meta.")
+@SUITE.clause("The hook needs only the configuration and the skeleton, and leaves the skeleton unchanged on meta.")
 def plans_on_meta(case: Case) -> None:
-    with tempfile.TemporaryDirectory(prefix="sftx-adapter-") as place:
-        shutil.copy(case.kit.model_dir / "config.json", place)
-        spec = load_spec(place)
+    with tempfile.TemporaryDirectory(prefix="sftx-adapter-") as directory:
+        shutil.copy(case.kit.model_dir / "config.json", directory)
+        spec = load_spec(directory)
         before = _layout(spec.skeleton)
-        try:
+        advice = "weights are available in quantize and attach, not before"
+        with must_not_raise("with a configuration and no weights the hook", advice):
             make(case.kit.plugin, "sftx_adapter", spec=spec)
-        except Exception as error:
-            raise ClauseError(
-                f"with a configuration and no weights the hook raised {type(error).__name__}: {one_line(error)}; "
-                "weights are there in quantize and attach, not before"
-            ) from error
         after = _layout(spec.skeleton)
-    changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
-    if changed:
+    if changed := sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name)):
         raise ClauseError(
-            f"the hook changed {len(changed)} modules or tensors of spec.skeleton (first: {changed[0]}); only look at "
-            "it, and change the model in attach"
+            f"the hook changed {len(changed)} modules or tensors of spec.skeleton (first: {changed[0]}); only read it, "
+            "and change the model in attach"
         )
 
 
 @SUITE.clause(
-    "Beside an adapter that was attached before it, it refuses with an SftxError or changes no logit.",
+    "When another adapter is attached already, it refuses with an SftxError or changes no logit.",
     needs=["begins-as-identity"],
 )
 def keeps_other_adapters(case: Case) -> None:
@@ -312,50 +289,47 @@ def keeps_other_adapters(case: Case) -> None:
     difference = _difference(model.logits(), before_BTV)
     if not difference <= _CLOSE:
         raise ClauseError(
-            f"attached after lora, it changes the logits by {difference:.1e} (relative): what lora trained is lost; "
+            f"attached after lora, it changes the logits by {difference:.1e} (relative), so what lora trained is lost; "
             "refuse layers that have more than weight and bias with sftx.ConfigError, or keep what they compute"
         )
 
 
 def check_adapter(plugin: object, *, model: Path | None = None) -> None:
-    """Holds the plugin's adapter against each clause. Raises ContractError, naming those that it breaks.
+    """Check the plugin's adapter. Raises ContractError, which names the broken clauses.
 
-    `model`: a directory to check against instead of the tiny model; it is read several times, in fp32 on the CPU.
+    `model` is a model directory to use instead of the tiny one; it is loaded several times, in fp32 on the CPU.
     """
     SUITE.check(plugin, model=model)
 
 
-def _difference(got: Tensor, expected: Tensor) -> float:
-    """The largest difference, relative to the largest value; not a number when one is not."""
-    return ((got - expected).abs().max() / expected.abs().max()).item()
+def _difference(actual: Tensor, expected: Tensor) -> float:
+    """Return the largest difference, relative to the largest expected value; NaN if a value is NaN."""
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
 
 
-def _identical(got: Tensor | None, expected: Tensor) -> bool:
-    return got is not None and torch.equal(got, expected)
-
-
-def _flat(gradients: Mapping[str, Tensor]) -> Tensor:
-    return torch.cat([gradients[name].flatten() for name in sorted(gradients)])
+def _changed(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of the tensors that are missing or not bit-identical in `after`."""
+    return [name for name, value in before.items() if name not in after or not torch.equal(after[name], value)]
 
 
 def _leaves(loss: Tensor) -> list[Tensor]:
-    """The tensors to which the backward of `loss` adds a gradient."""
+    """Return the tensors to which the backward of `loss` adds a gradient."""
     leaves: list[Tensor] = []
     seen: set[Any] = set()
-    waiting: list[Any] = [loss.grad_fn]
-    while waiting:
-        node = waiting.pop()
+    pending: list[Any] = [loss.grad_fn]
+    while pending:
+        node = pending.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         if hasattr(node, "variable"):
             leaves.append(node.variable)
-        waiting += [following for following, _ in node.next_functions]
+        pending += [function for function, _ in node.next_functions]
     return leaves
 
 
 def _layout(model: nn.Module) -> dict[str, tuple[object, ...]]:
-    """Each module's class, and each tensor's shape, device and whether it requires grad."""
+    """Return the class of each module, and shape, device and requires_grad of each tensor."""
     modules: dict[str, tuple[object, ...]] = {
         f"module {name}": (type(module),) for name, module in model.named_modules()
     }

@@ -1,4 +1,4 @@
-"""What the clauses of an adapter look at: models with the adapter on them, fresh, trained, or saved.
+"""This module makes the models that the clauses about adapters look at: attached, trained or saved.
 
 Dimensions: B rows, T tokens, V vocabulary.
 """
@@ -22,28 +22,28 @@ from sftx.data.collate import groups_of
 from sftx.model.language_model import CausalLM
 from sftx.model.load import load_model, load_spec
 from sftx.testing.kit import Kit, built_in
-from sftx.types import IGNORE_INDEX, Adapter, Batch
+from sftx.types import IGNORE_INDEX, Adapter, Batch, ModelSpec
 
 STEPS: Final = 2
-LEARNING_RATE: Final = 1e-2  # high: what a few steps train must be seen in the logits
+LEARNING_RATE: Final = 1e-2  # high, so that a few steps change the logits visibly
 _ROWS: Final = 3
 
 
 @dataclass
 class Base:
-    """The model as it was read, before an adapter is attached: the same each time."""
+    """The loaded model before an adapter is attached; the same for every `Attached`."""
 
     logits_BTV: Tensor
     """fp32"""
     names: frozenset[str]
-    """Its parameters, as the architecture names them."""
+    """Names of its parameters according to the architecture."""
     draws: bool
-    """Whether it has a dropout of its own, which draws from torch's generator."""
+    """Whether it draws from torch's generator in training mode, as a model with dropout does."""
 
 
 @dataclass
 class Attached:
-    """A model with the adapter on it."""
+    """A model with the adapter attached."""
 
     lm: CausalLM
     adapter: Adapter
@@ -51,17 +51,16 @@ class Attached:
     base: Base
 
     def logits(self) -> Tensor:
-        """[B, T, V], in evaluation mode."""
+        """Return the logits in evaluation mode, [B, T, V]."""
         return logits_of(self.lm, self.batch)
 
     def loss(self, seed: int) -> Tensor:
-        """Mean cross-entropy of the trained tokens, in training mode, with what is random drawn from `seed`."""
+        """Return the mean cross-entropy of the label tokens in training mode, with `seed` as the model's seed."""
         self.lm.train()
         self.lm.seed.fill_(seed)
         return self._cross_entropy(self.lm.logits(self.lm.hidden(self.batch).hidden_BTD))
 
-    def quiet_loss(self) -> float:
-        """The same in evaluation mode."""
+    def eval_loss(self) -> float:
         return self._cross_entropy(self.logits()).item()
 
     def _cross_entropy(self, logits_BTV: Tensor) -> Tensor:
@@ -70,47 +69,67 @@ class Attached:
         )
 
     def train(self) -> None:
-        """A few steps. The gradients of the last one stay."""
+        """Train a few steps, and keep the gradients of the last one."""
         optimizer = torch.optim.AdamW(self.trainable().values(), lr=LEARNING_RATE)
         for step in range(STEPS):
             optimizer.zero_grad()
             self.loss(seed=step).backward()
             optimizer.step()
 
-    def gradients(self, *, seed: int, elsewhere: int) -> dict[str, Tensor]:
-        """Of one forward at `seed`, with torch's own generator at `elsewhere` if the model itself draws nothing."""
+    def gradients(self, *, seed: int, torch_seed: int) -> dict[str, Tensor]:
+        """Return the gradients of one forward. `torch_seed` seeds torch's generator unless the base draws from it."""
         self.lm.zero_grad()
-        torch.manual_seed(0 if self.base.draws else elsewhere)
+        torch.manual_seed(0 if self.base.draws else torch_seed)
         self.loss(seed).backward()
         return {name: p.grad.clone() for name, p in self.trainable().items() if p.grad is not None}
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.lm.named_parameters() if p.requires_grad}
 
-    def state(self, *, frozen: bool = False) -> dict[str, Tensor]:
-        """Copies of the parameters and buffers, or of those that do not require grad."""
+    def state(self, *, frozen_only: bool = False) -> dict[str, Tensor]:
+        """Return copies of all parameters and buffers, or of those that do not require a gradient."""
         tensors = [*self.lm.named_parameters(), *self.lm.named_buffers()]
-        return {name: t.detach().clone() for name, t in tensors if not (frozen and t.requires_grad)}
+        return {name: t.detach().clone() for name, t in tensors if not (frozen_only and t.requires_grad)}
+
+
+@dataclass
+class Training:
+    """A model and what was measured before and after it was trained."""
+
+    model: Attached
+    frozen: Mapping[str, Tensor]
+    """Tensors that do not require a gradient, before the first step."""
+    loss_before: float
+    loss_after: float
+
+
+@dataclass
+class Saved:
+    """A trained model that was saved, with its logits and tensors from before."""
+
+    model: Attached
+    directory: Path
+    logits_BTV: Tensor
+    state: Mapping[str, Tensor]
 
 
 class Case:
-    """One plugin's adapters on fresh models. Making it makes one, so that a hook that fails is told as such."""
+    """One plugin, from which models with its adapter are made. `begun` is the first, so that a hook may fail early."""
 
     def __init__(self, kit: Kit) -> None:
         self.kit = kit
-        rows = groups_of(kit.examples)[:_ROWS]
-        self.batch = kit.collator.collate([example for row in rows for example in row])
+        groups = groups_of(kit.examples)[:_ROWS]
+        self.batch = kit.collator.collate([example for group in groups for example in group])
         self._base: Base | None = None
         self.begun = self.attached()
         self.begun_BTV = self.begun.logits()
 
     def attached(self, *, seed: int = 0) -> Attached:
-        """The model read anew with a new adapter, in the order of a run. `seed`: torch's, while it is attached."""
+        """Load the model again and attach a new adapter, as a run does. `seed` seeds torch while it is attached."""
         spec = load_spec(str(self.kit.model_dir))
         names = frozenset(name for name, _ in spec.skeleton.named_parameters())
         adapter: Adapter = make(self.kit.plugin, "sftx_adapter", spec=spec)
-        model = load_model(spec, [adapter], dtype=torch.float32, device=torch.device("cpu"))
-        lm = CausalLM(model, self.kit.tokenizer)
+        lm = self._load(spec, adapter)
         if self._base is None:
             self._base = Base(logits_of(lm, self.batch), names, _draws(lm, self.batch))
         torch.manual_seed(seed)
@@ -118,72 +137,51 @@ class Case:
         return Attached(lm, adapter, self.batch, self._base)
 
     def beside_lora(self) -> tuple[Attached, Tensor]:
-        """A model with lora, which is not the identity, whose adapter is yet to be attached; and its logits."""
+        """Return a model with a lora that changes its logits, the adapter not yet attached; and these logits."""
         spec = load_spec(str(self.kit.model_dir))
-        first: Adapter = make(built_in("lora"), "sftx_adapter", spec=spec)
-        second: Adapter = make(self.kit.plugin, "sftx_adapter", spec=spec)
-        model = load_model(spec, [first, second], dtype=torch.float32, device=torch.device("cpu"))
-        lm = CausalLM(model, self.kit.tokenizer)
-        lm.attach({"lora": first})
+        lora: Adapter = make(built_in("lora"), "sftx_adapter", spec=spec)
+        adapter: Adapter = make(self.kit.plugin, "sftx_adapter", spec=spec)
+        lm = self._load(spec, lora, adapter)
+        lm.attach({"lora": lora})
         with torch.no_grad():
             for parameter in lm.parameters():
                 if parameter.requires_grad:
                     parameter.add_(0.05)
-        before_BTV = logits_of(lm, self.batch)
-        return Attached(lm, second, self.batch, self.begun.base), before_BTV
+        return Attached(lm, adapter, self.batch, self.begun.base), logits_of(lm, self.batch)
 
     def rounding(self) -> float:
-        """The error of the base model's logits in fp32, by fp64, relative to the largest: deep models have more."""
+        """Return the error of the base model's logits in fp32 against fp64, relative to the largest of them."""
         exact_BTV, rounded_BTV = (
-            logits_of(
-                CausalLM(load_model(self.kit.spec, [], dtype=dtype, device=torch.device("cpu")), self.kit.tokenizer),
-                self.batch,
-            )
-            for dtype in (torch.float64, torch.float32)
+            logits_of(self._load(self.kit.spec, dtype=dtype), self.batch) for dtype in (torch.float64, torch.float32)
         )
         return ((exact_BTV - rounded_BTV).abs().max() / exact_BTV.abs().max()).item()
 
+    def _load(self, spec: ModelSpec, *adapters: Adapter, dtype: torch.dtype = torch.float32) -> CausalLM:
+        model = load_model(spec, list(adapters), dtype=dtype, device=torch.device("cpu"))
+        return CausalLM(model, self.kit.tokenizer)
+
     def trained(self) -> Attached:
-        """The same each time: a clause may do with it what it wants."""
+        """Return a newly trained model, which a clause may change. Every call returns the same parameters."""
         model = self.attached()
         model.train()
         return model
 
     @cached_property
     def training(self) -> Training:
-        """The first of them, with what was seen on the way; no clause changes it."""
+        """`begun`, after training; clauses must not change it."""
         model = self.begun
-        frozen, before = model.state(frozen=True), model.quiet_loss()
+        frozen, loss_before = model.state(frozen_only=True), model.eval_loss()
         model.train()
-        return Training(model, frozen, before, model.quiet_loss())
+        return Training(model, frozen, loss_before, model.eval_loss())
 
     @cached_property
     def saved(self) -> Saved:
-        """One that was saved; no clause changes it either."""
+        """A trained model that was saved; clauses must not change it."""
         model = self.trained()
-        before = Saved(model, Path(tempfile.mkdtemp(prefix="sftx-adapter-")), model.logits(), model.state())
-        weakref.finalize(self, shutil.rmtree, before.directory, ignore_errors=True)
-        model.adapter.save(before.directory)
-        return before
-
-
-@dataclass
-class Saved:
-    model: Attached
-    directory: Path
-    logits_BTV: Tensor
-    """Before it was saved."""
-    state: Mapping[str, Tensor]
-    """All of its tensors, before it was saved."""
-
-
-@dataclass
-class Training:
-    model: Attached
-    frozen: Mapping[str, Tensor]
-    """What did not require grad, before the first step."""
-    loss_before: float
-    loss_after: float
+        saved = Saved(model, Path(tempfile.mkdtemp(prefix="sftx-adapter-")), model.logits(), model.state())
+        weakref.finalize(self, shutil.rmtree, saved.directory, ignore_errors=True)
+        model.adapter.save(saved.directory)
+        return saved
 
 
 @torch.no_grad()

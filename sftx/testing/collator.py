@@ -1,4 +1,4 @@
-"""The contract of a collator: every example is trained once, and sharing a batch changes neither loss nor gradient.
+"""The contract of a collator: every example is trained once, and batching changes neither loss nor gradient.
 
 Dimensions: B rows, T tokens, V vocabulary.
 """
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -22,73 +22,47 @@ from torch.nn import functional
 from sftx.assembly.stages import make
 from sftx.data.collate import groups_of
 from sftx.model.language_model import CausalLM
-from sftx.testing.batches import differences, varied
+from sftx.testing.batches import differences, norm, varied
 from sftx.testing.clauses import ClauseError, Suite
 from sftx.testing.kit import MAX_LENGTH, Kit
-from sftx.testing.numeric import norm
-from sftx.testing.process import random_states, random_states_kept, seed_all
+from sftx.testing.process import changed_random_states, random_states, random_states_kept, seed_all
 from sftx.types import IGNORE_INDEX, Batch, Collator, Example, Row, Step, Window
 
-# fp32: sums over the same tokens in another order. On the tiny model losses differ by 1e-7 and gradients by 2e-7 of
-# their norm; one token that is wrong among 200 makes a hundredth.
+# In fp32, sums over the same tokens in another order: on the tiny model losses differ by 1e-7 and gradients by 2e-7 of
+# their norm, while one wrong token among 200 changes them by a hundredth.
 _TOLERANCE: Final = 1e-5
-_GROUP_SIZES: Final = ((), (1,), (2,), (1,) * 23, (2,) * 11, (1, 2, 3, 1, 1) * 3)
 
 
-@dataclass(frozen=True)
-class _Window:
-    """What `plan` is asked: groups of these sizes, with lengths drawn from 2 to 60 tokens."""
-
-    sizes: tuple[int, ...]
-    seed: int
-    epoch: int
-    index: int
-    rows_per_step: int
-    is_last: bool
-
-    @property
-    def lengths(self) -> list[int]:
-        rng = random.Random(f"lengths {self.sizes}")
-        return [rng.randint(2, 60) for _ in range(sum(self.sizes))]
-
-    @property
-    def groups(self) -> list[int]:
-        # Numbers with gaps, as rows leave them that are dropped.
-        return [3 * group for group, size in enumerate(self.sizes) for _ in range(size)]
-
-    def plan(self, collator: Collator, lengths: list[int], groups: list[int]) -> tuple[list[Step], Row]:
-        return collator.plan(
-            Window(
-                lengths=lengths,
-                groups=groups,
-                rows_per_step=self.rows_per_step,
-                seed=self.seed,
-                epoch=self.epoch,
-                index=self.index,
-                is_last=self.is_last,
-            )
-        )
-
-    def __str__(self) -> str:
-        return (
-            f"of {len(self.groups)} examples in {len(self.sizes)} groups (rows_per_step={self.rows_per_step}, "
-            f"is_last={self.is_last}, seed={self.seed}, epoch={self.epoch}, index={self.index})"
-        )
+def _windows() -> list[Window]:
+    """Return windows of groups of several sizes, with lengths of 2 to 60 tokens."""
+    windows = []
+    for sizes in ((), (1,), (2,), (1,) * 23, (2,) * 11, (1, 2, 3, 1, 1) * 3):
+        rng = random.Random(f"lengths {sizes}")
+        lengths = [rng.randint(2, 60) for _ in range(sum(sizes))]
+        # Numbers with gaps, as dropped rows leave them.
+        groups = [3 * group for group, size in enumerate(sizes) for _ in range(size)]
+        for seed, epoch, index, rows, is_last in itertools.product((0, 7), (0, 1), (0, 2), (1, 4), (True, False)):
+            windows.append(Window(lengths, groups, rows, seed, epoch, index, is_last))
+    return windows
 
 
-def _windows() -> list[_Window]:
-    return [_Window(*asked) for asked in itertools.product(_GROUP_SIZES, (0, 7), (0, 1), (0, 2), (1, 4), (True, False))]
+def _shown(window: Window) -> str:
+    return (
+        f"the plan of {len(window.groups)} examples in {len(set(window.groups))} groups (rows_per_step="
+        f"{window.rows_per_step}, is_last={window.is_last}, seed={window.seed}, epoch={window.epoch}, "
+        f"index={window.index})"
+    )
 
 
 @dataclass(frozen=True)
 class _Comparison:
-    """The loss of a batch, and of its examples one by one."""
+    """The loss of a batch and the summed losses of its examples, each computed alone."""
 
     batch: Batch
-    together: float
-    alone: float
-    gradient_difference: float
-    """Norm of the difference between the gradients, relative to that of the examples one by one."""
+    loss: float
+    expected_loss: float
+    gradient_error: float
+    """Norm of the difference between the gradients, relative to the norm of the expected one."""
 
     def __str__(self) -> str:
         B, T = self.batch.input_ids_BT.shape
@@ -101,59 +75,56 @@ class _Case:
         self._kit = kit
 
     @cached_property
-    def plans(self) -> list[tuple[_Window, list[Step], Row]]:
-        return [(window, *window.plan(self.collator, window.lengths, window.groups)) for window in _windows()]
-
-    @cached_property
-    def cuts(self) -> list[list[Example]]:
-        """Examples to be batched: some alone, some together; groups are whole, as in a run."""
-        plain = self._kit.examples
-        odd = varied(plain, self._kit.tokenizer)
-        return [groups_of(plain)[0], plain, groups_of(odd)[-1], [*plain, *odd]]
+    def plans(self) -> list[tuple[Window, list[Step], Row]]:
+        return [(window, *self.collator.plan(copy.deepcopy(window))) for window in _windows()]
 
     @cached_property
     def batches(self) -> list[tuple[list[Example], Batch]]:
-        return [(examples, self.collator.collate(copy.deepcopy(examples))) for examples in self.cuts]
+        """Batches of one group, of a few and of many, each with its examples."""
+        plain = self._kit.examples
+        difficult = varied(plain, self._kit.tokenizer)
+        selections = [groups_of(plain)[0], plain, groups_of(difficult)[-1], [*plain, *difficult]]
+        return [(examples, self.collator.collate(copy.deepcopy(examples))) for examples in selections]
 
     @cached_property
     def comparisons(self) -> list[_Comparison]:
         lm = self._kit.language_model().eval()
         parameters = [p for p in lm.parameters() if p.requires_grad]
-        compared = []
+        comparisons = []
         for examples, batch in self.batches:
-            loss = _loss_of_batch(lm, batch)
+            loss = _batch_loss(lm, batch)
             gradients = torch.autograd.grad(loss, parameters)
-            alone = 0.0
-            summed = [torch.zeros_like(p) for p in parameters]
+            expected_loss = 0.0
+            expected = [torch.zeros_like(p) for p in parameters]
             for example in examples:
-                own = _loss_of_example(lm, example)
-                alone += own.item()
-                for total, gradient in zip(summed, torch.autograd.grad(own, parameters), strict=True):
+                example_loss = _example_loss(lm, example)
+                expected_loss += example_loss.item()
+                for total, gradient in zip(expected, torch.autograd.grad(example_loss, parameters), strict=True):
                     total += gradient
-            off = norm([one - other for one, other in zip(gradients, summed, strict=True)])
-            compared.append(_Comparison(batch, loss.item(), alone, off / norm(summed)))
-        return compared
+            error = norm([a - b for a, b in zip(gradients, expected, strict=True)]) / norm(expected)
+            comparisons.append(_Comparison(batch, loss.item(), expected_loss, error))
+        return comparisons
 
 
 SUITE: Suite[_Case] = Suite("collator", _Case)
 
 
 @SUITE.clause(
-    "A plan holds each example once, in a row of a step or among those carried over; the last window carries none over."
+    "A plan contains each example once, in a row of a step or carried over; the last window carries nothing over."
 )
 def plans_every_example(case: _Case) -> None:
     for window, steps, carried in case.plans:
-        held = Counter([index for step in steps for row in step for index in row] + list(carried))
-        wanted = Counter(range(len(window.groups)))
-        if held != wanted:
-            missing, extra = sorted((wanted - held).elements()), sorted((held - wanted).elements())
+        planned = Counter([index for step in steps for row in step for index in row] + list(carried))
+        expected = Counter(range(len(window.groups)))
+        if planned != expected:
+            missing, extra = sorted((expected - planned).elements()), sorted((planned - expected).elements())
             raise ClauseError(
-                f"the plan {window} lacks {missing[:5]} and has {extra[:5]} too often; "
-                "put every index into one row, or into what is carried over"
+                f"{_shown(window)} lacks {missing[:5]} and has {extra[:5]} too often; put every index into one row, or "
+                "into the row that is carried over"
             )
         if window.is_last and carried:
             raise ClauseError(
-                f"the plan {window} carries {list(carried)[:5]} over; with final=True nothing comes after, so plan "
+                f"{_shown(window)} carries {list(carried)[:5]} over; no window follows one with is_last=True, so plan "
                 "them in a step with fewer rows"
             )
 
@@ -166,21 +137,19 @@ def fills_its_steps(case: _Case) -> None:
     for window, steps, _ in case.plans:
         sizes = [len(step) for step in steps]
         if not all(sizes) or not all(row for step in steps for row in step):
-            raise ClauseError(f"the plan {window} has a step or a row without examples; leave it out")
-        if any(size > window.rows_per_step for size in sizes):
-            raise ClauseError(
-                f"the plan {window} has a step of {max(sizes)} rows; rows_per_step is how many rows share an update"
-            )
+            raise ClauseError(f"{_shown(window)} has a step or a row without examples; leave it out")
+        if sizes and max(sizes) > window.rows_per_step:
+            raise ClauseError(f"{_shown(window)} has a step of {max(sizes)} rows; make steps of rows_per_step rows")
         short = [size for size in sizes if size < window.rows_per_step]
         if len(short) > window.is_last:
             raise ClauseError(
-                f"the plan {window} has {len(short)} steps with fewer rows (of {short[:5]}); carry over what does not "
-                "fill a step, and with final=True put it into one"
+                f"{_shown(window)} has {len(short)} steps with fewer rows ({short[:5]}); carry over what does not fill "
+                "a step, and put it into one step if is_last=True"
             )
 
 
 @SUITE.clause(
-    "Examples of one group stand in one row, or are carried over together, in their order.",
+    "Examples of one group are in the same row, or carried over together, in their order.",
     needs=["plans-every-example"],
 )
 def keeps_groups_together(case: _Case) -> None:
@@ -194,177 +163,175 @@ def keeps_groups_together(case: _Case) -> None:
             places = [place[index] for index in members]
             if len({number for number, _ in places}) > 1 or places != sorted(places):
                 raise ClauseError(
-                    f"the plan {window} tears the examples {members} of one group apart, or changes their order; a "
-                    "preference pair must reach the loss in one micro-batch: make rows of whole groups"
+                    f"{_shown(window)} separates the examples {members} of one group, or changes their order; a "
+                    "preference pair must reach the loss in one micro-batch, so make rows of complete groups"
                 )
 
 
 @SUITE.clause(
-    "A plan depends on the arguments of `plan` alone, and leaves them and the global random numbers as they were.",
+    "A plan depends on its window alone, and changes neither the window nor the global random state.",
     needs=["plans-every-example"],
 )
 def plans_by_its_arguments(case: _Case) -> None:
     with random_states_kept():
-        # The other way round, so that each plan has another one before it than it had the first time.
+        # In reverse order, so that another plan precedes each one than the first time.
         for number, (window, *first) in enumerate(reversed(case.plans)):
             seed_all(number)
-            before, lengths, groups = random_states(), window.lengths, window.groups
-            again = window.plan(case.collator, lengths, groups)
-            if (lengths, groups) != (window.lengths, window.groups):
-                raise ClauseError(f"the plan {window} changed the lists of lengths or groups it was given; copy them")
-            _same_randomness(before, f"the plan {window}")
+            before, copied = random_states(), copy.deepcopy(window)
+            again = case.collator.plan(copied)
+            if copied != window:
+                raise ClauseError(f"{_shown(window)} changed the lengths or groups of its window; copy them")
+            _check_random_states(before, _shown(window))
             if list(again) != first:
                 raise ClauseError(
-                    f"the plan {window} was another one when asked for again, with other random numbers around it; "
-                    'draw from random.Random(f"{seed} {epoch} {window}") alone, and keep nothing between two calls'
+                    f"{_shown(window)} was different the second time, with other global random numbers; draw from "
+                    'random.Random(f"{seed} {epoch} {index}") of the window, and keep no state between two calls'
                 )
 
 
 @SUITE.clause("A batch holds each example once: its row id, and its token ids as one document.")
 def batches_every_example(case: _Case) -> None:
     for examples, batch in case.batches:
-        asked, held = Counter(example.row_id for example in examples), Counter(batch.row_ids)
-        if asked != held:
+        expected, row_ids = Counter(example.row_id for example in examples), Counter(batch.row_ids)
+        if row_ids != expected:
             raise ClauseError(
-                f"a batch of {len(examples)} examples has row_ids of {held.total()}, with {list(asked - held)[:3]} "
-                f"missing and {list(held - asked)[:3]} too many; each example's row_id belongs into row_ids once"
+                f"a batch of {len(examples)} examples lacks the row_ids {list(expected - row_ids)[:3]} and has "
+                f"{list(row_ids - expected)[:3]} too many; put each example's row_id into row_ids once"
             )
         if (batch.lengths_B is None) == (batch.cu_seqlens is None):
-            raise ClauseError("set lengths_B for rows padded at the right, or cu_seqlens for packed ones, and not both")
+            raise ClauseError("set lengths_B for rows padded on the right, or cu_seqlens for packed rows, not both")
         documents = Counter(tuple(batch.input_ids_BT.flatten()[where].tolist()) for where in _documents(batch))
-        lost = [e for e in examples if not _take_out(documents, tuple(e.token_ids))]
-        if lost:
-            raise ClauseError(
-                f"the token ids of {lost[0].row_id} ({len(lost[0].token_ids)} tokens), one of {len(examples)} "
-                "examples, are no document of the batch; cut and change nothing, and let lengths_B or cu_seqlens "
-                "say where each example stands"
-            )
+        for example in examples:
+            ids = tuple(map(int, example.token_ids))
+            documents[ids] -= 1
+            if documents[ids] < 0:
+                raise ClauseError(
+                    f"the {len(ids)} token ids of {example.row_id} are no document of a batch of {len(examples)} "
+                    "examples; cut and change nothing, and let lengths_B or cu_seqlens delimit each example"
+                )
 
 
 @SUITE.clause(
-    "A batch counts its tokens: num_label_tokens, num_input_tokens, max_seqlen; its tensors are [B, T] and int64, and "
-    "position ids begin at 0 in each document.",
+    "num_label_tokens, num_input_tokens and max_seqlen are correct; tensors are [B, T] and int64; position ids start "
+    "at 0 in each document.",
     needs=["batches-every-example"],
 )
 def counts_what_it_holds(case: _Case) -> None:
     for examples, batch in case.batches:
-        ids_BT, labels_BT, weights_BT = batch.input_ids_BT, batch.labels_BT, batch.token_weights_BT
-        for name in ("input_ids_BT", "labels_BT", "position_ids_BT"):
-            tensor: Tensor = getattr(batch, name)
-            if tensor.dtype != torch.int64 or tensor.ndim != 2 or tensor.shape != ids_BT.shape:
-                raise ClauseError(
-                    f"{name} is {tensor.dtype} {list(tensor.shape)}; make it int64 [B, T] as input_ids_BT"
-                )
-        for name, dtype in (("lengths_B", torch.int64), ("cu_seqlens", torch.int32)):
-            borders: Tensor | None = getattr(batch, name)
-            if borders is not None and (borders.dtype != dtype or borders.ndim != 1):
-                raise ClauseError(
-                    f"{name} is {borders.dtype} {list(borders.shape)}; kernels for a GPU need it as {dtype} in one row"
-                )
-        if weights_BT is not None and (weights_BT.dtype != torch.float32 or weights_BT.shape != ids_BT.shape):
-            raise ClauseError(f"token_weights_BT is {weights_BT.dtype} {list(weights_BT.shape)}; make it fp32 [B, T]")
+        B, T = batch.input_ids_BT.shape
+        for name, dtype, shape in (
+            ("input_ids_BT", torch.int64, (B, T)),
+            ("labels_BT", torch.int64, (B, T)),
+            ("position_ids_BT", torch.int64, (B, T)),
+            ("token_weights_BT", torch.float32, (B, T)),
+            ("lengths_B", torch.int64, None),
+            ("cu_seqlens", torch.int32, None),  # as kernels on a GPU need them
+        ):
+            tensor: Tensor | None = getattr(batch, name)
+            if tensor is None:
+                continue
+            if tensor.dtype != dtype or (tensor.ndim != 1 if shape is None else tensor.shape != shape):
+                expected = "with one dimension" if shape is None else f"of shape {list(shape)}"
+                raise ClauseError(f"{name} is {tensor.dtype} {list(tensor.shape)}; make it {dtype} {expected}")
         lengths = [len(example.token_ids) for example in examples]
-        counts: tuple[tuple[str, object, int, str], ...] = (
-            (
-                "num_label_tokens",
-                batch.num_label_tokens,
-                int((labels_BT != IGNORE_INDEX).sum()),
-                "labels are not IGNORE_INDEX",
-            ),
-            ("num_input_tokens", batch.num_input_tokens, sum(lengths), "tokens are not padding"),
-            ("max_seqlen", batch.max_seqlen, max(lengths), "tokens are in the longest example"),
+        num_labels = int((batch.labels_BT != IGNORE_INDEX).sum())
+        counts: tuple[tuple[str, int, str], ...] = (
+            ("num_label_tokens", num_labels, "labels are not IGNORE_INDEX"),
+            ("num_input_tokens", sum(lengths), "tokens are not padding"),
+            ("max_seqlen", max(lengths), "tokens are in the longest example"),
         )
-        for name, seen, right, meaning in counts:
-            if not isinstance(seen, int) or seen != right:
-                raise ClauseError(f"{name} is {seen!r}, but {right} {meaning}; the engine relies on it as an int")
+        for name, right, meaning in counts:
+            value: object = getattr(batch, name)
+            if not isinstance(value, int) or value != right:
+                raise ClauseError(f"{name} is {value!r}, but {right} {meaning}; the trainer relies on it as an int")
         positions_N = batch.position_ids_BT.flatten()
         for where in _documents(batch):
             if not torch.equal(positions_N[where], torch.arange(where.stop - where.start)):
                 raise ClauseError(
-                    f"the position ids of a document begin with {positions_N[where][:4].tolist()}; count from 0 in "
-                    "each, or the model sees another place, and in a packed row the documents before"
+                    f"the position ids of a document start with {positions_N[where][:4].tolist()}; count from 0 in "
+                    "each, otherwise the model sees wrong positions and, in a packed row, the previous documents"
                 )
 
 
 @SUITE.clause(
-    "A batch depends on its examples alone: made twice it is the same to the bit, and it leaves the "
-    "examples and the global random numbers as they were."
+    "A batch depends on its examples alone, and changes neither them nor the global random state; a second one is "
+    "bit-identical."
 )
 def collates_by_its_arguments(case: _Case) -> None:
     with random_states_kept():
         for number, (examples, first) in enumerate(reversed(case.batches)):
             seed_all(number)
-            given, before = copy.deepcopy(examples), random_states()
-            again = case.collator.collate(given)
-            if given != examples:
+            copied, before = copy.deepcopy(examples), random_states()
+            again = case.collator.collate(copied)
+            if list(map(_content, copied)) != list(map(_content, examples)):
                 raise ClauseError(
-                    f"collate changed the {len(examples)} examples it was given; they are batched again in the next "
-                    "epoch: copy what you change"
+                    f"collate changed its {len(examples)} examples, which are batched again in the next epoch; copy "
+                    "what you change"
                 )
-            _same_randomness(before, "collate")
-            different = differences(first, again)
-            if different:
+            _check_random_states(before, "collate")
+            if different := differences(first, again):
                 raise ClauseError(
                     f"the same {len(examples)} examples made a batch with other {', '.join(different)}; draw no random "
-                    "numbers in collate, and keep nothing between two calls"
+                    "numbers in collate, and keep no state between two calls"
                 )
 
 
 @SUITE.clause(
-    "A batch has the loss of its examples one by one, as the model's own forward gives it.",
+    "The loss of a batch is the sum of its examples' losses, each computed alone by the model's own forward.",
     needs=["batches-every-example", "counts-what-it-holds"],
 )
 def changes_no_loss(case: _Case) -> None:
     for c in case.comparisons:
-        if not abs(c.together - c.alone) <= _TOLERANCE * abs(c.alone):
+        if not abs(c.loss - c.expected_loss) <= _TOLERANCE * abs(c.expected_loss):
             raise ClauseError(
-                f"{c} has a loss of {c.together:.6g}, its examples one by one {c.alone:.6g}; check that labels_BT[b, "
-                "t] is the token after t, that the last of each document is IGNORE_INDEX and nothing is masked by its "
-                "id, that token_weights_BT are shifted like labels, and that no document sees another"
+                f"{c} has a loss of {c.loss:.6g}, its examples one by one {c.expected_loss:.6g}; check that labels and "
+                "weights are shifted by one, that the last label of each document is IGNORE_INDEX, that nothing is "
+                "masked by its id, and that no document sees another"
             )
 
 
 @SUITE.clause(
-    "A batch has the gradient of its examples one by one, in all parameters of the model.", needs=["changes-no-loss"]
+    "The gradient of a batch is the sum of its examples' gradients, in all parameters.", needs=["changes-no-loss"]
 )
 def changes_no_gradient(case: _Case) -> None:
     for c in case.comparisons:
-        if not c.gradient_difference <= _TOLERANCE:
+        if not c.gradient_error <= _TOLERANCE:
             raise ClauseError(
-                f"{c} has a gradient that is off by {c.gradient_difference:.1e} of its norm from its examples one by "
-                "one, though its loss is right; check which weight and label each token has"
+                f"{c} has a gradient that is off by {c.gradient_error:.1e} of the norm of its examples' gradients, "
+                "though its loss is right; check the weight and the label of each token"
             )
 
 
 def check_collator(plugin: object, *, model: Path | None = None) -> None:
-    """Holds the plugin's collator against each clause. Raises ContractError, naming those that it breaks.
+    """Check the plugin's collator. Raises ContractError, which names the broken clauses.
 
-    `model`: a directory with a model and tokenizer to check with, instead of the tiny one.
+    `model` is a directory with a model and tokenizer to use instead of the tiny ones.
     """
     SUITE.check(plugin, model=model)
 
 
 def _documents(batch: Batch) -> Iterator[slice]:
-    """Where each document stands in the flattened batch."""
+    """Yield the slice of each document in the flattened batch."""
     if batch.lengths_B is not None:
         T = batch.input_ids_BT.shape[1]
         yield from (slice(b * T, b * T + length) for b, length in enumerate(batch.lengths_B.tolist()))
     elif batch.cu_seqlens is not None:
-        yield from (slice(*borders) for borders in itertools.pairwise(batch.cu_seqlens.tolist()))
+        yield from (slice(*bounds) for bounds in itertools.pairwise(batch.cu_seqlens.tolist()))
 
 
-def _take_out(documents: Counter[tuple[int, ...]], ids: tuple[int, ...]) -> bool:
-    documents[ids] -= 1
-    return documents[ids] >= 0
+def _content(example: Example) -> tuple[Any, ...]:
+    """Return the fields of an example as values that `==` compares."""
+    weights = None if example.weights is None else list(example.weights)
+    ids, mask = list(example.token_ids), list(example.loss_mask)
+    return ids, mask, weights, example.row_id, example.group, dict(example.extras)
 
 
-def _same_randomness(before: dict[str, object], what: str) -> None:
-    changed = [name for name, state in random_states().items() if state != before[name]]
-    if changed:
-        raise ClauseError(f"{what} drew from {', '.join(changed)}, which others draw from; use a generator of its own")
+def _check_random_states(before: dict[str, Any], what: str) -> None:
+    if changed := changed_random_states(before):
+        raise ClauseError(f"{what} drew from {changed}, which others use too; use a generator of its own")
 
 
-def _loss_of_batch(lm: CausalLM, batch: Batch) -> Tensor:
+def _batch_loss(lm: CausalLM, batch: Batch) -> Tensor:
     logits_BTV = lm.logits(lm.hidden(batch).hidden_BTD)
     loss_N = functional.cross_entropy(
         logits_BTV.flatten(0, 1), batch.labels_BT.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
@@ -372,9 +339,10 @@ def _loss_of_batch(lm: CausalLM, batch: Batch) -> Tensor:
     return (loss_N if batch.token_weights_BT is None else loss_N * batch.token_weights_BT.flatten()).sum()
 
 
-def _loss_of_example(lm: CausalLM, example: Example) -> Tensor:
-    """By transformers' own forward, without a batch: token t is predicted from what is before it."""
-    ids_T = torch.tensor(example.token_ids, device=lm.device)
+def _example_loss(lm: CausalLM, example: Example) -> Tensor:
+    """Compute the loss with the forward of transformers: each token is predicted from those before it."""
+    ids_T = torch.tensor(example.token_ids, dtype=torch.int64, device=lm.device)
     logits_TV = lm.model(input_ids=ids_T[None], use_cache=False).logits[0]
-    weights_T = torch.tensor(example.weights or [1.0] * len(ids_T)) * torch.tensor(example.loss_mask)
+    weights_T = torch.tensor([1.0] * len(ids_T) if example.weights is None else example.weights)
+    weights_T = weights_T * torch.tensor(example.loss_mask)
     return (functional.cross_entropy(logits_TV[:-1], ids_T[1:], reduction="none") * weights_T[1:].to(lm.device)).sum()

@@ -1,11 +1,11 @@
-"""What a plugin is checked with: its own stages, the built-in ones where it fills none, and a small real model."""
+"""This module prepares what a plugin is checked with: its own stages, default ones for the rest, and a small model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -38,17 +38,17 @@ CONVERSATIONS = tuple(
          ("assistant", "yes, yes")],
     )
 )  # fmt: skip
-"""Conversations that every template can write: turns of a user and an assistant by turns."""
+"""Conversations that every template can render: user and assistant turns that alternate."""
 
 MAX_LENGTH = 128
-"""What a collator is told to be the longest example, in tokens: more than any of these has."""
+"""The maximum length that collators are given, in tokens; all of these conversations are shorter."""
 
 
 class Kit:
-    """One plugin, and whatever else a run around it needs; everything is made on first use.
+    """One plugin and everything else that a run with it needs; each part is made on first use.
 
-    `model`: a directory with a model and its tokenizer; by default the tiny one, whose tokenizer then gets the
-    control tokens that the plugin's template declares.
+    `model` is a directory with a model and its tokenizer. By default it is the tiny model, whose tokenizer then gets
+    the control tokens that the plugin's template declares.
     """
 
     def __init__(self, plugin: object, model: Path | None = None) -> None:
@@ -56,28 +56,32 @@ class Kit:
         self.model_dir = model or tiny.model_dir()
         self._is_tiny = model is None
 
-    def fills(self, hook: str) -> bool:
-        return hasattr(self.plugin, hook)
-
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         tokenizer = load_tokenizer(str(self.model_dir))
-        if self._is_tiny and self.fills("sftx_template"):
+        if self._is_tiny and hasattr(self.plugin, "sftx_template"):
             controls = make(self.plugin, "sftx_template", tokenizer=tokenizer).controls
             tokenizer.add_tokens(sorted(controls - set(tokenizer.get_vocab())), special_tokens=True)
         return tokenizer
 
     @cached_property
     def template(self) -> Template:
-        return cast(Template, self._make("sftx_template", TEMPLATES[0], tokenizer=self.tokenizer))
+        template: Template = self._stage("sftx_template", TEMPLATES[0], tokenizer=self.tokenizer)
+        return template
 
     @cached_property
     def collator(self) -> Collator:
-        return cast(Collator, self._make("sftx_collator", DEFAULTS["sftx_collator"][0], max_length=MAX_LENGTH))
+        collator: Collator = self._stage("sftx_collator", DEFAULTS["sftx_collator"][0], max_length=MAX_LENGTH)
+        return collator
 
     @cached_property
     def loss(self) -> Loss:
-        return cast(Loss, self._make("sftx_loss", DEFAULTS["sftx_loss"][0]))
+        loss: Loss = self._stage("sftx_loss", DEFAULTS["sftx_loss"][0])
+        return loss
+
+    def _stage(self, hook: str, default: str, **arguments: Any) -> Any:
+        plugin = self.plugin if hasattr(self.plugin, hook) else built_in(default)
+        return make(plugin, hook, **arguments)
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -87,44 +91,39 @@ class Kit:
     def spec(self) -> ModelSpec:
         return load_spec(str(self.model_dir))
 
-    def _make(self, hook: str, default: str, **arguments: Any) -> Any:
-        plugin = self.plugin if self.fills(hook) else built_in(default)
-        return make(plugin, hook, **arguments)
-
     @cached_property
     def examples(self) -> list[Example]:
-        """The plugin's own samples, or the conversations above, encoded with its own template, or ChatML."""
-        if self.fills("sftx_parser"):
+        """The samples of the plugin's parser, or CONVERSATIONS, encoded with the plugin's template or ChatML."""
+        if hasattr(self.plugin, "sftx_parser"):
             parser: Parser = make(self.plugin, "sftx_parser")
-            place = Location("samples", 0)
-            rows = [tuple(parser.parse(record, place)) for record in parser.samples]
-            rows *= 1 + 3 // max(1, len(rows))  # a few rows at least, for batches worth the name
+            rows = [tuple(parser.parse(record, Location("samples", 0))) for record in parser.samples]
+            rows *= 1 + 3 // max(1, len(rows))  # repeated, so that there are enough rows for a batch
         else:
             rows = [(conversation,) for conversation in CONVERSATIONS]
         encode = RowEncoder({}, self.encoder, DataConfig())
         examples: list[Example] = []
         for number, parsed in enumerate(rows, 1):
-            where = Location("samples", number)
-            examples += encode.encode(parsed, EncodedRow(where)).examples_from_group(first_group=len(examples))
+            row = encode.encode(parsed, EncodedRow(Location("samples", number)))
+            examples += row.examples_from_group(first_group=len(examples))
         if not examples:
-            raise DataError("none of the samples trains anything")
+            raise DataError("no sample has a label token")
         return examples
 
     def language_model(
         self, adapters: Mapping[str, Adapter] | None = None, *, dtype: torch.dtype = torch.float32
     ) -> CausalLM:
-        """The model read anew, with these adapters attached; all of it is trained without any."""
+        """Load the model again and attach these adapters; without any, all parameters are trained."""
         adapters = adapters or {}
         model = load_model(self.spec, list(adapters.values()), dtype=dtype, device=torch.device("cpu"))
         lm = CausalLM(model, self.tokenizer)
-        with torch.random.fork_rng(devices=[]):  # an author's own tests keep their random numbers
+        with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
             lm.attach(adapters)
         return lm
 
 
 def built_in(name: str, **options: Any) -> object:
-    """An instance of an installed plugin, with these options."""
+    """Return an instance of the installed plugin `name` with these options."""
     assembly = Assembly(Origins())
     assembly.add(find(name, discover()), options)
     return assembly.active[0].plugin

@@ -1,4 +1,4 @@
-"""The contract of a metric: a number for any answer, of that answer alone, or several by name."""
+"""The contract of a metric: it scores any answer, and the score depends on that answer and its reference alone."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sftx.assembly.stages import RESERVED_METRICS, make
-from sftx.testing.clauses import ClauseError, Suite
-from sftx.testing.process import random_states
+from sftx.testing.clauses import ClauseError, Suite, must_not_raise
+from sftx.testing.process import changed_random_states, random_states
 from sftx.types import Metric
 
 _TEXTS = (
@@ -26,6 +26,8 @@ _TEXTS = (
     "<|im_end|>",
     "word " * 2000,
 )
+_PAIRS = list(itertools.product(_TEXTS, _TEXTS))
+"""Predictions and references."""
 
 
 @dataclass
@@ -36,99 +38,88 @@ class _Case:
 SUITE: Suite[_Case] = Suite("metric", lambda kit: _Case(make(kit.plugin, "sftx_metric")))
 
 
-@SUITE.clause("Any answer gets a score: an empty one, one of 2000 words, one that is not the format asked for.")
+@SUITE.clause("Any answer gets a score: an empty one, one of 2000 words, one in the wrong format.")
 def takes_any_text(case: _Case) -> None:
-    for prediction, reference in itertools.product(_TEXTS, _TEXTS):
-        try:
-            case.metric(prediction, reference)
-        except Exception as error:
-            raise ClauseError(
-                f"the answer {prediction[:40]!r} to the reference {reference[:40]!r} raised {type(error).__name__}: "
-                f"{error}; a model may answer anything, so score it, with the lowest score if nothing else"
-            ) from error
+    for pair in _PAIRS:
+        with must_not_raise(_shown(*pair), "a model may answer anything, so return the lowest score instead"):
+            case.metric(*pair)
 
 
-@SUITE.clause("A score is a finite number, or several by name.", needs=["takes-any-text"])
+@SUITE.clause("A score is a finite number, or several finite numbers by name.", needs=["takes-any-text"])
 def finite_number(case: _Case) -> None:
-    for prediction, reference in itertools.product(_TEXTS, _TEXTS):
-        score: object = case.metric(prediction, reference)
+    for pair in _PAIRS:
+        score: object = case.metric(*pair)
         if not _is_finite(score):
             raise ClauseError(
-                f"the answer {prediction[:40]!r} to the reference {reference[:40]!r} has the score {score!r}; return a "
-                "finite float, or a mapping of names to such, since the mean over the held-out rows is reported"
+                f"{_shown(*pair)} has the score {score!r}; return a finite float, or a mapping of names to finite "
+                "floats, since the mean over the held-out rows is reported"
             )
 
 
 @SUITE.clause(
-    "Several scores have the same names for any answer, none of which is one of the engine's.", needs=["finite-number"]
+    "Several scores have the same names for any answer, and no name is one that sftx reports itself.",
+    needs=["finite-number"],
 )
 def names(case: _Case) -> None:
-    first: object = case.metric(_TEXTS[0], _TEXTS[0])
-    expected = _names(first)
-    if taken := [name for name in expected if name in RESERVED_METRICS or not isinstance(name, str)]:
-        raise ClauseError(f"it reports the score {taken[0]!r}, which is the engine's or no text; choose another name")
-    for prediction, reference in itertools.product(_TEXTS, _TEXTS):
-        found = _names(case.metric(prediction, reference))
-        if found != expected:
+    expected = _names(case.metric(*_PAIRS[0]))
+    if invalid := [name for name in expected if name in RESERVED_METRICS or not isinstance(name, str)]:
+        raise ClauseError(f"it reports the score {invalid[0]!r}, which is reserved or no string; choose another name")
+    for pair in _PAIRS:
+        reported = _names(case.metric(*pair))
+        if reported != expected:
             raise ClauseError(
-                f"the answer {prediction[:40]!r} to the reference {reference[:40]!r} has the scores {_listed(found)}, "
-                f"the answer {_TEXTS[0]!r} to itself {_listed(expected)}; give every answer the same ones"
+                f"{_shown(*pair)} has the scores {_listed(reported)}, {_shown(*_PAIRS[0])} has {_listed(expected)}; "
+                "return the same names for every answer"
             )
 
 
 @SUITE.clause(
-    "A score depends on the answer and the reference alone, and leaves the global random numbers as they were.",
+    "A score depends on the answer and the reference alone, and the global random state does not change.",
     needs=["takes-any-text", "finite-number"],
 )
 def pure(case: _Case) -> None:
-    pairs = list(itertools.product(_TEXTS, _TEXTS))
     before = random_states()
-    forward = [case.metric(*pair) for pair in pairs]
-    backward = [case.metric(*pair) for pair in reversed(pairs)][::-1]
-    for (prediction, reference), first, second in zip(pairs, forward, backward, strict=True):
+    scores = [case.metric(*pair) for pair in _PAIRS]
+    again = [case.metric(*pair) for pair in reversed(_PAIRS)][::-1]
+    for pair, first, second in zip(_PAIRS, scores, again, strict=True):
         if first != second:
             raise ClauseError(
-                f"the answer {prediction[:40]!r} to the reference {reference[:40]!r} has the score {first!r}, and "
-                f"{second!r} after others were scored; keep nothing between two calls, and draw no random numbers"
+                f"{_shown(*pair)} has the score {first!r}, and {second!r} after others were scored; keep no state "
+                "between two calls, and draw no random numbers"
             )
-    if drawn := [name for name, state in random_states().items() if state != before[name]]:
-        raise ClauseError(
-            f"it drew from or seeded {', '.join(drawn)}, from which training draws too; use a random.Random of its own"
-        )
+    if changed := changed_random_states(before):
+        raise ClauseError(f"it drew from or seeded {changed}, which training uses too; use your own random.Random")
 
 
 @SUITE.clause(
-    "A metric with `corpus` gives any set of answers such a score too, the same whenever it is asked.",
+    "A metric with `corpus` gives any set of answers a score as well, and the same set always the same score.",
     needs=["names", "pure"],
 )
 def corpus(case: _Case) -> None:
-    of_set = getattr(case.metric, "corpus", None)
-    if of_set is None:
+    score_set = getattr(case.metric, "corpus", None)
+    if score_set is None:
         return
-    pairs = list(itertools.product(_TEXTS, _TEXTS))
-    sets = [pairs, *([pair] for pair in pairs[: len(_TEXTS)]), pairs[::-1], pairs]
     scores: list[object] = []
-    for chosen in sets:
-        predictions, references = (list(texts) for texts in zip(*chosen, strict=True))
-        shown = f"corpus of {len(chosen)} answers, the first {predictions[0][:40]!r} to {references[0][:40]!r},"
-        try:
-            scores.append(of_set(predictions, references))
-        except Exception as error:
-            raise ClauseError(f"{shown} raised {type(error).__name__}: {error}; score any set") from error
-        if (
-            not _is_finite(scores[-1])
-            or _names(scores[-1]) & RESERVED_METRICS
-            or _names(scores[-1]) != _names(scores[0])
-        ):
+    for pairs in [_PAIRS, *([pair] for pair in _PAIRS[: len(_TEXTS)]), _PAIRS[::-1], _PAIRS]:
+        predictions, references = (list(texts) for texts in zip(*pairs, strict=True))
+        shown = f"corpus of {len(pairs)} answers, starting with {_shown(*pairs[0])},"
+        with must_not_raise(shown, "score any set"):
+            scores.append(score_set(predictions, references))
+        names = _names(scores[-1])
+        if not _is_finite(scores[-1]) or names & RESERVED_METRICS or names != _names(scores[0]):
             raise ClauseError(
                 f"{shown} has the score {scores[-1]!r}; return a finite float, or finite floats by the same names each "
-                "time, none of them the engine's"
+                "time, none of them reserved"
             )
     if scores[0] != scores[-1]:
         raise ClauseError(
-            f"corpus gives the same {len(pairs)} answers {scores[0]!r} and then {scores[-1]!r}; keep nothing between "
+            f"corpus gives the same {len(_PAIRS)} answers {scores[0]!r} and then {scores[-1]!r}; keep no state between "
             "two calls"
         )
+
+
+def _shown(prediction: str, reference: str) -> str:
+    return f"the answer {prediction[:40]!r} to the reference {reference[:40]!r}"
 
 
 def _is_finite(score: object) -> bool:
@@ -137,14 +128,14 @@ def _is_finite(score: object) -> bool:
 
 
 def _names(score: object) -> set[object]:
-    """Of several scores; none of a single one, which has the plugin's."""
+    """Return the names of several scores; a single score has none, and is reported by the plugin's name."""
     return set(score) if isinstance(score, Mapping) else set()
 
 
-def _listed(found: set[object]) -> str:
-    return ", ".join(sorted(map(str, found))) or "of one number"
+def _listed(names: set[object]) -> str:
+    return ", ".join(sorted(map(str, names))) or "without a name"
 
 
 def check_metric(plugin: object) -> None:
-    """Holds the plugin's metric against each clause. Raises ContractError, naming those that it breaks."""
+    """Check the plugin's metric. Raises ContractError, which names the broken clauses."""
     SUITE.check(plugin)

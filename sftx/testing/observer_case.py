@@ -1,7 +1,6 @@
-"""What the clauses of an observer look at: the events of a run without the run, in a place of its own.
+"""This module replays the events of a run to an observer, in an empty directory and without training anything.
 
-An observer is told what `sftx run` tells, in the same order, in an empty working directory; whatever a bad one does to
-the process is undone afterwards.
+The observer sees what `sftx run` would send it, in the same order. Changes that it makes to the process are undone.
 """
 
 from __future__ import annotations
@@ -20,14 +19,13 @@ from sftx.assembly.registry import activate
 from sftx.assembly.stages import make
 from sftx.config.loading import load
 from sftx.config.options import as_dict
-from sftx.errors import one_line
 from sftx.events import EvalReport, Provider, RunInfo, Sample, StartReport, StepReport
-from sftx.testing.clauses import ClauseError
+from sftx.testing.clauses import must_not_raise
 from sftx.testing.process import PROCESS, process
 from sftx.types import Observer
 
 Event: TypeAlias = tuple[str, tuple[Any, ...]]
-"""The name of an observer's method, and its arguments."""
+"""The name of a method of Observer, and its arguments."""
 
 NUM_STEPS: Final = 2
 
@@ -37,7 +35,7 @@ NUM_STEPS: Final = 2
 
 @lru_cache
 def _assembled() -> tuple[Mapping[str, Any], tuple[Provider, ...]]:
-    """The resolved run file and the assembled table of a run with LoRA and every default."""
+    """Return the resolved run file and the table of plugins of a run with LoRA and every default."""
     assignments = [("data.train", ["rows.jsonl"], ""), ("data.eval", ["held-out.jsonl"], "")]
     loaded = load(None, add=["chatml", "lora"], assignments=assignments)
     assembly = activate(loaded)
@@ -45,28 +43,34 @@ def _assembled() -> tuple[Mapping[str, Any], tuple[Provider, ...]]:
     return as_dict(loaded.config) | {"plugins": plugins}, assembly.table()
 
 
-def run_info(place: Path, number: int = 1) -> RunInfo:
-    """What the hook is called with; the run directory, below `place`, does not exist yet."""
-    return RunInfo(place / "runs" / f"run-{number}", deepcopy(_assembled()[0]))
+def run_info(directory: Path, number: int = 1) -> RunInfo:
+    """Return the argument of the hook; its run directory, below `directory`, does not exist yet."""
+    return RunInfo(directory / "runs" / f"run-{number}", deepcopy(_assembled()[0]))
 
 
 def events(run: RunInfo, *, held_out: bool = True) -> list[Event]:
-    """A whole run that saves and evaluates after each step."""
+    """Return the events of a complete run that saves and evaluates after each step."""
     artefact, checkpoints = run.output_dir / "adapter", run.output_dir / "checkpoints"
-    told: list[Event] = [
-        ("on_start", (_start(held_out=held_out),)),
-        ("on_evaluate", (_evaluation(0),)),
-        ("on_step", (_step(1),)),
-        ("on_evaluate", (_evaluation(1),)),
-        ("on_save", (1, checkpoints / "step-1")),
-        ("on_step", (_step(2),)),
-        ("on_evaluate", (_evaluation(2),)),
-        ("on_save", (2, checkpoints / "step-2")),
-        ("on_save", (2, artefact)),
+    all_events: list[Event] = [("on_start", (_start(held_out=held_out),)), ("on_evaluate", (_evaluation(0),))]
+    for step in range(1, NUM_STEPS + 1):
+        all_events += [
+            ("on_step", (_step(step),)),
+            ("on_evaluate", (_evaluation(step),)),
+            ("on_save", (step, checkpoints / f"step-{step}")),
+        ]
+    all_events += [
+        ("on_save", (NUM_STEPS, artefact)),
         ("on_end", (summary(artefact, held_out=held_out),)),
         ("close", ()),
     ]
-    return [event for event in told if held_out or event[0] != "on_evaluate"]
+    return [event for event in all_events if held_out or event[0] != "on_evaluate"]
+
+
+def interrupted(run: RunInfo, last: str | None) -> list[Event]:
+    """Return the events of a run that failed after its first event `last`, or before it started (None)."""
+    all_events = events(run)
+    names = [name for name, _ in all_events]
+    return [*all_events[: 0 if last is None else names.index(last) + 1], all_events[-1]]
 
 
 def _start(*, held_out: bool) -> StartReport:
@@ -114,7 +118,7 @@ def _evaluation(step: int) -> EvalReport:
 
 
 def summary(artefact: Path, *, held_out: bool = True) -> dict[str, Any]:
-    """What summary.json holds after these events."""
+    """Return the content of summary.json after these events."""
     values: dict[str, Any] = {
         "num_steps": NUM_STEPS,
         "loss": {"first": 3.0, "last": 1.5},
@@ -140,7 +144,7 @@ def summary(artefact: Path, *, held_out: bool = True) -> dict[str, Any]:
     return values
 
 
-# --- who is told, and where --------------------------------------------------------------------
+# --- sending events ----------------------------------------------------------------------------
 
 
 @dataclass
@@ -153,21 +157,21 @@ class Case:
         return cast(Observer, make(self.plugin, "sftx_observer", run=run))
 
     def play(self, run: RunInfo, *, held_out: bool = True) -> dict[Path, bytes]:
-        """A whole run's events; what lies in its directory then. Raises ClauseError when one of them raises."""
+        """Send a new observer all events of a run, and return the files of the run directory. Raises ClauseError."""
         observer = self.observer(run)
         for event in events(run, held_out=held_out):
-            tell(observer, event, run)
+            send(observer, event, run)
         return files(run.output_dir)
 
     @cached_property
     def first_run(self) -> dict[Path, bytes]:
-        """What the first run in this process leaves in its directory."""
-        with workplace() as place:
-            return self.play(run_info(place))
+        """The files that the first run of this process leaves in its directory."""
+        with workplace() as directory:
+            return self.play(run_info(directory))
 
 
-def tell(observer: Observer, event: Event, run: RunInfo) -> None:
-    """One event, after what the engine writes before it. Raises ClauseError when the observer raises."""
+def send(observer: Observer, event: Event, run: RunInfo) -> None:
+    """Send an event, after writing the files that a run writes before it. Raises ClauseError when it fails."""
     name, arguments = event
     if name == "on_start":
         _write(run.output_dir, "run.yaml", "manifest.json", "ledger.jsonl")
@@ -175,39 +179,34 @@ def tell(observer: Observer, event: Event, run: RunInfo) -> None:
         _write(arguments[1], "adapter_config.json", "tokenizer.json")
     elif name == "on_end":
         _write(run.output_dir, "summary.json")
-    try:
+    with must_not_raise(name, "a run switches off an observer that raises, so handle any values that reports may hold"):
         getattr(observer, name)(*arguments)
-    except Exception as error:
-        raise ClauseError(
-            f"{name} raised {type(error).__name__}: {one_line(error)}; a run switches such an observer off, so take "
-            "whatever the reports may hold"
-        ) from error
 
 
-_WRITTEN: Final = "{}\n"
+_CONTENT: Final = "{}\n"
 
 
 def _write(directory: Path, *names: str) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     for name in names:
-        (directory / name).write_text(_WRITTEN, encoding="utf-8")
+        (directory / name).write_text(_CONTENT, encoding="utf-8")
 
 
 def engine_files() -> dict[Path, bytes]:
-    """What a whole run itself writes into its directory."""
+    """Return the files that a complete run writes into its directory, by path."""
     names = ["run.yaml", "manifest.json", "ledger.jsonl", "summary.json"]
     for artefact in ("adapter", "checkpoints/step-1", "checkpoints/step-2"):
         names += [f"{artefact}/adapter_config.json", f"{artefact}/tokenizer.json"]
-    return {Path(name): _WRITTEN.encode() for name in names}
+    return {Path(name): _CONTENT.encode() for name in names}
 
 
-def files(place: Path) -> dict[Path, bytes]:
-    """What lies below that directory, by the path from there."""
-    return {path.relative_to(place): path.read_bytes() for path in sorted(place.rglob("*")) if path.is_file()}
+def files(directory: Path) -> dict[Path, bytes]:
+    """Return the files below a directory by relative path."""
+    return {path.relative_to(directory): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
 
 
 class _Screen(io.StringIO):
-    """A terminal, or a pipe, that keeps what it is sent."""
+    """A text stream that says whether it is a terminal."""
 
     def __init__(self, *, terminal: bool) -> None:
         super().__init__()
@@ -219,16 +218,16 @@ class _Screen(io.StringIO):
 
 @contextlib.contextmanager
 def workplace(*, terminal: bool = True) -> Iterator[Path]:
-    """An empty working directory, with what is printed caught; the process is as before afterwards."""
+    """Enter an empty working directory and capture the output; the state of the process is restored afterwards."""
     before = process()
     with (
-        tempfile.TemporaryDirectory(prefix="sftx-observer-", ignore_cleanup_errors=True) as place,
+        tempfile.TemporaryDirectory(prefix="sftx-observer-", ignore_cleanup_errors=True) as directory,
         contextlib.redirect_stdout(_Screen(terminal=terminal)),
         contextlib.redirect_stderr(_Screen(terminal=terminal)),
-        contextlib.chdir(place),
+        contextlib.chdir(directory),
     ):
         try:
-            yield Path(place)
+            yield Path(directory)
         finally:
             for name, value in before.items():
                 if PROCESS[name][0]() != value:

@@ -1,4 +1,4 @@
-"""The contract of a plugin's package: metadata that says what it is, a class that is read before torch is imported."""
+"""The contract of a plugin's package: complete metadata, and a class that can be imported without torch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,6 @@ _HEAVY: Final = ("torch", "transformers", "datasets", "triton")
 class _Case:
     info: PluginInfo
     cls: type
-    hooks: list[str]
 
     @property
     def metadata(self) -> dict[str, list[str]]:
@@ -41,106 +40,92 @@ class _Case:
     def is_sftx(self) -> bool:
         return canonicalize_name(self.info.package) == "sftx"
 
+    @property
+    def module(self) -> str:
+        return self.info.value.partition(":")[0]
+
     @cached_property
     def root(self) -> Path:
-        """The directory of the plugin's top-level package, or the file of its only module."""
-        module = self.info.value.partition(":")[0]
-        file = Path(str(sys.modules[module].__file__))
-        depth = module.count(".") + (file.name == "__init__.py")
+        """The directory of the plugin's top-level package, or the file of a module that is in no package."""
+        file = Path(str(sys.modules[self.module].__file__))
+        depth = self.module.count(".") + (file.name == "__init__.py")
         return file.parents[depth - 1] if depth else file
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The JSON schema of each option."""
-        return cast("dict[str, Any]", TypeAdapter(self.cls).json_schema().get("properties", {}))
 
 
 def _case(info: PluginInfo) -> _Case:
     cls = load_class(info)
-    return _Case(info, cls, hooks_of(info, cls))
+    hooks_of(info, cls)
+    return _Case(info, cls)
 
 
 SUITE: Suite[_Case] = Suite(
     "package",
     lambda kit: _case(cast(PluginInfo, kit.plugin)),
-    made="The entry point names a dataclass of options (eq=False) with at least one marked hook, and can be imported.",
+    made="The entry point names an importable dataclass of options (eq=False) with at least one marked hook.",
 )
 
 
-@SUITE.clause("The distribution declares the range of sftx that it is made for, with an upper end.")
+@SUITE.clause("The distribution declares the range of sftx versions that it supports, with an upper bound.")
 def declares_its_host(case: _Case) -> None:
     if case.is_sftx:
         return
-    ranges = [r.specifier for r in _requirements(case.info) if canonicalize_name(r.name) == "sftx"]
-    if not any(clause.operator in ("<", "<=", "==", "===", "~=") for specifier in ranges for clause in specifier):
+    specifiers = []
+    for text in case.info.distribution.requires or ():
+        with contextlib.suppress(InvalidRequirement):
+            requirement = Requirement(text)
+            in_an_extra = requirement.marker is not None and not requirement.marker.evaluate({"extra": ""})
+            if canonicalize_name(requirement.name) == "sftx" and not in_an_extra:
+                specifiers.append(requirement.specifier)
+    if not any(part.operator in ("<", "<=", "==", "===", "~=") for specifier in specifiers for part in specifier):
         major, minor = sftx.__version__.split(".")[:2]
-        wanted = f"sftx>={major}.{minor},<{major}.{int(minor) + 1}"
+        problem = "no upper bound for sftx" if specifiers else "no sftx"
         raise ClauseError(
-            f"its dependencies have {'no upper end for sftx' if ranges else 'no sftx'}; add {wanted!r}, so that "
-            "another sftx refuses it by name instead of failing within it"
+            f"its dependencies have {problem}; add 'sftx>={major}.{minor},<{major}.{int(minor) + 1}', so that another "
+            "version of sftx refuses the plugin with a clear message"
         )
 
 
-def _requirements(info: PluginInfo) -> Iterator[Requirement]:
-    """What is installed with it: not what an extra asks for."""
-    for text in info.distribution.requires or ():
-        with contextlib.suppress(InvalidRequirement):
-            requirement = Requirement(text)
-            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-                yield requirement
-
-
-@SUITE.clause("The distribution says under which license it comes.")
+@SUITE.clause("The distribution declares its license.")
 def has_a_license(case: _Case) -> None:
-    known = case.metadata
-    classified = any(value.startswith("License ::") for value in known.get("classifier", []))
-    if not (known.get("license-expression") or known.get("license") or classified):
+    metadata = case.metadata
+    classified = any(value.startswith("License ::") for value in metadata.get("classifier", []))
+    if not (metadata.get("license-expression") or metadata.get("license") or classified):
         raise ClauseError('no license in its metadata; set license = "Apache-2.0", or another SPDX expression')
 
 
-@SUITE.clause("The distribution has a summary and a description, and the class a docstring.")
+@SUITE.clause("The distribution has a summary and a description, and the class has a docstring.")
 def is_described(case: _Case) -> None:
-    known = case.metadata
-    body = known.get("description", [""])[0] or case.info.distribution.metadata.get_payload()  # type: ignore[attr-defined]
-    lacking = [
-        what
-        for what, there in (
-            ("a summary (description = ...)", known.get("summary")),
-            ('a description (readme = "README.md")', str(body or "").strip()),
-            (f"a docstring of {case.cls.__name__}", (case.cls.__doc__ or "").strip() and not _generated(case.cls)),
-        )
-        if not there
-    ]
-    if lacking:
-        raise ClauseError(f"it lacks {' and '.join(lacking)}; `sftx plugins info` and package indexes show them")
+    metadata, name, docstring = case.metadata, case.cls.__name__, (case.cls.__doc__ or "").strip()
+    description = metadata.get("description", [""])[0] or case.info.distribution.metadata.get_payload()  # type: ignore[attr-defined]
+    described = {
+        "a summary (description = ...)": metadata.get("summary"),
+        'a description (readme = "README.md")': str(description or "").strip(),
+        f"a docstring of {name}": docstring and not docstring.startswith(f"{name}("),  # which @dataclass writes
+    }
+    if missing := [what for what, text in described.items() if not text]:
+        raise ClauseError(f"it lacks {' and '.join(missing)}; `sftx plugins info` and package indexes show them")
 
 
-def _generated(cls: type) -> bool:
-    """Whether the docstring is the one that @dataclass writes: the class's own signature."""
-    return str(cls.__doc__).startswith(f"{cls.__name__}(")
-
-
-@SUITE.clause("The package is typed: it carries a py.typed file, so that mypy reads its annotations.")
+@SUITE.clause("The package is typed: it has a py.typed file, so that mypy reads its annotations.")
 def is_typed(case: _Case) -> None:
     if case.root.is_file():
-        raise ClauseError(f"{case.root.name} is a module alone, which cannot carry py.typed; make it a package")
+        raise ClauseError(f"{case.root.name} is a module alone, which cannot have py.typed; make it a package")
     if not (case.root / "py.typed").is_file():
-        raise ClauseError(f"no py.typed in {case.root.name}; add an empty one, and name it as package data")
+        raise ClauseError(f"no py.typed in {case.root.name}; add an empty one, and list it as package data")
 
 
-@SUITE.clause("It imports the public names of sftx alone: of `sftx` and `sftx.testing`, what their `__all__` lists.")
+@SUITE.clause("It imports only public names of sftx: those in `__all__` of `sftx` and `sftx.testing`.")
 def imports_public_names(case: _Case) -> None:
-    files = sorted(case.root.rglob("*.py")) if case.root.is_dir() else [case.root]
-    for file in files:
+    for file in sorted(case.root.rglob("*.py")) if case.root.is_dir() else [case.root]:
         try:
             tree = ast.parse(file.read_bytes())
         except (SyntaxError, ValueError):
-            continue  # a text template that is called .py
+            continue  # not Python, such as a text template with the suffix .py
         for line, module, names in _imports(tree):
             if module.partition(".")[0] == "sftx_plugins" and not case.is_sftx:
                 raise ClauseError(
-                    f"{file.name}:{line} imports {module}, whose modules are not public; write your own, or ask for a "
-                    "public name"
+                    f"{file.name}:{line} imports {module}, whose modules are not public; write your own code, or ask "
+                    "for a public name"
                 )
             if module == "sftx" or module.startswith("sftx."):
                 public = [*sys.modules[module].__all__, "testing", "*"] if module in ("sftx", "sftx.testing") else []
@@ -160,53 +145,46 @@ def _imports(tree: ast.AST) -> Iterator[tuple[int, str, list[str]]]:
             yield node.lineno, node.module or "", [alias.name for alias in node.names]
 
 
-@SUITE.clause("Importing it imports neither torch nor transformers: options are checked before these.")
+@SUITE.clause("Importing it imports neither torch nor transformers, because options are checked before these.")
 def imports_lightly(case: _Case) -> None:
-    module = case.info.value.partition(":")[0]
-    code = f"import sys; sys.path[:] = {sys.path!r}; import {module}; print(*sys.modules)"
+    code = f"import sys; sys.path[:] = {sys.path!r}; import {case.module}; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, errors="replace", check=False)
     if done.returncode != 0:
-        why = (done.stderr.strip().splitlines() or [f"it exits with {done.returncode}"])[-1]
-        raise ClauseError(f"importing {module} in a process of its own fails: {why}")
-    heavy = [name for name in _HEAVY if name in done.stdout.split()]
-    if heavy:
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise ClauseError(f"importing {case.module} in a new process fails: {reason}")
+    if heavy := [name for name in _HEAVY if name in done.stdout.split()]:
         raise ClauseError(
-            f"importing {module} imports {', '.join(heavy)}, which takes seconds; import them inside the functions "
-            "that need them, or in a module that the hook imports"
+            f"importing {case.module} imports {', '.join(heavy)}, which takes seconds; import them inside the "
+            "functions that need them, or in a module that the hook imports"
         )
 
 
-@SUITE.clause("The dataclass is frozen: options do not change while a run goes on.")
+@SUITE.clause("The dataclass is frozen, so that options do not change during a run.")
 def is_frozen(case: _Case) -> None:
-    parameters = cast(Any, case.cls).__dataclass_params__
-    if not parameters.frozen:
+    if not cast(Any, case.cls).__dataclass_params__.frozen:
         raise ClauseError(f"{case.cls.__name__} can be changed; declare it as @dataclass(frozen=True, eq=False)")
 
 
-@SUITE.clause("Every option has a type that JSON knows and a description.")
+@SUITE.clause("Every option has a type that JSON can hold, and a description.")
 def describes_its_options(case: _Case) -> None:
     try:
-        options = case.options
+        schema: dict[str, Any] = TypeAdapter(case.cls).json_schema().get("properties", {})
     except Exception as error:
         raise ClauseError(f"its options have no JSON schema: {error}; use plain types") from error
-    lacking = [name for name in options if not options[name].get("description", "").strip()]
-    unknown = [f.name for f in dataclasses.fields(case.cls) if f.init and f.name not in options]
-    if lacking or unknown:
+    names = [*schema, *(f.name for f in dataclasses.fields(case.cls) if f.init and f.name not in schema)]
+    if undescribed := [name for name in names if not schema.get(name, {}).get("description", "").strip()]:
         raise ClauseError(
-            f"without a description: {', '.join(lacking + unknown)}; write "
-            'name: Annotated[int, Field(description="...")] = ..., which reaches `sftx plugins info` and the schema'
+            f"without a description: {', '.join(undescribed)}; write "
+            'name: Annotated[int, Field(description="...")] = ..., which `sftx plugins info` and the schema show'
         )
 
 
-@SUITE.clause("What its dataclass takes as defaults, the options take too: a run file can say them.")
+@SUITE.clause("The defaults of its options are valid values of them, so that a run file can hold them.")
 def takes_its_defaults(case: _Case) -> None:
-    if any(_required(field) for field in dataclasses.fields(case.cls)):
-        return  # they are given with --set
+    for field in dataclasses.fields(case.cls):
+        if field.init and field.default is field.default_factory is dataclasses.MISSING:
+            return  # a required option; the user sets it
     try:
         instance(case.info, case.cls, {}, Origins())
     except (ConfigError, PluginError) as error:
         raise ClauseError(f"its own defaults are refused: {error}") from error
-
-
-def _required(field: dataclasses.Field[Any]) -> bool:
-    return field.init and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING

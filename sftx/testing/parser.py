@@ -1,4 +1,4 @@
-"""The contract of a parser: it knows its own records, makes something of them, and names the row it cannot read."""
+"""The contract of a parser: it recognises and reads its own records, and names the row that it cannot read."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sftx.assembly.stages import make
+from sftx.assembly.stages import ParserStage, make
 from sftx.config.options import DataConfig
 from sftx.data.row_encoder import EncodedRow, RowEncoder
-from sftx.errors import DataError, SftxError, one_line
-from sftx.testing.clauses import ClauseError, Suite
+from sftx.errors import DataError, SftxError
+from sftx.testing.clauses import ClauseError, Suite, must_not_raise
 from sftx.testing.kit import Kit
 from sftx.testing.rendered import difference
-from sftx.types import Conversation, Location, Message, Parsed, Parser, PlainText, Tokens
+from sftx.types import Location, Parsed, Parser
 
 _WHERE: Final = Location("rows.jsonl", 17)
-_VALUES: Final[tuple[Any, ...]] = (None, True, 7, -0.5, "", "word", [], [7], {}, {"other": "word"})
-"""One of each kind of JSON value: what stands in a row that somebody else made is any of them."""
-_STRANGERS: Final[tuple[dict[str, Any], ...]] = (
+_JSON_VALUES: Final[tuple[Any, ...]] = (None, True, 7, -0.5, "", "word", [], [7], {}, {"other": "word"})
+"""One of each kind of JSON value; a row that somebody else wrote may hold any of them."""
+_OTHER_RECORDS: Final[tuple[dict[str, Any], ...]] = (
     {},
     {"unknown-field": "word"},
     {"": None, "unknown": [{"other": 7}]},
@@ -34,24 +34,25 @@ class _Case:
 
     @property
     def samples(self) -> list[dict[str, Any]]:
-        """Copies, so that a parser that changes a record breaks one clause and not all."""
+        """Copies, so that a parser that changes a record breaks only the clause about that."""
         return [copy.deepcopy(dict(record)) for record in self.parser.samples]
 
-    def parse(self, record: dict[str, Any]) -> tuple[Parsed, ...]:
-        return self.parser.parse(record, _WHERE)
+    def parse(self, record: dict[str, Any]) -> Sequence[Parsed]:
+        """Parse the record and check the types of the result, as a run does. Raises PluginError for a wrong type."""
+        return ParserStage("the parser", self.parser).parse(record, _WHERE)
 
 
 SUITE: Suite[_Case] = Suite("parser", lambda kit: _Case(kit, make(kit.plugin, "sftx_parser")))
 
 
-@SUITE.clause("`fields` says what a record of the format looks like: a run lists it where no format fits a row.")
+@SUITE.clause("`fields` describes a record of the format; a run lists it when no format fits a row.")
 def describes_its_fields(case: _Case) -> None:
     fields: object = case.parser.fields
     if not isinstance(fields, str) or not fields.strip():
         raise ClauseError(f'`fields` is {fields!r}; name the fields, such as "prompt, completion"')
 
 
-@SUITE.clause("`samples` holds at least one record of the format, of JSON values.")
+@SUITE.clause("`samples` holds at least one record of the format, made of JSON values.")
 def gives_samples(case: _Case) -> None:
     samples: object = case.parser.samples
     if not isinstance(samples, tuple | list) or not samples:
@@ -60,11 +61,11 @@ def gives_samples(case: _Case) -> None:
         if not isinstance(record, Mapping) or not record:
             raise ClauseError(f"samples[{number}] is {record!r:.80}; a record is an object with its fields")
         try:
-            read = json.loads(json.dumps(dict(record), allow_nan=False))
+            reread = json.loads(json.dumps(dict(record), allow_nan=False))
         except (TypeError, ValueError) as error:
             raise ClauseError(f"samples[{number}] cannot be written as JSON: {error}") from error
-        if read != record:
-            raise ClauseError(f"samples[{number}], {record!r:.80}, is read from JSON as {read!r:.80}; write it so")
+        if reread != record:
+            raise ClauseError(f"samples[{number}], {record!r:.80}, is read from JSON as {reread!r:.80}; write it so")
 
 
 @SUITE.clause("It accepts each of its samples.", needs=["gives-samples"])
@@ -76,88 +77,39 @@ def accepts_its_own(case: _Case) -> None:
 
 
 @SUITE.clause(
-    "It accepts neither an empty record nor one of other fields; whatever the values are, it says True or False.",
+    "It does not accept an empty record or one with other fields, and returns True or False for any values.",
     needs=["accepts-its-own"],
 )
 def declines_others(case: _Case) -> None:
-    for record in copy.deepcopy(_STRANGERS):
-        if _accepts(case, record) is not False:
+    advice = "look only at which fields there are, and leave the values to parse"
+    for record in copy.deepcopy(_OTHER_RECORDS):
+        with must_not_raise(f"accepts of {record!r:.120}", advice):
+            accepted: object = case.parser.accepts(record)
+        if accepted is not False:
             raise ClauseError(
-                f"it accepts {record!r}; look for the fields of this format, or it takes the rows of every other one"
+                f"it accepts {record!r}; look for the fields of this format, or it takes the rows of all other formats"
             )
     for sample in case.samples:
-        for what, record in _broken(sample):
-            answer = _accepts(case, record)
-            if not isinstance(answer, bool):
-                raise ClauseError(f"accepts returned {answer!r} for a sample with {what}; return True or False")
-
-
-def _accepts(case: _Case, record: Mapping[str, Any]) -> object:
-    try:
-        return case.parser.accepts(record)
-    except Exception as error:
-        raise ClauseError(
-            f"accepts of {record!r:.120} raised {type(error).__name__}: {one_line(error)}; look only at which fields "
-            "there are, and leave the values to parse"
-        ) from error
+        for change, record in _changed_records(sample):
+            with must_not_raise(f"accepts of {record!r:.120}", advice):
+                accepted = case.parser.accepts(record)
+            if not isinstance(accepted, bool):
+                raise ClauseError(f"accepts returned {accepted!r} for a sample with {change}; return True or False")
 
 
 @SUITE.clause(
-    "Each sample is parsed to at least one Conversation, PlainText or Tokens, whose values are of their types.",
+    "Each sample is parsed to at least one Conversation, PlainText or Tokens with values of the declared types.",
     needs=["gives-samples"],
 )
 def parses_its_samples(case: _Case) -> None:
+    advice = "return a tuple of Conversation, PlainText or Tokens"
     for number, record in enumerate(case.samples):
-        try:
-            parsed: object = case.parse(record)
-        except Exception as error:
-            raise ClauseError(
-                f"parse of samples[{number}] raised {type(error).__name__}: {one_line(error)}; a sample is a record "
-                "that it can read"
-            ) from error
-        wrong = _wrong(parsed)
-        if wrong or not parsed:
-            raise ClauseError(
-                f"parse of samples[{number}] returned {wrong or 'nothing'}; return a tuple of Conversation, PlainText "
-                "or Tokens"
-            )
+        with must_not_raise(f"parse of samples[{number}]", advice):
+            if not case.parse(record):
+                raise ClauseError(f"parse of samples[{number}] returned nothing; {advice}")
 
 
-def _wrong(parsed: Any) -> str:
-    """What of a parser's result is of another type than it should be; nothing when all is as promised."""
-    if not isinstance(parsed, tuple | list):
-        return type(parsed).__name__
-    return next((wrong for one in parsed if (wrong := _wrong_one(one))), "")
-
-
-def _wrong_one(one: Any) -> str:
-    if isinstance(one, PlainText):
-        return _wrong_field(one, {"text": str, "extras": Mapping})
-    if isinstance(one, Conversation):
-        expected = {"role": str, "content": str, "trainable": bool | None, "weight": int | float}
-        if wrong := _wrong_field(one, {"messages": tuple, "extras": Mapping}):
-            return wrong
-        others = [f"a message that is a {type(m).__name__}" for m in one.messages if type(m) is not Message]
-        return next(filter(None, (*others, *(_wrong_field(message, expected) for message in one.messages))), "")
-    if isinstance(one, Tokens):
-        ids: tuple[object, ...] = one.token_ids
-        if any(isinstance(token, bool) or not isinstance(token, int) for token in ids):
-            return f"Tokens whose token_ids are {ids!r:.60}"
-        return _wrong_field(one, {"token_ids": tuple, "loss_mask": tuple, "extras": Mapping})
-    return f"a {type(one).__name__}"
-
-
-def _wrong_field(one: Any, expected: Mapping[str, Any]) -> str:
-    for name, kind in expected.items():
-        value = getattr(one, name, None)
-        if not isinstance(value, kind):
-            return f"a {type(one).__name__} whose {name} is {value!r:.60}"
-    return ""
-
-
-@SUITE.clause(
-    "Each sample trains something, with its plugin's own template or with ChatML.", needs=["parses-its-samples"]
-)
+@SUITE.clause("Each sample has label tokens, with the plugin's own template or ChatML.", needs=["parses-its-samples"])
 def trains_something(case: _Case) -> None:
     for number, record in enumerate(case.samples):
         row = EncodedRow(_WHERE)
@@ -173,79 +125,75 @@ def trains_something(case: _Case) -> None:
 
 
 @SUITE.clause(
-    "A record parsed twice gives the same, whatever was parsed before, and is not changed.",
+    "Parsing a record again gives the same result, whatever was parsed before, and does not change the record.",
     needs=["parses-its-samples"],
 )
 def pure(case: _Case) -> None:
     samples = case.samples
-    first = [case.parse(record) for record in samples]
-    for number, (record, untouched) in enumerate(zip(samples, case.samples, strict=True)):
+    results = [case.parse(record) for record in samples]
+    for number, (record, original) in enumerate(zip(samples, case.samples, strict=True)):
         case.parser.accepts(record)
-        if record != untouched:
+        if record != original:
             raise ClauseError(f"samples[{number}] was changed; work on a copy, and take nothing out with pop")
     again = [case.parse(record) for record in reversed(samples)][::-1]
-    for number, (one, other) in enumerate(zip(first, again, strict=True)):
-        if one != other:
+    for number, (first, second) in enumerate(zip(results, again, strict=True)):
+        if first != second:
             raise ClauseError(
-                f"samples[{number}] was parsed to what has {difference(repr(one), repr(other))}; keep nothing between "
+                f"parsing samples[{number}] twice gave {difference(repr(first), repr(second))}; keep no state between "
                 "two calls, and draw no random numbers"
             )
 
 
 @SUITE.clause(
-    "A record with a wrong or missing value is parsed, or refused with DataError whose message names the row.",
+    "A record with a wrong or missing value is parsed, or refused with a DataError that names the row.",
     needs=["parses-its-samples"],
 )
 def names_the_row(case: _Case) -> None:
+    advice = 'raise sftx.DataError(f"{where}: ...") saying what is wrong'
     for number, sample in enumerate(case.samples):
-        for what, record in _broken(sample):
-            who = f"samples[{number}] with {what}"
-            advice = 'raise sftx.DataError(f"{where}: ...") saying what is wrong'
-            try:
-                parsed: object = case.parse(record)
-            except DataError as error:
-                if str(_WHERE) not in str(error):
-                    raise ClauseError(
-                        f"{who} was refused with {str(error)!r}, which does not say where the row stands; begin the "
-                        'message with f"{where}: "'
-                    ) from error
-            except Exception as error:
-                raise ClauseError(f"{who} raised {type(error).__name__}: {one_line(error)}; {advice}") from error
-            else:
-                if wrong := _wrong(parsed):
-                    raise ClauseError(f"{who} was parsed to {wrong}; {advice}")
+        for change, record in _changed_records(sample):
+            changed = f"samples[{number}] with {change}"
+            with must_not_raise(changed, advice):
+                try:
+                    case.parse(record)
+                except DataError as error:
+                    if str(_WHERE) not in str(error):
+                        raise ClauseError(
+                            f"{changed} was refused with {str(error)!r}, which does not name the row; begin the "
+                            'message with f"{where}: "'
+                        ) from error
 
 
-def _broken(record: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The record with one of its values, at any depth, replaced or left out; and in words, what was done."""
-    for *parents, last in _places(record):
-        name = "".join(f"[{key!r}]" for key in (*parents, last))
-        for value in _VALUES:
-            copied, inner = _copy(record, parents)
-            inner[last] = copy.deepcopy(value)
-            yield f"{name} = {value!r}", copied
-        copied, inner = _copy(record, parents)
-        del inner[last]
-        yield f"{name} left out", copied
+def _changed_records(record: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the record with one of its values, at any depth, replaced or removed; each with a description of that."""
+    for *parents, key in _paths(record):
+        name = "".join(f"[{part!r}]" for part in (*parents, key))
+        for value in _JSON_VALUES:
+            changed, container = _copy(record, parents)
+            container[key] = copy.deepcopy(value)
+            yield f"{name} = {value!r}", changed
+        changed, container = _copy(record, parents)
+        del container[key]
+        yield f"{name} left out", changed
 
 
-def _places(value: Any) -> Iterator[tuple[str | int, ...]]:
-    """The way to each value within `value`, from the outside in."""
+def _paths(value: Any) -> Iterator[tuple[str | int, ...]]:
+    """Yield the path of each value inside `value`, the outer ones first."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in items:
         yield (key,)
-        yield from ((key, *rest) for rest in _places(inner))
+        yield from ((key, *rest) for rest in _paths(inner))
 
 
 def _copy(record: dict[str, Any], path: Sequence[str | int]) -> tuple[dict[str, Any], Any]:
-    """A copy of the record, and the object or list within it to which `path` leads."""
+    """Return a copy of the record, and the object or list of the copy at `path`."""
     copied = copy.deepcopy(record)
-    inner: Any = copied
+    container: Any = copied
     for key in path:
-        inner = inner[key]
-    return copied, inner
+        container = container[key]
+    return copied, container
 
 
 def check_parser(plugin: object) -> None:
-    """Holds the plugin's parser against each clause. Raises ContractError, naming those that it breaks."""
+    """Check the plugin's parser. Raises ContractError, which names the broken clauses."""
     SUITE.check(plugin)

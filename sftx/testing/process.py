@@ -1,4 +1,4 @@
-"""What belongs to the process rather than to a plugin: random numbers, modes, streams. Read, compared, put back."""
+"""This module reads, compares and restores the state of the process: random generators, torch's modes, streams."""
 
 from __future__ import annotations
 
@@ -20,10 +20,6 @@ def _numpy_state() -> object:
     return (name, tuple(keys.tolist()), *rest)
 
 
-def _handlers() -> dict[int, Any]:
-    return {number: signal.getsignal(number) for number in signal.valid_signals()}
-
-
 def _set_handlers(handlers: Mapping[int, Any]) -> None:
     for number, handler in handlers.items():
         if signal.getsignal(number) is not handler:
@@ -35,25 +31,19 @@ def _set_environment(variables: Mapping[str, str]) -> None:
     os.environ.update(variables)
 
 
-def _set_default_device(device: torch.device) -> None:
-    torch.set_default_device(None if device.type == "cpu" else device)
-
-
-def _torch_state() -> tuple[int, ...]:
-    return tuple(torch.get_rng_state().tolist())
-
-
-def _set_torch_state(state: tuple[int, ...]) -> None:
-    torch.set_rng_state(torch.tensor(state, dtype=torch.uint8))
-
-
 PROCESS: Final[Mapping[str, tuple[Callable[[], Any], Callable[[Any], object]]]] = {
     "Python's random numbers": (random.getstate, random.setstate),
-    "torch's random numbers": (_torch_state, _set_torch_state),
+    "torch's random numbers": (
+        lambda: tuple(torch.get_rng_state().tolist()),
+        lambda state: torch.set_rng_state(torch.tensor(state, dtype=torch.uint8)),
+    ),
     "numpy's random numbers": (_numpy_state, np.random.set_state),
     "torch's gradient mode": (torch.is_grad_enabled, torch.set_grad_enabled),
     "torch's default dtype": (torch.get_default_dtype, torch.set_default_dtype),
-    "torch's default device": (torch.get_default_device, _set_default_device),
+    "torch's default device": (
+        torch.get_default_device,
+        lambda device: torch.set_default_device(None if device.type == "cpu" else device),
+    ),
     "torch's number of threads": (torch.get_num_threads, torch.set_num_threads),
     "torch's matmul precision": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
     "torch's anomaly detection": (torch.is_anomaly_enabled, torch.set_anomaly_enabled),
@@ -65,34 +55,39 @@ PROCESS: Final[Mapping[str, tuple[Callable[[], Any], Callable[[Any], object]]]] 
         lambda: (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark),
         lambda state: torch.backends.cudnn.set_flags(_deterministic=state[0], _benchmark=state[1]),
     ),
-    "the signal handlers": (_handlers, _set_handlers),
+    "the signal handlers": (lambda: {n: signal.getsignal(n) for n in signal.valid_signals()}, _set_handlers),
     "the working directory": (os.getcwd, os.chdir),
     "the environment variables": (lambda: dict(os.environ), _set_environment),
     "sys.path": (lambda: list(sys.path), lambda paths: sys.path.__setitem__(slice(None), paths)),
     "sys.stdout": (lambda: sys.stdout, lambda stream: setattr(sys, "stdout", stream)),
     "sys.stderr": (lambda: sys.stderr, lambda stream: setattr(sys, "stderr", stream)),
 }
-"""What belongs to the process: how it is read, and how it is set."""
+"""The state of the process by name, each with the function that reads it and the one that sets it."""
 
 TERMINAL: Final = frozenset({"sys.stdout", "sys.stderr"})
-"""What an observer may hold while it draws: a live display catches what others print. Given back when it is closed."""
-
-
-def process() -> dict[str, Any]:
-    return {name: read() for name, (read, _) in PROCESS.items()}
-
+"""An observer may replace these until it is closed: a live display captures what others print."""
 
 RANDOM: Final = ("Python's random numbers", "torch's random numbers", "numpy's random numbers")
 
 
+def process() -> dict[str, Any]:
+    """Return the state of the process by name."""
+    return {name: read() for name, (read, _) in PROCESS.items()}
+
+
 def random_states() -> dict[str, Any]:
-    """The states of the global random number generators, to be compared."""
+    """Return the states of the global random number generators by name."""
     return {name: PROCESS[name][0]() for name in RANDOM}
+
+
+def changed_random_states(before: Mapping[str, Any]) -> str:
+    """Return the names of the global generators that differ from `before`, or an empty string."""
+    return ", ".join(name for name, state in random_states().items() if state != before[name])
 
 
 @contextlib.contextmanager
 def random_states_kept() -> Iterator[None]:
-    """Within it the global random number generators may be seeded and drawn from."""
+    """Restore the global random number generators at the end of the block."""
     before = random_states()
     try:
         yield
@@ -102,7 +97,7 @@ def random_states_kept() -> Iterator[None]:
 
 
 def seed_all(seed: int) -> None:
-    """Seeds the global random number generators."""
+    """Seed the global random number generators."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

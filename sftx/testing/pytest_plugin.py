@@ -1,6 +1,6 @@
-"""Fixtures for the tests of a plugin package: pytest finds them by the entry point `pytest11` of sftx.
+"""Pytest fixtures for the tests of a plugin package, registered by the entry point `pytest11` of sftx.
 
-Nothing here imports torch before a test asks for it.
+pytest imports this module in every project of an environment that has sftx, so torch is imported only inside fixtures.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from sftx.testing import Result
 
 PluginRun: TypeAlias = "Callable[..., Result]"
-"""`plugin_run(*names, rows=(), **options)`: see the fixture."""
+"""`plugin_run(*names, rows=(), **options)`"""
 
 
 @pytest.fixture(scope="session")
 def tiny_model() -> Path:
-    """A directory with a Llama of two layers (random weights, fp32, tied) and its tokenizer of 512 tokens."""
+    """Return the directory of a Llama of two layers (random weights, fp32, tied) and its tokenizer of 512 tokens."""
     from sftx.model import tiny
 
     return tiny.model_dir()
@@ -31,7 +31,7 @@ def tiny_model() -> Path:
 
 @pytest.fixture
 def tiny_tokenizer() -> PreTrainedTokenizerBase:
-    """The tiny model's tokenizer, made anew for each test: byte-level BPE with ChatML's control tokens."""
+    """Return a new tokenizer of the tiny model: byte-level BPE with ChatML's control tokens."""
     from sftx.model import tiny
 
     return tiny.make_tokenizer()
@@ -39,10 +39,11 @@ def tiny_tokenizer() -> PreTrainedTokenizerBase:
 
 @pytest.fixture
 def plugin_run(tmp_path: Path) -> PluginRun:
-    """`plugin_run("mine", mine__size=3)` trains the tiny model for two steps with that installed plugin.
+    """Return a function: `plugin_run("mine", mine__size=3)` trains the tiny model for two steps with that plugin.
 
-    Options are dotted names with `__` for the dot; `rows` are the records to train on. Returns the run's Result
-    (`output_dir`, `summary`); raises SftxError as `sftx run` does. Each call has its own plugin manager and directory.
+    Options are dotted names with `__` for the dot; `rows` are the records to train on. The function returns the run's
+    Result (`output_dir`, `summary`) and raises SftxError as `sftx run` does. Each call has its own plugin manager and
+    directory.
     """
     calls = 0
 

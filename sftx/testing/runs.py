@@ -1,4 +1,4 @@
-"""A run of two steps on the tiny model, by the names of installed plugins: all that `sftx run` does, in a second."""
+"""This module trains the tiny model for two steps with named plugins, which takes about a second."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def run_tiny(
     model: Path | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Result:
-    """Two steps with these plugins on `rows`; the run lies in `directory`/run. Raises SftxError as `sftx run` does.
+    """Train two steps with these plugins; the run directory is `directory`/run. Raises SftxError as `sftx run` does.
 
-    A plugin that fills the parser brings its own samples when no rows are given. Where none fills the template,
-    ChatML does. The rows are held out too. `settings`: dotted names such as `lora.r` or `train.max_steps`.
+    `rows` are trained and evaluated on; by default the samples of the named parsers, or a few conversations. ChatML is
+    added when none of the plugins is a template. `settings` maps dotted names such as `lora.r` or `train.max_steps`.
     """
-    given = {
+    settings = {
         "model": str(model or directory / "model"),
         "data.train": [str(directory / "rows.jsonl")],
         "data.eval": [str(directory / "rows.jsonl")],
@@ -43,7 +43,7 @@ def run_tiny(
         "generation.max_new_tokens": 4,
         **(settings or {}),
     }
-    assignments = [(name, value, f"{name}={value}") for name, value in given.items()]
+    assignments = [(name, value, f"{name}={value}") for name, value in settings.items()]
     loaded = load(None, add=names, assignments=assignments)
     assembly = activate(loaded)
     templates = assembly.providers("sftx_template")
@@ -51,26 +51,14 @@ def run_tiny(
         loaded = load(None, add=[*names, "chatml"], assignments=assignments)
     directory.mkdir(parents=True, exist_ok=True)
     if model is None:
-        _write_model(directory / "model", templates[0].plugin if templates else None)
-    own = [active.plugin for active in assembly.providers("sftx_parser") if active.info.name in names]
-    rows = rows or [record for plugin in own for record in _samples(plugin)] or _messages()
+        shutil.copytree(tiny.model_dir(), directory / "model")
+        # Overwrites the tokenizer with one that has the control tokens of the plugin's template.
+        Kit(templates[0].plugin if templates else None).tokenizer.save_pretrained(directory / "model")
+    if not rows:
+        parsers = [a.plugin for a in assembly.providers("sftx_parser") if a.info.name in names]
+        rows = [record for plugin in parsers for record in make(plugin, "sftx_parser").samples] or [
+            {"messages": [{"role": turn.role, "content": turn.content} for turn in conversation.messages]}
+            for conversation in CONVERSATIONS
+        ]
     (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return run(loaded, name="tiny")
-
-
-def _write_model(place: Path, template: object) -> None:
-    """The tiny model beside a tokenizer that has the control tokens of the plugin's template."""
-    shutil.copytree(tiny.model_dir(), place)
-    Kit(template).tokenizer.save_pretrained(place)
-
-
-def _samples(plugin: object) -> Sequence[Record]:
-    samples: Sequence[Record] = make(plugin, "sftx_parser").samples
-    return samples
-
-
-def _messages() -> list[Record]:
-    return [
-        {"messages": [{"role": turn.role, "content": turn.content} for turn in conversation.messages]}
-        for conversation in CONVERSATIONS
-    ]

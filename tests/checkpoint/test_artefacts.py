@@ -1,4 +1,4 @@
-"""What a run leaves can be read by transformers, PEFT and tools that read a TrainerState."""
+"""Artefacts and checkpoints can be read by transformers, PEFT and tools that read a TrainerState."""
 
 from __future__ import annotations
 

@@ -191,7 +191,7 @@ def peft_config(**changes: Any) -> dict[str, Any]:
         ({"init_lora_weights": "pissa"}, "init_lora_weights"),
         ({"something_new": 1}, "something_new"),
         ({"base_model_name_or_path": None}, "base_model_name_or_path"),
-        ({"base_model_name_or_path": "/no/such/base"}, "/no/such/base"),
+        ({"base_model_name_or_path": "/no/such/base"}, r"/no/such/base.*adapter_config\.json"),
         ({"r": "four"}, "r"),
         ({"target_modules": ["lm_head"]}, "lm_head"),
     ],
@@ -238,4 +238,7 @@ def test_weights_that_do_not_fit_are_refused(full: Path, adapted: Path, tmp_path
     tensors.popitem()
     save_file(tensors, weights)
     with pytest.raises(ModelError, match=r"adapter_model\.safetensors"):
+        load_run(copy)
+    weights.unlink()
+    with pytest.raises(SftxError, match=r"adapter_model\.safetensors"):
         load_run(copy)

@@ -208,7 +208,7 @@ def test_wherever_a_signal_finds_a_run_no_step_is_half_done(
 
 
 def test_a_signal_while_the_best_checkpoint_is_evaluated_loses_neither(runs: Runs, sftx: Sftx) -> None:
-    """By then the model has the weights of the best step, and the run's counters are those of the last."""
+    """At that time the model has the weights of the best step, and the run's counters are those of the last step."""
     undisturbed = runs.directory("best-undisturbed")
     with signal_at(None, signal.SIGTERM) as passed:
         assert sftx(BEST, undisturbed).exit_code == 0

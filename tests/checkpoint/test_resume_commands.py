@@ -149,7 +149,7 @@ def test_without_a_directory_the_newest_run_of_that_name_goes_on(runs: Runs, mon
 
 
 def test_a_disk_that_fills_up_costs_one_checkpoint_and_one_line(runs: Runs) -> None:
-    """From its second checkpoint on no file of the run may exceed 50 kB, which some files of the next one do."""
+    """No file may exceed 50 kB after the second checkpoint, and some files of the next checkpoint do."""
     import resource
 
     directory = runs.directory("full")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from sftx.checkpoint import run_directory
 from sftx.checkpoint.run_directory import RunDirectory
@@ -22,7 +24,9 @@ def resolved(**options: Any) -> dict[str, Any]:
         n.replace("__", "."): v for n, v in options.items()
     }
     plugins = given.pop("plugins", ["chatml", "lora"])
-    return as_dict(load(None, add=plugins, assignments=[(n, v, n) for n, v in given.items()]).config)
+    config = load(None, add=plugins, assignments=[(n, v, n) for n, v in given.items()]).config
+    train = dataclasses.replace(config.train.resolve_batch_size(1), gradient_accumulation_steps=None)
+    return as_dict(dataclasses.replace(config, train=train))
 
 
 MANIFEST: dict[str, Any] = {
@@ -57,7 +61,8 @@ def begun(tmp_path: Path) -> RunDirectory:
             {"plugins": ["lora", "chatml"]},
             r'plugins \["chatml", "lora"\].*\["lora", "chatml"\]',
         ),
-        ({"train__per_device_train_batch_size": 4}, r"train\.per_device_train_batch_size 8.* 4"),
+        ({"train__per_device_train_batch_size": 4}, r"train\.train_batch_size 8.* 4"),
+        ({"train__train_batch_size": 16}, r"train\.train_batch_size 8.* 16"),
         ({"train__seed": 1, "train__max_steps": 3}, r"train\.max_steps null.* 3.* 1 more"),
     ],
 )
@@ -175,6 +180,21 @@ def test_counters_that_sftx_0_1_wrote_are_read_under_their_old_names() -> None:
     names = {"num_tokens": "num_label_tokens", "num_real_tokens": "num_input_tokens"}
     assert json.loads(json.dumps(state.as_dict())) == {names.get(k, k): v for k, v in STATE_OF_0_1.items()}
     assert RunState.from_dict(json.loads(json.dumps(state.as_dict()))) == state
+
+
+def test_the_rows_per_step_of_sftx_0_1_are_the_product_of_its_options(begun: RunDirectory) -> None:
+    assert begun.recorded_batch_size() == 8
+    file = begun.file("run.yaml")
+    values = yaml.safe_load(file.read_text())
+    values["train"] |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    del values["train"]["train_batch_size"]
+    file.write_text(yaml.safe_dump(values, sort_keys=False))
+    assert begun.recorded_batch_size() == 8
+    begun.check_same(resolved(), [])
+    del values["train"]["gradient_accumulation_steps"]
+    file.write_text(yaml.safe_dump(values, sort_keys=False))
+    with pytest.raises(OutputError, match=r"run\.yaml"):
+        begun.recorded_batch_size()
 
 
 def test_a_run_that_sftx_0_1_completed_is_complete(begun: RunDirectory) -> None:

@@ -1,7 +1,8 @@
-"""A stream that is stopped after any step goes on as if it had not been: rows, groups, ledger, passes, epochs."""
+"""A stream that is stopped after any step and resumed gives the same rows, groups, ledger, passes and epochs."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,15 +10,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from sftx.assembly.stages import CollatorStage, ParserStage
 from sftx.config.options import DataConfig, Source, TrainConfig
 from sftx.data.row_encoder import EncodedRow, RowEncoder
-from sftx.data.sampler import Planned, StreamPlan
+from sftx.data.sampler import PlannedStep, StreamSampler
 from sftx.data.stream import Stream
 from sftx.errors import DataError, ModelError
 from sftx.testing.kit import Kit
-from sftx.types import Collator, Conversation, Location, Message, Record
+from sftx.types import Collator, Conversation, Example, Location, Message, Record
 from sftx_plugins.collators.packed import Packed
 from sftx_plugins.collators.padded import Padded
 from sftx_plugins.templates.chatml import ChatML
@@ -26,7 +29,7 @@ NUM_STEPS = 60
 
 
 class Turns:
-    """Rows of a question and one or two answers, which are a pair then, with weights and something beside them."""
+    """A parser of rows with a question and one or two answers (a pair), with weights and extras."""
 
     fields = samples = ()
 
@@ -46,7 +49,7 @@ class Turns:
 
 @dataclass(frozen=True)
 class Remembering(RowEncoder):
-    """Encodes each row once, however many plans read it: what it gives is a function of the row alone."""
+    """Encodes each row once, however many samplers read it: the result depends on the row alone."""
 
     rows: dict[str, EncodedRow] = field(default_factory=dict)
 
@@ -62,7 +65,7 @@ def kit() -> Kit:
 
 
 def write(path: Path, num: int) -> str:
-    """Rows of several lengths; some are pairs, some weighted, some too long and cut, one dropped."""
+    """Write rows of several lengths; some are pairs, some weighted, some too long and cut, one dropped."""
     rows = []
     for n in range(num):
         row: dict[str, Any] = {"question": f"{path.stem} {n}", "answers": ["word " * (1 + n % 5)]}
@@ -81,7 +84,7 @@ def write(path: Path, num: int) -> str:
 
 @pytest.fixture
 def sources(tmp_path: Path) -> list[Source]:
-    """Three, the first of which ends many times in a run, and the last not once."""
+    """Three sources: the first is read many times in a run, the last not even once."""
     sizes, weights = (9, 31, 500), (3.0, 1.0, 2.0)
     return [
         Source(write(tmp_path / f"{name}.jsonl", num), weight=weight, limit=400 if num > 400 else None)
@@ -89,21 +92,24 @@ def sources(tmp_path: Path) -> list[Source]:
     ]
 
 
-Make = Callable[[], StreamPlan]
+Make = Callable[[], StreamSampler]
 
 
 def maker(kit: Kit, sources: list[Source], collator: Collator, window: int) -> Make:
-    encode = Remembering({"turns": Turns()}, kit.encoder, DataConfig(max_length=48, max_dropped=0.5))
+    stage = CollatorStage("the collator", collator)
+    encode = Remembering(
+        {"turns": ParserStage("plugin 'turns'", Turns())}, kit.encoder, DataConfig(max_length=48, max_dropped=0.5)
+    )
 
-    def make() -> StreamPlan:
+    def make() -> StreamSampler:
         config = TrainConfig(max_steps=NUM_STEPS, per_device_train_batch_size=4)
-        return StreamPlan(Stream(sources, encode, seed=3), collator, config, window)
+        return StreamSampler(Stream(sources, encode, seed=3), stage, config, window)
 
     return make
 
 
-def account(plan: StreamPlan) -> Any:
-    """All that is known of the rows that were read so far."""
+def account(plan: StreamSampler) -> Any:
+    """Return everything that is recorded about the rows read so far."""
     stream = plan._stream
     return (
         [entry.as_dict() for entry in stream.ledger.entries],
@@ -114,13 +120,19 @@ def account(plan: StreamPlan) -> Any:
     )
 
 
-def of_step(planned: Planned) -> Any:
-    """A step as it is trained: every value of every example of it."""
-    epoch, step, examples = planned
-    return epoch, [[examples[index] for index in row] for row in step]
+def of_step(planned: PlannedStep) -> Any:
+    """Return a step as it is trained: every value of every example of it."""
+    return planned.epoch, [[_values(planned.examples[index]) for index in row] for row in planned.rows]
 
 
-def resumed(make: Make, state: dict[str, Any]) -> StreamPlan:
+def _values(example: Example) -> dict[str, Any]:
+    """Return the fields of an example, with lists for arrays, which can be compared."""
+    fields = dataclasses.fields(example)
+    values = {field.name: getattr(example, field.name) for field in fields}
+    return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in values.items()}
+
+
+def resumed(make: Make, state: dict[str, Any]) -> StreamSampler:
     plan = make()
     plan.load_state_dict(json.loads(json.dumps(state)))
     return plan
@@ -154,17 +166,17 @@ def test_a_stream_goes_on_after_any_step(kit: Kit, sources: list[Source], collat
         assert [of_step(planned) for planned in islice(resumed(make, state), 3)] == steps[done : done + 3]
 
 
-def assert_covers_much(plan: StreamPlan, steps: list[Any], states: list[dict[str, Any]]) -> None:
-    """Whether there was something to get wrong."""
+def assert_covers_much(plan: StreamSampler, steps: list[Any], states: list[dict[str, Any]]) -> None:
+    """Check that the stream has everything that a resumed one could get wrong."""
     entries, num_rows, _, passes, _ = account(plan)
     examples = [example for _, rows in steps for row in rows for example in row]
     assert passes[0] > passes[1] >= 1
     assert passes[2] == 0
     assert {entry["action"] for entry in entries} == {"dropped", "cut"}
     assert num_rows > 40
-    assert any(example.extras for example in examples)
-    assert any(example.weights for example in examples)
-    assert len({example.group for example in examples}) < len(examples)
+    assert any(example["extras"] for example in examples)
+    assert any(example["weights"] for example in examples)
+    assert len({example["group"] for example in examples}) < len(examples)
     assert any(state["carried"] for state in states)
     assert len({state["window"] for state in states}) > 2
     assert any(reader["num_read"] for reader in states[-1]["stream"]["readers"])
@@ -215,8 +227,8 @@ def test_sources_that_have_changed_are_refused(kit: Kit, sources: list[Source]) 
 
 def test_an_id_without_an_embedding_is_told_with_its_row_in_a_later_window_too(kit: Kit, sources: list[Source]) -> None:
     make = maker(kit, sources, Padded(), 10)
-    examples = [example for _, step, examples in make() for row in step for example in (examples[at] for at in row)]
-    largest = max(max(example.token_ids) for example in examples)
+    examples = [example for planned in make() for row in of_step(planned)[1] for example in row]
+    largest = max(max(example["token_ids"]) for example in examples)
     plan = make()
     plan.num_embeddings = largest + 1
     assert len(list(plan)) == NUM_STEPS

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
+from sftx.assembly.discovery import discover, find, load_class
 from sftx.assembly.hookspecs import DEFAULTS
-from sftx.assembly.registry import discover, find, load_class
 from sftx.config.options import DataConfig, Source
 from sftx.data.encoder import Encoder
 from sftx.data.row_encoder import RowEncoder

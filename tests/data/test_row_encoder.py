@@ -14,13 +14,13 @@ WHERE = Location("x.jsonl", 7)
 
 @pytest.fixture(scope="module")
 def parsers() -> dict[str, Parser]:
-    from sftx.assembly import hookspecs, registry
+    from sftx.assembly import discovery, hookspecs, registry
     from sftx.config import loading
 
     loaded = loading.load(None, assignments=[("data.train", ["x.jsonl"], "--data x.jsonl")], remove=["masked-ce"])
     assembly = registry.Assembly(loaded.origins)
     for name in hookspecs.DEFAULTS["sftx_parser"]:
-        assembly.add(registry.find(name, registry.discover()), {})
+        assembly.add(discovery.find(name, discovery.discover()), {})
     return assembly.parsers()
 
 

@@ -21,6 +21,6 @@ def common(starter: Starter) -> str:
 
     return (
         f"--model {model_dir()} --data {starter.root}/train.jsonl --eval-data {starter.root}/held.jsonl "
-        "--plugin chatml --per-device-train-batch-size 2 --gradient-accumulation-steps 4 --max-steps 10 "
+        "--plugin chatml --train-batch-size 8 --per-device-train-batch-size 2 --max-steps 10 "
         "--eval-steps 5 --per-device-eval-batch-size 2 --max-new-tokens 6 --learning-rate 1e-2 --weight-decay 0.1 "
     )

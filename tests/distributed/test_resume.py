@@ -56,6 +56,8 @@ def test_a_shared_checkpoint_is_whole_tensors_which_transformers_loads(starter: 
     import torch
     from transformers import AutoModelForCausalLM
 
+    from sftx.checkpoint.load_run import load_run
+
     directory = written_by(starter, f"{common} {FSDP2} --save-steps 5".split(), 2)
     place = directory / "out" / "checkpoints" / "step-5"
     for stem in ("model", "optimizer"):
@@ -70,12 +72,15 @@ def test_a_shared_checkpoint_is_whole_tensors_which_transformers_loads(starter: 
     model, report = AutoModelForCausalLM.from_pretrained(place, output_loading_info=True)
     assert not any(report[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+    loaded = load_run(place).lm.model.state_dict()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(loaded[name], tensor, rtol=0, atol=0)
 
 
 def test_a_number_of_processes_that_does_not_divide_a_step_is_told_once(starter: Starter, common: str) -> None:
     group = starter.run(common.split(), 3)
     assert group.wait() == [1, 1, 1]
-    assert "3 processes cannot share the 8 rows of a step evenly" in group.printed(0)
-    assert group.printed().count("cannot share") == 1
+    assert "3 processes cannot divide 8 rows" in group.printed(0)
+    assert group.printed().count("cannot divide") == 1
     assert group.printed(1) + group.printed(2) == ""
     assert not group.out.exists()

@@ -1,4 +1,4 @@
-"""What docs/distributed.md says can be typed: its commands run, its options exist, its manifests are well formed."""
+"""The commands in docs/distributed.md run, its options exist, and its manifests are well formed."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_every_option_of_torchrun_exists() -> None:
 
 
 def command_of(document: dict[str, Any]) -> list[str]:
-    """What the container of a manifest runs."""
+    """Return the command that the container of a manifest runs."""
     spec = document["spec"]
     if document["kind"] == "TrainJob":
         return [*spec["trainer"]["command"], *spec["trainer"]["args"]]
@@ -119,7 +119,7 @@ def test_the_script_for_slurm_is_one_for_bash() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS[:2], ids=["sftx", "torchrun"])
 def test_the_commands_of_one_host_train(command: str, tmp_path: Path) -> None:
-    """As they stand on the page, but with two processes for eight, and a run file of the tiny model."""
+    """The commands run as on the page, but with two processes for eight, and a run file of the tiny model."""
     from sftx.model.tiny import model_dir
 
     rows = '{"prompt": "a", "completion": "b"}\n' * 16

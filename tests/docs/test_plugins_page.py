@@ -1,4 +1,4 @@
-"""docs/plugins.md is true: its commands work in an environment of their own, its contract is that of the code."""
+"""Tests of docs/plugins.md: the commands of its tutorial work, and its contract is that of the code."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ TUTORIAL = PAGE.partition("## A plugin in ten minutes")[2].partition("\n## ")[0]
 
 
 def steps() -> Iterator[tuple[str, str]]:
-    """What the tutorial says to do, in order: ("run", a command) or (a file's path, its text)."""
+    """Yield the steps of the tutorial in order: ("run", command) or (path of a file, its text)."""
     block = r"(?:^`([^`\n]+)`\n\n)?^```(\w+)\n(.*?)^```$"
     for path, kind, text in re.findall(block, TUTORIAL, flags=re.MULTILINE | re.DOTALL):
         if kind == "sh":
             yield from (("run", line) for line in text.splitlines())
         else:
-            assert path, f"a block of {kind} says not which file it is"
+            assert path, f"no file name above a block of {kind}"
             yield path, text
 
 
 def run(environment: Environment, command: str, cwd: Path) -> str:
-    """A command as the page has it, but for what an installation without a network needs."""
+    """Run a command of the page; pip gets the options that it needs without a network."""
     words = shlex.split(command)
     arguments = words[2:] if words[:2] == ["python", "-m"] else words
     if arguments[:2] == ["pip", "install"]:
@@ -58,7 +58,7 @@ def test_the_tutorial_works_as_it_is_written(tmp_path: Path) -> None:
     assert "min_letters" in next(output for command, output in said.items() if command.startswith("sftx plugins info"))
 
 
-def test_every_clause_stands_on_the_page_with_its_reason() -> None:
+def test_every_clause_is_on_the_page_with_its_reason() -> None:
     from sftx.testing.contract import SUITES
 
     contract = PAGE.partition("## The contract")[2]
@@ -71,5 +71,5 @@ def test_every_clause_stands_on_the_page_with_its_reason() -> None:
         assert all(len(reason) > 10 for *_, reason in rows)
 
 
-def test_every_hook_stands_on_the_page() -> None:
+def test_every_hook_is_on_the_page() -> None:
     assert [f"sftx_{name}" for name in re.findall(r"^\| `sftx_(\w+)\(", PAGE, flags=re.MULTILINE)] == list(RETURNS)

@@ -47,7 +47,7 @@ def test_every_choice_has_its_line(heading: str, option: str) -> None:
 
 
 def test_every_metric_has_its_line() -> None:
-    from sftx.assembly.registry import discover
+    from sftx.assembly.discovery import discover
 
     metrics = {info.name for info in discover() if info.package == "sftx" and "sftx_plugins" in info.value}
     named = set(column("plugin"))

@@ -13,7 +13,7 @@ import pytest
 from sftx.config.loading import load
 from sftx.events import Result, RunInfo
 from sftx.run import run
-from sftx.testing.observer_case import events, run_info, tell
+from sftx.testing.observer_case import events, run_info, send
 
 STEPS, SAVED, STOPPED = 6, 3, 5
 """The steps of a run, the step of the only checkpoint before the interruption, and the interrupted step."""
@@ -84,7 +84,7 @@ def play(plugin: object, place: Path, change: Callable[[str, tuple[Any, ...]], t
     info = run_info(place)
     observer = make(plugin, "sftx_observer", run=info)
     for name, arguments in events(info):
-        tell(observer, (name, change(name, arguments)), info)
+        send(observer, (name, change(name, arguments)), info)
     return info
 
 

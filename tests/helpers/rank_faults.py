@@ -31,14 +31,14 @@ def end_after_step_5(rank: int) -> None:
     """Ends every rank, as kill -9 does, once the checkpoint of step 5 is written."""
     from sftx.trainer.trainer import Trainer
 
-    begin = Trainer.step
+    train_step = Trainer.train_step
 
-    def step(trainer: Trainer, number: int, *rest: Any) -> Any:
+    def ending(trainer: Trainer, number: int, *rest: Any) -> Any:
         if number == 6:
             os._exit(137)
-        return begin(trainer, number, *rest)
+        return train_step(trainer, number, *rest)
 
-    Trainer.step = step
+    Trainer.train_step = ending
 
 
 def _raise_at(owner: Any, name: str, call: int) -> None:

@@ -58,16 +58,16 @@ def interrupted(runs: Runs, sftx: Sftx, wanted: Case, step: int, *more: str) -> 
     """Return a directory with a copy of the run as it was when `step` began, and the run directory at its end."""
     from sftx.trainer.trainer import Trainer
 
-    begin = Trainer.step
+    train_step = Trainer.train_step
     directory, copies = runs.directory(wanted.name), []
 
-    def step_(trainer: Trainer, number: int, *rest: Any) -> Any:
+    def copying(trainer: Trainer, number: int, *rest: Any) -> Any:
         if number == step:
             copies.append(copy(directory / "out", runs, "interrupted"))
-        return begin(trainer, number, *rest)
+        return train_step(trainer, number, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "step", step_)
+        patch.setattr(Trainer, "train_step", copying)
         result = sftx(wanted, directory, *more)
     assert result.exit_code == 0, result.output
     return copies[0], directory / "out"

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sftx.assembly.registry import PluginInfo, discover, hooks_of, instance, load_class
+from sftx.assembly.discovery import PluginInfo, discover, hooks_of, instance, load_class
 from sftx.config.run_file import Origins
 from sftx.testing.clauses import Finding
 from sftx.testing.contract import SUITES, check_plugin

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from sftx import Conversation, DataError, Location, Message, Parser, PlainText, Tokens, ToolCall
+from sftx.assembly.discovery import discover, find, load_class
 from sftx.assembly.hookspecs import DEFAULTS
-from sftx.assembly.registry import discover, find, load_class
 from sftx_plugins.parsers._turns import split_reasoning
 from sftx_plugins.parsers.alpaca import Alpaca
 from sftx_plugins.parsers.hh_rlhf import HHRLHF

@@ -120,13 +120,13 @@ def test_any_name_and_text_is_written(tmp_path: Path) -> None:
 
 def test_a_long_option_is_cut_and_complete_in_run_yaml(tmp_path: Path) -> None:
     from sftx.assembly.stages import make
-    from sftx.testing.observer_case import events, run_info, tell
+    from sftx.testing.observer_case import events, run_info, send
 
     info = run_info(tmp_path)
     config = dict(info.config) | {"model": "m" * 10_000, "data": {"x": {f"o{n}": n for n in range(250)}}}
     info = RunInfo(info.output_dir, config)
     observer = make(MLflow(experiment="sftx"), "sftx_observer", run=info)
-    tell(observer, events(info)[0], info)
+    send(observer, events(info)[0], info)
     observer.close()
     _, run = read(info.output_dir)
     assert run.data.params["model"] == "m" * 6000

@@ -1,4 +1,4 @@
-"""Each sentence of SECURITY.md's lists is held by the tests that carry it; a sentence without a test is a failure."""
+"""Tests of SECURITY.md: each sentence of its lists is checked by the test that is decorated with it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Plugin:
 
 
 def holds(sentence: str) -> Callable[[F], F]:
-    """Marks a test as the one that holds this sentence of SECURITY.md."""
+    """Mark a test as the one that checks this sentence of SECURITY.md."""
     HELD.add(sentence)
     return lambda test: test
 
@@ -55,7 +55,7 @@ def test_every_sentence_has_a_test_and_every_test_its_sentence() -> None:
 
 @pytest.fixture
 def marker(tmp_path: Path) -> Path:
-    """A file that must not, or must, be made by code that comes from elsewhere."""
+    """Return the path of a file that foreign code creates if it runs."""
     return tmp_path / "code-was-run"
 
 
@@ -78,7 +78,7 @@ def run_of(model: Path, data: Path, *plugins: str, **settings: Any) -> None:
 # --- plugins ------------------------------------------------------------------------------------
 
 
-@holds("A plugin that you name runs with all your rights, as any package that you install and import does.")
+@holds("A plugin that you name runs with all your permissions, like any package that you install and import.")
 @holds("A plugin that is not named is never imported.")
 def test_a_plugin_is_imported_when_it_is_named_and_not_before(
     install_plugin: Any, marker: Path, rows: Path, tiny_model: Path
@@ -113,8 +113,8 @@ def test_commands_import_what_they_say(install_plugin: Any, marker: Path, tmp_pa
     assert "acme" in json.loads(done.stdout)["properties"]["plugins"]["anyOf"][0]["properties"]
 
 
-@holds("A name that two distributions claim is refused; neither is imported.")
-def test_a_claimed_name_imports_neither(install_plugin: Any, marker: Path) -> None:
+@holds("A plugin name that two distributions use is refused, and neither is imported.")
+def test_a_name_of_two_distributions_imports_neither(install_plugin: Any, marker: Path) -> None:
     from sftx.assembly.registry import activate
 
     for distribution in ("acme", "acme-copy"):
@@ -143,10 +143,9 @@ class OwnModel(LlamaForCausalLM):
 """
 
 
-@holds("With `--trust-remote-code`, Python code that comes with the model runs with all your rights.")
+@holds("With `--trust-remote-code`, Python code that comes with the model runs with all your permissions.")
 @holds(
-    "Without `--trust-remote-code`, Python code in a model's directory is not run, and the run stops where it would be "
-    "needed."
+    "Without `--trust-remote-code`, Python code in a model's directory is not run; a model that needs it is refused."
 )
 def test_code_of_a_model_runs_when_it_is_trusted_and_not_before(
     tiny_model: Path, rows: Path, marker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -177,7 +176,7 @@ class _Bomb:
         return (Path.touch, (self.marker,))
 
 
-@holds("Weights in a pickle (`.bin`) go through torch's restricted reader, which runs no code of theirs.")
+@holds("Pickled weights (`.bin`) are loaded with torch's `weights_only=True`, which runs no code.")
 def test_a_pickle_of_weights_runs_nothing(tiny_model: Path, rows: Path, marker: Path, tmp_path: Path) -> None:
     import torch
 
@@ -188,13 +187,13 @@ def test_a_pickle_of_weights_runs_nothing(tiny_model: Path, rows: Path, marker: 
     with pytest.raises(ModelError, match="cannot load its weights"):
         run_of(model, rows, "lora")
     assert not marker.exists()
-    torch.load(model / "pytorch_model.bin", weights_only=False)  # the bomb is one
+    torch.load(model / "pytorch_model.bin", weights_only=False)  # without the restriction, the code runs
     assert marker.exists()
 
 
 @holds(
-    "What sftx writes is safetensors, JSON, JSON lines, YAML, the tokenizer's text files, an HTML page and a PNG: "
-    "nothing that is pickled."
+    "sftx writes safetensors, JSON, JSON lines, YAML, the tokenizer's text files, an HTML page and a PNG, and no "
+    "pickle."
 )
 @pytest.mark.parametrize("plugins", [(), ("lora",)], ids=["full", "lora"])
 def test_what_is_written_is_no_pickle(tiny_model: Path, rows: Path, plugins: tuple[str, ...]) -> None:
@@ -213,7 +212,9 @@ def test_what_is_written_is_no_pickle(tiny_model: Path, rows: Path, plugins: tup
 # --- data ---------------------------------------------------------------------------------------
 
 
-@holds("Data is read as data: a Python script is no data file, and a script beside a data file is not run.")
+@holds(
+    "Data files are only read: a Python script is refused as a data file, and a script beside a data file is not run."
+)
 def test_no_script_of_a_data_set_is_run(tiny_model: Path, rows: Path, marker: Path) -> None:
     script = rows.with_suffix(".py")
     script.write_text(f"from pathlib import Path\nPath({str(marker)!r}).touch()\n")
@@ -223,7 +224,7 @@ def test_no_script_of_a_data_set_is_run(tiny_model: Path, rows: Path, marker: Pa
     assert not marker.exists()
 
 
-@holds("What a user wrote in a row can never become a control token of the template.")
+@holds("Text of a row never becomes a control token of the template.")
 def test_user_text_is_text(tiny_model: Path, tmp_path: Path) -> None:
     from sessions import session_of
 
@@ -268,8 +269,8 @@ def test_a_run_file_makes_no_objects(tmp_path: Path, marker: Path) -> None:
 
 
 @holds(
-    "Jinja templates are rendered in a sandbox only, by `sftx plugins check`; a template that reaches for Python's "
-    "internals is a finding, and a run renders none."
+    "Jinja templates are rendered only in a sandbox, by `sftx plugins check`, which reports a template that accesses "
+    "Python's internals; a run renders none."
 )
 def test_jinja_stays_in_the_sandbox(tiny_model: Path, rows: Path, marker: Path, tmp_path: Path) -> None:
     from sftx.testing.template import SUITE
@@ -292,7 +293,7 @@ def test_jinja_stays_in_the_sandbox(tiny_model: Path, rows: Path, marker: Path, 
     (model / "chat_template.jinja").write_text(attack)
     run_of(model, rows, "lora")
     assert not marker.exists()
-    Environment().from_string(attack).render()  # outside of the sandbox it would have worked
+    Environment().from_string(attack).render()  # outside of the sandbox, the attack works
     assert marker.exists()
 
 
@@ -311,7 +312,7 @@ def test_imports_are_quiet(tmp_path: Path) -> None:
         "socket.socket.connect = socket.socket.connect_ex = refuse\n"
         "socket.create_connection = socket.getaddrinfo = refuse\n"
         "import sftx, sftx_kernels, sftx.testing, sftx.testing.contract, sftx.run, sftx.cli.run\n"
-        "from sftx.assembly.registry import discover, load_class\n"
+        "from sftx.assembly.discovery import discover, load_class\n"
         "for info in discover():\n"
         "    load_class(info)\n"
         "import sftx_plugins.adapters.lora_layers\n"
@@ -322,7 +323,7 @@ def test_imports_are_quiet(tmp_path: Path) -> None:
     assert done.stdout == "quiet\n", done.stderr
 
 
-@holds("A run on a local model and local data opens no connection, and nothing is reported to anybody.")
+@holds("A run on a local model and local data opens no connection, so nothing is reported to anyone.")
 def test_a_run_is_quiet(tiny_model: Path, rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub.constants
 

@@ -1,4 +1,4 @@
-"""The contract of an adapter bites: for each clause an adapter that breaks just it; the built-in ones keep all."""
+"""Tests of the adapter contract: bad adapters that break one clause each, and the built-in ones, which break none."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from contracts import assert_every_clause_is_broken, assert_fails_only
+from contracts import assert_every_clause_is_broken, assert_fails, assert_fails_only, whole_suite_cases
 from sftx import LanguageModel, ModelSpec, hookimpl
-from sftx.assembly.registry import discover, hooks_of, load_class
+from sftx.assembly.discovery import discover, hooks_of, load_class
 from sftx.testing import ContractError
 from sftx.testing.adapter import SUITE, check_adapter
 from sftx.testing.kit import built_in
@@ -28,7 +28,7 @@ from sftx_plugins.adapters.lora_layers import WEIGHTS, LoraAdapter, LoraLinear
 
 
 class Good(LoraAdapter):
-    """LoRA; those below differ from it in one thing. `layers`: what was attached."""
+    """A correct LoRA; the classes below change one thing. `layers` holds the attached layers."""
 
     @property
     def layers(self) -> list[LoraLinear]:
@@ -183,7 +183,7 @@ class LoadsToServe(Good):
 
 
 class DrawsAndForgets(Good):
-    """VeRA's idea: lora_A is drawn and never trained; but it is not saved either."""
+    """Draws lora_A and never trains it, as VeRA does, but does not save it either."""
 
     def attach(self, lm: LanguageModel) -> None:
         super().attach(lm)
@@ -195,7 +195,7 @@ class DrawsAndForgets(Good):
 
 
 class Lenient(Good):
-    """Takes what it finds under its own names."""
+    """Loads the tensors under its own names, and checks nothing."""
 
     def found(self, directory: Path) -> dict[str, Tensor]:
         tensors = load_file(directory / WEIGHTS)
@@ -260,7 +260,7 @@ class DrawsAnywhere(Good):
 
 
 class CountsLayers(Good):
-    """A layer's mask is drawn from lm.seed and a count that begins anew with each forward, not with a recomputation."""
+    """Draws a layer's mask from lm.seed and a count that restarts with each forward, but not with a recomputation."""
 
     count = 0
 
@@ -289,7 +289,7 @@ class ReadsWeights(Good):
 
 @dataclass(frozen=True, eq=False)
 class Plugin(Lora):
-    """LoRA's options with another adapter behind them."""
+    """A plugin with the options of LoRA that returns another adapter."""
 
     made: ClassVar[type] = Good
 
@@ -351,7 +351,7 @@ BAD = [
     (Swallows, "disabled-is-the-base", "swallowed an exception"),
     (ForgetsTheOuter, "disabled-is-the-base", r"after an inner disabled\(\), still within the outer one"),
     (Toggles, "disabled-is-the-base", r"within disabled\(\) twice"),
-    (Pickles, "saves-data-only", "save wrote options.bin; who loads a pickle"),
+    (Pickles, "saves-data-only", "save wrote options.bin"),
     (WritesNothing, "saves-data-only", "no .safetensors file"),
     (WritesPython, "saves-data-only", "options.json, which save wrote, cannot be read"),
     (RoundsInPlace, "saves-data-only", "save changed model.model.layers.0.self_attn.q_proj.lora_B"),
@@ -364,7 +364,7 @@ BAD = [
     (Spreads, "loads-strictly", r"load took a file in which (.*) has the shape \[1, 64\] for \[16, 64\]"),
     (MergesHalf, "merges", "merged, the logits differ"),
     (MergesInPlace, "merges", "28 parameters that the base has not and lacks 0"),
-    (MergesToTrain, "merges", "1 parameters require grad still"),
+    (MergesToTrain, "merges", "1 parameters still require grad"),
     (DrawsAnywhere, "recomputes-the-same", "two forwards with the same lm.seed"),
     (CountsLayers, "recomputes-the-same", "with gradient checkpointing the gradients differ"),
     (ReadsWeights, "plans-on-meta", "with a configuration and no weights the hook raised OSError"),
@@ -373,9 +373,14 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("made", "clause", "message"), BAD, ids=[made.__name__ for made, _, _ in BAD])
-def test_a_bad_adapter_fails_the_clause_that_it_breaks(made: type, clause: str, message: str) -> None:
-    assert_fails_only(SUITE, plugin_of(made), clause, re.compile(message))
+@pytest.mark.parametrize(("bad", "clause", "message"), BAD)
+def test_a_bad_adapter_fails_its_clause_with_a_message(bad: type, clause: str, message: str) -> None:
+    assert_fails(SUITE, plugin_of(bad), clause, re.compile(message))
+
+
+@pytest.mark.parametrize(("bad", "clause"), whole_suite_cases(BAD))
+def test_a_bad_adapter_fails_nothing_else(bad: type, clause: str) -> None:
+    assert_fails_only(SUITE, plugin_of(bad), clause)
 
 
 def test_each_clause_has_a_bad_adapter() -> None:
@@ -409,11 +414,11 @@ def test_a_built_in_adapter_keeps_the_contract(name: str) -> None:
 
 
 def test_it_can_be_checked_on_another_model(tiny_model: Path, tmp_path: Path) -> None:
-    """One that lies in a directory: here with weights that are not tied and with a dropout of its own."""
+    """The model directory holds a model with untied weights and with dropout."""
     shutil.copytree(tiny_model, tmp_path, dirs_exist_ok=True)
     config = AutoConfig.from_pretrained(tiny_model, tie_word_embeddings=False, attention_dropout=0.1)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     check_adapter(built_in("lora", modules_to_save=["lm_head"]), model=tmp_path)
-    with pytest.raises(ContractError, match="adapter / merges: merge leaves a plain model") as caught:
+    with pytest.raises(ContractError, match="adapter / merges: ") as caught:
         check_adapter(plugin_of(MergesHalf), model=tmp_path)
     assert [f.clause for f in caught.value.findings if f.status == "failed"] == ["merges"]

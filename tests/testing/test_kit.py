@@ -1,4 +1,4 @@
-"""The test-kit's own parts: the tiny model and tokenizer, the fixtures, how a suite reports."""
+"""Tests of the test-kit: the tiny model and tokenizer, the fixtures, and the findings of a suite."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_a_plugin_whose_hook_fails_fails_that_and_the_rest_says_nothing() -> Non
 
 
 def test_a_suite_bites_without_assertions_too() -> None:
-    """`python -O` takes assert statements out; contracts are kept by exceptions."""
+    """`python -O` removes assert statements, so clauses must raise exceptions."""
     import subprocess
     import sys
 

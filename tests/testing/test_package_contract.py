@@ -1,4 +1,4 @@
-"""Each clause of a package's contract bites: a package that breaks it alone fails it alone."""
+"""Tests of the package contract: a good package, and bad ones that break one clause each."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sftx.assembly.registry import discover, find
+from sftx.assembly.discovery import discover, find
 from sftx.testing.package import SUITE
 
 GOOD = '''"""A metric."""
@@ -50,7 +50,7 @@ def states(
     requires: Sequence[str] = REQUIRES,
     files: Sequence[str] = ("py.typed",),
 ) -> tuple[dict[str, str], str]:
-    """The status of each clause, and all messages."""
+    """Return the status of each clause, and all messages."""
     install_plugin("acme", code, {"acme": "Plugin"}, metadata=metadata, requires=requires, files=files)
     findings = SUITE.findings(find("acme", discover()))
     return {f.clause: f.status for f in findings}, "\n".join(f.message for f in findings)
@@ -63,8 +63,8 @@ def test_a_good_package_keeps_every_clause(install_plugin: Any) -> None:
 
 BAD: list[tuple[str, dict[str, Any], str]] = [
     ("made", {"code": GOOD.replace("@hookimpl", "")}, "is not marked as a hook; put @sftx.hookimpl"),
-    ("made", {"requires": ["sftx>=7"]}, "is made for sftx >=7"),
-    ("declares-its-host", {"requires": ["sftx>=0.1"]}, "no upper end for sftx; add 'sftx>=0.1,<0.2'"),
+    ("made", {"requires": ["sftx>=7"]}, "requires sftx >=7"),
+    ("declares-its-host", {"requires": ["sftx>=0.1"]}, "no upper bound for sftx; add 'sftx>=0.1,<0.2'"),
     ("declares-its-host", {"requires": []}, "its dependencies have no sftx"),
     ("has-a-license", {"metadata": [m for m in METADATA if "License" not in m]}, "set license = "),
     ("is-described", {"metadata": METADATA[1:]}, "lacks a summary"),
@@ -76,8 +76,8 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("imports-public-names", {"code": GOOD + "\n\nfrom sftx import config\n"}, "imports config of sftx"),
     (
         "imports-public-names",
-        {"code": GOOD + "\n\nfrom sftx_plugins import padded\n"},
-        "imports sftx_plugins, whose modules are not public",
+        {"code": GOOD + "\n\nfrom sftx_plugins.collators import padded\n"},
+        "imports sftx_plugins.collators, whose modules are not public",
     ),
     (
         "imports-public-names",

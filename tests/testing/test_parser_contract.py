@@ -1,4 +1,4 @@
-"""The contract of a parser: good ones keep it, and for each clause there are ones that break just that."""
+"""Tests of the parser contract: good parsers, and bad ones that break one clause each."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from contracts import assert_every_clause_is_broken, assert_fails_only
+from contracts import assert_every_clause_is_broken, assert_fails, assert_fails_only, assert_passes, whole_suite_cases
 from sftx import Conversation, DataError, Location, Message, Parsed, PlainText, Record, Tokens, hookimpl
 from sftx.assembly.hookspecs import DEFAULTS
 from sftx.testing import ContractError
@@ -19,7 +19,7 @@ from sftx.testing.parser import SUITE, check_parser
 
 
 class Pairs:
-    """A question, an answer and perhaps a list of notes."""
+    """Reads a question, an answer and an optional list of notes."""
 
     fields: Any = "question, answer (notes)"
     samples: Any = (
@@ -45,7 +45,7 @@ class Pairs:
 
 
 class Choices(Pairs):
-    """Two conversations of one record, which belong together."""
+    """Returns two conversations for one record, as a group."""
 
     samples = ({"question": "What melts in the hand?", "answer": "Gallium.", "rejected": "Iron."},)
 
@@ -58,7 +58,7 @@ class Choices(Pairs):
 
 
 class Texts(Pairs):
-    """Pre-training text."""
+    """Reads text for pre-training."""
 
     samples = ({"body": "Gallium melts at 29.8 degrees."},)
 
@@ -72,7 +72,7 @@ class Texts(Pairs):
 
 
 class Ids(Pairs):
-    """Rows that were tokenised before."""
+    """Reads rows that are tokenised already."""
 
     samples = ({"ids": [5, 6, 7]},)
 
@@ -91,12 +91,10 @@ GOOD = [*map(built_in, DEFAULTS["sftx_parser"]), Pairs(), Choices(), Texts(), Id
 
 @pytest.mark.parametrize("plugin", GOOD, ids=lambda plugin: type(plugin).__name__)
 def test_good_parsers_keep_every_clause(plugin: object) -> None:
-    assert {(finding.clause, finding.status, finding.message) for finding in SUITE.findings(plugin)} == {
-        (clause, "ok", "") for clause in ("made", *(clause.name for clause in SUITE.clauses))
-    }
+    assert_passes(SUITE, plugin)
 
 
-# --- and a bad one, or several, for each clause ---------------------------------------------------
+# --- bad ones, at least one for each clause ---------------------------------------------------
 
 
 class GivesNumber(Pairs):
@@ -275,25 +273,38 @@ BAD: Sequence[tuple[type, str, str]] = [
     ),
     (RefusesItsOwn, "parses-its-samples", "parse of samples[0] raised DataError: rows.jsonl:17: no notes"),
     (ParsesToNothing, "parses-its-samples", "returned nothing; return a tuple"),
-    (ForgetsTuple, "parses-its-samples", "returned Conversation; return a tuple"),
-    (ParsesToDicts, "parses-its-samples", "returned a message that is a dict; return a tuple"),
-    (ParsesToRecord, "parses-its-samples", "returned a dict; return a tuple"),
-    (ParsesToFloats, "parses-its-samples", "returned Tokens whose token_ids are (5.0, 6.0, 7.0)"),
+    (ForgetsTuple, "parses-its-samples", "returned Conversation"),
+    (ParsesToDicts, "parses-its-samples", "Conversation(messages=({'role': 'user'"),
+    (ParsesToRecord, "parses-its-samples", "parse gave {'question': "),
+    (ParsesToFloats, "parses-its-samples", "Tokens(token_ids=(5.0, 6.0, 7.0)"),
     (CallsItBot, "trains-something", "samples[0] is dropped: no assistant turn, so nothing to train; give a turn"),
     (TrainsNothing, "trains-something", "samples[0] is dropped: no trained token"),
     (CountsTokensWrongly, "trains-something", "cannot be encoded: 3 token ids and 2 values of the loss mask"),
     (TakesAnswerOut, "pure", "samples[0] was changed; work on a copy"),
     (Numbers, "pure", "={'number': "),
-    (TrustsFields, "names-the-row", "samples[0] with ['question'] left out raised KeyError"),
-    (TrustsDepth, "names-the-row", "samples[1] with ['notes'] = [7] raised TypeError"),
-    (NamesNoRow, "names-the-row", "which does not say where the row stands; begin the message with"),
-    (HandsOnNulls, "names-the-row", "['answer'] = None was parsed to a Message whose content is None; raise sftx.Data"),
+    (
+        TrustsFields,
+        "names-the-row",
+        "samples[0] with ['question'] left out raised PluginError: the parser: parse failed: KeyError",
+    ),
+    (
+        TrustsDepth,
+        "names-the-row",
+        "samples[1] with ['notes'] = [7] raised PluginError: the parser: parse failed: TypeError",
+    ),
+    (NamesNoRow, "names-the-row", "does not name the row"),
+    (HandsOnNulls, "names-the-row", "['answer'] = None raised PluginError: "),
 ]
 
 
 @pytest.mark.parametrize(("bad", "clause", "message"), BAD)
-def test_a_bad_parser_fails_one_clause_that_says_what_to_mend(bad: type, clause: str, message: str) -> None:
-    assert_fails_only(SUITE, bad(), clause, message)
+def test_a_bad_parser_fails_its_clause_with_a_message(bad: type, clause: str, message: str) -> None:
+    assert_fails(SUITE, bad(), clause, message)
+
+
+@pytest.mark.parametrize(("bad", "clause"), whole_suite_cases(BAD))
+def test_a_bad_parser_fails_nothing_else(bad: type, clause: str) -> None:
+    assert_fails_only(SUITE, bad(), clause)
 
 
 def test_every_clause_of_the_parser_has_a_bad_one() -> None:
@@ -302,6 +313,6 @@ def test_every_clause_of_the_parser_has_a_bad_one() -> None:
 
 def test_check_parser_raises_with_the_clause_and_its_rule() -> None:
     check_parser(Pairs())
-    with pytest.raises(ContractError, match="parser / pure: A record parsed twice gives the same") as caught:
+    with pytest.raises(ContractError, match="parser / pure: ") as caught:
         check_parser(TakesAnswerOut())
     assert len(caught.value.findings) == 1 + len(SUITE.clauses)

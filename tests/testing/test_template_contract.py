@@ -1,4 +1,4 @@
-"""The contract of a template: good ones of several forms keep it, and for each clause there are ones that break it."""
+"""Tests of the template contract: good templates of several forms, and bad ones that break one clause each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from contracts import assert_every_clause_is_broken, assert_fails_only
+from contracts import assert_every_clause_is_broken, assert_fails, assert_fails_only, assert_passes, whole_suite_cases
 from sftx import Conversation, DataError, Message, Segment, hookimpl
 from sftx.testing import ContractError
 from sftx.testing.kit import built_in
@@ -23,7 +23,7 @@ EOT = "<|endoftext|>"
 
 
 class Brackets:
-    """No system turn; the answer begins right after the prompt, and its stop is the tokenizer's end of text."""
+    """Has no system turn; the answer begins right after the prompt, and ends with the tokenizer's end of text."""
 
     controls: ClassVar[frozenset[str]] = frozenset({"[INST]", "[/INST]", "</s>"})
     stop: ClassVar[tuple[str, ...]] = ("</s>",)
@@ -57,7 +57,7 @@ class Brackets:
 
 
 class Instruction(Brackets):
-    """Headings in plain text; the end of text alone is a control token, and it ends every text."""
+    """Writes headings as plain text; its only control token is the end of text, which ends every answer."""
 
     controls: ClassVar[frozenset[str]] = frozenset({EOT})
     stop: ClassVar[tuple[str, ...]] = (EOT,)
@@ -77,7 +77,7 @@ class Instruction(Brackets):
 
 
 class Thinking(ChatML):
-    """Writes an empty thought before the last answer only: what is earlier changes when a turn follows."""
+    """Writes an empty thought before the last answer only, so that earlier turns change when a turn follows."""
 
     controls: ClassVar[frozenset[str]] = frozenset({START, END, "<think>", "</think>"})
     rewrites_history: ClassVar[bool] = True
@@ -98,16 +98,14 @@ GOOD = [built_in("chatml"), built_in("chatml", default_system="Be 'brief'."), Br
 
 @pytest.mark.parametrize("plugin", GOOD, ids=lambda plugin: type(plugin).__name__)
 def test_good_templates_keep_every_clause(plugin: object) -> None:
-    assert {(finding.clause, finding.status, finding.message) for finding in SUITE.findings(plugin)} == {
-        (clause, "ok", "") for clause in ("made", *(clause.name for clause in SUITE.clauses))
-    }
+    assert_passes(SUITE, plugin)
 
 
-# --- and a bad one, or several, for each clause ---------------------------------------------------
+# --- bad ones, at least one for each clause ---------------------------------------------------
 
 
 class Changed(ChatML):
-    """ChatML, each turn of which, of five segments, is written as `turn` says."""
+    """ChatML whose `turn` rewrites the five segments of each turn."""
 
     chat_template = None
 
@@ -293,7 +291,7 @@ class TrainsHeader(Changed):
 
 
 class AsksWithoutMask(ChatML):
-    """What it asks is encoded as one text, what it trains in parts: the same characters, other tokens."""
+    """Encodes the prompt as one text and the training text in parts: the same characters, but other tokens."""
 
     controls = frozenset({END})
     chat_template = None
@@ -344,7 +342,7 @@ BAD = [
     (StopsNever, "controls-exist", "`stop` is empty"),
     (StopsOnStray, "controls-exist", "stop tokens <|endoftext|> are not among its controls"),
     (KnowsThreeRoles, "writes-turns", "the turns user, assistant, tool, assistant raised KeyError"),
-    (WritesOneRound, "writes-turns", "were refused with DataError; every template has to write those"),
+    (WritesOneRound, "writes-turns", "were refused with DataError; every template has to render those"),
     (GivesText, "writes-segments", "render returned '<|im_start|>user"),
     (GivesStrings, "writes-segments", "render returned ('<|im_start|>', 'user"),
     (SpellsStart, "writes-segments", "render wrote <|im_start|> within plain text"),
@@ -352,26 +350,26 @@ BAD = [
     (UndeclaredControl, "writes-segments", "render wrote '<|endoftext|>' with control=True, which is not one token"),
     (TwoControlsInOne, "writes-segments", "render wrote '<|im_end|><|im_end|>' with control=True"),
     (CountsCalls, "deterministic", "draw no random numbers"),
-    (TakesExtras, "deterministic", "render changed the conversation that it was given"),
-    (DropsSystem, "keeps-content", "the system's 'Reply as a chemist would.' stands 0 times"),
-    (WritesTwice, "keeps-content", "stands 2 times"),
-    (QuestionFirst, "keeps-content", "stands before an earlier turn's"),
+    (TakesExtras, "deterministic", "render changed its conversation"),
+    (DropsSystem, "keeps-content", "the system's 'Reply as a chemist would.' occurs 0 times"),
+    (WritesTwice, "keeps-content", "occurs 2 times"),
+    (QuestionFirst, "keeps-content", "before the content of an earlier turn"),
     (TrainsQuestions, "trains-the-answers", "characters are trained; give its segment trainable=message.trained"),
     (TrainsHalf, "trains-the-answers", "characters are not trained"),
     (LeavesStop, "trains-the-stop", "is not trained, so the model would never stop"),
-    (StopsOnAnother, "trains-the-stop", "comes '<|im_end|>', expected <|endoftext|>; name in `stop`"),
+    (StopsOnAnother, "trains-the-stop", "comes '<|im_end|>', expected <|endoftext|>"),
     (TrainsEveryAnswer, "obeys-the-message", "with trainable=False, "),
     (TrainsNoQuestion, "obeys-the-message", "with trainable=True, "),
-    (AlwaysTrainsStop, "obeys-the-message", "its stop token neither"),
+    (AlwaysTrainsStop, "obeys-the-message", "neither may its stop token"),
     (IgnoresWeight, "obeys-the-message", "has the weight 1, expected 0.25"),
     (WeighsNoStop, "obeys-the-message", "has the weight 1, expected 0.25"),
     (ReadsControls, "keeps-text-text", "contents that spell <|im_end|> made render write"),
     (Sanitises, "keeps-text-text", "render changed the user's"),
     (AsksAnother, "prompt-is-a-prefix", "<|im_start|>model\\n' and '"),
-    (AsksTooShort, "prompt-is-a-prefix", "between the generation prompt and the stop token and is not trained"),
-    (TrainsHeader, "prompt-is-a-prefix", "stands in the generation prompt and is trained"),
-    (AsksWithoutMask, "prompt-is-a-prefix", "begin differently, so that the model is asked in another way"),
-    (RewritesUnsaid, "keeps-history", "write a turn whatever follows it, or say rewrites_history = True"),
+    (AsksTooShort, "prompt-is-a-prefix", "is not trained"),
+    (TrainsHeader, "prompt-is-a-prefix", "is in the generation prompt and is trained"),
+    (AsksWithoutMask, "prompt-is-a-prefix", "begin differently"),
+    (RewritesUnsaid, "keeps-history", "rewrites_history = True"),
     (JinjaForgetsLine, "chat-template-agrees", "chat_template and render write"),
     (JinjaForgetsPrompt, "chat-template-agrees", "chat_template and generation_prompt write"),
     (JinjaRefuses, "chat-template-agrees", "not today"),
@@ -379,8 +377,13 @@ BAD = [
 
 
 @pytest.mark.parametrize(("bad", "clause", "message"), BAD)
-def test_a_bad_template_fails_one_clause_that_says_what_to_mend(bad: type, clause: str, message: str) -> None:
-    assert_fails_only(SUITE, bad(), clause, message)
+def test_a_bad_template_fails_its_clause_with_a_message(bad: type, clause: str, message: str) -> None:
+    assert_fails(SUITE, bad(), clause, message)
+
+
+@pytest.mark.parametrize(("bad", "clause"), whole_suite_cases(BAD))
+def test_a_bad_template_fails_nothing_else(bad: type, clause: str) -> None:
+    assert_fails_only(SUITE, bad(), clause)
 
 
 def test_every_clause_of_the_template_has_a_bad_one() -> None:

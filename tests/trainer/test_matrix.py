@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sftx.assembly.registry import discover, hooks_of, load_class
+from sftx.assembly.discovery import discover, hooks_of, load_class
 
 FULL = "full fine-tuning"
 
