@@ -1,4 +1,4 @@
-"""What to lower, and by how much, when memory runs out."""
+"""Advises which option to change, and to what value, when memory runs out."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Final
 
 from torch import Tensor
 
+from sftx.config.optimizers import leaner_than
 from sftx.config.options import TrainConfig
 from sftx.types import Batch
 
@@ -14,7 +15,7 @@ _SAME: Final = "the same run, which --resume goes on with"
 
 
 def of_step(config: TrainConfig, batches: Sequence[Batch]) -> str:
-    """What was too large in forward or backward, and the first thing to change that leaves the update as it is."""
+    """Return what did not fit in forward or backward, and the first change that keeps the update the same."""
     largest = max(batches, key=lambda batch: batch.input_ids_BT.numel())
     rows, length = largest.input_ids_BT.shape
     return f"a micro-batch of {_counted(rows, 'row')} of {length} tokens; {_remedy(config, largest)}"
@@ -24,7 +25,7 @@ def _remedy(config: TrainConfig, batch: Batch) -> str:
     if config.micro_batch_size > 1:
         return fewer_rows(config)
     if not config.gradient_checkpointing:
-        return f"set --gradient-checkpointing, which computes each layer twice and keeps one: {_SAME}"
+        return f"set --gradient-checkpointing, which recomputes layers in the backward pass: {_SAME}"
     if config.selective_checkpointing:
         return f"leave selective_checkpointing out, which keeps several results of each layer: {_SAME}"
     longest = batch.input_ids_BT.shape[1]
@@ -38,7 +39,7 @@ def _remedy(config: TrainConfig, batch: Batch) -> str:
 
 
 def fewer_rows(config: TrainConfig) -> str:
-    """Fewer rows at once and as many in a step, which gives the same update."""
+    """Return the options for fewer rows in a micro-batch and the same rows in a step, which gives the same update."""
     rows = config.micro_batch_size
     fewer = next(rows // divisor for divisor in range(2, rows + 1) if rows % divisor == 0)
     share = "half" if rows == 2 * fewer else f"1/{rows // fewer} of"
@@ -49,12 +50,12 @@ def fewer_rows(config: TrainConfig) -> str:
 
 
 def of_optimizer(config: TrainConfig, parameters: Sequence[Tensor]) -> str:
-    """What the optimizer's state, which is made in the first step, asks for."""
+    """Return what to change when there is no memory for the optimizer's state, which the first step allocates."""
     num_trained = sum(parameter.numel() for parameter in parameters)
-    lean = "adafactor" if config.optim != "adafactor" else "sgd"
+    leaner = leaner_than(config.optim)
     return (
         f"the state of optim {config.optim} for {num_trained:,} trained parameters; train fewer, as an adapter does "
-        f"(--plugin lora), or set --optim {lean}, which keeps less of each"
+        "(--plugin lora)" + (f", or set --optim {leaner}, which needs less state" if leaner else "")
     )
 
 

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import Field
 
-from sftx.config import loading, options, run_file, validation
+from sftx import paths
+from sftx.cli.options import parse_value
+from sftx.config import loading, optimizers, options, run_file, validation
 from sftx.config.options import RunConfig
 from sftx.errors import ConfigError
 
@@ -75,29 +77,41 @@ def test_yaml_is_read_as_version_1_2_says(write: Any, text: str, value: Any) -> 
     values, _ = run_file.read(write(f"key: {text}\n"))
     assert values == {"key": value}
     assert type(values["key"]) is type(value)
-    assert run_file.parse_value(text) == value
+    assert parse_value(text) == value
 
 
 def test_what_is_not_yaml_on_the_command_line_is_text() -> None:
-    assert run_file.parse_value("[q_proj") == "[q_proj"
-    assert run_file.parse_value(r".*\.(q|v)_proj") == r".*\.(q|v)_proj"
+    assert parse_value("[q_proj") == "[q_proj"
+    assert parse_value(r".*\.(q|v)_proj") == r".*\.(q|v)_proj"
     for text in ("Answer: yes", "Write C # and nothing else", "#1", "- a", " x ", "a\nb", "it's", "32 # rows"):
-        assert run_file.parse_value(text) == text
+        assert parse_value(text) == text
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "place", "value"),
     [
-        ("model: a/b\nmodel: c/d\n", "run.yaml:2: not valid YAML: key 'model' stands twice"),
-        ("plugins:\n  lora: {}\n  lora: {}\n", "run.yaml:3: not valid YAML: key 'lora' stands twice"),
-        ("model: a/b\ntrain: [1,\n", "run.yaml:3: not valid YAML: "),
-        ("model: a/b\n1: 2\n", "run.yaml:2: not valid YAML: a key that is not text"),
-        ("- a\n", "run.yaml: got a list, expected a mapping such as `model: ...`"),
-        ("model: a\x00b\n", "run.yaml: not valid YAML: "),
+        ("model: a/b\nmodel: c/d\n", "run.yaml:2: ", "'model'"),
+        ("plugins:\n  lora: {}\n  lora: {}\n", "run.yaml:3: ", "'lora'"),
+        ("model: a/b\ntrain: [1,\n", "run.yaml:3: ", ""),
+        ("model: a/b\n1: 2\n", "run.yaml:2: ", "key"),
+        ("model: a/b\n? [x]\n: 2\n", "run.yaml:2: ", "key"),
+        ("- a\n", "run.yaml: ", "list"),
+        ("model: a\x00b\n", "run.yaml: ", ""),
+        ("model: a/b\ntrain: {seed: !!int x}\n", "run.yaml:2: ", "tag:yaml.org,2002:int"),
+        ("model: a/b\ntrain: {seed: !mine 1}\n", "run.yaml:2: ", "!mine"),
+        ("model: a/b\nplugins: !!set {lora}\n", "run.yaml:2: ", "tag:yaml.org,2002:set"),
+        ("model: a/b\n---\nmodel: c/d\n", "run.yaml:2: ", ""),
+        ("model: &a [*a]\n", "run.yaml: ", "alias"),
+        (f"model: {'[' * 5000}", "run.yaml: ", "nested"),
+        (f"train: {{seed: {'9' * 5000}}}", "run.yaml: ", ""),
+        ("a: &a [0,0,0,0,0,0,0,0,0,0]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b,*b,*b]\n"
+         "d: &d [*c,*c,*c,*c,*c,*c,*c,*c,*c,*c]\ne: [*d,*d,*d,*d,*d,*d,*d,*d,*d,*d]\n", "run.yaml:", "alias"),
     ],
-)
-def test_a_file_that_is_no_run_file_is_named_with_its_line(write: Any, text: str, message: str) -> None:
-    assert load_error(write(text)).startswith(message)
+)  # fmt: skip
+def test_a_file_that_is_no_run_file_is_named_with_its_line(write: Any, text: str, place: str, value: str) -> None:
+    message = load_error(write(text))
+    assert message.startswith(place)
+    assert value in message
 
 
 def test_a_run_file_that_is_missing_or_not_utf8_is_named(write: Any) -> None:
@@ -167,6 +181,23 @@ def test_an_error_names_what_was_typed(write: Any) -> None:
     assert error == "--seed x: option 'train.seed': got \"x\", expected a valid integer"
     error = load_error(path, assignments=[("train.sead", 1, "--set train.sead=1")])
     assert error == "--set train.sead=1: option 'train.sead' does not exist; did you mean 'seed'?"
+
+
+def test_an_option_of_an_item_of_a_list_is_named_with_its_index(write: Any) -> None:
+    message = load_error(write("data:\n  train: [{path: a}, {path: b, weight: x}]\n"))
+    assert message.startswith("run.yaml:2: option 'data.train.1.weight': got \"x\", ")
+    message = load_error(write("data:\n  train: [{path: a}, {path: b, weigth: 1}]\n"))
+    assert message.startswith("run.yaml:2: option 'data.train.1.weigth' does not exist")
+    assert "'weight'" in message
+
+
+def test_an_optimizer_is_known_by_the_name_that_transformers_has_for_it(write: Any) -> None:
+    for name, spec in optimizers.OPTIMIZERS.items():
+        for alias in (name, *spec.aliases):
+            assert loading.load(write(f"train: {{optim: {alias}}}\n")).config.train.optim == name
+    message = load_error(write("train: {optim: adamm}\n"))
+    assert message.startswith("run.yaml:1: option 'train.optim': got \"adamm\", ")
+    assert [name for name in optimizers.OPTIMIZERS if f"'{name}'" not in message] == []
 
 
 def test_an_int_is_a_float_and_one_path_is_a_list_of_one(write: Any) -> None:
@@ -275,7 +306,7 @@ def test_with_neither_file_nor_data_it_is_the_embedded_run(
 ) -> None:
     embedded = tmp_path / "embedded.yaml"
     embedded.write_text("data: {train: 'sftx:demo/train.jsonl'}\ntrain: {seed: 7}\n", encoding="utf-8")
-    monkeypatch.setattr(run_file, "EMBEDDED", embedded)
+    monkeypatch.setattr(paths, "DEMO_RUN_FILE", embedded)
     assert loading.load(None, add=["lora"]).config.train.seed == 7
     with_data = loading.load(None, assignments=[DATA]).config
     assert (with_data.data.train, with_data.train) == ((options.Source("rows.jsonl"),), options.TrainConfig())

@@ -1,4 +1,4 @@
-"""The planner: what it counts against real models and real steps, what fits, and what it refuses."""
+"""`sftx plan` counts what real models and real steps need, finds the largest batch that fits, and rejects bad sizes."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ def test_compiled_layers_train_alike_in_one_graph(
                 compiled.lm.eval()
                 compiled.strategy.module(batches[0].batch)  # as an evaluation between two steps
                 compiled.lm.train()
-        right, got = eager.step(number, 0, batches), compiled.step(number, 0, batches)
+        right, got = eager.train_step(number, 0, batches), compiled.train_step(number, 0, batches)
         assert got.loss == pytest.approx(right.loss, rel=tolerance)
         assert got.grad_norm == pytest.approx(right.grad_norm, rel=10 * tolerance)
     assert not counters["graph_break"]
@@ -152,7 +152,7 @@ def test_a_layer_that_cannot_be_compiled_whole_is_an_error(model: Path) -> None:
     first.mlp.forward = breaks
     layers.compile_layers(trainer.lm.model, backend="eager")
     with pytest.raises(ModelError, match=r"torch.compile does not take its layers: .*--compile\) out"):
-        trainer.step(1, 0, batches_of(trainer))
+        trainer.train_step(1, 0, batches_of(trainer))
 
 
 def test_layers_are_found_in_a_model_that_brings_its_own(model: Path) -> None:

@@ -86,10 +86,10 @@ def measured(directory: Path, num_settled: int, num_leaking: int, measure: Calla
     (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     samples: list[Sample] = []
     kept: list[list[float]] = []
-    step = Trainer.step
+    train_step = Trainer.train_step
 
     def sampled(trainer: Trainer, number: int, *rest: Any) -> Any:
-        report = step(trainer, number, *rest)
+        report = train_step(trainer, number, *rest)
         done = number * ACCUMULATION
         if done > num_settled:
             kept.extend([float(number)] for _ in range(ACCUMULATION))
@@ -109,7 +109,7 @@ def measured(directory: Path, num_settled: int, num_leaking: int, measure: Calla
         "train.logging_steps": 500,
     }
     loaded = load(None, add=["chatml", "lora"], assignments=[(name, value, name) for name, value in given.items()])
-    with mock.patch.object(Trainer, "step", sampled):
+    with mock.patch.object(Trainer, "train_step", sampled):
         run(loaded)
     return samples
 

@@ -72,7 +72,7 @@ def test_ten_steps_give_the_losses_of_transformers_peft_and_adamw(real_model_dir
     oracle = get_peft_model(base, config)
     copy_adapter(session, oracle)
     trained = [p for p in oracle.parameters() if p.requires_grad]
-    assert sum(p.numel() for p in trained) == session.report().num_trainable
+    assert sum(p.numel() for p in trained) == session.start_report.num_trainable
     optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.01)
     ours, theirs = [], []
     for number, (epoch, step, *_) in zip(range(1, 11), session.sampler, strict=False):

@@ -53,7 +53,7 @@ def test_float16_trains_as_float32_does(model: Path, packed: bool, lora: bool) -
     assert all(p.dtype == torch.float32 for p in narrow.parameters)
     for number in range(1, 5):
         batches = batches_of(wide, number)
-        right, got = wide.step(number, 0, batches), narrow.step(number, 0, batches)
+        right, got = wide.train_step(number, 0, batches), narrow.train_step(number, 0, batches)
         assert got.loss == pytest.approx(right.loss, rel=1e-3)
         assert got.grad_norm == pytest.approx(right.grad_norm, rel=1e-2), "of gradients without the loss scale"
         assert got.metrics["loss_scale"] == 2**16
@@ -66,14 +66,14 @@ def test_an_overflow_costs_no_row(model: Path, caplog: pytest.LogCaptureFixture)
     forced.scaler.load_state_dict(forced.scaler.state_dict() | {"scale": 2.0**32, "_growth_tracker": 7})
     batches = batches_of(straight)
     with caplog.at_level(logging.INFO, "sftx"):
-        got = forced.step(1, 0, batches)
+        got = forced.train_step(1, 0, batches)
     retries = [record.getMessage() for record in caplog.records if "overflowed" in record.getMessage()]
     scale = got.metrics["loss_scale"]
     assert 1 <= scale < 2**32
     assert len(retries) == round(math.log2(2**32 / scale))
     assert retries[0] == (f"step 1: gradients overflowed at a loss scale of {2.0**32:g}; computed again at {2.0**31:g}")
     straight.scaler.load_state_dict(straight.scaler.state_dict() | {"scale": scale})
-    right = straight.step(1, 0, batches)
+    right = straight.train_step(1, 0, batches)
     assert (got.loss, got.grad_norm) == (right.loss, right.grad_norm)
     for one, other in zip(forced.parameters, straight.parameters, strict=True):
         assert torch.equal(one, other), "powers of two: the update does not depend on how the scale was found"
@@ -84,7 +84,7 @@ def test_what_no_scale_helps_is_an_error_that_names_the_rows(model: Path) -> Non
     before = [parameter.detach().clone() for parameter in trainer.parameters]
     trainer.parameters[0].register_hook(lambda gradient: gradient * math.inf)
     with pytest.raises(TrainingError, match=r"step 1: .* no update was made; rows: row 0, row 1, row 2, row 3;"):
-        trainer.step(1, 0, batches_of(trainer))
+        trainer.train_step(1, 0, batches_of(trainer))
     assert all(torch.equal(one, other) for one, other in zip(before, trainer.parameters, strict=True))
 
 
@@ -92,7 +92,7 @@ def test_a_loss_that_is_not_finite_is_an_error_at_once(model: Path, caplog: pyte
     trainer = trainer_of(model, fp16=True)
     trainer.lm.model.get_decoder().norm.weight.data.fill_(math.nan)
     with caplog.at_level(logging.INFO, "sftx"), pytest.raises(TrainingError, match="the loss is nan"):
-        trainer.step(1, 0, batches_of(trainer))
+        trainer.train_step(1, 0, batches_of(trainer))
     assert not caplog.records
 
 
@@ -101,14 +101,14 @@ def test_the_scale_goes_on_where_it_was(model: Path) -> None:
     for trainer in (whole, resumed):
         trainer.scaler.set_growth_interval(3)
     for number in (1, 2):
-        whole.step(number, 0, batches_of(whole, number))
+        whole.train_step(number, 0, batches_of(whole, number))
     resumed.load_state_dict(*whole.state_dict())
     with torch.no_grad():
         for one, other in zip(resumed.parameters, whole.parameters, strict=True):
             one.copy_(other)
     for number in (3, 4):
         batches = batches_of(whole, number)
-        expected, got = whole.step(number, 0, batches), resumed.step(number, 0, batches)
+        expected, got = whole.train_step(number, 0, batches), resumed.train_step(number, 0, batches)
         assert (got.loss, got.grad_norm, got.metrics) == (expected.loss, expected.grad_norm, expected.metrics)
     assert got.metrics["loss_scale"] == 2**17, "grown after the third step"
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters, resumed.parameters, strict=True))
