@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Field
 
-from sftx.config import optimizers
+from sftx.config import optimizer_table
 from sftx.config.validation import adapter
 from sftx.errors import ConfigError
 
@@ -100,7 +100,7 @@ Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
 if TYPE_CHECKING:
     Optimizer: TypeAlias = str
 else:
-    Optimizer = Literal[tuple(optimizers.OPTIMIZERS)]
+    Optimizer = Literal[tuple(optimizer_table.OPTIMIZERS)]
 
 
 def _as_roles(value: Any) -> Any:
@@ -252,7 +252,7 @@ class TrainConfig:
     lr_power: Annotated[float, Field(gt=0, description="Exponent of the polynomial schedule.")] = 1.0
     optim: Annotated[
         Optimizer,
-        BeforeValidator(_resolve_alias(optimizers.ALIASES)),
+        BeforeValidator(_resolve_alias(optimizer_table.ALIASES)),
         Field(
             description="Optimizer. The 8-bit and paged ones are from bitsandbytes; muon trains the matrices of the "
             "layers and AdamW the rest; adamw_bf16 keeps weights in bfloat16 and their missing bits as state."
@@ -363,7 +363,7 @@ class TrainConfig:
             raise ValueError("early_stopping_threshold has no effect without early_stopping_patience; set both")
         if self.eval_steps is None and (self.load_best_model_at_end or self.early_stopping_patience):
             name = "load_best_model_at_end" if self.load_best_model_at_end else "early_stopping_patience"
-            raise ValueError(f"{name} needs eval_steps: without them there is one evaluation, at the end")
+            raise ValueError(f"{name} needs eval_steps: without it there is one evaluation, at the end")
 
     @property
     def micro_batch_size(self) -> int:

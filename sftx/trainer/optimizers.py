@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Muon, Optimizer
 
-from sftx.config.optimizers import OPTIMIZERS, names_where
+from sftx.config.optimizer_table import OPTIMIZERS, names_where
 from sftx.config.options import TrainConfig
 from sftx.errors import ConfigError, one_line
 from sftx.trainer.parameter_groups import TrainableParam, groups

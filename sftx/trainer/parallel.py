@@ -28,7 +28,7 @@ from torch.distributed.fsdp import (
 from torch.nn.parallel import DistributedDataParallel
 
 from sftx.assembly.stages import LossStage
-from sftx.config.optimizers import OPTIMIZERS, names_where
+from sftx.config.optimizer_table import OPTIMIZERS, names_where
 from sftx.config.options import TrainConfig
 from sftx.distributed.process_group import ProcessGroup
 from sftx.errors import ConfigError

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from sftx.config.optimizers import OPTIMIZERS
+from sftx.config.optimizer_table import OPTIMIZERS
 from sftx.config.options import TrainConfig
 from sftx.errors import ConfigError
 

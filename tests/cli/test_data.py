@@ -1,4 +1,4 @@
-"""`sftx data export`, as a user types it."""
+"""`sftx data export` from the command line."""
 
 from __future__ import annotations
 

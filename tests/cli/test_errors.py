@@ -1,6 +1,6 @@
-"""Whatever a user gets wrong is one line on stderr that says where, what was got and what to do; and nothing is left.
+"""Every mistake of a user is reported in one line on stderr with place, value and advice, and leaves no files behind.
 
-Exit code 1, or 2 when the command line itself cannot be read.
+The exit code is 1, or 2 when the command line itself is not valid.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ def run(*arguments: str | Path) -> Result:
 
 
 def files() -> set[str]:
-    """All that lies in the working directory, hidden or not."""
+    """Return all files and directories in the working directory."""
     return {str(path) for path in Path().rglob("*")}
 
 
 def error_of(*arguments: str | Path, code: int = 1) -> str:
-    """What `sftx run` says when it refuses `arguments`, which it must do in one line and without a trace."""
+    """Return the error that `sftx run` prints for `arguments`: one line, and no file is left behind."""
     before = files()
     result = run(*arguments)
     assert result.exit_code == code, result.output
@@ -313,7 +313,7 @@ def test_a_model_that_is_not_there(base: list[str]) -> None:
 
 @contextlib.contextmanager
 def _largest_file(num_bytes: int) -> Iterator[None]:
-    """Within it every write beyond `num_bytes` of a file fails, as on a full disk (EFBIG; Python ignores SIGXFSZ)."""
+    """Make every write beyond `num_bytes` of a file fail, as on a full disk (EFBIG; Python ignores SIGXFSZ)."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
     try:
@@ -333,7 +333,7 @@ def _largest_file(num_bytes: int) -> Iterator[None]:
 def test_a_disk_that_is_full_while_saving_leaves_no_half_written_artefact(
     tiny_model_dir: Path, plugins: list[str], artefact: str
 ) -> None:
-    """Whichever file of the artefact is the first that finds no room; each library says it in its own way."""
+    """Each case fills the disk at another file of the artefact, whose library reports it in its own way."""
     base = ["--plugin", "chatml", "--data", "rows.jsonl", "--use-cpu", "--max-steps", "1", "--output-dir", "out"]
     with _largest_file(100_000):
         result = run(*base, *plugins, "--model", tiny_model_dir)

@@ -1,4 +1,4 @@
-"""A run file and a command line become one RunConfig, strictly, or one line that says what is wrong and where."""
+"""Loading makes a RunConfig of a run file and a command line, or reports in one line what is wrong and where."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic import Field
 
 from sftx import paths
 from sftx.cli.options import parse_value
-from sftx.config import loading, optimizers, options, run_file, validation
+from sftx.config import loading, optimizer_table, options, run_file, validation
 from sftx.config.options import RunConfig
 from sftx.errors import ConfigError
 
@@ -22,7 +22,7 @@ DATA = ("data.train", ["rows.jsonl"], "--data rows.jsonl")
 
 @pytest.fixture
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Writes `run.yaml` into the working directory, under which name errors then speak of it."""
+    """Return a function that writes `run.yaml` into the working directory."""
     monkeypatch.chdir(tmp_path)
 
     def write(text: str) -> Path:
@@ -73,7 +73,7 @@ def load_error(*args: Any, **kwargs: Any) -> str:
     ],
 )
 def test_yaml_is_read_as_version_1_2_says(write: Any, text: str, value: Any) -> None:
-    """And the same on the command line. Infinity, which JSON cannot record, is text and so no number."""
+    """The command line reads the same values. Infinity, which JSON cannot record, is text."""
     values, _ = run_file.read(write(f"key: {text}\n"))
     assert values == {"key": value}
     assert type(values["key"]) is type(value)
@@ -175,7 +175,7 @@ def test_what_json_cannot_record_is_refused(write: Any, text: str) -> None:
 
 
 def test_an_error_names_what_was_typed(write: Any) -> None:
-    """An option that both the file and the command line set is the command line's."""
+    """If both the file and the command line set an option, the error names the command line."""
     path = write("train:\n  seed: 1\n")
     error = load_error(path, assignments=[("train.seed", "x", "--seed x")])
     assert error == "--seed x: option 'train.seed': got \"x\", expected a valid integer"
@@ -192,12 +192,12 @@ def test_an_option_of_an_item_of_a_list_is_named_with_its_index(write: Any) -> N
 
 
 def test_an_optimizer_is_known_by_the_name_that_transformers_has_for_it(write: Any) -> None:
-    for name, spec in optimizers.OPTIMIZERS.items():
+    for name, spec in optimizer_table.OPTIMIZERS.items():
         for alias in (name, *spec.aliases):
             assert loading.load(write(f"train: {{optim: {alias}}}\n")).config.train.optim == name
     message = load_error(write("train: {optim: adamm}\n"))
     assert message.startswith("run.yaml:1: option 'train.optim': got \"adamm\", ")
-    assert [name for name in optimizers.OPTIMIZERS if f"'{name}'" not in message] == []
+    assert [name for name in optimizer_table.OPTIMIZERS if f"'{name}'" not in message] == []
 
 
 def test_an_int_is_a_float_and_one_path_is_a_list_of_one(write: Any) -> None:
@@ -230,7 +230,7 @@ class Options:
     ],
 )
 def test_options_of_any_dataclass_are_validated_alike(values: dict[str, Any], message: str) -> None:
-    """`who` is named, and the place where the options stand; a wrong item of a list, not the list."""
+    """The error names `who` and the place of the options; for a list it names the wrong item."""
     origins = run_file.Origins()
     origins.set("plugins.p", "run.yaml:3")
     with pytest.raises(ConfigError) as caught:
@@ -357,7 +357,7 @@ _JSON = st.recursive(
 @settings(deadline=None, max_examples=100, database=None)
 @given(values=st.dictionaries(_TEXT, _JSON, max_size=3))
 def test_whatever_is_written_reads_back(values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Text that looks like a number in YAML 1.1 or 1.2 stays text, and a number stays the number it is."""
+    """Text that looks like a number in YAML 1.1 or 1.2 stays text, and numbers keep their value."""
     path = tmp_path_factory.getbasetemp() / "written.yaml"
     run_file.write(values, path)
     assert repr(run_file.read(path)[0]) == repr(values)

@@ -1,4 +1,4 @@
-"""What docs/training.md names is there, and what is there it names."""
+"""Options, choices and files that docs/training.md names exist, and it names all of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from sftx.config.optimizers import OPTIMIZERS
+from sftx.config.optimizer_table import OPTIMIZERS
 from sftx.config.options import GenerationConfig, TrainConfig
 from sftx.distributed.signals import Stop
 
@@ -19,7 +19,7 @@ OPTIONS = {field.name for config in (TrainConfig, GenerationConfig) for field in
 
 
 def tables() -> list[list[list[str]]]:
-    """Of each table, the rows of cells, without the line below the heading."""
+    """Return the rows of cells of each table, without the line below the heading."""
     found = re.findall(r"(?:^\|.*\n)+", PAGE, re.MULTILINE)
     return [
         [
@@ -32,7 +32,7 @@ def tables() -> list[list[list[str]]]:
 
 
 def column(heading: str) -> list[str]:
-    """What stands between backticks in the first column of the tables with that heading."""
+    """Return the names in backticks in the first column of the tables with that heading."""
     cells = [row[0] for table in tables() if table[0][0] == heading for row in table[1:]]
     assert cells, heading
     return re.findall(r"`([^`]+)`", " ".join(cells))

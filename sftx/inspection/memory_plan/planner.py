@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from sftx.assembly.registry import activate
 from sftx.config.loading import LoadedConfig
-from sftx.config.optimizers import leaner_than
+from sftx.config.optimizer_table import leaner_than
 from sftx.config.options import RunConfig, TrainConfig
 from sftx.data.sampler import num_micro_batches
 from sftx.inspection.memory_plan import MAX_ROWS
