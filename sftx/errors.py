@@ -1,4 +1,4 @@
-"""The errors a user can cause. Each message is one line: who, what was got, what to do."""
+"""The errors that a user can cause. Each message is one line: the place, what was found there, and what to do."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ from typing import Final
 
 
 class SftxError(Exception):
-    """Root of them all: the command line prints the message and exits with 1."""
+    """The base class of all errors of sftx. The command line prints the message and exits with `exit_code`."""
 
+    exit_code = 1
     rank: int | None = None
-    """Of the process that raised it, once the processes of a run have met: it may be the only one."""
+    """The rank that raised it, if the process group was initialised."""
     is_shared: bool = False
-    """Whether the other processes know it, of which the main one tells it."""
+    """True when every rank knows of the error, so that rank 0 prints it for all."""
 
 
 class ConfigError(SftxError):
-    """The run file or the command line says something that cannot be."""
+    """The run file or the command line has a value that is not allowed."""
 
 
 class PluginError(SftxError):
-    """A plugin is missing, broken, made for another host, or returned what its hook does not allow."""
+    """A plugin is missing, broken, made for another version of sftx, or returned what its hook does not allow."""
 
 
 class DataError(SftxError):
-    """A source cannot be read, or a row of it cannot be trained on."""
+    """A source cannot be read, or one of its rows cannot be trained on."""
 
 
 class ModelError(SftxError):
@@ -34,7 +35,7 @@ class ModelError(SftxError):
 
 
 class TrainingError(SftxError):
-    """A run cannot go on: the loss is not finite, memory ran out."""
+    """A run cannot continue: the loss is not finite, or memory ran out."""
 
 
 class OutputError(SftxError):
@@ -42,7 +43,7 @@ class OutputError(SftxError):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`"; did you mean 'lora'?"`, or nothing when no name comes close."""
+    """Return `"; did you mean 'lora'?"` for the closest known name, or the empty string when none is close."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
@@ -72,7 +73,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 
 def one_line(error: BaseException, *, max_chars: int = 300) -> str:
-    """The message of a foreign exception, folded onto one line."""
+    """Return the message of any exception as one line of at most `max_chars` characters."""
     try:
         text = " ".join(str(error).split())
     except Exception:
@@ -82,5 +83,5 @@ def one_line(error: BaseException, *, max_chars: int = 300) -> str:
 
 
 def printable(text: str) -> str:
-    """The text without characters that control a terminal, which file names, rows and foreign messages may hold."""
+    """Replace characters that control a terminal, which file names, rows and messages of libraries may contain."""
     return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)

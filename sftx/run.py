@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 from sftx.assembly.registry import Assembly, activate
 from sftx.checkpoint import run_directory
 from sftx.checkpoint.run_directory import RunDirectory
-from sftx.config.loading import Loaded
+from sftx.config.loading import LoadedConfig
 from sftx.config.options import DataConfig, RunConfig, Source, as_dict
 from sftx.data import sources
 from sftx.distributed.process_group import ProcessGroup, check_environment, env_int, is_launched
@@ -48,7 +48,7 @@ _LIBRARIES: Final = (
 """Libraries whose versions the manifest records."""
 
 
-def run(loaded: Loaded, *, name: str = "run", resume: bool = False) -> Result:
+def run(loaded: LoadedConfig, *, name: str = "run", resume: bool = False) -> Result:
     """Train as the options say, and return the run directory with its summary.
 
     `name` begins the name of the default output directory. `resume` continues the run of the same options in the output
@@ -67,7 +67,7 @@ def run(loaded: Loaded, *, name: str = "run", resume: bool = False) -> Result:
         return result
 
 
-def assemble(loaded: Loaded, *, name: str = "run", resume: bool = False) -> Session:
+def assemble(loaded: LoadedConfig, *, name: str = "run", resume: bool = False) -> Session:
     """Do everything before the first step. All faults are found here, and nothing is written but the cache."""
     with _prepared(loaded, name, resume=resume) as prepared:
         return _assemble(prepared, time.monotonic())
@@ -82,7 +82,7 @@ class _Prepared:
 
     config: RunConfig
     """With batch sizes resolved."""
-    loaded: Loaded
+    loaded: LoadedConfig
     assembly: Assembly
     process_group: ProcessGroup
     directory: RunDirectory
@@ -93,7 +93,7 @@ class _Prepared:
 
 
 @contextlib.contextmanager
-def _prepared(loaded: Loaded, name: str, *, resume: bool) -> Iterator[_Prepared]:
+def _prepared(loaded: LoadedConfig, name: str, *, resume: bool) -> Iterator[_Prepared]:
     """Check options and plugins, join the process group, and choose the directory, which is locked when it is resumed.
 
     Raises SftxError for wrong options and plugins, and when another run is in the directory.

@@ -190,12 +190,6 @@ def _default_chunk_rows(
     return rows if workspace_bytes is None else min(rows, workspace_bytes // (vocab_size * dtype.itemsize))
 
 
-def choose_chunk(weight_VD: Tensor, dtype: torch.dtype, workspace_bytes: int | None, *, trained: bool) -> int:
-    """Return the default chunk. Deprecated: call `linear_cross_entropy_workspace`."""
-    device_type = weight_VD.device.type
-    return _default_chunk_rows(weight_VD.shape[0], dtype, device_type, workspace_bytes, head_trains=trained)
-
-
 # ---- rows that are not ignored
 
 

@@ -6,7 +6,6 @@ training. It must return an object of the annotated type, never None.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
 import pluggy
@@ -70,15 +69,3 @@ RETURNS: Final[dict[str, type]] = {
 
 ONE_PROVIDER: Final = frozenset({"sftx_template", "sftx_collator", "sftx_loss"})
 """The hooks that at most one plugin of a run may implement."""
-
-DEFAULTS: Final[Mapping[str, tuple[str, ...]]] = {
-    "sftx_parser": ("messages", "prompt-completion", "alpaca", "sharegpt", "hh-rlhf", "tokens", "text"),
-    "sftx_collator": ("padded",),
-    "sftx_loss": ("masked-ce",),
-    "sftx_observer": ("progress", "jsonl"),
-}
-"""The default plugins of each hook. A hook that takes one uses the default only if no named plugin implements it; for
-the other hooks the defaults come after the named plugins."""
-
-TEMPLATES: Final = ("chatml", "qwen3", "qwen2.5", "llama3", "gemma3", "gemma", "phi", "deepseek3", "mistral", "llama2")
-"""The built-in templates that are tried on the tokenizer when a run has none, to suggest those that fit."""

@@ -14,7 +14,7 @@ import pluggy
 
 from sftx.assembly import hookspecs
 from sftx.assembly.discovery import PluginInfo, discover, find, hooks_of, instance, load_class, options_of
-from sftx.assembly.hookspecs import DEFAULTS, ONE_PROVIDER, PROJECT, RETURNS
+from sftx.assembly.hookspecs import ONE_PROVIDER, PROJECT, RETURNS
 from sftx.assembly.stages import (
     AdapterStage,
     CollatorStage,
@@ -25,6 +25,7 @@ from sftx.assembly.stages import (
     make,
     named,
 )
+from sftx.config.default_plugins import DEFAULT_PLUGINS
 from sftx.errors import PluginError
 from sftx.events import Provider, RunInfo
 from sftx.types import ModelSpec, Observer
@@ -32,11 +33,11 @@ from sftx.types import ModelSpec, Observer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from sftx.config.loading import Loaded
+    from sftx.config.loading import LoadedConfig
     from sftx.config.run_file import Origins
 
 
-def activate(loaded: Loaded) -> Assembly:
+def activate(loaded: LoadedConfig) -> Assembly:
     """Return the plugins of a run: the named ones in their order, then a default one for each hook left unfilled.
 
     Raises PluginError and ConfigError.
@@ -48,7 +49,7 @@ def activate(loaded: Loaded) -> Assembly:
     assembly = Assembly(origins)
     for name, options in config.plugins.items():
         assembly.add(find(name, installed, origin=origins.of(f"plugins.{name}") or f"--plugin {name}"), options)
-    for hook, names in DEFAULTS.items():
+    for hook, names in DEFAULT_PLUGINS.items():
         if hook in ONE_PROVIDER and assembly.providers(hook):
             continue
         for name in names:
@@ -99,8 +100,8 @@ class Assembly:
             if len(providers) > 1:
                 names = " and ".join(str(active.info) for active in providers)
                 raise PluginError(f"{names} both implement {hook}, which takes one; leave one of them out")
-            if not providers and hook in DEFAULTS:
-                default = DEFAULTS[hook][0]
+            if not providers and hook in DEFAULT_PLUGINS:
+                default = DEFAULT_PLUGINS[hook][0]
                 raise PluginError(f"no plugin implements {hook}; name one with --plugin, by default it is {default!r}")
 
     @property

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sftx.assembly.hookspecs import RETURNS
 from sftx.distributed.process_group import is_lost_peer_error
-from sftx.errors import DataError, PluginError, SftxError, did_you_mean, one_line
+from sftx.errors import DataError, PluginError, SftxError, did_you_mean, is_out_of_memory, one_line
 from sftx.events import EvalReport, StepReport
 from sftx.types import (
     Adapter,
@@ -122,11 +121,7 @@ class _Stage:
         try:
             yield
         except BaseException as error:
-            torch = sys.modules.get("torch")  # not imported here, which would take seconds
-            is_out_of_memory = isinstance(error, MemoryError) or (
-                torch is not None and isinstance(error, torch.OutOfMemoryError)
-            )
-            if is_out_of_memory or is_lost_peer_error(error) or self._explains_itself(error, what):
+            if is_out_of_memory(error) or is_lost_peer_error(error) or self._explains_itself(error, what):
                 raise
             with named(self._plugin, what):
                 raise

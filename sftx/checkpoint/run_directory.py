@@ -304,8 +304,8 @@ def _rows_per_step(values: Mapping[str, Any]) -> int:
     recorded = values.get("train.train_batch_size")
     if recorded is not None:
         return int(recorded)
-    factors = [values.get(name) for name in _SPLIT]
-    if None in factors:
+    factors: list[int] = [values[name] for name in _SPLIT if values.get(name) is not None]
+    if len(factors) < len(_SPLIT):
         raise OutputError(f"{layout.RUN}: is not what a run has written; begin another one with --output-dir")
     return math.prod(factors)
 

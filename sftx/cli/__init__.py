@@ -1,4 +1,4 @@
-"""The command `sftx`. Each command lives in a file of its own, imported when it is used."""
+"""The command line `sftx`: one module for each command, imported when the command is used. May import every package."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Mapping
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 import click
 
@@ -24,22 +24,21 @@ from sftx.errors import SftxError, one_line, printable
 _COMMANDS: Final[Mapping[str, str]] = {
     "run": "Fine-tune a model.",
     "inspect": "Show what a run would train on, token by token.",
-    "report": "Write a page on what came of a run, or of several.",
-    "doctor": "Look for what is wrong with a run, before it trains.",
+    "report": "Write a report on one run, or compare several.",
+    "doctor": "Check the data and options of a run before it trains.",
     "data": "Convert the data of a run.",
-    "plan": "Tell what memory and time a run needs, before it is begun.",
+    "plan": "Estimate the memory and time of a run before it starts.",
     "plugins": "List plugins and describe them.",
     "bench": "Measure the kernels against torch and every installed peer.",
 }
-"""Each command, which is `command` in the module of its name, with the line that `--help` shows for it."""
-
+"""The commands and the line that `--help` shows for each; `command` in the module of the same name implements it."""
 
 _LAUNCHER_S: Final = 1.0
-"""What started the processes tells better why one of them is gone, and ends the others in this time."""
+"""Seconds in which a launcher ends the other ranks after one was lost; it reports the cause better than they can."""
 
 
 class _Lazy(click.Group):
-    """Imports a command's module when it is invoked, so that `--help` and completion stay quick."""
+    """A group of commands that imports the module of a command when it is invoked, so that `--help` stays quick."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
@@ -55,34 +54,26 @@ class _Lazy(click.Group):
             formatter.write_dl(list(_COMMANDS.items()))
 
     def invoke(self, ctx: click.Context) -> Any:
-        _show_notes()
-        if not process_group.is_rank0():
-            os.environ |= {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-            warnings.simplefilter("ignore")  # the main process has the same
+        """Run a command; every error that a user can cause ends the process with one line and an exit code."""
+        _configure_logging()
         signals.install_handlers()
         try:
             return super().invoke(ctx)
-        except SftxError as error:
-            if ctx.params.get("debug"):
-                raise
-            _fail(one_line(error, max_chars=2000), error)
         except click.UsageError as error:
             raise click.UsageError(printable(error.format_message()), error.ctx) from None
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
-            raise  # click knows how to end by these; the last is that the reader of a pipe has had enough
-        except OSError as error:  # a full disk behind stdout, a directory that is gone
+            raise  # click itself ends the process; a broken pipe means that its reader has closed it
+        except (SftxError, OSError) as error:  # OSError: stdout on a full disk, a directory that was removed
             if ctx.params.get("debug"):
                 raise
-            _fail(f"{type(error).__name__}: {one_line(error)}")
-        except Stop as stop:
+            _print_error(error)
+            sys.exit(error.exit_code if isinstance(error, SftxError) else 1)
+        except KeyboardInterrupt as error:  # Stop, or a plain one where signals are not handled here
             signals.ignore_signals()
-            with contextlib.suppress(OSError, ValueError):  # of a terminal that is gone
+            with contextlib.suppress(OSError, ValueError):  # the terminal may be closed
                 if process_group.is_rank0():
-                    click.echo(f"sftx: {printable(str(stop))}", err=True)
-            sys.exit(stop.exit_code)
-        except KeyboardInterrupt:
-            click.echo("sftx: interrupted", err=True)
-            sys.exit(130)
+                    click.echo(f"sftx: {printable(str(error)) or 'interrupted'}", err=True)
+            sys.exit(error.exit_code if isinstance(error, Stop) else 130)
         except Exception:
             if not process_group.is_launched():
                 raise
@@ -90,17 +81,20 @@ class _Lazy(click.Group):
             sys.exit(process_group.UNEXPECTED)
 
 
-def _fail(line: str, error: SftxError | None = None) -> NoReturn:
-    """Ends the process; of several the main one tells what is wrong in all, another one only what is wrong in it."""
+def _print_error(error: SftxError | OSError) -> None:
+    """Print one line. Rank 0 prints every error; another rank only its own error that rank 0 does not know of."""
     if isinstance(error, LostPeerError):
-        signals.ignore_signals()  # what started the processes ends them, and the exit code is decided
+        signals.ignore_signals()  # the launcher sends SIGTERM, and the exit code is decided already
         time.sleep(_LAUNCHER_S)
-    launcher_reports = isinstance(error, LostPeerError) and process_group.LAUNCHER_REPORTS in os.environ
-    if process_group.is_rank0() and not launcher_reports:
-        click.echo(f"sftx: error: {printable(line)}", err=True)
-    elif error is not None and error.rank is not None and not (error.is_shared or isinstance(error, LostPeerError)):
-        click.echo(f"sftx: error: rank {error.rank}: {printable(line)}", err=True)
-    sys.exit(error.exit_code if isinstance(error, LostPeerError) else 1)
+        if process_group.LAUNCHER_REPORTS in os.environ:
+            return
+    message = one_line(error, max_chars=2000)
+    if isinstance(error, OSError):
+        message = f"{type(error).__name__}: {one_line(error)}"
+    if process_group.is_rank0():
+        click.echo(f"sftx: error: {printable(message)}", err=True)
+    elif isinstance(error, SftxError) and error.rank is not None and not error.is_shared:
+        click.echo(f"sftx: error: rank {error.rank}: {printable(message)}", err=True)
 
 
 class _Printable(logging.Formatter):
@@ -108,14 +102,17 @@ class _Printable(logging.Formatter):
         return printable(super().format(record))
 
 
-def _show_notes() -> None:
-    """Only our own messages: the libraries' loggers have handlers of their own."""
+def _configure_logging() -> None:
+    """Print the log of sftx on stderr; the loggers of libraries have handlers of their own, which only rank 0 keeps."""
     handler = logging.StreamHandler()
     handler.setFormatter(_Printable())
     for name in ("sftx", "sftx_plugins"):
-        notes = logging.getLogger(name)
-        notes.setLevel(logging.INFO if process_group.is_rank0() else logging.ERROR)
-        notes.handlers = [handler]
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.INFO if process_group.is_rank0() else logging.ERROR)
+        logger.handlers = [handler]
+    if not process_group.is_rank0():
+        os.environ |= {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+        warnings.simplefilter("ignore")
 
 
 @click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})

@@ -23,7 +23,7 @@ def command() -> None:
 @command.command()
 @run_options("data")
 @click.option("--output", metavar="FILE", required=True, help="JSON lines file to write, or - for the terminal.")
-def export(file: Path | None, loaded: loading.Loaded, output: str) -> None:
+def export(file: Path | None, loaded: loading.LoadedConfig, output: str) -> None:
     """Write the training rows of RUN_FILE or the options, merged, filtered and converted, as messages JSON lines.
 
     Each row is written once, whatever the weight of its source. Filters that count tokens do not apply; nor does

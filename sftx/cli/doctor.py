@@ -14,7 +14,7 @@ from sftx.config import loading
 @run_options("data")
 @click.option("--json", "as_json", is_flag=True, help="Write the findings as one JSON object.")
 @click.pass_context
-def command(ctx: click.Context, *, file: Path | None, loaded: loading.Loaded, as_json: bool) -> None:
+def command(ctx: click.Context, *, file: Path | None, loaded: loading.LoadedConfig, as_json: bool) -> None:
     """Find problems of a run before it trains: in its rows, template and tokenizer, and in the model's configuration.
 
     RUN_FILE and the options are those of `sftx run`; no model weights are read. Exits with 1 when there is an error

@@ -57,7 +57,7 @@ def command(
     ctx: click.Context,
     *,
     file: Path | None,
-    loaded: loading.Loaded,
+    loaded: loading.LoadedConfig,
     max_rows: int | None,
     places: tuple[tuple[str, int], ...],
     show: Show | None,

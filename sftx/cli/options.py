@@ -1,35 +1,62 @@
-"""Every option of a run file on the command line, under its own name: shared by the commands that look at a run."""
+"""The options of a run on the command line, for every command that reads a run file."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Final, get_args, get_origin, get_type_hints
 
 import click
 
-from sftx.cli.settings import parse as parse_settings
-from sftx.config import loading, options, run_file
+from sftx.config import loading, run_file
+from sftx.config.options import SECTION_CLASSES, SECTIONS
+from sftx.errors import ConfigError
 
-# The option that names each of these differs from the field's own name.
 _RENAMED: Final = {
     "data.train": "data",
     "data.eval": "eval-data",
     "train.torch_compile": "compile",
     "generation.batch_size": "generation-batch-size",
 }
-_SECTIONS: Final = {"data": options.DataConfig, "train": options.TrainConfig, "generation": options.GenerationConfig}
+"""Options of a run file whose flag on the command line has another name."""
+
+_COMMON: Final = (
+    click.argument("file", metavar="[RUN_FILE]", required=False, type=click.Path(dir_okay=False, path_type=Path)),
+    click.option(
+        "--plugin", "plugins", metavar="NAME", multiple=True, help="Add a plugin; plugins apply in the order given."
+    ),
+    click.option(
+        "--no-plugin", "without", metavar="NAME", multiple=True, help="Remove a plugin, which may be a default one."
+    ),
+    click.option(
+        "--set", "settings", metavar="NAME=VALUE", multiple=True, help="Set any option by its dotted name: lora.r=32."
+    ),
+    click.option("--model", metavar="DIR|HUB_ID", help="Model directory or hub id."),
+    click.option(
+        "--trust-remote-code/--no-trust-remote-code",
+        default=None,
+        help="Run Python code from the directory or repository of the model.  [default: False]",
+    ),
+    click.option(
+        "--add-tokens/--no-add-tokens",
+        default=None,
+        help="Add control tokens that the template needs and the tokenizer lacks, and train them.  [default: False]",
+    ),
+    click.option("--output-dir", metavar="DIR", help="Output directory of this run.  [default: runs/<name>-<n>]"),
+)
 
 
 def run_options(*sections: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Gives a command RUN_FILE and the options of a run, of these sections; it is called with `file` and `loaded`.
+    """Give a command RUN_FILE and the options of these sections; it is called with `file` and `loaded`.
 
-    What else the command takes stands in its own decorators.
+    A command that does not train has no --output-dir. What else it takes, its own decorators declare.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        names = {"model", "trust_remote_code", "add_tokens", "output_dir"}
+
         @wraps(function)
         def command(
             file: Path | None,
@@ -42,16 +69,15 @@ def run_options(*sections: str) -> Callable[[Callable[..., Any]], Callable[..., 
                 raise click.UsageError(
                     f"{file} is no run file; give each file of data an option of its own: --data {file}"
                 )
-            options = {name: rest.pop(name) for name in list(rest) if name in ours}
-            assignments = _assignments(settings, options)
+            values = {name: rest.pop(name) for name in list(rest) if name in names}
+            assignments = [*_assignments(values), *parse_settings(settings)]
             loaded = loading.load(file, add=plugins, remove=without, assignments=assignments)
             return function(file=file, loaded=loaded, **rest)
 
-        ours = {"model", "trust_remote_code", "add_tokens", "output_dir"}
         for section in reversed(sections):
-            for name, option in reversed(_options_of(section).items()):
+            for name, option in reversed(_section_options(section).items()):
                 command = option(command)
-                ours.add(name)
+                names.add(name)
         for option in reversed(_COMMON if "train" in sections else _COMMON[:-1]):
             command = option(command)
         return command
@@ -59,77 +85,80 @@ def run_options(*sections: str) -> Callable[[Callable[..., Any]], Callable[..., 
     return decorate
 
 
-_COMMON: Final = (
-    click.argument("file", metavar="[RUN_FILE]", required=False, type=click.Path(dir_okay=False, path_type=Path)),
-    click.option(
-        "--plugin",
-        "plugins",
-        metavar="NAME",
-        multiple=True,
-        help="Add a plugin; the order is that of application.",
-    ),
-    click.option("--no-plugin", "without", metavar="NAME", multiple=True, help="Take a plugin out, a default one too."),
-    click.option("--set", "settings", metavar="NAME=VALUE", multiple=True, help="Set any option: lora.r=32."),
-    click.option("--model", metavar="DIR|HUB_ID", help="Model directory or hub id."),
-    click.option(
-        "--trust-remote-code/--no-trust-remote-code",
-        default=None,
-        help="Run Python code that the model's directory or repository brings along.  [default: False]",
-    ),
-    click.option(
-        "--add-tokens/--no-add-tokens",
-        default=None,
-        help="Add control tokens that the template needs and the tokenizer lacks, and train them.  [default: False]",
-    ),
-    click.option("--output-dir", metavar="DIR", help="Directory of this run.  [default: runs/<name>-<n>]"),
-)
+def _section_options(section: str) -> dict[str, Callable[..., Any]]:
+    """Return a click option for each field of a section, by the name of its parameter (`train__seed`)."""
+    options = {}
+    hints = get_type_hints(SECTION_CLASSES[section], include_extras=True)
+    for field in dataclasses.fields(SECTION_CLASSES[section]):
+        if dataclasses.is_dataclass(field.default):
+            continue  # its own fields are set with --set data.filters.min_turns=2
+        dotted = f"{section}.{field.name}"
+        name, flag, hint = dotted.replace(".", "__"), _flag(dotted), hints[field.name]
+        values = ", ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        text = next(part.description for part in get_args(hint) if hasattr(part, "description"))
+        text += "" if values in (None, "") else f"  [default: {values}]"
+        plain = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+        types = [member for member in (get_args(plain) or (plain,)) if member is not type(None)]
+        if types == [bool]:
+            options[name] = click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=text)
+            continue
+        if isinstance(field.default, tuple):
+            metavar = "ROLE" if field.default else "PATH"
+        elif all(isinstance(member, str) for member in types):  # the choices of a Literal
+            metavar = "|".join(types)
+        else:
+            metavar = types[0].__name__.upper() if len(types) == 1 else "VALUE"
+        multiple = isinstance(field.default, tuple)
+        options[name] = click.option(flag, name, metavar=metavar, multiple=multiple, default=None, help=text)
+    return options
 
 
-def _options_of(section: str) -> dict[str, Callable[..., Any]]:
-    """One click option for each field of a section, in the order of the file, by the name of its parameter."""
-    found = {}
-    hints = get_type_hints(_SECTIONS[section], include_extras=True)
-    for spec in dataclasses.fields(_SECTIONS[section]):
-        if dataclasses.is_dataclass(spec.default):
-            continue  # by its own fields: --set data.filters.min_turns=2
-        dotted = f"{section}.{spec.name}"
-        flag = f"--{_RENAMED.get(dotted, spec.name).replace('_', '-')}"
-        description = next(m.description for m in get_args(hints[spec.name]) if hasattr(m, "description"))
-        name = dotted.replace(".", "__")
-        found[name] = _option(name, flag, hints[spec.name], spec.default, description)
-    return found
+def _flag(dotted: str) -> str:
+    return f"--{_RENAMED.get(dotted, dotted.rpartition('.')[2]).replace('_', '-')}"
 
 
-def _option(name: str, flag: str, hint: Any, default: Any, description: str) -> Callable[..., Any]:
-    plain = get_args(hint)[0] if get_origin(hint) is Annotated else hint
-    kinds = [kind for kind in (get_args(plain) or (plain,)) if kind is not type(None)]
-    many = isinstance(default, tuple)
-    values = ", ".join(map(str, default)) if many else default
-    shown = "" if values in (None, "") else f"  [default: {values}]"
-    if kinds == [bool]:
-        return click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=description + shown)
-    metavar = "|".join(map(str, kinds)) if all(isinstance(k, str) for k in kinds) else None
-    if many:
-        metavar = "ROLE" if default else "PATH"
-    elif metavar is None:
-        metavar = kinds[0].__name__.upper() if len(kinds) == 1 else "VALUE"
-    return click.option(flag, name, metavar=metavar, multiple=many, default=None, help=description + shown)
-
-
-def _assignments(settings: tuple[str, ...], options: dict[str, Any]) -> list[tuple[str, Any, str]]:
-    """(dotted name, JSON value, what the user typed) of every option that was given."""
-    given: list[tuple[str, Any, str]] = []
-    for option, value in options.items():
+def _assignments(values: dict[str, Any]) -> list[tuple[str, Any, str]]:
+    """Return (dotted name, JSON value, option as typed) for each option that was given."""
+    assignments: list[tuple[str, Any, str]] = []
+    for name, value in values.items():
+        dotted = name.replace("__", ".")
+        flag = _flag(dotted)
         if value is None or value == ():
             continue
-        dotted = option.replace("__", ".")
-        flag = f"--{_RENAMED.get(dotted, dotted.rpartition('.')[2]).replace('_', '-')}"
         if isinstance(value, tuple):
-            given.append((dotted, list(value), f"{flag} {' '.join(value)}"))
+            assignments.append((dotted, list(value), f"{flag} {' '.join(value)}"))
         elif isinstance(value, bool):
-            given.append((dotted, value, flag if value else f"--no-{flag[2:]}"))
+            assignments.append((dotted, value, flag if value else f"--no-{flag[2:]}"))
         else:
-            text = dotted in ("model", "output_dir", "data.system")
-            given.append((dotted, value if text else run_file.parse_value(value), f"{flag} {value}"))
-    given += parse_settings(settings)
-    return given
+            is_text = dotted in ("model", "output_dir", "data.system")
+            assignments.append((dotted, value if is_text else parse_value(value), f"{flag} {value}"))
+    return assignments
+
+
+def parse_settings(settings: Sequence[str]) -> list[tuple[str, Any, str]]:
+    """Return (dotted name, JSON value, option as typed) for each `--set NAME=VALUE`. Raises BadParameter."""
+    assignments: list[tuple[str, Any, str]] = []
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        if not (name and equals) or name.strip() != name or ("." not in name and name not in SECTIONS):
+            raise click.BadParameter(
+                f"{setting!r} is not of the form PLUGIN.OPTION=VALUE or SECTION.OPTION=VALUE, such as lora.r=32 or "
+                "train.seed=1",
+                param_hint="--set",
+            )
+        assignments.append((name, parse_value(text), f"--set {setting}"))
+    return assignments
+
+
+def parse_value(text: str) -> Any:
+    """Return the JSON value of an argument: `32`, `1e-4`, `[a, b]` and `'32'` as in YAML, any other text as it is.
+
+    `Answer: yes` is text here and no mapping, and ` #` begins no comment.
+    """
+    try:
+        value, _ = run_file.parse(text)
+    except ConfigError:
+        return text
+    if text.lstrip().startswith(("[", "{", "'", '"')):
+        return value
+    return text if isinstance(value, str | list | dict) or "#" in text else value

@@ -39,7 +39,7 @@ def command(
     ctx: click.Context,
     *,
     file: Path | None,
-    loaded: loading.Loaded,
+    loaded: loading.LoadedConfig,
     gpu: str | None,
     nproc: int,
     tokens_per_second: float | None,

@@ -94,7 +94,7 @@ def check(name: str, settings: tuple[str, ...], model: Path | None, as_json: boo
 
     The exit code is 1 when a clause is broken. The contract is in docs/plugins.md.
     """
-    from sftx.cli.settings import parse as parse_settings
+    from sftx.cli.options import parse_settings
     from sftx.config.run_file import Origins
 
     try:
@@ -153,11 +153,11 @@ def _print_findings(plugin: PluginInfo, findings: Sequence[Finding]) -> None:
 @click.option("--all", "every", is_flag=True, help="Include every installed plugin; all of them are imported.")
 def schema(names: tuple[str, ...], every: bool) -> None:
     """Print a JSON schema for editors: run files with the plugins NAME... and the default ones."""
-    from sftx.assembly.hookspecs import DEFAULTS
+    from sftx.config.default_plugins import DEFAULT_PLUGINS
     from sftx.config.json_schema import run_file_schema
 
     installed = discover()
-    defaults = [name for provided in DEFAULTS.values() for name in provided]
+    defaults = [name for provided in DEFAULT_PLUGINS.values() for name in provided]
     classes: dict[str, type] = {}
     if every:
         click.echo(f"sftx: importing all {len(installed)} installed plugins", err=True)

@@ -52,7 +52,7 @@ def _parse_nproc(ctx: click.Context, param: click.Parameter, value: str | None) 
     help="With --nproc: restart up to R times from the last checkpoint when a process was killed.  [default: 0]",
 )
 def command(
-    file: Path | None, loaded: loading.Loaded, *, resume: bool, nproc: int | None, max_restarts: int | None
+    file: Path | None, loaded: loading.LoadedConfig, *, resume: bool, nproc: int | None, max_restarts: int | None
 ) -> None:
     """Fine-tune a model with the options of RUN_FILE (YAML) and of the command line, which win.
 
@@ -69,7 +69,7 @@ def command(
     run(loaded, name=name, resume=resume)
 
 
-def _launch(loaded: loading.Loaded, name: str, *, resume: bool, nproc: int, max_restarts: int) -> int:
+def _launch(loaded: loading.LoadedConfig, name: str, *, resume: bool, nproc: int, max_restarts: int) -> int:
     """Start this command as `nproc` ranks; return the exit code."""
     from sftx.assembly.registry import activate
     from sftx.checkpoint import run_directory

@@ -1,4 +1,4 @@
-"""The JSON schema of a run file with certain plugins: for editors, and for whoever writes run files by program.
+"""Makes the JSON schema of a run file with given plugins, for editors and for programs that write run files.
 
 https://json-schema.org/draft/2020-12
 """
@@ -10,29 +10,28 @@ from typing import Any, Final
 
 from pydantic import TypeAdapter
 
-from sftx.config.options import RunConfig
+from sftx.config.options import SECTION_CLASSES, RunConfig
 
 _DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
-_SECTIONS: Final = ("data", "train", "generation")
 
 
 def run_file_schema(classes: Mapping[str, type]) -> dict[str, Any]:
-    """The schema of a run file whose plugins are these: the name of each and the dataclass of its options.
+    """Return the schema of a run file with the plugins `classes`: the options dataclass of each, by its name.
 
-    Like `sftx run`, it takes a section or a plugin without options as null, and plugins as a list of names.
+    As in `sftx run`, a section or a plugin without options may be null, and plugins may be a list of names.
     """
     adapters: list[tuple[Any, Any, TypeAdapter[Any]]] = [
         (name, "validation", TypeAdapter(cls)) for name, cls in {"": RunConfig, **classes}.items()
     ]
-    made, shared = TypeAdapter.json_schemas(adapters)
+    schemas, shared = TypeAdapter.json_schemas(adapters)
     definitions: dict[str, Any] = shared.get("$defs", {})
-    run = definitions[made["", "validation"]["$ref"].rpartition("/")[2]]
+    run = definitions[schemas["", "validation"]["$ref"].rpartition("/")[2]]
     for definition in definitions.values():
         if definition.get("type") == "object" and "properties" in definition:
             definition.setdefault("additionalProperties", False)
-    for section in _SECTIONS:
-        run["properties"][section] = _or_null(run["properties"][section])
-    options = {name: _or_null(made[name, "validation"]) for name in classes}
+    for section in SECTION_CLASSES:
+        run["properties"][section] = {"anyOf": [run["properties"][section], {"type": "null"}]}
+    options = {name: {"anyOf": [schemas[name, "validation"], {"type": "null"}]} for name in classes}
     run["properties"]["plugins"] = {
         "description": run["properties"]["plugins"]["description"],
         "anyOf": [
@@ -42,7 +41,3 @@ def run_file_schema(classes: Mapping[str, type]) -> dict[str, Any]:
         ],
     }
     return {"$schema": _DIALECT, **run, "title": "sftx run file", "$defs": definitions}
-
-
-def _or_null(schema: Mapping[str, Any]) -> dict[str, Any]:
-    return {"anyOf": [schema, {"type": "null"}]}

@@ -1,23 +1,24 @@
-"""A run file and a command line become one frozen RunConfig; the command line wins. Nothing here imports torch."""
+"""Makes one frozen RunConfig of a run file and a command line, which wins over the file. Nothing here imports torch."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sftx.assembly.hookspecs import DEFAULTS
+from sftx import paths
 from sftx.config import run_file
-from sftx.config.options import SECTIONS, RunConfig
+from sftx.config.default_plugins import DEFAULT_PLUGINS
+from sftx.config.options import SECTION_CLASSES, SECTIONS, RunConfig
 from sftx.config.validation import validate
 from sftx.errors import ConfigError, did_you_mean
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A run, and where each of its values was set, for errors that can only be seen later."""
+class LoadedConfig:
+    """The configuration of a run, and where each of its values was set, for errors that are found later."""
 
     config: RunConfig
     origins: run_file.Origins
@@ -29,62 +30,45 @@ def load(
     add: Sequence[str] = (),
     remove: Sequence[str] = (),
     assignments: Sequence[tuple[str, Any, str]] = (),
-) -> Loaded:
-    """The run that a file and a command line describe together; the command line wins.
+) -> LoadedConfig:
+    """Return the run that a run file and a command line describe together; the command line wins.
 
     `add` and `remove` are the names after `--plugin` and `--no-plugin`; `assignments` are (dotted name, JSON value,
-    what the user typed). With neither a file nor `data.train` it is the embedded default, `sftx/demo/run.yaml`.
+    option as the user typed it). With neither a file nor `data.train` it is the demo, `sftx/demo/run.yaml`.
     Raises ConfigError.
     """
     if path is None and not any(name == "data.train" for name, _, _ in assignments):
-        path = run_file.EMBEDDED
+        path = paths.DEMO_RUN_FILE
     values, origins = run_file.read(path) if path is not None else ({}, run_file.Origins())
-    sections = ("data", "train", "generation", "plugins")
-    values = {name: value for name, value in values.items() if value is not None or name not in sections}
-    values["plugins"] = plugins = _plugin_table(values, origins)
-    wanted = {name: f"--plugin {name}" for name in add}
+    # A section without a value is an empty section.
+    values = {name: value for name, value in values.items() if value is not None or name not in SECTION_CLASSES}
+    values["plugins"] = plugins = _plugin_options(values.get("plugins"), origins)
+    typed_for = {name: f"--plugin {name}" for name in add}
     for name in add:
         plugins.setdefault(name, {})
     named = set(plugins)
     for name, value, typed in assignments:
-        parts = _path(name, plugins)
-        run_file.assign(values, parts, value, typed)
+        parts = _split_name(name, plugins)
+        _assign(values, parts, value, typed)
         origins.set(".".join(parts), typed)
         if parts[0] == "plugins" and len(parts) > 1:
-            wanted.setdefault(parts[1], typed)
-    _refuse_strangers({name: typed for name, typed in wanted.items() if name not in named}, named)
+            typed_for.setdefault(parts[1], typed)
+    for name, typed in typed_for.items():
+        # An option alone adds no plugin: `--set lora.r=8` must not turn full fine-tuning into LoRA.
+        if name not in named and not any(name in defaults for defaults in DEFAULT_PLUGINS.values()):
+            advice = did_you_mean(name, named) or f"; add --plugin {name}"
+            raise ConfigError(f"{typed}: plugin {name!r} is not in this run{advice}")
     for name in remove:
-        if name in wanted:
-            raise ConfigError(f"--no-plugin {name}: contradicts {wanted[name]}; leave one of them out")
+        if name in typed_for:
+            raise ConfigError(f"--no-plugin {name}: contradicts {typed_for[name]}; leave one of them out")
         plugins.pop(name, None)
     if isinstance(without := values.setdefault("without", []), list):
         values["without"] = [*without, *(name for name in dict.fromkeys(remove) if name not in without)]
-    return Loaded(validate(RunConfig, values, origins=origins), origins)
+    return LoadedConfig(validate(RunConfig, values, origins=origins), origins)
 
 
-def _path(name: str, plugins: Collection[str]) -> list[str]:
-    """The sections that a dotted name goes through; a plugin's own name may have dots, as qwen2.5 has."""
-    if name.partition(".")[0] not in SECTIONS:
-        name = f"plugins.{name}"
-    section, _, rest = name.partition(".")
-    owners = [plugin for plugin in plugins if rest.startswith(f"{plugin}.")] if section == "plugins" else []
-    if not owners:
-        return name.split(".")
-    owner = max(owners, key=len)
-    return [section, owner, *rest.removeprefix(f"{owner}.").split(".")]
-
-
-def _refuse_strangers(wanted: Mapping[str, str], named: Collection[str]) -> None:
-    """An option alone brings no plugin in: it would turn full fine-tuning into LoRA. The defaults are there already."""
-    for name, typed in wanted.items():
-        if not any(name in names for names in DEFAULTS.values()):
-            hint = did_you_mean(name, named) or f"; add --plugin {name}"
-            raise ConfigError(f"{typed}: plugin {name!r} is not in this run{hint}")
-
-
-def _plugin_table(values: Mapping[str, Any], origins: run_file.Origins) -> dict[str, Any]:
-    """`plugins:` as a mapping; a list of names and an empty entry are the same without options."""
-    table = values.get("plugins")
+def _plugin_options(table: Any, origins: run_file.Origins) -> dict[str, Any]:
+    """Return `plugins:` as a mapping of names to options; a list of names, and an entry without a value, set none."""
     if table is None:
         return {}
     if isinstance(table, list) and all(isinstance(name, str) for name in table):
@@ -95,3 +79,27 @@ def _plugin_table(values: Mapping[str, Any], origins: run_file.Origins) -> dict[
             "plugin names to options, such as {chatml: {}, lora: {r: 16}}"
         )
     return {name: {} if options is None else options for name, options in table.items()}
+
+
+def _split_name(name: str, plugins: Collection[str]) -> list[str]:
+    """Split a dotted name; `plugins.` may be left out, and the name of a plugin may have dots, as qwen2.5 has."""
+    if name.partition(".")[0] not in SECTIONS:
+        name = f"plugins.{name}"
+    section, _, rest = name.partition(".")
+    owners = [plugin for plugin in plugins if rest.startswith(f"{plugin}.")] if section == "plugins" else []
+    if not owners:
+        return name.split(".")
+    owner = max(owners, key=len)
+    return [section, owner, *rest.removeprefix(f"{owner}.").split(".")]
+
+
+def _assign(values: dict[str, Any], parts: Sequence[str], value: Any, typed: str) -> None:
+    """Set the option of the dotted name `parts` in nested `values`, making the sections that are missing."""
+    *sections, last = parts
+    for depth, section in enumerate(sections, start=1):
+        if values.get(section) is None:
+            values[section] = {}
+        values = values[section]
+        if not isinstance(values, dict):
+            raise ConfigError(f"{typed}: {'.'.join(sections[:depth])} has no options of its own")
+    values[last] = value

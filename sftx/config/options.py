@@ -1,4 +1,4 @@
-"""Every option of a run: a dataclass field with its type, bounds and help in `Annotated[...]`.
+"""Declares every option of a run: a dataclass field with its type, bounds and help text in `Annotated[...]`.
 
 Nothing here imports torch.
 """
@@ -11,61 +11,69 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Field
 
+from sftx.config import optimizer_table
 from sftx.config.validation import adapter
 from sftx.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class Filters:
-    """Which rows are kept; the ledger has those that are not, and they are no fault of the data."""
+    """Conditions that a row must meet to be kept. The ledger counts those that do not; they are not errors."""
 
-    min_length: Annotated[int, Field(ge=0, description="Fewest tokens of an example.")] = 0
+    min_length: Annotated[int, Field(ge=0, description="Least number of tokens of an example.")] = 0
     max_length: Annotated[
-        int | None, Field(ge=2, description="Most tokens of an example, whatever long_rows would do with it.")
+        int | None, Field(ge=2, description="Largest number of tokens of an example, before long_rows shortens it.")
     ] = None
-    min_turns: Annotated[int, Field(ge=0, description="Fewest turns of a conversation, the system's not counted.")] = 0
+    min_turns: Annotated[
+        int, Field(ge=0, description="Least number of turns of a conversation, without the system message.")
+    ] = 0
     max_turns: Annotated[
-        int | None, Field(ge=1, description="Most turns of a conversation, the system's not counted.")
+        int | None, Field(ge=1, description="Largest number of turns of a conversation, without the system message.")
     ] = None
     duplicates: Annotated[
-        Literal["keep", "drop"], Field(description="Rows that give the very tokens of an earlier one.")
+        Literal["keep", "drop"], Field(description="Rows with exactly the tokens of an earlier row.")
     ] = "keep"
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where rows come from, and how they are read."""
+    """A source of rows, and how it is read."""
 
     path: Annotated[
-        str, Field(min_length=1, description="File or directory of rows, directory of a saved dataset, or hub dataset.")
+        str,
+        Field(
+            min_length=1, description="File or directory of rows, directory of a saved dataset, or id of a hub dataset."
+        ),
     ]
     weight: Annotated[
         float,
         Field(
-            gt=0, le=1000, description="How often a row is seen in an epoch; when interleaving, this source's share."
+            gt=0,
+            le=1000,
+            description="How often each row is used in an epoch; with interleaving, the share of this source.",
         ),
     ] = 1.0
     format: Annotated[
-        str | None, Field(min_length=1, description="Parser plugin of these rows, in place of data.format.")
+        str | None, Field(min_length=1, description="Parser plugin for these rows, instead of data.format.")
     ] = None
     columns: Annotated[
         dict[str, str],
-        Field(description="Fields that the format wants, by the columns that hold them: {prompt: question}."),
+        Field(
+            description="Columns to read the fields of the format from, as field: column, such as {prompt: question}."
+        ),
     ] = field(default_factory=dict)
     subset: Annotated[str | None, Field(description="Configuration of a hub dataset.")] = None
-    split: Annotated[str | None, Field(description="Split of a hub or saved dataset; by default train.")] = None
-    limit: Annotated[
-        int | None, Field(ge=1, le=10**15, description="Read at most this many rows, from the first on.")
-    ] = None
-    filters: Annotated[Filters | None, Field(description="Which rows are kept, in place of data.filters.")] = None
+    split: Annotated[str | None, Field(description="Split of a hub or saved dataset; train by default.")] = None
+    limit: Annotated[int | None, Field(ge=1, le=10**15, description="Read only this many rows, from the start.")] = None
+    filters: Annotated[Filters | None, Field(description="Filters of this source, instead of data.filters.")] = None
 
 
 def _as_source(value: Any) -> Any:
-    """`PATH` or `PATH:WEIGHT`, as the command line has it, in the long form."""
+    """Turn `PATH` or `PATH:WEIGHT`, the form of the command line, into a mapping."""
     if isinstance(value, dict | Source):
         return value
     if not isinstance(value, str):
@@ -86,14 +94,17 @@ Sources = Annotated[
     tuple[Source, ...],
     BeforeValidator(_as_sources, json_schema_input_type=str | Source | list[str | Source]),
 ]
-"""One source or several, each a path or all that is to say of it."""
-
+"""One source or several; each is a path or a mapping of the fields of Source."""
 
 Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
+if TYPE_CHECKING:
+    Optimizer: TypeAlias = str
+else:
+    Optimizer = Literal[tuple(optimizer_table.OPTIMIZERS)]
 
 
 def _as_roles(value: Any) -> Any:
-    """Roles one by one, or several between commas as a command line has them."""
+    """Split roles at commas, the form of the command line."""
     items = value if isinstance(value, list | tuple) else [value]
     parts = (item.split(",") if isinstance(item, str) else [item] for item in items)
     return tuple(role for roles in parts for role in roles)
@@ -101,71 +112,80 @@ def _as_roles(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is trained on."""
+    """The data of a run."""
 
     train: Annotated[
         Sources,
-        Field(description="File, directory or hub dataset of training rows, as PATH or PATH:WEIGHT; repeat for more."),
+        Field(description="Training rows: file, directory or hub dataset, as PATH or PATH:WEIGHT; may be repeated."),
     ] = ()
-    eval: Annotated[
-        Sources, Field(description="File, directory or hub dataset of held-out rows; repeat for more.")
-    ] = ()
+    eval: Annotated[Sources, Field(description="Held-out rows: file, directory or hub dataset; may be repeated.")] = ()
     format: Annotated[
         str | None,
-        Field(description="Parser plugin that reads every row; by default each row's fields decide."),
+        Field(description="Parser plugin that reads every row; by default it is chosen by the fields of each row."),
     ] = None
     mix_strategy: Annotated[
         Literal["concat", "interleave_under", "interleave_over"],
         Field(
-            description="An epoch of several sources: each as often as its weight says; or shares by weight, until the "
-            "first source is used up, or until every one is."
+            description="How several sources make an epoch: concat repeats each source by its weight; interleave "
+            "draws from them in proportion to weight, until the first (under) or every source (over) is used up."
         ),
     ] = "concat"
-    max_length: Annotated[int, Field(ge=2, description="Longest example, in tokens.")] = 2048
+    max_length: Annotated[int, Field(ge=2, description="Largest length of an example, in tokens.")] = 2048
     long_rows: Annotated[
         Literal["cut_end", "cut_oldest", "cut_proportional", "split", "drop", "error"],
         Field(
-            description="A row of more than max_length tokens: cut its end off, leave out its oldest turns, cut "
-            "prompts and answers in proportion, make several examples of it, drop it, or stop."
+            description="What to do with a row of more than max_length tokens: truncate its end, remove its oldest "
+            "turns, truncate prompts and answers in proportion, split it into several examples, drop it, or stop."
         ),
     ] = "cut_end"
     invalid_rows: Annotated[
-        Literal["error", "drop"], Field(description="A row that no format can read: stop, or drop it.")
+        Literal["error", "drop"], Field(description="What to do with a row that no format can read: stop, or drop it.")
     ] = "error"
     max_dropped: Annotated[
         float,
-        Field(ge=0, le=1, description="Largest share of rows that may be dropped before the run stops."),
+        Field(ge=0, le=1, description="Largest share of rows that may be dropped; above it the run stops."),
     ] = 0.05
-    filters: Annotated[Filters, Field(description="Which rows are kept.")] = Filters()
+    filters: Annotated[Filters, Field(description="Conditions that a row must meet to be kept.")] = Filters()
     train_roles: Annotated[
         tuple[Role, ...],
         BeforeValidator(_as_roles, json_schema_input_type=Role | list[Role]),
-        Field(description="Roles whose turns are trained, where the row itself does not say."),
+        Field(description="Roles whose turns are trained, unless the row itself says so."),
     ] = ("assistant",)
     train_turns: Annotated[
-        Literal["all", "last"], Field(description="Train every turn of these roles, or a conversation's last one only.")
+        Literal["all", "last"],
+        Field(description="Train every turn of these roles, or only the last one of a conversation."),
     ] = "all"
-    train_on_prompt: Annotated[bool, Field(description="Train every token, of prompts and control tokens too.")] = False
-    train_turn_end: Annotated[bool, Field(description="Train the token that ends a trained turn.")] = True
+    train_on_prompt: Annotated[bool, Field(description="Train every token, including prompts and control tokens.")] = (
+        False
+    )
+    train_turn_end: Annotated[
+        bool, Field(description="Train the token that ends a trained turn, so that the model learns to stop.")
+    ] = True
     system: Annotated[
-        str | None, Field(description="System text of every conversation, in place of its own; empty for none.")
+        str | None,
+        Field(description="System message of every conversation, instead of its own; an empty text removes it."),
     ] = None
     streaming: Annotated[
-        bool, Field(description="Read while training, plan_window examples ahead; needs max_steps.")
+        bool, Field(description="Read rows while training, plan_window examples ahead; needs max_steps.")
     ] = False
-    plan_window: Annotated[
-        int, Field(ge=1, le=10**9, description="Examples that are shuffled together when streaming.")
-    ] = 10_000
+    plan_window: Annotated[int, Field(ge=1, le=10**9, description="Examples in the shuffle buffer when streaming.")] = (
+        10_000
+    )
     num_proc: Annotated[
-        int | None, Field(ge=1, description="Processes that encode; by default one a core for many rows, else one.")
+        int | None,
+        Field(
+            ge=1,
+            description="Processes that tokenize; by default one for each core when there are many rows, else one.",
+        ),
     ] = None
     cache: Annotated[
-        bool | None, Field(description="Keep the encoded rows on disk for the next run; by default when they are many.")
+        bool | None,
+        Field(description="Keep tokenized rows on disk for the next run; by default when there are many rows."),
     ] = None
 
 
-def _known_by(names: Mapping[str, str]) -> Callable[[Any], Any]:
-    """Takes transformers' name of a thing for ours."""
+def _resolve_alias(names: Mapping[str, str]) -> Callable[[Any], Any]:
+    """Return a validator that replaces transformers' names by the ones used here."""
     return lambda value: names.get(value, value) if isinstance(value, str) else value
 
 
@@ -177,18 +197,21 @@ _ONLY_FOR: Final = {
     "lr_decay_steps": ("warmup_stable_decay",),
     "lr_decay_type": ("warmup_stable_decay",),
 }
-"""Options of a schedule, and the schedules that have them."""
+"""Options that only some schedules read, with these schedules."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How it is trained. The names are those of transformers' TrainingArguments where it has the thing."""
+    """The training of a run. Options have the names of transformers' TrainingArguments where it has them."""
 
     learning_rate: Annotated[float, Field(gt=0, description="Peak learning rate.")] = 2e-4
     embedding_learning_rate: Annotated[
-        float | None, Field(gt=0, description="Peak learning rate of embedding and output head, where they train.")
+        float | None,
+        Field(gt=0, description="Peak learning rate of the input embedding and the output head, if they are trained."),
     ] = None
-    num_train_epochs: Annotated[float, Field(gt=0, le=1e9, description="Passes over the data; max_steps wins.")] = 1.0
+    num_train_epochs: Annotated[
+        float, Field(gt=0, le=1e9, description="Passes over the training data; max_steps overrides it.")
+    ] = 1.0
     max_steps: Annotated[int | None, Field(ge=1, description="Optimizer steps in all.")] = None
     train_batch_size: Annotated[
         int | None,
@@ -212,107 +235,114 @@ class TrainConfig:
     per_device_eval_batch_size: Annotated[int, Field(ge=1, description="Rows evaluated at once.")] = 16
     lr_scheduler_type: Annotated[
         Literal["cosine", "linear", "constant", "polynomial", "warmup_stable_decay", "minimind"],
-        BeforeValidator(_known_by({"cosine_with_min_lr": "cosine", "constant_with_warmup": "constant"})),
-        Field(description="Shape of the learning rate after warm-up."),
+        BeforeValidator(_resolve_alias({"cosine_with_min_lr": "cosine", "constant_with_warmup": "constant"})),
+        Field(description="Learning rate schedule after the warm-up."),
     ] = "cosine"
     warmup_steps: Annotated[
-        float, Field(ge=0, description="Steps of linear warm-up; below 1 it is a share of all steps.")
+        float, Field(ge=0, description="Steps of linear warm-up; a value below 1 is a share of all steps.")
     ] = 0.0
-    min_lr_ratio: Annotated[float, Field(ge=0, le=1, description="Where the rate ends, as a share of the peak.")] = 0.0
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1, description="Final learning rate, as a share of the peak.")] = 0.0
     lr_decay_steps: Annotated[
-        float, Field(ge=0, description="Last steps of warmup_stable_decay, which decay; below 1 a share of all steps.")
+        float,
+        Field(ge=0, description="Steps of the decay of warmup_stable_decay; a value below 1 is a share of all steps."),
     ] = 0.1
     lr_decay_type: Annotated[
         Literal["linear", "cosine", "1-sqrt"], Field(description="Shape of the decay of warmup_stable_decay.")
     ] = "linear"
     lr_power: Annotated[float, Field(gt=0, description="Exponent of the polynomial schedule.")] = 1.0
     optim: Annotated[
-        Literal[
-            "adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor", "lion", "sgd", "muon", "adamw_bf16"
-        ],
-        BeforeValidator(
-            _known_by(
-                {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_bnb_8bit": "adamw_8bit"}
-                | {"paged_adamw_32bit": "paged_adamw", "lion_32bit": "lion"}
-            )
-        ),
+        Optimizer,
+        BeforeValidator(_resolve_alias(optimizer_table.ALIASES)),
         Field(
-            description="Optimizer; those of 8 bits and paged ones are bitsandbytes'; muon trains matrices, and AdamW "
-            "the rest; adamw_bf16 keeps weights in bfloat16 and the bits that they lack beside them."
+            description="Optimizer. The 8-bit and paged ones are from bitsandbytes; muon trains the matrices of the "
+            "layers and AdamW the rest; adamw_bf16 keeps weights in bfloat16 and their missing bits as state."
         ),
     ] = "adamw"
-    weight_decay: Annotated[float, Field(ge=0, description="Decoupled weight decay; not on norms and biases.")] = 0.0
-    adam_beta1: Annotated[float, Field(ge=0, lt=1, description="AdamW's and Lion's first decay rate.")] = 0.9
+    weight_decay: Annotated[
+        float, Field(ge=0, description="Decoupled weight decay; norm weights and biases do not decay.")
+    ] = 0.0
+    adam_beta1: Annotated[float, Field(ge=0, lt=1, description="Beta1 of AdamW and Lion.")] = 0.9
     adam_beta2: Annotated[
-        float | None, Field(ge=0, lt=1, description="Second decay rate of AdamW (by default 0.999) and Lion (0.99).")
+        float | None, Field(ge=0, lt=1, description="Beta2 of AdamW (0.999 by default) and Lion (0.99 by default).")
     ] = None
-    adam_epsilon: Annotated[float, Field(gt=0, description="AdamW's epsilon.")] = 1e-8
+    adam_epsilon: Annotated[float, Field(gt=0, description="Epsilon of AdamW.")] = 1e-8
     momentum: Annotated[
-        float | None, Field(ge=0, lt=1, description="Of sgd (by default 0) and muon (by default 0.95).")
+        float | None, Field(ge=0, lt=1, description="Momentum of sgd (0 by default) and muon (0.95 by default).")
     ] = None
-    max_grad_norm: Annotated[float, Field(ge=0, description="Clip the global norm to this; 0 does not clip.")] = 1.0
+    max_grad_norm: Annotated[
+        float, Field(ge=0, description="Largest global gradient norm, to which gradients are clipped; 0 does not clip.")
+    ] = 1.0
     bf16: Annotated[
-        bool | None, Field(description="Compute in bfloat16; by default on a GPU that can, not on a CPU.")
+        bool | None, Field(description="Compute in bfloat16; by default on a GPU that supports it, not on a CPU.")
     ] = None
-    fp16: Annotated[bool, Field(description="Compute in float16, with a loss scale that adapts itself.")] = False
+    fp16: Annotated[bool, Field(description="Compute in float16, with dynamic loss scaling.")] = False
     tf32: Annotated[
-        bool, Field(description="Let a GPU round the factors of fp32 products to TensorFloat-32: faster, less exact.")
+        bool, Field(description="Use TensorFloat-32 for fp32 matrix products on a GPU: faster, less exact.")
     ] = False
     gradient_checkpointing: Annotated[
         bool,
-        Field(description="Recompute each layer in the backward pass: less memory, more time."),
+        Field(description="Recompute the activations of each layer in the backward pass: less memory, more time."),
     ] = False
     selective_checkpointing: Annotated[
         bool,
-        Field(description="With gradient_checkpointing: keep what products and attention gave, recompute the rest."),
+        Field(description="With gradient_checkpointing: keep the outputs of matrix products and attention."),
     ] = False
-    torch_compile: Annotated[bool, Field(description="Compile the decoder's layers with torch.compile.")] = False
-    use_cpu: Annotated[bool, Field(description="Stay on the CPU even where there is a GPU.")] = False
+    torch_compile: Annotated[bool, Field(description="Compile the decoder layers with torch.compile.")] = False
+    use_cpu: Annotated[bool, Field(description="Use the CPU even if there is a GPU.")] = False
     distributed: Annotated[
         Literal["ddp", "fsdp2"],
         Field(
-            description="Of several processes: each holds the whole model (ddp), or its share of every layer (fsdp2)."
+            description="With several processes: each holds the whole model (ddp) or a shard of every layer (fsdp2)."
         ),
     ] = "ddp"
     fsdp_offload: Annotated[
-        bool, Field(description="With fsdp2: keep the shares, and the optimizer's state, in the host's memory.")
+        bool, Field(description="With fsdp2: keep the shards and the optimizer state in host memory.")
     ] = False
-    seed: Annotated[int, Field(ge=0, lt=2**32, description="Of data order, initialisation and dropout.")] = 42
-    logging_steps: Annotated[int, Field(ge=1, description="Steps between two lines on the terminal.")] = 10
-    save_steps: Annotated[int | None, Field(ge=1, description="Steps between two checkpoints.")] = None
+    seed: Annotated[
+        int, Field(ge=0, lt=2**32, description="Random seed of data order, initialisation and dropout.")
+    ] = 42
+    logging_steps: Annotated[int, Field(ge=1, description="Optimizer steps between two log lines.")] = 10
+    save_steps: Annotated[int | None, Field(ge=1, description="Optimizer steps between two checkpoints.")] = None
     save_minutes: Annotated[
-        float | None, Field(gt=0, description="Minutes between two checkpoints; by default 30 without save_steps.")
+        float | None,
+        Field(gt=0, description="Minutes between two checkpoints; 30 by default, if save_steps is not set."),
     ] = None
     save_total_limit: Annotated[
         int | None,
         Field(
             ge=1,
-            description="Newest checkpoints kept, besides the best; by default all of save_steps, 2 of save_minutes.",
+            description="Number of newest checkpoints kept, besides the best; by default all with save_steps, "
+            "2 with save_minutes.",
         ),
     ] = None
     eval_steps: Annotated[
         int | None,
-        Field(ge=1, description="Steps between two evaluations; the first and last state always are."),
+        Field(
+            ge=1,
+            description="Optimizer steps between two evaluations, besides those before and after training.",
+        ),
     ] = None
     metric_for_best_model: Annotated[
         str | None,
         Field(
             min_length=1,
-            description="Held-out metric that decides which checkpoint is the best, saved and kept; loss where needed.",
+            description="Held-out metric by which a checkpoint is the best, which is saved and kept; loss if an option "
+            "needs one.",
         ),
     ] = None
     greater_is_better: Annotated[
         bool | None,
-        Field(description="Whether that metric is to be high; by default unless its name ends in loss or perplexity."),
+        Field(description="Whether a greater metric is better; by default unless its name ends in loss or perplexity."),
     ] = None
     load_best_model_at_end: Annotated[
-        bool, Field(description="Make the result of the best checkpoint instead of the last step.")
+        bool, Field(description="Make the result of the run from the best checkpoint instead of the last step.")
     ] = False
     early_stopping_patience: Annotated[
-        int | None, Field(ge=1, description="Stop after this many evaluations in a row that are no better.")
+        int | None,
+        Field(ge=1, description="Stop after this many evaluations in a row that are not better than the best."),
     ] = None
     early_stopping_threshold: Annotated[
-        float, Field(ge=0, description="By how much an evaluation must be better to count.")
+        float, Field(ge=0, description="Least improvement of the metric that counts as better.")
     ] = 0.0
 
     def __post_init__(self) -> None:
@@ -333,7 +363,7 @@ class TrainConfig:
             raise ValueError("early_stopping_threshold has no effect without early_stopping_patience; set both")
         if self.eval_steps is None and (self.load_best_model_at_end or self.early_stopping_patience):
             name = "load_best_model_at_end" if self.load_best_model_at_end else "early_stopping_patience"
-            raise ValueError(f"{name} needs eval_steps: without them there is one evaluation, at the end")
+            raise ValueError(f"{name} needs eval_steps: without it there is one evaluation, at the end")
 
     @property
     def micro_batch_size(self) -> int:
@@ -378,20 +408,21 @@ class TrainConfig:
 
     @property
     def checkpoints_kept(self) -> int | None:
-        """The newest so many; None: all."""
-        by_clock = self.save_steps is None or self.save_minutes is not None
-        return self.save_total_limit or (2 if by_clock else None)
+        """Return how many of the newest checkpoints are kept; None means all."""
+        saves_by_time = self.save_steps is None or self.save_minutes is not None
+        return self.save_total_limit or (2 if saves_by_time else None)
 
     @property
     def best_metric(self) -> str | None:
-        """`metric_for_best_model` as it is reported here; transformers puts `eval_` before the name. By default the
-        loss, where something depends on what is best."""
-        by_default = "loss" if self.load_best_model_at_end or self.early_stopping_patience else None
-        return by_default if self.metric_for_best_model is None else self.metric_for_best_model.removeprefix("eval_")
+        """Return `metric_for_best_model` without the prefix `eval_` of transformers; loss if an option needs a best
+        checkpoint and none is named."""
+        if self.metric_for_best_model is not None:
+            return self.metric_for_best_model.removeprefix("eval_")
+        return "loss" if self.load_best_model_at_end or self.early_stopping_patience else None
 
     @property
     def is_greater_better(self) -> bool:
-        """Of `best_metric`."""
+        """Return whether a greater `best_metric` is better."""
         if self.greater_is_better is not None:
             return self.greater_is_better
         return not str(self.best_metric).endswith(("loss", "perplexity"))
@@ -399,15 +430,16 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """How held-out rows are answered when a metric is in the run."""
+    """Generation of answers to held-out rows, for metrics and samples."""
 
-    max_new_tokens: Annotated[int, Field(ge=1, description="Longest answer, in tokens.")] = 256
+    max_new_tokens: Annotated[int, Field(ge=1, description="Largest length of an answer, in tokens.")] = 256
     max_rows: Annotated[
-        int | None, Field(ge=1, description="Most held-out rows that are answered, evenly spread; by default all.")
+        int | None,
+        Field(ge=1, description="Largest number of held-out rows to answer, evenly spread over them; all by default."),
     ] = None
-    num_samples: Annotated[int, Field(ge=0, description="Answers shown before and after training.")] = 3
+    num_samples: Annotated[int, Field(ge=0, description="Answers to show before and after training.")] = 3
     batch_size: Annotated[
-        int | None, Field(ge=1, description="Rows answered at once; by default per_device_eval_batch_size.")
+        int | None, Field(ge=1, description="Rows of a generation batch; per_device_eval_batch_size by default.")
     ] = None
 
 
@@ -416,38 +448,41 @@ EMBEDDED_MODEL = "sftx:smollm2-135m-instruct"
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All that a run is."""
+    """All options of a run."""
 
     model: Annotated[str, Field(min_length=1, description="Directory or hub id of a causal language model.")] = (
         EMBEDDED_MODEL
     )
     trust_remote_code: Annotated[
-        bool, Field(description="Run Python code that the model's directory or repository brings along.")
+        bool, Field(description="Run Python code from the directory or repository of the model.")
     ] = False
     add_tokens: Annotated[
         bool,
-        Field(description="Add the control tokens that the template needs and the tokenizer lacks, and train them."),
+        Field(description="Add control tokens that the template needs and the tokenizer lacks, and train them."),
     ] = False
     data: DataConfig = DataConfig()
     plugins: Annotated[
         dict[str, dict[str, Any]],
-        Field(description="Plugins in the order of their application, with options."),
+        Field(description="Plugins with their options, in the order in which they are applied."),
     ] = field(default_factory=dict)
     train: TrainConfig = TrainConfig()
     generation: GenerationConfig = GenerationConfig()
     output_dir: Annotated[
-        str | None, Field(min_length=1, description="Directory of this run; by default runs/<name>-<n>.")
+        str | None, Field(min_length=1, description="Output directory of this run; runs/<name>-<n> by default.")
     ] = None
     without: Annotated[
-        tuple[str, ...], Field(description="Default plugins that this run does without (`--no-plugin`).")
+        tuple[str, ...], Field(description="Default plugins that are left out of this run (`--no-plugin`).")
     ] = ()
 
 
 SECTIONS = frozenset(f.name for f in dataclasses.fields(RunConfig))
-"""The first words of dotted names that no plugin may be called."""
+"""The options and sections at the top of a run file; no plugin may have such a name."""
+
+SECTION_CLASSES: Final = {"data": DataConfig, "train": TrainConfig, "generation": GenerationConfig}
+"""The sections of a run file whose options also have a flag on the command line."""
 
 
 def as_dict(config: RunConfig) -> dict[str, Any]:
-    """The run file that says the same: plain JSON values, every default written out."""
+    """Return the run as the values of a run file, with every default written out."""
     values: dict[str, Any] = json.loads(adapter(RunConfig).dump_json(config))
     return values

@@ -1,14 +1,15 @@
-"""JSON values become an instance of a dataclass of options, or one line that says which option is wrong and why.
+"""Validates options: JSON values become an instance of an options dataclass, or an error of one line.
 
-The same function reads the sections of a run file and the options of a plugin. Nothing here imports torch.
+The sections of a run file and the options of plugins go through the same function. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_args, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
@@ -21,83 +22,81 @@ T = TypeVar("T")
 
 @lru_cache
 def adapter(cls: Any) -> TypeAdapter[Any]:
-    """pydantic's view of a dataclass of options, made once."""
+    """Return pydantic's type adapter of an options dataclass, which is built once."""
     return TypeAdapter(cls)
 
 
 def validate(cls: type[T], values: Mapping[str, Any], *, who: str = "", prefix: str = "", origins: Origins) -> T:
-    """An instance of the dataclass `cls` from JSON values, strictly: no unknown key, no bool or text for a number.
+    """Return an instance of the dataclass `cls`, strictly: unknown keys and bools or text for numbers are errors.
 
-    Raises ConfigError: one line that names `who` (a plugin), the option and where it was set, what was got, and what
-    would do. `prefix` is the dotted name under which `origins` knows these options.
+    Raises ConfigError with one line that names the place where the option was set, `who` (a plugin), the option, the
+    value and what is expected. `prefix` is the dotted name under which `origins` has these options.
     """
     try:
-        # JSON mode is the strict one that still takes a list for a tuple and an int for a float.
+        # In JSON mode strict validation still takes a list for a tuple and an int for a float.
         built: T = adapter(cast(Any, cls)).validate_json(
             json.dumps(values, allow_nan=False), strict=True, extra="forbid"
         )
         return built
     except ValidationError as error:
         raise ConfigError(_explain(error.errors(), cls, who, prefix, origins)) from None
-    except (TypeError, ValueError) as error:  # not JSON: a YAML tag's own type, a number out of range, a cycle
+    except (TypeError, ValueError) as error:  # not a JSON value, such as a number that overflows to infinity
         raise ConfigError(f"{who or 'run file'}: {error}") from None
 
 
-def _explain(errors: Sequence[ErrorDetails], cls: type, who: str, prefix: str, origins: Origins) -> str:
-    """One line on the first wrong option; what a union would take is joined by 'or'."""
-    schema = adapter(cls).json_schema()
-    path = _option_path([str(part) for part in errors[0]["loc"]], schema)
-    same = [e for e in errors if [str(part) for part in e["loc"]][: len(path)] == path]
-    # Of a list, the item that is wrong; not also that the list is no text.
-    same = [e for e in same if len(e["loc"]) == max(len(e["loc"]) for e in same)]
+def _explain(errors: list[ErrorDetails], cls: type, who: str, prefix: str, origins: Origins) -> str:
+    """Return one line on the first wrong option. A union reports one error a member, which are joined by "or"."""
+    path, names = _option_path(cls, errors[0])
+    same_option = [error for error in errors if _option_path(cls, error)[0] == path]
+    # A wrong item of a list is reported one level deeper than that the list is not, say, text: keep the deepest.
+    depth = max(len(error["loc"]) for error in same_option)
+    same_option = [error for error in same_option if len(error["loc"]) == depth]
+    error = same_option[0]
     name = ".".join(path)
-    if not name:  # a dataclass's own check of its options together
-        return ": ".join(part for part in (origins.of(prefix.rstrip(".")), who, _expectation(same[0])) if part)
-    if same[0]["type"] == "value_error" and isinstance(same[0]["input"], dict):  # the same of a section
-        return ": ".join(part for part in (origins.of(prefix + name), who, f"{name}: {_expectation(same[0])}") if part)
-    start = ": ".join(part for part in (origins.of(prefix + name), who, f"option {name!r}") if part)
-    if same[0]["type"] == "missing":
-        given = f"; give it with --set {prefix.removeprefix('plugins.')}{name}=..." if prefix else ""
-        return f"{start} is missing; it has no default{given}"
-    if same[0]["type"] == "unexpected_keyword_argument":
-        names = _names_at(path[:-1], schema)
-        hint = did_you_mean(path[-1], names) or ("; known are " + ", ".join(names) if names else "; it takes none")
-        return f"{start} does not exist{hint}"
-    wanted = " or ".join(dict.fromkeys(_expectation(e) for e in same))
-    return f"{start}: got {json.dumps(same[0]['input'], ensure_ascii=False)}, expected {wanted}"
+    where = [part for part in (origins.of((prefix + name).rstrip(".")), who) if part]
+    if error["type"] == "value_error" and (not name or isinstance(error["input"], dict)):  # of __post_init__
+        return ": ".join([*where, *([name] if name else []), _expected(error)])
+    start = ": ".join([*where, f"option {name!r}"])
+    if error["type"] == "missing":
+        advice = f"; give it with --set {prefix.removeprefix('plugins.')}{name}=..." if prefix else ""
+        return f"{start} is missing; it has no default{advice}"
+    if error["type"] == "unexpected_keyword_argument":
+        known = "; known are " + ", ".join(names) if names else "; it takes none"
+        return f"{start} does not exist{did_you_mean(path[-1], names) or known}"
+    expected = " or ".join(dict.fromkeys(map(_expected, same_option)))
+    return f"{start}: got {json.dumps(error['input'], ensure_ascii=False)}, expected {expected}"
 
 
-def _expectation(error: ErrorDetails) -> str:
+def _option_path(cls: type | None, error: ErrorDetails) -> tuple[list[str], list[str]]:
+    """Return the names of the options that lead to an error, and all names beside the last one.
+
+    pydantic's location also has the members of unions, which are left out, and the indices of lists, which stay where
+    an option follows: `data.train.0.weight`.
+    """
+    path: list[str] = []
+    names: list[str] = []
+    index: list[str] = []
+    is_unknown = error["type"] == "unexpected_keyword_argument"
+    for depth, part in enumerate(error["loc"], start=1):
+        hints = get_type_hints(cls) if cls is not None else {}
+        if isinstance(part, int):
+            index = [str(part)]
+        elif part in hints or (is_unknown and depth == len(error["loc"])):
+            path += [*index, part]
+            names, index = list(hints), []
+            cls = _dataclass_in(hints.get(part))
+    return path, names
+
+
+def _dataclass_in(hint: Any) -> type | None:
+    """Return the first dataclass within a type hint such as `tuple[Source, ...]` or `Filters | None`."""
+    if dataclasses.is_dataclass(hint):
+        return cast(type, hint)
+    return next(filter(None, map(_dataclass_in, get_args(hint))), None)
+
+
+def _expected(error: ErrorDetails) -> str:
     message = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     message = message.replace("String should have ", "a string of ")
     message = message[:1].lower() + message[1:]
     return f"a number {message}" if message.startswith(("greater", "less")) else message
-
-
-def _option_path(location: Sequence[str], schema: Mapping[str, Any]) -> list[str]:
-    """The leading parts of pydantic's location that name options; the rest are union members and indices."""
-    depth = 1
-    while depth < len(location) and (location[depth].isdigit() or _names_at(location[:depth], schema)):
-        depth += 1
-    path = list(location[:depth])
-    return path[:-1] if path and path[-1].isdigit() else path  # an item of a list is named where its own options are
-
-
-def _names_at(path: Sequence[str], schema: Mapping[str, Any]) -> list[str]:
-    nodes = [schema]
-    for part in path:
-        nodes = [child for node in nodes for child in _children(node, part, schema)]
-    return [name for node in nodes for name in node.get("properties", {})]
-
-
-def _children(node: Mapping[str, Any], part: str, schema: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """What a schema says of an option, or of an item of a list: each of the forms that it may take."""
-    child = node.get("items") if part.isdigit() else node.get("properties", {}).get(part)
-    found, open_ones = [], [child] if child is not None else []
-    while open_ones:
-        one = open_ones.pop()
-        open_ones += one.get("anyOf", [])
-        if "$ref" in one:
-            open_ones.append(schema["$defs"][one["$ref"].rsplit("/", 1)[1]])
-        found.append(one)
-    return found

@@ -14,8 +14,8 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from sftx.assembly.discovery import discover, find
-from sftx.assembly.hookspecs import TEMPLATES
 from sftx.assembly.registry import Assembly
+from sftx.config.default_plugins import TEMPLATES
 from sftx.config.run_file import Origins
 from sftx.errors import ConfigError, DataError, ModelError, PluginError
 from sftx.types import Conversation, Parsed, PlainText, Segment, Template

@@ -46,6 +46,7 @@ class LostPeerError(SftxError):
     """Another rank no longer answers: its process or its host was killed. The cause is printed there, if anywhere."""
 
     exit_code = 75  # EX_TEMPFAIL: a restart may cure it
+    is_shared = True  # every rank notices by itself
 
 
 class ProcessGroup:

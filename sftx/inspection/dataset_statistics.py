@@ -45,7 +45,7 @@ class BatchFill:
     """How much of the batches of the first epoch is padding."""
 
     packs: bool
-    """Whether several examples are packed into one row."""
+    """True if several examples share a row."""
     share: float
     """Non-padding tokens divided by all positions of the micro-batches that were collated."""
     num_rows: int

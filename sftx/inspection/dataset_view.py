@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from sftx.assembly.registry import activate
-from sftx.config.loading import Loaded
+from sftx.config.loading import LoadedConfig
 from sftx.config.options import DataConfig, RunConfig, Source
 from sftx.data import sources
 from sftx.data.dataset import Dataset
@@ -76,7 +76,7 @@ def is_unreadable(entry: Entry) -> bool:
     return entry.action == "dropped" and not entry.length and entry.reason not in _REASONS_AFTER_PARSING
 
 
-def view_dataset(loaded: Loaded) -> DatasetView:
+def view_dataset(loaded: LoadedConfig) -> DatasetView:
     """Load plugins and tokenizer of a run; neither rows nor weights are read yet. Raises SftxError."""
     config = loaded.config
     names.check(config.model)

@@ -23,8 +23,9 @@ from packaging.version import Version
 
 import sftx
 from sftx.assembly.discovery import discover
-from sftx.assembly.hookspecs import PROJECT, RETURNS, TEMPLATES
+from sftx.assembly.hookspecs import PROJECT, RETURNS
 from sftx.atomic_files import atomic_directory
+from sftx.config.default_plugins import TEMPLATES
 from sftx.errors import ConfigError, OutputError
 
 HOOKS: Final = tuple(hook.removeprefix(f"{PROJECT}_") for hook in RETURNS)
@@ -72,8 +73,8 @@ def write_package(name: str, hook: str, directory: Path) -> list[Path]:
 
 def _check_name(names: Names) -> None:
     """Raise ConfigError for a name that is malformed, already used, or reserved."""
+    from sftx.config import run_file
     from sftx.config.options import SECTIONS  # imported here because other commands of the group do not need it
-    from sftx.config.run_file import parse_value
 
     name = names.name
     if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name):
@@ -83,8 +84,9 @@ def _check_name(names: Names) -> None:
         )
     if name in SECTIONS:
         raise ConfigError(f"{name!r} is a section of the run file, so no plugin can have this name; choose another")
-    if parse_value(name) != name:
-        raise ConfigError(f"{name!r} is {parse_value(name)} in a run file, not a name; choose another name")
+    value, _ = run_file.parse(name)
+    if value != name:
+        raise ConfigError(f"{name!r} is {value} in a run file, not a name; choose another name")
     if installed := [str(info) for info in discover() if info.name == name]:
         raise ConfigError(f"{name!r} is installed already, as {' and '.join(installed)}; choose another name")
     if importlib.util.find_spec(names.module) is not None:

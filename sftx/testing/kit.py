@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sftx.assembly.discovery import discover, find
-from sftx.assembly.hookspecs import DEFAULTS, TEMPLATES
 from sftx.assembly.registry import Assembly
 from sftx.assembly.stages import make
+from sftx.config.default_plugins import DEFAULT_PLUGINS, TEMPLATES
 from sftx.config.options import DataConfig
 from sftx.config.run_file import Origins
 from sftx.data.encoder import Encoder
@@ -71,12 +71,12 @@ class Kit:
 
     @cached_property
     def collator(self) -> Collator:
-        collator: Collator = self._stage("sftx_collator", DEFAULTS["sftx_collator"][0], max_length=MAX_LENGTH)
+        collator: Collator = self._stage("sftx_collator", DEFAULT_PLUGINS["sftx_collator"][0], max_length=MAX_LENGTH)
         return collator
 
     @cached_property
     def loss(self) -> Loss:
-        loss: Loss = self._stage("sftx_loss", DEFAULTS["sftx_loss"][0])
+        loss: Loss = self._stage("sftx_loss", DEFAULT_PLUGINS["sftx_loss"][0])
         return loss
 
     def _stage(self, hook: str, default: str, **arguments: Any) -> Any:

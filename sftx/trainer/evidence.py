@@ -11,8 +11,6 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-import numpy as np
-
 from sftx.data.collate import pad
 from sftx.data.token_text import token_texts
 from sftx.events import TokenLosses
@@ -74,6 +72,8 @@ def token_losses(lm: CausalLM, example: Example) -> TokenLosses:
 
     The caller decides about gradients, dropout and autocast.
     """
+    import numpy as np  # not above: the commands that read evidence need no numpy
+
     all_labels = dataclasses.replace(example, loss_mask=np.ones(len(example.token_ids), np.bool_), weights=None)
     batch = pad([all_labels]).to(lm.device)
     hidden_BTD = lm.hidden(batch).hidden_BTD

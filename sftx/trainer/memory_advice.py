@@ -1,4 +1,4 @@
-"""What to lower, and by how much, when memory runs out."""
+"""Advises which option to change, and to what value, when memory runs out."""
 
 from __future__ import annotations
 
@@ -7,24 +7,31 @@ from typing import Final
 
 from torch import Tensor
 
+from sftx.config.optimizer_table import leaner_than
 from sftx.config.options import TrainConfig
 from sftx.types import Batch
 
-_SAME: Final = "the same run, which --resume goes on with"
+_SAME: Final = "the update stays the same, so --resume can continue the run"
 
 
-def of_step(config: TrainConfig, batches: Sequence[Batch]) -> str:
-    """What was too large in forward or backward, and the first thing to change that leaves the update as it is."""
+def step_advice(config: TrainConfig, batches: Sequence[Batch]) -> str:
+    """Return what did not fit in forward or backward, and the first change that keeps the update the same."""
     largest = max(batches, key=lambda batch: batch.input_ids_BT.numel())
     rows, length = largest.input_ids_BT.shape
-    return f"a micro-batch of {_counted(rows, 'row')} of {length} tokens; {_remedy(config, largest)}"
+    counted = "1 row" if rows == 1 else f"{rows} rows"
+    return f"a micro-batch of {counted} of {length} tokens; {_remedy(config, largest)}"
 
 
 def _remedy(config: TrainConfig, batch: Batch) -> str:
-    if config.micro_batch_size > 1:
-        return fewer_rows(config)
+    if (rows := config.micro_batch_size) > 1:
+        fewer = next(rows // divisor for divisor in range(2, rows + 1) if rows % divisor == 0)
+        share = "half" if rows == 2 * fewer else f"1/{rows // fewer} of"
+        return (
+            f"set --train-batch-size {config.rows_per_step} --per-device-train-batch-size {fewer} (now {rows}), "
+            f"{share} the memory for rows: {_SAME}"
+        )
     if not config.gradient_checkpointing:
-        return f"set --gradient-checkpointing, which computes each layer twice and keeps one: {_SAME}"
+        return f"set --gradient-checkpointing, which recomputes layers in the backward pass: {_SAME}"
     if config.selective_checkpointing:
         return f"leave selective_checkpointing out, which keeps several results of each layer: {_SAME}"
     longest = batch.input_ids_BT.shape[1]
@@ -37,26 +44,11 @@ def _remedy(config: TrainConfig, batch: Batch) -> str:
     return f"lower data.max_length (this row has {longest} tokens): --max-length {max(2, longest // 2)}"
 
 
-def fewer_rows(config: TrainConfig) -> str:
-    """Fewer rows at once and as many in a step, which gives the same update."""
-    rows = config.micro_batch_size
-    fewer = next(rows // divisor for divisor in range(2, rows + 1) if rows % divisor == 0)
-    share = "half" if rows == 2 * fewer else f"1/{rows // fewer} of"
-    return (
-        f"set --train-batch-size {config.rows_per_step} --per-device-train-batch-size {fewer} (now {rows}), {share} "
-        f"the memory for rows: {_SAME}"
-    )
-
-
-def of_optimizer(config: TrainConfig, parameters: Sequence[Tensor]) -> str:
-    """What the optimizer's state, which is made in the first step, asks for."""
+def optimizer_advice(config: TrainConfig, parameters: Sequence[Tensor]) -> str:
+    """Return what to change when there is no memory for the optimizer's state, which the first step allocates."""
     num_trained = sum(parameter.numel() for parameter in parameters)
-    lean = "adafactor" if config.optim != "adafactor" else "sgd"
+    leaner = leaner_than(config.optim)
     return (
         f"the state of optim {config.optim} for {num_trained:,} trained parameters; train fewer, as an adapter does "
-        f"(--plugin lora), or set --optim {lean}, which keeps less of each"
+        "(--plugin lora)" + (f", or set --optim {leaner}, which needs less state" if leaner else "")
     )
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

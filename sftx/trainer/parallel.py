@@ -28,6 +28,7 @@ from torch.distributed.fsdp import (
 from torch.nn.parallel import DistributedDataParallel
 
 from sftx.assembly.stages import LossStage
+from sftx.config.optimizer_table import OPTIMIZERS, names_where
 from sftx.config.options import TrainConfig
 from sftx.distributed.process_group import ProcessGroup
 from sftx.errors import ConfigError
@@ -37,10 +38,6 @@ from sftx.trainer.precision import Precision
 from sftx.types import Batch, LossSum
 
 T = TypeVar("T")
-
-_BY_ELEMENT: Final = ("adamw", "sgd", "lion")
-"""Optimizers that update each number of a tensor by itself, so that a share of it is as good as the whole."""
-
 
 # The option of DDP that broadcasts buffers before each forward pass was renamed in torch 2.13.
 _DDP_OPTIONS: Final = inspect.signature(DistributedDataParallel).parameters
@@ -226,7 +223,7 @@ def _trains_other_towers(lm: CausalLM) -> bool:
 
 def can_share(config: TrainConfig, *, has_adapters: bool) -> bool:
     """Returns whether fsdp2 supports the options: no fp16, and adapters or an optimizer that updates shards."""
-    return not config.fp16 and (has_adapters or config.optim in _BY_ELEMENT)
+    return not config.fp16 and (has_adapters or OPTIMIZERS[config.optim].elementwise)
 
 
 def check(config: TrainConfig, *, has_adapters: bool) -> None:
@@ -239,7 +236,7 @@ def check(config: TrainConfig, *, has_adapters: bool) -> None:
         )
     raise ConfigError(
         f"option 'train.optim': {config.optim} needs whole tensors, and fsdp2 gives each process a shard; "
-        f"take {', '.join(_BY_ELEMENT[:-1])} or {_BY_ELEMENT[-1]}, train an adapter (--plugin lora), or use ddp"
+        f"take {names_where('elementwise')}, train an adapter (--plugin lora), or use ddp"
     )
 
 

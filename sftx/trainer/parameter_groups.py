@@ -1,4 +1,4 @@
-"""What trains of a model becomes parameter groups: each with its share of the learning rate, with decay or without."""
+"""Lists the trainable parameters of a model and makes parameter groups of them, with learning rate and weight decay."""
 
 from __future__ import annotations
 
@@ -16,46 +16,47 @@ from sftx.model.language_model import CausalLM
 
 @dataclass(frozen=True)
 class TrainableParam:
-    """A parameter that trains, and what an optimizer must know of its place in the model."""
+    """A trainable parameter, and what an optimizer must know of its place in the model."""
 
     name: str
     parameter: nn.Parameter
     scale: float
-    """What the learning rate is multiplied with."""
+    """The factor on the learning rate."""
     is_embedding: bool
-    """Of the input embedding: it gets gradients in the rows of the batch's tokens only."""
+    """True for the input embedding, of which only the rows of the batch's tokens get gradients."""
     is_head: bool
 
-    @property
-    def is_matrix(self) -> bool:
-        """Norm weights and biases are the vectors of a transformer, everything else has more dimensions."""
-        return self.parameter.ndim >= 2
 
+def trainable_params(lm: CausalLM, config: TrainConfig) -> list[TrainableParam]:
+    """Return every trainable parameter, tied ones once. Raises ModelError when there is none; ConfigError, PluginError.
 
-def trained(lm: CausalLM, config: TrainConfig) -> list[TrainableParam]:
-    """Every parameter that trains, tied ones once. Raises ModelError when there is none, ConfigError, PluginError."""
-    # By identity: rows of added tokens lie in a parametrisation of these modules, tied weights in both.
+    The learning rate of embedding and head is `embedding_learning_rate` if it is set; otherwise each adapter may scale
+    the rate of any parameter.
+    """
+    # By identity: rows of added tokens are a parametrization of these modules, and tied weights belong to both.
     embedding = {id(parameter) for parameter in lm.model.get_input_embeddings().parameters()}
     head = {id(parameter) for parameter in lm.model.get_output_embeddings().parameters()}
-    found = [
-        TrainableParam(name, p, _scale(lm, config, name, id(p) in embedding | head), id(p) in embedding, id(p) in head)
-        for name, p in lm.named_parameters()
-        if p.requires_grad
-    ]
-    if not found:
+    params = []
+    for name, parameter in lm.named_parameters():
+        if parameter.requires_grad:
+            is_embedding, is_head = id(parameter) in embedding, id(parameter) in head
+            if (is_embedding or is_head) and config.embedding_learning_rate is not None:
+                scale = config.embedding_learning_rate / config.learning_rate
+            else:
+                scale = _adapter_scale(lm, name)
+            params.append(TrainableParam(name, parameter, scale, is_embedding, is_head))
+    if not params:
         raise ModelError("nothing is left to train: no parameter of the model requires a gradient")
-    if config.embedding_learning_rate is not None and not any(one.is_embedding or one.is_head for one in found):
+    if config.embedding_learning_rate is not None and not any(p.is_embedding or p.is_head for p in params):
         raise ConfigError(
             "option 'train.embedding_learning_rate': neither the embedding nor the head trains in this run; leave it "
             "out, or train them (with lora: modules_to_save)"
         )
-    return found
+    return params
 
 
-def _scale(lm: CausalLM, config: TrainConfig, name: str, is_end: bool) -> float:
-    """The rate of embedding and head is the option's where it is given; else each adapter may scale its own."""
-    if is_end and config.embedding_learning_rate is not None:
-        return config.embedding_learning_rate / config.learning_rate
+def _adapter_scale(lm: CausalLM, name: str) -> float:
+    """Return the product of the factors that the adapters give the learning rate of a parameter."""
     scale = 1.0
     for adapter in lm.adapters.values():
         value: object = adapter.rate_scale(name.removeprefix("model."))
@@ -65,12 +66,15 @@ def _scale(lm: CausalLM, config: TrainConfig, name: str, is_end: bool) -> float:
     return scale
 
 
-def groups(members: Iterable[TrainableParam], weight_decay: float) -> list[dict[str, Any]]:
-    """Groups in torch's form, with `scale` beside `weight_decay`; norms and biases do not decay."""
-    by_kind: dict[tuple[float, bool], list[nn.Parameter]] = {}
-    for one in members:
-        by_kind.setdefault((one.scale, one.is_matrix), []).append(one.parameter)
+def groups(params: Iterable[TrainableParam], weight_decay: float) -> list[dict[str, Any]]:
+    """Return parameter groups as torch.optim takes them, with `scale` beside `weight_decay`.
+
+    Norm weights and biases, which are the vectors of a transformer, do not decay.
+    """
+    by_options: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for param in params:
+        by_options.setdefault((param.scale, param.parameter.ndim >= 2), []).append(param.parameter)
     return [
-        {"params": parameters, "scale": scale, "weight_decay": weight_decay if decays else 0.0}
-        for (scale, decays), parameters in by_kind.items()
+        {"params": parameters, "scale": scale, "weight_decay": weight_decay if is_matrix else 0.0}
+        for (scale, is_matrix), parameters in by_options.items()
     ]

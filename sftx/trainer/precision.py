@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from sftx.config.optimizer_table import OPTIMIZERS
 from sftx.config.options import TrainConfig
 from sftx.errors import ConfigError
 
@@ -61,15 +62,16 @@ def choose(config: TrainConfig, local_rank: int = 0) -> Precision:
     """
     on_cpu = config.use_cpu or not torch.cuda.is_available()
     device = torch.device("cpu") if on_cpu else torch.device("cuda", local_rank)
-    low_precision_weights = config.optim == "adamw_bf16"
+    low_precision_weights = OPTIMIZERS[config.optim].bf16_weights
     if low_precision_weights and (config.fp16 or config.bf16 is False):
         conflicting = "fp16" if config.fp16 else "bf16: false"
         raise ConfigError(
-            f"option 'train.optim': adamw_bf16 keeps weights in bfloat16, which {conflicting} excludes; leave one out"
+            f"option 'train.optim': {config.optim} keeps weights in bfloat16, which {conflicting} excludes; "
+            "leave one out"
         )
     supports_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported()
     if not supports_bf16 and (config.bf16 or low_precision_weights):
-        option = "bf16" if config.bf16 else "optim: adamw_bf16"
+        option = "bf16" if config.bf16 else f"optim: {config.optim}"
         raise ConfigError(f"option 'train.{option}': this GPU does not support bfloat16; leave it out, or set fp16")
     default_bf16 = low_precision_weights or (device.type == "cuda" and supports_bf16)
     bf16 = not config.fp16 and (default_bf16 if config.bf16 is None else config.bf16)

@@ -124,14 +124,14 @@ class Trainer:
         self.loss.check_total(denominator)
         with (
             self.process_group.detect_lost_peers(),
-            self._explain_out_of_memory(number, lambda: memory_advice.of_step(self.config, batches)),
+            self._explain_out_of_memory(number, lambda: memory_advice.step_advice(self.config, batches)),
         ):
             loss, norm, metrics = self._finite_gradients(number, micro_batches, denominator)
         means = {name: value.item() for name, value in metrics.items()}
         reported = self.loss.report_means(means, f"step {number}")
         if self.scaler.is_enabled():
             reported["loss_scale"] = self.scaler.get_scale()
-        with self._explain_out_of_memory(number, lambda: memory_advice.of_optimizer(self.config, self.parameters)):
+        with self._explain_out_of_memory(number, lambda: memory_advice.optimizer_advice(self.config, self.parameters)):
             self.optimizer.step()
         self.scaler.update()
         return StepReport(

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 import sftx
-from sftx.assembly import discovery, hookspecs, registry
+from sftx.assembly import discovery, registry
 from sftx.assembly.hookspecs import ONE_PROVIDER, RETURNS
-from sftx.config import loading, options
+from sftx.config import default_plugins, loading, options
 from sftx.errors import ConfigError, DataError, PluginError, SftxError
 
 HEAD = "from dataclasses import dataclass\nimport sftx\n"
@@ -453,7 +453,9 @@ def _hooks(name: str) -> list[str]:
 
 
 def test_every_default_is_a_built_in_plugin() -> None:
-    named = {name for names in hookspecs.DEFAULTS.values() for name in names} | set(hookspecs.TEMPLATES)
+    named = {name for names in default_plugins.DEFAULT_PLUGINS.values() for name in names} | set(
+        default_plugins.TEMPLATES
+    )
     assert named <= set(BUILT_IN)
 
 

@@ -1,4 +1,4 @@
-"""`sftx data export`, as a user types it."""
+"""`sftx data export` from the command line."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def sftx(*words: str) -> Result:
 def test_a_file_is_written_once_and_never_over() -> None:
     Path("b.csv").write_text("text\nT\n")
     first = sftx("--data", "a.jsonl:3", "--data", "b.csv", "--output", "new/out.jsonl")
-    assert (first.exit_code, first.stdout, first.stderr) == (0, "", "3 of 3 rows written to new/out.jsonl\n")
+    assert (first.exit_code, first.stdout) == (0, "")
+    assert "3 of 3 rows" in first.stderr
     pair = {"messages": [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "A"}]}
     text = Path("new/out.jsonl").read_text(encoding="utf-8")
     assert [json.loads(line) for line in text.splitlines()] == [pair, pair, {"text": "T"}]
@@ -44,23 +45,25 @@ def test_the_terminal_gets_the_lines_and_nothing_else() -> None:
     done = sftx("--data", "a.jsonl", "--set", "data.filters.duplicates=drop", "--output", "-")
     assert done.exit_code == 0
     assert len(done.stdout.splitlines()) == 1
-    assert done.stderr == (
-        "1 of 2 rows filtered: the same as an earlier row (first: a.jsonl:2)\n1 of 2 rows written to -\n"
-    )
+    filtered, written = done.stderr.splitlines()
+    assert filtered.startswith("1 of 2 rows filtered: ")
+    assert "a.jsonl:2" in filtered
+    assert written.startswith("1 of 2 rows ")
 
 
 def test_a_filter_that_counts_tokens_is_said_not_to_apply() -> None:
     done = sftx("--data", "a.jsonl", "--set", "data.filters.max_length=5", "--output", "-")
-    assert done.stderr.startswith("filters.min_length and max_length count tokens")
+    assert "filters.min_length" in done.stderr.splitlines()[0]
+    assert "max_length" in done.stderr.splitlines()[0]
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--data", "none.jsonl", "--output", "x.jsonl"], "none.jsonl: no such file"),
-        (["--data", "a.jsonl", "--output", "x.parquet"], "name a file that ends in .jsonl"),
-        (["--data", "a.jsonl", "--output", "a.jsonl/x.jsonl"], "cannot be written: "),
-        (["--data", "a.jsonl", "--format", "alpca", "--output", "x.jsonl"], "did you mean 'alpaca'?"),
+        (["--data", "none.jsonl", "--output", "x.jsonl"], "none.jsonl: "),
+        (["--data", "a.jsonl", "--output", "x.parquet"], ".jsonl"),
+        (["--data", "a.jsonl", "--output", "a.jsonl/x.jsonl"], "a.jsonl/x.jsonl: "),
+        (["--data", "a.jsonl", "--format", "alpca", "--output", "x.jsonl"], "'alpaca'"),
         (["--data", "bad.jsonl", "--output", "x.jsonl"], "bad.jsonl:2: "),
     ],
 )

@@ -1,6 +1,6 @@
-"""Whatever a user gets wrong is one line on stderr that says where, what was got and what to do; and nothing is left.
+"""Every mistake of a user is reported in one line on stderr with place, value and advice, and leaves no files behind.
 
-Exit code 1, or 2 when the command line itself cannot be read.
+The exit code is 1, or 2 when the command line itself is not valid.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ def run(*arguments: str | Path) -> Result:
 
 
 def files() -> set[str]:
-    """All that lies in the working directory, hidden or not."""
+    """Return all files and directories in the working directory."""
     return {str(path) for path in Path().rglob("*")}
 
 
 def error_of(*arguments: str | Path, code: int = 1) -> str:
-    """What `sftx run` says when it refuses `arguments`, which it must do in one line and without a trace."""
+    """Return the error that `sftx run` prints for `arguments`: one line, and no file is left behind."""
     before = files()
     result = run(*arguments)
     assert result.exit_code == code, result.output
@@ -64,67 +64,59 @@ def error_of(*arguments: str | Path, code: int = 1) -> str:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "option", "value", "advice"),
     [
-        (["--plugin", "lorra"], "--plugin lorra: plugin 'lorra' is not installed; did you mean 'lora'?"),
-        (
-            ["--no-plugin", "progres"],
-            "--no-plugin progres: plugin 'progres' is not installed; did you mean 'progress'?",
-        ),
-        (
-            ["--set", "lora.alpha=3"],
-            f"--set lora.alpha=3: plugin 'lora' {SFTX}: option 'alpha' does not exist; did you mean 'lora_alpha'?",
-        ),
-        (
-            ["--set", "lora.r=0"],
-            f"--set lora.r=0: plugin 'lora' {SFTX}: option 'r': got 0, expected a number greater than or equal to 1",
-        ),
-        (
-            ["--set", "lora.r=many"],
-            f"--set lora.r=many: plugin 'lora' {SFTX}: option 'r': got \"many\", expected a valid integer",
-        ),
-        (["--set", "train.sead=1"], "--set train.sead=1: option 'train.sead' does not exist; did you mean 'seed'?"),
-        (
-            ["--learning-rate", "fast"],
-            "--learning-rate fast: option 'train.learning_rate': got \"fast\", expected a valid number",
-        ),
-        (
-            ["--max-steps", "0"],
-            "--max-steps 0: option 'train.max_steps': got 0, expected a number greater than or equal to 1",
-        ),
-        (["--no-plugin", "padded"], "no plugin fills sftx_collator; name one with --plugin, by default it is 'padded'"),
-        (["--no-plugin", "lora"], "--no-plugin lora: contradicts --plugin lora; leave one of them out"),
+        (["--plugin", "lorra"], "plugin 'lorra'", "", "'lora'"),
+        (["--no-plugin", "progres"], "plugin 'progres'", "", "'progress'"),
+        (["--set", "lora.alpha=3"], f"plugin 'lora' {SFTX}: option 'alpha'", "", "'lora_alpha'"),
+        (["--set", "lora.r=0"], f"plugin 'lora' {SFTX}: option 'r'", "got 0", "greater than or equal to 1"),
+        (["--set", "lora.r=many"], f"plugin 'lora' {SFTX}: option 'r'", 'got "many"', "integer"),
+        (["--set", "train.sead=1"], "option 'train.sead'", "", "'seed'"),
+        (["--learning-rate", "fast"], "option 'train.learning_rate'", 'got "fast"', "number"),
+        (["--max-steps", "0"], "option 'train.max_steps'", "got 0", "greater than or equal to 1"),
+        (["--no-plugin", "lora"], "", "", "--plugin lora"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_wrong_option_on_the_command_line(arguments: list[str], message: str) -> None:
-    assert error_of(*BASE, *arguments) == message
+def test_a_wrong_option_on_the_command_line(arguments: list[str], option: str, value: str, advice: str) -> None:
+    message = error_of(*BASE, *arguments)
+    assert message.startswith(f"{' '.join(arguments)}: {option}")
+    assert value in message
+    assert advice in message
+
+
+def test_a_hook_that_needs_a_plugin_and_has_none() -> None:
+    message = error_of(*BASE, "--no-plugin", "padded")
+    assert "sftx_collator" in message
+    assert "--plugin" in message
+    assert "'padded'" in message
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("line", "place", "value"),
     [
-        ("plugins: {lorra: {}}", "run.yaml:2: plugin 'lorra' is not installed; did you mean 'lora'?"),
-        (
-            "plugins: {lora: {alpha: 3}}",
-            f"run.yaml:2: plugin 'lora' {SFTX}: option 'alpha' does not exist; did you mean 'lora_alpha'?",
-        ),
-        ("train: {max_steps: true}", "run.yaml:2: option 'train.max_steps': got true, expected a valid integer"),
-        ("plugins: {lora: {}", "run.yaml:3: not valid YAML: "),
+        ("plugins: {lorra: {}}", "run.yaml:2: plugin 'lorra'", "'lora'"),
+        ("plugins: {lora: {alpha: 3}}", f"run.yaml:2: plugin 'lora' {SFTX}: option 'alpha'", "'lora_alpha'"),
+        ("train: {max_steps: true}", "run.yaml:2: option 'train.max_steps': ", "got true"),
+        ("plugins: {lora: {}", "run.yaml:3: ", "YAML"),
     ],
 )
-def test_a_wrong_line_of_a_run_file(line: str, message: str) -> None:
+def test_a_wrong_line_of_a_run_file(line: str, place: str, value: str) -> None:
     Path("run.yaml").write_text(f"data: {{train: rows.jsonl}}\n{line}\n", encoding="utf-8")
-    assert error_of("run.yaml").startswith(message)
+    message = error_of("run.yaml")
+    assert message.startswith(place)
+    assert value in message
 
 
 def test_a_run_file_that_is_not_there() -> None:
-    assert error_of("none.yaml") == "none.yaml: no such run file"
+    assert error_of("none.yaml").startswith("none.yaml: ")
 
 
 def test_no_training_data() -> None:
     Path("run.yaml").write_text("plugins: {chatml: {}}\n", encoding="utf-8")
-    assert error_of("run.yaml") == "option 'data.train': no training data; give a file with --data"
+    message = error_of("run.yaml")
+    assert message.startswith("option 'data.train': ")
+    assert "--data" in message
 
 
 def test_two_templates(install_plugin: Any) -> None:
@@ -133,23 +125,23 @@ def test_two_templates(install_plugin: Any) -> None:
         "    @sftx.hookimpl\n    def sftx_template(self):\n        raise AssertionError\n"
     )
     install_plugin("acme", code, {"other": "Other"}, version="1.2")
-    assert error_of(*BASE, "--plugin", "other") == (
-        f"plugin 'chatml' {SFTX} and plugin 'other' (acme 1.2) both fill sftx_template, which takes one; "
-        "leave one of them out"
-    )
+    message = error_of(*BASE, "--plugin", "other")
+    assert message.startswith(f"plugin 'chatml' {SFTX} and plugin 'other' (acme 1.2) ")
+    assert "sftx_template" in message
 
 
 def test_a_plugin_whose_import_fails(install_plugin: Any) -> None:
     install_plugin("acme", "import missing_dependency", {"other": "Other"}, version="1.2")
-    assert error_of(*BASE, "--plugin", "other") == (
-        "plugin 'other' (acme 1.2): cannot be imported from 'acme:Other': "
-        "ModuleNotFoundError: No module named 'missing_dependency'; mend or reinstall acme, or leave the plugin out"
-    )
+    message = error_of(*BASE, "--plugin", "other")
+    assert message.startswith("plugin 'other' (acme 1.2): ")
+    assert "'acme:Other': ModuleNotFoundError: No module named 'missing_dependency'" in message
 
 
 def test_data_files_that_are_not_there() -> None:
-    assert error_of(*BASE, "--data", "none.jsonl") == f"none.jsonl: no such file (looked in {Path.cwd()})"
-    assert error_of(*BASE, "--eval-data", "none.csv") == f"none.csv: no such file (looked in {Path.cwd()})"
+    for option, name in (("--data", "none.jsonl"), ("--eval-data", "none.csv")):
+        message = error_of(*BASE, option, name)
+        assert message.startswith(f"{name}: ")
+        assert str(Path.cwd()) in message
 
 
 def test_an_output_directory_that_holds_a_run_or_anything_else() -> None:
@@ -157,10 +149,10 @@ def test_an_output_directory_that_holds_a_run_or_anything_else() -> None:
     Path("mine/run.yaml").touch()
     Path("yours").mkdir()
     Path("yours/notes.txt").touch()
-    tail = "already, which is never written over; choose another"
-    assert error_of(*BASE, "--output-dir", "mine") == f"output_dir mine: holds a run {tail}, or go on with it: --resume"
-    assert error_of(*BASE, "--output-dir", "yours") == f"output_dir yours: holds files {tail}"
-    assert error_of(*BASE, "--output-dir", "rows.jsonl").startswith("output_dir rows.jsonl: is a file")
+    for name, value in (("mine", "--resume"), ("yours", "files"), ("rows.jsonl", "a file")):
+        message = error_of(*BASE, "--output-dir", name)
+        assert message.startswith(f"output_dir {name}: ")
+        assert value in message
 
 
 @pytest.mark.parametrize(
@@ -194,7 +186,9 @@ def test_debug_shows_the_traceback_instead() -> None:
 def test_other_commands_say_it_in_one_line_too(arguments: list[str]) -> None:
     result = CliRunner().invoke(main, arguments)
     assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr == "sftx: error: plugin 'lorra' is not installed; did you mean 'lora'?\n"
+    assert result.stderr.startswith("sftx: error: plugin 'lorra' ")
+    assert "'lora'" in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 # --- with a model -------------------------------------------------------------------------------
@@ -210,111 +204,108 @@ def test_the_arguments_below_are_right_but_for_what_each_test_changes(base: list
     assert (result.exit_code, result.stderr) == (0, "")
     assert {path.name for path in Path("out/adapter").iterdir()} >= {"adapter_model.safetensors", "tokenizer.json"}
     assert {path.name for path in Path("out").iterdir()} >= {"run.yaml", "manifest.json", "metrics.jsonl"}
-    assert error_of(*base, "--output-dir", "out").startswith("output_dir out: holds a run already")
+    assert error_of(*base, "--output-dir", "out").startswith("output_dir out: ")
 
 
 def test_no_template(tiny_model_dir: Path) -> None:
     message = error_of("--plugin", "lora", "--data", "rows.jsonl", "--model", tiny_model_dir)
-    assert message.startswith(
-        "rows.jsonl:1: a conversation needs a template, and the run has none; add --plugin chatml"
-    )
+    assert message.startswith("rows.jsonl:1: ")
+    assert "--plugin chatml" in message
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "place", "values"),
     [
-        ("", "rows.jsonl: holds no rows"),
-        (json.dumps(ROW) + '\n{"messages": [\n', "rows.jsonl:2: not valid JSON: Expecting value at column "),
+        ("", "rows.jsonl: ", ["no rows"]),
+        (json.dumps(ROW) + '\n{"messages": [\n', "rows.jsonl:2: ", ["JSON", "Expecting value", "column"]),
         (
             json.dumps(ROW) + '\n{"question": "x", "answer": "y"}\n',
-            "rows.jsonl:2: no format has the fields 'answer', 'question'; known are messages: messages (tools); "
-            "prompt-completion: prompt, completion (tools); "
-            "alpaca: instruction, output (input, system, history, tools); sharegpt: conversations (system, tools); ",
+            "rows.jsonl:2: ",
+            ["'answer', 'question'", "prompt-completion: prompt, completion", "sharegpt: conversations"],
         ),
         (
             '{"messages": [{"role": "asistant", "content": "x"}]}',
-            "rows.jsonl:1: messages[0].role is 'asistant', expected system, user, assistant, tool, "
-            "developer, model, function, ipython, observation; did you mean 'assistant'?",
+            "rows.jsonl:1: messages[0].role is 'asistant'",
+            ["observation", "'assistant'"],
         ),
         (
             '{"messages": [{"role": "user", "content": "x"}]}',
-            "rows.jsonl:1: no assistant turn, so nothing to train (the row has 6 tokens); "
-            "1 of 1 rows train nothing or were dropped; "
-            "correct the rows",
+            "rows.jsonl:1: ",
+            ["no assistant turn", "6 tokens", "1 of 1 rows"],
         ),
         (
             '{"prompt": [{"role": "assistant", "content": "x"}], "completion": [{"role": "user", "content": "y"}]}\n'
             * 3,
-            "rows.jsonl:1: no trained token (the row has 13 tokens); "
-            "3 of 3 rows train nothing or were dropped; correct the rows",
+            "rows.jsonl:1: ",
+            ["13 tokens", "3 of 3 rows"],
         ),
     ],
     ids=["empty", "json", "format", "role", "no-assistant", "untrained"],
 )
-def test_rows_that_cannot_be_trained_on(base: list[str], content: str, message: str) -> None:
+def test_rows_that_cannot_be_trained_on(base: list[str], content: str, place: str, values: list[str]) -> None:
     Path("rows.jsonl").write_text(content, encoding="utf-8")
-    assert error_of(*base).startswith(message)
+    message = error_of(*base)
+    assert message.startswith(place)
+    assert [value for value in values if value not in message] == []
 
 
 def test_too_many_rows_that_train_nothing(base: list[str]) -> None:
     rows([ROW, {"messages": ROW["messages"][:1]}, ROW])
-    assert error_of(*base) == (
-        "rows.jsonl:2: no assistant turn, so nothing to train (the row has 8 tokens); "
-        "1 of 3 rows train nothing or were dropped, "
-        "more than data.max_dropped=0.05 allows; correct the rows, or raise data.max_dropped"
-    )
+    message = error_of(*base)
+    assert message.startswith("rows.jsonl:2: ")
+    assert [value for value in ("8 tokens", "1 of 3 rows", "data.max_dropped=0.05") if value not in message] == []
 
 
 def test_a_max_length_shorter_than_the_prompt(base: list[str]) -> None:
-    assert error_of(*base, "--max-length", "4") == (
-        "rows.jsonl:1: its prompt alone fills max_length=4 (the row has 16 tokens); "
-        "4 of 4 rows train nothing or were dropped; correct the rows"
-    )
+    message = error_of(*base, "--max-length", "4")
+    assert message.startswith("rows.jsonl:1: ")
+    assert [value for value in ("max_length=4", "16 tokens", "4 of 4 rows") if value not in message] == []
 
 
 def test_a_row_too_long_when_that_is_to_be_an_error(base: list[str]) -> None:
     message = error_of(*base, "--max-length", "12", "--long-rows", "error")
     assert message.startswith("rows.jsonl:1: ")
-    assert message.endswith(" tokens, more than data.max_length=12")
+    assert "data.max_length=12" in message
 
 
 def test_a_format_that_no_parser_of_the_run_has(base: list[str]) -> None:
-    assert error_of(*base, "--format", "alpacca") == (
-        "--format alpacca: option 'data.format': no parser 'alpacca' in this run; did you mean 'alpaca'?"
-    )
+    message = error_of(*base, "--format", "alpacca")
+    assert message.startswith("--format alpacca: option 'data.format': ")
+    assert "'alpaca'" in message
 
 
 def test_a_metric_without_held_out_rows(base: list[str]) -> None:
     message = error_of(*base, "--plugin", "exact-match")
-    assert message.startswith("the metric exact-match needs held-out conversations")
+    assert "exact-match" in message
+    assert "held-out" in message
 
 
 @pytest.mark.parametrize("targets", ["[wq, wv]", r".*\.wq"])
 def test_lora_targets_that_match_nothing(base: list[str], targets: str) -> None:
     message = error_of(*base, "--set", f"lora.target_modules={targets}")
     assert message.startswith(f"plugin 'lora' {SFTX}: target_modules ")
-    assert message.endswith(
-        " match no linear layer; this model has q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
-    )
+    assert "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj" in message
 
 
 @pytest.mark.parametrize(
-    ("leave_out", "message"),
+    ("leave_out", "value"),
     [
-        ("tokenizer*", "has no tokenizer (tokenizer.json); copy that of the base model beside it"),
-        ("config.json", "has no config.json; name the directory that save_pretrained wrote"),
-        ("model.safetensors", "cannot load its weights: "),
+        ("tokenizer*", "tokenizer.json"),
+        ("config.json", "config.json"),
+        ("model.safetensors", "weights"),
     ],
 )
 def test_a_model_directory_without_its_tokenizer_configuration_or_weights(
-    base: list[str], tiny_model_dir: Path, leave_out: str, message: str
+    base: list[str], tiny_model_dir: Path, leave_out: str, value: str
 ) -> None:
     shutil.copytree(tiny_model_dir, "model", ignore=shutil.ignore_patterns(leave_out))
-    assert error_of(*base, "--model", "model").startswith(f"model model: {message}")
+    message = error_of(*base, "--model", "model")
+    assert message.startswith("model model: ")
+    assert value in message
 
 
 def test_a_model_that_is_not_there(base: list[str]) -> None:
-    assert error_of(*base, "--model", "./none") == "model ./none: no such directory, and no hub id (owner/name)"
+    assert error_of(*base, "--model", "./none").startswith("model ./none: ")
 
 
 # --- a full disk --------------------------------------------------------------------------------
@@ -322,7 +313,7 @@ def test_a_model_that_is_not_there(base: list[str]) -> None:
 
 @contextlib.contextmanager
 def _largest_file(num_bytes: int) -> Iterator[None]:
-    """Within it every write beyond `num_bytes` of a file fails, as on a full disk (EFBIG; Python ignores SIGXFSZ)."""
+    """Make every write beyond `num_bytes` of a file fail, as on a full disk (EFBIG; Python ignores SIGXFSZ)."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
     try:
@@ -342,13 +333,14 @@ def _largest_file(num_bytes: int) -> Iterator[None]:
 def test_a_disk_that_is_full_while_saving_leaves_no_half_written_artefact(
     tiny_model_dir: Path, plugins: list[str], artefact: str
 ) -> None:
-    """Whichever file of the artefact is the first that finds no room; each library says it in its own way."""
+    """Each case fills the disk at another file of the artefact, whose library reports it in its own way."""
     base = ["--plugin", "chatml", "--data", "rows.jsonl", "--use-cpu", "--max-steps", "1", "--output-dir", "out"]
     with _largest_file(100_000):
         result = run(*base, *plugins, "--model", tiny_model_dir)
     assert result.exit_code == 1, result.output
-    assert result.stderr.startswith(f"sftx: error: {Path('out', artefact)}: cannot be written: ")
-    assert result.stderr.endswith(" MB free there); make room, or keep fewer checkpoints with --save-total-limit\n")
+    assert result.stderr.startswith(f"sftx: error: {Path('out', artefact)}: ")
+    assert " MB free" in result.stderr
+    assert "--save-total-limit" in result.stderr
     assert result.stderr.count("\n") == 1
     assert {path.name for path in Path("out").iterdir()} == {
         "run.yaml",
@@ -362,4 +354,4 @@ def test_a_disk_that_is_full_while_saving_leaves_no_half_written_artefact(
 def test_a_directory_that_cannot_be_made(base: list[str]) -> None:
     Path("plain").touch()
     message = error_of(*base, "--output-dir", "plain/out")
-    assert message.startswith("output_dir plain/out: cannot be written: ")
+    assert message.startswith("output_dir plain/out: ")

@@ -1,4 +1,4 @@
-"""The command as a user types it: a process of its own, the real model, real rows."""
+"""`sftx run` in a new process, with the real model and real rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sftx.data import sources
 
 
 def test_the_real_model_trains_from_the_command_line(real_model_dir: Path, tmp_path: Path) -> None:
-    """`real_model_dir` sees to it that the embedded model is converted; the command names none."""
+    """The command names no model; `real_model_dir` has converted the embedded one."""
     shipped = sources.resolve("sftx:demo/train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (tmp_path / "rows.jsonl").write_text("".join(sorted(shipped, key=len)[:8]), encoding="utf-8")
     (tmp_path / "held.jsonl").write_text("".join(sorted(shipped, key=len)[8:10]), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A run file and a command line become one RunConfig, strictly, or one line that says what is wrong and where."""
+"""Loading makes a RunConfig of a run file and a command line, or reports in one line what is wrong and where."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import Field
 
-from sftx.config import loading, options, run_file, validation
+from sftx import paths
+from sftx.cli.options import parse_value
+from sftx.config import loading, optimizer_table, options, run_file, validation
 from sftx.config.options import RunConfig
 from sftx.errors import ConfigError
 
@@ -20,7 +22,7 @@ DATA = ("data.train", ["rows.jsonl"], "--data rows.jsonl")
 
 @pytest.fixture
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Writes `run.yaml` into the working directory, under which name errors then speak of it."""
+    """Return a function that writes `run.yaml` into the working directory."""
     monkeypatch.chdir(tmp_path)
 
     def write(text: str) -> Path:
@@ -71,33 +73,45 @@ def load_error(*args: Any, **kwargs: Any) -> str:
     ],
 )
 def test_yaml_is_read_as_version_1_2_says(write: Any, text: str, value: Any) -> None:
-    """And the same on the command line. Infinity, which JSON cannot record, is text and so no number."""
+    """The command line reads the same values. Infinity, which JSON cannot record, is text."""
     values, _ = run_file.read(write(f"key: {text}\n"))
     assert values == {"key": value}
     assert type(values["key"]) is type(value)
-    assert run_file.parse_value(text) == value
+    assert parse_value(text) == value
 
 
 def test_what_is_not_yaml_on_the_command_line_is_text() -> None:
-    assert run_file.parse_value("[q_proj") == "[q_proj"
-    assert run_file.parse_value(r".*\.(q|v)_proj") == r".*\.(q|v)_proj"
+    assert parse_value("[q_proj") == "[q_proj"
+    assert parse_value(r".*\.(q|v)_proj") == r".*\.(q|v)_proj"
     for text in ("Answer: yes", "Write C # and nothing else", "#1", "- a", " x ", "a\nb", "it's", "32 # rows"):
-        assert run_file.parse_value(text) == text
+        assert parse_value(text) == text
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "place", "value"),
     [
-        ("model: a/b\nmodel: c/d\n", "run.yaml:2: not valid YAML: key 'model' stands twice"),
-        ("plugins:\n  lora: {}\n  lora: {}\n", "run.yaml:3: not valid YAML: key 'lora' stands twice"),
-        ("model: a/b\ntrain: [1,\n", "run.yaml:3: not valid YAML: "),
-        ("model: a/b\n1: 2\n", "run.yaml:2: not valid YAML: a key that is not text"),
-        ("- a\n", "run.yaml: got a list, expected a mapping such as `model: ...`"),
-        ("model: a\x00b\n", "run.yaml: not valid YAML: "),
+        ("model: a/b\nmodel: c/d\n", "run.yaml:2: ", "'model'"),
+        ("plugins:\n  lora: {}\n  lora: {}\n", "run.yaml:3: ", "'lora'"),
+        ("model: a/b\ntrain: [1,\n", "run.yaml:3: ", ""),
+        ("model: a/b\n1: 2\n", "run.yaml:2: ", "key"),
+        ("model: a/b\n? [x]\n: 2\n", "run.yaml:2: ", "key"),
+        ("- a\n", "run.yaml: ", "list"),
+        ("model: a\x00b\n", "run.yaml: ", ""),
+        ("model: a/b\ntrain: {seed: !!int x}\n", "run.yaml:2: ", "tag:yaml.org,2002:int"),
+        ("model: a/b\ntrain: {seed: !mine 1}\n", "run.yaml:2: ", "!mine"),
+        ("model: a/b\nplugins: !!set {lora}\n", "run.yaml:2: ", "tag:yaml.org,2002:set"),
+        ("model: a/b\n---\nmodel: c/d\n", "run.yaml:2: ", ""),
+        ("model: &a [*a]\n", "run.yaml: ", "alias"),
+        (f"model: {'[' * 5000}", "run.yaml: ", "nested"),
+        (f"train: {{seed: {'9' * 5000}}}", "run.yaml: ", ""),
+        ("a: &a [0,0,0,0,0,0,0,0,0,0]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b,*b,*b]\n"
+         "d: &d [*c,*c,*c,*c,*c,*c,*c,*c,*c,*c]\ne: [*d,*d,*d,*d,*d,*d,*d,*d,*d,*d]\n", "run.yaml:", "alias"),
     ],
-)
-def test_a_file_that_is_no_run_file_is_named_with_its_line(write: Any, text: str, message: str) -> None:
-    assert load_error(write(text)).startswith(message)
+)  # fmt: skip
+def test_a_file_that_is_no_run_file_is_named_with_its_line(write: Any, text: str, place: str, value: str) -> None:
+    message = load_error(write(text))
+    assert message.startswith(place)
+    assert value in message
 
 
 def test_a_run_file_that_is_missing_or_not_utf8_is_named(write: Any) -> None:
@@ -161,12 +175,29 @@ def test_what_json_cannot_record_is_refused(write: Any, text: str) -> None:
 
 
 def test_an_error_names_what_was_typed(write: Any) -> None:
-    """An option that both the file and the command line set is the command line's."""
+    """If both the file and the command line set an option, the error names the command line."""
     path = write("train:\n  seed: 1\n")
     error = load_error(path, assignments=[("train.seed", "x", "--seed x")])
     assert error == "--seed x: option 'train.seed': got \"x\", expected a valid integer"
     error = load_error(path, assignments=[("train.sead", 1, "--set train.sead=1")])
     assert error == "--set train.sead=1: option 'train.sead' does not exist; did you mean 'seed'?"
+
+
+def test_an_option_of_an_item_of_a_list_is_named_with_its_index(write: Any) -> None:
+    message = load_error(write("data:\n  train: [{path: a}, {path: b, weight: x}]\n"))
+    assert message.startswith("run.yaml:2: option 'data.train.1.weight': got \"x\", ")
+    message = load_error(write("data:\n  train: [{path: a}, {path: b, weigth: 1}]\n"))
+    assert message.startswith("run.yaml:2: option 'data.train.1.weigth' does not exist")
+    assert "'weight'" in message
+
+
+def test_an_optimizer_is_known_by_the_name_that_transformers_has_for_it(write: Any) -> None:
+    for name, spec in optimizer_table.OPTIMIZERS.items():
+        for alias in (name, *spec.aliases):
+            assert loading.load(write(f"train: {{optim: {alias}}}\n")).config.train.optim == name
+    message = load_error(write("train: {optim: adamm}\n"))
+    assert message.startswith("run.yaml:1: option 'train.optim': got \"adamm\", ")
+    assert [name for name in optimizer_table.OPTIMIZERS if f"'{name}'" not in message] == []
 
 
 def test_an_int_is_a_float_and_one_path_is_a_list_of_one(write: Any) -> None:
@@ -199,7 +230,7 @@ class Options:
     ],
 )
 def test_options_of_any_dataclass_are_validated_alike(values: dict[str, Any], message: str) -> None:
-    """`who` is named, and the place where the options stand; a wrong item of a list, not the list."""
+    """The error names `who` and the place of the options; for a list it names the wrong item."""
     origins = run_file.Origins()
     origins.set("plugins.p", "run.yaml:3")
     with pytest.raises(ConfigError) as caught:
@@ -275,7 +306,7 @@ def test_with_neither_file_nor_data_it_is_the_embedded_run(
 ) -> None:
     embedded = tmp_path / "embedded.yaml"
     embedded.write_text("data: {train: 'sftx:demo/train.jsonl'}\ntrain: {seed: 7}\n", encoding="utf-8")
-    monkeypatch.setattr(run_file, "EMBEDDED", embedded)
+    monkeypatch.setattr(paths, "DEMO_RUN_FILE", embedded)
     assert loading.load(None, add=["lora"]).config.train.seed == 7
     with_data = loading.load(None, assignments=[DATA]).config
     assert (with_data.data.train, with_data.train) == ((options.Source("rows.jsonl"),), options.TrainConfig())
@@ -326,7 +357,7 @@ _JSON = st.recursive(
 @settings(deadline=None, max_examples=100, database=None)
 @given(values=st.dictionaries(_TEXT, _JSON, max_size=3))
 def test_whatever_is_written_reads_back(values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Text that looks like a number in YAML 1.1 or 1.2 stays text, and a number stays the number it is."""
+    """Text that looks like a number in YAML 1.1 or 1.2 stays text, and numbers keep their value."""
     path = tmp_path_factory.getbasetemp() / "written.yaml"
     run_file.write(values, path)
     assert repr(run_file.read(path)[0]) == repr(values)

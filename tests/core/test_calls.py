@@ -115,6 +115,23 @@ def calls_of_a_row() -> list[str]:
     return list(calls)
 
 
+PAGE = ROOT / "ARCHITECTURE.md"
+_BEGIN, _END = "<!-- calls -->\n", "<!-- end of calls -->"
+
+
+def listed(calls: list[str]) -> str:
+    """The calls as the page lists them."""
+    lines = [f"{number}. `{call.partition(':')[2]}` {call.partition(':')[0]}" for number, call in enumerate(calls, 1)]
+    return "\n" + "\n".join(lines) + "\n\n"
+
+
+def test_a_row_reaches_its_loss_in_few_calls_which_the_architecture_lists() -> None:
+    calls = calls_of_a_row()
+    assert len(calls) <= MOST_CALLS, calls
+    page = PAGE.read_text(encoding="utf-8")
+    assert page.partition(_BEGIN)[2].partition(_END)[0] == listed(calls), "run `python tests/core/test_calls.py`"
+
+
 if __name__ == "__main__":
-    for number, call in enumerate(calls_of_a_row(), 1):
-        print(f"{number:2} {call}")
+    before, begin, rest = PAGE.read_text(encoding="utf-8").partition(_BEGIN)
+    PAGE.write_text(before + begin + listed(calls_of_a_row()) + _END + rest.partition(_END)[2], encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What is quick stays quick: no command imports more than it needs. And arrows between the packages point one way."""
+"""Commands import no more than they need, and packages import one another in one direction only."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _IMPORT_TIME = re.compile(r"import time: +\d+ \| +\d+ \| +([\w.]+)")
 
 
 def start(command: list[str], cwd: Path) -> tuple[subprocess.CompletedProcess[str], set[str]]:
-    """Runs a command in a process of its own; what it said, and the top-level packages it imported."""
+    """Run a command in a new process; return its result and the top-level packages it imported."""
     done = subprocess.run(
         command,
         cwd=cwd,
@@ -88,7 +88,7 @@ def test_a_wrong_option_of_a_plugin_is_said_before_torch_is_imported(tmp_path: P
 
 
 def test_activating_every_built_in_plugin_of_a_run_imports_no_torch(tmp_path: Path) -> None:
-    """So that whatever assembly finds (two templates, a hook that nobody fills) is said at once."""
+    """Errors of assembly (two templates, a hook without a plugin) are reported before torch is imported."""
     code = (
         "from sftx.assembly import registry\n"
         "from sftx.config import loading\n"
@@ -105,7 +105,7 @@ def test_activating_every_built_in_plugin_of_a_run_imports_no_torch(tmp_path: Pa
 
 
 def imports(directory: Path) -> Iterator[tuple[str, str, list[str]]]:
-    """(file and line, module, names) of each import statement under `directory`, wherever it stands."""
+    """Yield (file and line, module, names) of each import statement under `directory`, at any level."""
     files = sorted(directory.rglob("*.py"))
     assert files
     for file in files:
@@ -140,7 +140,7 @@ def test_kernels_know_neither_the_core_nor_the_plugins() -> None:
 
 
 def test_plugins_import_the_public_names_of_the_core_alone() -> None:
-    """As a third party's must: `from sftx import ...`, of what `sftx.__all__` lists."""
+    """Built-in plugins import as third-party plugins must: names of `sftx.__all__`, from `sftx`."""
     found = [(p, m, names) for p, m, names in imports(ROOT / "plugins" / "sftx_plugins") if package(m) == "sftx"]
     assert found
     assert [place for place, module, _ in found if module != "sftx"] == []

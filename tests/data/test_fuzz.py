@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from sftx.assembly.discovery import discover, find, load_class
-from sftx.assembly.hookspecs import DEFAULTS
+from sftx.config.default_plugins import DEFAULT_PLUGINS
 from sftx.config.options import DataConfig, Source
 from sftx.data.encoder import Encoder
 from sftx.data.row_encoder import RowEncoder
@@ -32,7 +32,7 @@ CUT_TO = 24
 LONG_EVERY = 417  # a string of a megabyte, which takes a second to encode
 ASSETS = Path(__file__).parents[2] / ".assets"
 END = "<|im_end|>"
-PARSERS: dict[str, Parser] = {name: load_class(find(name, discover()))() for name in DEFAULTS["sftx_parser"]}
+PARSERS: dict[str, Parser] = {name: load_class(find(name, discover()))() for name in DEFAULT_PLUGINS["sftx_parser"]}
 SAMPLES = [sample for parser in PARSERS.values() for sample in parser.samples]
 
 # --- texts of the row ------------------------------------------------------------

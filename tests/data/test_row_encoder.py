@@ -14,12 +14,12 @@ WHERE = Location("x.jsonl", 7)
 
 @pytest.fixture(scope="module")
 def parsers() -> dict[str, Parser]:
-    from sftx.assembly import discovery, hookspecs, registry
-    from sftx.config import loading
+    from sftx.assembly import discovery, registry
+    from sftx.config import default_plugins, loading
 
     loaded = loading.load(None, assignments=[("data.train", ["x.jsonl"], "--data x.jsonl")], remove=["masked-ce"])
     assembly = registry.Assembly(loaded.origins)
-    for name in hookspecs.DEFAULTS["sftx_parser"]:
+    for name in default_plugins.DEFAULT_PLUGINS["sftx_parser"]:
         assembly.add(discovery.find(name, discovery.discover()), {})
     return assembly.parsers()
 
@@ -115,7 +115,7 @@ def test_a_record_is_recognised_by_its_fields_and_becomes_turns(
         ({"instruction": "x", "output": "y", "input": 5}, "input is a number, expected text"),
         ({"instruction": "x", "output": "y", "system": ["s"]}, "system is a list, expected text"),
         ({"instruction": "x", "output": "y", "history": "z"}, "history is text, expected a list"),
-        ({"instruction": "x", "output": "y", "history": [["a"]]}, "history[0] is no pair [question, answer]"),
+        ({"instruction": "x", "output": "y", "history": [["a"]]}, "history[0] is not a pair [question, answer]"),
         ({"instruction": "x", "output": "y", "history": [["a", None]]}, "history[0][1] is missing or null"),
         ({"conversations": {"from": "human"}}, "conversations is an object, expected a list"),
         ({"conversations": ["x"]}, "conversations[0] is text, expected an object with from and value"),

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
-import yaml
 
-from sftx.assembly.hookspecs import DEFAULTS
 from sftx.config import options, run_file, validation
+from sftx.config.default_plugins import DEFAULT_PLUGINS
 from sftx.data import readers
 
 PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
@@ -19,7 +18,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-
 
 @pytest.mark.parametrize("text", re.findall(r"^```yaml\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL))
 def test_a_run_file_of_the_page_loads(text: str) -> None:
-    values: dict[str, Any] = yaml.load(text, Loader=run_file._Loader)
+    values: dict[str, Any] = run_file.parse(text)[0]
     assert validation.validate(options.RunConfig, values, origins=run_file.Origins()).data.train
 
 
@@ -39,7 +38,7 @@ def test_the_page_has_every_policy_and_strategy() -> None:
 
 
 def test_the_page_has_every_format_and_kind_of_file() -> None:
-    for name in DEFAULTS["sftx_parser"]:
+    for name in DEFAULT_PLUGINS["sftx_parser"]:
         assert f"| `{name}` |" in PAGE
     for suffix in re.findall(r"\.[a-z]+\w*", readers.known()):
         assert f"`{suffix}`" in PAGE, suffix

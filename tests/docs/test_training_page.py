@@ -1,4 +1,4 @@
-"""What docs/training.md names is there, and what is there it names."""
+"""Options, choices and files that docs/training.md names exist, and it names all of them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 
+from sftx.config.optimizer_table import OPTIMIZERS
 from sftx.config.options import GenerationConfig, TrainConfig
 from sftx.distributed.signals import Stop
 
@@ -18,7 +19,7 @@ OPTIONS = {field.name for config in (TrainConfig, GenerationConfig) for field in
 
 
 def tables() -> list[list[list[str]]]:
-    """Of each table, the rows of cells, without the line below the heading."""
+    """Return the rows of cells of each table, without the line below the heading."""
     found = re.findall(r"(?:^\|.*\n)+", PAGE, re.MULTILINE)
     return [
         [
@@ -31,7 +32,7 @@ def tables() -> list[list[list[str]]]:
 
 
 def column(heading: str) -> list[str]:
-    """What stands between backticks in the first column of the tables with that heading."""
+    """Return the names in backticks in the first column of the tables with that heading."""
     cells = [row[0] for table in tables() if table[0][0] == heading for row in table[1:]]
     assert cells, heading
     return re.findall(r"`([^`]+)`", " ".join(cells))
@@ -44,6 +45,14 @@ def test_every_option_of_a_table_exists() -> None:
 @pytest.mark.parametrize(("heading", "option"), [("`optim`", "optim"), ("`lr_scheduler_type`", "lr_scheduler_type")])
 def test_every_choice_has_its_line(heading: str, option: str) -> None:
     assert sorted(column(heading)) == sorted(get_args(get_type_hints(TrainConfig)[option]))
+
+
+def test_the_memory_of_optimizers_is_that_of_their_table() -> None:
+    rows = next(table[1:] for table in tables() if table[0][0] == "`optim`")
+    for names, _, num_bytes in rows:
+        for spec in (OPTIMIZERS[name] for name in re.findall(r"`(\w+)`", names)):
+            weight_and_gradient = 2 * (2 if spec.bf16_weights else 4)
+            assert int(num_bytes) == round(weight_and_gradient + spec.state_bytes), spec.name
 
 
 def test_every_metric_has_its_line() -> None:

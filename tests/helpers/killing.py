@@ -34,7 +34,7 @@ _IMPORTED = (
     "sftx_plugins.collators.padded",
     "sftx_plugins.observers.progress",
 )
-PATIENCE_S = 120.0
+PATIENCE_S = 300.0
 """A run that takes longer than this many seconds is taken to hang."""
 
 

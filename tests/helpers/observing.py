@@ -58,7 +58,7 @@ def stop_in(step: int, error: BaseException, look: Callable[[], object] = lambda
     """Raise `error` at the start of that step until the patch is undone, after calling `look`."""
     from sftx.trainer.trainer import Trainer
 
-    begin = Trainer.step
+    begin = Trainer.train_step
 
     def stopping(trainer: Trainer, number: int, *rest: Any) -> Any:
         if number == step:
@@ -67,7 +67,7 @@ def stop_in(step: int, error: BaseException, look: Callable[[], object] = lambda
         return begin(trainer, number, *rest)
 
     patch = pytest.MonkeyPatch()
-    patch.setattr(Trainer, "step", stopping)
+    patch.setattr(Trainer, "train_step", stopping)
     return patch
 
 

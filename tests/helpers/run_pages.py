@@ -54,7 +54,7 @@ def lines(values: Sequence[Any]) -> str:
 
 
 def write_run(path: Path, *, metrics: str | None = None, config: Any = None, **files: Any) -> Path:
-    """A run directory by hand; `files`: JSON values by the names of files without their ends."""
+    """Write a run directory; `files` are JSON values by the names of files without their suffix."""
     path.mkdir(parents=True)
     run_file.write({"model": "m", "plugins": {"lora": {"r": 8}}} if config is None else config, path / "run.yaml")
     evaluations = [{"event": "evaluate", "step": n, "loss": 1.0 - n / 8, "seconds": 1.0} for n in (0, 4)]
@@ -66,7 +66,7 @@ def write_run(path: Path, *, metrics: str | None = None, config: Any = None, **f
 
 
 def as_json(runs: Sequence[Path]) -> Any:
-    """What the page of these runs holds."""
+    """Return the data of the page of these runs."""
     return json.loads(json.dumps(page_data([read_run(run) for run in runs]), allow_nan=False))
 
 

@@ -1,4 +1,4 @@
-"""Every check finds what it is for, and is silent where there is nothing to find."""
+"""Every check of `sftx doctor` finds its problem, and finds nothing in good rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page is whole, fetches nothing, and shows what a row says without ever reading it as HTML."""
+"""The page of `sftx inspect` is complete, fetches nothing, and never parses the text of a row as HTML."""
 
 from __future__ import annotations
 

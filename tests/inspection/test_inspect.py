@@ -179,9 +179,8 @@ def test_a_template_that_is_never_the_same_is_refused(
         "counter = itertools.count()\n"
         "@dataclass(frozen=True, eq=False)\n"
         "class Restless(ChatML):\n"
-        "    def _turns(self, conversation):\n"
-        "        yield Segment(f'{next(counter)} ')\n"
-        "        yield from super()._turns(conversation)\n"
+        "    def render(self, conversation):\n"
+        "        return (Segment(f'{next(counter)} '), *super().render(conversation))\n"
     )
     install_plugin("restless", code, {"restless": "Restless"})
     with pytest.raises(PluginError, match="differently each time"):

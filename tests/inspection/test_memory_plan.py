@@ -1,4 +1,4 @@
-"""The planner: what it counts against real models and real steps, what fits, and what it refuses."""
+"""`sftx plan` counts what real models and real steps need, finds the largest batch that fits, and rejects bad sizes."""
 
 from __future__ import annotations
 
@@ -196,6 +196,7 @@ def test_processes_that_share_a_step_have_fewer_rows_at_once(tiny: str) -> None:
     assert totals == sorted(totals, reverse=True)
 
 
+@pytest.mark.slow
 def test_what_is_advised_is_planned_to_fit(tmp_path: Path) -> None:
     """A full fine-tune on a small card: nothing alone is enough, several processes with checkpointing are."""
     model = configs.write(configs.SMOLLM2 | {"num_hidden_layers": 6}, tmp_path)

@@ -1,4 +1,4 @@
-"""`sftx report`: several runs over one another, and what the command refuses."""
+"""`sftx report` compares several runs, and rejects directories without a run and files of another origin."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run records for its report: the text of tokens, their masks, and their losses as the model itself has them."""
+"""A run records evidence for its report: texts of tokens, loss masks, and the losses that the model itself computes."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import pytest
 
 from sftx import Conversation, DataError, Location, Message, Parser, PlainText, Tokens, ToolCall
 from sftx.assembly.discovery import discover, find, load_class
-from sftx.assembly.hookspecs import DEFAULTS
+from sftx.config.default_plugins import DEFAULT_PLUGINS
 from sftx_plugins.parsers._turns import split_reasoning
 from sftx_plugins.parsers.alpaca import Alpaca
 from sftx_plugins.parsers.hh_rlhf import HHRLHF
@@ -23,7 +23,7 @@ from sftx_plugins.parsers.tokens import TokenIds
 
 ASSETS = Path(__file__).parents[2] / ".assets"
 WHERE = Location("rows.jsonl", 7)
-PARSERS: dict[str, Parser] = {name: load_class(find(name, discover()))() for name in DEFAULTS["sftx_parser"]}
+PARSERS: dict[str, Parser] = {name: load_class(find(name, discover()))() for name in DEFAULT_PLUGINS["sftx_parser"]}
 USER = {"role": "user", "content": "x"}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
 

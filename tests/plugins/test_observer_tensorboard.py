@@ -118,7 +118,7 @@ def test_a_missing_library_is_named_with_what_installs_it(tmp_path: Path, monkey
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     assembly = activate(load(None, add=["chatml", "tensorboard"], assignments=[]))
-    said = r"^plugin 'tensorboard' .*: tensorboard.*pip install 'sftx\[tensorboard\]'"
+    said = r"^plugin 'tensorboard' .*: .*tensorboard.*pip install 'sftx\[tensorboard\]'"
     with pytest.raises(ConfigError, match=said):
         assembly.observers(RunInfo(tmp_path / "run", {}))
 

@@ -79,7 +79,7 @@ def test_the_prompt_and_the_trained_text(name: str, tokenizer: str, prompt: str,
 
 
 def test_every_native_template_is_in_these_tests() -> None:
-    from sftx.assembly.hookspecs import TEMPLATES
+    from sftx.config.default_plugins import TEMPLATES
 
     assert {name for name, *_ in RENDERED} == set(REAL)
     # The others would fit any tokenizer, or any that ChatML fits, so that naming them would say nothing.

@@ -366,7 +366,7 @@ BAD = [
     (MergesInPlace, "merges", "28 parameters that the base has not and lacks 0"),
     (MergesToTrain, "merges", "1 parameters still require grad"),
     (DrawsAnywhere, "recomputes-the-same", "two forwards with the same lm.seed"),
-    (CountsLayers, "recomputes-the-same", "with gradient checkpointing the gradients differ"),
+    (CountsLayers, "recomputes-the-same", "with gradient checkpointing, .* the gradients differ"),
     (ReadsWeights, "plans-on-meta", "with a configuration and no weights the hook raised OSError"),
     (PreparesTheSkeleton, "plans-on-meta", r"changed 1 .* \(first: model.embed_tokens.weight\)"),
     (FillsTheSkeleton, "plans-on-meta", r"modules or tensors of spec.skeleton"),

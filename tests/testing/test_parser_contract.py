@@ -10,7 +10,7 @@ import pytest
 
 from contracts import assert_every_clause_is_broken, assert_fails, assert_fails_only, assert_passes, whole_suite_cases
 from sftx import Conversation, DataError, Location, Message, Parsed, PlainText, Record, Tokens, hookimpl
-from sftx.assembly.hookspecs import DEFAULTS
+from sftx.config.default_plugins import DEFAULT_PLUGINS
 from sftx.testing import ContractError
 from sftx.testing.kit import built_in
 from sftx.testing.parser import SUITE, check_parser
@@ -86,7 +86,7 @@ class Ids(Pairs):
         return (Tokens(tuple(ids), (True,) * len(ids)),)
 
 
-GOOD = [*map(built_in, DEFAULTS["sftx_parser"]), Pairs(), Choices(), Texts(), Ids()]
+GOOD = [*map(built_in, DEFAULT_PLUGINS["sftx_parser"]), Pairs(), Choices(), Texts(), Ids()]
 
 
 @pytest.mark.parametrize("plugin", GOOD, ids=lambda plugin: type(plugin).__name__)

@@ -55,7 +55,7 @@ BATCH, LONG, PACKED = pad(rows(4)), pad(rows(1)), pack(rows(6))
         (
             {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
             BATCH,
-            "set --train-batch-size 8 --per-device-train-batch-size 2 (now 4), half the memory for rows: the same run",
+            "set --train-batch-size 8 --per-device-train-batch-size 2 (now 4), half the memory for rows",
         ),
         (
             {"per_device_train_batch_size": 9},
@@ -71,7 +71,7 @@ BATCH, LONG, PACKED = pad(rows(4)), pad(rows(1)), pack(rows(6))
 )
 def test_what_to_lower_is_said_with_numbers(options: dict[str, Any], batch: Any, expected: str) -> None:
     config = TrainConfig(**{"per_device_train_batch_size": 1} | options)
-    told = memory_advice.of_step(config, [batch, pad(rows(1, longest=5))])
+    told = memory_advice.step_advice(config, [batch, pad(rows(1, longest=5))])
     num_rows, length = batch.input_ids_BT.shape
     assert told.startswith(f"a micro-batch of {num_rows} row{'s' if num_rows > 1 else ''} of {length} tokens; ")
     assert expected in told

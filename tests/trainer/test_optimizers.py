@@ -25,7 +25,7 @@ from sftx.config.options import TrainConfig
 from sftx.errors import ConfigError, ModelError, PluginError
 from sftx.model.language_model import CausalLM
 from sftx.trainer.optimizer import RunOptimizer
-from sftx.trainer.optimizers import SplitAdamW, _joined, _split
+from sftx.trainer.optimizers import SplitAdamW, _join, _split
 from sftx.trainer.schedule import learning_rate
 from sftx.types import Adapter, ModelSpec
 from sftx_plugins.adapters.lora import Lora
@@ -200,7 +200,7 @@ def test_adamw_bf16_is_the_formula_in_double_precision() -> None:
     low = {name: optimizer.optimizers[0].state[p]["low_bits"] for name, p in lm.named_parameters()}
     for name, value in weights(lm).items():
         # A moment near the middle of two bfloat16 numbers may be rounded the other way: 2^-9 of one update.
-        torch.testing.assert_close(_joined(value, low[name]).double(), exact[name], rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(_join(value, low[name]).double(), exact[name], rtol=2e-6, atol=2e-6)
         torch.testing.assert_close(value.double(), exact[name], rtol=2**-8, atol=2e-6)
 
 
@@ -213,7 +213,7 @@ def test_two_halves_of_a_number_lose_none_of_it() -> None:
     numbers = numbers[numbers.isfinite() & (numbers.abs() < 3e38)]
     high, low = torch.zeros_like(numbers, dtype=torch.bfloat16), torch.zeros_like(numbers, dtype=torch.int16)
     _split(numbers, high, low)
-    assert torch.equal(_joined(high, low).view(torch.int32), numbers.view(torch.int32))
+    assert torch.equal(_join(high, low).view(torch.int32), numbers.view(torch.int32))
     assert torch.equal((high.float() - numbers).abs(), (numbers.bfloat16().float() - numbers).abs())
 
 

@@ -122,7 +122,7 @@ def _ends_with(path: str, endings: Iterable[str]) -> bool:
 
 
 def _path_of(model: nn.Module, module: nn.Module) -> str:
-    return next(path for path, other in model.named_modules() if other is module)
+    return next(str(path) for path, other in model.named_modules() if other is module)
 
 
 def _last_names(paths: Iterable[str]) -> str:

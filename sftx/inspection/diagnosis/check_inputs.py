@@ -33,7 +33,7 @@ class Finding:
     check: str
     """The name of the check."""
     seen: str
-    """What is wrong and where."""
+    """The problem and its place."""
     fix: str
 
 

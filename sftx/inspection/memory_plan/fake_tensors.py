@@ -125,7 +125,7 @@ def track_phases(tracker: MemoryTracker, layers: list[nn.Module]) -> None:
 
 @contextlib.contextmanager
 def gpu_products(on_gpu: bool) -> Iterator[None]:
-    """Within this context LoRA multiplies bf16 and fp16 matrices as on a GPU.
+    """Let LoRA multiply bf16 and fp16 matrices as on a GPU while the context is active.
 
     Its code runs on the CPU here and would copy the matrices to fp32 if this CPU has no instructions for them.
     """

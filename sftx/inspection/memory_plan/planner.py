@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from sftx.assembly.registry import activate
-from sftx.config.loading import Loaded
+from sftx.config.loading import LoadedConfig
+from sftx.config.optimizer_table import leaner_than
 from sftx.config.options import RunConfig, TrainConfig
 from sftx.data.sampler import num_micro_batches
 from sftx.inspection.memory_plan import MAX_ROWS
@@ -86,7 +87,7 @@ class RunPlan:
 class Planner:
     """Estimates the memory of one run on one kind of device, also with other options than the run's."""
 
-    loaded: Loaded
+    loaded: LoadedConfig
     device: TargetDevice
     num_processes: int = 1
     _snapshots: dict[tuple[Any, ...], Snapshots] = field(default_factory=dict)
@@ -191,7 +192,7 @@ class Planner:
 
 
 def plan_run(
-    loaded: Loaded,
+    loaded: LoadedConfig,
     device: TargetDevice,
     *,
     num_processes: int = 1,
@@ -275,8 +276,8 @@ def _advice(planner: Planner, need: MemoryEstimate, limit: int) -> tuple[str, ..
     candidates = [(_as_flags(change), planner.estimate(**change)) for change in changes]
     half = max(2, need.max_length // 2)
     candidates.append((f"--max-length {half}", planner.estimate(max_length=half)))
-    if trains_all and train.optim == "adamw":
-        candidates.append(("--optim adafactor", planner.estimate(optim="adafactor")))
+    if trains_all and (leaner := leaner_than(train.optim)):
+        candidates.append((f"--optim {leaner}", planner.estimate(optim=leaner)))
     world_sizes = [world_size for world_size in _WORLD_SIZES if rows_per_step % world_size == 0]
     if planner.num_processes == 1 and world_sizes and parallel.can_share(train, has_adapters=not trains_all):
         fixed = {"train_batch_size": rows_per_step}  # without it, every process would add rows to a step

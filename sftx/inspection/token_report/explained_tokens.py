@@ -35,7 +35,7 @@ class ExplainedToken:
     """The role of the turn it belongs to; empty when the template does not say."""
     control: bool
     trained: bool
-    """Whether it is a label token."""
+    """True for a label token."""
     weight: float
     why: str
     """The reason why it is trained or not."""
