@@ -105,7 +105,7 @@ def atomic_directory(path: Path, *, checksums: bool = False) -> Iterator[Path]:
     except Exception as error:  # a full disk is an OSError, a SafetensorError, or tokenizers' bare Exception
         raise OutputError(f"{path}: cannot be written: {one_line(error)}{_advice(error, path)}") from error
     finally:
-        if not path.exists() and old.exists():
+        if not os.path.exists(path) and os.path.exists(old):  # unlike Path.exists, False for a name that is too long
             old.rename(path)
         for leftover in (part, old):
             shutil.rmtree(leftover, ignore_errors=True)

@@ -150,6 +150,16 @@ class Example:
         if self.weights is not None:
             object.__setattr__(self, "weights", np.asarray(self.weights, np.float32))
 
+    def __eq__(self, other: object) -> bool:
+        """Compare every field, arrays by their elements."""
+        if not isinstance(other, Example):
+            return NotImplemented
+        plain = [
+            [value.tolist() if hasattr(value, "tolist") else value for value in vars(example).values()]
+            for example in (self, other)
+        ]
+        return plain[0] == plain[1]
+
     @property
     def num_label_tokens(self) -> int:
         """Number of trained tokens. The first token is never one: no token before it could predict it."""

@@ -34,6 +34,12 @@ def rows_of(tokens: list[list[tuple[int, bool, float]]]) -> list[EncodedRow]:
     return rows
 
 
+def content(example: Example) -> tuple[list[int], list[bool], list[float]]:
+    """Return ids, mask and weights of every token."""
+    weights = [1.0] * len(example.token_ids) if example.weights is None else example.weights.tolist()
+    return example.token_ids.tolist(), example.loss_mask.tolist(), weights
+
+
 def written(rows: list[EncodedRow], directory: Path | None) -> Examples:
     writer = Writer(directory)
     for row in rows:
@@ -63,9 +69,7 @@ def test_wrapped_keeps_every_token_that_is_trained_and_fills_rows(tokens: Any, l
     flat = [
         (example.row_id, token, trained, weight)
         for example in whole
-        for token, trained, weight in zip(
-            example.token_ids, example.loss_mask, example.weights or [1.0] * len(example.token_ids), strict=True
-        )
+        for token, trained, weight in zip(*content(example), strict=True)
     ]
     expected = []  # the pieces, cut from a list, but for those that would train nothing
     at = 0
@@ -75,10 +79,12 @@ def test_wrapped_keeps_every_token_that_is_trained_and_fills_rows(tokens: Any, l
             if any(trained for _, _, trained, _ in flat[start + 1 : stop]):
                 expected.append(flat[start:stop])
         at = end
-    assert [piece.token_ids for piece in pieces] == [[token for _, token, _, _ in part] for part in expected]
-    assert [piece.loss_mask for piece in pieces] == [[trained for _, _, trained, _ in part] for part in expected]
+    assert [piece.token_ids.tolist() for piece in pieces] == [[token for _, token, _, _ in part] for part in expected]
+    assert [piece.loss_mask.tolist() for piece in pieces] == [
+        [trained for _, _, trained, _ in part] for part in expected
+    ]
     weights = [[weight for _, _, _, weight in part] for part in expected]
-    assert [piece.weights or [1.0] * len(piece.token_ids) for piece in pieces] == weights
+    assert [content(piece)[2] for piece in pieces] == weights
     assert [piece.row_id.partition("#")[0] for piece in pieces] == [part[0][0] for part in expected]
     assert pieces.num_label_tokens.tolist() == [example.num_label_tokens for example in pieces]
     assert min(pieces.num_label_tokens.tolist(), default=1) > 0

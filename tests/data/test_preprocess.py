@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 
 from encoding import prepared
+from sftx.assembly.stages import ParserStage
 from sftx.config.options import DataConfig, Filters, Source
 from sftx.data import preprocess as prepare_module
-from sftx.data.dataset import Dataset, prepare
+from sftx.data.dataset import Dataset
+from sftx.data.preprocess import load_dataset
 from sftx.data.row_encoder import RowEncoder
 from sftx.errors import DataError, PluginError
 from sftx.testing.kit import Kit
@@ -26,6 +28,7 @@ from sftx_plugins.parsers.prompt_completion import PromptCompletion
 from sftx_plugins.templates.chatml import ChatML
 
 PARSERS: Any = {"messages": Messages(), "prompt-completion": PromptCompletion()}
+STAGES = {name: ParserStage(name, parser) for name, parser in PARSERS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +158,7 @@ def test_each_source_has_its_own_filters_format_columns_and_limit(kit: Kit, tmp_
             str(second), columns={"prompt": "question", "completion": "answer"}, format="prompt-completion", limit=2
         ),
     ]
-    data = prepare(wanted, RowEncoder(PARSERS, kit.encoder, DataConfig()))
+    data = load_dataset(wanted, RowEncoder(STAGES, kit.encoder, DataConfig()))
     assert trained(kit, data) == ["b<|im_end|>\nd<|im_end|>\n", "r0<|im_end|>\n", "r1<|im_end|>\n"]
     assert data.examples.sources.tolist() == [0, 1, 1]
     assert data.formats == {"messages": 2, "prompt-completion": 2}
@@ -214,7 +217,7 @@ def test_data_that_change_while_they_are_read_are_not_kept(kit: Kit, tmp_path: P
     path = many(tmp_path / "a.jsonl", 10)
     encode = RowEncoder({"pc": ChangesItsData()}, kit.encoder, DataConfig(cache=True))
     with pytest.raises(DataError, match=r"a\.jsonl: the data changed while they were read; start again"):
-        prepare([Source(str(path))], encode, identity={})
+        load_dataset([Source(str(path))], encode, identity={})
     assert list(cache.iterdir()) == []
 
 
@@ -250,8 +253,8 @@ def test_a_row_that_lacks_a_column_is_a_row_that_cannot_be_read(kit: Kit, tmp_pa
     path = write(tmp_path / "a.jsonl", [{"q": "x", "a": "y"}, {"q": "x"}])
     source = Source(str(path), columns={"prompt": "q", "completion": "a"})
     with pytest.raises(DataError, match=r"a\.jsonl:2: columns: no column 'a'; there are q"):
-        prepare([source], RowEncoder(PARSERS, kit.encoder, DataConfig()))
-    data = prepare([source], RowEncoder(PARSERS, kit.encoder, DataConfig(invalid_rows="drop")))
+        load_dataset([source], RowEncoder(STAGES, kit.encoder, DataConfig()))
+    data = load_dataset([source], RowEncoder(STAGES, kit.encoder, DataConfig(invalid_rows="drop")))
     assert [e.reason for e in data.ledger.entries] == ["columns: no column 'a'; there are q"]
 
 
@@ -268,8 +271,8 @@ def test_a_plugin_that_cannot_be_sent_says_so(kit: Kit, tmp_path: Path) -> None:
 
 def cached(kit: Kit, path: Path, *, identity: Any = None, source: Any = None, **options: Any) -> Dataset:
     config = DataConfig(**{"max_length": 64, "max_dropped": 0.2, "cache": True, **options})
-    encode = RowEncoder(PARSERS, kit.encoder, config, questions=True)
-    data = prepare([Source(str(path), **(source or {}))], encode, identity=identity or {})
+    encode = RowEncoder(STAGES, kit.encoder, config, questions=True)
+    data = load_dataset([Source(str(path), **(source or {}))], encode, identity=identity or {})
     data.check(encode)
     return data
 
@@ -328,7 +331,8 @@ _ENCODE = """
 import sys
 from pathlib import Path
 from sftx.config.options import DataConfig, Source
-from sftx.data.preprocess import prepare
+from sftx.data.preprocess import load_dataset
+from sftx.assembly.stages import ParserStage
 from sftx.data.row_encoder import RowEncoder
 from sftx.testing.kit import Kit
 from sftx_plugins.templates.chatml import ChatML
@@ -336,8 +340,8 @@ from sftx_plugins.parsers.prompt_completion import PromptCompletion
 
 if __name__ == "__main__":
     config = DataConfig(cache=True, num_proc=int(sys.argv[2]), max_dropped=0.5)
-    encode = RowEncoder({"pc": PromptCompletion()}, Kit(ChatML()).encoder, config)
-    prepare([Source(sys.argv[1])], encode, identity={})
+    encode = RowEncoder({"pc": ParserStage("pc", PromptCompletion())}, Kit(ChatML()).encoder, config)
+    load_dataset([Source(sys.argv[1])], encode, identity={})
     print("done")
 """
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from sftx.assembly.stages import CollatorStage, ParserStage
 from sftx.config.options import DataConfig, Filters, RunConfig, Source, TrainConfig
 from sftx.data.row_encoder import RowEncoder
-from sftx.data.sampler import StreamPlan
+from sftx.data.sampler import StreamSampler
 from sftx.data.sources import check_data_config
 from sftx.data.stream import Stream
 from sftx.errors import ConfigError, DataError
@@ -36,11 +37,11 @@ def write(path: Path, name: str, num: int) -> str:
 
 def stream(kit: Kit, sources: list[Source], **options: Any) -> Stream:
     config = DataConfig(**options)
-    return Stream(sources, RowEncoder({"pc": PromptCompletion()}, kit.encoder, config), seed=3)
+    return Stream(sources, RowEncoder({"pc": ParserStage("pc", PromptCompletion())}, kit.encoder, config), seed=3)
 
 
-def rows(plan: StreamPlan) -> list[str]:
-    return [examples[at].row_id for _, step, examples in plan for row in step for at in row]
+def rows(plan: StreamSampler) -> list[str]:
+    return [examples[at].row_id for _, step, examples, _ in plan for row in step for at in row]
 
 
 @pytest.mark.parametrize("collator", [Padded(), Packed().sftx_collator(64)])
@@ -49,7 +50,9 @@ def test_every_row_is_seen_once_a_pass_and_the_same_in_every_run(kit: Kit, tmp_p
 
     def seen() -> list[str]:
         config = TrainConfig(max_steps=40, per_device_train_batch_size=3)
-        return rows(StreamPlan(stream(kit, [Source(path)]), collator, config, window=17))
+        return rows(
+            StreamSampler(stream(kit, [Source(path)]), CollatorStage("collator", collator), config, window_size=17)
+        )
 
     first = seen()
     assert first == seen()
@@ -92,7 +95,7 @@ def test_a_window_is_read_when_it_is_needed(kit: Kit, tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", "a", 1000)
     found = stream(kit, [Source(path)])
     config = TrainConfig(max_steps=100, per_device_train_batch_size=4)
-    plan = StreamPlan(found, Padded(), config, window=20)
+    plan = StreamSampler(found, CollatorStage("padded", Padded()), config, window_size=20)
     assert found.ledger.num_rows == 20
     list(islice(plan, 6))
     assert found.ledger.num_rows == 40

@@ -116,12 +116,19 @@ def _derived_table(report: StartReport, output_dir: Path) -> Table:
         ("rows", f"{report.num_rows:,} ({formats}), held out {report.num_eval_rows:,}"),
         ("tokens", f"{report.num_input_tokens:,} {scope}, label tokens {report.num_label_tokens:,} ({labels:.1%})"),
         ("steps", f"{report.num_steps:,}, {report.tokens_per_step:.0f} label tokens per step"),
-        ("processes", f"{report.num_processes}, which share the rows of each step" * (report.num_processes > 1)),
+        ("batch", _batch_sizes(report)),
         ("output", str(output_dir)),
     ):
         if value:
             table.add_row(f"[bold]{name}[/bold]", escape(value))
     return table
+
+
+def _batch_sizes(report: StartReport) -> str:
+    num, size = report.gradient_accumulation_steps, report.per_device_train_batch_size
+    split = f"{num} micro-batch{'es' * (num > 1)} of {'up to ' * (num * size > report.train_batch_size)}{size} rows"
+    where = f" on each of {report.num_processes} processes" if report.num_processes > 1 else ""
+    return f"{report.train_batch_size} rows per step: {split}{where}"
 
 
 def _samples_table(samples: list[Mapping[str, str]]) -> Table:
