@@ -23,7 +23,7 @@ import torch
 from sftx.assembly.registry import activate
 from sftx.config import loading
 from sftx.data.pipeline import build_pipeline
-from sftx.model.generate import generate_greedy
+from sftx.model.generation import generate_greedy
 from sftx.model.language_model import CausalLM
 from sftx.model.load import load_model, load_spec
 

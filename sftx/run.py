@@ -27,7 +27,7 @@ from sftx.data import sources
 from sftx.distributed.process_group import ProcessGroup, check_environment, env_int, is_launched
 from sftx.errors import ConfigError, ModelError, SftxError
 from sftx.events import Result, RunInfo, StartReport
-from sftx.inspection.run_report.run_report import complete_reports
+from sftx.inspection.run_report.write_report import complete_reports
 from sftx.model import names
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from sftx.data.encoder import Encoder
 from sftx.errors import ConfigError, ModelError, PluginError, one_line
 from sftx.model import names
 from sftx.model.added_tokens import add_missing, ids_of
-from sftx.model.generate import generate_greedy, generation_defaults
+from sftx.model.generation import generate_greedy, generation_defaults
 from sftx.model.language_model import CausalLM
 from sftx.model.load import load_model, load_spec, load_tokenizer
 from sftx.types import Adapter, Conversation, ModelSpec, Template

@@ -30,7 +30,7 @@ def command(*, runs: tuple[Path, ...], output: Path | None) -> None:
     be running. The page is complete in one file and fetches nothing; loss.png needs matplotlib.
     """
     from sftx.inspection.run_report.run_record import read_run
-    from sftx.inspection.run_report.run_report import PAGE, PICTURE, notes, write
+    from sftx.inspection.run_report.write_report import PAGE, PICTURE, notes, write
 
     if len({run.resolve() for run in runs}) < len(runs):
         raise click.UsageError("one run is named twice; name each once")

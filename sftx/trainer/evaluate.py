@@ -23,7 +23,7 @@ from sftx.data.dataset import Dataset, Examples
 from sftx.distributed.process_group import ProcessGroup
 from sftx.errors import PluginError, TrainingError, is_out_of_memory
 from sftx.events import EvalReport, Sample
-from sftx.model.generate import generate_greedy
+from sftx.model.generation import generate_greedy
 from sftx.model.language_model import CausalLM
 from sftx.trainer.evidence import choose_row, token_losses
 from sftx.trainer.parallel import ParallelStrategy

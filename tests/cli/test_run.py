@@ -27,13 +27,13 @@ def test_the_real_model_trains_from_the_command_line(real_model_dir: Path, tmp_p
     assert done.returncode == 0, done.stderr
     out = done.stdout
     assert "template  chatml" in out
-    assert "trained 4,884,480 (3.50%)" in out
-    assert "rows        8 (8 messages), held out 2" in out
+    assert "4,884,480 (3.50%)" in out
+    assert "8 (8 messages), held out 2" in out
     assert [f"step {n}/3  loss " in out for n in (1, 2, 3)] == [True] * 3
     assert "held-out, step 0: loss " in out
     assert "\x1b" not in out, "no colours and no bar where there is no terminal"
     assert out.rstrip().endswith("result: runs/rows-1/adapter")
-    assert done.stderr.splitlines() == ["answering 2 held-out rows"] * 2
+    assert ["2 held-out rows" in line for line in done.stderr.splitlines()] == [True, True]
 
     run = tmp_path / "runs" / "rows-1"
     summary = json.loads((run / "summary.json").read_text())

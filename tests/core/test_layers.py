@@ -15,8 +15,8 @@ import sftx
 ROOT = Path(sftx.__file__).parents[1]
 ROOTS = {"sftx": ROOT, "sftx_kernels": ROOT / "kernels", "sftx_plugins": ROOT / "plugins"}
 LAYERS = (
-    ("errors", "types", "events", "paths"),
-    ("atomic_files", "demo"),
+    ("errors", "events", "paths"),
+    ("types", "atomic_files", "demo"),
     ("config",),
     ("distributed",),
     ("assembly",),

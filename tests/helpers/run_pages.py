@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 
 from sftx.config import run_file
 from sftx.inspection.run_report.run_record import read_run
-from sftx.inspection.run_report.run_report import page_data
+from sftx.inspection.run_report.write_report import page_data
 
 
 class Page(HTMLParser):

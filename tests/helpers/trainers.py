@@ -14,7 +14,7 @@ from sftx import Collator, Example, Step
 from sftx.assembly.stages import CollatorStage, LossStage
 from sftx.config.options import TrainConfig
 from sftx.data.sampler import PlannedStep
-from sftx.model.generate import generate_greedy
+from sftx.model.generation import generate_greedy
 from sftx.model.language_model import CausalLM
 from sftx.model.load import load_model, load_spec
 from sftx.trainer import precision

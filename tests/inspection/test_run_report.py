@@ -15,7 +15,7 @@ import pytest
 
 from run_pages import Page, as_json, lines, sftx, step, write_run
 from sftx.inspection.run_report.run_record import read_run, thin_out
-from sftx.inspection.run_report.run_report import key_figures, page_data, write_reports
+from sftx.inspection.run_report.write_report import key_figures, page_data, write_reports
 
 HOSTILE = "</script><img src=x onerror=alert(1)><!-- {{data}} {{policy}} \u2028 \ud800 \u202e ש"
 BLANK = "an empty run"

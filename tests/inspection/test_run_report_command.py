@@ -12,7 +12,7 @@ from run_pages import Page, lines, sftx, step, write_run
 from sftx.errors import ConfigError
 from sftx.inspection.run_report import compare, plot
 from sftx.inspection.run_report.run_record import read_run
-from sftx.inspection.run_report.run_report import write_reports
+from sftx.inspection.run_report.write_report import write_reports
 
 # --- several runs -------------------------------------------------------------------------------
 
@@ -105,6 +105,6 @@ def test_without_matplotlib_the_page_is_written_all_the_same(
 
 def test_a_report_needs_no_torch(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
-    code = f"import sys; from sftx.inspection.run_report.run_report import write_reports; from pathlib import Path\n\
+    code = f"import sys; from sftx.inspection.run_report.write_report import write_reports; from pathlib import Path\n\
 write_reports(Path({str(run)!r})); sys.exit(any(name in sys.modules for name in ('torch', 'transformers')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from sessions import session_of
+from sftx.assembly.stages import LossStage, MetricStage
 from sftx.config.options import GenerationConfig
 from sftx.data.row_encoder import Question
 from sftx.errors import OutputError, PluginError, TrainingError
@@ -37,6 +38,10 @@ def session(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> S
     return made
 
 
+def stages(metrics: dict[str, Any]) -> dict[str, MetricStage]:
+    return {name: MetricStage(name, metric, name) for name, metric in metrics.items()}
+
+
 def evaluator(session: Session, batch_size: int, **changed: Any) -> Evaluator:
     given: dict[str, Any] = {
         "collator": session.trainer.collator,
@@ -46,7 +51,7 @@ def evaluator(session: Session, batch_size: int, **changed: Any) -> Evaluator:
         "stop_ids": (2,),
         "generation": GenerationConfig(max_new_tokens=3),
     }
-    return Evaluator(session.held_out, batch_size=batch_size, **given | changed)
+    return Evaluator(session.eval_data, batch_size=batch_size, **given | changed)
 
 
 # --- losses -------------------------------------------------------------------------------------
@@ -56,8 +61,8 @@ def evaluator(session: Session, batch_size: int, **changed: Any) -> Evaluator:
 def test_means_are_those_of_the_whole_set_however_it_is_batched(session: Session, batch_size: int) -> None:
     lm = session.lm.eval()
     nll, right, count = 0.0, 0, 0
-    for example in session.held_out.examples:
-        ids = torch.tensor([example.token_ids])
+    for example in session.eval_data.examples:
+        ids = torch.from_numpy(example.token_ids[None]).long()
         with torch.no_grad():
             logits_TV = lm.model(input_ids=ids).logits[0].double()
         for at, trained in enumerate(example.loss_mask[1:]):
@@ -71,7 +76,7 @@ def test_means_are_those_of_the_whole_set_however_it_is_batched(session: Session
     assert report.metrics["loss"] == pytest.approx(nll / count, rel=1e-6)
     assert report.metrics["perplexity"] == pytest.approx(math.exp(nll / count), rel=1e-5)
     assert report.metrics["token_accuracy"] == pytest.approx(right / count, abs=1e-9)
-    assert len({len(example.token_ids) for example in session.held_out.examples}) > 15, "or the means could not differ"
+    assert len({len(example.token_ids) for example in session.eval_data.examples}) > 15, "or the means could not differ"
 
 
 class Growth:
@@ -105,7 +110,7 @@ class Keeps:
 def test_nothing_is_kept_from_batch_to_batch(session: Session) -> None:
     growth, of_keeping = Growth(), Growth()
     evaluator(session, 1, check_stop=growth)(session.lm, 0)
-    keeps = ParallelStrategy(TrainStep(session.lm, Keeps(session.trainer.loss)))
+    keeps = ParallelStrategy(TrainStep(session.lm, LossStage("the loss", Keeps(session.trainer.loss))))
     evaluator(session, 1, check_stop=of_keeping, strategy=keeps)(session.lm, 0)
     assert growth.calls == ROWS
     logits_bytes = 4 * session.lm.head_weight.shape[0]
@@ -129,15 +134,15 @@ def test_rows_are_answered_in_batches_of_their_own_size(session: Session, monkey
         return generate(**given)
 
     monkeypatch.setattr(session.lm.model, "generate", spied)
-    by_default = evaluator(session, 8, metrics={"exact": exact})(session.lm, 0)
+    by_default = evaluator(session, 8, metrics=stages({"exact": exact}))(session.lm, 0)
     assert sizes == [8, 8, 7]
     sizes.clear()
     generation = GenerationConfig(max_new_tokens=3, batch_size=20, max_rows=21)
-    report = evaluator(session, 8, metrics={"exact": exact}, generation=generation)(session.lm, 0)
+    report = evaluator(session, 8, metrics=stages({"exact": exact}), generation=generation)(session.lm, 0)
     assert sizes == [20, 1]
     known = {sample.row_id: sample for sample in by_default.samples}
     assert all(known[sample.row_id] == sample for sample in report.samples)
-    assert [sample.row_id for sample in by_default.samples] == [q.row_id for q in session.held_out.questions]
+    assert [sample.row_id for sample in by_default.samples] == [q.row_id for q in session.eval_data.questions]
 
 
 def test_names_of_scores_stand_beside_the_loss(session: Session) -> None:
@@ -149,12 +154,12 @@ def test_names_of_scores_stand_beside_the_loss(session: Session) -> None:
             return {"rows": len(predictions), "longest": max(map(len, references))}
 
     several = Several()
-    report = evaluator(session, 8, metrics={"a": several, "b": exact})(session.lm, 0)
+    report = evaluator(session, 8, metrics=stages({"a": several, "b": exact}))(session.lm, 0)
     assert list(report.metrics) == ["loss", "token_accuracy", "perplexity", "rows", "longest", "b"]
     assert report.metrics["rows"] == ROWS
-    assert report.metrics["longest"] == max(len(question.reference) for question in session.held_out.questions)
-    with pytest.raises(PluginError, match="something else is reported as 'token_accuracy' already"):
-        evaluator(session, 8, metrics={"token_accuracy": exact})(session.lm, 0)
+    assert report.metrics["longest"] == max(len(question.reference) for question in session.eval_data.questions)
+    with pytest.raises(PluginError, match="reported as 'token_accuracy' already"):
+        evaluator(session, 8, metrics=stages({"token_accuracy": exact}))(session.lm, 0)
 
 
 class StopError(Exception):
@@ -171,7 +176,7 @@ def test_a_stop_is_asked_for_between_batches_and_tokens(session: Session, calls:
 
     session.lm.train()
     with pytest.raises(StopError):
-        evaluator(session, 8, metrics={"exact": exact}, check_stop=check_stop)(session.lm, 0)
+        evaluator(session, 8, metrics=stages({"exact": exact}), check_stop=check_stop)(session.lm, 0)
     assert session.lm.training, "an evaluation that was stopped leaves the model as it found it"
 
 
@@ -206,14 +211,14 @@ def test_memory_that_runs_out_says_what_to_lower(
 
 
 def test_predictions_are_written_in_llama_factory_s_form(session: Session, tmp_path: Path) -> None:
-    report = evaluator(session, 8, metrics={"exact": exact})(session.lm, 0)
+    report = evaluator(session, 8, metrics=stages({"exact": exact}))(session.lm, 0)
     path = tmp_path / "generated_predictions.jsonl"
     path.write_text("what was there before")
     write_predictions(path, report.samples)
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert len(rows) == ROWS
-    for row, question, sample in zip(rows, session.held_out.questions, report.samples, strict=True):
+    for row, question, sample in zip(rows, session.eval_data.questions, report.samples, strict=True):
         assert list(row) == ["prompt", "predict", "label"]
         assert row["prompt"] == f"<|im_start|>user\n{question.prompt}<|im_end|>\n<|im_start|>assistant\n"
         assert row["label"] == question.reference
@@ -234,12 +239,12 @@ def test_predictions_keep_any_text_on_one_line(tmp_path: Path) -> None:
 def test_a_prompt_is_written_with_its_control_tokens_and_an_answer_without(session: Session) -> None:
     tokenizer: Any = session.lm.tokenizer
     ids = tokenizer.encode("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
-    held_out = type(session.held_out)(session.held_out.examples, questions=[Question("row", "Hi", ids, "Ho")])
+    held_out = type(session.eval_data)(session.eval_data.examples, questions=[Question("row", "Hi", ids, "Ho")])
     asked = Evaluator(
         held_out,
         collator=session.trainer.collator,
         strategy=session.trainer.strategy,
-        metrics={"exact": exact},
+        metrics=stages({"exact": exact}),
         precision=session.trainer.precision,
         stop_ids=(),
         batch_size=4,

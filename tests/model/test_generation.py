@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from sftx.data.collate import pad
-from sftx.model.generate import generate_greedy, generation_defaults
+from sftx.model.generation import generate_greedy, generation_defaults
 from sftx.model.language_model import CausalLM
 from sftx.model.load import load_spec
 from sftx.testing.kit import built_in
