@@ -1,4 +1,4 @@
-"""What a run tells its observers, and what its assembled table says."""
+"""Events of a run, which observers receive, and the rows of the assembled table."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Provider:
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What an observer may know when it is made."""
+    """The facts that an observer gets when it is made."""
 
     output_dir: Path
     """Exists from `on_start` on."""
@@ -31,7 +31,7 @@ class RunInfo:
 
 @dataclass(frozen=True)
 class StartReport:
-    """What was derived before the first step."""
+    """Values that were derived before the first step."""
 
     providers: tuple[Provider, ...]
     model: str
@@ -132,7 +132,7 @@ class EvalReport:
 
 @dataclass(frozen=True)
 class Result:
-    """Where a run lies, and what its summary.json says."""
+    """The directory of a finished run, and the content of its summary.json."""
 
     output_dir: Path
     summary: Mapping[str, Any]

@@ -22,7 +22,7 @@ from sftx.assembly.registry import Assembly, activate
 from sftx.checkpoint import run_directory
 from sftx.checkpoint.run_directory import RunDirectory
 from sftx.config.loading import LoadedConfig
-from sftx.config.options import DataConfig, RunConfig, Source, as_dict
+from sftx.config.options import DataConfig, RunConfig, Source, TrainConfig, as_dict
 from sftx.data import sources
 from sftx.distributed.process_group import ProcessGroup, check_environment, env_int, is_launched
 from sftx.errors import ConfigError, ModelError, SftxError
@@ -144,13 +144,22 @@ def _join_process_group(config: RunConfig) -> ProcessGroup:
     return TorchProcessGroup(config.train)
 
 
-def _resolve(config: RunConfig, directory: RunDirectory, process_group: ProcessGroup) -> Any:
+def _resolve(config: RunConfig, directory: RunDirectory, process_group: ProcessGroup) -> TrainConfig:
     """Return the training options with batch sizes filled in; a resumed run keeps the rows per step that it has."""
-    train = config.train
-    if directory.resumed and train.train_batch_size is None:
-        recorded = process_group.run_on_rank0(directory.recorded_batch_size)
-        train = dataclasses.replace(train, train_batch_size=recorded, gradient_accumulation_steps=None)
-    return train.resolve_batch_size(process_group.world_size)
+    train, world_size = config.train, process_group.world_size
+    if not directory.resumed or train.train_batch_size is not None:
+        return train.resolve_batch_size(world_size)
+    recorded = process_group.run_on_rank0(directory.recorded_batch_size)
+    kept = dataclasses.replace(train, train_batch_size=recorded, gradient_accumulation_steps=None)
+    resolved = kept.resolve_batch_size(world_size)
+    if train.gradient_accumulation_steps not in (None, resolved.gradient_accumulation_steps):
+        log.warning(
+            "the run keeps its %d rows per step, so gradient_accumulation_steps is %s and not %s",
+            recorded,
+            resolved.gradient_accumulation_steps,
+            train.gradient_accumulation_steps,
+        )
+    return resolved
 
 
 # --- data, model, trainer -------------------------------------------------------------------------

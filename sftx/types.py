@@ -351,7 +351,7 @@ class Template(Protocol):
 
     @property
     def rewrites_history(self) -> bool:
-        """Whether earlier turns render differently once later ones follow: each trained turn is one example then."""
+        """True when earlier turns render differently once later ones follow: each trained turn is one example then."""
 
     @property
     def chat_template(self) -> str | None:

@@ -9,7 +9,7 @@ from typing import Final
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSpec:
-    """What the configuration, the trainer and the memory plan must know of an optimizer."""
+    """The properties of an optimizer that the configuration, the trainer and the memory plan need."""
 
     name: str
     factory: str

@@ -1,4 +1,4 @@
-"""Shows, before the first step, that no document of a packed row sees another.
+"""Check, before the first step, that no document of a packed row attends to another.
 
 Short pieces of the run's own examples are packed as the run will pack them. Each must have the states that it has
 alone, and the others must keep theirs when the first one's tokens change.
@@ -26,9 +26,9 @@ _PIECE_TOKENS: Final = 24
 
 
 def check_packing(lm: CausalLM, collator: Collator, examples: Sequence[Example]) -> None:
-    """Nothing when the collator does not pack. Raises ModelError when documents see one another.
+    """Raise ModelError when documents of a packed row attend to one another; nothing is checked without packing.
 
-    Where varlen is what leaks, the model goes on with transformers' own mask, if that does not.
+    When only varlen attention leaks, the model continues with transformers' own mask.
     """
     groups = [_first_group(examples), _first_group(reversed(examples))]
     if collator.collate(groups[0]).cu_seqlens is None:
@@ -52,13 +52,13 @@ def check_packing(lm: CausalLM, collator: Collator, examples: Sequence[Example])
 
 
 def _first_group(examples: Iterable[Example]) -> list[Example]:
-    """The examples that share a group with the first, which a collator may rely on having together."""
+    """Return the examples that share a group with the first: a collator may need them together."""
     _, group = next(itertools.groupby(examples, key=lambda example: example.group))
     return list(group)
 
 
 def _piece(example: Example, number: int) -> Example:
-    """The beginning of an example, in the group of that number."""
+    """Return the beginning of an example, in the group of that number."""
     length = _PIECE_TOKENS - number  # two lengths: a border is not found in the middle by chance
     return dataclasses.replace(
         example,
@@ -72,7 +72,7 @@ def _piece(example: Example, number: int) -> Example:
 
 @torch.no_grad()
 def _leak(lm: CausalLM, batch: Batch) -> str | None:
-    """What shows that documents see one another; None when they do not."""
+    """Return the evidence that documents attend to one another, or None when they do not."""
     assert batch.cu_seqlens is not None
     borders = batch.cu_seqlens.tolist()
     documents = [batch.input_ids_BT[0, start:end].cpu().numpy() for start, end in itertools.pairwise(borders)]
@@ -99,7 +99,7 @@ def _leak(lm: CausalLM, batch: Batch) -> str | None:
 
 
 def _first_changed(batch: Batch, border: int) -> Tensor:
-    """The batch's ids with others, that the model knows, in its first document."""
+    """Return the ids of the batch with the first document changed to other ids of the vocabulary."""
     ids_BT = batch.input_ids_BT.clone()
     ids_BT[:, :border] = ids_BT[:, :border].flip(1).roll(1, 1)
     ids_BT[:, 0] = batch.input_ids_BT[:, -1]
@@ -107,7 +107,7 @@ def _first_changed(batch: Batch, border: int) -> Tensor:
 
 
 def _distance(one_TD: Tensor, other_TD: Tensor, *, exact: bool) -> float:
-    """Of two states of a token, relative to their norm: the largest when `exact`, else the mean.
+    """Return the distance of two states of a token, relative to their norm: the largest when `exact`, else the mean.
 
     In bf16 a router may send a token another way for a difference in rounding, and a single token tells nothing.
     """

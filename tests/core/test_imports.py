@@ -128,7 +128,7 @@ def test_the_core_does_not_know_the_built_in_plugins() -> None:
 
 
 def test_a_run_needs_no_test_kit() -> None:
-    allowed = ("sftx/testing/", "sftx/testing/pytest_plugin.py", "sftx/cli/plugins.py")
+    allowed = ("sftx/testing/", "sftx/pytest_plugin.py", "sftx/cli/plugins.py")
     found = [place for place, module, _ in imports(ROOT / "sftx") if module.startswith("sftx.testing")]
     assert found
     assert [place for place in found if not place.startswith(allowed)] == []

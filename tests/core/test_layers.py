@@ -27,7 +27,7 @@ LAYERS = (
     ("inspection",),
     ("run",),
     ("testing", "scaffold"),
-    ("cli",),
+    ("cli", "pytest_plugin"),
     ("__main__",),
 )
 """What lies in `sftx/`, the lowest first: an import goes down, or stays within the package."""

@@ -101,7 +101,7 @@ class NativeTemplate:
 
     @property
     def has_calls(self) -> bool:
-        """Whether the format can write tool calls and their results."""
+        """True when the format can write tool calls and their results."""
         return self.roles is None or "tool" in self.roles
 
     @property

@@ -80,7 +80,7 @@ class Skeleton:
 
 @dataclass(frozen=True)
 class Rendering:
-    """What the template writes for a skeleton."""
+    """The text that the template renders for a skeleton."""
 
     text: str
     parts: list[Part]
