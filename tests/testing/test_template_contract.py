@@ -109,9 +109,9 @@ class Changed(ChatML):
 
     chat_template = None
 
-    def _turns(self, conversation: Conversation) -> Iterator[Segment]:
+    def _segments(self, conversation: Conversation) -> Iterator[Segment]:
         for message in conversation.messages:
-            yield from self.turn(message, *ChatML._turns(self, Conversation((message,))))
+            yield from self.turn(message, *ChatML._segments(self, Conversation((message,))))
 
     def turn(self, message: Message, *segments: Segment) -> Any:
         return segments
@@ -132,17 +132,17 @@ class StopsOnStray(ChatML):
 
 
 class KnowsThreeRoles(ChatML):
-    def _turns(self, conversation: Conversation) -> Iterator[Segment]:
+    def _segments(self, conversation: Conversation) -> Iterator[Segment]:
         names = {"system": "system", "user": "user", "assistant": "assistant"}
         turns = tuple(dataclasses.replace(m, role=names[m.role]) for m in conversation.messages)
-        return super()._turns(dataclasses.replace(conversation, messages=turns))
+        return super()._segments(dataclasses.replace(conversation, messages=turns))
 
 
 class WritesOneRound(ChatML):
-    def _turns(self, conversation: Conversation) -> Iterator[Segment]:
+    def _segments(self, conversation: Conversation) -> Iterator[Segment]:
         if len(conversation.messages) > 3:
             raise DataError("one question and one answer, please")
-        return super()._turns(conversation)
+        return super()._segments(conversation)
 
 
 class GivesText(ChatML):
@@ -200,9 +200,9 @@ class WritesTwice(Changed):
 
 
 class QuestionFirst(Changed):
-    def _turns(self, conversation: Conversation) -> Iterator[Segment]:
+    def _segments(self, conversation: Conversation) -> Iterator[Segment]:
         turns = sorted(conversation.messages, key=lambda message: message.role == "system")
-        return super()._turns(Conversation(tuple(turns)))
+        return super()._segments(Conversation(tuple(turns)))
 
 
 class TrainsQuestions(Changed):
@@ -228,12 +228,12 @@ class StopsOnAnother(ChatML):
 
 
 class TrainsEveryAnswer(ChatML):
-    def _turns(self, conversation: Conversation) -> Iterator[Segment]:
+    def _segments(self, conversation: Conversation) -> Iterator[Segment]:
         turns = (
             dataclasses.replace(m, trainable=None if m.trainable is False else m.trainable)
             for m in conversation.messages
         )
-        return super()._turns(dataclasses.replace(conversation, messages=tuple(turns)))
+        return super()._segments(dataclasses.replace(conversation, messages=tuple(turns)))
 
 
 class TrainsNoQuestion(Changed):
@@ -277,12 +277,12 @@ class Sanitises(Changed):
 
 class AsksAnother(Changed):
     def generation_prompt(self, conversation: Conversation) -> Any:
-        return (*self._turns(conversation), Segment(START, control=True), Segment("model\n"))
+        return (*self._segments(conversation), Segment(START, control=True), Segment("model\n"))
 
 
 class AsksTooShort(Changed):
     def generation_prompt(self, conversation: Conversation) -> Any:
-        return (*self._turns(conversation), Segment(START, control=True))
+        return (*self._segments(conversation), Segment(START, control=True))
 
 
 class TrainsHeader(Changed):

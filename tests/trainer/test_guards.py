@@ -13,10 +13,10 @@ import pytest
 from encoding import prepared
 from sessions import session_of
 from sftx import Batch, Conversation, Message, ModelError, PlainText, PluginError, Tokens, TrainingError
-from sftx.assembly.stages import CollatorStage, LossStage
+from sftx.assembly.stages import CollatorStage, LossStage, MetricStage, TemplateStage
 from sftx_plugins.collators.padded import Padded
 from sftx_plugins.losses.masked_ce import MaskedCE
-from trainers import denominator, planned
+from trainers import planned
 
 
 @pytest.fixture
@@ -73,10 +73,9 @@ def test_a_loss_whose_denominator_is_not_positive_is_stopped(tiny_model_dir: Pat
         def denominator(self, batch: Batch) -> float:
             return -1.0
 
-    session.trainer.loss = Negative()
-    batches = session.trainer.micro_batches(planned(session.sampler.epoch(0)[0], session.data.examples))
-    with pytest.raises(PluginError, match=r"Negative.*: denominator gave \[-1\.0\]"):
-        session.trainer.accumulate(batches, denominator(batches), 0)
+    session.trainer.loss = LossStage("Negative", Negative())
+    with pytest.raises(PluginError, match=r"Negative: denominator gave \[-1\.0\]"):
+        session.trainer.micro_batches(planned(session.sampler.epoch(0)[0], session.data.examples))
 
 
 def test_a_metric_that_is_not_a_number_is_stopped(tiny_model_dir: Path, data: Path) -> None:
@@ -89,7 +88,7 @@ def test_a_metric_that_is_not_a_number_is_stopped(tiny_model_dir: Path, data: Pa
         held_out,
         collator=session.trainer.collator,
         strategy=session.trainer.strategy,
-        metrics={"odd": lambda prediction, reference: float("nan")},
+        metrics={"odd": MetricStage("the metric", lambda prediction, reference: float("nan"), "odd")},
         precision=session.trainer.precision,
         stop_ids=(2,),
         batch_size=4,
@@ -139,7 +138,7 @@ def test_a_run_that_fails_before_its_first_step_leaves_no_directory(tiny_model_d
     def failing(*args: Any) -> Any:
         raise PluginError("no")
 
-    session.trainer.step = failing  # type: ignore[method-assign]
+    session.trainer.train_step = failing  # type: ignore[method-assign]
     with pytest.raises(PluginError):
         session.run()
     assert not (data.parent / "out").exists()
@@ -172,7 +171,7 @@ class Changed(MaskedCE):
         (lambda out: setattr(out, "sum", out.sum[None]), r"sum is a tensor of shape \[1\]"),
         (lambda out: setattr(out, "sum", out.sum.detach()), "sum has no gradient; do not detach it"),
         (lambda out: out.metrics.update(x=0.5), r"metrics\['x'\] is float"),
-        (lambda out: out.metrics.update(loss=out.sum), "has the name 'loss', which is the engine's"),
+        (lambda out: out.metrics.update(loss=out.sum), "has the name 'loss', which the trainer reports itself"),
         (lambda out: out.metrics.update(x=out.sum * float("nan")), r"metrics\['x'\] is nan in step 1"),
     ],
 )
@@ -227,7 +226,7 @@ def test_an_adapter_that_saves_nothing_is_stopped(tiny_model_dir: Path, data: Pa
 @pytest.mark.parametrize(
     ("parsed", "message"),
     [
-        ("not a tuple of parsed things", "parse gave 'n', expected Conversation"),
+        ("not a tuple of parsed things", "parse returned str, expected a list"),
         ((Tokens((5.7, 6), (True, True)),), "parse gave Tokens"),  # type: ignore[arg-type]
         ((Conversation((Message("user", 5),)),), "parse gave Conversation"),  # type: ignore[arg-type]
         ((PlainText(5),), "parse gave PlainText"),  # type: ignore[arg-type]
@@ -273,4 +272,6 @@ def test_a_template_that_gives_other_types_is_stopped(
         "Odd", (ChatML,), change | {"render": staticmethod(change["render"])} if "render" in change else change
     )()
     with pytest.raises(PluginError, match=message):
-        Encoder(session.lm.tokenizer, template).encode(Conversation((Message("user", "hi"),)))
+        Encoder(session.lm.tokenizer, TemplateStage("the template", template)).encode(
+            Conversation((Message("user", "hi"),))
+        )

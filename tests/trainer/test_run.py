@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sftx import Observer, RunInfo, StepReport
+from sftx import Observer, StepReport
 from sftx.config.loading import load
 from sftx.errors import OutputError, TrainingError
 from sftx.run import assemble, run
@@ -158,7 +158,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(tiny_model_d
     import torch
 
     session = assemble(options(tiny_model_dir, data, train__save_steps=2))
-    step = session.trainer.step
+    step = session.trainer.train_step
 
     def poisoned(number: int, *args: Any) -> StepReport:
         if number == 3:
@@ -166,7 +166,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(tiny_model_d
                 session.trainer.parameters[0].fill_(float("nan"))
         return step(number, *args)
 
-    session.trainer.step = poisoned  # type: ignore[method-assign]
+    session.trainer.train_step = poisoned  # type: ignore[method-assign]
     with pytest.raises(TrainingError) as caught:
         session.run()
     message = str(caught.value)
@@ -189,7 +189,7 @@ def test_an_observer_that_fails_is_named_once_and_switched_off(
     tiny_model_dir: Path, data: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     session = assemble(options(tiny_model_dir, data, train__max_steps=3))
-    info = session.assembly.active[0].info
+    info = session.observers._observers[0][0]
     session.observers._observers.insert(0, (info, Broken()))
     session.run()
     assert Broken.calls == 1
@@ -222,7 +222,7 @@ def test_runs_that_start_at_once_take_different_directories(
 ) -> None:
     monkeypatch.chdir(data)
     sessions = [assemble(options(tiny_model_dir, data, train__max_steps=1, output_dir=None)) for _ in range(2)]
-    assert {s.directory.path for s in sessions} == {Path("runs/run-1")}, "both chose it before either made it"
+    assert {s.writer.directory.path for s in sessions} == {Path("runs/run-1")}, "both chose it before either made it"
     places = [session.run().output_dir for session in sessions]
     assert places == [Path("runs/run-1"), Path("runs/run-2")]
     assert all(len(lines(place / "metrics.jsonl")) == 1 for place in places)
@@ -239,6 +239,6 @@ def test_a_directory_taken_meanwhile_is_not_touched(tiny_model_dir: Path, data: 
 
 def test_the_run_info_of_an_observer_is_the_resolved_run(tiny_model_dir: Path, data: Path) -> None:
     session = assemble(options(tiny_model_dir, data))
-    info = RunInfo(session.directory.path, session.resolved)
-    assert info.config["plugins"]["lora"]["r"] == 16
-    assert info.config["plugins"]["padded"]["group_by_length"] is True
+    plugins = session.writer._resolved["plugins"]
+    assert plugins["lora"]["r"] == 16
+    assert plugins["padded"]["group_by_length"] is True
