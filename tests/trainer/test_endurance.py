@@ -110,7 +110,8 @@ def measured(
         "train.max_steps": (num_settled + num_leaking) // ACCUMULATION,
         "train.logging_steps": logging_steps,
     }
-    loaded = load(None, add=["chatml", "lora"], remove=["progress"], assignments=[(name, value, name) for name, value in given.items()])
+    assignments = [(name, value, name) for name, value in given.items()]
+    loaded = load(None, add=["chatml", "lora"], remove=["progress"], assignments=assignments)
     with mock.patch.object(Trainer, "train_step", sampled):
         run(loaded)
     return samples
