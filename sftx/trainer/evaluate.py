@@ -212,7 +212,7 @@ def _explain_out_of_memory(lm: CausalLM, what: str, option: str, num_rows: int) 
             raise
         fewer = f"lower {option} to {num_rows // 2} (now {num_rows})" if num_rows > 1 else "lower data.max_length"
         rows = "1 row" if num_rows == 1 else f"{num_rows} rows"
-        raise TrainingError(f"{what} {rows} at once, {lm.device} has not the memory; {fewer}") from error
+        raise TrainingError(f"{what} {rows} at once, {lm.device} has not enough memory; {fewer}") from error
 
 
 def write_predictions(path: Path, samples: Sequence[Sample]) -> None:

@@ -28,7 +28,7 @@ def _remedy(config: TrainConfig, batch: Batch) -> str:
         share = "half" if rows == 2 * fewer else f"1/{rows // fewer} of"
         return (
             f"set --train-batch-size {config.rows_per_step} --per-device-train-batch-size {fewer} (now {rows}), "
-            f"{share} the memory for rows: {_SAME}"
+            f"{share} the memory for rows, and leave gradient_accumulation_steps out: {_SAME}"
         )
     if not config.gradient_checkpointing:
         return f"set --gradient-checkpointing, which recomputes layers in the backward pass: {_SAME}"

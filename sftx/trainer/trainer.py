@@ -227,7 +227,7 @@ class Trainer:
             if not is_out_of_memory(error):
                 raise
             raise TrainingError(
-                f"step {number}: {self.lm.device} has not the memory for {advice()}; last saved: {self.last_saved}"
+                f"step {number}: {self.lm.device} has not enough memory for {advice()}; last saved: {self.last_saved}"
             ) from error
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -188,7 +188,7 @@ def test_a_stop_is_asked_for_between_batches_and_tokens(session: Session, calls:
             8,
             r"step 3: to evaluate 8 rows at once, cpu has .*; lower per_device_eval_batch_size to 4 \(now 8\)",
         ),
-        ("hidden", 1, "step 3: to evaluate 1 row at once, cpu has not the memory; lower data.max_length"),
+        ("hidden", 1, "step 3: to evaluate 1 row at once, cpu has not enough memory; lower data.max_length"),
         ("generate", 8, r"step 3: to answer 5 rows at once, cpu has .*; lower generation.batch_size to 2 \(now 5\)"),
     ],
 )

@@ -55,7 +55,8 @@ BATCH, LONG, PACKED = pad(rows(4)), pad(rows(1)), pack(rows(6))
         (
             {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
             BATCH,
-            "set --train-batch-size 8 --per-device-train-batch-size 2 (now 4), half the memory for rows",
+            "set --train-batch-size 8 --per-device-train-batch-size 2 (now 4), half the memory for rows, "
+            "and leave gradient_accumulation_steps out: the update stays the same",
         ),
         (
             {"per_device_train_batch_size": 9},
