@@ -133,7 +133,7 @@ def _read_lines(file: Path, path: str, skip: Skip) -> Rows:
 
 def _loads(text: str, where: Location) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text.rstrip(" \t\r\n"))  # so that an error at the end has the column of this line
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from None
     except (RecursionError, ValueError) as error:

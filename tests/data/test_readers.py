@@ -50,6 +50,7 @@ def test_only_a_newline_ends_a_line() -> None:
     ("content", "message"),
     [
         ('{"a": 1}\n{"a": 1\n', "x.jsonl:2: not valid JSON: Expecting ',' delimiter at column "),
+        ('{"a": [\n', "x.jsonl:1: not valid JSON: Expecting value at column 8"),
         ('{"a": 1}\n\n{"a": 1} {"a": 2}\n', "x.jsonl:3: not valid JSON: Extra data at column 10"),
         ("{'a': 1}", "x.jsonl:1: not valid JSON: "),
         ('{"a": 1}\n[1]\n', 'x.jsonl:2: got a list, expected an object such as {"messages": [...]}'),
