@@ -59,7 +59,7 @@ def main() -> int:
             killed.remove()
         number += 1
     print(", ".join(f"{name} {count}" for name, count in kills.items()))
-    print(f"{kills.total()} kills in {number} runs, {wrong} of which ended differently from an undisturbed run")
+    print(f"{kills.total()} kills in {number} runs; {wrong} runs ended differently from an undisturbed one")
     if not wrong:
         shutil.rmtree(directory)
     return int(wrong > 0)

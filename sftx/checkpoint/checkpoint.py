@@ -132,7 +132,7 @@ def write_state(
 
 
 def read_state(directory: Path) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
-    """Return the tensors, each of which is read when it is looked up, and the values that `write_state` wrote.
+    """Return the tensors (each is read when it is looked up) and the values that `write_state` wrote.
 
     Raises OutputError for a checkpoint of another version's format.
     """
@@ -144,7 +144,7 @@ def read_state(directory: Path) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints of one run in `directory`, of which the newest `limit` are kept; all when it is None."""
+    """The checkpoints of one run in `directory`. The newest `limit` are kept; all when it is None."""
 
     directory: Path
     limit: int | None

@@ -42,7 +42,7 @@ def table(text: str) -> list[str]:
     return [" ".join(entries) for line in lines for entries in line]
 
 
-# Arguments with few values, all of which occur in both splits. Each value has the list of its wordings.
+# Arguments with few values; every value occurs in both splits. Each value has the list of its wordings.
 CURRENCIES = {"USD": ["dollars"], "EUR": ["euros"], "GBP": ["pounds"], "JPY": ["yen"], "CHF": ["francs"]}
 WEEKDAYS = words("Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday")
 CLOSED: dict[str, dict[str, list[str]]] = {
@@ -52,7 +52,7 @@ CLOSED: dict[str, dict[str, list[str]]] = {
     "source": CURRENCIES,
     "target": CURRENCIES,
 }
-# Arguments with many values, none of which occurs in both splits. A request has them literally.
+# Arguments with many values; no value occurs in both splits. A request has them literally.
 FREE: dict[str, Sequence[Value]] = {
     "time": [f"{hour:02}:{minute:02}" for hour in range(5, 23) for minute in range(0, 60, 5)],
     "minutes": range(2, 121),

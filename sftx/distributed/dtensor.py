@@ -1,4 +1,4 @@
-"""Helpers for DTensors, tensors of which each rank holds a shard: to save, to load and to measure them."""
+"""Helpers to save, load and measure DTensors, tensors that are sharded over the ranks."""
 
 from __future__ import annotations
 

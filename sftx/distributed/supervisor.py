@@ -117,7 +117,7 @@ class WorkerProcesses:
     """
 
     def __init__(self, command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> None:
-        """Start `command` once per environment, each of which is added to this process's own. Raises OSError."""
+        """Start `command` once per environment, with its variables added to this process's own. Raises OSError."""
         self._running: dict[int, subprocess.Popen[bytes]] = {}
         self._ended: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
         self._stop_sent = self._is_killed = False

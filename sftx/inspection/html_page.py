@@ -1,8 +1,8 @@
 """A page template and JSON data become one HTML file that fetches nothing and runs no script but its own.
 
-A template holds one inline style, one inline script and the placeholders `{{policy}}` and `{{data}}`. Its script builds
-the page from text nodes, so that data is never parsed as HTML; the Content Security Policy allows the style and the
-script by their hashes and nothing else.
+A template holds one inline style, one inline script and the placeholders `{{policy}}`, `{{data}}` and, in the script,
+`{{common}}`, which stands for `common.js`. The script builds the page from text nodes, so that data is never parsed as
+HTML; the Content Security Policy allows the style and the script by their hashes and nothing else.
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+
+_COMMON_SCRIPT: Final = Path(__file__).with_name("common.js")
+"""Functions that the script of every page begins with, where it has {{common}}."""
 
 
 def fill_template(template: Path, data: Any) -> str:
     """Return the page. `data` holds JSON values, which the page's script reads from its element `data`."""
-    page = template.read_text(encoding="utf-8")
+    page = template.read_text(encoding="utf-8").replace("{{common}}", _COMMON_SCRIPT.read_text(encoding="utf-8"))
     policy = (
         f"default-src 'none'; style-src '{_source_hash(page, 'style')}'; "
         f"script-src '{_source_hash(page, 'script')}'; base-uri 'none'; form-action 'none'"

@@ -17,7 +17,7 @@ from sftx.trainer.parameter_groups import trainable_params
 
 
 class RunOptimizer:
-    """Updates the trainable parameters with one or several torch optimizers, each of which has its own parameters.
+    """Updates the trainable parameters with one or several torch optimizers; each has its own parameters.
 
     Norms and biases do not decay; `rate_scale` of an adapter and `embedding_learning_rate` scale the rate of a group.
     """

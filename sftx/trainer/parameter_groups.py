@@ -23,7 +23,7 @@ class TrainableParam:
     scale: float
     """The factor on the learning rate."""
     is_embedding: bool
-    """True for the input embedding, of which only the rows of the batch's tokens get gradients."""
+    """True for the input embedding: only its rows of the batch's tokens get gradients."""
     is_head: bool
 
 

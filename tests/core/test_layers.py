@@ -86,8 +86,7 @@ def test_every_package_says_what_it_is_and_may_import() -> None:
         if file.name == "__init__.py" and len(file.relative_to(ROOT).parts) > 2 and "scaffold" not in file.parts:
             text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
             assert text is not None, file
-            assert len(text) > 40, file
-            assert "TODO" not in text, file
+            assert "import" in text, f"{file}: the docstring does not say what the package may import"
 
 
 def test_no_two_modules_of_the_core_have_one_name_for_different_things() -> None:

@@ -40,7 +40,7 @@ class _Bleu:
     tokenize: str
     corpus_bleu: Any
     sentence_bleu: Any
-    """With `effective_order`: it leaves out the n-gram orders of which a short sentence has none."""
+    """With `effective_order`: n-gram orders that are longer than the sentence are left out."""
     warned: bool = False
 
     def __call__(self, prediction: str, reference: str) -> float:

@@ -1,4 +1,4 @@
-"""Qwen3: ChatML with reasoning between <think> and </think>, of which only that since the last question is kept.
+"""Qwen3: ChatML with reasoning between <think> and </think>; only that since the last question is kept.
 
 A turn renders differently once another question follows it, so each trained turn is an example of its own.
 """

@@ -201,7 +201,7 @@ def _read_metrics(record: RunRecord) -> None:
     for line in _log_history(record) if text is None else _json_lines(record, _METRICS, text):
         values = layout.with_new_names(line)
         step = _as_count(values.get("step"))
-        # A step that was repeated after an interruption has several lines, of which the last counts.
+        # A step that was repeated after an interruption has several lines; the last one counts.
         if step is not None and values.get("event") == "step":
             steps[step] = values
             record.num_steps = _as_count(values.get("num_steps")) or record.num_steps

@@ -66,7 +66,7 @@ class TokenReport:
     figures: DatasetStatistics
     rows: tuple[ExplainedRow, ...]
     chosen: str
-    """A description of which rows are shown."""
+    """A description of the rows that are shown."""
 
 
 @dataclass(frozen=True)
