@@ -64,7 +64,7 @@ def command(
     if max_restarts is not None:
         raise click.UsageError("--max-restarts goes with --nproc; torchrun restarts the processes that it starts")
 
-    from sftx.run import run
+    from sftx.training import run
 
     run(loaded, name=name, resume=resume)
 

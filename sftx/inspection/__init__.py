@@ -2,5 +2,5 @@
 
 `token_report` is `sftx inspect`, `diagnosis` is `sftx doctor`, `run_report` is `sftx report`, `memory_plan` is
 `sftx plan`. This package may import every package below it: config, distributed, assembly, model, data, checkpoint and
-trainer. Only `sftx.run` and `sftx.cli` may import this package, and nothing here changes a run.
+trainer. Only `sftx.training` and `sftx.cli` may import this package, and nothing here changes a run.
 """

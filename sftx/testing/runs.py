@@ -13,8 +13,8 @@ from sftx.assembly.stages import make
 from sftx.config.loading import load
 from sftx.events import Result
 from sftx.model import tiny
-from sftx.run import run
 from sftx.testing.kit import CONVERSATIONS, Kit
+from sftx.training import run
 from sftx.types import Record
 
 

@@ -121,7 +121,7 @@ def test_added_tokens_and_several_options_of_the_run_are_those_of_the_run(
     """llama3's control tokens are added to the tokenizer, and the adapter trains their rows."""
     from sftx.checkpoint.load_run import load_run
     from sftx.config.loading import load
-    from sftx.run import run
+    from sftx.training import run
 
     values = {
         "model": str(full / "model"),

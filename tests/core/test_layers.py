@@ -25,7 +25,7 @@ LAYERS = (
     ("checkpoint",),
     ("trainer",),
     ("inspection",),
-    ("run",),
+    ("training",),
     ("testing", "scaffold"),
     ("cli", "pytest_plugin"),
     ("__main__",),

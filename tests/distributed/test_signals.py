@@ -76,7 +76,7 @@ def test_a_command_is_tidied_up_when_it_is_terminated() -> None:
         "def assemble(*args, **kwargs):\n"
         "    with tempfile.TemporaryDirectory() as place:\n"
         "        print(place, flush=True)\n        os.kill(os.getpid(), signal.SIGTERM)\n        print('never')\n"
-        "import sftx.run\nsftx.run.run = assemble\nsys.argv = ['sftx', 'run']\ncli.main()"
+        "import sftx.training\nsftx.training.run = assemble\nsys.argv = ['sftx', 'run']\ncli.main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     place = done.stdout.strip()

@@ -13,8 +13,8 @@ import pytest
 
 from sftx import Example
 from sftx.config.loading import load
-from sftx.run import assemble
 from sftx.trainer.session import Session
+from sftx.training import assemble
 from trainers import planned
 
 DPO = Path(__file__).parents[2] / "examples" / "sftx-dpo"

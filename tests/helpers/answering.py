@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sftx.config.loading import load
-from sftx.run import run
+from sftx.training import run
 
 MAX_NEW_TOKENS = 12
 SOUNDS = {

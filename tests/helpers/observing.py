@@ -12,8 +12,8 @@ import pytest
 
 from sftx.config.loading import load
 from sftx.events import Result, RunInfo
-from sftx.run import run
 from sftx.testing.observer_case import events, run_info, send
+from sftx.training import run
 
 STEPS, SAVED, STOPPED = 6, 3, 5
 """The steps of a run, the step of the only checkpoint before the interruption, and the interrupted step."""

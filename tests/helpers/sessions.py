@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from sftx.config.loading import load
-from sftx.run import assemble
 from sftx.trainer.session import Session
+from sftx.training import assemble
 
 
 def session_of(model: Path, data: Path, *plugins: str, **options: Any) -> Session:

@@ -67,7 +67,7 @@ def rows(tmp_path: Path) -> Path:
 
 
 def run_of(model: Path, data: Path, *plugins: str, **settings: Any) -> None:
-    from sftx.run import run
+    from sftx.training import run
 
     given = {"model": str(model), "data.train": [str(data)], "train.max_steps": 1, "train.use_cpu": True}
     given |= {"output_dir": str(data.parent / "run")}
@@ -311,7 +311,7 @@ def test_imports_are_quiet(tmp_path: Path) -> None:
         "def refuse(*args, **options): raise SystemExit('a connection was opened')\n"
         "socket.socket.connect = socket.socket.connect_ex = refuse\n"
         "socket.create_connection = socket.getaddrinfo = refuse\n"
-        "import sftx, sftx_kernels, sftx.testing, sftx.testing.contract, sftx.run, sftx.cli.run\n"
+        "import sftx, sftx_kernels, sftx.testing, sftx.testing.contract, sftx.training, sftx.cli.run\n"
         "from sftx.assembly.discovery import discover, load_class\n"
         "for info in discover():\n"
         "    load_class(info)\n"

@@ -16,7 +16,7 @@ from unittest import mock
 import pytest
 
 from sftx.config.loading import load
-from sftx.run import run
+from sftx.training import run
 
 MICRO_BATCHES, ACCUMULATION = 10_000, 4
 LEAKING = 2_500

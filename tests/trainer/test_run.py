@@ -12,7 +12,7 @@ import pytest
 from sftx import Observer, StepReport
 from sftx.config.loading import load
 from sftx.errors import OutputError, TrainingError
-from sftx.run import assemble, run
+from sftx.training import assemble, run
 from trainers import planned
 
 
