@@ -1,4 +1,11 @@
-"""The public names for authors of plugins. Importing this package imports neither torch nor transformers."""
+"""The public names: `run`, `resume`, `inspect`, `plan` and `load_run` for scripts and notebooks, others for plugins.
+
+Importing this package imports neither torch nor transformers; the five functions are imported when they are used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from sftx.assembly.hookspecs import hookimpl
 from sftx.data.collate import pack, pad
@@ -33,6 +40,10 @@ from sftx.types import (
     ToolCall,
     Window,
 )
+
+if TYPE_CHECKING:
+    from sftx.api import inspect, plan, resume, run
+    from sftx.checkpoint.load_run import load_run
 
 __version__ = "0.1.0"
 
@@ -79,6 +90,21 @@ __all__ = [
     "TrainingError",
     "Window",
     "hookimpl",
+    "inspect",
+    "load_run",
     "pack",
     "pad",
+    "plan",
+    "resume",
+    "run",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name in ("inspect", "plan", "resume", "run"):
+        return getattr(import_module("sftx.api"), name)
+    if name == "load_run":
+        return import_module("sftx.checkpoint.load_run").load_run
+    raise AttributeError(f"module 'sftx' has no attribute {name!r}")

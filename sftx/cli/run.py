@@ -11,7 +11,7 @@ from typing import Final
 import click
 
 from sftx.cli.options import run_options
-from sftx.config import loading, options
+from sftx.config import loading
 
 _ARGUMENTS: Final = "sftx.run.arguments"
 """The key of click's context under which the command's arguments are kept."""
@@ -58,7 +58,7 @@ def command(
 
     With neither a run file nor data, it trains the embedded model on the embedded data.
     """
-    name = _run_name(file, loaded.config)
+    name = loading.default_name(file, loaded.config)
     if nproc is not None:
         sys.exit(_launch(loaded, name, resume=resume, nproc=nproc, max_restarts=max_restarts or 0))
     if max_restarts is not None:
@@ -104,11 +104,3 @@ def without_options(arguments: Sequence[str], *names: str) -> list[str]:
         elif not argument.startswith(tuple(f"{name}=" for name in names)):
             kept.append(argument)
     return kept
-
-
-def _run_name(file: Path | None, config: options.RunConfig) -> str:
-    """Return the name of the run file, or of the first file of data: the default output directory begins with it."""
-    source = str(file) if file is not None else next((source.path for source in config.data.train), "run")
-    if source.startswith("sftx:"):
-        return "demo"
-    return Path(source).name.split(".")[0] or "run"

@@ -67,6 +67,14 @@ def load(
     return LoadedConfig(validate(RunConfig, values, origins=origins), origins)
 
 
+def default_name(run_file: Path | None, config: RunConfig) -> str:
+    """Return the name with which the default output directory begins: that of the run file, or of the first data."""
+    source = str(run_file) if run_file is not None else next((source.path for source in config.data.train), "run")
+    if source.startswith("sftx:"):
+        return "demo"
+    return Path(source).name.split(".")[0] or "run"
+
+
 def _plugin_options(table: Any, origins: run_file.Origins) -> dict[str, Any]:
     """Return `plugins:` as a mapping of names to options; a list of names, and an entry without a value, set none."""
     if table is None:

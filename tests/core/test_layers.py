@@ -26,6 +26,7 @@ LAYERS = (
     ("trainer",),
     ("inspection",),
     ("training",),
+    ("api",),
     ("testing", "scaffold"),
     ("cli", "pytest_plugin"),
     ("__main__",),

@@ -1,0 +1,271 @@
+"""The Python interface: `sftx.run`, `sftx.resume`, `sftx.inspect` and `sftx.plan`, for scripts and notebooks.
+
+An option is a keyword with the name that it has in a run file, and its errors are those of the command line. Rows may
+be given as they are: a list of dicts, a `datasets.Dataset`, or anything else that yields dicts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import json
+import os
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+
+from sftx.config import loading
+from sftx.config.loading import LoadedConfig
+from sftx.config.options import SECTION_CLASSES, SECTIONS, Source
+from sftx.errors import ConfigError
+from sftx.events import Result
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from sftx.checkpoint.load_run import LoadedRun
+    from sftx.inspection.memory_plan.planner import RunPlan
+    from sftx.inspection.token_report.explained_rows import TokenReport
+
+Data: TypeAlias = str | os.PathLike[str] | Iterable[Any]
+"""A path, a list of paths, sources as a run file has them, or rows: dicts, a `datasets.Dataset`, a generator."""
+
+_OPTIONS: Final = {"generation_batch_size": "generation.batch_size"} | {
+    field.name: f"{section}.{field.name}"
+    for section, cls in SECTION_CLASSES.items()
+    for field in dataclasses.fields(cls)
+    if (section, field.name) not in (("data", "train"), ("data", "eval"), ("generation", "batch_size"))
+}
+"""The dotted name of each keyword; as on the command line, a section need not be named."""
+
+_SOURCE_FIELDS: Final = frozenset(field.name for field in dataclasses.fields(Source))
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedRun(Result):
+    """The result of `sftx.run`: the run directory, its summary, and the model that was saved there."""
+
+    @cached_property
+    def loaded(self) -> LoadedRun:
+        """The fine-tuned model with its tokenizer and template, read from the run directory at the first use."""
+        from sftx.checkpoint.load_run import load_run
+
+        return load_run(self.output_dir)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model with its adapters, in eval mode; `generate` stops at the template's stop tokens."""
+        return self.loaded.lm.model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, with the chat template that the model was trained with."""
+        return self.loaded.tokenizer
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The means over the held-out rows after training, by name (`loss`, `exact-match`, ...); empty without rows."""
+        return dict(self.summary.get("held_out", {}).get("after", {}))
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, one for each step and each evaluation."""
+        lines = (self.output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+    def answer(self, *questions: str, max_new_tokens: int = 256) -> list[str]:
+        """Return the model's greedy answer to each question, asked as the user's first turn."""
+        from sftx.types import Conversation, Message
+
+        loaded = self.loaded
+        prompts = [loaded.prompt(Conversation((Message("user", question),))) for question in questions]
+        answers = loaded.answer(prompts, max_new_tokens=max_new_tokens)
+        return [str(loaded.tokenizer.decode(ids, skip_special_tokens=True)) for ids in answers]
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """Rows of a run, token by token. A notebook shows it as a page, `print` as text."""
+
+    report: TokenReport
+
+    @cached_property
+    def html(self) -> str:
+        """The page of `sftx inspect --html`, complete in one text."""
+        from sftx.inspection.token_report.token_page import token_page
+
+        return token_page(self.report)
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        from sftx.inspection.token_report.terminal import print_report
+
+        console = Console(highlight=False, width=120)
+        with console.capture() as capture:
+            print_report(self.report, console, ids=False)
+        return capture.get()
+
+    def _repr_html_(self) -> str:
+        return f'<iframe srcdoc="{html.escape(self.html)}" style="width: 100%; height: 40em; border: 0"></iframe>'
+
+
+def run(
+    run_file: str | os.PathLike[str] | None = None,
+    *,
+    data: Data | None = None,
+    eval_data: Data | None = None,
+    plugins: Mapping[str, Mapping[str, Any] | None] | Iterable[str] = (),
+    resume: bool = False,
+    **options: Any,
+) -> TrainedRun:
+    """Fine-tune a model, and return the run directory with the model that was saved in it.
+
+    `run_file`: a run file (YAML), whose values the keywords override; with neither it nor `data` it is the demo.
+    `data`, `eval_data`: training and held-out rows. A mapping given as `data` is the section `data` of a run file.
+    `plugins`: names of plugins, or a mapping of names to their options; they follow those of the run file.
+    `resume`: go on from the newest checkpoint in `output_dir`, and begin when there is none.
+    `options`: the options of a run file under their own names, such as `model`, `output_dir`, `learning_rate` or
+    `max_length`; a section may also be given as a mapping, `train={"learning_rate": 1e-4}`.
+
+    Raises SftxError: ConfigError, DataError, ModelError, OutputError, PluginError or TrainingError.
+    """
+    loaded = _load(run_file, data, eval_data, plugins, options)
+    # Rows that were given as such lie in a file that is named after their hash, which is no name for a run.
+    is_named = run_file is not None or data is None or isinstance(data, str | os.PathLike)
+    name = loading.default_name(None if run_file is None else Path(run_file), loaded.config) if is_named else "run"
+    from sftx.training import run as run_loaded
+
+    result = run_loaded(loaded, name=name, resume=resume)
+    return TrainedRun(result.output_dir, result.summary)
+
+
+def resume(run_dir: str | os.PathLike[str], **options: Any) -> TrainedRun:
+    """Continue an interrupted run from its newest checkpoint; a run that is complete is returned as it is.
+
+    `options` are those of `run`; only such that do not change what the run computes may differ. Raises SftxError.
+    """
+    path = Path(run_dir)
+    if not (path / "run.yaml").is_file():
+        raise ConfigError(f"{path}: is no run directory, which has a run.yaml; give the output_dir of a run")
+    return run(path / "run.yaml", output_dir=path, resume=True, **options)
+
+
+def inspect(
+    run_file: str | os.PathLike[str] | None = None,
+    *,
+    data: Data | None = None,
+    eval_data: Data | None = None,
+    plugins: Mapping[str, Mapping[str, Any] | None] | Iterable[str] = (),
+    rows: int = 10,
+    split: Literal["train", "eval"] = "train",
+    **options: Any,
+) -> Inspection:
+    """Return the first `rows` rows of a run as tokens: which are trained, why, and what was dropped or truncated.
+
+    The other arguments are those of `run`. No weights are read. Raises SftxError.
+    """
+    from sftx.inspection.dataset_view import view_dataset
+    from sftx.inspection.token_report.explained_rows import RowSelection, inspect_rows
+
+    view = view_dataset(_load(run_file, data, eval_data, plugins, options))
+    return Inspection(inspect_rows(view, split, RowSelection("first", rows, ())))
+
+
+def plan(
+    run_file: str | os.PathLike[str] | None = None,
+    *,
+    data: Data | None = None,
+    eval_data: Data | None = None,
+    plugins: Mapping[str, Mapping[str, Any] | None] | Iterable[str] = (),
+    gpu: str = "cpu",
+    nproc: int = 1,
+    **options: Any,
+) -> RunPlan:
+    """Estimate the memory and time of a run; the model's config.json is all that is read of it.
+
+    `gpu`: a GPU's memory (`24GB`), a card's name (`H100`), or `cpu`. `nproc`: processes, each on a device of its own.
+    The other arguments are those of `run`. Raises SftxError.
+    """
+    from sftx.inspection.memory_plan import target_device
+    from sftx.inspection.memory_plan.planner import plan_run
+
+    loaded = _load(run_file, data, eval_data, plugins, options)
+    return plan_run(loaded, target_device.parse(gpu), num_processes=nproc)
+
+
+def _load(
+    run_file: str | os.PathLike[str] | None,
+    data: Data | None,
+    eval_data: Data | None,
+    plugins: Mapping[str, Mapping[str, Any] | None] | Iterable[str],
+    options: Mapping[str, Any],
+) -> LoadedConfig:
+    """Return the run that the arguments describe; an error names the keyword. Raises ConfigError, DataError."""
+    options = dict(options)
+    if isinstance(data, Mapping) and not hasattr(data, "save_to_disk"):  # a DatasetDict has splits, not options
+        data, options["data"] = None, data
+    named = (
+        dict(plugins)
+        if isinstance(plugins, Mapping)
+        else dict.fromkeys([plugins] if isinstance(plugins, str) else plugins)
+    )
+    values: dict[str, tuple[Any, str]] = {}
+    for name, value in options.items():
+        if name in SECTION_CLASSES and isinstance(value, Mapping):
+            values |= {f"{name}.{option}": (inner, f"{name}[{option!r}]") for option, inner in value.items()}
+        elif name in _OPTIONS or name not in SECTIONS:
+            # A name that does not exist is refused with what it may have been, as on the command line.
+            values[_OPTIONS.get(name, f"train.{name}")] = (value, name)
+        else:
+            values[name] = (value, name)
+    for name, sources in (("data", data), ("eval_data", eval_data)):
+        if sources is not None:
+            values["data.train" if name == "data" else "data.eval"] = (sources, name)
+    for name in ("data.train", "data.eval"):
+        if name in values:
+            values[name] = (_sources(values[name][0], values[name][1]), values[name][1])
+    for plugin, plugin_options in named.items():
+        if plugin_options:
+            values[f"plugins.{plugin}"] = (plugin_options, f"plugins[{plugin!r}]")
+    without = _json_value(values.pop("without", ((), ""))[0])
+    return loading.load(
+        None if run_file is None else Path(run_file),
+        add=list(named),
+        remove=[without] if isinstance(without, str) else without,
+        assignments=[
+            (name, plain := _json_value(value), f"{keyword}={reprlib.repr(plain)}")
+            for name, (value, keyword) in values.items()
+        ],
+    )
+
+
+def _sources(data: Any, name: str) -> Any:
+    """Return data as a run file has it; rows are written to the cache directory first."""
+    if isinstance(data, str | os.PathLike):
+        return str(data)
+    if isinstance(data, Sequence) and data and all(_is_source(item) for item in data):
+        return list(data)
+    from sftx.data.python_rows import save_rows
+
+    return str(save_rows(data, name))
+
+
+def _is_source(item: Any) -> bool:
+    """Return whether an item of a list is a source as in a run file, and no row."""
+    return isinstance(item, str | os.PathLike) or (
+        isinstance(item, Mapping) and "path" in item and _SOURCE_FIELDS.issuperset(item)
+    )
+
+
+def _json_value(value: Any) -> Any:
+    """Return a Python value as a run file would hold it: a path as text, a scalar of numpy as a number."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Mapping):
+        return {str(key): _json_value(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_json_value(item) for item in value]
+    return value.item() if hasattr(value, "item") and not isinstance(value, str) else value
