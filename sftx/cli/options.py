@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final, get_args, get_origin, get_type_hints
 import click
 
 from sftx.config import loading, run_file
-from sftx.config.options import SECTION_CLASSES, SECTIONS
+from sftx.config.options import SECTION_CLASSES, SECTIONS, RunConfig
 from sftx.errors import ConfigError
 
 _RENAMED: Final = {
@@ -130,9 +130,15 @@ def _assignments(values: dict[str, Any]) -> list[tuple[str, Any, str]]:
         elif isinstance(value, bool):
             assignments.append((dotted, value, flag if value else f"--no-{flag[2:]}"))
         else:
-            is_text = dotted in ("model", "output_dir", "data.system")
-            assignments.append((dotted, value if is_text else parse_value(value), f"{flag} {value}"))
+            assignments.append((dotted, value if _takes_text(dotted) else parse_value(value), f"{flag} {value}"))
     return assignments
+
+
+def _takes_text(dotted: str) -> bool:
+    """Return whether the option takes text alone, so that `--format 12` is the format `12` and no number."""
+    section, _, name = dotted.rpartition(".")
+    hint = get_type_hints(SECTION_CLASSES[section] if section else RunConfig)[name]
+    return {member for member in (get_args(hint) or (hint,)) if member is not type(None)} == {str}
 
 
 def parse_settings(settings: Sequence[str]) -> list[tuple[str, Any, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -29,19 +30,31 @@ class Origins:
         return self._places.get(name, "")
 
 
+def _int(text: str) -> int | str:
+    """Return the integer; the text itself when it has more digits than Python converts, 4300 by default."""
+    try:
+        return int(text, 0 if text[:2] in ("0o", "0x") else 10)
+    except ValueError:
+        return text
+
+
+def _float(text: str) -> float | str:
+    """Return the number; the text itself, as for `.inf`, when it is larger than a float can be."""
+    value = float(text)
+    return value if math.isfinite(value) else text
+
+
 _TAG: Final = "tag:yaml.org,2002:"
 _SCALARS: Final[dict[str, tuple[re.Pattern[str], Callable[[str], Any]]]] = {
     "null": (re.compile(r"^(?:~|null|Null|NULL|)$"), lambda text: None),
     "bool": (re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), lambda text: text.lower() == "true"),
-    "int": (
-        re.compile(r"^(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$"),
-        lambda text: int(text, 0 if text[:2] in ("0o", "0x") else 10),
-    ),
-    "float": (re.compile(r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?)$"), float),
+    "int": (re.compile(r"^(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$"), _int),
+    "float": (re.compile(r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?)$"), _float),
 }
 """The scalars of YAML 1.2's core schema that are not text, each with its conversion.
 
-`.inf` and `.nan` are left out and so are text: JSON, in which runs are recorded, has no such numbers.
+`.inf` and `.nan` are left out and so are text, as is `1e400`: JSON, in which runs are recorded, has no such numbers.
+What expects a number then names the option, its line and the text.
 """
 
 
@@ -127,7 +140,7 @@ def parse(text: str, place: str = "") -> tuple[Any, Origins]:
         problem = one_line(Exception(error.problem))
     except RecursionError:
         line, problem = "", "values are nested too deeply, or an alias contains itself"
-    except (yaml.YAMLError, ValueError) as error:  # a character that YAML forbids; a number of too many digits
+    except (yaml.YAMLError, ValueError) as error:  # a character that YAML forbids
         line, problem = "", one_line(error)
     raise ConfigError(f"{place}{line}: not valid YAML: {problem}")
 

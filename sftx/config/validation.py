@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import re
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, TypeVar, cast, get_args, get_type_hints
@@ -14,6 +16,8 @@ from typing import Any, TypeVar, cast, get_args, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
+from sftx.config import run_file
+from sftx.config.flatten import flatten
 from sftx.config.run_file import Origins
 from sftx.errors import ConfigError, did_you_mean
 
@@ -32,16 +36,37 @@ def validate(cls: type[T], values: Mapping[str, Any], *, who: str = "", prefix: 
     Raises ConfigError with one line that names the place where the option was set, `who` (a plugin), the option, the
     value and what is expected. `prefix` is the dotted name under which `origins` has these options.
     """
+    for name, value in flatten(values).items():
+        if (expected := _json_expects(value)) is not None:
+            start = [part for part in (origins.of(prefix + name), who) if part]
+            raise ConfigError(": ".join([*start, f"option {name!r}"]) + f": got {_shown(value)}, expected {expected}")
     try:
         # In JSON mode strict validation still takes a list for a tuple and an int for a float.
-        built: T = adapter(cast(Any, cls)).validate_json(
-            json.dumps(values, allow_nan=False), strict=True, extra="forbid"
-        )
+        built: T = adapter(cast(Any, cls)).validate_json(json.dumps(values), strict=True, extra="forbid")
         return built
     except ValidationError as error:
         raise ConfigError(_explain(error.errors(), cls, who, prefix, origins)) from None
-    except (TypeError, ValueError) as error:  # not a JSON value, such as a number that overflows to infinity
-        raise ConfigError(f"{who or 'run file'}: {error}") from None
+
+
+def _json_expects(value: Any) -> str | None:
+    """Return what JSON has instead of `value`, None if it has it. Integers are those that every reader can hold."""
+    if value is None or isinstance(value, str | bool):
+        return None
+    if isinstance(value, int):
+        return None if abs(value) < 2**63 else "a number of at most 18 digits"
+    if isinstance(value, float):
+        return None if math.isfinite(value) else "a finite number"
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return next(filter(None, map(_json_expects, value)), None)
+    return "text, a number, true, false, null, a list or a mapping"
+
+
+def _shown(value: Any) -> str:
+    """Return the value as it stands in a run file, shortened."""
+    text = json.dumps(value, ensure_ascii=False, default=repr)
+    return text if len(text) <= 200 else f"{text[:120]}...{text[-20:]}"
 
 
 def _explain(errors: list[ErrorDetails], cls: type, who: str, prefix: str, origins: Origins) -> str:
@@ -64,7 +89,28 @@ def _explain(errors: list[ErrorDetails], cls: type, who: str, prefix: str, origi
         known = "; known are " + ", ".join(names) if names else "; it takes none"
         return f"{start} does not exist{did_you_mean(path[-1], names) or known}"
     expected = " or ".join(dict.fromkeys(map(_expected, same_option)))
-    return f"{start}: got {json.dumps(error['input'], ensure_ascii=False)}, expected {expected}"
+    is_typed = where[:1] != [] and where[0].startswith("--")
+    advice = _advice(error["input"], {other["type"] for other in same_option}, in_shell=is_typed)
+    return f"{start}: got {_shown(error['input'])}, expected {expected}{advice}"
+
+
+def _advice(value: Any, types: set[str], *, in_shell: bool) -> str:
+    """Return what to write for a value of another type, or the empty string."""
+    if value is None:
+        return "; give it a value, or leave it out"
+    if isinstance(value, bool | int | float):
+        if types == {"string_type"}:
+            quotes = ("'\"", "\"'") if in_shell else ('"', '"')
+            return f"; put it in quotes: {json.dumps(value).join(quotes)}"
+        return f"; write {int(value)}" if "int_type" in types and value == int(value) and value is not True else ""
+    if isinstance(value, str) and types & {"int_type", "float_type"}:
+        number, _ = run_file.parse(re.sub(r"(?<=\d)[_,](?=\d{3}(?!\d))", "", value.strip()))
+        is_number = isinstance(number, int if "float_type" not in types else int | float) and number not in (
+            True,
+            False,
+        )
+        return f"; write {number}" if is_number else ""
+    return ""
 
 
 def _option_path(cls: type | None, error: ErrorDetails) -> tuple[list[str], list[str]]:
@@ -96,6 +142,8 @@ def _dataclass_in(hint: Any) -> type | None:
 
 
 def _expected(error: ErrorDetails) -> str:
+    if error["type"] == "bool_type":
+        return "true or false"
     message = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     message = message.replace("String should have ", "a string of ")
     message = message[:1].lower() + message[1:]

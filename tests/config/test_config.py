@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -103,7 +105,6 @@ def test_what_is_not_yaml_on_the_command_line_is_text() -> None:
         ("model: a/b\n---\nmodel: c/d\n", "run.yaml:2: ", ""),
         ("model: &a [*a]\n", "run.yaml: ", "alias"),
         (f"model: {'[' * 5000}", "run.yaml: ", "nested"),
-        (f"train: {{seed: {'9' * 5000}}}", "run.yaml: ", ""),
         ("a: &a [0,0,0,0,0,0,0,0,0,0]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b,*b,*b]\n"
          "d: &d [*c,*c,*c,*c,*c,*c,*c,*c,*c,*c]\ne: [*d,*d,*d,*d,*d,*d,*d,*d,*d,*d]\n", "run.yaml:", "alias"),
     ],
@@ -138,14 +139,27 @@ def test_an_empty_run_file_is_all_defaults(write: Any) -> None:
         ("train: {learning_rate: true}", "option 'train.learning_rate': got true, expected a valid number"),
         ("train: {learning_rate: '1'}", "option 'train.learning_rate': got \"1\", expected a valid number"),
         ("train: {learning_rate: .inf}", "option 'train.learning_rate': got \".inf\", expected a valid number"),
-        ("train: {gradient_checkpointing: 1}", "got 1, expected a valid boolean"),
-        ("train: {gradient_checkpointing: yes}", 'got "yes", expected a valid boolean'),
+        ("train: {gradient_checkpointing: 1}", "got 1, expected true or false"),
+        ("train: {gradient_checkpointing: yes}", 'got "yes", expected true or false'),
         ("train: {max_steps: 0}", "got 0, expected a number greater than or equal to 1"),
         ("train: {learning_rate: 0}", "got 0, expected a number greater than 0"),
         ("data: {max_dropped: 1.5}", "got 1.5, expected a number less than or equal to 1"),
         ("train: {lr_scheduler_type: cosin}", "got \"cosin\", expected 'cosine', 'linear', 'constant', 'polynomial'"),
         ("train: {seed: null}", "option 'train.seed': got null, expected a valid integer"),
-        ("model: 5", "option 'model': got 5, expected a valid string"),
+        ("train: {learning_rate: 1e400}", "option 'train.learning_rate': got \"1e400\", expected a valid number"),
+        ("train: {learning_rate: [1e-4]}", "option 'train.learning_rate': got [0.0001], expected a valid number"),
+        ("train: {learning_rate: '1e-4'}", 'got "1e-4", expected a valid number; write 0.0001'),
+        ("train: {learning_rate: nan}", 'got "nan", expected a valid number'),
+        ("train: {learning_rate: 2024-01-01}", 'got "2024-01-01", expected a valid number'),
+        ("train: {learning_rate: }", "got null, expected a valid number; give it a value, or leave it out"),
+        ("train: {max_steps: 1_000}", 'got "1_000", expected a valid integer; write 1000'),
+        ("train: {max_steps: 1e3}", "got 1000.0, expected a valid integer; write 1000"),
+        ("train: {max_steps: -1}", "got -1, expected a number greater than or equal to 1"),
+        (f"train: {{max_steps: 1{'0' * 19}}}", "expected a number of at most 18 digits"),
+        (f"train: {{learning_rate: 1{'0' * 400}}}", "expected a number of at most 18 digits"),
+        (f"train: {{learning_rate: {'9' * 5000}}}", '99999", expected a valid number'),
+        ("data: {format: true}", 'got true, expected a valid string; put it in quotes: "true"'),
+        ("model: 5", "option 'model': got 5, expected a valid string; put it in quotes: \"5\""),
         ("model: ''", "option 'model': got \"\", expected a string of at least 1 character"),
         ("data: {train: [a.jsonl, 5]}", "option 'data.train': got [\"a.jsonl\", 5], expected a path, or an object"),
         ("data: {train_roles: asistant}", "got \"asistant\", expected 'system', 'user', 'assistant' or 'tool'"),
@@ -172,6 +186,53 @@ def test_a_nested_option_is_named_with_its_own_line(write: Any) -> None:
 @pytest.mark.parametrize("text", ["train: {seed: 1e999}", "plugins: {lora: {r: !!binary aGk=}}", "model: &a [*a]"])
 def test_what_json_cannot_record_is_refused(write: Any, text: str) -> None:
     assert load_error(write(text))
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (float("inf"), "got Infinity, expected a finite number"),
+        (float("nan"), "got NaN, expected a finite number"),
+        (2**63, "got 9223372036854775808, expected a number of at most 18 digits"),
+        ([1, float("-inf")], "got [1, -Infinity], expected a finite number"),
+        ({1, 2}, 'got "{1, 2}", expected text, a number, true, false, null, a list or a mapping'),
+    ],
+)
+def test_a_value_of_python_that_json_has_not_is_refused_with_its_option(value: Any, expected: str) -> None:
+    """`--set` and run files cannot give such values, Python can."""
+    origins = run_file.Origins()
+    origins.set("plugins.p.size", "run.yaml:7")
+    with pytest.raises(ConfigError) as caught:
+        validation.validate(
+            Options, {"needed": 1, "size": value}, who="plugin 'p'", prefix="plugins.p.", origins=origins
+        )
+    assert str(caught.value).startswith("run.yaml:7: plugin 'p': option 'size")
+    assert str(caught.value).endswith(expected)
+
+
+@pytest.mark.parametrize("text", ["1e400", "inf", "-inf", "nan", ".inf", "yes", "1_000", "[1]", "{a: 1}", "", "-1"])
+def test_a_wrong_number_is_one_line_wherever_it_stands(write: Any, text: str) -> None:
+    """In a run file, after a flag and after --set, for options of sections and of plugins."""
+    messages = [load_error(write(f"train:\n  learning_rate: {value}\n")) for value in (text, f"'{text}'")]
+    messages.append(load_error(None, assignments=[DATA, ("train.learning_rate", parse_value(text), "--set x")]))
+    for message, place in zip(messages, ("run.yaml:2: ", "run.yaml:2: ", "--set x: "), strict=True):
+        assert message.startswith(f"{place}option 'train.learning_rate': got ")
+        assert ", expected a " in message
+    origins = run_file.Origins()
+    origins.set("plugins.p.size", "--set x")
+    values = {"needed": 1, "size": parse_value(text)}
+    with pytest.raises(ConfigError, match=r"^--set x: plugin 'p': option 'size': got .*, expected a "):
+        validation.validate(Options, values, who="plugin 'p'", prefix="plugins.p.", origins=origins)
+
+
+def test_every_number_has_a_least_value(write: Any) -> None:
+    """A count or a rate below zero is refused for every option, and none needs its own test."""
+    for section, cls in options.SECTION_CLASSES.items():
+        for field in dataclasses.fields(cls):
+            for value in (-1, -0.5):
+                with contextlib.suppress(ConfigError):
+                    config = loading.load(write(f"{section}: {{{field.name}: {value}}}\n")).config
+                    pytest.fail(f"{section}.{field.name}: {value} gave {getattr(config, section)}")
 
 
 def test_an_error_names_what_was_typed(write: Any) -> None:
@@ -223,7 +284,7 @@ class Options:
     [
         ({}, "option 'needed' is missing; it has no default; give it with --set p.needed=..."),
         ({"needed": 1, "names": 5}, "option 'names': got 5, expected a valid string or a valid array"),
-        ({"needed": 1, "names": ["a", 5]}, "option 'names': got 5, expected a valid string"),
+        ({"needed": 1, "names": ["a", 5]}, "option 'names': got 5, expected a valid string; put it in quotes: \"5\""),
         ({"needed": 1, "size": 0}, "option 'size': got 0, expected a number greater than or equal to 1"),
         ({"needed": 1, "sise": 1}, "option 'sise' does not exist; did you mean 'size'?"),
         ({"needed": 13}, "needed and size do not go together"),
