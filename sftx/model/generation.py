@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 if TYPE_CHECKING:
@@ -40,17 +41,22 @@ def generate_greedy(
         pad_token_id=0,  # any id will do: padding is masked, and cut off after the first stop token
     )
     stopping = StoppingCriteriaList([_CheckStop(check_stop)])
+    # transformers would compute the router's loss for each new token, over a mask of all tokens, and fail.
+    has_router_loss = hasattr(lm.model.config.get_text_config(), "output_router_logits")
+    no_router_loss = {"output_router_logits": False} if has_router_loss else {}
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     for start in range(0, len(order), batch_size):
         check_stop()
         indices = order[start : start + batch_size]
         ids_BT, mask_BT = _pad_left([prompts[index] for index in indices])
-        with torch.no_grad(), _evaluating_with(lm.model, settings):
+        # The rows of added tokens are written into the embedding and the head once, not for every token.
+        with torch.no_grad(), parametrize.cached(), _evaluating_with(lm.model, settings):
             out_BT = cast(Any, lm.model).generate(
                 input_ids=ids_BT.to(lm.device),
                 attention_mask=mask_BT.to(lm.device),
                 stopping_criteria=stopping,
                 synced_gpus=False,  # every process has all parameters here and generates on its own
+                **no_router_loss,
             )
         for index, ids in zip(indices, out_BT[:, ids_BT.shape[1] :].tolist(), strict=True):
             end = next((position for position, token in enumerate(ids) if token in stop_ids), len(ids))
@@ -59,13 +65,21 @@ def generate_greedy(
 
 @contextlib.contextmanager
 def _evaluating_with(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
-    """Switches dropout off, and replaces the generation config, which transformers reads every unset value from."""
+    """Switches dropout off, and replaces the generation config, which transformers reads every unset value from.
+
+    transformers gives the head the last position of each row, a slice with gaps. A frozen weight is not multiplied
+    with it as one matrix: it is expanded to a batch of B weights, which a CPU copies in bf16 (9 times the time of the
+    first token, and B times the memory of the head). Without gaps it is one matrix product.
+    """
     training, own_settings = model.training, model.generation_config
+    head = cast(torch.nn.Module, model.get_output_embeddings())
+    hook = head.register_forward_pre_hook(lambda _, inputs: tuple(part.contiguous() for part in inputs))
     model.eval()
     model.generation_config = settings
     try:
         yield
     finally:
+        hook.remove()
         model.generation_config = own_settings
         model.train(training)
 

@@ -201,7 +201,9 @@ class CausalLM(nn.Module):
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Returns all logits, [B, T, V]. For probes and tests only: training must not materialise them."""
-        logits_BTV = nn.functional.linear(hidden_BTD, self.head_weight, self.head_bias)
+        # As a matrix: a frozen head times a slice with gaps would be expanded to a batch of B heads.
+        logits_NV = nn.functional.linear(hidden_BTD.flatten(0, 1), self.head_weight, self.head_bias)
+        logits_BTV: Tensor = logits_NV.view(*hidden_BTD.shape[:2], -1)
         if self.logit_scale != 1:
             logits_BTV = logits_BTV * self.logit_scale
         if self.softcap is not None:

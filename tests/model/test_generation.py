@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,18 @@ def test_the_adapter_changes_the_answers(tiny_model_dir: Path) -> None:
     attached = answers_in_order(lm, prompts(lm), **ask)
     with lm.without_adapters():
         assert answers_in_order(lm, prompts(lm), **ask) != attached
+
+
+def test_rows_of_added_tokens_are_written_into_the_weights_once_a_batch(tiny_model_dir: Path) -> None:
+    lm = CausalLM(AutoModelForCausalLM.from_pretrained(tiny_model_dir), AutoTokenizer.from_pretrained(tiny_model_dir))
+    spec = dataclasses.replace(load_spec(str(tiny_model_dir)), new_token_ids=(5, 6))
+    lm.attach({"lora": built_in("lora").sftx_adapter(spec)})
+    asked = prompts(lm)
+    expected = [by_hand(lm, prompt, ()) for prompt in asked]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        assert answers_in_order(lm, asked, max_new_tokens=NEW, stop_ids=(), batch_size=len(asked)) == expected
+    copies = {event.key: event.count for event in profile.key_averages()}["aten::index_copy"]
+    assert copies == 2, "one for the embedding and one for the head, however many tokens are generated"
 
 
 def test_settings_of_the_model_do_not_make_answers_depend_on_padding(tiny_model_dir: Path) -> None:

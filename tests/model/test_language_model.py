@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -141,6 +142,42 @@ def test_padding_a_batch_changes_no_loss() -> None:
     alone = sum(MaskedCE()(lm, Padded().collate([row])).sum for row in rows)
     together = MaskedCE()(lm, Padded(pad_to_multiple_of=16).collate(rows)).sum
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+
+
+class Products(TorchDispatchMode):
+    """Notes the shape of each weight that is expanded to a batch, which a CPU copies once a row in bf16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expanded: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.bmm.default:
+            weight = args[-1]
+            # Rotary embeddings multiply a [B, D, 1] by a [B, 1, T] of positions: no weight.
+            if weight.shape[0] > 1 and weight.shape[1] > 1 and weight.stride(0) == 0:
+                self.expanded.append(tuple(weight.shape))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_no_frozen_weight_is_expanded_to_the_rows_of_a_batch(name: str) -> None:
+    """In training, evaluation and answering, where the head gets the last position of each row, a slice with gaps."""
+    lm = CausalLM(model_of(name), tokenizer=None).eval()  # type: ignore[arg-type]
+    lm.requires_grad_(False)
+    rows = examples()
+    with torch.no_grad(), Products() as products:
+        lm.model(input_ids=torch.ones(2, 5, dtype=torch.int64), logits_to_keep=1)
+    assert products.expanded == [(2, 32, 211)], "the fault that this test looks for"
+    with torch.no_grad(), Products() as products:
+        batch = Padded().collate(rows)
+        MaskedCE()(lm, batch)
+        last_B1D = lm.hidden(batch).hidden_BTD[:, -1:]
+        logits_B1V = lm.logits(last_B1D)
+        asked = [list(row.token_ids) for row in rows]
+        answers_in_order(lm, asked, max_new_tokens=3, stop_ids=(), batch_size=3)
+    assert products.expanded == []
+    torch.testing.assert_close(logits_B1V, lm.logits(last_B1D.contiguous()), rtol=0, atol=0)
 
 
 def test_an_architecture_that_computes_its_logits_otherwise_is_refused_by_name() -> None:
