@@ -408,4 +408,5 @@ def _manifest(
 def _describe(source: Source, config: DataConfig) -> dict[str, Any]:
     """Return a source with a hash of its content; of a stream only its ends are hashed, which is read once."""
     content = sources.glance(source) if config.streaming else sources.fingerprint(source)
-    return {"path": source.path, "subset": source.subset, "split": source.split, "fingerprint": content}
+    described = {"path": source.path, "subset": source.subset, "split": source.split, "fingerprint": content}
+    return described | ({"files": files} if (files := sources.file_names(source)) else {})

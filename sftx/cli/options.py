@@ -67,7 +67,8 @@ def run_options(*sections: str) -> Callable[[Callable[..., Any]], Callable[..., 
         ) -> Any:
             if file is not None and file.suffix not in (".yaml", ".yml") and file.exists():
                 raise click.UsageError(
-                    f"{file} is no run file; give each file of data an option of its own: --data {file}"
+                    f"{file} is no run file; give each file of data an option of its own: --data {file}, or quote the "
+                    f"pattern that names them: --data '*{file.suffix}'"
                 )
             values = {name: rest.pop(name) for name in list(rest) if name in names}
             assignments = [*_assignments(values), *parse_settings(settings)]

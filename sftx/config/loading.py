@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +73,9 @@ def default_name(run_file: Path | None, config: RunConfig) -> str:
     source = str(run_file) if run_file is not None else next((source.path for source in config.data.train), "run")
     if source.startswith("sftx:"):
         return "demo"
-    return Path(source).name.split(".")[0] or "run"
+    # Of a pattern such as `data/*.jsonl`, the directory.
+    parts = [part for part in Path(source).parts if not re.search(r"[*?[]", part)]
+    return Path(*parts).name.split(".")[0] or "run"
 
 
 def _plugin_options(table: Any, origins: run_file.Origins) -> dict[str, Any]:

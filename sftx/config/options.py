@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeAlias
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from sftx.config import optimizer_table
 from sftx.config.validation import adapter
@@ -39,6 +39,25 @@ class Filters:
     ] = "keep"
 
 
+def _check_encoding(name: str | None) -> str | None:
+    """Raise ValueError for a name that is no encoding of text."""
+    if name is not None:
+        try:
+            "".encode(name)
+        except LookupError:  # unknown, or a codec that turns bytes into bytes
+            raise ValueError(
+                "an encoding of text that Python knows, such as utf-8, cp1252, utf-16 or gb18030"
+            ) from None
+    return name
+
+
+def _check_delimiter(mark: str | None) -> str | None:
+    """Raise ValueError for what cannot separate the fields of a CSV file."""
+    if mark is not None and (len(mark) != 1 or mark in '"\r\n'):
+        raise ValueError("one character, which is no quote and ends no line")
+    return mark
+
+
 @dataclass(frozen=True)
 class Source:
     """A source of rows, and how it is read."""
@@ -46,7 +65,9 @@ class Source:
     path: Annotated[
         str,
         Field(
-            min_length=1, description="File or directory of rows, directory of a saved dataset, or id of a hub dataset."
+            min_length=1,
+            description="File or directory of rows, pattern such as data/*.jsonl, directory of a saved dataset, or id "
+            "of a hub dataset.",
         ),
     ]
     weight: Annotated[
@@ -70,6 +91,18 @@ class Source:
     split: Annotated[str | None, Field(description="Split of a hub or saved dataset; train by default.")] = None
     limit: Annotated[int | None, Field(ge=1, le=10**15, description="Read only this many rows, from the start.")] = None
     filters: Annotated[Filters | None, Field(description="Filters of this source, instead of data.filters.")] = None
+    encoding: Annotated[
+        str | None,
+        AfterValidator(_check_encoding),
+        Field(description="Encoding of these text files, instead of data.encoding."),
+    ] = None
+    delimiter: Annotated[
+        str | None,
+        AfterValidator(_check_delimiter),
+        Field(
+            description="Character between the fields of these CSV files; by default it is taken from the first line.",
+        ),
+    ] = None
 
 
 def _as_source(value: Any) -> Any:
@@ -116,13 +149,23 @@ class DataConfig:
 
     train: Annotated[
         Sources,
-        Field(description="Training rows: file, directory or hub dataset, as PATH or PATH:WEIGHT; may be repeated."),
+        Field(
+            description="Training rows: file, pattern, directory or hub dataset, as PATH or PATH:WEIGHT; may be "
+            "repeated."
+        ),
     ] = ()
-    eval: Annotated[Sources, Field(description="Held-out rows: file, directory or hub dataset; may be repeated.")] = ()
+    eval: Annotated[
+        Sources, Field(description="Held-out rows: file, pattern, directory or hub dataset; may be repeated.")
+    ] = ()
     format: Annotated[
         str | None,
         Field(description="Parser plugin that reads every row; by default it is chosen by the fields of each row."),
     ] = None
+    encoding: Annotated[
+        str,
+        AfterValidator(_check_encoding),
+        Field(description="Encoding of text files; a byte order mark of UTF-16 is recognised by itself."),
+    ] = "utf-8"
     mix_strategy: Annotated[
         Literal["concat", "interleave_under", "interleave_over"],
         Field(

@@ -32,7 +32,7 @@ def export_lines(
     seen: set[bytes] = set()
     for source in train:
         filters = source.filters or config.filters
-        for where, record in sources.read(source):
+        for where, record in sources.read(source, encoding=config.encoding):
             row = EncodedRow(where)
             line = ""
             try:

@@ -72,7 +72,7 @@ def _encode_all(data_sources: Sequence[Source], encode: RowEncoder, num_proc: in
     data = Dataset()
     filters = [source.filters or encode.config.filters for source in data_sources]
     seen: set[bytes] | None = set() if any(f.duplicates == "drop" for f in filters) else None
-    chunks = _chunks(data_sources)
+    chunks = _chunks(data_sources, encode.config.encoding)
     encoded = (
         (_encode_chunk(encode, chunk) for chunk in chunks)
         if num_proc == 1
@@ -116,9 +116,9 @@ def digest(examples: Sequence[Example]) -> bytes:
 # --- one process or several ---------------------------------------------------------------------
 
 
-def _chunks(data_sources: Sequence[Source]) -> Iterator[Chunk]:
+def _chunks(data_sources: Sequence[Source], encoding: str) -> Iterator[Chunk]:
     for number, source in enumerate(data_sources):
-        rows = sources.read(source)
+        rows = sources.read(source, encoding=encoding)
         while chunk := list(islice(rows, _CHUNK)):
             yield number, source, chunk
 

@@ -1,11 +1,13 @@
 """Read the records of a source, each with its location.
 
-A source is a file, a directory of files, a directory that `save_to_disk` of `datasets` wrote, a directory laid out as a
-hub dataset (read by `split` or `subset`), or a hub dataset.
+A source is a file, the files that match a pattern, a directory of files, a directory that `save_to_disk` of `datasets`
+wrote, a directory laid out as a hub dataset (read by `split` or `subset`), or a hub dataset. Whatever it is, it has a
+name (its path), a fingerprint of its content, and records, each with its location.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -27,6 +29,7 @@ SHIPPED: Final = "sftx:"
 
 _PACKAGE: Final = Path(__file__).parents[1]
 _HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+")
+_WILDCARD: Final = re.compile(r"[*?[]")
 _DESCRIPTIONS: Final = frozenset({"dataset_info.json", "dataset_infos.json"})
 """Files that describe a dataset and hold none of its rows."""
 _SPLIT: Final = re.compile(
@@ -56,31 +59,41 @@ def check(source: Source) -> None:
     """Check that the files of a source exist and can be opened, without reading them. Raises DataError, ConfigError."""
     place = _locate(source.path)
     if place is None:
+        for option in ("encoding", "delimiter"):
+            if (value := getattr(source, option)) is not None:
+                raise ConfigError(f"{source.path}: is a hub dataset, and {option} {value!r} is for files of text")
         return
     if source.subset is not None and place.is_dir() and hub.is_saved(place):
         raise ConfigError(f"{source.path}: is a saved dataset, which has no subsets; leave {source.subset!r} out")
     for option in ("split", "subset"):
-        if (value := getattr(source, option)) is not None and place.is_file():
+        if (value := getattr(source, option)) is not None and not place.is_dir():
+            what = "is a file" if place.is_file() else "names files"
             raise ConfigError(
-                f"{source.path}: is a file, and {option} {value!r} is for datasets; leave it out, or name the "
+                f"{source.path}: {what}, and {option} {value!r} is for datasets; leave it out, or name the "
                 "directory that holds the splits"
             )
-    if not _is_dataset_directory(place, source):
-        for file, path in _files(place, source.path):
-            if not os.access(file, os.R_OK):
-                raise DataError(f"{path}: cannot be read: permission denied")
+    files = [] if _is_dataset_directory(place, source) else _files(place, source.path)
+    for file, path in files:
+        if not os.access(file, os.R_OK):
+            raise DataError(f"{path}: cannot be read: permission denied")
+    for option in ("encoding", "delimiter"):
+        if (value := getattr(source, option)) is not None and not any(readers.is_text(file) for file, _ in files):
+            raise ConfigError(f"{source.path}: is no text, and {option} {value!r} is for text; leave it out")
 
 
-def read(source: Source, *, streaming: bool = False, start: int = 0) -> Iterator[tuple[Location, Record]]:
+def read(
+    source: Source, *, encoding: str = "utf-8", streaming: bool = False, start: int = 0
+) -> Iterator[tuple[Location, Record]]:
     """Yield the records in order, one at a time. Raises DataError for a source without rows or an unreadable row.
 
-    The first `start` records, which a resumed run has read before, are skipped; a source with fewer records is an
-    error. With `streaming` a hub dataset is not downloaded as a whole; other sources ignore it.
+    `encoding` is that of text files, unless the source names its own. The first `start` records, which a resumed run
+    has read before, are skipped; a source with fewer records is an error. With `streaming` a hub dataset is not
+    downloaded as a whole; other sources ignore it.
     """
     check(source)
     is_empty = start == 0
     num_rows = None if source.limit is None else max(0, source.limit - start)
-    for where, row in islice(_rows(source, start, streaming=streaming), num_rows):
+    for where, row in islice(_rows(source, start, source.encoding or encoding, streaming=streaming), num_rows):
         is_empty = False
         if not isinstance(row, dict):
             raise DataError(f'{where}: got a {type(row).__name__}, expected an object such as {{"messages": [...]}}')
@@ -106,6 +119,8 @@ def fingerprint(source: Source) -> str:
     check(source)
     place = _locate(source.path)
     options = {name: getattr(source, name) for name in ("columns", "subset", "split", "limit")}
+    # Left out where they are not set, so that fingerprints stay what they were before these options were added.
+    options |= {name: value for name in ("encoding", "delimiter") if (value := getattr(source, name)) is not None}
     content: Any
     if place is None:
         content = hub.hub_fingerprint(source)
@@ -145,6 +160,14 @@ def glance(source: Source) -> str:
     return digest.hexdigest()
 
 
+def file_names(source: Source) -> list[str]:
+    """Return the files of a directory or a pattern in the order in which they are read; an empty list for others."""
+    place = _locate(source.path)
+    if place is None or place.is_file() or _is_dataset_directory(place, source):
+        return []
+    return [path for _, path in _files(place, source.path)]
+
+
 def num_bytes(source: Source) -> int:
     """Return the size of the source's files on disk, compressed or not, and 0 for a hub dataset. Raises DataError."""
     place = _locate(source.path)
@@ -154,7 +177,7 @@ def num_bytes(source: Source) -> int:
 def resolve(path: str) -> Path:
     """Return the file or directory that `path` names. Raises DataError when it does not exist."""
     try:
-        place = _PACKAGE / path.removeprefix(SHIPPED) if path.startswith(SHIPPED) else Path(path).expanduser()
+        place = _expand(path)
         if place.exists():
             return place
         is_dangling = place.is_symlink()
@@ -169,11 +192,18 @@ def resolve(path: str) -> Path:
 
 
 def _locate(path: str) -> Path | None:
-    """Return the file or directory, or None when the path can only be a hub dataset. Raises DataError."""
+    """Return the file, directory or pattern, or None when the path can only be a hub dataset. Raises DataError."""
     looks_like_file = path.startswith(".") or readers.kind(Path(path)) is not None
     if _HUB_ID.fullmatch(path) and not looks_like_file and not os.path.lexists(path):
         return None
+    if _WILDCARD.search(path) and "\0" not in path and not os.path.lexists(pattern := _expand(path)):
+        return pattern
     return resolve(path)
+
+
+def _expand(path: str) -> Path:
+    """Return the place of a path of the package or below a home directory. Raises RuntimeError for an unknown home."""
+    return _PACKAGE / path.removeprefix(SHIPPED) if path.startswith(SHIPPED) else Path(path).expanduser()
 
 
 def _is_dataset_directory(place: Path, source: Source) -> bool:
@@ -185,37 +215,53 @@ def _all_files(source: Source, place: Path) -> list[tuple[str, Path]]:
     """Return every file that the records can depend on, with its name relative to the source's path."""
     if _is_dataset_directory(place, source):
         return sorted((file.relative_to(place).as_posix(), file) for file in _walk(place, set()) if file.is_file())
-    return [(path.removeprefix(source.path).lstrip("/"), file) for file, path in _files(place, source.path)]
+    fixed = source.path if place.exists() else _WILDCARD.split(str(place))[0].rpartition("/")[0]
+    return [(path.removeprefix(fixed).lstrip("/"), file) for file, path in _files(place, source.path)]
 
 
 def _files(place: Path, path: str) -> list[tuple[Path, str]]:
     """Return the files of rows at `place`, sorted by path, each with its name for errors. Raises DataError."""
-    if not place.is_dir():
+    if place.is_dir():
+        found = sorted((file.relative_to(place).as_posix(), file) for file in _walk(place, set()))
+        prefix, what = f"{path.rstrip('/')}/", "is in this directory, which holds"
+    elif place.exists():
         _check_file(place, path)
         return [(place, path)]
-    found = sorted((file.relative_to(place).as_posix(), file) for file in _walk(place, set()))
+    else:
+        found = _matches(place, path)
+        prefix, what = "", "matches this pattern, but"
     files = [(n, file) for n, file in found if readers.kind(file) is not None and file.name not in _DESCRIPTIONS]
     if not files:
         names = ", ".join(name for name, _ in found[:_MOST_SHOWN]) + (", ..." if len(found) > _MOST_SHOWN else "")
-        raise DataError(
-            f"{path}: no file of rows is in this directory, which holds {names or 'nothing'}; known are "
-            f"{readers.known()}"
-        )
+        raise DataError(f"{path}: no file of rows {what} {names or 'nothing'}; known are {readers.known()}")
     # Held-out rows must not be trained on only because their file is in the same directory.
     splits = {}
     for name, _ in files:
-        for part in name.split("/"):
+        for part in name.removeprefix(str(place.parent)).split("/"):
             if match := _SPLIT.fullmatch(part.partition(".")[0]):
                 splits[match[1].lower()] = name
     if len(splits) > 1:
-        raise DataError(
-            f"{path}: holds several splits ({', '.join(sorted(splits.values()))}); choose one with split: NAME, or "
-            "name the files"
-        )
-    named = [(file, f"{path.rstrip('/')}/{name}") for name, file in files]
+        choose = "choose one with split: NAME, or name the files" if place.is_dir() else "name the files of one"
+        raise DataError(f"{path}: holds several splits ({', '.join(sorted(splits.values()))}); {choose}")
+    named = [(file, f"{prefix}{name}") for name, file in files]
     for file, name in named:
         _check_file(file, name)
     return named
+
+
+def _matches(pattern: Path, path: str) -> list[tuple[str, Path]]:
+    """Return the files that match a pattern, and those below directories that do, sorted by name. Raises DataError."""
+    # A file that is found several times, because a link leads back to it, is read once, under its shortest name.
+    found: dict[str, Path] = {}
+    seen: set[tuple[int, int]] = set()
+    for name in sorted(glob.glob(str(pattern), recursive=True), key=lambda name: (name.count("/"), name)):
+        for file in _walk(Path(name), seen) if Path(name).is_dir() else [Path(name)]:
+            found.setdefault(os.path.realpath(file), file)
+    if not found:
+        raise DataError(
+            f"{path}: no file matches this pattern" + ("" if pattern.is_absolute() else f" (looked in {Path.cwd()})")
+        )
+    return sorted((file.as_posix(), file) for file in found.values())
 
 
 def _check_file(file: Path, path: str) -> None:
@@ -223,7 +269,8 @@ def _check_file(file: Path, path: str) -> None:
         what = f"a link to {os.readlink(file)}, which is not there" if not file.exists() else "no regular file"
         raise DataError(f"{path}: is {what}")
     if readers.kind(file) is None:
-        raise DataError(f"{path}: unknown kind of file {file.suffix!r}; known are {readers.known()}")
+        what = f"unknown kind of file {file.suffix!r}" if file.suffix else "has no suffix to tell how it is read"
+        raise DataError(f"{path}: {what}; known are {readers.known()}")
 
 
 def _walk(directory: Path, seen: set[tuple[int, int]], depth: int = 0) -> Iterator[Path]:
@@ -256,7 +303,7 @@ def _sha256_of_unchanged(file: Path, size: int, mtime_ns: int, ctime_ns: int, in
 # --- records ------------------------------------------------------------------------------------
 
 
-def _rows(source: Source, start: int, *, streaming: bool) -> readers.Rows:
+def _rows(source: Source, start: int, encoding: str, *, streaming: bool) -> readers.Rows:
     skip = readers.Skip(start)
     place = _locate(source.path)
     if place is None:
@@ -267,7 +314,7 @@ def _rows(source: Source, start: int, *, streaming: bool) -> readers.Rows:
         yield from hub.read_directory(place, source, skip)
     else:
         for file, path in _files(place, source.path):
-            yield from readers.read(file, path, skip)
+            yield from readers.read(readers.RowFile(file, path, encoding, source.delimiter), skip)
     if skip.left:
         raise DataError(
             f"{source.path}: holds fewer than the {start} rows that were read of it before the run was resumed: it has "

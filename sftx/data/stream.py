@@ -37,7 +37,7 @@ class Stream:
     """Whether any example trained one of the template's stop tokens."""
 
     def __post_init__(self) -> None:
-        self._readers = [_Reader(source) for source in self.sources]
+        self._readers = [_Reader(source, self.encode.config.encoding) for source in self.sources]
         self._weights = list(accumulate(source.weight for source in self.sources))
         self._num_drawn = 0
         self._next_group = 0
@@ -76,7 +76,8 @@ class Stream:
                 "the same, or begin a new run"
             )
         self._readers = [
-            _Reader(source, **values) for source, values in zip(self.sources, state["readers"], strict=True)
+            _Reader(source, self.encode.config.encoding, **values)
+            for source, values in zip(self.sources, state["readers"], strict=True)
         ]
         self._num_drawn, self._next_group = state["num_drawn"], state["next_group"]
         self.has_turns, self.trains_stop = state["has_turns"], state["trains_stop"]
@@ -125,6 +126,8 @@ class _Reader:
     """Reads one source again and again."""
 
     source: Source
+    encoding: str
+    """The encoding of text files, unless the source names its own."""
     passes: int = 0
     num_read: int = 0
     """Rows read in the current pass."""
@@ -146,16 +149,19 @@ class _Reader:
     def next(self) -> tuple[Location, Record]:
         """Return the next record, and the first after the last. Raises DataError for a pass without an example."""
         if self._rows is None:
-            self._rows = source_files.read(self.source, streaming=True, start=self.num_read)
+            self._rows = self._read(self.num_read)
         found = next(self._rows, None)
         if found is None:
             if not self.is_used:
                 raise DataError(f"{self.source.path}: no row of it gives an example: {self.reason}")
             self.passes, self.num_read, self.is_used, self.reason = self.passes + 1, 0, False, ""
-            self._rows = source_files.read(self.source, streaming=True)
+            self._rows = self._read()
             found = next(self._rows)
         self.num_read += 1
         return found
+
+    def _read(self, start: int = 0) -> Iterator[tuple[Location, Record]]:
+        return source_files.read(self.source, encoding=self.encoding, streaming=True, start=start)
 
     def note(self, row: EncodedRow) -> None:
         """Note what came of the row that `next` returned."""

@@ -68,7 +68,8 @@ class DatasetView:
     def records(self, split: Split) -> Iterator[tuple[Source, Location, Record]]:
         """Yield every row of a split as its source has it."""
         for source in self.sources(split):
-            yield from ((source, where, record) for where, record in sources.read(source))
+            rows = sources.read(source, encoding=self.config.data.encoding)
+            yield from ((source, where, record) for where, record in rows)
 
 
 def is_unreadable(entry: Entry) -> bool:

@@ -84,3 +84,20 @@ def test_an_export_needs_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stderr.splitlines()[-1] == "[]"
+
+
+def test_a_pattern_of_files_in_another_encoding_is_read_with_a_line_that_says_what_was_taken() -> None:
+    Path("parts").mkdir()
+    Path("parts/1.csv").write_text("prompt;completion\nÜber?;Ja, über\n", encoding="cp1252")
+    Path("parts/2.TSV").write_text("prompt\tcompletion\nGröße?\tgroß\n", encoding="cp1252")
+    done = sftx("--data", "parts/*", "--encoding", "cp1252", "--output", "-")
+    assert (done.exit_code, done.stderr.splitlines()[-1]) == (0, "2 of 2 rows written to -")
+    answers = [json.loads(line)["messages"][-1]["content"] for line in done.stdout.splitlines()]
+    assert answers == ["Ja, über", "groß"]
+    wrong = sftx("--data", "parts/*", "--output", "-")
+    assert wrong.stderr.splitlines()[-1].startswith("sftx: error: parts/1.csv:2: is not UTF-8: ")
+    assert "--encoding cp1252" in wrong.stderr
+    unknown = sftx("--data", "parts/*", "--encoding", "cp12522", "--output", "-")
+    assert "option 'data.encoding': got \"cp12522\", expected an encoding of text" in unknown.stderr
+    unquoted = sftx("--data", "parts/1.csv", "parts/2.TSV", "--output", "-")
+    assert "quote the pattern" in unquoted.stderr

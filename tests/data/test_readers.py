@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from row_files import TEXT, error_of, rows, write
-from sftx import DataError
+from sftx import ConfigError, DataError
 from sftx.config.options import Source
 from sftx.data import json_text, readers, sources
 
@@ -57,7 +57,7 @@ def test_only_a_newline_ends_a_line() -> None:
         ('"text"', "x.jsonl:1: got a str, expected an object"),
         ("null", "x.jsonl:1: got a NoneType, expected an object"),
         (b'{"a": 1}\n{"a": "\xe9"}\n', "x.jsonl:2: is not UTF-8: invalid continuation byte at byte 8"),
-        ('{"a": 1}'.encode("utf-16"), "x.jsonl:1: is not UTF-8: "),
+        ('{"a": 1}'.encode("utf-16-le"), "x.jsonl: every other byte is 0, as in utf-16-le; say so with --encoding"),
         ('{"a": ' + "1" * 5000 + "}", "x.jsonl:1: not readable JSON: a number of too many digits"),
         ("[" * 200_000, "x.jsonl:1: not "),
         ("", "x.jsonl: holds no rows"),
@@ -143,7 +143,9 @@ def test_csv_may_begin_with_a_byte_order_mark_and_hold_long_texts() -> None:
         ("a,a\n1,2\n", "x.csv:1: two columns have the same name: a, a"),
         ('a,b\n1,"2\n', "x.csv:2: not valid CSV: "),
         (b"a,b\n\xe9,2\n", "x.csv:2: is not UTF-8: invalid continuation byte at byte 1"),
-        ("a,b\n1,2\n".encode("utf-16"), "x.csv:1: is not UTF-8: "),
+        ("a,b\n1,2\n".encode("utf-16-be"), "x.csv: every other byte is 0, as in utf-16-be; say so with --encoding"),
+        ("a;b\n1;2\n3;4;5\n", "x.csv:3: got 3 fields, expected the 2 of the first line, separated by semicolons"),
+        ("a,,\n1,2,3\n", "x.csv:1: two columns have the same name: a, '', ''"),
         ("a,b\n", "x.csv: holds no rows"),
         ("", "x.csv: holds no rows"),
     ],
@@ -170,6 +172,117 @@ def test_a_broken_or_empty_parquet_file_is_reported(capfd: pytest.CaptureFixture
     pq.write_table(pa.table({"a": pa.array([], pa.string())}), "y.parquet")
     assert error_of("y.parquet") == "y.parquet: holds no rows"
     assert capfd.readouterr() == ("", "")
+
+
+# --- encodings ----------------------------------------------------------------------------------
+
+ENCODED = {
+    "x.jsonl": '{"a": "café"}\n\n{"a": "für\u00a0é"}\n',
+    "x.json": '[{"a": "café"},\n\n{"a": "für\u00a0é"}]',
+    "x.csv": "a\ncafé\n\nfür\u00a0é\n",
+    "x.tsv": "a\tb\ncafé\t1\n",
+    "x.txt": "café\nfür\n",
+}
+
+
+def read_as(name: str, content: bytes, **options: Any) -> list[tuple[str, Any]]:
+    return [(str(where), row) for where, row in sources.read(Source(write(name, content), **options))]
+
+
+@pytest.mark.parametrize("name", ENCODED)
+def test_a_file_of_a_named_encoding_yields_the_rows_of_its_utf_8(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    text = ENCODED[name]
+    expected = rows(name, text)
+    for encoding in ("latin-1", "cp1252", "utf-16", "utf-16-le", "UTF_16_BE", "utf-32", "utf-8-sig", "gb18030"):
+        if encoding == "gb18030":
+            text, expected = text.replace("\u00a0", " "), rows(name, text.replace("\u00a0", " "))
+        content = text.encode(encoding)
+        assert read_as(name, content, encoding=encoding) == expected, encoding
+        assert [(str(w), row) for w, row in sources.read(Source(name), encoding=encoding)] == expected, encoding
+        assert read_as(f"{name}.gz", gzip.compress(content), encoding=encoding) == [
+            (where.replace(name, f"{name}.gz"), row) for where, row in expected
+        ]
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("name", ENCODED)
+@pytest.mark.parametrize("order", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+def test_a_byte_order_mark_names_the_encoding(name: str, order: str, caplog: pytest.LogCaptureFixture) -> None:
+    text = ENCODED[name]
+    expected = rows(name, text)
+    caplog.set_level("INFO")
+    for _ in range(2):
+        assert read_as(name, f"\ufeff{text}".encode(order)) == expected
+    assert [record.message for record in caplog.records] == [
+        f"{name}: is read as {order}, which its byte order mark names"
+    ]
+    assert read_as(name, f"\ufeff{text}".encode(order), encoding=order) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "encoding", "message"),
+    [
+        (b'{"a": 1}\n{"a": "caf\xe9 noir"}\n', "utf-8", "may be cp1252 ('é noir\"}'): say so with --encoding cp1252"),
+        ('{"a": 1}\n{"a": "你好"}\n'.encode("gb18030"), "utf-8", "it may be gb18030 ('你好"),
+        ('{"a": 1}\n{"a": "привет"}\n'.encode("cp1251"), "utf-8", "may be cp1251 ('привет\"}') or cp1252"),
+        ('{"a": 1}\n{"a": "Größe"}\n'.encode("cp1252"), "utf-8", "cp1252 ('öße\"}'): say so with --encoding"),
+        (b'{"a": 1}\n{"a": "\x81"}\n', "cp1252", "is not cp1252: character maps to <undefined> at byte 17 of the file"),
+        (b'{"a": 1}\n{"a": "caf\xe9"}\n', "ascii", "is not ascii: ordinal not in range(128) at byte 20 of the file"),
+        ('{"a": 1}\n{"a": "é'.encode("utf-16-le") + b"\x00", "utf-16-le", "is not utf-16-le: truncated data at byte "),
+        ('{"a": 1}\n{"a": "\ud800"}'.encode("utf-16-le", "surrogatepass"), "utf-16-le", "is not utf-16-le: illegal "),
+    ],
+)  # fmt: skip
+def test_a_byte_of_another_encoding_is_reported_with_its_line(content: bytes, encoding: str, message: str) -> None:
+    reader = sources.read(Source(write("x.jsonl", content)), encoding=encoding)
+    assert next(reader)[1] == {"a": 1}
+    with pytest.raises(DataError) as caught:
+        next(reader)
+    assert str(caught.value).startswith("x.jsonl:2: ")
+    assert message in str(caught.value)
+
+
+def test_an_encoding_that_contradicts_the_byte_order_mark_is_an_error() -> None:
+    for encoding, content in {"cp1252": "\ufeff{}".encode(), "utf-16-be": "\ufeff{}".encode("utf-16-le")}.items():
+        with pytest.raises(
+            DataError, match=rf"^x\.jsonl: begins with the byte order mark of utf-.*is to be {encoding};"
+        ):
+            read_as("x.jsonl", content, encoding=encoding)
+    with pytest.raises(DataError, match=r"^x\.jsonl: has no byte order mark; write utf-16-le or utf-16-be as its enc"):
+        read_as("x.jsonl", "{}".encode("utf-16-le"), encoding="utf-16")
+    assert error_of("x.jsonl", b"\xff\xfe") == "x.jsonl: holds no rows"
+    write("x.parquet", "")
+    for option in ({"encoding": "cp1252"}, {"delimiter": ";"}):
+        with pytest.raises(ConfigError, match=r"^x\.parquet: is no text, and "):
+            sources.check(Source("x.parquet", **option))  # type: ignore[arg-type]
+
+
+# --- delimiters ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("mark", "called"), [(";", "semicolons"), ("\t", "tabs"), ("|", "vertical bars")])
+def test_another_delimiter_is_taken_from_the_first_line_and_said(
+    mark: str, called: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    content = '\na;"b, or\nc;d";c\r\n"x, y;\n""z""";1,5;\r\n'.replace(";", mark)
+    names = ["a", f"b, or\nc{mark}d", "c"]
+    expected = [("x.csv:4", dict(zip(names, [f'x, y{mark}\n"z"', "1,5", ""], strict=True)))]
+    assert rows("x.csv", content) == rows("x.csv", content) == expected
+    assert [record.message for record in caplog.records] == [
+        f"x.csv: its fields are separated by {called}, going by its first line; `delimiter` of the source names another"
+    ]
+
+
+def test_a_delimiter_that_is_expected_or_given_is_not_said(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    assert rows("x.tsv", 'a\tb\n1,2;3\t"4\t5"\n') == [("x.tsv:2", {"a": "1,2;3", "b": "4\t5"})]
+    assert rows("X.TSV", "a\n1,2;3\n") == [("X.TSV:2", {"a": "1,2;3"})]
+    assert read_as("x.csv", b"a;b,c;d\n1;2,3;4\n", delimiter=",") == [("x.csv:2", {"a;b": "1;2", "c;d": "3;4"})]
+    assert rows("y.csv", "a\nfree; text | with, all\n".replace(", ", " ")) == [
+        ("y.csv:2", {"a": "free; text | with all"})
+    ]
+    assert rows("z.csv", "sep=;\r\na\r\n1,5\r\n") == [("z.csv:3", {"a": "1,5"})]
+    assert rows("z.csv", "a,b;c\n1,2\n") == [("z.csv:2", {"a": "1", "b;c": "2"})]
 
 
 # --- compressed ---------------------------------------------------------------------------------
@@ -268,7 +381,7 @@ def test_the_location_of_an_error_in_a_list_does_not_depend_on_the_size_of_the_p
     for size in range(1, 40):
         monkeypatch.setattr(readers, "_PIECE_BYTES", size)
         assert [error_of("x.json", content) for content in broken] == whole
-    assert error_of("x.json", b'[{"a": "\xc3\xa9 \xe9"}]').endswith(" at byte 12")
+    assert error_of("x.json", b'[{"a": "\xc3\xa9 \xe9"}]').partition(";")[0].endswith(" at byte 12")
 
 
 # --- parquet and Arrow --------------------------------------------------------------------------

@@ -29,7 +29,8 @@ def _in_an_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_an_unreadable_path_is_reported() -> None:
     assert error_of("none.jsonl") == f"none.jsonl: no such file (looked in {Path.cwd()})"
     assert error_of("/none/none.jsonl") == "/none/none.jsonl: no such file"
-    assert error_of("x.tsv", "") == f"x.tsv: unknown kind of file '.tsv'; known are {readers.known()}"
+    assert error_of("x.xlsx", "") == f"x.xlsx: unknown kind of file '.xlsx'; known are {readers.known()}"
+    assert error_of("part-0", "") == f"part-0: has no suffix to tell how it is read; known are {readers.known()}"
     assert error_of("x.parquet.gz", "").startswith("x.parquet.gz: unknown kind of file '.gz'; known are .jsonl, ")
     assert error_of("sftx:demo/none.jsonl") == "sftx:demo/none.jsonl: no such file"
     assert error_of("a\0b.jsonl").startswith("a\0b.jsonl: ")
@@ -99,6 +100,46 @@ def test_a_directory_is_its_files_in_the_order_of_their_paths() -> None:
     assert sources.num_bytes(Source("d")) == sum(
         Path(name).stat().st_size for name in ("d/a.json", "d/b.jsonl", "d/sub/c.csv", "d/z.parquet")
     )
+
+
+def test_a_pattern_is_the_files_that_match_it_in_the_order_of_their_paths() -> None:
+    folder(
+        d__b_DOT_jsonl='{"n": 2}\n',
+        d__a_DOT_jsonl='{"n": 1}\n',
+        d__sub__c_DOT_jsonl='{"n": 3}\n',
+        d__sub__x_DOT_csv="n\n4\n",
+        d__README_DOT_md="#",
+        d___DOT_hidden_DOT_jsonl="{",
+    )
+    Path("d/sub/up").symlink_to("..")  # a loop
+
+    def found(pattern: str) -> list[str]:
+        return [str(where) for where, _ in sources.read(Source(pattern))]
+
+    assert found("d/*.jsonl") == ["d/a.jsonl:1", "d/b.jsonl:1"]
+    assert found("./d/[b-z].jsonl") == ["d/b.jsonl:1"]
+    assert found(f"{Path.cwd()}/d/?.jsonl") == [f"{Path.cwd()}/d/a.jsonl:1", f"{Path.cwd()}/d/b.jsonl:1"]
+    assert found("**/*.jsonl") == ["d/a.jsonl:1", "d/b.jsonl:1", "d/sub/c.jsonl:1"]
+    assert found("d/*") == found("d") == ["d/a.jsonl:1", "d/b.jsonl:1", "d/sub/c.jsonl:1", "d/sub/x.csv:2"]
+    assert sources.file_names(Source("d/*.jsonl")) == ["d/a.jsonl", "d/b.jsonl"]
+    assert sources.file_names(Source("d/a.jsonl")) == []
+    assert sources.num_bytes(Source("d/*.jsonl")) == 18
+    write("d/[1].jsonl", '{"n": 5}')
+    assert found("d/[1].jsonl") == ["d/[1].jsonl:1"]  # a file of that name comes before the pattern
+
+
+def test_a_pattern_without_rows_is_reported(tmp_path: Path) -> None:
+    assert error_of("d/*.jsonl") == f"d/*.jsonl: no file matches this pattern (looked in {Path.cwd()})"
+    assert error_of(f"{tmp_path}/*.jsonl") == f"{tmp_path}/*.jsonl: no file matches this pattern"
+    folder(d__a_DOT_md="", d__train_DOT_jsonl="{}", d__test_DOT_jsonl="{}")
+    assert error_of("d/*.md") == (
+        f"d/*.md: no file of rows matches this pattern, but d/a.md; known are {readers.known()}"
+    )
+    assert error_of("d/*.jsonl") == (
+        "d/*.jsonl: holds several splits (d/test.jsonl, d/train.jsonl); name the files of one"
+    )
+    with pytest.raises(ConfigError, match=r"^d/t\*\.jsonl: names files, and split 'train' is for datasets"):
+        sources.check(Source("d/t*.jsonl", split="train"))
 
 
 def test_a_directory_without_rows_is_reported() -> None:
@@ -248,6 +289,19 @@ def test_a_fingerprint_changes_when_the_rows_change() -> None:
     folder(d__unread_DOT_md="x", d___DOT_hidden_DOT_jsonl="x")
     assert sources.fingerprint(Source("d")) == seen[-1]
     assert len(set(seen)) == len(seen)
+
+
+def test_the_fingerprint_of_a_pattern_changes_when_the_files_do() -> None:
+    folder(d__a_DOT_jsonl='{"a": 1}', d__b_DOT_jsonl='{"a": 2}')
+    first = sources.fingerprint(Source("d/*.jsonl"))
+    folder(elsewhere__d__a_DOT_jsonl='{"a": 1}', elsewhere__d__b_DOT_jsonl='{"a": 2}')
+    assert sources.fingerprint(Source(f"{Path.cwd()}/elsewhere/d/*.jsonl")) == first, "or data could not be moved"
+    folder(d__c_DOT_jsonl='{"a": 1}')
+    second = sources.fingerprint(Source("d/*.jsonl"))
+    Path("d/c.jsonl").rename("d/e.jsonl")
+    third = sources.fingerprint(Source("d/*.jsonl"))
+    fourth = sources.fingerprint(Source("d/*.jsonl", encoding="cp1252"))
+    assert len({first, second, third, fourth}) == 4
 
 
 @pytest.mark.parametrize("name", ["./owner/name", "a/b/c", "owner/name.jsonl", "name", "/owner/name"])
