@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import logging
 import math
@@ -146,6 +145,8 @@ class RunDirectory:
         """
         if self._lock is not None:
             return True
+        import fcntl  # here, as Windows has no such module, and not every command makes a directory
+
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path, os.O_RDONLY)

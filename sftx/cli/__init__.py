@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import importlib
+import io
 import logging
 import os
 import sys
@@ -53,6 +55,10 @@ class _Lazy(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl(list(_COMMANDS.items()))
 
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        _replace_unencodable()
+        return super().main(*args, **kwargs)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; every error that a user can cause ends the process with one line and an exit code."""
         _configure_logging()
@@ -95,6 +101,24 @@ def _print_error(error: SftxError | OSError) -> None:
         click.echo(f"sftx: error: {printable(message)}", err=True)
     elif isinstance(error, SftxError) and error.rank is not None and not error.is_shared:
         click.echo(f"sftx: error: rank {error.rank}: {printable(message)}", err=True)
+
+
+_PLAIN: Final = str.maketrans("«»⏎⇥␍⍽·…×⟨⟩→▁▂▃▄▅▆▇█", "<>$^^_.~x()>_.:-=+*#")
+"""What stands for the signs of our own output on a console that lacks them, such as one in ASCII or Latin-1."""
+
+
+def _replace_unencodable() -> None:
+    """Let both streams replace what their encoding lacks, so that no command fails on a console that is not UTF-8."""
+
+    def replace(error: UnicodeError) -> tuple[str, int]:
+        assert isinstance(error, UnicodeEncodeError)
+        signs = error.object[error.start : error.end].translate(_PLAIN)
+        return "".join(sign if sign.isascii() else "?" for sign in signs), error.end
+
+    codecs.register_error("sftx-replace", replace)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="sftx-replace")
 
 
 class _Printable(logging.Formatter):

@@ -47,6 +47,8 @@ def export(file: Path | None, loaded: loading.LoadedConfig, output: str) -> None
     ledger = Ledger()
     lines = export_lines(data.train, data, parsers, ledger)
     if output == "-":
+        if sys.stdout is None:
+            raise OutputError("--output -: standard output is closed")
         sys.stdout.buffer.writelines(f"{line}\n".encode() for line in lines)
         sys.stdout.flush()
     else:

@@ -13,8 +13,10 @@ from typing import Any, Final
 
 from sftx.distributed.process_group import is_rank0
 
-SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-"""The signals that stop a run. Slurm sends SIGUSR1 when it is asked to warn before the time limit."""
+SIGNALS: Final = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
+)
+"""The signals that stop a run; Windows has the first two. Slurm sends SIGUSR1 to warn before the time limit."""
 
 ONE_EVENT_S: Final = 1.0
 """Signals within this time are one request: a process may get one itself, and another by its group or a wrapper."""
