@@ -1,6 +1,15 @@
 const SVG = "http://www.w3.org/2000/svg";
 const SIGNS = {"\n": "⏎", "\t": "⇥", "\r": "␍", "\u00a0": "⍽"};
 
+// A character that changes the direction of the text around it is shown by its code point instead.
+const DIRECTIONS = /[\u202a-\u202e\u2066-\u2069]/g;
+const shown = (text) => text.replace(DIRECTIONS, (sign) => `\u27e8U+${sign.charCodeAt(0).toString(16).toUpperCase()}\u27e9`);
+// Returns the values of the page, with all text in a form that can be shown.
+function page_data() {
+  return JSON.parse(document.getElementById("data").textContent,
+    (_, value) => (typeof value === "string" ? shown(value) : value));
+}
+
 // Everything is made of text nodes and attributes, so that no text of a run or a row is parsed as HTML.
 function make(tag, options, ...children) {
   const node = document.createElement(tag);

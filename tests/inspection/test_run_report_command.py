@@ -5,16 +5,32 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from run_pages import Page, lines, sftx, step, write_run
 from sftx.errors import ConfigError
 from sftx.inspection.run_report import compare, plot
-from sftx.inspection.run_report.run_record import read_run
+from sftx.inspection.run_report.run_record import RunRecord, read_run
 from sftx.inspection.run_report.write_report import write_reports
 
 # --- several runs -------------------------------------------------------------------------------
+
+
+def test_a_difference_is_shown_without_what_is_the_same() -> None:
+    def shown(*values: Any) -> list[str]:
+        records = [RunRecord(path=Path("x"), config={"a": value}) for value in values]
+        ((name, texts),) = compare.differing_options(records)
+        assert name == "a"
+        return texts
+
+    assert shown(["q", "k", "v"], ["q", "k", "o", "u"]) == ["v, 2 that all have", "o, u, 2 that all have"]
+    assert shown(["q", "k"], ["q", "k", "v"]) == ["2 that all have", "v, 2 that all have"]
+    assert shown(["q", "k"], ["k", "q"]) == ["q, k", "k, q"]
+    assert shown([1], []) == ["1", ""]
+    assert shown("x" * 300 + "one", "x" * 300 + "two") == [f"... {'x' * 40}{end}" for end in ("one", "two")]
+    assert shown("short one", "short two", 3) == ["short one", "short two", "3"]
 
 
 def test_runs_lie_over_one_another_and_what_differs_is_told(tmp_path: Path) -> None:

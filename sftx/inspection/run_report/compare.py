@@ -13,6 +13,8 @@ from sftx.inspection.run_report.run_record import RunRecord, as_mapping, as_mapp
 
 NOT_SET: Final = "–"
 _MAX_CHARS: Final = 200
+_CONTEXT_CHARS: Final = 40
+"""At most so many characters that long texts share are shown before the first difference."""
 
 Table: TypeAlias = list[tuple[str, list[str]]]
 """Names, each with its value in every run."""
@@ -73,7 +75,7 @@ def _options(record: RunRecord) -> dict[str, Any]:
     flat = {
         name: value for name, value in flatten(values).items() if value or name.removeprefix("plugins.") not in plugins
     }
-    return {"plugins": ", ".join(plugins), **flat}
+    return {"plugins": list(plugins), **flat}
 
 
 def _differing(runs: Sequence[Mapping[str, Any]]) -> Table:
@@ -83,5 +85,32 @@ def _differing(runs: Sequence[Mapping[str, Any]]) -> Table:
     for name in dict.fromkeys(name for values in known for name in values):
         texts = {json.dumps(values.get(name), sort_keys=True, default=str) for values in known}
         if len(texts) > 1 or len({name in values for values in known}) > 1:
-            table.append((name, [as_text(values[name]) if name in values else NOT_SET for values in runs]))
+            table.append((name, _difference([values.get(name, NOT_SET) for values in runs])))
     return table
+
+
+def _difference(values: Sequence[Any]) -> list[str]:
+    """Return the values as short texts that show where they differ.
+
+    Of lists, what all of them have is left out; of long texts, all but a little of the beginning that they share.
+    """
+    lists = [value for value in values if isinstance(value, list)]
+    if len(lists) > 1:
+        items = [[as_text(item) for item in value] for value in lists]
+        common = [item for item in items[0] if all(item in other for other in items[1:])]
+        if len(common) > 1 and any(len(item) > len(common) for item in items):
+            same = f"{len(common)} that all have"
+            return [
+                ", ".join([*(text for text in map(as_text, value) if text not in common), same])
+                if isinstance(value, list)
+                else as_text(value)
+                for value in values
+            ]
+        return [", ".join(map(as_text, value)) if isinstance(value, list) else as_text(value) for value in values]
+    texts = [value for value in values if isinstance(value, str) and value != NOT_SET]
+    if len(texts) < 2 or max(map(len, texts)) <= _MAX_CHARS:
+        return [as_text(value) for value in values]
+    first = next((at for at, letters in enumerate(zip(*texts, strict=False)) if len(set(letters)) > 1), 0)
+    if (shared := first - _CONTEXT_CHARS) > 0:
+        return [as_text(f"... {value[shared:]}" if value in texts else value) for value in values]
+    return [as_text(value) for value in values]

@@ -25,6 +25,8 @@ _COLOURS: Final = ("#0072b2", "#c2500a", "#00795a", "#8f3f97", "#8a6d00", "#b530
 _DASHES: Final[tuple[Any, ...]] = ("-", (0, (6, 2)), (0, (2, 2)), (0, (8, 2, 2, 2)))
 _MANY_RUNS: Final = 4
 """With more runs only smoothed curves are drawn, and small dots."""
+_LOG_RATIO: Final = 4
+"""The axis of losses is logarithmic when the largest loss is more than so many times the smallest."""
 _SMOOTHED_PARTS: Final = 40
 """Curves are smoothed over this part of the run."""
 
@@ -60,6 +62,7 @@ def _draw(file: BinaryIO, runs: Sequence[Curves]) -> None:
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     # The picture does not depend on the user's matplotlib settings; names in scripts that no font has show boxes.
     with matplotlib.rc_context(), warnings.catch_warnings():
@@ -69,6 +72,12 @@ def _draw(file: BinaryIO, runs: Sequence[Curves]) -> None:
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         lines = [line for number in range(len(runs)) for line in _draw_run(axes, number, runs)]
+        losses = [loss for run in runs for columns in run[1:] for loss in _points(columns)[1]]
+        if losses and min(losses) > 0 and max(losses) > _LOG_RATIO * min(losses):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(ScalarFormatter())
+            axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("step")
         axes.set_ylabel("loss" if len(runs) == 1 else "training loss; held-out with dots")
         axes.grid(alpha=0.3)

@@ -104,7 +104,7 @@ def sample_rows(view: DatasetView, split: Split, max_rows: int) -> TokenReport:
     numbers = {row.number for row in rows}
     first = [row for row in _first_rows(explainer, max_rows) if row.number not in numbers]
     rows += first[: max_rows - len(rows)]
-    chosen = "all" if shows_all else "some of those that are dropped, cut or longest, and the first"
+    chosen = "all" if shows_all else "some of those that are dropped, truncated or longest, and the first"
     return TokenReport(dataset_statistics(view, split), tuple(sorted(rows, key=lambda row: row.number)), chosen)
 
 

@@ -23,6 +23,8 @@ _MAX_TOKENS: Final = 4000
 _MAX_REASON_CHARS: Final = 120
 """Some reasons name every known format."""
 _ROLE_CELLS: Final = 11
+_MAX_REASONS: Final = 5
+"""At most so many reasons for which rows were dropped or truncated are printed."""
 
 # Dark text on light greens is legible on dark and on light terminals. The greens alternate to show where tokens begin.
 # Other tokens keep the terminal's own colours, for which no second background is legible everywhere.
@@ -39,10 +41,13 @@ def print_report(report: TokenReport, console: Console, *, ids: bool) -> None:
     figures = report.figures
     for name, value in summary(figures):
         print_labelled(console, Text(name, "bold"), value)
-    for change in figures.changes:
+    for change in figures.changes[:_MAX_REASONS]:
         rows = "row" if change.count == 1 else "rows"
         text = f"{change.count:,} {rows}: {_shorten(change.reason)} (first: {change.first})"
         print_labelled(console, Text(change.action, Style(color="yellow", bold=True)), text)
+    if rest := figures.changes[_MAX_REASONS:]:
+        num_rows = sum(change.count for change in rest)
+        print_labelled(console, Text(), f"{num_rows:,} more rows for {len(rest):,} other reasons; --html lists them")
     for problem in figures.problems:
         print_labelled(console, Text("stops", Style(color="red", bold=True)), f"the run: {problem}")
     for row in report.rows:
