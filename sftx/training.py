@@ -200,6 +200,8 @@ def _assemble(prepared: _Prepared, started: float) -> Session:
     trainer = _build_trainer(config, assembly, pipeline, sampler, precision, saved, process_group)
     lm = trainer.lm
     _check_fit(config, sampler, lm, eval_data)
+    for line in lm.untrained_parts():
+        log.warning("%s: %s", config.model, line)
     manifest = _manifest(config, assembly, pipeline, lm, precision, process_group)
     if directory.resumed:
         process_group.run_on_rank0(lambda: directory.check_inputs(manifest))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME
+from transformers.utils.hub import cached_file
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from sftx import atomic_files
@@ -27,6 +30,7 @@ from sftx.distributed.process_group import ProcessGroup
 from sftx.errors import OutputError, PluginError, TrainingError
 from sftx.model.language_model import CausalLM
 from sftx.model.load import load_model
+from sftx.model.trained_parts import is_multimodal
 from sftx.types import ModelSpec
 
 log = logging.getLogger(__name__)
@@ -76,6 +80,22 @@ def _write_unsharded(lm: CausalLM, directory: Path) -> None:
         if not any(place.glob("*.safetensors")):
             raise PluginError(f"{adapter}: save wrote no .safetensors file, so what was trained would be lost")
     lm.tokenizer.save_pretrained(directory)
+    if not lm.adapters and is_multimodal(lm.model):
+        _copy_processor(str(lm.model.name_or_path), directory)
+
+
+def _copy_processor(model: str, directory: Path) -> None:
+    """Copy the files that AutoProcessor reads beside the tokenizer's, as far as the model has them."""
+    for name in (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME):
+        file = cached_file(
+            model,
+            name,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_gated_repo=False,
+        )
+        if file is not None:
+            shutil.copyfile(file, directory / name)
 
 
 def _adapter_directory(lm: CausalLM, name: str, directory: Path) -> Path:

@@ -39,7 +39,7 @@ _PEFT_CONFIG: Final = "adapter_config.json"
 
 _PEFT_KNOWN: Final = frozenset(
     {"r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "modules_to_save", "trainable_token_indices"}
-    | {"base_model_name_or_path", "peft_type", "bias", "init_lora_weights"}
+    | {"target_parameters", "base_model_name_or_path", "peft_type", "bias", "init_lora_weights"}
     # These change nothing in what a loaded adapter computes.
     | {"task_type", "auto_mapping", "peft_version", "inference_mode", "layers_pattern", "megatron_core"}
     | {"eva_config", "qalora_group_size", "runtime_config", "ensure_weight_tying"}
@@ -310,11 +310,18 @@ def _read_peft_config(path: Path) -> tuple[dict[str, Any], str, tuple[int, ...]]
         alpha = values["lora_alpha"] * (math.sqrt(values["r"]) if values.get("use_rslora") else 1)
         indices = values.get("trainable_token_indices") or ()
         token_ids = {int(index) for ids in indices.values() for index in ids} if isinstance(indices, dict) else indices
+        # A parameter that is the weight of a linear layer is adapted like that layer.
+        parameters: list[str] = values.get("target_parameters") or []
+        targets = values["target_modules"]
+        if parameters and (isinstance(targets, str) or any(not name.endswith(".weight") for name in parameters)):
+            others["target_parameters"] = parameters
+        elif parameters:
+            targets = [*(targets or ()), *(name.removesuffix(".weight") for name in parameters)]
         options = {
             "r": values["r"],
             "lora_alpha": alpha,
             "lora_dropout": values.get("lora_dropout", 0.0),
-            "target_modules": values["target_modules"],
+            "target_modules": targets,
             "modules_to_save": values.get("modules_to_save") or [],
         }
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:

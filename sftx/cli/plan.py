@@ -85,6 +85,8 @@ def _print_plan(plan: RunPlan) -> None:
     console, need = Console(highlight=False), plan.need
     parameters = f"{need.num_parameters:,} parameters, {need.num_trainable:,} trained"
     console.print(f"{plan.model}: {parameters}; {plan.dtype}", markup=False)
+    for line in plan.untrained_parts:
+        console.print(line, markup=False)
     where = plan.device.name if plan.num_processes == 1 else f"each of {plan.num_processes} ({plan.distributed})"
     rows = "1 row" if need.rows == 1 else f"{need.rows} rows"
     console.print(f"{rows} of {need.max_length} tokens on {where}", markup=False)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sftx.errors import ModelError
 from sftx.model import packed_attention
+from sftx.model.trained_parts import describe_untrained_parts, freeze_other_modalities
 from sftx.types import Adapter, Attention, Batch, HiddenOut
 from sftx_kernels import LinearCrossEntropyOutput, linear_cross_entropy
 
@@ -45,6 +46,7 @@ class CausalLM(nn.Module):
         """The device of the forward pass, if the parameters are elsewhere: FSDP2 can offload its shards to the host."""
         self.seed = torch.zeros((), dtype=torch.int64)
         self._supports_varlen: bool | None = None  # not known before the first packed batch
+        self._num_base_parameters = sum(p.numel() for p in model.parameters())  # before adapters are attached
         self._head = model.get_output_embeddings()
         if not isinstance(self._head, nn.Module) or not hasattr(self._head, "weight"):
             raise ModelError(f"{type(model).__name__} has no output head; sftx trains causal language models")
@@ -85,12 +87,20 @@ class CausalLM(nn.Module):
         return bool(getattr(self.config, "output_router_logits", False))
 
     def attach(self, adapters: Mapping[str, Adapter]) -> None:
-        """Freezes the model and attaches the adapters in their order. Without adapters the whole model is trained."""
+        """Freezes the model and attaches the adapters in their order. Without adapters the whole model is trained.
+
+        Of a multimodal model, only the language model trains.
+        """
         if adapters:
             self.requires_grad_(False)
         for name, adapter in adapters.items():
             adapter.attach(self)
             self.adapters[name] = adapter
+        freeze_other_modalities(self.model)
+
+    def untrained_parts(self) -> list[str]:
+        """Returns a line for each kind of weights that could be taken for trained, and is left as it is."""
+        return describe_untrained_parts(self.model, self._num_base_parameters, has_adapters=bool(self.adapters))
 
     @contextlib.contextmanager
     def without_adapters(self) -> Iterator[None]:

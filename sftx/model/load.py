@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from sftx.atomic_files import sha256_of_file
@@ -20,7 +21,7 @@ from sftx.model.names import HUB_ID, INSTALL
 from sftx.types import Adapter, ModelSpec
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -63,9 +64,27 @@ def load_spec(name: str, *, trust_remote_code: bool = False) -> ModelSpec:
     """Loads the configuration, and builds the model's modules on the meta device. Raises ModelError."""
     with _raises_model_error(name, "configuration"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        _check_architecture(name, config)
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     return ModelSpec(name, config, skeleton, trust_remote_code)
+
+
+def _check_architecture(name: str, config: PretrainedConfig) -> None:
+    """Raise ModelError when transformers has no causal language model for this configuration."""
+    brings_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if brings_code or type(config) in AutoModelForCausalLM._model_mapping:
+        return
+    architecture = next(iter(config.architectures or ()), type(config).__name__)
+    others = sorted(part.removesuffix("_config") for part in type(config).sub_configs if "text" not in part)
+    if config.model_type in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES or {"vision", "audio"} & set(others):
+        what = f"is multimodal ({', '.join(others) or 'images or audio beside text'})"
+        todo = "sftx trains text models, and those multimodal ones whose language model transformers loads by itself"
+    elif config.is_encoder_decoder:
+        what, todo = "is an encoder-decoder", "sftx trains decoders"
+    else:
+        what, todo = "predicts no next token", "sftx trains causal language models"
+    raise ModelError(f"model {name}: {architecture} {what}, and has no causal language model in transformers; {todo}")
 
 
 def load_model(

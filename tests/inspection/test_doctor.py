@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from architectures import MIXTURES, write_model
+
 ASSETS = Path(__file__).parents[2] / ".assets" / "llamafactory"
 
 
@@ -193,6 +195,21 @@ def test_a_base_model_with_a_chat_template_is_found(findings: Find, make_model: 
     assert of("base-model", findings(GOOD, plugins=lora, model=make_model(called="database-instruct"))) == []
 
 
+def test_weights_that_are_not_adapted_are_named(findings: Find, tmp_path: Path) -> None:
+    from transformers import GPT2Config
+
+    lora = ("chatml", "lora")
+    experts = write_model(MIXTURES["mixtral"](), tmp_path / "mixtral")
+    found = of("untrained-weights", findings(GOOD, model=experts, plugins=lora))
+    assert [severity for severity, _ in found] == ["warning", "warning"]
+    assert "not adapted: mlp.experts.gate_up_proj" in found[1][1]
+    assert of("untrained-weights", findings(GOOD, model=experts)) == []
+    conv1d = write_model(GPT2Config(n_embd=32, n_layer=2, n_head=4), tmp_path / "gpt2")
+    ((severity, seen),) = of("untrained-weights", findings(GOOD, model=conv1d, plugins=lora))
+    assert severity == "error"
+    assert "Conv1D" in seen
+
+
 def test_rows_past_the_models_length_are_found(findings: Find, make_model: Callable[..., Path]) -> None:
     ((severity, seen),) = of("positions", findings(GOOD, model=make_model(max_position_embeddings=16)))
     assert severity == "warning"
@@ -269,7 +286,7 @@ def test_the_exit_code_says_whether_there_is_an_error(make_view: Callable[..., A
     make_view(GOOD)
     done = invoke("--data", str(rows))
     assert done.exit_code == 0, done.output
-    assert "16 checks on 10 rows: 0 errors, 1 warning, 1 note" in done.stdout
+    assert "17 checks on 10 rows: 0 errors, 1 warning, 1 note" in done.stdout
     make_view([*GOOD, {"\x1b[2J": 1}])
     done = invoke("--data", str(rows))
     assert done.exit_code == 1
@@ -280,7 +297,7 @@ def test_the_exit_code_says_whether_there_is_an_error(make_view: Callable[..., A
     assert done.exit_code == 1
     said = json.loads(done.stdout)
     assert {"error", "note"} <= {finding["severity"] for finding in said["findings"]}
-    assert len(said["checks"]) == 16
+    assert len(said["checks"]) == 17
 
 
 def test_the_embedded_default_is_sound(real_model_dir: Path) -> None:

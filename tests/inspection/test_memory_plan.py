@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import model_configs as configs
+from architectures import MIXTURES, write_model
 from sftx.cli import main
 from sftx.config import loading
 from sftx.config.options import TrainConfig
@@ -116,6 +117,36 @@ def test_few_layers_are_extrapolated_to_many(plugins: tuple[str, ...], checkpoin
     runner.size = runner.size._replace(has_equal_layers=False)
     every = runner.step_peaks(train, rows=4, max_length=256)
     assert max(few, key=lambda peak: sum(peak.values())) == max(every, key=lambda peak: sum(peak.values()))
+
+
+@pytest.mark.parametrize("plugins", [(), ("lora",)])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_mixture_of_experts_is_counted_like_any_model(name: str, plugins: tuple[str, ...], tmp_path: Path) -> None:
+    """Its products of grouped matrices have no fake implementation for fp32."""
+    import torch
+
+    from sftx.inspection.memory_plan.fake_tensors import StepTracker, make_batch
+    from sftx.model.language_model import CausalLM
+    from sftx.model.load import load_model, load_spec
+    from sftx.trainer.parallel import TrainStep
+
+    model = str(write_model(MIXTURES[name](), tmp_path))
+    plan = planner(model, *plugins, **{"train.optim": "sgd"})
+    assembly, train = plan.dry_runner.assembly, plan.config.train
+    planned = max(plan.dry_runner.step_peaks(train, rows=4, max_length=32), key=lambda peak: sum(peak.values()))
+    spec = load_spec(model)
+    adapters = assembly.adapters(spec)
+    loaded = load_model(spec, list(adapters.values()), dtype=torch.float32, device=torch.device("cpu"))
+    lm = CausalLM(loaded, None)  # type: ignore[arg-type]
+    lm.attach(adapters)
+    lm.train()
+    batch, tracker = make_batch(assembly.collator(32), 4, 32), StepTracker()
+    with tracker:
+        tracker.track([*lm.parameters(), *lm.buffers()], "weights")
+        TrainStep(lm, assembly.loss())(batch).sum.backward()
+    assert sum(planned.values()) == pytest.approx(sum(tracker.peak.values()), rel=0.02)
+    (line, *_) = [one for one in plan.dry_runner.size.untrained_parts if "experts" in one] or [""]
+    assert line.startswith("not adapted: mlp.experts.gate_up_proj") == bool(plugins)
 
 
 # --- what follows from the counts ---------------------------------------------------------------

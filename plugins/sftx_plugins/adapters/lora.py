@@ -51,10 +51,18 @@ class Lora:
     def sftx_adapter(self, spec: ModelSpec) -> Adapter:
         from sftx_plugins.adapters.lora_layers import LoraAdapter
 
+        saved = self.find_saved(spec.skeleton)
+        # What trains in full needs no update beside it, and PEFT expects none there.
+        targets = [path for path in self.find_targets(spec.skeleton) if not _is_within(path, saved)]
+        if not targets:
+            raise ConfigError(
+                f"modules_to_save {list(self.modules_to_save)} hold every layer that target_modules match, so nothing "
+                "is left to adapt; leave the modules out, or train the whole model without lora"
+            )
         return LoraAdapter(
             spec.name,
-            self.find_targets(spec.skeleton),
-            self.find_saved(spec.skeleton),
+            targets,
+            saved,
             spec.new_token_ids,
             r=self.r,
             lora_alpha=self.lora_alpha,
@@ -63,12 +71,27 @@ class Lora:
         )
 
     def find_targets(self, model: PreTrainedModel) -> list[str]:
-        """Return the paths of the linear layers to adapt. Raises ConfigError if there are none, or one is the head."""
+        """Return the paths of the linear layers to adapt, all of them in the language model.
+
+        Raises ConfigError if there are none, or one is the head.
+        """
         from torch import nn
 
         head = _path_of(model, model.get_output_embeddings())
-        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        language_model = [_path_of(model, model.get_decoder()), head]
+        linear = [
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and _is_within(name, language_model)
+        ]
         body = [name for name in linear if name != head]
+        if not body:
+            has_conv1d = any(type(module).__name__ == "Conv1D" for module in model.modules())
+            what = "Conv1D of transformers, not nn.Linear" if has_conv1d else "no nn.Linear"
+            raise ConfigError(
+                f"{type(model).__name__} has no linear layer for lora: its layers are {what}; train the whole model "
+                "instead (leave lora out)"
+            )
         if self.target_modules == ALL_LINEAR:
             return body
         if isinstance(self.target_modules, str):
@@ -99,13 +122,20 @@ class Lora:
 
         Raises ConfigError if a name matches no module, or if the modules hold only one of two tied weights.
         """
-        modules = [name for name, module in model.named_modules() if name and any(True for _ in module.parameters())]
-        saved = [name for name in modules if _ends_with(name, self.modules_to_save)]
+        parts = [model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()]
+        language_model = [_path_of(model, part) for part in parts]
+        modules = [
+            name
+            for name, module in model.named_modules()
+            if _is_within(name, language_model) and any(True for _ in module.parameters())
+        ]
+        matched = [name for name in modules if _ends_with(name, self.modules_to_save)]
         for ending in self.modules_to_save:
-            if not any(_ends_with(name, (ending,)) for name in saved):
+            if not any(_ends_with(name, (ending,)) for name in matched):
                 raise ConfigError(
-                    f"modules_to_save {ending!r} matches no module; this model has {_last_names(modules)}"
+                    f"modules_to_save {ending!r} matches no module of the language model; it has {_last_names(modules)}"
                 )
+        saved = [name for name in matched if not _is_within(name, [other for other in matched if other != name])]
         head = _path_of(model, model.get_output_embeddings())
         embedding = _path_of(model, model.get_input_embeddings())
         is_tied = bool(model.config.get_text_config().tie_word_embeddings)
@@ -119,6 +149,11 @@ class Lora:
 
 def _ends_with(path: str, endings: Iterable[str]) -> bool:
     return any(path == ending or path.endswith(f".{ending}") for ending in endings)
+
+
+def _is_within(path: str, parents: Iterable[str]) -> bool:
+    """Return whether a module's path is one of these, or below one of them."""
+    return any(not parent or path == parent or path.startswith(f"{parent}.") for parent in parents)
 
 
 def _path_of(model: nn.Module, module: nn.Module) -> str:

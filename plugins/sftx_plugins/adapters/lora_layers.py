@@ -23,6 +23,9 @@ from sftx_plugins.adapters import token_rows
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
+# PEFT takes a target module of such a name, in a model whose experts are stacked, for one of the experts, as they were
+# before transformers 5 stacked them. It therefore gets these layers as `target_parameters`, which it takes as they are.
+_NAMES_OF_EXPERTS = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
 # The dropout seeds of consecutive layers are this far apart: 2^63 divided by the golden ratio, made odd.
 _SEED_STEP = 5700357409661598953
 
@@ -97,6 +100,7 @@ class LoraAdapter(Adapter):
         self._saved = list(saved)
         self._new_token_ids = list(new_token_ids)
         self._peft_targets: list[str] = []
+        self._peft_parameters: list[str] = []
         self._layers: dict[str, LoraLinear] = {}
         self._token_rows: dict[str, token_rows.TokenRows] = {}
         self._full: dict[str, nn.Parameter] = {}
@@ -106,7 +110,14 @@ class LoraAdapter(Adapter):
 
     def attach(self, lm: LanguageModel) -> None:
         model = lm.model
-        self._peft_targets = _peft_targets(self._targets, [name for name, _ in model.named_modules()])
+        modules = [name for name, _ in model.named_modules()]
+        has_stacked_experts = any(
+            name.endswith(".gate_up_proj") and p.ndim == 3 for name, p in model.named_parameters()
+        )
+        confused = _NAMES_OF_EXPERTS if has_stacked_experts else frozenset()
+        self._peft_parameters = [f"{name}.weight" for name in self._targets if name.rpartition(".")[2] in confused]
+        named = [name for name in self._targets if f"{name}.weight" not in self._peft_parameters]
+        self._peft_targets = _peft_targets(named, modules)
         for layer, name in enumerate(self._targets):
             linear = model.get_submodule(name)
             added = {key for key, _ in linear.named_parameters()} - {"weight", "bias"}
@@ -213,11 +224,13 @@ class LoraAdapter(Adapter):
             "ensure_weight_tying": len(self._full) > len(self._originals),
             "inference_mode": True,
             "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-            "lora_dropout": self._lora_dropout,
+            # PEFT has no dropout for parameters, and refuses to load an adapter that asks for it.
+            "lora_dropout": 0.0 if self._peft_parameters else self._lora_dropout,
             "modules_to_save": self._saved or None,
             "peft_type": "LORA",
             "r": self.r,
             "target_modules": self._peft_targets,
+            "target_parameters": self._peft_parameters or None,
             "task_type": "CAUSAL_LM",
             "trainable_token_indices": {
                 name.rpartition(".")[2]: rows.ids_A.tolist() for name, rows in self._token_rows.items()

@@ -9,7 +9,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Final
 
-from sftx.errors import DataError
+from sftx.errors import ConfigError, DataError
 from sftx.inspection.diagnosis.check_inputs import Check, CheckInputs, Finding
 from sftx.types import Conversation, Message
 
@@ -201,6 +201,39 @@ def base_model(inputs: CheckInputs) -> Iterator[Finding]:
     )
 
 
+def untrained_weights(inputs: CheckInputs) -> Iterator[Finding]:
+    """Find weights that this run would leave as they are, and an adapter that cannot adapt the model at all."""
+    import torch
+
+    from sftx.model.language_model import CausalLM
+    from sftx.model.load import load_spec
+
+    adapters = inputs.adapters()
+    if not adapters and inputs.model_config.get_text_config() is inputs.model_config:
+        return
+    spec = load_spec(inputs.view.pipeline.model, trust_remote_code=inputs.view.config.trust_remote_code)
+    try:
+        made = inputs.view.pipeline.assembly.adapters(spec)
+    except ConfigError as error:
+        yield Finding(
+            "error", "untrained-weights", str(error), "choose what this model allows, or leave the plugin out"
+        )
+        return
+    lm = CausalLM(spec.skeleton, inputs.model_tokenizer)
+    with torch.device("meta"):
+        lm.attach(made)
+    for line in lm.untrained_parts():
+        is_adapter = line.startswith("not adapted")
+        yield Finding(
+            "warning" if is_adapter else "note",
+            "untrained-weights",
+            line,
+            f"nothing, when that is intended; without {', '.join(adapters)} all weights of the language model train"
+            if is_adapter
+            else "nothing",
+        )
+
+
 def positions(inputs: CheckInputs) -> Iterator[Finding]:
     """Find examples that are longer than the model's maximum length."""
     limit = getattr(inputs.model_config.get_text_config(), "max_position_embeddings", None)
@@ -214,4 +247,12 @@ def positions(inputs: CheckInputs) -> Iterator[Finding]:
         )
 
 
-CHECKS: Final[tuple[Check, ...]] = (bos, stop_tokens, own_template, vocabulary, base_model, positions)
+CHECKS: Final[tuple[Check, ...]] = (
+    bos,
+    stop_tokens,
+    own_template,
+    vocabulary,
+    base_model,
+    untrained_weights,
+    positions,
+)

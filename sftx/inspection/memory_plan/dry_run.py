@@ -22,11 +22,17 @@ from typing import Any, Final, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+)
 from transformers import PreTrainedModel
 
 from sftx.assembly.registry import Assembly
 from sftx.config.options import TrainConfig
+from sftx.errors import ModelError, one_line
 from sftx.inspection.memory_plan.fake_tensors import (
     FakeStepTracker,
     gpu_products,
@@ -44,6 +50,11 @@ from sftx.trainer.parallel import TrainStep
 from sftx.trainer.precision import Precision
 from sftx.types import ModelSpec
 
+_FAKE_TENSOR_ERRORS: Final = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+)
 _FEW_LAYERS: Final = 3
 """The fewest layers that include the first, the second, the last but one and the last."""
 
@@ -64,6 +75,9 @@ class ModelSize(NamedTuple):
     """The model's maximum length in tokens, if its configuration has one."""
     num_layers: int
     has_equal_layers: bool
+    has_adapters: bool
+    untrained_parts: tuple[str, ...]
+    """A line for each kind of weights that the run leaves as they are."""
 
 
 class _UpdateMemory(NamedTuple):
@@ -104,6 +118,8 @@ class DryRunner:
                 max_positions=getattr(lm.config, "max_position_embeddings", None),
                 num_layers=len(layers),
                 has_equal_layers=_layer_list(lm.model) is not None and all(s == structures[0] for s in structures),
+                has_adapters=bool(lm.adapters),
+                untrained_parts=tuple(lm.untrained_parts()),
             )
 
     def num_tokens(self, rows: int, max_length: int) -> int:
@@ -163,7 +179,7 @@ class DryRunner:
                 _allocate_gradients(tracker, trained)
             batch = to_fake_batch(mode, batch)
             tracker.reset_peaks()
-            with self.precision.autocast():
+            with self.precision.autocast(), self._explain_unknown_operations():
                 out = step(batch)
             for parameter in trained:
                 parameter.register_post_accumulate_grad_hook(
@@ -173,6 +189,20 @@ class DryRunner:
             del out
             objective.backward()
             return tracker.peaks
+
+    @contextmanager
+    def _explain_unknown_operations(self) -> Iterator[None]:
+        """Turn an error of fake tensors into a ModelError: no plugin is at fault when the model's code needs values."""
+        try:
+            yield
+        except Exception as error:
+            chain = [error, error.__cause__]
+            if not any(isinstance(one, _FAKE_TENSOR_ERRORS) for one in chain):
+                raise
+            raise ModelError(
+                f"model {self.model}: sftx plan cannot follow its forward, which depends on the values of tensors: "
+                f"{one_line(error.__cause__ or error)}; sftx run may train it all the same"
+            ) from error
 
     @contextmanager
     def _fake_step(self) -> Iterator[tuple[FakeTensorMode, MemoryTracker]]:

@@ -61,6 +61,15 @@ class FakeStepTracker(StepTracker):
             rows_M = args[0].new_empty(args[1])
             self.track_outputs(rows_M)
             return rows_M
+        if func is torch.ops.aten._grouped_mm.default:
+            # Fake tensors refuse every dtype but bf16, which is all that a GPU multiplies; a CPU multiplies all.
+            a, b = args[:2]
+            groups = (a if a.ndim == 3 else b).shape[:1] if a.ndim == b.ndim else ()
+            if a.ndim == b.ndim == 2:
+                groups = args[2].shape  # the gradient of the weights: one matrix for each end of a group
+            out = a.new_empty((*groups, a.shape[-2], b.shape[-1]))
+            self.track_outputs(out)
+            return out
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 

@@ -81,6 +81,8 @@ class RunPlan:
     seconds: float | None
     price: float | None
     assumptions: tuple[str, ...]
+    untrained_parts: tuple[str, ...]
+    """A line for each kind of weights that the run leaves as they are."""
 
 
 @dataclass
@@ -206,7 +208,7 @@ def plan_run(
     planner = Planner(loaded, device, num_processes)
     need = planner.estimate()
     if num_processes > 1:
-        parallel.check(loaded.config.train, has_adapters=need.num_trainable < need.num_parameters)
+        parallel.check(loaded.config.train, has_adapters=planner.dry_runner.size.has_adapters)
     fits = largest_batch = largest_length = None
     advice: tuple[str, ...] = ()
     if (limit := device.num_bytes) is not None:
@@ -236,6 +238,7 @@ def plan_run(
         seconds=seconds,
         price=None if hours is None or price_per_hour is None else hours * price_per_hour,
         assumptions=(*_assumptions(planner, need), *rate_assumption),
+        untrained_parts=planner.dry_runner.size.untrained_parts,
     )
 
 
@@ -266,7 +269,7 @@ def find_largest(
 def _advice(planner: Planner, need: MemoryEstimate, limit: int) -> tuple[str, ...]:
     """Return changes of the options, each with the memory that the run would need then; those that fit come first."""
     train = planner.config.train
-    trains_all = need.num_trainable == need.num_parameters
+    trains_all = not planner.dry_runner.size.has_adapters
     rows_per_step = train.rows_per_step
     combined: dict[str, Any] = {} if train.gradient_checkpointing else {"gradient_checkpointing": True}
     changes = [combined] if combined else []

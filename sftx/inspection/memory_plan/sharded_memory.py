@@ -43,7 +43,7 @@ def fsdp2_memory(
     `gathered_itemsize` is the number of bytes of a trained weight of a layer as it is gathered and computed with; its
     shard has 4. With adapters, the frozen base is sharded as it is, and every process has all that the adapters train.
     """
-    has_adapters = size.num_trainable < size.num_parameters
+    has_adapters = size.has_adapters
     replicated = size.trainable_bytes if has_adapters else 0
     outside, layer = size.sharded_outside_bytes, size.sharded_layer_bytes
     gathered_layer = layer if has_adapters else layer * gathered_itemsize // 4

@@ -1,0 +1,72 @@
+"""Which parts of a model a run trains: a multimodal model's language model, and what adapters reach of its weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def is_multimodal(model: PreTrainedModel) -> bool:
+    """Return whether the model has more than a language model, such as a vision tower."""
+    return model.config.get_text_config() is not model.config
+
+
+def freeze_other_modalities(model: PreTrainedModel) -> None:
+    """Freeze everything outside a multimodal model's language model: rows are text, so it would get no gradient."""
+    for _, parameter in _other_modalities(model):
+        parameter.requires_grad_(False)
+
+
+def describe_untrained_parts(model: PreTrainedModel, num_parameters: int, *, has_adapters: bool) -> list[str]:
+    """Return a line for each kind of weights that the run leaves as they are, with its share of the model's weights.
+
+    These are the other modalities of a multimodal model and, with adapters, the matrices of the decoder that are no
+    linear layers, such as the stacked experts of a mixture of experts. Linear layers that an adapter leaves out are
+    the user's choice, as are embeddings. `num_parameters`: those of the model without adapters.
+    """
+
+    def share(parameters: list[nn.Parameter]) -> str:
+        return f"{100 * sum(p.numel() for p in parameters) / num_parameters:.1f} %"
+
+    lines = []
+    towers: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in _other_modalities(model):
+        towers.setdefault(name.removeprefix(f"{model.base_model_prefix}.").partition(".")[0], []).append(parameter)
+    for name, parameters in towers.items():
+        lines.append(f"not trained: {name} {share(parameters)} of the model's weights, since rows are text")
+    if not has_adapters:
+        return lines
+    ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    embeddings = {id(parameter) for end in ends for parameter in end.parameters()}
+    kinds: dict[tuple[str, str], dict[str, list[nn.Parameter]]] = {}
+    for path, module in cast(nn.Module, model.get_decoder()).named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim >= 2 and not parameter.requires_grad and id(parameter) not in embeddings:
+                kind = kinds.setdefault((_without_layer(path), type(module).__name__), {})
+                kind.setdefault(name, []).append(parameter)
+    for (path, class_name), by_name in kinds.items():
+        shares = ", ".join(f"{path}.{name} {share(parameters)}" for name, parameters in by_name.items())
+        lines.append(f"not adapted: {shares} of the model's weights, which are parameters of {class_name}")
+    return lines
+
+
+def _other_modalities(model: PreTrainedModel) -> list[tuple[str, nn.Parameter]]:
+    """Return the parameters, by name, that are no part of a multimodal model's language model."""
+    if not is_multimodal(model):
+        return []
+    parts: list[Any] = [model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()]
+    own = {id(parameter) for part in parts if part is not None for parameter in part.parameters()}
+    return [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) not in own]
+
+
+def _without_layer(path: str) -> str:
+    """Return what follows the last number in a module's path, which is that of its layer; the whole path if none."""
+    names = path.split(".")
+    last = max((at for at, name in enumerate(names) if name.isdigit()), default=-1)
+    return ".".join(names[last + 1 :]) or path
