@@ -16,6 +16,8 @@ from rich.table import Table
 from sftx import EvalReport, Observer, RunInfo, StartReport, StepReport, hookimpl
 
 _PLAIN_WIDTH = 120
+_MAX_SAMPLE_CHARS = 160
+"""At most so many characters of a prompt or an answer are printed; report.html has them all."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,8 +136,17 @@ def _batch_sizes(report: StartReport) -> str:
 def _samples_table(samples: list[Mapping[str, str]]) -> Table:
     table = Table("request", "before", "after", "expected", title="held-out rows", show_lines=True)
     for sample in samples:
-        table.add_row(*(escape(sample[name]) for name in ("prompt", "before", "after", "reference")))
+        table.add_row(*(escape(_in_short(sample[name])) for name in ("prompt", "before", "after", "reference")))
     return table
+
+
+def _in_short(text: str) -> str:
+    """Return the beginning of a text, with a sign for each line break: an untrained model may answer with nothing else.
+
+    A text that is cut ends with an ellipsis.
+    """
+    short = text if len(text) <= _MAX_SAMPLE_CHARS else f"{text[: _MAX_SAMPLE_CHARS - 1]}…"
+    return short.replace("\r\n", "⏎").replace("\n", "⏎").replace("\r", "⏎").replace("\t", " ")
 
 
 def _scores_table(before: Mapping[str, float], after: Mapping[str, float]) -> Table:
