@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from sftx import Conversation, DataError, Location, Message, Record, ToolCall
 from sftx_plugins.parsers import _tools, _values
+from sftx_plugins.parsers._thoughts import find_tag, split_reasoning
 
 ROLES: Final[Mapping[str, str]] = {
     "system": "system",
@@ -23,12 +25,12 @@ ROLES: Final[Mapping[str, str]] = {
 CALL: Final = "function_call"
 """A pseudo-role in tables such as `ROLES`: an assistant's turn whose content is JSON text of its tool calls."""
 
+_JSON: Final = re.compile(r"\s*[{\[]\s*[\"{]")
 _MAX_WEIGHT: Final = 1e6
 _REASONING: Final = ("reasoning_content", "reasoning", "thinking")
 _TRAIN: Final = ("train", "trainable", "training")
 _WEIGHT: Final = ("weight", "loss_weight")
 _MEDIA: Final = ("image", "images", "video", "videos", "audio", "audios")
-_OPEN, _CLOSE = "<think>", "</think>"
 
 
 def conversation(messages: Sequence[Message], record: Record, where: Location, *, turns: Any = ()) -> Conversation:
@@ -64,23 +66,10 @@ def with_system(system: str, messages: Sequence[Message], where: Location) -> tu
     return (Message("system", system), *messages)
 
 
-def answer(text: str) -> Message:
-    """Return an assistant's message, with `<think>` text at its beginning as its reasoning."""
-    reasoning, content = split_reasoning(text)
+def answer(text: str, name: str, where: Location) -> Message:
+    """Return an assistant's message of a text that may begin with a thought. Raises DataError."""
+    reasoning, content = split_reasoning(text, name, where)
     return Message("assistant", content, reasoning=reasoning)
-
-
-def split_reasoning(text: str) -> tuple[str, str]:
-    """Split `<think>reasoning</think>content`; return ("", text) if the text does not begin like this.
-
-    The split has to happen here, because a tag in a row's text never becomes a control token later. The newlines that
-    the templates of Qwen3 and DeepSeek-R1 write around both are stripped, and nothing else.
-    """
-    stripped = text.lstrip()
-    if not stripped.startswith(_OPEN) or _CLOSE not in stripped:
-        return "", text
-    reasoning, _, content = stripped.removeprefix(_OPEN).partition(_CLOSE)
-    return reasoning.strip("\n"), content.lstrip("\n")
 
 
 def messages(
@@ -135,25 +124,35 @@ def _message(turn: Record, role: str, content_key: str, at: str, where: Location
 def _content(turn: Record, role: str, key: str, at: str, where: Location) -> tuple[str, str, tuple[ToolCall, ...]]:
     """Return a turn's content, its reasoning and its tool calls."""
     value, name = turn.get(key), f"{at}.{key}"
-    reasoning_key = _values.first_key(turn, _REASONING)
-    reasoning = _values.optional_text(turn, reasoning_key, where, name=f"{at}.{reasoning_key}")
+    thoughts = {
+        f"{at}.{field}": text
+        for field in _REASONING
+        if (text := _values.optional_text(turn, field, where, name=f"{at}.{field}"))
+    }
     calls = [call for field in ("tool_calls", CALL) for call in _tools.calls(turn.get(field), f"{at}.{field}", where)]
     if isinstance(value, list) and role != CALL:
         value, part_reasoning, part_calls = _parts(value, name, where)
-        reasoning, calls = reasoning or part_reasoning, calls + part_calls
-    if value is None and (calls or reasoning):
-        value = ""
+        thoughts |= {f"a part of {name}": part_reasoning} if part_reasoning else {}
+        calls += part_calls
+    for place, text in thoughts.items():
+        if (tag := find_tag(text)) is not None:
+            raise DataError(f"{where}: {place} has {tag[0]}; leave out the tags, which the template writes")
+    if isinstance(value, str) and (role == "assistant" or (role == CALL and not _JSON.match(value))):
+        reasoning, answer = split_reasoning(value, name, where)
+        if answer != value:
+            thoughts[name] = reasoning
+            value = answer
+    if len({text.strip("\n") for text in thoughts.values()}) > 1:
+        raise DataError(f"{where}: {' and '.join(thoughts)} have different reasoning; keep one of them")
+    reasoning = next(iter(thoughts.values()), "")
     if role == CALL:
-        if isinstance(value, str) and not reasoning:
-            reasoning, value = split_reasoning(value)
         calls += _tools.calls(value, name, where)
         if not calls:
             raise DataError(f"{where}: {name} is {_values.shown(value)}, expected JSON text of a call, with its name")
         return "", reasoning, tuple(calls)
-    content = _values.text(value, name, where)
-    if role == "assistant" and not reasoning:
-        reasoning, content = split_reasoning(content)
-    return content, reasoning, tuple(calls)
+    if value is None and (calls or reasoning):
+        value = ""
+    return _values.text(value, name, where), reasoning, tuple(calls)
 
 
 def _parts(parts: list[Any], name: str, where: Location) -> tuple[str, str, list[ToolCall]]:

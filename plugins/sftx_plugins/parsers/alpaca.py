@@ -45,10 +45,10 @@ class Alpaca:
             if not isinstance(pair, list) or len(pair) != 2:
                 raise DataError(f"{where}: history[{number}] is not a pair [question, answer]")
             question, answer = (_values.text(side, f"history[{number}][{n}]", where) for n, side in enumerate(pair))
-            messages += (Message("user", question), _turns.answer(answer))
+            messages += (Message("user", question), _turns.answer(answer, f"history[{number}][1]", where))
         instruction = _values.text(record.get("instruction"), "instruction", where)
         extra = _values.optional_text(record, "input", where)
         messages.append(Message("user", "\n".join(part for part in (instruction, extra) if part)))
-        messages.append(_turns.answer(_values.text(record.get("output"), "output", where)))
+        messages.append(_turns.answer(_values.text(record.get("output"), "output", where), "output", where))
         system = _values.optional_text(record, "system", where)
         return (_turns.conversation(_turns.with_system(system, messages, where), record, where),)

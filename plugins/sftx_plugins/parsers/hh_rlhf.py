@@ -53,7 +53,9 @@ class HHRLHF:
         if before or not pieces:
             raise DataError(f"{where}: chosen begins with {before[:40]!r}, expected 'Human:' or 'Assistant:'")
         messages = [
-            Message("user", text.strip()) if speaker == "Human" else _turns.answer(text.strip())
-            for speaker, text in zip(pieces[::2], pieces[1::2], strict=True)
+            Message("user", text.strip())
+            if speaker == "Human"
+            else _turns.answer(text.strip(), f"turn {number} of chosen", where)
+            for number, (speaker, text) in enumerate(zip(pieces[::2], pieces[1::2], strict=True), 1)
         ]
         return (_turns.conversation(messages, record, where),)

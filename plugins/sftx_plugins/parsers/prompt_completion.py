@@ -47,4 +47,4 @@ def _side(value: Any, name: str, role: str, where: Location) -> tuple[Message, .
     if isinstance(value, list):
         return _turns.messages(value, name, where)
     text = _values.text(value, name, where)
-    return (_turns.answer(text) if role == "assistant" else Message(role, text),)
+    return (_turns.answer(text, name, where) if role == "assistant" else Message(role, text),)

@@ -5,13 +5,14 @@ A turn renders differently once another question follows it, so each trained tur
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
-from sftx import Conversation, Message, Segment
+from sftx import Conversation, DataError, Message, Segment
 from sftx_plugins.templates.chatml import (
     CALL,
     END,
@@ -83,13 +84,25 @@ class Qwen3(ChatML):
     """
     )
 
+    def _segments(self, conversation: Conversation) -> Iterator[Segment]:
+        question = _last_question(conversation.messages)
+        messages = tuple(
+            dataclasses.replace(message, reasoning="") if message.reasoning and number <= question else message
+            for number, message in enumerate(conversation.messages)
+        )
+        yield from super()._segments(dataclasses.replace(conversation, messages=messages))
+
     def _message(self, turns: Sequence[Message], number: int) -> Iterator[Segment]:
         message = turns[number]
         turn, content = self._turn(message), message.content
         yield from turn.markup(f"{START}{message.role}\n", trained=False)
         reasoning = message.reasoning if self.thinking == "keep" else ""
+        if message.trained and message.reasoning and not (reasoning or content.strip() or message.tool_calls):
+            raise DataError(
+                f"a trained turn has reasoning and no answer, so thinking={self.thinking} leaves nothing to train"
+            )
         is_last = number + 1 == len(turns)
-        if message.role == "assistant" and number > _last_question(turns) and (is_last or reasoning):
+        if message.role == "assistant" and (reasoning or (is_last and number > _last_question(turns))):
             content = content.lstrip("\n")
             if self.thinking == "strip":
                 yield from turn.markup(_EMPTY_REASONING, trained=False)
