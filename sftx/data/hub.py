@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from sftx.config.options import Source
-from sftx.data.readers import Rows, Skip
+from sftx.data.readers import Rows, Skip, padding_remover
 from sftx.errors import DataError, SftxError, did_you_mean, one_line
 from sftx.types import Location
 
@@ -120,9 +120,11 @@ def _numbered(data: Any, source: Source, skip: Skip) -> Rows:
         num_skipped = min(num_skipped, len(data) - 1)
     if num_skipped > 0:
         data = data.skip(skip.over(num_skipped))
+    # A stream may not tell its features.
+    remove_padding = padding_remover(data.features.arrow_schema) if data.features else lambda row: row
     for number, row in enumerate(data, max(num_skipped, 0) + 1):
         if not skip.over(1):
-            yield Location(path, number, "row"), row
+            yield Location(path, number, "row"), remove_padding(row)
 
 
 @contextmanager

@@ -456,7 +456,7 @@ def _read_arrow(source: RowFile, skip: Skip) -> Rows:
 def _rows(schema: Any, batches: Iterable[Any], path: str, skip: Skip, number: int = 0) -> Rows:
     """Yield the rows of Arrow's record batches as Python values, a few at a time; `number` rows come before them."""
     _check_names(schema.names, path)
-    decode = _json_decoder(schema)
+    remove_padding, decode = padding_remover(schema), _json_decoder(schema)
     for batch in batches:
         skipped = skip.over(batch.num_rows)
         number += skipped
@@ -466,7 +466,7 @@ def _rows(schema: Any, batches: Iterable[Any], path: str, skip: Skip, number: in
         for start in range(skipped, batch.num_rows, _BATCH_ROWS):
             for row in batch.slice(start, _BATCH_ROWS).to_pylist():
                 number += 1
-                yield Location(path, number, "row"), decode(row)
+                yield Location(path, number, "row"), decode(remove_padding(row))
 
 
 def _json_decoder(schema: Any) -> Callable[[Any], Any]:
@@ -477,6 +477,47 @@ def _json_decoder(schema: Any) -> Callable[[Any], Any]:
 
     decode: Callable[[Any], Any] = Features.from_arrow_schema(schema).decode_example
     return decode
+
+
+def padding_remover(schema: Any) -> Callable[[Any], Any]:
+    """Return a function that removes from a row the keys that only Arrow gave to its objects.
+
+    Arrow gives every object of a column the keys of all others, with a null. A null is taken for such padding if other
+    rows have a value there, or if the object lacks any other key in this way. A key that is null in all rows was
+    written by somebody, and is kept in objects that have all other keys. Columns themselves are kept.
+    """
+    columns = {
+        name: remove for name, type_ in zip(schema.names, schema.types, strict=True) if (remove := _remover(type_))
+    }
+    if not columns:
+        return lambda row: row
+    return lambda row: {name: columns[name](value) if name in columns else value for name, value in row.items()}
+
+
+def _remover(type_: Any) -> Callable[[Any], Any] | None:
+    """Return the function for the values of one Arrow type, or None for a type that holds no objects."""
+    import pyarrow as pa
+
+    if pa.types.is_struct(type_):
+        inner = {field.name: _remover(field.type) for field in type_}
+        always_null = {field.name for field in type_ if pa.types.is_null(field.type)}
+
+        def remove(value: Any) -> Any:
+            if not isinstance(value, dict):  # null, or an image that `datasets` decoded
+                return value
+            is_padded = any(item is None and key not in always_null for key, item in value.items())
+            return {
+                key: of_key(item) if (of_key := inner.get(key)) else item
+                for key, item in value.items()
+                if item is not None or (key in always_null and not is_padded)
+            }
+
+        return remove
+    is_list = pa.types.is_list(type_) or pa.types.is_large_list(type_) or pa.types.is_fixed_size_list(type_)
+    of_item = _remover(type_.value_type) if is_list else None
+    if of_item is None:
+        return None
+    return lambda value: [of_item(item) for item in value] if isinstance(value, list) else value
 
 
 Reader: TypeAlias = Callable[[RowFile, Skip], Rows]

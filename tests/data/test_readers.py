@@ -158,7 +158,7 @@ def test_parquet_yields_nested_rows_with_their_row_numbers() -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    records = [{"messages": [{"role": "user", "content": TEXT}]}, {"messages": [{"role": "user", "content": None}]}]
+    records = [{"messages": [{"role": "user", "content": TEXT}]}, {"messages": [{"role": "user"}]}]
     pq.write_table(pa.Table.from_pylist(records), "x.parquet")
     read = [(str(where), record) for where, record in sources.read(Source("x.parquet"))]
     assert read == [("x.parquet row 1", records[0]), ("x.parquet row 2", records[1])]
@@ -429,6 +429,55 @@ def test_json_of_any_shape_in_a_column_is_decoded() -> None:
     features = Features({"n": Value("int64"), "tools": List(Json())})
     Dataset.from_list(records, features=features).to_parquet("x.parquet")
     assert [row for _, row in sources.read(Source("x.parquet"))] == records
+
+
+def _tool(name: str, **schema: Any) -> dict[str, Any]:
+    return {"name": name, "parameters": {"properties": {f"of_{name}": schema}}}
+
+
+PADDED = [
+    {"tools": [_tool("f", type="integer", default=None, enum=["a", None])], "chat": [{"role": "user", "n": 1}]},
+    {
+        "tools": [_tool("g", type="string", default="x"), _tool("h", type="string")],
+        "chat": [{"role": "tool", "id": "a"}],
+    },
+    {
+        "tools": [],
+        "chat": [{"role": "user", "arguments": {"a": 1}}, {"role": "user", "arguments": {"b": None, "c": 2}}],
+    },
+    {"tools": None, "chat": [{"role": "user", "arguments": {"a": 2}, "meta": {"note": None}}, None]},
+]
+"""Rows without the keys that Arrow gives to their objects."""
+
+
+@pytest.mark.parametrize("form", ["x.parquet", "x.arrow", "saved", "saved by split"])
+def test_keys_that_arrow_gave_to_an_object_are_removed_and_a_null_that_was_written_is_kept(form: str) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from datasets import Dataset, DatasetDict
+
+    table = pa.Table.from_pylist(PADDED)
+    if form == "x.parquet":
+        pq.write_table(table, form)
+    elif form == "x.arrow":
+        with pa.OSFile(form, "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+    elif form == "saved":
+        Dataset(table).save_to_disk(form)
+    else:
+        DatasetDict({"test": Dataset(table)}).save_to_disk(form)
+    assert table.to_pylist() != PADDED
+    read = [row for _, row in sources.read(Source(form, split="test" if form == "saved by split" else None))]
+    expected = json.loads(json.dumps(PADDED))
+    # `b` is null in every row, but this object lacks the key `a`, so that `b` is taken for padding as well.
+    del expected[2]["chat"][1]["arguments"]["b"]
+    assert read == expected
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json"])
+def test_every_null_of_json_is_kept(name: str) -> None:
+    content = json.dumps(PADDED) if name == "x.json" else "\n".join(map(json.dumps, PADDED))
+    assert [row for _, row in rows(name, content)] == PADDED
 
 
 def test_two_columns_with_the_same_name_are_refused() -> None:

@@ -242,27 +242,69 @@ def test_openais_former_function_call_and_its_result() -> None:
     )
 
 
-def test_a_null_is_the_same_as_a_missing_key() -> None:
-    """Arrow gives every object of a column the keys of all the others."""
-    import datasets
-
-    tools = [TOOL, {"type": "function", "function": {"name": "g", "description": "d", "strict": True}}]
-    turns = [
-        USER,
-        {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}]},
-        {"role": "tool", "content": "7", "tool_call_id": "c"},
-        {"role": "assistant", "content": "x", "tool_calls": [{"function": {"name": "g", "arguments": {"b": [None]}}}]},
-        {"role": "assistant", "content": "y", "reasoning_content": "z", "weight": 0.5, "train": True},
+@pytest.mark.parametrize("parser", [Messages(), ShareGPT()], ids=["messages", "sharegpt"])
+def test_a_null_is_the_same_as_a_missing_key(parser: Parser) -> None:
+    turn = {"role": "assistant", "content": "x"}
+    nulls = dict.fromkeys(("tool_calls", "function_call", "reasoning_content", "reasoning", "name", "weight", "train"))
+    name = "messages" if isinstance(parser, Messages) else "conversations"
+    assert one(parser, {name: [turn | nulls], "tools": None}) == one(parser, {name: [turn]})
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+    calling: list[dict[str, Any]] = [
+        {"role": "assistant", "content": None, "tool_calls": [call | extra]}
+        for extra in ({}, {"id": None, "type": None})
     ]
-    record = {"messages": turns, "tools": tools}
-    filled = datasets.Dataset.from_list([record]).to_list()[0]
-    assert filled != record
-    assert one(Messages(), filled) == one(Messages(), record)
+    assert one(parser, {name: calling[1:]}) == one(parser, {name: calling[:1]})
 
 
-def test_a_null_in_json_text_is_kept() -> None:
-    calls = [{"name": "f", "arguments": '{"a": null}'}]
-    assert message(role="assistant", tool_calls=calls).tool_calls[0].arguments == {"a": None}
+VALUES: dict[str, Any] = {
+    "null": None,
+    "nulls": [None, {"deep": None}, [None]],
+    "enum": ["a", None],
+    "type": ["integer", "null"],
+    "whole": 1,
+    "float": 1.0,
+    "tiny": 1e-7,
+    "big": 10**40,
+    "minus zero": -0.0,
+    "true": True,
+    "z comes first": 0,
+    "a comes last": 0,
+    "": "empty key",
+    "é 世界 🙂": 'é 世界 🙂 \u2028 " \\ / \x00',
+    "lone surrogate": "\ud83d",
+}
+
+
+def test_tools_and_arguments_are_the_same_as_objects_and_as_json_text() -> None:
+    """Nulls, kinds of numbers and the order of keys are kept; of two equal keys, JSON keeps the last."""
+    parameters = {"type": "object", "properties": {"n": VALUES | {"default": None}}}
+    tool = {
+        "type": "function",
+        "function": {"name": "f", "description": None, "strict": None, "parameters": parameters},
+    }
+    turns = [USER, {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": VALUES}]}]
+    line = json.dumps({"messages": turns, "tools": [tool]}).replace('"float":', '"float": 2, "float":')
+    as_objects = json.loads(line)
+    as_text = copy.deepcopy(as_objects)
+    as_text["tools"] = json.dumps(as_objects["tools"])
+    call = as_text["messages"][1]["tool_calls"][0]
+    as_text["messages"][1]["tool_calls"] = json.dumps([call])
+    nested = copy.deepcopy(as_objects)
+    nested["tools"] = [json.dumps(tool) for tool in nested["tools"]]
+    nested["messages"][1]["tool_calls"][0]["arguments"] = json.dumps(call["arguments"])
+    for row in (as_objects, as_text, nested):
+        found = one(Messages(), row)
+        assert json.dumps(found.tools) == json.dumps([tool])
+        assert json.dumps(found.messages[1].tool_calls[0].arguments) == json.dumps(VALUES)
+        function = {"from": "function_call", "value": row["messages"][1]["tool_calls"]}
+        shared = one(ShareGPT(), {"conversations": [function], "tools": row["tools"]})
+        assert json.dumps(shared.tools) == json.dumps([tool])
+        assert json.dumps(shared.messages[0].tool_calls[0].arguments) == json.dumps(VALUES)
+
+
+def test_the_result_of_a_tool_keeps_its_text() -> None:
+    for text in ('{"a": null, "b": 1.0, "a": 2}', "null", '["\\u4e16"]'):
+        assert message(role="tool", content=text).content == text
 
 
 def test_parts_are_joined() -> None:

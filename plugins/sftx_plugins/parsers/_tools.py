@@ -13,20 +13,20 @@ def tools(value: Any, name: str, where: Location) -> tuple[Mapping[str, Any], ..
     """Return tool definitions in OpenAI's format. Raises DataError.
 
     `value` is a list, or JSON text of one. Its items are `{"type": "function", "function": {...}}`, or the function
-    alone. Keys with a null are left out, except in JSON text.
+    alone.
     """
     if value in (None, ""):
         return ()
-    keep_null = isinstance(value, str)
-    items = _values.list_of(_values.from_json(value, name, where) if keep_null else value, name, where)
-    return tuple(_tool(item, f"{name}[{number}]", where, keep_null) for number, item in enumerate(items))
+    items = _values.list_of(_decoded(value, name, where), name, where)
+    return tuple(_tool(item, f"{name}[{number}]", where) for number, item in enumerate(items))
 
 
-def _tool(item: Any, at: str, where: Location, keep_null: bool) -> Mapping[str, Any]:
-    tool = _object(item, at, where, "an object with the name of a function", keep_null)
-    wrapped = tool if "function" in tool else {"type": "function", "function": tool}
+def _tool(item: Any, at: str, where: Location) -> Mapping[str, Any]:
+    tool = _object(item, at, where, "an object with the name of a function")
+    # A null `type` or `function` is the same as none; the nulls of a schema mean something and are kept.
+    wrapped = tool if tool.get("function") is not None else {"function": _without(tool, "function")}
     _function(wrapped, at, where)
-    return wrapped if wrapped.get("type") is not None else {"type": "function", **wrapped}
+    return wrapped if wrapped.get("type") is not None else {"type": "function"} | _without(wrapped, "type")
 
 
 def calls(value: Any, name: str, where: Location) -> tuple[ToolCall, ...]:
@@ -38,16 +38,15 @@ def calls(value: Any, name: str, where: Location) -> tuple[ToolCall, ...]:
     """
     if value in (None, ""):
         return ()
-    keep_null = isinstance(value, str)
-    parsed = _values.from_json(value, name, where) if keep_null else value
+    parsed = _decoded(value, name, where)
     if isinstance(parsed, dict):
-        return (_call(parsed, name, where, keep_null),)
+        return (_call(parsed, name, where),)
     items = _values.list_of(parsed, name, where)
-    return tuple(_call(item, f"{name}[{number}]", where, keep_null) for number, item in enumerate(items))
+    return tuple(_call(item, f"{name}[{number}]", where) for number, item in enumerate(items))
 
 
-def _call(item: Any, at: str, where: Location, keep_null: bool) -> ToolCall:
-    call = _object(item, at, where, "an object with name and arguments", keep_null)
+def _call(item: Any, at: str, where: Location) -> ToolCall:
+    call = _object(item, at, where, "an object with name and arguments")
     function = _function(call, at, where)
     arguments = function.get("arguments")
     if isinstance(arguments, str):
@@ -64,20 +63,27 @@ def _call(item: Any, at: str, where: Location, keep_null: bool) -> ToolCall:
     )
 
 
-def _object(item: Any, at: str, where: Location, expected: str, keep_null: bool) -> dict[str, Any]:
-    if isinstance(item, str):
-        item, keep_null = _values.from_json(item, at, where), True
+def _without(value: Mapping[str, Any], key: str) -> dict[str, Any]:
+    return {name: inner for name, inner in value.items() if name != key}
+
+
+def _decoded(value: Any, name: str, where: Location) -> Any:
+    return _values.from_json(value, name, where) if isinstance(value, str) else value
+
+
+def _object(item: Any, at: str, where: Location, expected: str) -> dict[str, Any]:
+    item = _decoded(item, at, where)
     if not isinstance(item, dict):
         raise DataError(f"{where}: {at} is {_values.kind(item)}, expected {expected}")
-    checked: dict[str, Any] = _values.checked_json(item, at, where, drop_null=not keep_null)
+    checked: dict[str, Any] = _values.checked_json(item, at, where)
     return checked
 
 
 def _function(item: Mapping[str, Any], at: str, where: Location) -> Mapping[str, Any]:
     """Return the object under the key `function`, or `item` itself if there is none. It must have a name."""
-    if "function" in item and item.get("type") not in (None, "function"):
+    function = item if item.get("function") is None else item["function"]
+    if function is not item and item.get("type") not in (None, "function"):
         raise DataError(f"{where}: {at}.type is {_values.shown(item['type'])}, expected 'function'")
-    function = item.get("function", item)
     if not isinstance(function, dict):
         raise DataError(f"{where}: {at}.function is {_values.kind(function)}, expected an object with a name")
     if not _values.text(function.get("name"), f"{at}: the function's name", where).strip():

@@ -84,23 +84,17 @@ def from_json(json_text: str, name: str, where: Location) -> Any:
     return checked_json(value, name, where)
 
 
-def checked_json(value: Any, name: str, where: Location, *, drop_null: bool = False, depth: int = 0) -> Any:
-    """Return a copy of `value`. Raises DataError if it is not a JSON value.
-
-    `drop_null` leaves out keys with a null: Arrow and parquet give every object of a column the keys of all others.
-    """
+def checked_json(value: Any, name: str, where: Location, *, depth: int = 0) -> Any:
+    """Return a copy of `value`, with its nulls. Raises DataError if it is not a JSON value."""
     if depth > _MAX_DEPTH:
         raise DataError(f"{where}: {name} is nested more than {_MAX_DEPTH} deep")
     if isinstance(value, dict):
         wrong = next((key for key in value if not isinstance(key, str)), None)
         if wrong is not None:
             raise DataError(f"{where}: {name} has the key {shown(wrong)}, expected text")
-        kept = {key: inner for key, inner in value.items() if not (drop_null and inner is None)}
-        return {
-            key: checked_json(inner, name, where, drop_null=drop_null, depth=depth + 1) for key, inner in kept.items()
-        }
+        return {key: checked_json(inner, name, where, depth=depth + 1) for key, inner in value.items()}
     if isinstance(value, list):
-        return [checked_json(inner, name, where, drop_null=drop_null, depth=depth + 1) for inner in value]
+        return [checked_json(inner, name, where, depth=depth + 1) for inner in value]
     is_number = (isinstance(value, int) and value.bit_length() <= _MAX_BITS) or (
         isinstance(value, float) and math.isfinite(value)
     )

@@ -18,7 +18,7 @@ class Messages:
     text or a list of text parts. An assistant's message may have `tool_calls` in OpenAI's format and reasoning, as
     `reasoning_content`, `reasoning` or `thinking`, or in `<think>...</think>` before its text. `train: false` leaves a
     message untrained, `train: true` trains it whatever its role; `weight` is its weight in the loss. A null is the same
-    as a missing key; to give a null argument of a tool call, write the arguments as JSON text.
+    as a missing key, except within the arguments of a tool call and the definition of a tool.
     """
 
     fields: ClassVar[str] = "messages (tools)"
