@@ -31,7 +31,7 @@ from sftx.inspection.run_report.write_report import complete_reports
 from sftx.model import names
 
 if TYPE_CHECKING:
-    from sftx.assembly.stages import MetricStage
+    from sftx.assembly.stages import LossStage, MetricStage
     from sftx.data.dataset import Dataset
     from sftx.data.pipeline import DataPipeline
     from sftx.data.sampler import Sampler
@@ -192,12 +192,19 @@ def _assemble(prepared: _Prepared, started: float) -> Session:
     observers = process_group.all_or_raise(lambda: make_observers(directory.path))
     pipeline = process_group.rank0_first(lambda: build_pipeline(config, assembly, prepared.loaded.origins))
     metrics = assembly.metrics()
+    loss = assembly.loss()
+    if loss.answers_only and config.data.train_on_prompt:
+        raise ConfigError(
+            f"option 'data.train_on_prompt': {loss} compares answers, and would take the prompts for a part of them; "
+            "leave it out"
+        )
     # Rank 0 encodes; where the rows are many, the other ranks find them in the cache.
     data = process_group.rank0_first(pipeline.load_train)
     eval_data = process_group.rank0_first(lambda: pipeline.load_eval(questions=bool(metrics)))
     _check_evaluation(config, eval_data, metrics)
     sampler = pipeline.sampler(data, config.train)
-    trainer = _build_trainer(config, assembly, pipeline, sampler, precision, saved, process_group)
+    _check_schedule(config.train, sampler.num_steps)
+    trainer = _build_trainer(config, assembly, loss, pipeline, sampler, precision, saved, process_group)
     lm = trainer.lm
     _check_fit(config, sampler, lm, eval_data)
     for line in lm.untrained_parts():
@@ -267,6 +274,7 @@ def _assemble(prepared: _Prepared, started: float) -> Session:
 def _build_trainer(
     config: RunConfig,
     assembly: Assembly,
+    loss: LossStage,
     pipeline: DataPipeline,
     sampler: Sampler,
     precision: Precision,
@@ -276,8 +284,6 @@ def _build_trainer(
     """Load the model, make it ready to train, and check that it computes what its own forward computes, packed too."""
     from sftx.trainer.self_checks import check_packing
     from sftx.trainer.trainer import Trainer
-
-    loss = assembly.loss()
 
     def load() -> Trainer:
         lm = _load_model(config, assembly, pipeline, precision, saved)
@@ -302,7 +308,7 @@ def _load_model(
     import torch
 
     from sftx.checkpoint.load_run import build_model
-    from sftx.model.added_tokens import ids_of
+    from sftx.model.added_tokens import ids_of, untrained_rows
     from sftx.model.load import load_spec
     from sftx.trainer import parallel
 
@@ -312,7 +318,7 @@ def _load_model(
     parallel.check(config.train, has_adapters=bool(adapters))
     # With fsdp2 the model moves to the device layer by layer, as shards.
     is_sharded = is_launched() and config.train.distributed == "fsdp2"
-    return build_model(
+    lm = build_model(
         spec,
         adapters,
         pipeline.tokenizer,
@@ -322,6 +328,12 @@ def _load_model(
         saved=saved,
         seed=config.train.seed,
     )
+    if spec.new_token_ids and adapters and (untrained := untrained_rows(lm, spec.new_token_ids)):
+        raise ConfigError(
+            f"--add-tokens: {' and '.join(map(str, adapters.values()))} would leave the rows of the added tokens "
+            f"untrained in {' and '.join(untrained)}; lora trains them, or leave the adapter out"
+        )
+    return lm
 
 
 # --- checks and the manifest ----------------------------------------------------------------------
@@ -340,10 +352,29 @@ def _check_evaluation(config: RunConfig, eval_data: Dataset, metrics: Mapping[st
             raise ConfigError(f"option 'train.{name}' needs held-out rows; give some with --eval-data, or leave it out")
 
 
+def _check_schedule(config: TrainConfig, num_steps: int) -> None:
+    """Raise ConfigError when no step has a learning rate above 0; say how many have none, and warn of mistakes."""
+    from sftx.trainer.schedule import num_decay_steps, num_steps_at_zero, num_warmup_steps
+
+    warmup, decay = num_warmup_steps(config, num_steps), num_decay_steps(config, num_steps)
+    num_at_zero = num_steps_at_zero(config, num_steps)
+    steps = "the only step" if num_steps == 1 else f"all {num_steps} steps"
+    if num_steps and num_at_zero == num_steps:
+        raise ConfigError(
+            f"option 'train.warmup_steps': nothing would be trained, since the learning rate is 0 in {steps} of this "
+            f"run, of which {warmup} warm up from 0; leave warm-up out, or train more steps"
+        )
+    if num_at_zero:
+        log.info("the learning rate is 0 in %d of %d steps (warm-up begins at 0)", num_at_zero, num_steps)
+    if config.lr_scheduler_type == "warmup_stable_decay" and warmup + decay >= num_steps:
+        log.warning("%d steps of warm-up and %d of decay leave no level part of %d", warmup, decay, num_steps)
+    if warmup >= num_steps:
+        log.warning("%s warm up (warmup_steps %d): the peak rate is never reached", steps, warmup)
+
+
 def _check_fit(config: RunConfig, sampler: Sampler, lm: CausalLM, eval_data: Dataset) -> None:
-    """Raise ModelError for token ids without an embedding; warn of likely mistakes in lengths and schedule."""
+    """Raise ModelError for token ids without an embedding; warn of rows beyond its length."""
     from sftx.data.sampler import StreamSampler
-    from sftx.trainer.schedule import num_decay_steps, num_warmup_steps
 
     num_rows = cast(Any, lm.model.get_input_embeddings()).weight.shape[0]
     largest = max(sampler.scope.largest_id, eval_data.examples.largest_id)
@@ -358,12 +389,6 @@ def _check_fit(config: RunConfig, sampler: Sampler, lm: CausalLM, eval_data: Dat
     limit = getattr(lm.config, "max_position_embeddings", None)
     if limit is not None and longest > limit:
         log.warning("the longest row has %d tokens, the model was made for %d; lower data.max_length", longest, limit)
-    num_steps = sampler.num_steps
-    warmup, decay = num_warmup_steps(config.train, num_steps), num_decay_steps(config.train, num_steps)
-    if config.train.lr_scheduler_type == "warmup_stable_decay" and warmup + decay >= num_steps:
-        log.warning("%d steps of warm-up and %d of decay leave no level part of %d", warmup, decay, num_steps)
-    if warmup >= num_steps:
-        log.warning("all %d steps are warm-up (warmup_steps %d): the peak rate is never reached", num_steps, warmup)
 
 
 def _manifest(

@@ -389,7 +389,11 @@ class Collator(Protocol):
 
 @runtime_checkable
 class Loss(Protocol):
-    """Computes a sum over one micro-batch, and the number that it is to be divided by."""
+    """Computes a sum over one micro-batch, and the number that it is to be divided by.
+
+    A loss to which label tokens are an answer, such as a preference loss, may have an attribute `answers_only: bool`.
+    Where it is true, a run that also trains prompts (`data.train_on_prompt`) is refused.
+    """
 
     def denominator(self, batch: Batch) -> float:
         """Return the denominator, known before the forward: label tokens, or pairs for a preference loss."""

@@ -311,6 +311,8 @@ class LossStage(_Stage):
     def __init__(self, plugin: str, loss: Loss) -> None:
         super().__init__(plugin)
         self._loss = loss
+        with self._attribute("reading what it declares"):
+            self.answers_only = bool(getattr(loss, "answers_only", False))
 
     def denominator(self, batch: Batch) -> float:
         with self._attribute("denominator"):
@@ -343,7 +345,9 @@ class LossStage(_Stage):
                 what = f"a tensor of shape {list(value.shape)}" if is_tensor else type(value).__name__
                 raise self._refuse(f"{name} is {what}, expected a tensor without dimensions")
         if torch.is_grad_enabled() and not out.sum.requires_grad:
-            raise self._refuse("sum has no gradient; do not detach it")
+            raise self._refuse(
+                "sum has no gradient: it is detached, or the forward uses no trained parameter (see the adapter)"
+            )
         taken = [name for name in out.metrics if name in RESERVED_METRICS or not isinstance(name, str)]
         if taken:
             raise self._refuse(f"metrics has the name {taken[0]!r}, which the trainer reports itself; choose another")

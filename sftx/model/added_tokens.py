@@ -12,6 +12,8 @@ from transformers.utils import logging as transformers_logging
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from sftx.types import LanguageModel
+
 log = logging.getLogger(__name__)
 
 
@@ -27,6 +29,14 @@ def ids_of(tokens: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> tuple[i
     """Returns the ids of added tokens in ascending order, as `ModelSpec.new_token_ids` holds them."""
     vocabulary = tokenizer.get_vocab()
     return tuple(sorted(vocabulary[token] for token in tokens))
+
+
+def untrained_rows(lm: LanguageModel, token_ids: Sequence[int]) -> list[str]:
+    """Returns which of the embedding and the output head do not train the rows of these tokens."""
+    embedding, ids = cast(Any, lm.model.get_input_embeddings()), torch.tensor(token_ids, device=lm.device)
+    with torch.enable_grad():
+        trains = {"embedding": embedding(ids).requires_grad, "output head": lm.head_weight.requires_grad}
+    return [name for name, does in trains.items() if not does]
 
 
 def grow_embeddings(model: PreTrainedModel, token_ids: Sequence[int]) -> None:

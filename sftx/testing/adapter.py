@@ -6,6 +6,7 @@ Dimensions: B rows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import tempfile
@@ -20,8 +21,9 @@ from torch import Tensor, nn
 
 from sftx.assembly.stages import make
 from sftx.errors import SftxError, one_line
+from sftx.model.added_tokens import untrained_rows
 from sftx.model.load import load_spec
-from sftx.testing.adapter_case import LEARNING_RATE, STEPS, Case
+from sftx.testing.adapter_case import LEARNING_RATE, STEPS, Attached, Case
 from sftx.testing.clauses import ClauseError, Suite, must_not_raise
 from sftx.trainer.layers import enable_checkpointing
 
@@ -292,6 +294,43 @@ def keeps_other_adapters(case: Case) -> None:
             f"attached after lora, it changes the logits by {difference:.1e} (relative), so what lora trained is lost; "
             "refuse layers that have more than weight and bias with sftx.ConfigError, or keep what they compute"
         )
+
+
+@SUITE.clause(
+    "The rows of added tokens (spec.new_token_ids) train in the embedding and the head, and are saved; or the hook "
+    "refuses them with an SftxError.",
+    needs=[*_TRAINED, "round-trips"],
+)
+def trains_added_tokens(case: Case) -> None:
+    num_tokens = case.begun.lm.head_weight.shape[0]
+    ids = (num_tokens, num_tokens + 1)
+    try:
+        model = case.attached(new_token_ids=ids)
+    except SftxError:
+        return
+    if untrained := untrained_rows(model.lm, ids):
+        raise ClauseError(
+            f"with new_token_ids {list(ids)} it leaves their rows untrained in {' and '.join(untrained)}, so the model "
+            "would know them only as random vectors; train these rows, or raise ConfigError in the hook"
+        )
+    model.batch = dataclasses.replace(model.batch, input_ids_BT=model.batch.input_ids_BT.clone())
+    model.batch.input_ids_BT[:, :2] = torch.tensor(ids)
+
+    def rows(of: Attached) -> Tensor:
+        embedding: Any = of.lm.model.get_input_embeddings()
+        return torch.cat([embedding(torch.tensor(ids)), of.lm.head_weight[list(ids)]]).detach()
+
+    before = rows(model).clone()
+    model.train()
+    trained = rows(model).clone()
+    if torch.equal(trained, before):
+        raise ClauseError("training leaves the rows of added tokens as they are; let the forward use what trains them")
+    with tempfile.TemporaryDirectory(prefix="sftx-adapter-") as directory:
+        model.adapter.save(Path(directory))
+        loaded = case.attached(seed=1, new_token_ids=ids)
+        loaded.adapter.load(Path(directory))
+    if not torch.equal(rows(loaded), trained):
+        raise ClauseError("a new model that loads what was saved has other rows of added tokens; save these rows too")
 
 
 def check_adapter(plugin: object, *, model: Path | None = None) -> None:

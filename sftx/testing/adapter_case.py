@@ -5,6 +5,7 @@ Dimensions: B rows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import tempfile
 import weakref
@@ -124,9 +125,9 @@ class Case:
         self.begun = self.attached()
         self.begun_BTV = self.begun.logits()
 
-    def attached(self, *, seed: int = 0) -> Attached:
+    def attached(self, *, seed: int = 0, new_token_ids: tuple[int, ...] = ()) -> Attached:
         """Load the model again and attach a new adapter, as a run does. `seed` seeds torch while it is attached."""
-        spec = load_spec(str(self.kit.model_dir))
+        spec = dataclasses.replace(load_spec(str(self.kit.model_dir)), new_token_ids=new_token_ids)
         names = frozenset(name for name, _ in spec.skeleton.named_parameters())
         adapter: Adapter = make(self.kit.plugin, "sftx_adapter", spec=spec)
         lm = self._load(spec, adapter)

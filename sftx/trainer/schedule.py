@@ -7,6 +7,7 @@ rate and ends at a tenth of it.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 from sftx.config.options import TrainConfig
@@ -35,6 +36,19 @@ def learning_rate(config: TrainConfig, step: int, num_steps: int) -> float:
     if config.lr_scheduler_type == "warmup_stable_decay":  # transformers' begins at the minimum, not at 0
         warmup_factor = _rescale(warmup_factor, config.min_lr_ratio)
     return config.learning_rate * warmup_factor * _factor(config, 0, num_steps - warmup, num_steps)
+
+
+def num_steps_at_zero(config: TrainConfig, num_steps: int) -> int:
+    """Returns the number of steps whose learning rate is 0, in which nothing is trained.
+
+    Warm-up begins at 0 in its first step, as in transformers. Rates rise and then fall, so that zeros are at the ends.
+    """
+    rates = (learning_rate(config, step, num_steps) for step in range(num_steps))
+    at_start = sum(1 for _ in itertools.takewhile(lambda rate: rate == 0, rates))
+    if at_start == num_steps:
+        return num_steps
+    from_end = (learning_rate(config, step, num_steps) for step in reversed(range(num_steps)))
+    return at_start + sum(1 for _ in itertools.takewhile(lambda rate: rate == 0, from_end))
 
 
 def _resolve(value: float, num_steps: int) -> int:

@@ -127,6 +127,8 @@ class Trainer:
             self._explain_out_of_memory(number, lambda: memory_advice.step_advice(self.config, batches)),
         ):
             loss, norm, metrics = self._finite_gradients(number, micro_batches, denominator)
+        if number == 1:
+            self._check_gradients(norm)
         means = {name: value.item() for name, value in metrics.items()}
         reported = self.loss.report_means(means, f"step {number}")
         if self.scaler.is_enabled():
@@ -177,6 +179,23 @@ class Trainer:
                 )
                 error.is_shared = True  # every rank has the same sums
                 raise error
+
+    def _check_gradients(self, norm: float) -> None:
+        """Raise TrainingError when the first step would train nothing; warn of parameters that it leaves out."""
+        trained = {name: p for name, p in self.lm.named_parameters() if p.requires_grad}
+        without = [name for name, parameter in trained.items() if parameter.grad is None]
+        if norm == 0:
+            error = TrainingError(
+                f"step 1: the gradient of all {len(trained)} trained tensors is 0, so nothing would be trained; the "
+                "forward does not use them, or the loss does not depend on the model"
+            )
+            error.is_shared = True  # every rank has the same norm
+            raise error
+        if without:
+            log.warning(
+                "%d of %d trained tensors get no gradient and stay as they are (first: %s)",
+                len(without), len(trained), without[0],
+            )  # fmt: skip
 
     def accumulate(
         self, micro_batches: Sequence[MicroBatch], denominator: float, number: int

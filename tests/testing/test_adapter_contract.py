@@ -299,6 +299,7 @@ class Plugin(Lora):
             spec.name,
             self.find_targets(spec.skeleton),
             self.find_saved(spec.skeleton),
+            spec.new_token_ids,
             r=self.r,
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
@@ -323,6 +324,18 @@ class FillsTheSkeleton(Plugin):
 
 def plugin_of(made: type) -> Plugin:
     return made() if issubclass(made, Plugin) else type("Made", (Plugin,), {"made": made})()
+
+
+class IgnoresAddedTokens(Good):
+    def __init__(self, base: str, targets: Any, saved: Any, new_token_ids: Any, **options: Any) -> None:
+        super().__init__(base, targets, saved, **options)
+
+
+class ForgetsAddedTokens(Good):
+    """It trains their rows, and neither saves nor loads them."""
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in super()._tensors().items() if "token_adapter" not in name}
 
 
 class TakesTheLayersOfOthers(Good):
@@ -369,6 +382,8 @@ BAD = [
     (CountsLayers, "recomputes-the-same", "with gradient checkpointing, .* the gradients differ"),
     (ReadsWeights, "plans-on-meta", "with a configuration and no weights the hook raised OSError"),
     (PreparesTheSkeleton, "plans-on-meta", r"changed 1 .* \(first: model.embed_tokens.weight\)"),
+    (IgnoresAddedTokens, "trains-added-tokens", "leaves their rows untrained in embedding and output head"),
+    (ForgetsAddedTokens, "trains-added-tokens", "has other rows of added tokens"),
     (FillsTheSkeleton, "plans-on-meta", r"modules or tensors of spec.skeleton"),
 ]
 

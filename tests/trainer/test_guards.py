@@ -169,7 +169,7 @@ class Changed(MaskedCE):
     [
         (lambda out: setattr(out, "sum", 3.0), "sum is float, expected a tensor without dimensions"),
         (lambda out: setattr(out, "sum", out.sum[None]), r"sum is a tensor of shape \[1\]"),
-        (lambda out: setattr(out, "sum", out.sum.detach()), "sum has no gradient; do not detach it"),
+        (lambda out: setattr(out, "sum", out.sum.detach()), "sum has no gradient: it is detached, or"),
         (lambda out: out.metrics.update(x=0.5), r"metrics\['x'\] is float"),
         (lambda out: out.metrics.update(loss=out.sum), "has the name 'loss', which the trainer reports itself"),
         (lambda out: out.metrics.update(x=out.sum * float("nan")), r"metrics\['x'\] is nan in step 1"),

@@ -25,6 +25,8 @@ class DPOLoss:
     applies to held-out pairs too.
     """
 
+    answers_only = True
+
     def __init__(self, beta: float, label_smoothing: float) -> None:
         self._beta = beta
         self._label_smoothing = label_smoothing
