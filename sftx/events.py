@@ -68,7 +68,7 @@ class StartReport:
 
 @dataclass(frozen=True)
 class StepReport:
-    """One optimizer step."""
+    """One optimizer step; in `Observer.on_log`, the steps since the last log as one."""
 
     step: int
     """Counted from 1."""
@@ -76,7 +76,8 @@ class StepReport:
     epoch: float
     """Epochs done after this step."""
     loss: float
-    """Mean over the step's denominator: trained tokens, or what else the loss counts (pairs)."""
+    """Mean over the step's denominator: trained tokens, or what else the loss counts (pairs). Over several steps, the
+    mean of theirs, weighted by their trained tokens; so are the metrics."""
     grad_norm: float
     """Before clipping."""
     learning_rate: float

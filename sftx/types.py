@@ -458,6 +458,12 @@ class Observer:
     def on_step(self, report: StepReport) -> None:
         """Called after an optimizer step."""
 
+    def on_log(self, report: StepReport) -> None:
+        """Called after the first, each `logging_steps`-th and the last step, with the steps since the last call as one.
+
+        Losses and metrics are means over those steps, tokens and seconds are their sums; the rest is the last step's.
+        """
+
     def on_evaluate(self, report: EvalReport) -> None:
         """Called after an evaluation."""
 

@@ -32,6 +32,8 @@ class RunState:
     first_loss: float = 0.0
     last_loss: float = 0.0
     peak_bytes: int = 0
+    unlogged: StepReport | None = None
+    """The steps since the last line of `history`, as one."""
     history: list[dict[str, float]] = field(default_factory=list)
     """Losses, learning rates and evaluations in the format of transformers' `log_history`."""
     before: EvalReport | None = None
@@ -43,8 +45,8 @@ class RunState:
     num_worse: int = 0
     """Evaluations in a row that did not improve on the best value by more than `early_stopping_threshold`."""
 
-    def add_step(self, report: StepReport, *, logged: bool) -> None:
-        """Count an optimizer step; with `logged`, add it to the history."""
+    def add_step(self, report: StepReport) -> None:
+        """Count an optimizer step."""
         if self.step == 0:
             self.first_loss = report.loss
         self.step, self.epoch, self.last_loss = report.step, report.epoch, report.loss
@@ -52,9 +54,15 @@ class RunState:
         self.num_input_tokens += report.num_input_tokens
         self.seconds += report.seconds
         self.peak_bytes = max(self.peak_bytes, report.peak_bytes)
-        if logged:
-            names = ("loss", "grad_norm", "learning_rate", "epoch", "step")
-            self.history.append({name: getattr(report, name) for name in names} | dict(report.metrics))
+        self.unlogged = report if self.unlogged is None else _joined(self.unlogged, report)
+
+    def log_steps(self) -> StepReport:
+        """Add the steps since the last line to the history, and return them as one."""
+        assert self.unlogged is not None
+        report, self.unlogged = self.unlogged, None
+        names = ("loss", "grad_norm", "learning_rate", "epoch", "step")
+        self.history.append({name: getattr(report, name) for name in names} | dict(report.metrics))
+        return report
 
     def add_evaluation(self, report: EvalReport, value: float | None, config: TrainConfig) -> bool:
         """Add an evaluation to the history; return whether `value`, its `metric_for_best_model`, is the best so far."""
@@ -79,7 +87,12 @@ class RunState:
     def from_dict(cls, values: Mapping[str, Any]) -> RunState:
         """Return the state of the values that `as_dict` returned, also in sftx 0.1, which named two otherwise."""
         renamed = with_new_names(values)
-        return cls(**renamed | {name: _eval_report(renamed[name]) for name in ("before", "latest")})
+        unlogged = renamed.get("unlogged")
+        return cls(
+            **renamed
+            | {name: _eval_report(renamed[name]) for name in ("before", "latest")}
+            | {"unlogged": None if unlogged is None else StepReport(**unlogged)}
+        )
 
     def as_trainer_state(self, config: TrainConfig, num_steps: int, checkpoints: Path) -> dict[str, Any]:
         """Return the state as transformers writes its TrainerState, for tools that read that."""
@@ -107,6 +120,24 @@ class RunState:
             "trial_params": None,
             "stateful_callbacks": {},
         }
+
+
+def _joined(earlier: StepReport, last: StepReport) -> StepReport:
+    """Return successive reports as one: means weighted by label tokens, sums, and the last step's values."""
+    num_label_tokens = earlier.num_label_tokens + last.num_label_tokens
+    share = last.num_label_tokens / num_label_tokens if num_label_tokens else 0.5
+
+    def mean(before: float, after: float) -> float:
+        return before + share * (after - before)
+
+    return dataclasses.replace(
+        last,
+        loss=mean(earlier.loss, last.loss),
+        num_label_tokens=num_label_tokens,
+        num_input_tokens=earlier.num_input_tokens + last.num_input_tokens,
+        seconds=earlier.seconds + last.seconds,
+        metrics={name: mean(earlier.metrics.get(name, value), value) for name, value in last.metrics.items()},
+    )
 
 
 def _eval_report(values: Mapping[str, Any] | None) -> EvalReport | None:

@@ -55,6 +55,7 @@ def events(run: RunInfo, *, held_out: bool = True) -> list[Event]:
     for step in range(1, NUM_STEPS + 1):
         all_events += [
             ("on_step", (_step(step),)),
+            ("on_log", (_step(step),)),
             ("on_evaluate", (_evaluation(step),)),
             ("on_save", (step, checkpoints / f"step-{step}")),
         ]

@@ -27,6 +27,9 @@ class Observers(Observer):
     def on_step(self, report: StepReport) -> None:
         self._tell(lambda observer: observer.on_step(report))
 
+    def on_log(self, report: StepReport) -> None:
+        self._tell(lambda observer: observer.on_log(report))
+
     def on_evaluate(self, report: EvalReport) -> None:
         self._tell(lambda observer: observer.on_evaluate(report))
 

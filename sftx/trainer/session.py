@@ -156,9 +156,10 @@ class Session:
 
     def _after_step(self, report: StepReport) -> bool:
         """Report a step, evaluate and save where they are due; return whether to continue."""
-        is_end = report.step in (1, report.num_steps)
-        self.state.add_step(report, logged=is_end or report.step % self.config.train.logging_steps == 0)
+        self.state.add_step(report)
         self.observers.on_step(report)
+        if report.step in (1, report.num_steps) or report.step % self.config.train.logging_steps == 0:
+            self.observers.on_log(self.state.log_steps())
         is_best = self._evaluate(report.step) if self.control.should_evaluate(self.state) else False
         if is_best or self.control.should_save(self.state):
             self.save()

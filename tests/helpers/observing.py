@@ -40,6 +40,7 @@ def train(plugin: str, directory: Path, *, resume: bool = False, **settings: Any
         "train.learning_rate": 1e-2,
         "train.eval_steps": SAVED,
         "train.save_steps": SAVED,
+        "train.logging_steps": 1,
         "train.use_cpu": True,
         "generation.max_rows": 3,
         "generation.num_samples": 2,

@@ -105,7 +105,7 @@ def test_a_run_that_a_signal_ends_is_marked_killed(tmp_path: Path) -> None:
 
 def test_any_name_and_text_is_written(tmp_path: Path) -> None:
     def change(name: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        if name == "on_step":
+        if name in ("on_step", "on_log"):
             return (dataclasses.replace(arguments[0], metrics={HOSTILE: 0.5, "../..": 0.25, "/": 0.125}),)
         if name == "on_evaluate":
             sample = dataclasses.replace(arguments[0].samples[0], prediction=HOSTILE)

@@ -91,7 +91,7 @@ def test_a_new_run_in_a_directory_replaces_the_old_one(tmp_path: Path) -> None:
     for loss in (9.0, 3.0):
 
         def change(name: str, arguments: tuple[Any, ...], loss: float = loss) -> tuple[Any, ...]:
-            return (dataclasses.replace(arguments[0], loss=loss),) if name == "on_step" else arguments
+            return (dataclasses.replace(arguments[0], loss=loss),) if name in ("on_step", "on_log") else arguments
 
         info = play(TensorBoard(log_dir=str(tmp_path / "logs")), tmp_path, change)
     assert scalars(read(tmp_path / "logs" / info.output_dir.name), "train/loss") == [(1, 3.0), (2, 3.0)]
@@ -99,7 +99,7 @@ def test_a_new_run_in_a_directory_replaces_the_old_one(tmp_path: Path) -> None:
 
 def test_any_name_and_text_is_written(tmp_path: Path) -> None:
     def change(name: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        if name == "on_step":
+        if name in ("on_step", "on_log"):
             return (dataclasses.replace(arguments[0], metrics={HOSTILE: 0.5}),)
         if name == "on_evaluate":
             sample = dataclasses.replace(arguments[0].samples[0], prediction=f"{HOSTILE}\n# no heading")

@@ -150,7 +150,7 @@ def test_a_killed_process_has_written_what_it_reported(tmp_path: Path) -> None:
 
 def test_any_name_and_text_is_written(tmp_path: Path) -> None:
     def change(name: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        if name == "on_step":
+        if name in ("on_step", "on_log"):
             return (dataclasses.replace(arguments[0], metrics={HOSTILE: 0.5, "a.b": 0.25}),)
         if name == "on_evaluate":
             sample = dataclasses.replace(arguments[0].samples[0], prediction=HOSTILE)

@@ -353,7 +353,7 @@ def note(name):
             (self.run.output_dir / "told.json").write_text(json.dumps(record))
     return event
 
-for name in ("on_start", "on_step", "on_evaluate", "on_save", "on_end", "close"):
+for name in ("on_start", "on_step", "on_log", "on_evaluate", "on_save", "on_end", "close"):
     setattr(Recorder, name, note(name))
 
 @dataclass(frozen=True, eq=False)

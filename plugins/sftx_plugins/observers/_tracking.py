@@ -79,6 +79,8 @@ class Tracker(Observer):
 
     def on_step(self, report: StepReport) -> None:
         self._step = report.step
+
+    def on_log(self, report: StepReport) -> None:
         with _random_state_kept():
             self.log_values(step_values(report), report.step)
 
@@ -135,7 +137,7 @@ def _random_state_kept() -> Iterator[None]:
 
 
 def step_values(report: StepReport) -> dict[str, float]:
-    """Return the values of a step, under the names that the integrations of transformers use where they have one."""
+    """Return the values of the steps since the last log, under the names that transformers' integrations use."""
     own = {
         "global_step": report.step,
         "epoch": report.epoch,

@@ -22,20 +22,19 @@ _MAX_SAMPLE_CHARS = 160
 
 @dataclass(frozen=True, eq=False)
 class Progress:
-    """Prints the start, every logging_steps-th step, evaluations and the result."""
+    """Prints the start, the means of each logging_steps steps, evaluations and the result."""
 
     @hookimpl
     def sftx_observer(self, run: RunInfo) -> Observer:
         console = Console()
         if not console.is_terminal:
             console = Console(width=_PLAIN_WIDTH)
-        return _Terminal(console, run.config["train"]["logging_steps"], run.output_dir)
+        return _Terminal(console, run.output_dir)
 
 
 class _Terminal(Observer):
-    def __init__(self, console: Console, logging_steps: int, output_dir: Path) -> None:
+    def __init__(self, console: Console, output_dir: Path) -> None:
         self._console = console
-        self._logging_steps = logging_steps
         self._output_dir = output_dir
         self._bar = Bar(
             TextColumn("step"),
@@ -58,17 +57,13 @@ class _Terminal(Observer):
         self._bar.update(self._task, total=report.num_steps, completed=report.resumed_step or 0)
 
     def on_step(self, report: StepReport) -> None:
-        line = (
-            f"loss {report.loss:.4f}  lr {report.learning_rate:.2e}  grad norm {report.grad_norm:.3f}  "
-            f"{report.tokens_per_second:.0f} tokens/s"
-        )
-        line += "".join(f"  {name} {value:.4g}" for name, value in report.metrics.items())
         self._bar.start()
-        self._bar.update(self._task, completed=report.step, description=line)
-        if report.step % self._logging_steps == 0 or report.step in (1, report.num_steps):
-            self._print(f"step {report.step}/{report.num_steps}  {line}")
+        self._bar.update(self._task, completed=report.step, description=_values(report))
         if report.step == report.num_steps:
             self._bar.stop()
+
+    def on_log(self, report: StepReport) -> None:
+        self._print(f"step {report.step}/{report.num_steps}  {_values(report)}")
 
     def on_evaluate(self, report: EvalReport) -> None:
         values = "  ".join(f"{name} {value:.4g}" for name, value in report.metrics.items())
@@ -93,6 +88,14 @@ class _Terminal(Observer):
 
     def _print(self, line: str) -> None:
         self._console.print(escape(line), soft_wrap=True, highlight=False)
+
+
+def _values(report: StepReport) -> str:
+    values = (
+        f"loss {report.loss:.4f}  lr {report.learning_rate:.2e}  grad norm {report.grad_norm:.3f}  "
+        f"{report.tokens_per_second:.0f} tokens/s"
+    )
+    return values + "".join(f"  {name} {value:.4g}" for name, value in report.metrics.items())
 
 
 def _assembled_table(report: StartReport) -> Table:
