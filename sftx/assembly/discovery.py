@@ -20,12 +20,13 @@ import pluggy
 from sftx.assembly import hookspecs
 from sftx.assembly.hookspecs import PROJECT, RETURNS
 from sftx.assembly.stages import arguments_of, named
+from sftx.config.default_plugins import ENTRY_POINTS
 from sftx.errors import PluginError, did_you_mean, one_line
 
 if TYPE_CHECKING:
     from sftx.config.run_file import Origins
 
-GROUP: Final = "sftx.plugins"
+GROUP: Final = ENTRY_POINTS
 
 log = logging.getLogger(__name__)
 

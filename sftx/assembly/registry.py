@@ -26,6 +26,7 @@ from sftx.assembly.stages import (
     named,
 )
 from sftx.config.default_plugins import DEFAULT_PLUGINS
+from sftx.config.unknown_options import UnknownOptionsError
 from sftx.errors import PluginError
 from sftx.events import Provider, RunInfo
 from sftx.types import ModelSpec, Observer
@@ -47,8 +48,19 @@ def activate(loaded: LoadedConfig) -> Assembly:
     for name in config.without:
         find(name, installed, origin=origins.of("without") or f"--no-plugin {name}")
     assembly = Assembly(origins)
+    wrong: list[UnknownOptionsError] = []
     for name, options in config.plugins.items():
-        assembly.add(find(name, installed, origin=origins.of(f"plugins.{name}") or f"--plugin {name}"), options)
+        info = find(name, installed, origin=origins.of(f"plugins.{name}") or f"--plugin {name}")
+        try:
+            assembly.add(info, options)
+        except UnknownOptionsError as error:
+            wrong.append(error)
+    if wrong:
+        raise (
+            wrong[0]
+            if len(wrong) == 1
+            else UnknownOptionsError([option for error in wrong for option in error.unknown])
+        )
     for hook, names in DEFAULT_PLUGINS.items():
         if hook in ONE_PROVIDER and assembly.providers(hook):
             continue

@@ -94,7 +94,9 @@ def _print_error(error: SftxError | OSError) -> None:
         time.sleep(_LAUNCHER_S)
         if process_group.LAUNCHER_REPORTS in os.environ:
             return
-    message = one_line(error, max_chars=2000)
+    from sftx.config.unknown_options import UnknownOptionsError
+
+    message = str(error) if isinstance(error, UnknownOptionsError) else one_line(error, max_chars=2000)
     if isinstance(error, OSError):
         message = f"{type(error).__name__}: {one_line(error)}"
     if process_group.is_rank0():
@@ -134,6 +136,8 @@ def _configure_logging() -> None:
         logger = logging.getLogger(name)
         logger.setLevel(logging.INFO if process_group.is_rank0() else logging.ERROR)
         logger.handlers = [handler]
+    if process_group.LAUNCHER_REPORTS in os.environ:  # the launcher has read the options, and has said what to say
+        logging.getLogger("sftx.config").setLevel(logging.ERROR)
     if not process_group.is_rank0():
         os.environ |= {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
         warnings.simplefilter("ignore")

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from sftx import atomic_files
-from sftx.cli.options import run_options
+from sftx.cli.options import RunCommand, run_options
 from sftx.config import loading
 from sftx.errors import ConfigError, OutputError, one_line, printable
 
@@ -20,7 +20,7 @@ def command() -> None:
     """Convert the data of a run."""
 
 
-@command.command()
+@command.command(cls=RunCommand)
 @run_options("data")
 @click.option("--output", metavar="FILE", required=True, help="JSON lines file to write, or - for the terminal.")
 def export(file: Path | None, loaded: loading.LoadedConfig, output: str) -> None:

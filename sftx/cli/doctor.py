@@ -6,11 +6,11 @@ from pathlib import Path
 
 import click
 
-from sftx.cli.options import run_options
+from sftx.cli.options import RunCommand, run_options
 from sftx.config import loading
 
 
-@click.command()
+@click.command(cls=RunCommand)
 @run_options("data")
 @click.option("--json", "as_json", is_flag=True, help="Write the findings as one JSON object.")
 @click.pass_context

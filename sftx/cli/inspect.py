@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import click
 
-from sftx.cli.options import run_options
+from sftx.cli.options import RunCommand, run_options
 from sftx.config import loading
 from sftx.errors import OutputError, one_line
 
@@ -34,7 +34,7 @@ def _parse_places(_ctx: click.Context, _param: click.Parameter, values: tuple[st
     return tuple(places)
 
 
-@click.command()
+@click.command(cls=RunCommand)
 @run_options("data")
 @click.option("--rows", "max_rows", metavar="N", type=click.IntRange(min=1), help="Rows to show.  [default: 3]")
 @click.option(

@@ -12,15 +12,8 @@ import click
 
 from sftx.config import loading, run_file
 from sftx.config.options import SECTION_CLASSES, SECTIONS, RunConfig
-from sftx.errors import ConfigError
-
-_RENAMED: Final = {
-    "data.train": "data",
-    "data.eval": "eval-data",
-    "train.torch_compile": "compile",
-    "generation.batch_size": "generation-batch-size",
-}
-"""Options of a run file whose flag on the command line has another name."""
+from sftx.config.options import flag as flag_of
+from sftx.errors import ConfigError, SftxError
 
 _COMMON: Final = (
     click.argument("file", metavar="[RUN_FILE]", required=False, type=click.Path(dir_okay=False, path_type=Path)),
@@ -48,6 +41,94 @@ _COMMON: Final = (
 )
 
 
+_UNKNOWN: Final = "sftx.options.unknown"
+"""The key of click's context under which a command keeps the options that it does not have."""
+
+
+class RunCommand(click.Command):
+    """A command that takes the options of a run, and those of other tools too, which loading answers all at once.
+
+    `--max_length` is the same as `--max-length`, and `--bf16 true` the same as `--bf16`, as in transformers' parser.
+    """
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        return super().make_context(*args, token_normalize_func=_with_hyphens, **kwargs)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        remaining = self._without_values_of_switches(args)
+        unknown: list[tuple[str, Any, str]] = []
+        ctx.meta[_UNKNOWN] = unknown
+        while True:
+            try:
+                return super().parse_args(ctx, list(remaining))
+            except click.NoSuchOption as error:
+                taken = _take(remaining, error.option_name)
+                if taken is None:
+                    raise
+                unknown.append(taken)
+
+    def _without_values_of_switches(self, args: Sequence[str]) -> list[str]:
+        """Return the arguments with `--bf16 true` and `--bf16=false` as click wants them: `--bf16`, `--no-bf16`."""
+        switches = {
+            on: off
+            for option in self.params
+            if isinstance(option, click.Option) and option.is_flag
+            for on, off in zip(option.opts, option.secondary_opts, strict=False)
+        }
+        kept: list[str] = []
+        for argument in args:
+            name, equals, value = argument.partition("=")
+            if not equals and kept and argument.lower() in ("true", "false"):
+                name, value = kept[-1], argument
+            off = switches.get(_with_hyphens(name))
+            if off is None or value.lower() not in ("true", "false"):
+                kept.append(argument)
+                continue
+            if not equals:
+                kept.pop()
+            kept.append(_with_hyphens(name) if value.lower() == "true" else off)
+        return kept
+
+
+def _with_hyphens(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _take(arguments: list[str], name: str) -> tuple[str, Any, str] | None:
+    """Remove an option with its values from the arguments; return (name, JSON value, option as typed).
+
+    Its values are what follows up to the next option, but for a run file. None when it is no option of another tool:
+    short, or one of the sections of a run file.
+    """
+    place = next(
+        (n for n, typed in enumerate(arguments) if _with_hyphens(typed.partition("=")[0]) == _with_hyphens(name)), None
+    )
+    plain = name.removeprefix("--").replace("-", "_")
+    if place is None or not name.startswith("--") or plain in SECTIONS:
+        return None
+    _, equals, text = arguments[place].partition("=")
+    end = place + 1
+    while not equals and end < len(arguments) and not arguments[end].startswith("--"):
+        if Path(arguments[end]).suffix in (".yaml", ".yml"):
+            break
+        end += 1
+    texts = [text] if equals else arguments[place + 1 : end]
+    typed = " ".join(arguments[place:end])
+    del arguments[place:end]
+    values = [parse_value(text) for text in texts]
+    return plain, (True if not values else values[0] if len(values) == 1 else values), typed
+
+
+def _plugin_class(name: str) -> type | None:
+    """Return the options dataclass of an installed plugin, None when there is no such plugin or it is broken."""
+    from sftx.assembly.discovery import discover, find, load_class
+
+    try:
+        return load_class(find(name, discover()))
+    except SftxError:
+        return None
+
+
 def run_options(*sections: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Give a command RUN_FILE and the options of these sections; it is called with `file` and `loaded`.
 
@@ -72,7 +153,13 @@ def run_options(*sections: str) -> Callable[[Callable[..., Any]], Callable[..., 
                 )
             values = {name: rest.pop(name) for name in list(rest) if name in names}
             assignments = [*_assignments(values), *parse_settings(settings)]
-            loaded = loading.load(file, add=plugins, remove=without, assignments=assignments)
+            loaded = loading.load(
+                file,
+                add=plugins,
+                remove=without,
+                assignments=[*assignments, *click.get_current_context().meta[_UNKNOWN]],
+                plugin_class=_plugin_class,
+            )
             return function(file=file, loaded=loaded, **rest)
 
         for section in reversed(sections):
@@ -94,7 +181,7 @@ def _section_options(section: str) -> dict[str, Callable[..., Any]]:
         if dataclasses.is_dataclass(field.default):
             continue  # its own fields are set with --set data.filters.min_turns=2
         dotted = f"{section}.{field.name}"
-        name, flag, hint = dotted.replace(".", "__"), _flag(dotted), hints[field.name]
+        name, flag, hint = dotted.replace(".", "__"), flag_of(dotted), hints[field.name]
         values = ", ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
         text = next(part.description for part in get_args(hint) if hasattr(part, "description"))
         text += "" if values in (None, "") else f"  [default: {values}]"
@@ -114,16 +201,12 @@ def _section_options(section: str) -> dict[str, Callable[..., Any]]:
     return options
 
 
-def _flag(dotted: str) -> str:
-    return f"--{_RENAMED.get(dotted, dotted.rpartition('.')[2]).replace('_', '-')}"
-
-
 def _assignments(values: dict[str, Any]) -> list[tuple[str, Any, str]]:
     """Return (dotted name, JSON value, option as typed) for each option that was given."""
     assignments: list[tuple[str, Any, str]] = []
     for name, value in values.items():
         dotted = name.replace("__", ".")
-        flag = _flag(dotted)
+        flag = flag_of(dotted)
         if value is None or value == ():
             continue
         if isinstance(value, tuple):
@@ -147,7 +230,7 @@ def parse_settings(settings: Sequence[str]) -> list[tuple[str, Any, str]]:
     assignments: list[tuple[str, Any, str]] = []
     for setting in settings:
         name, equals, text = setting.partition("=")
-        if not (name and equals) or name.strip() != name or ("." not in name and name not in SECTIONS):
+        if not (name and equals) or name.strip() != name or not name.strip("."):
             raise click.BadParameter(
                 f"{setting!r} is not of the form PLUGIN.OPTION=VALUE or SECTION.OPTION=VALUE, such as lora.r=32 or "
                 "train.seed=1",

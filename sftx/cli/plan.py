@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from sftx.cli.options import run_options
+from sftx.cli.options import RunCommand, run_options
 from sftx.config import loading
 from sftx.errors import ConfigError
 from sftx.inspection.memory_plan import MAX_ROWS, MAX_TOKENS, target_device
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sftx.inspection.memory_plan.planner import RunPlan
 
 
-@click.command()
+@click.command(cls=RunCommand)
 @run_options("data", "train", "generation")
 @click.option(
     "--gpu", metavar="SIZE|NAME|cpu",

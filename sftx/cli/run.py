@@ -10,14 +10,14 @@ from typing import Final
 
 import click
 
-from sftx.cli.options import run_options
+from sftx.cli.options import RunCommand, run_options
 from sftx.config import loading
 
 _ARGUMENTS: Final = "sftx.run.arguments"
 """The key of click's context under which the command's arguments are kept."""
 
 
-class _KeepsArguments(click.Command):
+class _KeepsArguments(RunCommand):
     """A command whose arguments can be read again: with --nproc they are given to every rank."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
+ENTRY_POINTS: Final = "sftx.plugins"
+"""The group of entry points under which plugins are installed."""
+
 DEFAULT_PLUGINS: Final[Mapping[str, tuple[str, ...]]] = {
     "sftx_parser": ("messages", "prompt-completion", "alpaca", "sharegpt", "hh-rlhf", "tokens", "text"),
     "sftx_collator": ("padded",),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from typing import Any
 from sftx import paths
 from sftx.config import run_file
 from sftx.config.default_plugins import DEFAULT_PLUGINS
+from sftx.config.flatten import flatten
 from sftx.config.options import SECTION_CLASSES, SECTIONS, RunConfig
+from sftx.config.unknown_options import UnknownOption, UnknownOptionsError, answered
 from sftx.config.validation import validate
 from sftx.errors import ConfigError, did_you_mean
 
@@ -31,12 +34,14 @@ def load(
     add: Sequence[str] = (),
     remove: Sequence[str] = (),
     assignments: Sequence[tuple[str, Any, str]] = (),
+    plugin_class: Callable[[str], type | None] | None = None,
 ) -> LoadedConfig:
     """Return the run that a run file and a command line describe together; the command line wins.
 
     `add` and `remove` are the names after `--plugin` and `--no-plugin`; `assignments` are (dotted name, JSON value,
     option as the user typed it). With neither a file nor `data.train` it is the demo, `sftx/demo/run.yaml`.
-    Raises ConfigError.
+    All options that do not exist are in one UnknownOptionsError; those of plugins too, with `plugin_class`, which
+    returns the options dataclass of an installed plugin. Raises ConfigError.
     """
     if path is None and not any(name == "data.train" for name, _, _ in assignments):
         path = paths.DEMO_RUN_FILE
@@ -44,28 +49,68 @@ def load(
     # A section without a value is an empty section.
     values = {name: value for name, value in values.items() if value is not None or name not in SECTION_CLASSES}
     values["plugins"] = plugins = _plugin_options(values.get("plugins"), origins)
+    for name in [name for name in values if name.partition(".")[0] in {*SECTION_CLASSES, "plugins"} - {name}]:
+        _set_dotted(values, name, values.pop(name), origins)
     typed_for = {name: f"--plugin {name}" for name in add}
     for name in add:
         plugins.setdefault(name, {})
     named = set(plugins)
     for name, value, typed in assignments:
-        parts = _split_name(name, plugins)
+        parts = _split_name(name, plugins) if "." in name else [name]
         _assign(values, parts, value, typed)
         origins.set(".".join(parts), typed)
         if parts[0] == "plugins" and len(parts) > 1:
             typed_for.setdefault(parts[1], typed)
-    for name, typed in typed_for.items():
-        # An option alone adds no plugin: `--set lora.r=8` must not turn full fine-tuning into LoRA.
-        if name not in named and not any(name in defaults for defaults in DEFAULT_PLUGINS.values()):
-            advice = did_you_mean(name, named) or f"; add --plugin {name}"
-            raise ConfigError(f"{typed}: plugin {name!r} is not in this run{advice}")
     for name in remove:
         if name in typed_for:
             raise ConfigError(f"--no-plugin {name}: contradicts {typed_for[name]}; leave one of them out")
         plugins.pop(name, None)
     if isinstance(without := values.setdefault("without", []), list):
         values["without"] = [*without, *(name for name in dict.fromkeys(remove) if name not in without)]
-    return LoadedConfig(validate(RunConfig, values, origins=origins), origins)
+    try:
+        config = validate(RunConfig, values, origins=origins)
+    except UnknownOptionsError as error:
+        if plugin_class is None:
+            raise
+        of_plugins = _unknown_of_plugins(plugins, plugin_class, origins)
+        raise UnknownOptionsError([*error.unknown, *answered(of_plugins, flatten(values))]) from None
+    for name, typed in typed_for.items():
+        # An option alone adds no plugin: `--set lora.r=8` must not turn full fine-tuning into LoRA.
+        if name not in named and not any(name in defaults for defaults in DEFAULT_PLUGINS.values()):
+            advice = did_you_mean(name, named) or f"; add --plugin {name}"
+            raise ConfigError(f"{typed}: plugin {name!r} is not in this run{advice}")
+    return LoadedConfig(config, origins)
+
+
+def _unknown_of_plugins(
+    plugins: Mapping[str, Any], plugin_class: Callable[[str], type | None], origins: run_file.Origins
+) -> list[UnknownOption]:
+    """Return the options of plugins that do not exist."""
+    unknown = []
+    for name, options in plugins.items():
+        cls = plugin_class(name)
+        if cls is None or not isinstance(options, dict):
+            continue
+        known = tuple(field.name for field in dataclasses.fields(cls))
+        for option in [option for option in options if option not in known]:
+            dotted = f"plugins.{name}.{option}"
+            unknown.append(UnknownOption(dotted, options[option], origins.of(dotted), known))
+    return unknown
+
+
+def _set_dotted(values: dict[str, Any], name: str, value: Any, origins: run_file.Origins) -> None:
+    """Set an option that stands at the top of a run file under its dotted name, as in `train.seed: 1`."""
+    place = origins.of(name)
+    section, _, rest = name.partition(".")
+    is_plugin = section == "plugins" and (value is None or isinstance(value, dict))
+    if is_plugin and not value:
+        values["plugins"].setdefault(rest, {})
+    else:
+        parts = [section, rest] if is_plugin else _split_name(name, values["plugins"])
+        if ".".join(parts) in flatten(values) or (is_plugin and rest in values["plugins"]):
+            raise ConfigError(f"{place}: {name} is set twice; leave one of them out")
+        _assign(values, parts, value, f"{place}: {name}")
+    origins.set(name, place)
 
 
 def default_name(run_file: Path | None, config: RunConfig) -> str:

@@ -11,12 +11,12 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeAlias
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter
 
 from sftx.config import optimizer_table
-from sftx.config.validation import adapter
 from sftx.errors import ConfigError
 
 
@@ -523,6 +523,26 @@ SECTIONS = frozenset(f.name for f in dataclasses.fields(RunConfig))
 
 SECTION_CLASSES: Final = {"data": DataConfig, "train": TrainConfig, "generation": GenerationConfig}
 """The sections of a run file whose options also have a flag on the command line."""
+
+
+_FLAGS: Final = {
+    "data.train": "data",
+    "data.eval": "eval-data",
+    "train.torch_compile": "compile",
+    "generation.batch_size": "generation-batch-size",
+}
+"""Options of a run file whose flag on the command line has another name."""
+
+
+def flag(dotted: str) -> str:
+    """Return the flag of an option on the command line, by the option's dotted name."""
+    return f"--{_FLAGS.get(dotted, dotted.rpartition('.')[2]).replace('_', '-')}"
+
+
+@lru_cache
+def adapter(cls: Any) -> TypeAdapter[Any]:
+    """Return pydantic's type adapter of an options dataclass, which is built once."""
+    return TypeAdapter(cls)
 
 
 def as_dict(config: RunConfig) -> dict[str, Any]:

@@ -161,6 +161,12 @@ def read(path: Path) -> tuple[dict[str, Any], Origins]:
     return values, origins
 
 
+def flow(value: Any) -> str:
+    """Return the value as one line of YAML, as it may stand after the name of an option."""
+    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**6)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
 def write(values: dict[str, Any], path: Path) -> None:
     """Write `values` as YAML that `read` reads back unchanged. Raises OutputError."""
     atomic_files.write_text(path, yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True))

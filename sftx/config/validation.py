@@ -10,31 +10,27 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any, TypeVar, cast, get_args, get_type_hints
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from sftx.config import run_file
+from sftx.config import run_file, unknown_options
 from sftx.config.flatten import flatten
+from sftx.config.options import adapter
 from sftx.config.run_file import Origins
-from sftx.errors import ConfigError, did_you_mean
+from sftx.config.unknown_options import UnknownOption, UnknownOptionsError
+from sftx.errors import ConfigError
 
 T = TypeVar("T")
-
-
-@lru_cache
-def adapter(cls: Any) -> TypeAdapter[Any]:
-    """Return pydantic's type adapter of an options dataclass, which is built once."""
-    return TypeAdapter(cls)
 
 
 def validate(cls: type[T], values: Mapping[str, Any], *, who: str = "", prefix: str = "", origins: Origins) -> T:
     """Return an instance of the dataclass `cls`, strictly: unknown keys and bools or text for numbers are errors.
 
     Raises ConfigError with one line that names the place where the option was set, `who` (a plugin), the option, the
-    value and what is expected. `prefix` is the dotted name under which `origins` has these options.
+    value and what is expected; UnknownOptionsError for all options that do not exist. Options of other tools that ask
+    for nothing are left out with a note. `prefix` is the dotted name under which `origins` has these options.
     """
     for name, value in flatten(values).items():
         if (expected := _json_expects(value)) is not None:
@@ -45,7 +41,43 @@ def validate(cls: type[T], values: Mapping[str, Any], *, who: str = "", prefix: 
         built: T = adapter(cast(Any, cls)).validate_json(json.dumps(values), strict=True, extra="forbid")
         return built
     except ValidationError as error:
-        raise ConfigError(_explain(error.errors(), cls, who, prefix, origins)) from None
+        errors = error.errors()
+    unknown = _unknown(errors, cls, prefix, origins)
+    if not unknown:
+        raise ConfigError(_explain(errors, cls, who, prefix, origins))
+    given = {f"{prefix}{name}": value for name, value in flatten(values).items()}
+    found = unknown_options.answered(unknown.values(), given)
+    if not all(map(unknown_options.is_harmless, found)):
+        raise UnknownOptionsError(found, who)
+    unknown_options.note(found)
+    for path in unknown:
+        values = _without(values, path)
+    return validate(cls, values, who=who, prefix=prefix, origins=origins)
+
+
+def _unknown(
+    errors: list[ErrorDetails], cls: type, prefix: str, origins: Origins
+) -> dict[tuple[str, ...], UnknownOption]:
+    """Return the options that do not exist, by their path in the values that were validated."""
+    unknown = {}
+    for error in errors:
+        if error["type"] == "unexpected_keyword_argument":
+            path, names = _option_path(cls, error)
+            name = prefix + ".".join(path)
+            unknown[tuple(path)] = UnknownOption(name, error["input"], origins.of(name), tuple(names))
+    return unknown
+
+
+def _without(values: Any, path: tuple[str, ...]) -> Any:
+    """Return a copy of nested values without the one that the path leads to."""
+    head, *rest = path
+    if isinstance(values, list | tuple):
+        return [_without(item, tuple(rest)) if str(index) == head else item for index, item in enumerate(values)]
+    if not rest:
+        return {name: value for name, value in values.items() if name != head}
+    if head not in values:  # the index of the only source, which was given without a list around it
+        return _without(values, tuple(rest))
+    return {**values, head: _without(values[head], tuple(rest))}
 
 
 def _json_expects(value: Any) -> str | None:
@@ -71,7 +103,7 @@ def _shown(value: Any) -> str:
 
 def _explain(errors: list[ErrorDetails], cls: type, who: str, prefix: str, origins: Origins) -> str:
     """Return one line on the first wrong option. A union reports one error a member, which are joined by "or"."""
-    path, names = _option_path(cls, errors[0])
+    path, _ = _option_path(cls, errors[0])
     same_option = [error for error in errors if _option_path(cls, error)[0] == path]
     # A wrong item of a list is reported one level deeper than that the list is not, say, text: keep the deepest.
     depth = max(len(error["loc"]) for error in same_option)
@@ -85,9 +117,6 @@ def _explain(errors: list[ErrorDetails], cls: type, who: str, prefix: str, origi
     if error["type"] == "missing":
         advice = f"; give it with --set {prefix.removeprefix('plugins.')}{name}=..." if prefix else ""
         return f"{start} is missing; it has no default{advice}"
-    if error["type"] == "unexpected_keyword_argument":
-        known = "; known are " + ", ".join(names) if names else "; it takes none"
-        return f"{start} does not exist{did_you_mean(path[-1], names) or known}"
     expected = " or ".join(dict.fromkeys(map(_expected, same_option)))
     is_typed = where[:1] != [] and where[0].startswith("--")
     advice = _advice(error["input"], {other["type"] for other in same_option}, in_shell=is_typed)

@@ -199,8 +199,8 @@ def test_wrong_options_name_what_was_typed_the_plugin_its_distribution_and_the_b
     assert message == f"--set lora.rr=8: plugin 'lora' (sftx {sftx.__version__}): " + (
         "option 'rr' does not exist; did you mean 'r'?"
     )
-    message = error_of("jsonl", kind=ConfigError, settings={"jsonl.r": 8})
-    assert message.endswith("option 'r' does not exist; it takes none")
+    message = error_of("jsonl", kind=ConfigError, settings={"jsonl.x": 8})
+    assert message.endswith("option 'x' does not exist; it takes none")
 
 
 def test_options_reach_the_plugin_and_a_default_one_too() -> None:

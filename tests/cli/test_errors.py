@@ -158,10 +158,11 @@ def test_an_output_directory_that_holds_a_run_or_anything_else() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--frobnicate"], "Error: No such option '--frobnicate'."),
+        (["--frobnicate"], "sftx: error: --frobnicate: option 'frobnicate' does not exist; see --help"),
+        (["-x"], "Error: No such option '-x'."),
         (["--set", "lora.r"], "Error: Invalid value for --set: 'lora.r' is not of the form PLUGIN.OPTION=VALUE"),
         (["--set", "=3"], "Error: Invalid value for --set: '=3' is not of the form PLUGIN.OPTION=VALUE"),
-        (["--set", "seed=3"], "Error: Invalid value for --set: 'seed=3' is not of the form PLUGIN.OPTION=VALUE"),
+        (["--set", ".=3"], "Error: Invalid value for --set: '.=3' is not of the form PLUGIN.OPTION=VALUE"),
         (["--set"], "Error: Option '--set' requires an argument."),
         (["a.yaml", "b.yaml"], "Error: Got unexpected extra argument (b.yaml)"),
     ],

@@ -1,0 +1,174 @@
+"""Answers options that sftx does not have: all of them in one error that says for each what to write instead."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.metadata
+import logging
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from sftx.config import run_file
+from sftx.config.default_plugins import ENTRY_POINTS
+from sftx.errors import ConfigError, one_line
+
+if TYPE_CHECKING:
+    from sftx.config.other_tools import Answer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class UnknownOption:
+    """An option that does not exist here."""
+
+    name: str
+    """The dotted name, as in `train.max_length`."""
+    value: Any
+    place: str
+    """The line of the run file, or the option as the user typed it."""
+    known: tuple[str, ...]
+    """The options that exist where this one stands."""
+    answer: Answer | None = None
+
+    @property
+    def leaf(self) -> str:
+        return self.name.rpartition(".")[2]
+
+    @property
+    def is_typed(self) -> bool:
+        return self.place.startswith("--")
+
+    @property
+    def is_flag(self) -> bool:
+        return self.is_typed and not self.place.startswith("--set ")
+
+    def to_write(self) -> list[str]:
+        """Return what to write instead, one text for each option: lines of a run file, or flags if it was typed."""
+        options = self.answer.write if self.answer else {}
+        return [_flag(name, value) if self.is_typed else _line(name, value) for name, value in options.items()]
+
+    def advice(self, *, alone: bool = True) -> str:
+        """Return the sentence after the option. One that stands alone, not in a list, also gets a list of names."""
+        if self.answer is None:
+            return self._guess(alone=alone)
+        why = self.answer.why
+        if self.answer.kind == "write":
+            return f"write {' and '.join(self.to_write())}{f' ({why})' if why else ''}"
+        return f"leave it out: {why}" if why else "leave it out"
+
+    def _guess(self, *, alone: bool) -> str:
+        from sftx.config import other_tools
+        from sftx.config.options import SECTION_CLASSES, flag
+
+        own = [f"{section}.{field.name}" for section, cls in SECTION_CLASSES.items() for field in fields(cls)]
+        by_name = {name.rpartition(".")[2]: name for name in own} | {name: name for name in self.known}
+        beside = difflib.get_close_matches(self.leaf, self.known, n=1)
+        close = difflib.get_close_matches(self.leaf, {**dict.fromkeys(beside), **by_name}, n=1, cutoff=0.7) or beside
+        theirs = difflib.get_close_matches(self.leaf, other_tools.names(), n=1, cutoff=0.85)
+        if theirs and close:
+            close = difflib.get_close_matches(self.leaf, [*close, *theirs], n=1)
+        close = close or theirs
+        if close and close[0] in by_name:
+            name = by_name[close[0]]
+            return f"did you mean {flag(name) if self.is_flag and '.' in name else repr(name)}?"
+        if close:
+            meant = replace(self, answer=other_tools.answer(close[0], self.value, {}))
+            return f"did you mean {close[0]!r}? {meant.advice()}"
+        if self.is_flag:
+            return "see --help"
+        if not alone:
+            return "there is nothing like it"
+        return f"known are {', '.join(self.known)}" if self.known else "it takes none"
+
+
+class UnknownOptionsError(ConfigError):
+    """Options that do not exist here, with what to write instead of each. Several are a list, one to a line."""
+
+    def __init__(self, unknown: Sequence[UnknownOption], start: str = "") -> None:
+        """`unknown` have been answered; `start` is the plugin whose options they are, if it is one's."""
+        self.unknown = list(unknown)
+        self._start = start
+        if all(option.is_flag for option in self.unknown):
+            self.exit_code = 2  # as for any command line that is not valid
+        super().__init__("\n".join(self._lines()))
+
+    def _lines(self) -> list[str]:
+        wrong = [option for option in self.unknown if not is_harmless(option)]
+        if len(wrong) == 1:
+            (option,) = wrong
+            where = [part for part in (option.place, self._start) if part]
+            name = option.name.removeprefix("plugins.") if not self._start else option.leaf
+            text = ": ".join([*where, f"option {name!r} does not exist; {option.advice()}"])
+            return [one_line(ConfigError(text), max_chars=2000)]
+        lines = [f"{len(wrong)} options do not exist here; what to write instead of each:"]
+        written: dict[str, str] = {}
+        for option in wrong:
+            start = option.place if option.is_typed else f"{option.place}: {option.name}".removeprefix(": ")
+            start = one_line(ConfigError(start), max_chars=200)
+            targets = list(option.answer.write) if option.answer else []
+            if targets and all(target in written for target in targets):
+                lines.append(f"  {start}: leave it out: {written[targets[0]]} says it")
+                continue
+            written |= dict.fromkeys(targets, option.leaf)
+            lines.append(f"  {start}: {one_line(ConfigError(option.advice(alone=False)), max_chars=600)}")
+        if harmless := [option.leaf for option in self.unknown if is_harmless(option)]:
+            lines.append(f"  these may stay, as they ask for nothing here: {', '.join(harmless)}")
+        return lines
+
+
+def is_harmless(option: UnknownOption) -> bool:
+    return option.answer is not None and option.answer.kind == "leave out"
+
+
+def answered(unknown: Iterable[UnknownOption], given: Mapping[str, Any]) -> list[UnknownOption]:
+    """Return the options with their answers. `given` are all options beside them, by their dotted names."""
+    from sftx.config import other_tools
+
+    found = list(unknown)
+    beside = {**given, **{option.leaf: option.value for option in found}}
+    plugins = {entry.name for entry in importlib.metadata.entry_points(group=ENTRY_POINTS)}
+    answers = []
+    for option in found:
+        made = other_tools.answer(option.leaf, option.value, beside)
+        if made is None and option.leaf in plugins and "." not in option.name:
+            options = option.value if isinstance(option.value, dict) else {}
+            made = other_tools.Answer("write", {f"plugins.{option.leaf}": options}, "plugins stand under `plugins:`")
+        answers.append(replace(option, answer=made))
+    return answers
+
+
+def note(harmless: Sequence[UnknownOption]) -> None:
+    """Say which options of other tools are left out."""
+    log.info("options of other tools that ask for nothing here: %s", ", ".join(option.leaf for option in harmless))
+
+
+def _line(name: str, value: Any) -> str:
+    """Return the line of a run file that sets an option."""
+    if name.startswith("data.train.*."):
+        return f"data.train: [{{path: ..., {name.rpartition('.')[2]}: {run_file.flow(value)}}}]"
+    return f"{name}: {run_file.flow(value)}"
+
+
+def _flag(name: str, value: Any) -> str:
+    """Return the arguments of a command line that set an option."""
+    from sftx.config.options import flag
+
+    section, _, rest = name.partition(".")
+    if section == "plugins":
+        plugin, _, option = rest.rpartition(".")
+        if not plugin or isinstance(value, dict):
+            options = [f"--set {shlex.quote(f'{rest}.{key}={run_file.flow(v)}')}" for key, v in dict(value).items()]
+            return " ".join([f"--plugin {rest}", *options])
+        return f"--plugin {plugin} --set {shlex.quote(f'{plugin}.{option}={run_file.flow(value)}')}"
+    if name.startswith("data.train.*."):
+        return f"--set {shlex.quote(_line(name, value).replace(': ', '=', 1))}"
+    if isinstance(value, bool):
+        return flag(name) if value else f"--no-{flag(name)[2:]}"
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return " ".join(f"{flag(name)} {shlex.quote(item)}" for item in value)
+    if isinstance(value, list | dict) or name.count(".") > 1:
+        return f"--set {shlex.quote(f'{name}={run_file.flow(value)}')}"
+    return f"{flag(name)} {shlex.quote(value if isinstance(value, str) else run_file.flow(value))}"

@@ -1,0 +1,245 @@
+"""The table of other tools' options knows all of theirs, and names only options, plugins and values that exist here."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import assets
+import migrating_page
+from sftx.assembly.discovery import discover, find, load_class
+from sftx.config import loading, other_tools, run_file, validation
+from sftx.config.options import SECTIONS
+from sftx.config.other_tools import ANY, TABLE, Answer, answer
+from sftx.errors import ConfigError
+
+RULES = [
+    (row.names[0], key, rule) for rows in TABLE.values() for row in rows for key, rule in row.rules
+]  # each rule with one of the names that it is for
+
+
+def unanswered(options: dict[str, Any]) -> list[str]:
+    """Return the names without an answer, and those whose default is not here: a default asks for nothing."""
+    found = {name: answer(name, value, {}) for name, value in options.items() if name not in SECTIONS}
+    return [name for name, made in found.items() if made is None or made.kind == "not here"]
+
+
+def test_every_option_of_trl_transformers_and_peft_is_answered() -> None:
+    """A field that a new version of them adds fails here, until the table has it."""
+    import peft
+    import transformers
+    import trl
+
+    for cls in (
+        trl.SFTConfig, trl.ModelConfig, trl.ScriptArguments, trl.DatasetMixtureConfig, transformers.TrainingArguments,
+        peft.LoraConfig,
+    ):  # fmt: skip
+        defaults = {
+            field.name: field.default_factory() if callable(field.default_factory) else field.default
+            for field in dataclasses.fields(cls)
+        }
+        assert len(defaults) > 2
+        defaults = {name: None if value is dataclasses.MISSING else value for name, value in defaults.items()}
+        assert unanswered(defaults) == [], cls
+
+
+def annotated(path: Path, *, but: str = " ") -> dict[str, Any]:
+    """Return the fields of the classes in a module that cannot be imported, with the defaults that are plain values."""
+    fields: dict[str, Any] = {}
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        for line in (
+            node.body if isinstance(node, ast.ClassDef) and not node.name.startswith(tuple(but.split())) else ()
+        ):
+            if not isinstance(line, ast.AnnAssign) or not isinstance(line.target, ast.Name):
+                continue
+            call = line.value if isinstance(line.value, ast.Call) else None
+            default = next((k.value for k in call.keywords if k.arg == "default"), None) if call else line.value
+            fields[line.target.id] = default.value if isinstance(default, ast.Constant) else None
+    return fields
+
+
+# Nested under an option that has a row itself, or only for reinforcement learning, serving and quantisation.
+_NESTED = (
+    "SFTDataset UserDefined Pretraining DPO Stepwise KTO Synthetic EBFT TRLConfig Vllm QAT PTQ FP8 FSDP Role LrGroup"
+)
+_NESTED += " Dynamic Selective SpecialTokens AxolotlConfigWCapabilities"
+
+
+def test_every_option_of_llama_factory_and_axolotl_is_answered() -> None:
+    theirs = [annotated(path) for path in sorted(assets.path("llamafactory_options").glob("*_args.py"))]
+    assert sum(map(len, theirs)) > 200
+    for options in theirs:
+        # Its defaults are those of evaluation, export and vision too, which a run that sets none does not ask for.
+        assert [name for name in options if answer(name, None, {}) is None and name not in SECTIONS] == []
+    axolotl = [annotated(path, but=_NESTED) for path in sorted(assets.path("axolotl_options").glob("*.py"))]
+    assert sum(map(len, axolotl)) > 350
+    for options in axolotl:
+        # Options of a method that is not here have defaults, which mean nothing without their switch.
+        of_methods = ("dion_", "qgalore_", "lisa_", "otel_", "relora_", "loftq_", "merge_method")
+        assert [name for name in unanswered(options) if not name.startswith(of_methods)] == []
+        assert [name for name in options if answer(name, None, {}) is None and name not in SECTIONS] == []
+
+
+def test_no_name_has_two_rows() -> None:
+    names = [name for rows in TABLE.values() for row in rows for name in row.names]
+    assert [name for name, count in Counter(names).items() if count > 1] == []
+
+
+SAMPLES: dict[str, Any] = {
+    "dataset": "identity,alpaca_en_demo", "train_dataset": "a.yaml", "eval_dataset": "identity", "cutoff_len": 128,
+    "datasets": [{"path": "a", "type": "alpaca", "split": "test", "name": "b"}], "test_datasets": [{"path": "a"}],
+    "dataset_text_field": "content", "field_messages": "turns", "max_samples": 3, "val_size": 0.1, "buffer_size": 5,
+    "dataset_num_proc": 2, "loraplus_lr_ratio": 16, "modules_to_save": "lm_head,embed_tokens", "target_modules": "q,v",
+    "peft_config": {"name": "lora", "r": 4, "target_modules": "all"}, "lora_rank": 8, "warmup_ratio": 0.1,
+    "lr_scheduler_kwargs": {"min_lr_rate": 0.1, "num_decay_steps": 3, "power": 2.0}, "lr_scheduler_type": "linear",
+    "optim": "adamw_torch", "fsdp": "full_shard offload", "fsdp_config": {"fsdp_version": 2, "offload_params": True},
+    "special_tokens": {"additional_special_tokens": ["a"]}, "report_to": ["wandb", "tensorboard"],
+    "roles_to_train": ["assistant"], "chat_template_kwargs": {"a": 1}, "template": "llama3", "torch_dtype": "float16",
+    "metric_for_best_model": "loss", "label_smoothing_factor": 0.1, "wandb_mode": "offline", "bf16": True, "tf32": True,
+    "fp16": True, "gradient_checkpointing": True, "embedding_lr": 1e-3, "loraplus_lr_embedding": 1e-3, "lr": 1e-3,
+    "cosine_min_lr_ratio": 0.5, "lora_dropout": 0.5, "early_stopping_steps": 2, "add_special_tokens": "<a>",
+}  # fmt: skip
+"""A value for a row whose values are neither whole numbers nor text, by the row's first name."""
+
+
+def written() -> list[tuple[str, Answer]]:
+    """Return what each rule writes for a value that is its own, with the name that it is for."""
+    given = {"dataset_name": "rows", "eval_strategy": "steps", "packing": True, "report_to": "wandb", "fsdp": True}
+    found = []
+    for name, key, rule in RULES:
+        values = [SAMPLES[name]] if name in SAMPLES else ["wrapped", 2]
+        for value in [key] if key is not ANY and not isinstance(key, type) else values:
+            made = rule.make(value, given)
+            if made.kind == "write" and not (made.write == {} or isinstance(key, type)):
+                found.append((name, made))
+    return found
+
+
+ANNOUNCED = {"data.eval_fraction"}
+"""Options that the table names and that the configuration gets next."""
+
+
+def error_of(*assignments: tuple[str, Any, str]) -> str:
+    """Return what is wrong with a run of these options, but for a sample that has not the right type."""
+    try:
+        loading.load(None, assignments=assignments)
+    except ConfigError as error:
+        message = str(error)
+        return "another type" if re.search("expected|has no effect|needs", message) else message
+    return ""
+
+
+def test_what_is_written_exists_here_and_has_a_type_that_fits() -> None:
+    """Each option is written into a run file alone and read; options of plugins are validated with the plugin."""
+    installed = discover()
+    made = written()
+    assert len(made) > 80
+    reached = {target.partition(": ")[0] for name, answered in made for target in answered.write}
+    declared = {t.partition(": ")[0] for _, _, rule in RULES for t in rule.targets} - {"plugins.<template>"}
+    own = {target for target in declared if not target.startswith(other_tools.EACH_SOURCE)}
+    for name, answered in made:
+        for target, value in answered.write.items():
+            section, _, rest = target.partition(".")
+            if section == "plugins":
+                plugin, _, option = (rest, "", "") if value == {} else rest.partition(".")
+                cls = load_class(find(plugin, installed))
+                assert not option or option in {field.name for field in dataclasses.fields(cls)}, (name, target)
+            else:
+                field = target.removeprefix(other_tools.EACH_SOURCE)
+                source = {"path": "rows.jsonl", field: value}
+                assignment = (target, value, name) if field == target else ("data.train", [source], name)
+                if target not in ANNOUNCED:
+                    assert error_of(("data.train", ["rows"], ""), assignment) in ("", "another type"), (name, target)
+    unreachable = {target for target in own - reached if not target.startswith("plugins.")}
+    assert not unreachable
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "given", "kind", "write"),
+    [
+        ("packing", True, {}, "write", {"plugins.packed": {}}),
+        ("packing", False, {}, "leave out", {}),
+        ("packing_strategy", "bfd", {}, "leave out", {}),
+        ("packing_strategy", "wrapped", {"packing": True}, "write", {"plugins.packed.strategy": "wrapped"}),
+        ("packing_strategy", "bfd_split", {"packing": True}, "not here", {}),
+        ("eval_strategy", "steps", {"eval_steps": 5}, "leave out", {}),
+        ("eval_strategy", "steps", {"logging_steps": 3}, "write", {"train.eval_steps": 3}),
+        ("eval_strategy", "epoch", {}, "not here", {}),
+        ("eval_strategy", "no", {}, "leave out", {}),
+        ("eval_steps", 0.1, {}, "not here", {}),
+        ("warmup_ratio", 0.1, {}, "write", {"train.warmup_steps": 0.1}),
+        ("warmup_ratio", 0.0, {}, "leave out", {}),
+        ("lora_target", "all", {}, "write", {"plugins.lora.target_modules": "all-linear"}),
+        ("lora_target", "q_proj, v_proj", {}, "write", {"plugins.lora.target_modules": ["q_proj", "v_proj"]}),
+        ("target_modules", ["q_proj"], {}, "write", {"plugins.lora.target_modules": ["q_proj"]}),
+        ("lora_rank", 8, {}, "write", {"plugins.lora.r": 8, "plugins.lora.lora_alpha": 16}),
+        ("lora_rank", 8, {"lora_alpha": 32}, "write", {"plugins.lora.r": 8}),
+        ("lora_r", 8, {}, "write", {"plugins.lora.r": 8}),
+        ("max_seq_length", 9, {}, "write", {"data.max_length": 9}),
+        ("max_steps", -1, {}, "leave out", {}),
+        ("torch_dtype", "torch.bfloat16", {}, "write", {"train.bf16": True}),
+        ("torch_dtype", "auto", {}, "leave out", {}),
+        ("load_in_4bit", True, {}, "not here", {}),
+        ("load_in_4bit", False, {}, "leave out", {}),
+        ("deepspeed", "ds_z3_config.json", {}, "write", {"train.distributed": "fsdp2"}),
+        ("deepspeed", "ds_z3_offload_config.json", {}, "write",
+         {"train.distributed": "fsdp2", "train.fsdp_offload": True}),
+        ("fsdp", ["full_shard", "auto_wrap"], {}, "write", {"train.distributed": "fsdp2"}),
+        ("fsdp", "", {}, "leave out", {}),
+        ("report_to", "none", {}, "leave out", {}),
+        ("report_to", ["wandb", "swanlab"], {}, "write", {"plugins.wandb": {}}),
+        ("report_to", "swanlab", {}, "not here", {}),
+        ("run_name", "x", {"report_to": "wandb"}, "write", {"plugins.wandb.name": "x"}),
+        ("template", "qwen", {}, "write", {"plugins.qwen2.5": {}}),
+        ("template", "baichuan2", {}, "write", {"plugins.tokenizer": {}}),
+        ("optimizer", "adamw_bnb_8bit", {}, "write", {"train.optim": "adamw_8bit"}),
+        ("optim", "schedule_free", {}, "not here", {}),
+        ("lr_scheduler_type", "cosine_with_restarts", {}, "not here", {}),
+        ("lr_scheduler_kwargs", {"min_lr": 1e-5}, {"learning_rate": 1e-4}, "write", {"train.min_lr_ratio": 0.1}),
+        ("completion_only_loss", False, {}, "write", {"data.train_on_prompt": True}),
+        ("assistant_only_loss", True, {}, "leave out", {}),
+        ("dataset_text_field", "content", {}, "write", {"data.train.*.columns": {"text": "content"}}),
+        ("dataset_name", "d", {"dataset_text_field": "c", "dataset_config": "e"}, "write",
+         {"data.train": [{"path": "d", "subset": "e", "columns": {"text": "c"}}]}),
+        ("val_size", 0.1, {}, "write", {"data.eval_fraction": 0.1}),
+        ("bias", "none", {}, "leave out", {}),
+        ("bias", "all", {}, "not here", {}),
+        ("learning_rate", 1e-4, {}, "write", {"train.learning_rate": 1e-4}),
+        ("dataloader_num_workers", 4, {}, "leave out", {}),
+        ("stage", "dpo", {}, "not here", {}),
+    ],
+)  # fmt: skip
+def test_values_are_translated(name: str, value: Any, given: Any, kind: str, write: dict[str, Any]) -> None:
+    made = answer(name, value, given)
+    assert made is not None
+    assert (made.kind, dict(made.write)) == (kind, write)
+    assert made.kind != "not here" or made.why
+
+
+def test_names_of_datasets_are_looked_up_in_llama_factorys_list(tmp_path: Path) -> None:
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"a": {"file_name": "a.json"}, "b": {"hf_hub_url": "x/b"}}))
+    made = answer("dataset", "a, b, c", {"dataset_dir": str(tmp_path), "max_samples": 5})
+    assert made is not None
+    assert [source["path"] for source in made.write["data.train"]] == [str(tmp_path / "a.json"), "x/b", "c"]
+    assert [source["limit"] for source in made.write["data.train"]] == [5, 5, 5]
+
+
+def test_nothing_of_sftx_has_another_meaning_there() -> None:
+    """An option of sftx's own, in its own section, is never asked about."""
+    for name in ("learning_rate", "seed", "weight_decay"):
+        read = validation.validate(other_tools.SECTION_CLASSES["train"], {name: 1}, origins=run_file.Origins())
+        assert getattr(read, name) == 1
+
+
+def test_the_page_is_made_of_the_table() -> None:
+    page = Path(__file__).parents[2] / "docs" / "migrating.md"
+    assert page.read_text(encoding="utf-8") == migrating_page.page(page.read_text(encoding="utf-8")), (
+        "run `python tests/helpers/migrating_page.py`"
+    )
