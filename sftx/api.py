@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
+from sftx.assembly.discovery import options_class
 from sftx.config import loading
 from sftx.config.loading import LoadedConfig
 from sftx.config.options import SECTION_CLASSES, SECTIONS, Source
@@ -217,8 +218,8 @@ def _load(
         if name in SECTION_CLASSES and isinstance(value, Mapping):
             values |= {f"{name}.{option}": (inner, f"{name}[{option!r}]") for option, inner in value.items()}
         elif name in _OPTIONS or name not in SECTIONS:
-            # A name that does not exist is refused with what it may have been, as on the command line.
-            values[_OPTIONS.get(name, f"train.{name}")] = (value, name)
+            # A name that does not exist is refused with what to write instead, as on the command line.
+            values[_OPTIONS.get(name, name)] = (value, name)
         else:
             values[name] = (value, name)
     for name, sources in (("data", data), ("eval_data", eval_data)):
@@ -239,6 +240,7 @@ def _load(
             (name, plain := _json_value(value), f"{keyword}={reprlib.repr(plain)}")
             for name, (value, keyword) in values.items()
         ],
+        plugin_class=options_class,
     )
 
 

@@ -119,6 +119,14 @@ def load_class(info: PluginInfo) -> type:
     return cls
 
 
+def options_class(name: str) -> type | None:
+    """Return the class of an installed plugin, None when there is no such plugin or it is broken."""
+    try:
+        return load_class(find(name, discover()))
+    except PluginError:
+        return None
+
+
 def _check_sftx_version(info: PluginInfo) -> None:
     from packaging.requirements import InvalidRequirement, Requirement
 

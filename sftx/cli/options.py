@@ -10,10 +10,11 @@ from typing import Annotated, Any, Final, get_args, get_origin, get_type_hints
 
 import click
 
+from sftx.assembly.discovery import options_class
 from sftx.config import loading, run_file
 from sftx.config.options import SECTION_CLASSES, SECTIONS, RunConfig
 from sftx.config.options import flag as flag_of
-from sftx.errors import ConfigError, SftxError
+from sftx.errors import ConfigError
 
 _COMMON: Final = (
     click.argument("file", metavar="[RUN_FILE]", required=False, type=click.Path(dir_okay=False, path_type=Path)),
@@ -119,16 +120,6 @@ def _take(arguments: list[str], name: str) -> tuple[str, Any, str] | None:
     return plain, (True if not values else values[0] if len(values) == 1 else values), typed
 
 
-def _plugin_class(name: str) -> type | None:
-    """Return the options dataclass of an installed plugin, None when there is no such plugin or it is broken."""
-    from sftx.assembly.discovery import discover, find, load_class
-
-    try:
-        return load_class(find(name, discover()))
-    except SftxError:
-        return None
-
-
 def run_options(*sections: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Give a command RUN_FILE and the options of these sections; it is called with `file` and `loaded`.
 
@@ -158,7 +149,7 @@ def run_options(*sections: str) -> Callable[[Callable[..., Any]], Callable[..., 
                 add=plugins,
                 remove=without,
                 assignments=[*assignments, *click.get_current_context().meta[_UNKNOWN]],
-                plugin_class=_plugin_class,
+                plugin_class=options_class,
             )
             return function(file=file, loaded=loaded, **rest)
 

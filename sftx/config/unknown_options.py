@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.metadata
 import logging
+import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -42,13 +43,18 @@ class UnknownOption:
         return self.place.startswith("--")
 
     @property
+    def is_keyword(self) -> bool:
+        return re.match(r"[\w\[\]'\"]+=", self.place) is not None
+
+    @property
     def is_flag(self) -> bool:
         return self.is_typed and not self.place.startswith("--set ")
 
     def to_write(self) -> list[str]:
-        """Return what to write instead, one text for each option: lines of a run file, or flags if it was typed."""
+        """Return what to write instead, one text for each option: a line of a run file, flags, or a Python keyword."""
         options = self.answer.write if self.answer else {}
-        return [_flag(name, value) if self.is_typed else _line(name, value) for name, value in options.items()]
+        text = _flag if self.is_typed else _keyword if self.is_keyword else _line
+        return [text(name, value) for name, value in options.items()]
 
     def advice(self, *, alone: bool = True) -> str:
         """Return the sentence after the option. One that stands alone, not in a list, also gets a list of names."""
@@ -73,7 +79,9 @@ class UnknownOption:
         close = close or theirs
         if close and close[0] in by_name:
             name = by_name[close[0]]
-            return f"did you mean {flag(name) if self.is_flag and '.' in name else repr(name)}?"
+            if self.is_flag and "." in name:
+                return f"did you mean {flag(name)}?"
+            return f"did you mean {name.rpartition('.')[2] if self.is_keyword else name!r}?"
         if close:
             meant = replace(self, answer=other_tools.answer(close[0], self.value, {}))
             return f"did you mean {close[0]!r}? {meant.advice()}"
@@ -106,7 +114,11 @@ class UnknownOptionsError(ConfigError):
         lines = [f"{len(wrong)} options do not exist here; what to write instead of each:"]
         written: dict[str, str] = {}
         for option in wrong:
-            start = option.place if option.is_typed else f"{option.place}: {option.name}".removeprefix(": ")
+            start = (
+                option.place
+                if option.is_typed or option.is_keyword
+                else f"{option.place}: {option.name}".removeprefix(": ")
+            )
             start = one_line(ConfigError(start), max_chars=200)
             targets = list(option.answer.write) if option.answer else []
             if targets and all(target in written for target in targets):
@@ -172,3 +184,16 @@ def _flag(name: str, value: Any) -> str:
     if isinstance(value, list | dict) or name.count(".") > 1:
         return f"--set {shlex.quote(f'{name}={run_file.flow(value)}')}"
     return f"{flag(name)} {shlex.quote(value if isinstance(value, str) else run_file.flow(value))}"
+
+
+def _keyword(name: str, value: Any) -> str:
+    """Return the keyword of `sftx.run` that sets an option."""
+    section, _, rest = name.partition(".")
+    if section == "plugins":
+        plugin, _, option = (rest, "", "") if isinstance(value, dict) else rest.rpartition(".")
+        return f"plugins={ ({plugin: {option: value} if option else value})!r}"
+    if name.startswith("data.train.*."):
+        return f"data=[{{'path': ..., {name.rpartition('.')[2]!r}: {value!r}}}]"
+    if name in ("data.train", "data.eval"):
+        return f"{'data' if rest == 'train' else 'eval_data'}={value!r}"
+    return f"{rest or section}={value!r}"

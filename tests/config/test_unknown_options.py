@@ -309,11 +309,11 @@ def test_one_option_is_answered_in_one_line(text: str, message: str) -> None:
 
 
 def test_the_options_of_sections_plugins_and_command_line_are_in_one_error() -> None:
-    from sftx.cli.options import _plugin_class
+    from sftx.assembly.discovery import options_class
 
     text = "data: {train: rows.jsonl, lr: 1}\nplugins:\n  lora: {lora_r: 8, bias: none}\n  packed: {size: 3}\n"
     typed = (("per_gpu_train_batch_size", 2, "--per_gpu_train_batch_size 2"), ("deepspeed", "x", "--set deepspeed=x"))
-    lines = load_error(text, *typed, plugin_class=_plugin_class)
+    lines = load_error(text, *typed, plugin_class=options_class)
     assert lines == [
         "5 options do not exist here; what to write instead of each:",
         "  run.yaml:1: data.lr: write train.learning_rate: 1",
@@ -390,6 +390,20 @@ def test_every_command_that_reads_a_run_answers(command: str) -> None:
     result = sftx(*command.split(), "--cutoff_len", "64")
     assert result.exit_code == 2
     assert "--cutoff_len 64: option 'cutoff_len' does not exist; write --max-length 64" in result.stderr
+
+
+def test_the_answers_to_python_are_keywords() -> None:
+    import sftx as package
+
+    with pytest.raises(ConfigError) as caught:
+        package.run(data="rows.jsonl", plugins={"lora": {"rank": 2}}, lora_alpha=4, num_epochs=2, packing=True, seeed=1)
+    assert str(caught.value).splitlines()[1:] == [
+        "  lora_alpha=4: write plugins={'lora': {'lora_alpha': 4}}",
+        "  num_epochs=2: write num_train_epochs=2",
+        "  packing=True: write plugins={'packed': {}} (documents of a packed row never attend to one another)",
+        "  seeed=1: did you mean 'seed'?",
+        "  plugins['lora']={'rank': 2}: write plugins={'lora': {'r': 2}}",
+    ]
 
 
 def test_the_error_is_there_for_programs_too() -> None:
