@@ -31,6 +31,8 @@ from sftx.inspection.run_report.write_report import complete_reports
 from sftx.model import names
 
 if TYPE_CHECKING:
+    import torch
+
     from sftx.assembly.stages import LossStage, MetricStage
     from sftx.data.dataset import Dataset
     from sftx.data.pipeline import DataPipeline
@@ -99,7 +101,7 @@ def _prepared(loaded: LoadedConfig, name: str, *, resume: bool) -> Iterator[_Pre
     Raises SftxError for wrong options and plugins, and when another run is in the directory.
     """
     config = loaded.config
-    names.check(config.model)
+    names.check(config.model, needs_weights=True)
     sources.check_data_config(config)
     check_environment()
     world_size = env_int("WORLD_SIZE") if is_launched() else 1
@@ -125,6 +127,7 @@ def _prepared(loaded: LoadedConfig, name: str, *, resume: bool) -> Iterator[_Pre
             resolved = as_dict(config) | {"plugins": {active.info.name: active.options for active in assembly.active}}
             # Derived for this number of processes: the run may continue with another one.
             resolved["train"]["gradient_accumulation_steps"] = None
+            resolved["model"] = names.absolute(config.model)  # whoever reads it may be in another directory
             if directory.resumed:
                 providers = [dataclasses.asdict(provider) for provider in assembly.table()]
                 process_group.run_on_rank0(lambda: directory.check_same(resolved, providers))
@@ -268,7 +271,24 @@ def _assemble(prepared: _Prepared, started: float) -> Session:
             tokens_per_step=scope.num_label_tokens / max(1, scope.num_steps),
             is_stream=config.data.streaming,
         ),
+        save_dtype=_save_dtype(config, pipeline, lm, precision),
     )
+
+
+def _save_dtype(config: RunConfig, pipeline: DataPipeline, lm: CausalLM, precision: Precision) -> torch.dtype | None:
+    """Return the dtype to save a full model in, None when it is that of its parameters, or when adapters are saved."""
+    import torch
+
+    from sftx.model.load import stored_dtype
+
+    trained, option = precision.base_dtype(frozen=False), config.train.save_dtype
+    if lm.adapters:
+        return None
+    if option == "auto":
+        dtype = stored_dtype(pipeline.model, trust_remote_code=config.trust_remote_code)
+        return dtype if dtype.itemsize < trained.itemsize else None  # a wider one would add no information
+    dtype = getattr(torch, option)
+    return dtype if dtype != trained else None
 
 
 def _build_trainer(

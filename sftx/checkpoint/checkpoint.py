@@ -7,11 +7,10 @@ transformers' format; every tensor in them is a full one, so that any number of 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import shutil
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,97 +18,103 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME
-from transformers.utils.hub import cached_file
-from transformers.utils.logging import disable_progress_bar, enable_progress_bar
+from transformers import PreTrainedModel
 
 from sftx import atomic_files
-from sftx.checkpoint import layout, sharded_files
+from sftx.checkpoint import layout, model_files, sharded_files
 from sftx.distributed.dtensor import has_shards, is_sharded, local_shard, shard_like
 from sftx.distributed.process_group import ProcessGroup
 from sftx.errors import OutputError, PluginError, TrainingError
 from sftx.model.language_model import CausalLM
 from sftx.model.load import load_model
-from sftx.model.trained_parts import is_multimodal
 from sftx.types import ModelSpec
 
 log = logging.getLogger(__name__)
 
 
-def write_artefact(lm: CausalLM, directory: Path, process_group: ProcessGroup, *, consolidated: bool = True) -> None:
+def write_artefact(
+    lm: CausalLM,
+    directory: Path,
+    process_group: ProcessGroup,
+    *,
+    consolidated: bool = True,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Write the adapters in PEFT's format, or the full model in transformers', and the tokenizer.
 
     Every rank must call it. Of a sharded model rank 0 writes one file, or, when not `consolidated`, each rank its own.
+    `dtype`: of the full model's parameters in the files, where it is another one than in the run; adapters keep theirs.
     Raises TrainingError for weights that are not finite, PluginError for an adapter that writes no weights.
     """
     not_finite = [n for n, p in lm.named_parameters() if p.requires_grad and not local_shard(p).isfinite().all()]
     num, first = max(process_group.all_gather((len(not_finite), not_finite[0] if not_finite else "")))
     if num:
         raise TrainingError(f"{num} trained tensors are not finite (first: {first}); nothing was saved")
-    with _without_progress_bars():
-        if not lm.adapters and has_shards(lm.model):
-            _write_sharded_model(lm, directory, process_group, consolidated=consolidated)
-        process_group.run_on_rank0(lambda: _write_unsharded(lm, directory))
+    if dtype is not None and _exceeds(lm, dtype, process_group):
+        log.warning(
+            "a weight is too large for %s: the model is saved as it was trained", str(dtype).removeprefix("torch.")
+        )
+        dtype = None
+    if not lm.adapters:
+        _write_model(lm, directory, process_group, consolidated=consolidated, dtype=dtype)
+    process_group.run_on_rank0(lambda: _write_adapters_and_tokenizer(lm, directory))
 
 
-def _write_sharded_model(lm: CausalLM, directory: Path, process_group: ProcessGroup, *, consolidated: bool) -> None:
-    weights = lm.model.state_dict(keep_vars=True)  # tied weights are one parameter under two names
-    if consolidated:
-        gathered = sharded_files.gather(weights, process_group, owner=lambda name: 0)
-        # transformers writes it under the names of the architecture's files, and tied weights once.
-        process_group.run_on_rank0(lambda: lm.model.save_pretrained(directory, state_dict=gathered))
+def num_bytes(lm: CausalLM, dtype: torch.dtype | None) -> int:
+    """Return the bytes of the weights that `write_artefact` writes with this `dtype`."""
+    return sum(
+        p.numel() * (p.itemsize if dtype is None else dtype.itemsize)
+        for p in lm.parameters()
+        if p.requires_grad or not lm.adapters
+    )
+
+
+@torch.no_grad()
+def _exceeds(lm: CausalLM, dtype: torch.dtype, process_group: ProcessGroup) -> bool:
+    """Return whether a parameter has a value that is infinite in `dtype`."""
+    largest = max(float(local_shard(p).abs().max()) for p in lm.parameters() if local_shard(p).numel())
+    return process_group.all_reduce_max(largest) > torch.finfo(dtype).max
+
+
+def _write_model(
+    lm: CausalLM, directory: Path, process_group: ProcessGroup, *, consolidated: bool, dtype: torch.dtype | None
+) -> None:
+    is_sharded = has_shards(lm.model)
+    if is_sharded and not consolidated:
+        process_group.run_on_rank0(lambda: model_files.save_without_weights(lm.model, directory))
+        sharded_files.write(lm.model.state_dict(keep_vars=True), directory, layout.MODEL, process_group)
         return
-    sharded_files.write(weights, directory, layout.MODEL, process_group)
+    weights = None
+    if is_sharded or dtype is not None:
+        tensors = lm.model.state_dict(keep_vars=True)  # tied weights are one parameter under two names
+        dtypes = {} if dtype is None else dict.fromkeys(_parameters_to_cast(lm.model, dtype), dtype)
+        weights = sharded_files.gather(tensors, process_group, owner=lambda name: 0, dtypes=dtypes)
+    # transformers writes them under the names of the architecture's files, and tied weights once.
+    process_group.run_on_rank0(lambda: model_files.save_model(lm.model, directory, weights, dtype=dtype))
 
-    def write_configuration() -> None:
-        lm.model.config.save_pretrained(directory)
-        if lm.model.generation_config is not None:
-            lm.model.generation_config.save_pretrained(directory)
 
-    process_group.run_on_rank0(write_configuration)
+def _parameters_to_cast(model: PreTrainedModel, dtype: torch.dtype) -> list[str]:
+    """Return the parameters that are saved in `dtype`: all but those that transformers keeps in fp32 beside it."""
+    kept = [re.compile(pattern.replace("*", ".*")) for pattern in model._get_dtype_plan(dtype)]
+    named = model.named_parameters(remove_duplicate=False)
+    return [name for name, p in named if p.is_floating_point() and not any(pattern.search(name) for pattern in kept)]
 
 
-def _write_unsharded(lm: CausalLM, directory: Path) -> None:
-    """Write what rank 0 holds in full: an unsharded model, the adapters and the tokenizer."""
-    if not lm.adapters and not has_shards(lm.model):
-        lm.model.save_pretrained(directory)
+def _write_adapters_and_tokenizer(lm: CausalLM, directory: Path) -> None:
     for name, adapter in lm.adapters.items():
         place = _adapter_directory(lm, name, directory)
         place.mkdir(exist_ok=True)
         adapter.save(place)
         if not any(place.glob("*.safetensors")):
             raise PluginError(f"{adapter}: save wrote no .safetensors file, so what was trained would be lost")
-    lm.tokenizer.save_pretrained(directory)
-    if not lm.adapters and is_multimodal(lm.model):
-        _copy_processor(str(lm.model.name_or_path), directory)
-
-
-def _copy_processor(model: str, directory: Path) -> None:
-    """Copy the files that AutoProcessor reads beside the tokenizer's, as far as the model has them."""
-    for name in (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME):
-        file = cached_file(
-            model,
-            name,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            _raise_exceptions_for_gated_repo=False,
-        )
-        if file is not None:
-            shutil.copyfile(file, directory / name)
+    model_files.save_tokenizer(lm.tokenizer, directory)
+    if not lm.adapters:
+        model_files.copy_processor(lm.model, directory)
 
 
 def _adapter_directory(lm: CausalLM, name: str, directory: Path) -> Path:
     """Return where an adapter's files are: in the artefact itself, or in a directory each when there are several."""
     return directory if len(lm.adapters) == 1 else directory / name
-
-
-@contextlib.contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    disable_progress_bar()
-    try:
-        yield
-    finally:
-        enable_progress_bar()
 
 
 @torch.no_grad()

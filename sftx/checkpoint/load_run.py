@@ -19,6 +19,7 @@ from sftx.checkpoint import layout
 from sftx.checkpoint.checkpoint import load_weights
 from sftx.checkpoint.run_directory import RunDirectory
 from sftx.config.loading import load
+from sftx.config.optimizer_table import OPTIMIZERS
 from sftx.config.options import RunConfig
 from sftx.config.run_file import Origins
 from sftx.data.encoder import Encoder
@@ -137,11 +138,15 @@ def load_run(
     is_full = not parts.adapters
     saved_dtype = getattr(spec.config, "dtype", None) or torch.float32
     compute_dtype = dtype or parts.compute_dtype or saved_dtype
+    if is_full and parts.config is not None and not OPTIMIZERS[parts.config.train.optim].bf16_weights:
+        full_dtype = torch.float32  # in which the run kept and evaluated them
+    else:
+        full_dtype = saved_dtype
     lm = build_model(
         spec,
         parts.adapters,
         parts.tokenizer,
-        dtype=dtype or (saved_dtype if is_full else compute_dtype),
+        dtype=dtype or (full_dtype if is_full else compute_dtype),
         device=chosen,
         stop_ids=encoder.stop_ids,
         saved=weights,

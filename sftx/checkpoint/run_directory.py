@@ -25,12 +25,13 @@ from sftx.config import run_file
 from sftx.config.flatten import flatten
 from sftx.errors import ConfigError, OutputError, one_line
 from sftx.events import Result
+from sftx.model import names
 
 log = logging.getLogger(__name__)
 
 _FREE: Final = frozenset(
     {"output_dir", "data.num_proc", "data.cache", "train.logging_steps"}
-    | {"train.save_steps", "train.save_minutes", "train.save_total_limit"}
+    | {"train.save_steps", "train.save_minutes", "train.save_total_limit", "train.save_dtype"}
 )
 """Options that may change when a run is resumed, as they have no effect on what it computes."""
 
@@ -70,6 +71,7 @@ class RunDirectory:
         before = _flat_options(run_file.read(self.file(layout.RUN))[0], observers)
         now = _flat_options(json.loads(json.dumps(resolved)), observers)
         before["train.train_batch_size"] = _rows_per_step(before)
+        before["model"] = names.absolute(str(before.get("model")))  # sftx 0.1 recorded it as it was typed
         changed = {name for name in before.keys() | now.keys() if before.get(name) != now.get(name)} - _FREE
         if changed & set(_SPLIT):
             changed -= set(_SPLIT)

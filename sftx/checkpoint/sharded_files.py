@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -21,17 +23,20 @@ from sftx.errors import OutputError
 
 
 def gather(
-    tensors: Mapping[str, Tensor], process_group: ProcessGroup, owner: Callable[[str], int]
+    tensors: Mapping[str, Tensor],
+    process_group: ProcessGroup,
+    owner: Callable[[str], int],
+    dtypes: Mapping[str, torch.dtype] = MappingProxyType({}),
 ) -> dict[str, Tensor]:
     """Return the full tensors whose `owner` is this rank, on the CPU. Every rank must call it.
 
-    A tensor that has several names is returned under the first.
+    A tensor that has several names is returned under the first. `dtypes`: of those that are to have another one.
     """
     owned: dict[str, Tensor] = {}
     for name, tensor in _without_aliases(tensors).items():
         full = full_tensor(tensor.detach())  # gathered on every rank, and freed at once where it is not needed
         if owner(name) == process_group.rank:
-            owned[name] = full.cpu().contiguous()
+            owned[name] = full.to("cpu", dtypes.get(name, full.dtype)).contiguous()
     return owned
 
 

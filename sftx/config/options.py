@@ -358,6 +358,10 @@ class TrainConfig:
             "2 with save_minutes.",
         ),
     ] = None
+    save_dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Field(description="Dtype of the weights of a full model that is the result; auto: that of the base model."),
+    ] = "auto"
     eval_steps: Annotated[
         int | None,
         Field(

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
+from sftx import hub_lookup
 from sftx.config.options import Source
 from sftx.data.readers import Rows, Skip, padding_remover
 from sftx.errors import DataError, SftxError, did_you_mean, one_line
 from sftx.types import Location
 
 DEFAULT_SPLIT: Final = "train"
-_HUB_TIMEOUT_S: Final = 5
 
 
 def is_saved(directory: Path) -> bool:
@@ -85,27 +84,12 @@ def _load(source: Source, *, streaming: bool) -> Any:
     )
 
 
-@cache
 def _commit(path: str) -> str:
-    """Ask the hub for the dataset's commit, once in a process. Raises DataError.
-
-    It comes before every call of `datasets`, which would try for 23 s to reach a hub that is not there.
-    """
-    from huggingface_hub import HfApi, errors
-
-    not_local = f"{path}: no such file or directory (looked in {Path.cwd()})"
+    """Return the dataset's commit, before any call of `datasets`, which would try for 23 s. Raises DataError."""
     try:
-        return str(HfApi().dataset_info(path, timeout=_HUB_TIMEOUT_S).sha)
-    except errors.RepositoryNotFoundError:
-        hint = "a private one needs `hf auth login`"
-        raise DataError(f"{not_local}, and no such dataset on the hub; {hint}") from None
-    except errors.HfHubHTTPError as error:
-        raise DataError(f"{path}: the hub answers: {one_line(error)}") from error
-    except Exception as error:  # raised by whichever HTTP client huggingface_hub uses
-        raise DataError(
-            f"{not_local}, and the hub cannot be reached ({one_line(error, max_chars=120)}); set HF_HUB_OFFLINE=1 "
-            "to use a dataset that was downloaded before"
-        ) from error
+        return hub_lookup.commit(path, "dataset")
+    except SftxError as error:
+        raise DataError(str(error)) from error
 
 
 def _numbered(data: Any, source: Source, skip: Skip) -> Rows:
@@ -135,4 +119,5 @@ def _as_data_error(path: str) -> Iterator[None]:
     except SftxError:
         raise
     except Exception as error:
-        raise DataError(f"{path}: cannot be read: {one_line(error)}") from error
+        hint = hub_lookup.nearest(path) if isinstance(error, ConnectionError | FileNotFoundError) else ""
+        raise DataError(f"{path}: cannot be read: {one_line(error)}{hint}") from error

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers.utils import logging as transformers_logging
+
+from sftx.model.library_messages import quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -49,12 +50,7 @@ def grow_embeddings(model: PreTrainedModel, token_ids: Sequence[int]) -> None:
     num_needed = max(token_ids, default=-1) + 1
     if num_needed <= num_rows:
         return
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(logging.CRITICAL)  # its notes on the new rows repeat the docstring above
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)
-            model.resize_token_embeddings(num_needed)
-    finally:
-        transformers_logging.set_verbosity(verbosity)
+    with quiet(), torch.random.fork_rng(devices=[]):  # its notes on the new rows repeat the docstring above
+        torch.default_generator.manual_seed(0)
+        model.resize_token_embeddings(num_needed)
     log.info("the embedding has grown from %d to %d rows, for added tokens", num_rows, num_needed)

@@ -6,16 +6,24 @@ Dimensions: B rows, T tokens.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers.utils.hub import cached_file
+
+from sftx.errors import one_line
+from sftx.model.library_messages import quiet
 
 if TYPE_CHECKING:
     from sftx.types import LanguageModel
+
+log = logging.getLogger(__name__)
 
 
 def generate_greedy(
@@ -109,13 +117,29 @@ def _pad_left(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     return ids_BT, mask_BT
 
 
+def load_generation_config(name: str) -> GenerationConfig | None:
+    """Returns the model's generation_config.json, or None where there is none, or it is no JSON.
+
+    Settings that transformers does not accept are left out, and logged: it would not load them, or not save them.
+    """
+    try:
+        with open(str(cached_file(name, "generation_config.json")), encoding="utf-8") as file:
+            values = json.load(file)
+    except (OSError, ValueError):
+        return None
+    if not isinstance(values, dict):
+        log.warning("model %s: its generation_config.json is no JSON object, and is not used", name)
+        return GenerationConfig()
+    return _saveable(values, f"model {name}")
+
+
 def generation_defaults(lm: LanguageModel, stop_ids: Sequence[int]) -> GenerationConfig:
     """Returns the generation config to save with the model: its own, extended so that it stops where it was trained to.
 
     The template's stop tokens come before the model's own. The padding token is the model's, or the tokenizer's, or
     the first stop token.
     """
-    settings = GenerationConfig.from_dict(cast(Any, lm.model.generation_config).to_dict())
+    settings = _saveable(cast(Any, lm.model.generation_config).to_dict(), type(lm.model).__name__)
     own = settings.eos_token_id
     eos_ids = list(dict.fromkeys([*stop_ids, *([own] if isinstance(own, int) else own or [])]))
     if eos_ids:
@@ -125,3 +149,44 @@ def generation_defaults(lm: LanguageModel, stop_ids: Sequence[int]) -> Generatio
         pad_id = lm.tokenizer.pad_token_id
         settings.pad_token_id = pad_id if isinstance(pad_id, int) else next(iter(eos_ids), None)
     return settings
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _saveable(values: Mapping[str, Any], source: str) -> GenerationConfig:
+    """Returns a generation config of these settings without those that transformers refuses to save, and logs them.
+
+    A setting is refused for its value, or because it has no effect beside the others, as a temperature has without
+    do_sample. Leaving it out then changes no answer.
+    """
+
+    def error_of(chosen: Mapping[str, Any]) -> Exception | None:
+        try:
+            config = GenerationConfig.from_dict(dict(chosen))
+            config.validate(strict=True)
+            json.loads(config.to_json_string(), parse_constant=_refuse_constant)
+        except Exception as error:  # whatever a wrong type causes
+            return error
+        return None
+
+    kept: dict[str, Any] = {}
+    refused = dict(values)
+    with quiet():
+        if error_of(values) is None:
+            return GenerationConfig.from_dict(dict(values))
+        # One by one, and those again that are allowed only beside a later one.
+        while added := [key for key, value in refused.items() if not error_of(kept | {key: value})]:
+            for key in added:
+                if error_of(kept | {key: refused[key]}) is None:
+                    kept[key] = refused.pop(key)
+        key, value = next(iter(refused.items()))
+        reason = error_of(kept | {key: value}) or Exception()
+    log.warning(
+        "%s: its generation settings %s are left out, which transformers does not save (%s)",
+        source,
+        ", ".join(f"{key}={value!r:.40}" for key, value in refused.items()),
+        one_line(reason, max_chars=140).removeprefix("GenerationConfig is invalid: - "),
+    )
+    return GenerationConfig.from_dict(kept)

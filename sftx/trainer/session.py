@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sftx.atomic_files import atomic_directory, find_damage
-from sftx.checkpoint import checkpoint
+import torch
+
+from sftx.atomic_files import atomic_directory, find_damage, remove
+from sftx.checkpoint import checkpoint, model_files
 from sftx.checkpoint.run_directory import RunDirectory
 from sftx.checkpoint.run_state import RunState
 from sftx.config.options import RunConfig
@@ -63,6 +66,8 @@ class Session:
     checkpoint: Path | None
     """The checkpoint that the run resumes from; its weights are in the model already."""
     start_report: StartReport
+    save_dtype: torch.dtype | None
+    """Of the parameters of a full model in the result; None: as they are trained. Checkpoints are always exact."""
     state: RunState = field(default_factory=RunState)
     _saved_step: int | None = None
 
@@ -126,6 +131,7 @@ class Session:
         if self.checkpoint is not None:
             self._restore(self.checkpoint)
         self.process_group.run_on_rank0(lambda: self.writer.write_start(self.state))
+        self.process_group.run_on_rank0(self._check_saving)
         resumed_step = None if self.checkpoint is None else self.state.step
         self.observers.on_start(replace(self.start_report, resumed_step=resumed_step))
         self._is_best_lost()  # warns
@@ -133,6 +139,22 @@ class Session:
             self._evaluate(self.state.step)
             if self.checkpoint is not None:
                 self.save()  # again: the evaluation that was interrupted belongs to this checkpoint
+
+    def _check_saving(self) -> None:
+        """Write what accompanies weights, and remove it again. Raises ModelError and OutputError.
+
+        What cannot be saved is found before the first step, and so is a disk that has no room for the result.
+        """
+        at = self.checkpoints.directory if self.checkpoints.directory.is_dir() else self.writer.directory.path
+        with atomic_directory(at / "check") as part:
+            model_files.check(self.lm, part, self.config.model, trust_remote_code=self.config.trust_remote_code)
+        remove(at / "check")
+        needed, free = checkpoint.num_bytes(self.lm, self.save_dtype), shutil.disk_usage(at).free
+        if free < needed:
+            raise OutputError(
+                f"{at}: the result takes {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free; make room, or choose "
+                "another place with --output-dir"
+            )
 
     def _restore(self, saved: Path) -> None:
         def read_state() -> None:
@@ -175,7 +197,13 @@ class Session:
         if options.load_best_model_at_end and not is_last and not self._is_best_lost():
             self._load_best(state.best_step or 0)
         artefact = self.writer.directory.path / ("adapter" if self.lm.adapters else "model")
-        self._write_atomically(artefact, lambda part: checkpoint.write_artefact(self.lm, part, self.process_group))
+
+        def write(part: Path) -> None:
+            checkpoint.write_artefact(self.lm, part, self.process_group, dtype=self.save_dtype)
+
+        self._write_atomically(artefact, write)
+        if self.save_dtype is not None:
+            log.info("the result is saved in %s (option save_dtype)", str(self.save_dtype).removeprefix("torch."))
         self.observers.on_save(state.step, artefact)
 
         def conclude() -> dict[str, Any]:

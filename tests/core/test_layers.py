@@ -16,7 +16,7 @@ ROOT = Path(sftx.__file__).parents[1]
 ROOTS = {"sftx": ROOT, "sftx_kernels": ROOT / "kernels", "sftx_plugins": ROOT / "plugins"}
 LAYERS = (
     ("errors", "events", "paths"),
-    ("types", "atomic_files", "demo"),
+    ("types", "atomic_files", "hub_lookup", "demo"),
     ("config",),
     ("distributed",),
     ("assembly",),

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from sftx import DataError
+from sftx import DataError, hub_lookup
 from sftx.config.options import Source
-from sftx.data import hub, sources
+from sftx.data import sources
 
 
 @pytest.fixture(autouse=True)
@@ -22,9 +22,10 @@ def _in_an_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.fixture(autouse=True)
 def _fresh_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
-    hub._commit.cache_clear()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    hub_lookup._ask.cache_clear()
     yield
-    hub._commit.cache_clear()
+    hub_lookup._ask.cache_clear()
 
 
 def error_of(source: Source) -> str:
@@ -42,6 +43,7 @@ def hub_raises(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
         assert options["timeout"] <= 10
         raise error
 
+    hub_lookup._ask.cache_clear()
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
 
 
@@ -57,16 +59,16 @@ def test_a_hub_dataset_that_cannot_be_downloaded_is_reported_in_one_line(monkeyp
     here = f"owner/name: no such file or directory (looked in {Path.cwd()})"
     hub_raises(monkeypatch, OSError("Name or service not known"))
     assert error_of(Source("owner/name")) == (
-        f"{here}, and the hub cannot be reached (Name or service not known); set HF_HUB_OFFLINE=1 to use a dataset "
-        "that was downloaded before"
+        f"{here}, and the hub cannot be reached (Name or service not known); HF_HUB_OFFLINE=1 uses what was "
+        "downloaded before"
     )
     hub_raises(monkeypatch, errors.RepositoryNotFoundError("404", response=answer(404)))
     assert error_of(Source("owner/name")) == (
         f"{here}, and no such dataset on the hub; a private one needs `hf auth login`"
     )
     hub_raises(monkeypatch, errors.HfHubHTTPError("503 busy", response=answer(503)))
-    assert error_of(Source("owner/name")) == "owner/name: the hub answers: 503 busy"
-    with pytest.raises(DataError, match=r"^owner/name: the hub answers"):
+    assert error_of(Source("owner/name")) == f"{here}, and the hub answers: 503 busy"
+    with pytest.raises(DataError, match=r"and the hub answers: 503 busy"):
         sources.fingerprint(Source("owner/name"))
 
 
@@ -108,7 +110,7 @@ def test_a_hub_dataset_is_read_at_the_commit_that_its_fingerprint_names(monkeypa
         ("abc", True, "train"),
         ("abc", True, "train"),
     ]
-    hub._commit.cache_clear()
+    hub_lookup._ask.cache_clear()
     assert sources.fingerprint(source) != first
 
 

@@ -148,7 +148,7 @@ def test_answers_come_batch_by_batch_and_stop_where_asked(tiny_model_dir: Path) 
 def test_the_saved_settings_stop_at_the_template_s_tokens(
     tiny_model_dir: Path, own: Any, pad: Any, stop: tuple[int, ...], expected_ends: Any, expected_pad: int
 ) -> None:
-    lm = load(tiny_model_dir, temperature=0.6)
+    lm = load(tiny_model_dir, temperature=0.6, do_sample=True)
     lm.model.generation_config.eos_token_id = own
     lm.model.generation_config.pad_token_id = pad
     assert lm.tokenizer.pad_token_id == 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from sftx.data.dataset import Dataset
 from sftx.data.encoder import Encoder
@@ -127,15 +127,12 @@ def _has_empty_turn(parsed: Parsed) -> bool:
 
 def load_check_inputs(view: DatasetView) -> CheckInputs:
     """Load the tokenizer and the small configuration files of the model. Raises ModelError."""
-    from transformers import AutoConfig, GenerationConfig
-
-    from sftx.model.load import load_tokenizer
+    from sftx.model.generation import load_generation_config
+    from sftx.model.load import load_spec, load_tokenizer
 
     trust = view.config.trust_remote_code
     model = view.pipeline.model
-    try:
-        generation: Any = GenerationConfig.from_pretrained(model)
-    except (OSError, ValueError):  # many models have no generation_config.json
-        generation = None
     tokenizer = load_tokenizer(model, trust_remote_code=trust)
-    return CheckInputs(view, tokenizer, AutoConfig.from_pretrained(model, trust_remote_code=trust), generation)
+    # The modules are built too, without weights: what transformers has to say of them is passed on.
+    config = load_spec(model, trust_remote_code=trust).config
+    return CheckInputs(view, tokenizer, config, load_generation_config(model))
