@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from sftx.run import run
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from sftx import ModelError, OutputError
@@ -23,6 +22,7 @@ from sftx.model.generation import generation_defaults, load_generation_config
 from sftx.model.language_model import CausalLM
 from sftx.model.load import load_model, load_spec, load_tokenizer
 from sftx.model.tiny import model_dir
+from sftx.training import run
 
 ROW = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
 
