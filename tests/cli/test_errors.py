@@ -335,7 +335,7 @@ def test_a_disk_that_has_no_room_for_the_tokenizer_is_found_before_the_first_ste
 @pytest.mark.parametrize(
     ("plugins", "artefact"),
     [
-        pytest.param(["--plugin", "lora", "--set", "lora.r=64"], "adapter", id="adapter_model.safetensors"),
+        pytest.param(["--plugin", "lora", "--set", "lora.r=32"], "adapter", id="adapter_model.safetensors"),
         pytest.param([], "model", id="model.safetensors"),
     ],
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 from pydantic import Field
 
@@ -59,6 +59,7 @@ class Lora:
                 f"modules_to_save {list(self.modules_to_save)} hold every layer that target_modules match, so nothing "
                 "is left to adapt; leave the modules out, or train the whole model without lora"
             )
+        self._check_rank(spec.skeleton, targets)
         return LoraAdapter(
             spec.name,
             targets,
@@ -69,6 +70,15 @@ class Lora:
             lora_dropout=self.lora_dropout,
             loraplus_lr_ratio=self.loraplus_lr_ratio,
         )
+
+    def _check_rank(self, model: PreTrainedModel, targets: Iterable[str]) -> None:
+        """Raise ConfigError for a rank above the full rank of every target, which would make an adapter of any size."""
+        full = max(min(cast("nn.Linear", model.get_submodule(name)).weight.shape) for name in targets)
+        if self.r > full:
+            raise ConfigError(
+                f"r={self.r} is more than the rank that a layer of this model can have, at most {full}: the update "
+                f"would be larger than the layer itself; give an r of at most {full}, such as 16"
+            )
 
     def find_targets(self, model: PreTrainedModel) -> list[str]:
         """Return the paths of the linear layers to adapt, all of them in the language model.
