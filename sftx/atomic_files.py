@@ -53,7 +53,7 @@ def _open(path: Path, *, overwrite: bool, **options: Any) -> Iterator[Any]:
         part.replace(path)
         _sync(path.parent)
     except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {one_line(error)}") from error
+        raise OutputError(f"{path}: cannot be written: {_reason(error, part, path)}") from error
     finally:
         with suppress(OSError):  # a read-only file system refuses even the removal of nothing
             part.unlink(missing_ok=True)
@@ -103,7 +103,8 @@ def atomic_directory(path: Path, *, checksums: bool = False) -> Iterator[Path]:
     except SftxError:
         raise
     except Exception as error:  # a full disk is an OSError, a SafetensorError, or tokenizers' bare Exception
-        raise OutputError(f"{path}: cannot be written: {one_line(error)}{_advice(error, path)}") from error
+        reason = _reason(error, part, path)
+        raise OutputError(f"{path}: cannot be written: {reason}{_advice(error, path)}") from error
     finally:
         if not os.path.exists(path) and os.path.exists(old):  # unlike Path.exists, False for a name that is too long
             old.rename(path)
@@ -160,6 +161,13 @@ def sha256_of_file(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _reason(error: BaseException, part: Path, path: Path) -> str:
+    """Return the reason of an error; the place at which the content is made until it is complete is not named."""
+    if isinstance(error, OSError) and error.strerror and error.filename in (None, str(part)):
+        return error.strerror
+    return one_line(error).replace(str(part), str(path))
 
 
 def _advice(error: BaseException, path: Path) -> str:

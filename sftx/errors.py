@@ -48,6 +48,22 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+_KINDS: Final[dict[type, str]] = {
+    type(None): "null",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    dict: "an object",
+}
+
+
+def kind_of(value: object) -> str:
+    """Return the kind of a JSON value in words, such as `a list`."""
+    return _KINDS.get(type(value), f"a value of the type {type(value).__name__}")
+
+
 # How torch's CPU allocator and some GPU libraries word the RuntimeError or OSError that they raise without memory.
 _OUT_OF_MEMORY: Final = (
     "can't allocate memory",

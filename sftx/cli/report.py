@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Final
 
@@ -32,34 +33,42 @@ def command(*, runs: tuple[Path, ...], output: Path | None) -> None:
     from sftx.inspection.run_report.run_record import read_run
     from sftx.inspection.run_report.write_report import PAGE, PICTURE, notes, write
 
-    if len({run.resolve() for run in runs}) < len(runs):
+    if len({os.path.realpath(run) for run in runs}) < len(runs):
         raise click.UsageError("one run is named twice; name each once")
     if output is None:
         page = runs[0] / PAGE if len(runs) == 1 else Path(PAGE)
     else:
         page = output if output.suffix == ".html" and not output.is_dir() else output / PAGE
     picture = page.with_name(PICTURE if page.name == PAGE else f"{page.stem}-{PICTURE}")
-    for path in (page, picture):
-        _check_replaceable(path)
+    replaced = [path for path in (page, picture) if _is_replaceable(path)]
     records = [read_run(run) for run in runs]
     for number, note in notes(records):
         log.warning("%s: %s", runs[number], note)
     try:
         page.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ConfigError(
+            f"{page.parent}: is no directory, and cannot be made one; name a directory with --output, or a file that "
+            "ends in .html"
+        ) from None
     except OSError as error:
         raise OutputError(f"{page.parent}: cannot be created: {one_line(error)}") from error
     for path in write(records, page, picture):
-        click.echo(f"wrote {printable(str(path))}")
+        click.echo(f"wrote {printable(str(path))}" + (", in place of the one before" if path in replaced else ""))
 
 
-def _check_replaceable(path: Path) -> None:
-    """Raises ConfigError for a file that is not a report: a file of another origin is never overwritten."""
+def _is_replaceable(path: Path) -> bool:
+    """Return whether there is a report that may be replaced, False when there is nothing.
+
+    Raises ConfigError for a file that is not a report: a file of another origin is never overwritten.
+    """
     try:
         with path.open("rb") as file:
             head = file.read(4096)
     except (FileNotFoundError, NotADirectoryError):
-        return
+        return False
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {one_line(error)}") from error
     if _MARK not in head:
         raise ConfigError(f"{path}: holds something else and is not overwritten; choose another place with --output")
+    return True

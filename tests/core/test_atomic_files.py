@@ -151,3 +151,15 @@ def test_what_is_removed_is_gone_or_has_another_name(tmp_path: Path, monkeypatch
     assert not (tmp_path / "step-1").exists()
     atomic_files.remove_leftovers(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="a file system that refuses new files")
+def test_an_error_does_not_name_the_file_that_is_written_beside_its_place() -> None:
+    for write in (lambda path: atomic_files.write_text(path, ""), _make_directory):
+        with pytest.raises(OutputError, match=r"^/proc/x\.json: cannot be written: [^/]+$"):
+            write(Path("/proc/x.json"))
+
+
+def _make_directory(path: Path) -> None:
+    with atomic_files.atomic_directory(path):
+        pass

@@ -70,7 +70,9 @@ def test_of_a_run_that_is_asked_for_again_nothing_but_the_report_changes(real: P
     before = {path: path.read_bytes() for path in real.rglob("*") if path.is_file()}
     done = sftx(real)
     assert done.exit_code == 0, done.output
-    assert done.stdout.splitlines() == [f"wrote {real / 'report.html'}", f"wrote {real / 'loss.png'}"]
+    assert done.stdout.splitlines() == [
+        f"wrote {real / name}, in place of the one before" for name in ("report.html", "loss.png")
+    ]
     assert {path: path.read_bytes() for path in real.rglob("*") if path.is_file()} == before
 
 
@@ -116,6 +118,29 @@ def test_values_of_another_kind_break_nothing(tmp_path: Path, wrong: Any) -> Non
     other = write_run(tmp_path / "other", manifest={"plugins": [{"plugin": "lora", "version": wrong}]})
     assert 2.0 in as_json([run])["runs"][0]["steps"]["step"]
     assert len(as_json([run, other])["runs"]) == 2
+
+
+def test_whatever_is_left_out_is_noted_once(tmp_path: Path) -> None:
+    def noted(name: str, content: str) -> list[str]:
+        run = write_run(tmp_path / str(len(list(tmp_path.iterdir()))), metrics=lines([step(1), step(2)]))
+        (run / name).write_bytes(content.encode("latin-1"))
+        return [note for note in read_run(run).notes if "missing" not in note]
+
+    for name, content, note in (
+        ("run.yaml", "", "run.yaml is empty: the options are not known"),
+        ("evidence.json", '{"rows": 5}', "evidence.json: rows is a number and left out; expected a list"),
+        ("manifest.json", '{"plugins": {}}', "manifest.json: plugins is an object and left out; expected a list"),
+        ("summary.json", '{"best": "x"}', "summary.json: best is text and left out; expected an object"),
+        ("metrics.jsonl", "\xff\x00\n\xfe\n\x80", "metrics.jsonl is damaged: none of its lines is a JSON object"),
+        (
+            "metrics.jsonl",
+            '{"step": "x", "loss": []}\n{"event": "step"}\n',
+            "metrics.jsonl: 2 lines are neither a step nor an evaluation, and left out",
+        ),
+    ):
+        assert noted(name, content) == [note]
+    for name in ("evidence.json", "summary.json", "manifest.json"):
+        assert noted(name, '{"rows": null}') == []
 
 
 def test_a_line_that_was_cut_off_is_normal_and_another_is_named(tmp_path: Path) -> None:

@@ -95,7 +95,8 @@ def test_what_is_no_report_is_not_written_over(tmp_path: Path, monkeypatch: pyte
     runs = [write_run(tmp_path / name) for name in "ab"]
     monkeypatch.chdir(tmp_path)
     assert sftx(*runs).stdout.splitlines() == ["wrote report.html", "wrote loss.png"]
-    assert sftx(*runs).exit_code == 0, "its own files it writes again"
+    again = ["wrote report.html, in place of the one before", "wrote loss.png, in place of the one before"]
+    assert sftx(*runs).stdout.splitlines() == again, "its own files it writes again"
     for name in ("report.html", "loss.png"):
         kept = (tmp_path / name).read_bytes()
         (tmp_path / name).write_text("mine")
@@ -104,6 +105,25 @@ def test_what_is_no_report_is_not_written_over(tmp_path: Path, monkeypatch: pyte
         assert f"{name}: holds something else" in done.stderr
         assert (tmp_path / name).read_text() == "mine"
         (tmp_path / name).write_bytes(kept)
+
+
+@pytest.mark.parametrize("output", ["rows.jsonl", "rows.jsonl/report.html", "a/run.yaml"])
+def test_a_place_that_is_no_directory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str) -> None:
+    run = write_run(tmp_path / "a")
+    (tmp_path / "rows.jsonl").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    done = sftx(run, "-o", output)
+    assert done.exit_code == 1
+    place = output.removesuffix("/report.html")
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith(f"sftx: error: {place}: is no directory, and cannot be made one; name a directory")
+
+
+def test_a_link_that_leads_back_to_itself_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    done = sftx(tmp_path / "loop", tmp_path)
+    assert done.exit_code == 1
+    assert "no such directory" in done.stderr
 
 
 def test_without_matplotlib_the_page_is_written_all_the_same(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import shorten
@@ -22,7 +23,7 @@ Table: TypeAlias = list[tuple[str, list[str]]]
 
 def short_names(paths: Sequence[Path]) -> list[str]:
     """Return the last part of each path, with as many parent directories as make it unique."""
-    all_parts = [path.resolve().parts for path in paths]
+    all_parts = [Path(os.path.realpath(path)).parts for path in paths]
     max_depth = max(map(len, all_parts))
 
     def short_name(parts: tuple[str, ...]) -> str:

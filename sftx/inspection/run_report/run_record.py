@@ -18,7 +18,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 
 from sftx.checkpoint import layout
 from sftx.config import run_file
-from sftx.errors import ConfigError, one_line
+from sftx.errors import ConfigError, kind_of, one_line
 
 Columns: TypeAlias = dict[str, list[float | None]]
 """Lists of equal length by name. A value is None where it is missing or not a finite number."""
@@ -29,6 +29,12 @@ _LEDGERS: Final = {"training": "ledger.jsonl", "held-out": "ledger-held-out.json
 _STEP_VALUES: Final = ("epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_bytes")
 _CUMULATIVE: Final = ("step", "tokens", "minutes", "epoch", "peak_bytes")
 _MAX_NAMED_LINES: Final = 3
+_EXPECTED: Final[Mapping[str, Mapping[str, type]]] = {
+    layout.MANIFEST: {"libraries": dict, "plugins": list, "data": list, "eval_data": list},
+    layout.SUMMARY: {"held_out": dict, "samples": list, "loss": dict, "best": dict},
+    EVIDENCE: {"rows": list, "token_losses": dict},
+}
+"""The kinds of values in each file; any of them may also be missing or null."""
 
 
 class LedgerCount(NamedTuple):
@@ -85,11 +91,19 @@ def read_run(path: Path) -> RunRecord:
             record.config = run_file.read(path / layout.RUN)[0]
         except ConfigError as error:
             record.notes.append(str(error))
+        if not record.run_yaml.strip():
+            record.notes.append(f"{layout.RUN} is empty: the options are not known")
     record.manifest = _read_object(record, layout.MANIFEST, "versions and plugins are not known")
     record.summary = layout.with_new_names(
         _read_object(record, layout.SUMMARY, "the run is still running, or was interrupted")
     )
     record.evidence = _read_object(record, EVIDENCE, "training rows and the loss of single tokens are not shown")
+    for name, values in (
+        (layout.MANIFEST, record.manifest), (layout.SUMMARY, record.summary), (EVIDENCE, record.evidence),
+    ):  # fmt: skip
+        for key, kind in _EXPECTED[name].items():
+            if not isinstance(values.get(key), kind | None):
+                record.notes.append(f"{name}: {key} is {kind_of(values[key])} and left out; expected {kind_of(kind())}")
     _read_metrics(record)
     for split, name in _LEDGERS.items():
         _read_ledger(record, split, name)
@@ -130,6 +144,7 @@ def _json_lines(record: RunRecord, name: str, text: str) -> Iterator[dict[str, A
     """Yield the objects of a JSON Lines file; other lines are noted and left out."""
     lines = text.split("\n")
     damaged: list[int] = []
+    is_any_read = False
     for line_number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -138,12 +153,15 @@ def _json_lines(record: RunRecord, name: str, text: str) -> Iterator[dict[str, A
         except (ValueError, RecursionError):
             values = None
         if isinstance(values, dict):
+            is_any_read = True
             yield values
-        elif line_number == len(lines):
+        elif line_number == len(lines) and (is_any_read or not damaged):
             record.notes.append(f"{name}: the last line is incomplete, as after a killed run")
         else:
             damaged.append(line_number)
-    if damaged:
+    if damaged and not is_any_read:
+        record.notes.append(f"{name} is damaged: none of its lines is a JSON object")
+    elif damaged:
         numbers = ", ".join(map(str, damaged[:_MAX_NAMED_LINES])) + (" ..." if len(damaged) > _MAX_NAMED_LINES else "")
         count = "1 line is" if len(damaged) == 1 else f"{len(damaged):,} lines are"
         record.notes.append(f"{name}: {count} damaged and left out: line {numbers}")
@@ -197,6 +215,7 @@ def _read_metrics(record: RunRecord) -> None:
     """Read steps and evaluations from metrics.jsonl, or from transformers' `log_history` if that is missing."""
     steps: dict[int, Mapping[str, Any]] = {}
     evaluations: dict[int, Mapping[str, Any]] = {}
+    num_unknown = 0
     text = _read_text(record, _METRICS)
     for line in _log_history(record) if text is None else _json_lines(record, _METRICS, text):
         values = layout.with_new_names(line)
@@ -207,6 +226,11 @@ def _read_metrics(record: RunRecord) -> None:
             record.num_steps = _as_count(values.get("num_steps")) or record.num_steps
         elif step is not None and values.get("event") == "evaluate":
             evaluations[step] = values
+        else:
+            num_unknown += 1
+    if num_unknown:
+        count = "1 line is" if num_unknown == 1 else f"{num_unknown:,} lines are"
+        record.notes.append(f"{_METRICS}: {count} neither a step nor an evaluation, and left out")
     for name in ("loss", "grad_norm"):
         wrong = sorted(step for step, values in steps.items() if name in values and as_number(values[name]) is None)
         if wrong:
