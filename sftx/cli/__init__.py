@@ -66,7 +66,8 @@ class _Lazy(click.Group):
         try:
             return super().invoke(ctx)
         except click.UsageError as error:
-            raise click.UsageError(printable(error.format_message()), error.ctx) from None
+            # The choices of an option that is missing come one a line.
+            raise click.UsageError(printable(" ".join(error.format_message().split())), error.ctx) from None
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise  # click itself ends the process; a broken pipe means that its reader has closed it
         except (SftxError, OSError) as error:  # OSError: stdout on a full disk, a directory that was removed

@@ -30,7 +30,7 @@ def command(ctx: click.Context, *, file: Path | None, loaded: loading.LoadedConf
 
     diagnosis = diagnose(view_dataset(loaded))
     if as_json:
-        click.echo(report_json(diagnosis), nl=False)
+        click.echo(report_json(diagnosis, made_by="sftx doctor"), nl=False)
     else:
         console = Console(highlight=False)
         print_diagnosis(diagnosis, console if console.is_terminal else Console(highlight=False, width=120))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -108,7 +109,7 @@ def _check_outputs(html: str | None, json: str | None, inputs: list[Path | None]
     """Raises UsageError for an output that would replace an input or any file that this command did not write."""
     if html is not None and html == json:
         raise click.UsageError(f"--html and --json are both {html}; give each its own file")
-    input_paths = {path.expanduser().resolve() for path in inputs if path is not None}
+    input_paths = {_real_path(path) for path in inputs if path is not None}
     for option, suffix, output in (("--html", ".html", html), ("--json", ".json", json)):
         if output is None or output == "-":
             continue
@@ -120,13 +121,21 @@ def _check_outputs(html: str | None, json: str | None, inputs: list[Path | None]
                 is_foreign = _MARK not in stream.read(4096)
         except OSError:
             is_foreign = path.exists()
-        if path.resolve() in input_paths or is_foreign:
+        if _real_path(path) in input_paths or is_foreign:
             raise click.UsageError(f"{option} {output}: holds something else and is not overwritten")
 
 
-def report_json(report: Any) -> str:
+def _real_path(path: Path) -> str:
+    """Return the path without links; unlike Path.resolve, also of a link that leads back to itself."""
+    try:
+        return os.path.realpath(os.path.expanduser(path))
+    except ValueError:  # a path with a NUL byte, which the check of the data names
+        return str(path)
+
+
+def report_json(report: Any, *, made_by: str = _MARK.decode()) -> str:
     """Return a report, which is a dataclass, as one JSON object with the names of its fields."""
-    values = {"made_by": _MARK.decode()} | dataclasses.asdict(report)
+    values = {"made_by": made_by} | dataclasses.asdict(report)
     return json.dumps(values, ensure_ascii=False, indent=1) + "\n"
 
 
@@ -136,6 +145,7 @@ def _write(path: str, text: str) -> None:
         click.echo(text.encode(errors="backslashreplace"), nl=False)
         return
     try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         # A file name that is not UTF-8 is written with escapes.
         Path(path).write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError as error:

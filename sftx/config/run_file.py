@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Final
 import yaml
 
 from sftx import atomic_files
-from sftx.errors import ConfigError, one_line
+from sftx.errors import ConfigError, kind_of, one_line
 
 
 class Origins:
@@ -151,13 +151,16 @@ def read(path: Path) -> tuple[dict[str, Any], Origins]:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such run file") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{path}:{line}: is not UTF-8: {error.reason}; save it as UTF-8 text") from None
+    except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {one_line(error)}") from None
     values, origins = parse(text, str(path))
     if values is None:
         return {}, origins
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: got a {type(values).__name__}, expected a mapping such as `model: ...`")
+        raise ConfigError(f"{path}: got {kind_of(values)}, expected a mapping such as `model: ...`")
     return values, origins
 
 

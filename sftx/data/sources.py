@@ -7,6 +7,7 @@ name (its path), a fingerprint of its content, and records, each with its locati
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import json
@@ -21,7 +22,7 @@ from typing import Any, Final
 from sftx.atomic_files import sha256_of_file
 from sftx.config.options import RunConfig, Source
 from sftx.data import hub, readers
-from sftx.errors import ConfigError, DataError, did_you_mean, one_line
+from sftx.errors import ConfigError, DataError, did_you_mean, kind_of, one_line
 from sftx.types import Location, Record
 
 SHIPPED: Final = "sftx:"
@@ -96,7 +97,7 @@ def read(
     for where, row in islice(_rows(source, start, source.encoding or encoding, streaming=streaming), num_rows):
         is_empty = False
         if not isinstance(row, dict):
-            raise DataError(f'{where}: got a {type(row).__name__}, expected an object such as {{"messages": [...]}}')
+            raise DataError(f'{where}: got {kind_of(row)}, expected an object such as {{"messages": [...]}}')
         yield where, row
     if is_empty:
         raise DataError(f"{source.path}: holds no rows")
@@ -184,7 +185,12 @@ def resolve(path: str) -> Path:
     except (OSError, ValueError, RuntimeError) as error:  # too long a name, a NUL byte, an unknown home directory
         raise DataError(f"{path}: cannot be read: {one_line(error)}") from error
     if is_dangling:
-        raise DataError(f"{path}: is a link to {os.readlink(place)}, which is not there")
+        raise DataError(f"{path}: is {_dangling_link(place)}")
+    before, colon, after = path.rpartition(":")
+    if colon and _expand(before).exists():
+        raise DataError(
+            f"{path}: no such file; {before} is there, and {after!r} is no weight from 0 to 1000, such as 2"
+        )
     raise DataError(f"{path}: no such file" + ("" if place.is_absolute() else f" (looked in {Path.cwd()})"))
 
 
@@ -266,11 +272,21 @@ def _matches(pattern: Path, path: str) -> list[tuple[str, Path]]:
 
 def _check_file(file: Path, path: str) -> None:
     if not file.is_file():
-        what = f"a link to {os.readlink(file)}, which is not there" if not file.exists() else "no regular file"
+        what = "no regular file" if file.exists() else _dangling_link(file)
         raise DataError(f"{path}: is {what}")
     if readers.kind(file) is None:
         what = f"unknown kind of file {file.suffix!r}" if file.suffix else "has no suffix to tell how it is read"
         raise DataError(f"{path}: {what}; known are {readers.known()}")
+
+
+def _dangling_link(link: Path) -> str:
+    """Return what a link is that leads to no file."""
+    try:
+        link.stat()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return "a link that leads back to itself"
+    return f"a link to {os.readlink(link)}, which is not there"
 
 
 def _walk(directory: Path, seen: set[tuple[int, int]], depth: int = 0) -> Iterator[Path]:

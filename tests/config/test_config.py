@@ -118,7 +118,7 @@ def test_a_file_that_is_no_run_file_is_named_with_its_line(write: Any, text: str
 def test_a_run_file_that_is_missing_or_not_utf8_is_named(write: Any) -> None:
     path = write("")
     path.write_bytes(b"model: \xff\n")
-    assert load_error(path).startswith("run.yaml: cannot be read: ")
+    assert load_error(path) == "run.yaml:1: is not UTF-8: invalid start byte; save it as UTF-8 text"
     path.unlink()
     assert load_error(path) == "run.yaml: no such run file"
 

@@ -37,8 +37,17 @@ def test_an_unreadable_path_is_reported() -> None:
     assert error_of("x" * 300 + ".jsonl").startswith("x" * 300 + ".jsonl: cannot be read: ")
     Path("dangling.jsonl").symlink_to("nowhere.jsonl")
     assert error_of("dangling.jsonl") == "dangling.jsonl: is a link to nowhere.jsonl, which is not there"
+    Path("loop.jsonl").symlink_to("loop.jsonl")
+    assert error_of("loop.jsonl") == "loop.jsonl: is a link that leads back to itself"
     os.mkfifo("pipe.jsonl")  # opening it would block forever
     assert error_of("pipe.jsonl") == "pipe.jsonl: is no regular file"
+
+
+@pytest.mark.parametrize("weight", ["nan", "-1", "inf", "1e300", "abc", ""])
+def test_what_is_no_weight_is_named_when_the_file_is_there(weight: str) -> None:
+    write("x.jsonl", "{}")
+    known = f"x.jsonl is there, and {weight!r} is no weight from 0 to 1000, such as 2"
+    assert error_of(f"x.jsonl:{weight}") == f"x.jsonl:{weight}: no such file; {known}"
 
 
 def test_a_path_may_begin_with_the_home_directory_or_the_package(

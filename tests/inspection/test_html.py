@@ -153,6 +153,9 @@ def test_the_command_writes_it(tmp_path: Path, make_view: Callable[..., Any]) ->
     data = Page(target.read_text(encoding="utf-8")).data
     assert len(data["rows"]) == 10
     assert data["figures"]["num_rows"] == 30
-    done = CliRunner().invoke(main, [*common, "--html", str(tmp_path / "nowhere" / "page.html")])
+    done = CliRunner().invoke(main, [*common, "--html", str(tmp_path / "new" / "page.html"), "--max-rows", "10"])
+    assert done.exit_code == 0, "directories are made, as by every command"
+    assert (tmp_path / "new" / "page.html").read_bytes() == target.read_bytes()
+    done = CliRunner().invoke(main, [*common, "--html", str(tmp_path / "rows.jsonl" / "page.html")])
     assert done.exit_code == 1
     assert "cannot be written" in done.stderr

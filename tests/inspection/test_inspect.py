@@ -406,6 +406,22 @@ def test_nothing_is_written_over(
     assert (tmp_path / name).read_bytes() == before
 
 
+def test_a_link_that_leads_back_to_itself_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
+    done = invoke("--data", str(tmp_path / "loop.jsonl"))
+    assert done.exit_code == 1
+    assert done.stderr.endswith("loop.jsonl: is a link that leads back to itself\n")
+
+
+def test_a_line_break_in_the_name_of_a_file_is_no_line_break_here(tmp_path: Path) -> None:
+    file = tmp_path / "a\nb.jsonl"
+    file.write_text(json.dumps(ANSWERED) + '\n{"neither": 1}\n', encoding="utf-8")
+    done = invoke("--data", str(file))
+    assert done.exit_code == 0, done.output
+    assert done.stdout.count("a b.jsonl:") >= 3
+    assert "\nb.jsonl" not in done.stdout
+
+
 def test_what_it_wrote_is_written_again(make_view: Callable[..., Any], tmp_path: Path) -> None:
     make_view(ROWS)
     for _ in range(2):

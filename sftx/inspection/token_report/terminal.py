@@ -67,8 +67,8 @@ def print_report(report: TokenReport, console: Console, *, ids: bool) -> None:
 
 
 def print_labelled(console: Console, name: Text, value: str, *, indent: int = 10) -> None:
-    """Print a value beside its name; further lines are indented to the value's column."""
-    lines = Text(printable(value)).wrap(console, max(20, console.width - indent)) if value else [Text()]
+    """Print a value beside its name, its line breaks as blanks; further lines are indented to the value's column."""
+    lines = Text(_one_line(value)).wrap(console, max(20, console.width - indent)) if value else [Text()]
     for number, line in enumerate(lines):
         line.rstrip()
         start = Text().append_text(name) if number == 0 else Text()
@@ -105,6 +105,11 @@ def sparkline(lengths: LengthStatistics) -> str:
     return "".join(_BARS[-(-count * (len(_BARS) - 1) // max(counts))] for count in counts)
 
 
+def _one_line(text: str) -> str:
+    """Return text with blanks for line breaks, which the names of files may hold."""
+    return printable(" ".join(text.splitlines()))
+
+
 def _shorten(reason: str) -> str:
     return reason if len(reason) <= _MAX_REASON_CHARS else f"{reason[:_MAX_REASON_CHARS]} ..."
 
@@ -117,12 +122,12 @@ def _has_colours(console: Console) -> bool:
 
 
 def _print_row(row: ExplainedRow, console: Console, *, ids: bool) -> None:
-    head = Text().append(printable(row.where), "bold")
+    head = Text().append(_one_line(row.where), "bold")
     parts = [f"row {row.number:,}", row.format, f"{row.length:,} tokens" if row.length else ""]
     head.append("  " + ", ".join(part for part in parts if part))
     if row.status != "kept":
         head.append(f"  {row.status}", Style(color="red" if row.status == "dropped" else "yellow", bold=True))
-        head.append(printable(": " + "; ".join(map(_shorten, row.reasons))))
+        head.append(_one_line(": " + "; ".join(map(_shorten, row.reasons))))
     console.print(head)
     for example in row.examples:
         if len(row.examples) > 1:
