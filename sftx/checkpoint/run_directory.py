@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,27 +23,19 @@ from sftx import atomic_files
 from sftx.checkpoint import layout
 from sftx.config import run_file
 from sftx.config.flatten import flatten
+from sftx.config.options import OnResume, RunConfig, as_dict, effects_on_resume
+from sftx.config.validation import validate
 from sftx.errors import ConfigError, OutputError, one_line
 from sftx.events import Result
 from sftx.model import names
 
 log = logging.getLogger(__name__)
 
-_FREE: Final = frozenset(
-    {"output_dir", "data.num_proc", "data.cache", "train.logging_steps"}
-    | {"train.save_steps", "train.save_minutes", "train.save_total_limit", "train.save_dtype"}
-)
-"""Options that may change when a run is resumed, as they have no effect on what it computes."""
-
-_ROUNDING: Final = frozenset(
-    {"generation.batch_size", "train.per_device_eval_batch_size", "train.gradient_checkpointing"}
-    | {"train.selective_checkpointing", "train.torch_compile", "train.use_cpu"}
-    | {"train.distributed", "train.fsdp_offload"}
-)
-"""Options that may change with a warning, as they change only the order of floating-point additions."""
-
 _SPLIT: Final = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps")
-"""Options that divide the rows of an optimizer step, which changes neither the order of the data nor the update."""
+"""The factors of `train.train_batch_size`, which sftx 0.1 did not record."""
+
+_LOSSES: Final = ("loss", "perplexity", "token_accuracy")
+"""Held-out metrics for which no row is answered."""
 
 _LOCKS_UNSUPPORTED: Final = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
@@ -61,33 +53,40 @@ class RunDirectory:
         return self.path / name
 
     def check_same(self, resolved: Mapping[str, Any], plugins: Sequence[Mapping[str, Any]]) -> None:
-        """Raise ConfigError when the run in this directory had other options than `resolved`.
+        """Raise ConfigError, which names every difference, when `resolved` would give other weights than the run here.
 
-        `plugins` are the rows of the assembled table. Plugins that are only observers may differ: they change nothing.
+        `plugins` are the rows of the assembled table. What an option changes stands in its declaration (`OnResume`);
+        plugins that only observe change nothing, those that only measure change the answers.
         """
-        observers = _only_observers(plugins) | _only_observers(
-            (self.read_json(layout.MANIFEST) or {}).get("plugins", ())
-        )
-        before = _flat_options(run_file.read(self.file(layout.RUN))[0], observers)
-        now = _flat_options(json.loads(json.dumps(resolved)), observers)
-        before["train.train_batch_size"] = _rows_per_step(before)
+        now: dict[str, Any] = json.loads(json.dumps(resolved))
+        before = run_file.read(self.file(layout.RUN))[0]
+        if not isinstance(before.get("plugins"), dict):
+            raise OutputError(f"{layout.RUN}: is not what a run has written; begin another one with --output-dir")
         before["model"] = names.absolute(str(before.get("model")))  # sftx 0.1 recorded it as it was typed
-        changed = {name for name in before.keys() | now.keys() if before.get(name) != now.get(name)} - _FREE
-        if changed & set(_SPLIT):
-            changed -= set(_SPLIT)
+        tables = ((self.read_json(layout.MANIFEST) or {}).get("plugins", ()), plugins)
+        found = _differences(before, now, *map(_stages, tables))
+        decides = {*_decisive(before), *_decisive(now)}
+        wrong = [text for effect, text in found if effect is None]
+        wrong += [f"{text}, which decides the best checkpoint" for effect, text in found if effect in decides]
+        if wrong:
+            more = f"; and {len(wrong) - 8} more" if wrong[8:] else ""
+            raise ConfigError(
+                f"--resume: {self.path} was begun with other options: {'; '.join(wrong[:8])}{more}; give the same, or "
+                "begin another run with --output-dir"
+            )
+        effects = [effect for effect, _ in found]
+        if OnResume.SPLIT in effects:
             log.warning(
                 "the rows of a step are split into other micro-batches: the results are the same but for rounding, "
                 "and for the numbers that dropout draws"
             )
-        if rounding := sorted(changed & _ROUNDING):
-            log.warning("%s changed: the results are the same but for rounding", ", ".join(rounding))
-        if wrong := sorted(changed - _ROUNDING):
-            name = wrong[0]
-            raise ConfigError(
-                f"--resume: {self.path} was begun with {name} {_shown(before, name)}, and is {_shown(now, name)} now"
-                f"{f', and {len(wrong) - 1} more differ' if wrong[1:] else ''}; give the same options, or begin "
-                "another run with --output-dir"
-            )
+        for effect, meaning in (
+            (OnResume.ROUNDING, "the results are the same but for rounding"),
+            (OnResume.EVALUATIONS, "the weights are the same"),
+            (OnResume.ANSWERS, "the weights are the same"),
+        ):
+            if texts := [text for changed, text in found if changed is effect]:
+                log.warning("%s: %s", "; ".join(texts), meaning)
 
     def recorded_batch_size(self) -> int:
         """Return the rows of a step, over all processes, that the run here was started with."""
@@ -113,7 +112,7 @@ class RunDirectory:
         changed = [
             f"{name} {versions_before.get(name)} -> {version}"
             for name, version in versions.items()
-            if versions_before.get(name) != version
+            if versions_before.get(name) != version and (name in versions_before or not name.startswith("plugin "))
         ]
         if changed:
             log.warning("not what this run was begun with: %s; results may differ", ", ".join(changed))
@@ -284,22 +283,75 @@ def _has_files(path: Path) -> bool:
         raise OutputError(f"output_dir {path}: cannot be used: {one_line(error)}") from error
 
 
-def _flat_options(values: Mapping[str, Any], observers: Collection[str]) -> dict[str, Any]:
-    """Return the options by dotted names, and the plugins' names in the order of their application; no observers."""
-    if not isinstance(values.get("plugins"), dict):
-        raise OutputError(f"{layout.RUN}: is not what a run has written; begin another one with --output-dir")
-    plugins = {name: options for name, options in values["plugins"].items() if name not in observers}
-    options = flatten({**values, "plugins": plugins})
-    options["plugins"] = list(plugins)
-    return options
+def _stages(table: Iterable[Mapping[str, str]]) -> dict[str, list[str]]:
+    """Return the plugins of each stage of an assembled table, in their order."""
+    stages: dict[str, list[str]] = {}
+    for line in table:
+        stages.setdefault(line["stage"], []).append(line["plugin"])
+    return stages
 
 
-def _only_observers(plugins: Iterable[Mapping[str, str]]) -> set[str]:
-    """Return the names of the plugins in an assembled table that fill no other stage."""
-    stages: dict[str, set[str]] = {}
-    for line in plugins:
-        stages.setdefault(line["plugin"], set()).add(line["stage"])
-    return {name for name, filled in stages.items() if filled == {"observer"}}
+def _decisive(values: Mapping[str, Any]) -> list[OnResume]:
+    """Return what may not change as it decides which checkpoint is the best, and with it the weights of the result."""
+    train: Mapping[str, Any] = values["train"]
+    if not (train.get("load_best_model_at_end") or train.get("early_stopping_patience")):
+        return []
+    metric = str(train.get("metric_for_best_model") or "loss").removeprefix("eval_")
+    return [OnResume.EVALUATIONS] if metric in _LOSSES else [OnResume.EVALUATIONS, OnResume.ANSWERS]
+
+
+def _completed(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a recorded run file with the defaults of the options that are newer than it."""
+    try:
+        return as_dict(validate(RunConfig, values, origins=run_file.Origins()))
+    except ConfigError:  # it has options that no longer exist, which are differences
+        return values
+
+
+def _differences(
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    stages_before: Mapping[str, Sequence[str]],
+    stages_now: Mapping[str, Sequence[str]],
+) -> list[tuple[OnResume | None, str]]:
+    """Return what differs between two run files with every default written out, and what that changes: None is weights.
+
+    An option that is newer than the run had its default.
+    """
+    effects = effects_on_resume()
+    kinds: dict[str, set[str]] = {}
+    for stage, names in (*stages_before.items(), *stages_now.items()):
+        for name in names:
+            kinds.setdefault(name, set()).add(stage)
+
+    def effect_of(plugin: str) -> OnResume | None:
+        stages = kinds.get(plugin, set())
+        if not stages or not stages <= {"observer", "metric"}:
+            return None
+        return OnResume.ANSWERS if "metric" in stages else OnResume.NOTHING
+
+    flat_before, flat_now = (flatten({**values, "plugins": {}}) for values in (_completed(before), now))
+    flat_before["train.train_batch_size"] = _rows_per_step(flatten(before))
+    found: list[tuple[OnResume | None, str]] = []
+    for name in sorted(flat_before.keys() | flat_now.keys()):
+        if flat_before.get(name) != flat_now.get(name):
+            text = f"{name} was {_shown(flat_before, name)} and is {_shown(flat_now, name)}"
+            found.append((effects.get(name), text))
+    named_before, named_now = before["plugins"], now["plugins"]
+    found += [(effect_of(name), f"{name} was added") for name in named_now if name not in named_before]
+    found += [(effect_of(name), f"{name} was removed") for name in named_before if name not in named_now]
+    for plugin in [name for name in named_before if name in named_now]:
+        old, new = (flatten(values["plugins"][plugin] or {}) for values in (before, now))
+        for name in sorted(old.keys() | new.keys()):
+            if old.get(name) != new.get(name):
+                text = f"{plugin}.{name} was {_shown(old, name)} and is {_shown(new, name)}"
+                found.append((effect_of(plugin), text))
+    for stage in [stage for stage in stages_before if stage in stages_now]:
+        old_order = [name for name in stages_before[stage] if name in stages_now[stage]]
+        new_order = [name for name in stages_now[stage] if name in stages_before[stage]]
+        if old_order != new_order and stage not in ("observer", "metric"):
+            found.append((None, f"the order of {stage}s was {', '.join(old_order)} and is {', '.join(new_order)}"))
+    return [(effect, text) for effect, text in found if effect is not OnResume.NOTHING]
 
 
 def _rows_per_step(values: Mapping[str, Any]) -> int:

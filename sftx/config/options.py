@@ -11,13 +11,24 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from functools import lru_cache
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeAlias, get_type_hints
 
 from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter
 
 from sftx.config import optimizer_table
 from sftx.errors import ConfigError
+
+
+class OnResume(Enum):
+    """What another value of an option changes when a run is resumed with it. An option without one changes weights."""
+
+    NOTHING = "nothing"
+    EVALUATIONS = "when held-out rows are evaluated"
+    ANSWERS = "the answers to held-out rows"
+    ROUNDING = "the order of floating-point additions"
+    SPLIT = "how the rows of an optimizer step are divided"
 
 
 @dataclass(frozen=True)
@@ -187,6 +198,7 @@ class DataConfig:
     max_dropped: Annotated[
         float,
         Field(ge=0, le=1, description="Largest share of rows that may be dropped; above it the run stops."),
+        OnResume.NOTHING,
     ] = 0.05
     filters: Annotated[Filters, Field(description="Conditions that a row must meet to be kept.")] = Filters()
     train_roles: Annotated[
@@ -220,10 +232,12 @@ class DataConfig:
             ge=1,
             description="Processes that tokenize; by default one for each core when there are many rows, else one.",
         ),
+        OnResume.NOTHING,
     ] = None
     cache: Annotated[
         bool | None,
         Field(description="Keep tokenized rows on disk for the next run; by default when there are many rows."),
+        OnResume.NOTHING,
     ] = None
 
 
@@ -265,7 +279,7 @@ class TrainConfig:
         ),
     ] = None
     per_device_train_batch_size: Annotated[
-        int | None, Field(ge=1, description="Rows that a process computes at once; by default 8.")
+        int | None, Field(ge=1, description="Rows that a process computes at once; by default 8."), OnResume.SPLIT
     ] = None
     gradient_accumulation_steps: Annotated[
         int | None,
@@ -274,8 +288,11 @@ class TrainConfig:
             description="Micro-batches that each process computes in a step; by default as many as train_batch_size "
             "needs, or 1.",
         ),
+        OnResume.SPLIT,
     ] = None
-    per_device_eval_batch_size: Annotated[int, Field(ge=1, description="Rows evaluated at once.")] = 16
+    per_device_eval_batch_size: Annotated[
+        int, Field(ge=1, description="Rows evaluated at once."), OnResume.ROUNDING
+    ] = 16
     lr_scheduler_type: Annotated[
         Literal["cosine", "linear", "constant", "polynomial", "warmup_stable_decay", "minimind"],
         BeforeValidator(_resolve_alias({"cosine_with_min_lr": "cosine", "constant_with_warmup": "constant"})),
@@ -325,30 +342,42 @@ class TrainConfig:
     gradient_checkpointing: Annotated[
         bool,
         Field(description="Recompute the activations of each layer in the backward pass: less memory, more time."),
+        OnResume.ROUNDING,
     ] = False
     selective_checkpointing: Annotated[
         bool,
         Field(description="With gradient_checkpointing: keep the outputs of matrix products and attention."),
+        OnResume.ROUNDING,
     ] = False
-    torch_compile: Annotated[bool, Field(description="Compile the decoder layers with torch.compile.")] = False
-    use_cpu: Annotated[bool, Field(description="Use the CPU even if there is a GPU.")] = False
+    torch_compile: Annotated[
+        bool, Field(description="Compile the decoder layers with torch.compile."), OnResume.ROUNDING
+    ] = False
+    use_cpu: Annotated[bool, Field(description="Use the CPU even if there is a GPU."), OnResume.ROUNDING] = False
     distributed: Annotated[
         Literal["ddp", "fsdp2"],
         Field(
             description="With several processes: each holds the whole model (ddp) or a shard of every layer (fsdp2)."
         ),
+        OnResume.ROUNDING,
     ] = "ddp"
     fsdp_offload: Annotated[
-        bool, Field(description="With fsdp2: keep the shards and the optimizer state in host memory.")
+        bool,
+        Field(description="With fsdp2: keep the shards and the optimizer state in host memory."),
+        OnResume.ROUNDING,
     ] = False
     seed: Annotated[
         int, Field(ge=0, lt=2**32, description="Random seed of data order, initialisation and dropout.")
     ] = 42
-    logging_steps: Annotated[int, Field(ge=1, description="Optimizer steps between two log lines.")] = 10
-    save_steps: Annotated[int | None, Field(ge=1, description="Optimizer steps between two checkpoints.")] = None
+    logging_steps: Annotated[
+        int, Field(ge=1, description="Optimizer steps between two log lines."), OnResume.NOTHING
+    ] = 10
+    save_steps: Annotated[
+        int | None, Field(ge=1, description="Optimizer steps between two checkpoints."), OnResume.NOTHING
+    ] = None
     save_minutes: Annotated[
         float | None,
         Field(gt=0, description="Minutes between two checkpoints; 30 by default, if save_steps is not set."),
+        OnResume.NOTHING,
     ] = None
     save_total_limit: Annotated[
         int | None,
@@ -357,10 +386,12 @@ class TrainConfig:
             description="Number of newest checkpoints kept, besides the best; by default all with save_steps, "
             "2 with save_minutes.",
         ),
+        OnResume.NOTHING,
     ] = None
     save_dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
         Field(description="Dtype of the weights of a full model that is the result; auto: that of the base model."),
+        OnResume.NOTHING,
     ] = "auto"
     eval_steps: Annotated[
         int | None,
@@ -368,6 +399,7 @@ class TrainConfig:
             ge=1,
             description="Optimizer steps between two evaluations, besides those before and after training.",
         ),
+        OnResume.EVALUATIONS,
     ] = None
     metric_for_best_model: Annotated[
         str | None,
@@ -479,14 +511,21 @@ class TrainConfig:
 class GenerationConfig:
     """Generation of answers to held-out rows, for metrics and samples."""
 
-    max_new_tokens: Annotated[int, Field(ge=1, description="Largest length of an answer, in tokens.")] = 256
+    max_new_tokens: Annotated[
+        int, Field(ge=1, description="Largest length of an answer, in tokens."), OnResume.ANSWERS
+    ] = 256
     max_rows: Annotated[
         int | None,
         Field(ge=1, description="Largest number of held-out rows to answer, evenly spread over them; all by default."),
+        OnResume.ANSWERS,
     ] = None
-    num_samples: Annotated[int, Field(ge=0, description="Answers to show before and after training.")] = 3
+    num_samples: Annotated[
+        int, Field(ge=0, description="Answers to show before and after training."), OnResume.ANSWERS
+    ] = 3
     batch_size: Annotated[
-        int | None, Field(ge=1, description="Rows of a generation batch; per_device_eval_batch_size by default.")
+        int | None,
+        Field(ge=1, description="Rows of a generation batch; per_device_eval_batch_size by default."),
+        OnResume.ROUNDING,
     ] = None
 
 
@@ -515,10 +554,14 @@ class RunConfig:
     train: TrainConfig = TrainConfig()
     generation: GenerationConfig = GenerationConfig()
     output_dir: Annotated[
-        str | None, Field(min_length=1, description="Output directory of this run; runs/<name>-<n> by default.")
+        str | None,
+        Field(min_length=1, description="Output directory of this run; runs/<name>-<n> by default."),
+        OnResume.NOTHING,
     ] = None
     without: Annotated[
-        tuple[str, ...], Field(description="Default plugins that are left out of this run (`--no-plugin`).")
+        tuple[str, ...],
+        Field(description="Default plugins that are left out of this run (`--no-plugin`)."),
+        OnResume.NOTHING,
     ] = ()
 
 
@@ -541,6 +584,17 @@ _FLAGS: Final = {
 def flag(dotted: str) -> str:
     """Return the flag of an option on the command line, by the option's dotted name."""
     return f"--{_FLAGS.get(dotted, dotted.rpartition('.')[2]).replace('_', '-')}"
+
+
+@lru_cache
+def effects_on_resume() -> dict[str, OnResume]:
+    """Return what options change when a run is resumed with another value, by dotted name; no option of weights."""
+    effects: dict[str, OnResume] = {}
+    for section, cls in {"": RunConfig, **SECTION_CLASSES}.items():
+        for name, hint in get_type_hints(cls, include_extras=True).items():
+            found = [part for part in getattr(hint, "__metadata__", ()) if isinstance(part, OnResume)]
+            effects |= {f"{section}.{name}".removeprefix("."): effect for effect in found}
+    return effects
 
 
 @lru_cache

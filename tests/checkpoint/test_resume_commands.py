@@ -31,10 +31,10 @@ def stopped(runs: Runs) -> Path:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ("--learning-rate 1e-4", ("train.learning_rate", "0.001", "0.0001")),
-        ("--set packed.length=80", ("plugins.packed.length", "96", "80")),
-        ("--plugin lora", ("plugins", "lora")),
-        ("--seed 1", ("train.seed", "42", "1")),
+        ("--learning-rate 1e-4", ("train.learning_rate was 0.001 and is 0.0001",)),
+        ("--set packed.length=80", ("packed.length was 96 and is 80",)),
+        ("--plugin lora", ("lora was added",)),
+        ("--seed 1", ("train.seed was 42 and is 1",)),
         ("--train-batch-size 6 --gradient-accumulation-steps 3", ("train.train_batch_size", "4", "6")),
         ("--data {root}/more.jsonl", ("data.train",)),
     ],
@@ -49,6 +49,33 @@ def test_another_run_is_no_continuation(
     assert result.output.startswith("sftx: error: --resume: out ")
     assert all(part in result.output for part in named), result.output
     assert {path: path.stat().st_mtime_ns for path in (directory / "out").rglob("*")} == before, "nothing was touched"
+
+
+def test_what_changes_no_weight_may_change(runs: Runs, sftx: Sftx) -> None:
+    """A run that is resumed with other such options ends with the bytes of the one that was never stopped."""
+    begun, end = interrupted(runs, sftx, SHORT, 4)
+    for change, told in (
+        ("--eval-steps 1", "train.eval_steps was 3 and is 1: the weights are the same"),
+        (
+            "--plugin exact-match --set generation.max_new_tokens=2 --num-samples 1",
+            "generation.max_new_tokens was 256 and is 2; generation.num_samples was 3 and is 1; exact-match was added",
+        ),
+        (
+            "--save-steps 1 --save-total-limit 3 --logging-steps 1 --num-proc 1 --max-dropped 0.5 --no-plugin progress",
+            "",
+        ),
+        ("--per-device-eval-batch-size 3", "train.per_device_eval_batch_size was 16 and is 3"),
+    ):
+        directory = copy(begun / "out", runs, "may-change")
+        result = sftx(SHORT, directory, "--resume", *change.split())
+        assert result.exit_code == 0, result.output
+        assert told in result.output
+        assert "results may differ" not in result.output
+        ours, theirs = (out / "adapter" / "adapter_model.safetensors" for out in (directory / "out", end))
+        assert ours.read_bytes() == theirs.read_bytes(), change
+        held_out = json.loads((directory / "out" / "summary.json").read_text())["held_out"]
+        assert ("exact-match" in held_out["after"]) == ("exact-match" in change)
+        assert "exact-match" not in held_out["before"]
 
 
 def test_other_rows_of_the_same_name_are_refused(runs: Runs, sftx: Sftx, stopped: Path) -> None:

@@ -15,7 +15,7 @@ from sftx.checkpoint import run_directory
 from sftx.checkpoint.run_directory import RunDirectory
 from sftx.checkpoint.run_state import RunState
 from sftx.config.loading import load
-from sftx.config.options import as_dict
+from sftx.config.options import OnResume, as_dict, effects_on_resume
 from sftx.errors import ConfigError, OutputError
 
 
@@ -23,6 +23,7 @@ def resolved(**options: Any) -> dict[str, Any]:
     given = {"model": "m", "data.train": ["a.jsonl"], "lora.r": 16} | {
         n.replace("__", "."): v for n, v in options.items()
     }
+    given = {name: value for name, value in given.items() if value is not None}
     plugins = given.pop("plugins", ["chatml", "lora"])
     config = load(None, add=plugins, assignments=[(n, v, n) for n, v in given.items()]).config
     train = dataclasses.replace(config.train.resolve_batch_size(1), gradient_accumulation_steps=None)
@@ -51,24 +52,37 @@ def begun(tmp_path: Path) -> RunDirectory:
     return run_directory.resume(str(tmp_path / "out"), "run")
 
 
+TABLE = [
+    {"plugin": name, "stage": stage}
+    for name, stage in (
+        ("chatml", "template"), ("lora", "adapter"), ("dora", "adapter"), ("exact-match", "metric"),
+        ("rouge", "metric"), ("wandb", "observer"), ("both", "metric"), ("both", "parser"),
+    )
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"train__learning_rate": 1e-3}, r"train\.learning_rate 0\.0002.* 0\.001"),
-        ({"data__train": ["b.jsonl"]}, r"data\.train .*a\.jsonl.*b\.jsonl"),
-        ({"lora__r": 4}, r"plugins\.lora\.r 16.* 4"),
-        (
-            {"plugins": ["lora", "chatml"]},
-            r'plugins \["chatml", "lora"\].*\["lora", "chatml"\]',
-        ),
-        ({"train__per_device_train_batch_size": 4}, r"train\.train_batch_size 8.* 4"),
-        ({"train__train_batch_size": 16}, r"train\.train_batch_size 8.* 16"),
-        ({"train__seed": 1, "train__max_steps": 3}, r"train\.max_steps null.* 3.* 1 more"),
+        ({"train__learning_rate": 1e-3}, "train.learning_rate was 0.0002 and is 0.001"),
+        ({"data__train": ["b.jsonl"]}, 'data.train was [{"path": "a.jsonl", "weight": 1.0, '),
+        ({"lora__r": 4}, "lora.r was 16 and is 4"),
+        ({"plugins": ["chatml", "lora", "dora"]}, "dora was added"),
+        ({"plugins": ["chatml", "lora", "both"]}, "both was added"),
+        ({"plugins": ["chatml"], "lora.r": None}, "lora was removed"),
+        ({"train__per_device_train_batch_size": 4}, "train.train_batch_size was 8 and is 4"),
+        ({"train__train_batch_size": 16}, "train.train_batch_size was 8 and is 16"),
+        ({"train__seed": 1, "train__max_steps": 3}, "train.max_steps was null and is 3; train.seed was 42 and is 1;"),
+        ({"train__early_stopping_patience": 1, "train__eval_steps": 2},
+         "train.early_stopping_patience was null and is 1; train.eval_steps was null and is 2, which decides the best"),
+        ({"train__learning_rate": 1e-3, "plugins": ["chatml", "lora", "rouge"]}, "is 0.001; give the same"),
     ],
-)
+)  # fmt: skip
 def test_another_run_does_not_go_on_here(begun: RunDirectory, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        begun.check_same(resolved(**options), [])
+    with pytest.raises(ConfigError) as caught:
+        begun.check_same(resolved(**options), TABLE)
+    assert str(caught.value).startswith(f"--resume: {begun.path} was begun with other options: ")
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -76,16 +90,87 @@ def test_another_run_does_not_go_on_here(begun: RunDirectory, options: dict[str,
     [
         ({}, None),
         ({"train__save_steps": 5, "train__logging_steps": 1, "output_dir": "elsewhere", "data__num_proc": 2}, None),
+        (
+            {"train__save_total_limit": 3, "data__cache": False, "data__max_dropped": 0.5, "train__save_minutes": 1},
+            None,
+        ),
         ({"train__per_device_train_batch_size": 2, "train__gradient_accumulation_steps": 4}, "micro-batches"),
         ({"plugins": ["chatml", "lora", "wandb"]}, None),
-        ({"train__gradient_checkpointing": True}, "train.gradient_checkpointing"),
+        ({"plugins": ["wandb", "chatml", "lora"], "wandb__project": "p"}, None),
+        ({"plugins": ["lora", "chatml"]}, None),
+        ({"without": ["progress"]}, None),
+        ({"plugins": ["chatml", "lora", "exact-match"]}, "exact-match was added: the weights are the same"),
+        ({"train__eval_steps": 5}, "train.eval_steps was null and is 5: the weights are the same"),
+        ({"generation__max_new_tokens": 5}, "generation.max_new_tokens was 256 and is 5: the weights are the same"),
+        ({"generation__batch_size": 5}, "generation.batch_size was null and is 5: the results are the same but for"),
+        ({"train__gradient_checkpointing": True}, "train.gradient_checkpointing was false and is true: the results"),
     ],
 )
 def test_what_computes_the_same_may_change(
     begun: RunDirectory, caplog: pytest.LogCaptureFixture, options: dict[str, Any], told: str | None
 ) -> None:
-    begun.check_same(resolved(**options), [{"plugin": "wandb", "stage": "observer"}])
+    begun.check_same(resolved(**options), TABLE)
     assert (told in caplog.text) if told is not None else not caplog.text
+
+
+BEST = {"train__load_best_model_at_end": True, "train__eval_steps": 2}
+
+
+@pytest.mark.parametrize(
+    ("metric", "options", "message"),
+    [
+        ("loss", {"train__eval_steps": 3}, "train.eval_steps was 2 and is 3, which decides the best checkpoint"),
+        ("loss", {"plugins": ["chatml", "lora", "rouge"], "generation__max_new_tokens": 4}, ""),
+        ("exact-match", {"plugins": ["chatml", "lora", "rouge"]}, "rouge was added, which decides"),
+        ("exact-match", {"generation__max_rows": 4}, "generation.max_rows was null and is 4, which decides"),
+        ("exact-match", {"train__save_steps": 4, "plugins": ["chatml", "lora", "wandb"]}, ""),
+    ],
+)
+def test_what_decides_the_best_checkpoint_may_not_change(
+    begun: RunDirectory, metric: str, options: dict[str, Any], message: str
+) -> None:
+    """The result is then the best checkpoint's weights, or training ends after it."""
+    best = {**BEST, "train__metric_for_best_model": metric}
+    begun.write_start(resolved(**best), MANIFEST)
+    if message:
+        with pytest.raises(ConfigError) as caught:
+            begun.check_same(resolved(**best | options), TABLE)
+        assert message in str(caught.value)
+    else:
+        begun.check_same(resolved(**best | options), TABLE)
+
+
+def test_the_order_of_adapters_matters_and_that_of_metrics_does_not(begun: RunDirectory) -> None:
+    before = [{"plugin": name, "stage": stage} for name, stage in (("lora", "adapter"), ("dora", "adapter"))]
+    metrics = [{"plugin": name, "stage": "metric"} for name in ("rouge", "exact-match")]
+    both = {"plugins": ["chatml", "lora", "dora", "rouge", "exact-match"]}
+    begun.write_start(resolved(**both), {**MANIFEST, "plugins": [*before, *metrics]})
+    swapped = {"plugins": ["chatml", "dora", "lora", "exact-match", "rouge"]}
+    begun.check_same(resolved(**swapped), [*before, *reversed(metrics)])
+    with pytest.raises(ConfigError, match=r"the order of adapters was lora, dora and is dora, lora"):
+        begun.check_same(resolved(**swapped), [*reversed(before), *metrics])
+
+
+def test_an_option_that_is_newer_than_the_run_had_its_default(begun: RunDirectory) -> None:
+    run_yaml = begun.file("run.yaml")
+    values = yaml.safe_load(run_yaml.read_text())
+    del values["train"]["embedding_learning_rate"], values["generation"]
+    del values["data"]["train"][0]["limit"]
+    run_yaml.write_text(yaml.safe_dump(values, sort_keys=False))
+    begun.check_same(resolved(), TABLE)
+    with pytest.raises(ConfigError, match=r"embedding_learning_rate was null and is 1\.0"):
+        begun.check_same(resolved(train__embedding_learning_rate=1), TABLE)
+
+
+def test_each_option_says_what_it_changes() -> None:
+    """A new option is refused on --resume unless its declaration says otherwise; these are the ones that do."""
+    effects = effects_on_resume()
+    names = {effect: sorted(name for name, found in effects.items() if found is effect) for effect in OnResume}
+    assert names[OnResume.EVALUATIONS] == ["train.eval_steps"]
+    assert names[OnResume.ANSWERS] == ["generation.max_new_tokens", "generation.max_rows", "generation.num_samples"]
+    assert names[OnResume.SPLIT] == ["train.gradient_accumulation_steps", "train.per_device_train_batch_size"]
+    assert "train.learning_rate" not in effects
+    assert not [name for name in effects if name.startswith("train.") and "rate" in name]
 
 
 @pytest.mark.parametrize(
