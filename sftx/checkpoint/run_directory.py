@@ -320,8 +320,8 @@ def _differences(
     """
     effects = effects_on_resume()
     kinds: dict[str, set[str]] = {}
-    for stage, names in (*stages_before.items(), *stages_now.items()):
-        for name in names:
+    for stage, plugins in (*stages_before.items(), *stages_now.items()):
+        for name in plugins:
             kinds.setdefault(name, set()).add(stage)
 
     def effect_of(plugin: str) -> OnResume | None:
