@@ -196,11 +196,7 @@ def _assemble(prepared: _Prepared, started: float) -> Session:
     pipeline = process_group.rank0_first(lambda: build_pipeline(config, assembly, prepared.loaded.origins))
     metrics = assembly.metrics()
     loss = assembly.loss()
-    if loss.answers_only and config.data.train_on_prompt:
-        raise ConfigError(
-            f"option 'data.train_on_prompt': {loss} compares answers, and would take the prompts for a part of them; "
-            "leave it out"
-        )
+    _check_loss(config, loss, process_group.world_size, has_adapters=bool(assembly.providers("sftx_adapter")))
     # Rank 0 encodes; where the rows are many, the other ranks find them in the cache.
     data = process_group.rank0_first(pipeline.load_train)
     eval_data = process_group.rank0_first(lambda: pipeline.load_eval(questions=bool(metrics)))
@@ -390,6 +386,25 @@ def _check_schedule(config: TrainConfig, num_steps: int) -> None:
         log.warning("%d steps of warm-up and %d of decay leave no level part of %d", warmup, decay, num_steps)
     if warmup >= num_steps:
         log.warning("%s warm up (warmup_steps %d): the peak rate is never reached", steps, warmup)
+
+
+def _check_loss(config: RunConfig, loss: LossStage, world_size: int, *, has_adapters: bool) -> None:
+    """Raise ConfigError for a loss that this run cannot compute as it is meant."""
+    if loss.answers_only and config.data.train_on_prompt:
+        raise ConfigError(
+            f"option 'data.train_on_prompt': {loss} compares answers, and would take the prompts for a part of them; "
+            "leave it out"
+        )
+    if loss.needs_adapter and not has_adapters:
+        raise ConfigError(f"{loss}: compares with the model without its adapters, and there is none; add --plugin lora")
+    rows, size = config.train.rows_per_step, config.train.micro_batch_size
+    if loss.batch_statistic and (rows == 1 or size < rows or world_size > 1):
+        advice = (
+            "give it more than one row, with --train-batch-size"
+            if rows == 1
+            else f"compute the step at once, with --per-device-train-batch-size {rows} in one process"
+        )
+        raise ConfigError(f"{loss}: compares the examples of a step with one another; {advice}")
 
 
 def _check_fit(config: RunConfig, sampler: Sampler, lm: CausalLM, eval_data: Dataset) -> None:

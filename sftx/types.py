@@ -223,6 +223,9 @@ class Batch:
     attention: Attention = "varlen"
     """How the documents of a packed row are kept from attending to one another."""
     extras: dict[str, Tensor] = field(default_factory=dict)
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
+    """fp32 scalars on the model's device: what `Loss.statistics` returned for all micro-batches of the step in all
+    processes, added up. Empty for a loss without that method."""
 
     def to(self, device: torch.device) -> Batch:
         """Return the same batch with every tensor on `device`."""
@@ -254,8 +257,9 @@ class LossSum:
     """fp32 scalar"""
     aux_loss: Tensor | None = None
     """fp32 scalar, weighted by this micro-batch's share of the step's denominator"""
-    metrics: dict[str, Tensor] = field(default_factory=dict)
-    """Sums, divided by the same denominator (`token_accuracy`: the number of correct tokens).
+    metrics: Mapping[str, Tensor | tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Sums, divided by the same denominator (`token_accuracy`: the number of correct tokens), or pairs (sum, count),
+    which are divided by their own count over the step; a count of 0 over a whole step leaves the metric out.
 
     `nll`, the negative log-likelihood of the label tokens in nats, is reported as `perplexity`, its exponential.
     """
@@ -391,8 +395,16 @@ class Collator(Protocol):
 class Loss(Protocol):
     """Computes a sum over one micro-batch, and the number that it is to be divided by.
 
-    A loss to which label tokens are an answer, such as a preference loss, may have an attribute `answers_only: bool`.
-    Where it is true, a run that also trains prompts (`data.train_on_prompt`) is refused.
+    A loss declares what sets it apart by attributes that are True, so that the contract checks what holds for its kind
+    and a run refuses what cannot be right: `detached`, its gradient is on purpose not that of its value (a factor
+    without a gradient); `batch_statistic`, the loss of an example depends on the others of its micro-batch (in-batch
+    negatives), which must then be a whole step; `needs_adapter`, it compares with the model without its adapters;
+    `answers_only`, its label tokens are an answer (a preference loss), so prompts must not be trained.
+
+    A loss that needs a number of the whole step (a mean over all its rows) may have a method
+    `statistics(lm: LanguageModel, batch: Batch) -> dict[str, Tensor]`. It is called without gradients for every
+    micro-batch of a step, before the first backward; the scalars that it returns are added up over micro-batches and
+    processes, and each call of the loss finds the totals in `batch.statistics`.
     """
 
     def denominator(self, batch: Batch) -> float:

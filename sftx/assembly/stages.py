@@ -45,7 +45,7 @@ from sftx.types import (
 )
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 RESERVED_METRICS: Final = frozenset(
     {"event", "aux_loss", "loss_scale", "perplexity", "tokens_per_second"}
@@ -311,8 +311,11 @@ class LossStage(_Stage):
     def __init__(self, plugin: str, loss: Loss) -> None:
         super().__init__(plugin)
         self._loss = loss
-        with self._attribute("reading what it declares"):
-            self.answers_only = bool(getattr(loss, "answers_only", False))
+        self.answers_only = self._declares("answers_only")
+        self.batch_statistic = self._declares("batch_statistic")
+        self.needs_adapter = self._declares("needs_adapter")
+        self.has_statistics = hasattr(loss, "statistics")
+        self._statistic_names: list[str] | None = None
 
     def denominator(self, batch: Batch) -> float:
         with self._attribute("denominator"):
@@ -322,6 +325,35 @@ class LossStage(_Stage):
         if isinstance(value, bool) or not 0 <= value < math.inf:
             raise self._refuse(f"denominator gave [{value}], expected numbers that are not below 0")
         return value
+
+    def _declares(self, name: str) -> bool:
+        with self._attribute(name):
+            value: Any = getattr(self._loss, name, False)
+        if not isinstance(value, bool):
+            raise self._refuse(f"{name} is {value!r:.40}, expected True or False")
+        return value
+
+    def statistics(self, lm: LanguageModel, batch: Batch) -> dict[str, Tensor]:
+        """Return the batch's share of the statistics of its step, the same names for every batch."""
+        loss: Any = self._loss
+        with self._attribute("statistics"):
+            values: Any = loss.statistics(lm, batch)
+        if not isinstance(values, dict) or not values:
+            raise self._refuse(f"statistics returned {type(values).__name__}, expected a dict of tensors by name")
+        for name, value in values.items():
+            self._check_scalar(f"statistics[{name!r}]", value)
+        self._statistic_names = names = self._statistic_names or sorted(values)
+        if sorted(values) != names:
+            raise self._refuse(f"statistics has the names {sorted(values)}, and had {names} for another batch")
+        return {name: values[name].detach() for name in names}
+
+    def _check_scalar(self, name: str, value: Any) -> None:
+        import torch
+
+        is_tensor = isinstance(value, torch.Tensor)
+        if not is_tensor or value.ndim:
+            what = f"a tensor of shape {list(value.shape)}" if is_tensor else type(value).__name__
+            raise self._refuse(f"{name} is {what}, expected a tensor without dimensions")
 
     def check_total(self, denominator: float) -> float:
         """Return the denominator of a whole step. Raises PluginError when it is 0."""
@@ -336,19 +368,17 @@ class LossStage(_Stage):
             out: Any = self._loss(lm, batch)
         if not isinstance(out, LossSum):
             raise self._refuse(f"loss returned {type(out).__name__}, expected a LossSum")
-        parts: dict[str, Any] = {"sum": out.sum, **{f"metrics[{name!r}]": value for name, value in out.metrics.items()}}
+        self._check_scalar("sum", out.sum)
         if out.aux_loss is not None:
-            parts["aux_loss"] = out.aux_loss
-        for name, value in parts.items():
-            is_tensor = isinstance(value, torch.Tensor)
-            if not is_tensor or value.ndim:
-                what = f"a tensor of shape {list(value.shape)}" if is_tensor else type(value).__name__
-                raise self._refuse(f"{name} is {what}, expected a tensor without dimensions")
+            self._check_scalar("aux_loss", out.aux_loss)
+        for name, value in out.metrics.items():
+            for part in value if isinstance(value, tuple) and len(value) == 2 else (value,):
+                self._check_scalar(f"metrics[{name!r}]", part)
         if torch.is_grad_enabled() and not out.sum.requires_grad:
             raise self._refuse(
                 "sum has no gradient: it is detached, or the forward uses no trained parameter (see the adapter)"
             )
-        taken = [name for name in out.metrics if name in RESERVED_METRICS or not isinstance(name, str)]
+        taken: list[Any] = [name for name in out.metrics if name in RESERVED_METRICS or not isinstance(name, str)]
         if taken:
             raise self._refuse(f"metrics has the name {taken[0]!r}, which the trainer reports itself; choose another")
         return out

@@ -145,7 +145,8 @@ def _print_findings(plugin: PluginInfo, findings: Sequence[Finding]) -> None:
             click.echo("\n" + click.wrap_text(printable(rule), width))
             click.echo(click.wrap_text(printable(message), width, initial_indent="    ", subsequent_indent="    "))
     count = Counter(finding.status for finding in findings)
-    click.echo(f"\n{count['ok']} clauses kept, {count['failed']} broken, {count['skipped']} skipped")
+    exempt = f", {count['exempt']} that do not apply to it" if count["exempt"] else ""
+    click.echo(f"\n{count['ok']} clauses kept, {count['failed']} broken, {count['skipped']} skipped{exempt}")
 
 
 @command.command()

@@ -21,6 +21,10 @@ class ClauseError(AssertionError):
     """Raised by a clause that is broken. The message says what was observed and how to fix it."""
 
 
+class ExemptError(Exception):
+    """Raised by a clause whose rule does not hold for a plugin of this kind, with the reason."""
+
+
 class ContractError(AssertionError):
     """A plugin breaks the contract of its hook. `findings` holds those of every clause, passed ones included."""
 
@@ -39,9 +43,10 @@ class Finding:
     clause: str
     rule: str
     """The clause as a sentence."""
-    status: Literal["ok", "failed", "skipped"]
+    status: Literal["ok", "failed", "skipped", "exempt"]
+    """`skipped`: a clause that this one needs failed; `exempt`: the rule does not hold for what the plugin declares."""
     message: str = ""
-    """Why the clause failed and how to fix it, or why it was skipped."""
+    """Why the clause failed and how to fix it, or why it was not checked."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,8 @@ class Suite(Generic[C]):
                 return findings + [self._skipped(clause, MADE) for clause in clauses]
             findings.append(Finding(self.hook, MADE, self.made, "ok"))
             for clause in clauses:
-                broken = next((f.clause for f in findings if f.clause in clause.needs and f.status != "ok"), None)
+                not_kept = (f for f in findings if f.clause in clause.needs and f.status in ("failed", "skipped"))
+                broken = next((finding.clause for finding in not_kept), None)
                 findings.append(self._check(clause, case) if broken is None else self._skipped(clause, broken))
         return findings
 
@@ -118,6 +124,8 @@ class Suite(Generic[C]):
             clause.function(case)
         except ClauseError as error:
             return Finding(self.hook, clause.name, clause.rule, "failed", str(error))
+        except ExemptError as reason:
+            return Finding(self.hook, clause.name, clause.rule, "exempt", str(reason))
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # including SystemExit

@@ -22,7 +22,7 @@ from sftx.assembly.stages import make
 from sftx.data.collate import groups_of
 from sftx.model.language_model import CausalLM
 from sftx.testing.batches import copy_of, differences, identical, norm, varied, widened
-from sftx.testing.clauses import ClauseError, Suite
+from sftx.testing.clauses import ClauseError, ExemptError, Suite
 from sftx.testing.kit import Kit, built_in
 from sftx.testing.process import changed_random_states, random_states, random_states_kept
 from sftx.types import IGNORE_INDEX, Batch, Example, Loss, LossSum
@@ -58,13 +58,32 @@ class _Case:
 
     @cached_property
     def batches(self) -> list[Batch]:
-        """One batch for each group."""
-        return [self._kit.collator.collate(group) for group in self.groups]
+        """One batch for each group, as micro-batches of one step."""
+        return self._as_a_step([self._kit.collator.collate(group) for group in self.groups])
 
     @cached_property
     def batch(self) -> Batch:
-        """All groups in one batch."""
-        return self._kit.collator.collate([example for group in self.groups for example in group])
+        """All groups in one batch, which is a whole step."""
+        batch = self._kit.collator.collate([example for group in self.groups for example in group])
+        return self._as_a_step([batch])[0]
+
+    def _as_a_step(self, batches: Sequence[Batch]) -> list[Batch]:
+        """Return the micro-batches of one step with the statistics of that step, where the loss has any.
+
+        They are taken from the fp64 model and stay as they are while a clause moves the parameters: the loss gets them
+        without a gradient.
+        """
+        compute: Any = getattr(self.loss, "statistics", None)
+        if compute is None:
+            return list(batches)
+        totals: dict[str, Tensor] = {}
+        self.lm.train()
+        for batch in batches:
+            with torch.no_grad(), random_states_kept():
+                _seed(self.lm)
+                for name, value in compute(self.lm, copy_of(batch)).items():
+                    totals[name] = totals.get(name, 0.0) + value
+        return [dataclasses.replace(batch, statistics=totals) for batch in batches]
 
     @cached_property
     def lm_fp32(self) -> CausalLM:
@@ -108,6 +127,19 @@ class _Case:
         with random_states_kept():
             _seed(lm)
             return self.loss(lm, copy_of(batch))
+
+    def run_step(self, batches: Sequence[Batch]) -> list[LossSum]:
+        """Compute the loss in fp64 on the micro-batches of one step, with the statistics of that step if it has any."""
+        compute: Any = getattr(self.loss, "statistics", None)
+        totals: dict[str, Tensor] = {}
+        if compute is not None:
+            self.lm.train()
+            for batch in batches:
+                with torch.no_grad(), random_states_kept():
+                    _seed(self.lm)
+                    for name, value in compute(self.lm, copy_of(batch)).items():
+                        totals[name] = totals.get(name, 0.0) + value
+        return [self.run(self.lm, dataclasses.replace(batch, statistics=totals)) for batch in batches]
 
     @cached_property
     def out(self) -> LossSum:
@@ -204,10 +236,14 @@ def padding_changes_nothing(case: _Case) -> None:
 
 
 @SUITE.clause(
-    "Sums, denominators and metrics of micro-batches add up to those of the whole batch.",
+    "Sums, gradients, denominators, metrics and statistics of micro-batches add up to those of the whole batch.",
     needs=["padding-changes-nothing"],
 )
 def splits(case: _Case) -> None:
+    if getattr(case.loss, "batch_statistic", False):
+        raise ExemptError(
+            "the loss declares batch_statistic: it depends on the whole micro-batch, which a run never splits"
+        )
     outs = [case.run(case.lm, batch) for batch in case.batches]
     values = {
         "sum": ([out.sum.item() for out in outs], case.out.sum.item()),
@@ -217,14 +253,27 @@ def splits(case: _Case) -> None:
         ),
     }
     for name in sorted({name for out in (*outs, case.out) for name in out.metrics}):
-        *parts, total = (float(out.metrics[name].detach()) if name in out.metrics else 0.0 for out in (*outs, case.out))
-        values[f"metrics[{name!r}]"] = (parts, total)
+        reported = [_parts(out.metrics[name]) if name in out.metrics else () for out in (*outs, case.out)]
+        for number, what in enumerate(("", " (count)")[: max(map(len, reported))]):
+            *parts, total = (float(one[number].detach()) if one else 0.0 for one in reported)
+            values[f"metrics[{name!r}]{what}"] = (parts, total)
+    for name, total_of_step in case.batch.statistics.items():
+        values[f"statistics[{name!r}]"] = ([float(case.batches[0].statistics[name])], float(total_of_step))
     for name, (parts, total) in values.items():
         if not _close(sum(parts), total, scale=sum(map(abs, parts))):
             raise ClauseError(
                 f"{name} is {total:.6g} for {len(parts)} groups of examples in one batch, and {sum(parts):.6g} in all "
-                "when each group is a batch; return sums and not means, and let no example depend on the others"
+                "when each group is a batch; return sums and not means, and let no example depend on the others, or "
+                "only through `statistics`"
             )
+    gradients = [_gradient(out, case.lm) for out in outs]
+    summed = [torch.stack(parts).sum(0) for parts in zip(*gradients, strict=True)]
+    error = norm([a - b for a, b in zip(summed, case.gradient, strict=True)]) / norm(case.gradient)
+    if not error <= _TOLERANCE:
+        raise ClauseError(
+            f"the gradients of {len(outs)} micro-batches add up to that of the whole batch with an error of "
+            f"{error:.1e}; let no example depend on the others, not even without a gradient"
+        )
 
 
 @SUITE.clause("Hidden states at positions whose label is ignored do not matter.", needs=["returns-a-sum"])
@@ -257,6 +306,8 @@ def trains_only_labels(case: _Case) -> None:
     "The gradient of the trained parameters is that of the sum, by central differences.", needs=["returns-a-sum"]
 )
 def right_gradient(case: _Case) -> None:
+    if getattr(case.loss, "detached", False):
+        raise ExemptError("the loss declares detached: its gradient is on purpose not that of its value")
     length = norm(case.gradient)
     generator = torch.Generator().manual_seed(0)
     directions = [("along itself", [gradient / length for gradient in case.gradient], _GRADIENT_STEP)]
@@ -377,7 +428,17 @@ def _state(lm: CausalLM, batch: Batch) -> dict[str, object]:
 def _tensors(out: LossSum) -> dict[str, Any]:
     """Return what must be scalars, by its name in an error message."""
     aux_loss = {} if out.aux_loss is None else {"aux_loss": out.aux_loss}
-    return {"sum": out.sum, **aux_loss, **{f"metrics[{name!r}]": value for name, value in out.metrics.items()}}
+    metrics = {
+        f"metrics[{name!r}]" + f"[{number}]" * (len(_parts(value)) > 1): part
+        for name, value in out.metrics.items()
+        for number, part in enumerate(_parts(value))
+    }
+    return {"sum": out.sum, **aux_loss, **metrics}
+
+
+def _parts(metric: Any) -> tuple[Any, ...]:
+    """Return a metric's sum, and its count if it has one of its own."""
+    return metric if isinstance(metric, tuple) else (metric,)
 
 
 def _close(value: float, expected: float, *, scale: float = 0.0) -> bool:

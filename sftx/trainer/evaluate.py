@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import math
@@ -28,6 +29,7 @@ from sftx.model.language_model import CausalLM
 from sftx.trainer.evidence import choose_row, token_losses
 from sftx.trainer.parallel import ParallelStrategy
 from sftx.trainer.precision import Precision
+from sftx.types import Batch
 
 log = logging.getLogger(__name__)
 
@@ -93,25 +95,34 @@ class Evaluator:
     def _losses(self, lm: CausalLM, step: int) -> dict[str, float]:
         """Return the loss and the loss's metrics over the denominator of the whole dataset."""
         sums: defaultdict[str, float] = defaultdict(float)
+        counts: defaultdict[str, float] = defaultdict(float)
         denominator = 0.0
         loss = self._strategy.step.loss
         batches = _batches(self._examples, self._batch_size)
         world_size = self._process_group.world_size
         numbers = range(self._process_group.rank, math.ceil(len(batches) / world_size) * world_size, world_size)
-        for number in tqdm(numbers, "evaluating", unit=" batches", delay=2, disable=None, leave=False):
-            self.check_stop()
-            is_counted = number < len(batches)  # a rank that has no batch left takes part in the collectives
-            indices = batches[number if is_counted else 0].tolist()
-            batch = self._collator.collate([self._examples[index] for index in indices])
-            out = self._strategy.step(batch.to(lm.device))
+
+        def collated() -> Iterator[tuple[Batch, bool]]:
+            for number in tqdm(numbers, "evaluating", unit=" batches", delay=2, disable=None, leave=False):
+                self.check_stop()
+                is_counted = number < len(batches)  # a rank that has no batch left takes part in the collectives
+                indices = batches[number if is_counted else 0].tolist()
+                yield self._collator.collate([self._examples[index] for index in indices]), is_counted
+
+        statistics = self._strategy.statistics(collated())
+        for batch, is_counted in collated():
+            out = self._strategy.step(dataclasses.replace(batch, statistics=statistics).to(lm.device))
             denominator += is_counted * loss.denominator(batch)
             sums["loss"] += is_counted * out.sum.item()
             for name, value in out.metrics.items():
-                sums[name] += is_counted * value.item()
-        names = self._process_group.all_gather_names(sums)
-        *summed, total = self._process_group.all_reduce_sum([*(sums[name] for name in names), denominator])
-        total = loss.check_total(total)
-        means = {name: value / total for name, value in zip(names, summed, strict=True)}
+                sums[name] += is_counted * (value[0] if isinstance(value, tuple) else value).item()
+                if isinstance(value, tuple):
+                    counts[name] += is_counted * value[1].item()
+        names, counted = map(self._process_group.all_gather_names, (sums, counts))
+        parts = [denominator, *(sums[name] for name in names), *(counts[name] for name in counted)]
+        total, *summed = self._process_group.all_reduce_sum(parts)
+        divisors = dict.fromkeys(names, loss.check_total(total)) | dict(zip(counted, summed[len(names) :], strict=True))
+        means = {name: value / divisors[name] for name, value in zip(names, summed, strict=False) if divisors[name]}
         mean_loss = means.pop("loss")
         if not math.isfinite(mean_loss):
             raise TrainingError(f"step {step}: the loss of the held-out rows is {mean_loss:g}; look at the model")

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, Final, TypeVar, cast
 
 import torch
@@ -88,6 +89,22 @@ class ParallelStrategy:
     def all_reduce(self, values: Tensor) -> Tensor:
         """Sums each value over all processes, in place, and returns the tensor."""
         return values
+
+    def statistics(self, batches: Iterable[tuple[Batch, bool]]) -> dict[str, Tensor]:
+        """Returns what `Loss.statistics` says of batches, added up over them and over all processes; {} without it.
+
+        Each batch comes with whether it counts. Every process has equally many, and at least one.
+        """
+        loss, lm = self.step.loss, self.step.lm
+        if not loss.has_statistics:
+            return {}
+        totals: dict[str, Tensor] = {}
+        with torch.no_grad():
+            for batch, is_counted in batches:
+                values = self.step.call_in_forward(partial(loss.statistics, lm, batch.to(lm.device)))
+                for name, value in values.items():
+                    totals[name] = totals.get(name, 0.0) + value.float() * is_counted
+        return dict(zip(totals, self.all_reduce(torch.stack(list(totals.values()))), strict=True))
 
     @property
     def gradient_scale(self) -> float:

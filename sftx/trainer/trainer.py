@@ -7,6 +7,7 @@ first forward, so that the same examples give the same update however they are s
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 import random
@@ -129,7 +130,7 @@ class Trainer:
             loss, norm, metrics = self._finite_gradients(number, micro_batches, denominator)
         if number == 1:
             self._check_gradients(norm)
-        means = {name: value.item() for name, value in metrics.items()}
+        means = {name: value.item() for name, value in metrics.items() if not value.isnan()}
         reported = self.loss.report_means(means, f"step {number}")
         if self.scaler.is_enabled():
             reported["loss_scale"] = self.scaler.get_scale()
@@ -203,16 +204,29 @@ class Trainer:
         """Add up the gradients of one step, counted from 0; return its mean loss and the means of its metrics."""
         loss = torch.zeros((), device=self.lm.device)
         metrics: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros_like(loss))
-        for index, one in enumerate(micro_batches):
+        counts: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros_like(loss))
+
+        def seed_forward(index: int) -> None:
             self.check_stop()
             # Randomness in a forward is a pure function of the run's seed and the place of the micro-batch.
             place = index * self.process_group.world_size + self.process_group.rank
             seed = random.Random(f"forward {self.config.seed} {number} {place}").getrandbits(63)
             self.lm.seed.fill_(seed)
             torch.manual_seed(seed)
+
+        def seeded() -> Iterator[tuple[Batch, bool]]:
+            for index, one in enumerate(micro_batches):
+                seed_forward(index)
+                yield one.batch, one.is_counted
+
+        with self.precision.autocast():
+            statistics = self.strategy.statistics(seeded())
+        for index, one in enumerate(micro_batches):
+            seed_forward(index)
+            batch = dataclasses.replace(one.batch, statistics=statistics)
             with self.strategy.micro_batch_context(last=index == len(micro_batches) - 1):
                 with self.precision.autocast():
-                    out: LossSum = self.strategy.module(one.batch.to(self.lm.device))
+                    out: LossSum = self.strategy.module(batch.to(self.lm.device))
                 is_counted = float(one.is_counted)
                 objective = out.sum * is_counted / denominator
                 if out.aux_loss is not None:
@@ -221,11 +235,20 @@ class Trainer:
                 self.scaler.scale(objective * self.strategy.gradient_scale).backward()
             loss += out.sum.detach() * is_counted / denominator
             for name, value in out.metrics.items():
-                metrics[name] += value.detach() * is_counted / denominator
+                if isinstance(value, tuple):
+                    metrics[name] += value[0].detach() * is_counted
+                    counts[name] += value[1].detach() * is_counted
+                else:
+                    metrics[name] += value.detach() * is_counted / denominator
         self.strategy.sync_gradients()
         names = self.process_group.all_gather_names(metrics)
-        summed = self.strategy.all_reduce(torch.stack([loss, *(metrics[name].to(loss) for name in names)]))
-        return summed[0], dict(zip(names, summed[1:], strict=True))
+        counted = self.process_group.all_gather_names(counts)
+        parts = [loss, *(metrics[name].to(loss) for name in names), *(counts[name].to(loss) for name in counted)]
+        summed = self.strategy.all_reduce(torch.stack(parts))
+        means = dict(zip(names, summed[1:], strict=False))
+        for name, count in zip(counted, summed[1 + len(names) :], strict=True):
+            means[name] = means[name] / count  # not a number for a count of 0
+        return summed[0], means
 
     def _lower_loss_scale(self, number: int) -> bool:
         """Halve the loss scale; return False when there is none, overflow is not the reason, or it would be below 1."""

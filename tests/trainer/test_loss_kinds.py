@@ -1,0 +1,162 @@
+"""Losses of other kinds than cross-entropy: statistics of a step, metrics with their own count, declarations."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sessions import session_of
+from sftx import ConfigError, PluginError
+from sftx.config.loading import load
+from sftx.testing.loss import SUITE
+from sftx.trainer.session import Session
+from sftx.training import assemble
+
+PACKAGES = Path(__file__).parents[1] / "packages"
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    rng = random.Random(0)
+    answers = [
+        " ".join(rng.choices(["red", "green", "blue", "seven", "please"], k=rng.randint(1, 9))) for _ in range(8)
+    ]
+    rows = [
+        {"prompt": f"Question {n}?", "completion": text, "label": n % 3 != 0, "other_completion": answers[n - 1]}
+        for n, text in enumerate(answers)
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def run_of(
+    data: Path, tiny_model: Path, install_plugin: Any, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Session]:
+    """Return an assembled run whose adapter has an effect."""
+    for name in ("kto", "dft"):
+        monkeypatch.syspath_prepend(PACKAGES / f"sftx-{name}")
+        install_plugin(f"{name}-here", f"from sftx_{name} import {name.upper()}", {name: name.upper()})
+
+    def make(*plugins: str, **options: Any) -> Session:
+        session = session_of(tiny_model, data, *plugins, train__use_cpu=True, train__num_train_epochs=1, **options)
+        with torch.no_grad():
+            for name, parameter in session.lm.named_parameters():
+                if name.endswith("lora_B"):
+                    generator = torch.Generator().manual_seed(len(name))
+                    parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+        return session
+
+    return make
+
+
+def first_step(session: Session) -> tuple[float, dict[str, float], dict[str, torch.Tensor]]:
+    trainer = session.trainer
+    micro_batches = trainer.micro_batches(next(iter(session.sampler)))
+    loss, metrics = trainer.accumulate(micro_batches, sum(one.denominator for one in micro_batches), 0)
+    gradients = {name: p.grad.clone() for name, p in session.lm.named_parameters() if p.grad is not None}
+    return loss.item(), {name: value.item() for name, value in metrics.items()}, gradients
+
+
+def test_a_statistic_is_that_of_the_whole_step_however_it_is_split(run_of: Callable[..., Session]) -> None:
+    size = "train__per_device_train_batch_size"
+    expected = first_step(run_of("kto", train__train_batch_size=8, **{size: 8}))
+    assert expected[1]["kl"] > 0
+    for micro_batch in (4, 2, 1):
+        loss, metrics, gradients = first_step(run_of("kto", train__train_batch_size=8, **{size: micro_batch}))
+        assert loss == pytest.approx(expected[0], rel=1e-6)
+        # Rewards are small differences of log-likelihoods of about 50 nats in fp32.
+        assert metrics == pytest.approx(expected[1], rel=1e-5, abs=1e-6)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, expected[2][name], rtol=1e-4, atol=1e-7)
+
+
+def test_a_metric_with_a_count_is_the_mean_over_that_count(run_of: Callable[..., Session]) -> None:
+    """Three of the eight answers are bad; a step of good ones alone reports no mean of the bad ones."""
+    session = run_of("kto", train__train_batch_size=8, train__per_device_train_batch_size=8)
+    _, metrics, _ = first_step(session)
+    (micro_batch,) = session.trainer.micro_batches(next(iter(session.sampler)))
+    batch = micro_batch.batch
+    with torch.no_grad():
+        ratios_P = session.trainer.loss._loss._ratios(session.lm, batch)[batch.extras["kto_answer_P"]]  # type: ignore[attr-defined]
+    good_P = batch.extras["kto_good_P"]
+    assert int((~good_P).sum()) == 3
+    assert metrics["rewards/rejected"] == pytest.approx(0.1 * ratios_P[~good_P].mean().item(), rel=1e-5)
+    assert metrics["rewards/chosen"] == pytest.approx(0.1 * ratios_P[good_P].mean().item(), rel=1e-5)
+
+    session = run_of("kto", train__train_batch_size=1, train__per_device_train_batch_size=1)
+    reports: list[Any] = []
+    session.trainer.train(session.sampler, 0, lambda report: not reports.append(report))  # type: ignore[func-returns-value]
+    seen = [frozenset(report.metrics) & {"rewards/chosen", "rewards/rejected"} for report in reports]
+    assert sorted(map(len, seen)) == [1] * 8
+    assert sum("rewards/rejected" in names for names in seen) == 3
+    assert all(math.isfinite(value) for report in reports for value in report.metrics.values())
+
+
+def test_held_out_rows_have_one_statistic_whatever_the_batch_size(run_of: Callable[..., Session], data: Path) -> None:
+    means = []
+    for size in (8, 3):
+        session = run_of("kto", data__eval=str(data), train__per_device_eval_batch_size=size)
+        means.append(session.evaluator(session.lm, 0).metrics)
+    assert means[0] == pytest.approx(means[1], rel=1e-5)
+    assert {"loss", "kl", "rewards/chosen", "rewards/rejected"} <= means[0].keys()
+
+
+def test_what_a_loss_declares_is_exempt_from_the_contract_and_the_rest_is_checked(
+    run_of: Callable[..., Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sftx_dft import DFT, DFTLoss  # type: ignore[import-not-found]
+    from sftx_kto import KTO  # type: ignore[import-not-found]
+
+    assert {finding.status for finding in SUITE.findings(KTO())} == {"ok"}
+    of_dft = {finding.clause: finding.status for finding in SUITE.findings(DFT())}
+    assert of_dft.pop("right-gradient") == "exempt"
+    assert set(of_dft.values()) == {"ok"}
+    monkeypatch.setattr(DFTLoss, "detached", False)
+    assert {f.clause for f in SUITE.findings(DFT()) if f.status == "failed"} == {"right-gradient"}
+
+
+def test_a_loss_that_a_run_cannot_compute_is_refused(
+    data: Path, tiny_model: Path, install_plugin: Any, run_of: Callable[..., Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sftx_dft import DFTLoss
+
+    options = {"model": str(tiny_model), "data.train": str(data), "train.use_cpu": True}
+    loaded = load(None, add=["chatml", "kto"], assignments=[(name, value, name) for name, value in options.items()])
+    with pytest.raises(ConfigError, match=r"without its adapters.*--plugin lora"):
+        assemble(loaded)
+    monkeypatch.setattr(DFTLoss, "batch_statistic", True, raising=False)
+    plain = [
+        {key: row[key] for key in ("prompt", "completion")} for row in map(json.loads, data.read_text().splitlines())
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in plain))
+    for rows, size, advice in ((1, 1, "--train-batch-size"), (4, 2, "--per-device-train-batch-size 4")):
+        with pytest.raises(ConfigError, match=f"dft.*one another.*{advice}"):
+            run_of("dft", train__train_batch_size=rows, train__per_device_train_batch_size=size)
+    run_of("dft", train__train_batch_size=4, train__per_device_train_batch_size=4)
+    monkeypatch.setattr(DFTLoss, "needs_adapter", "yes", raising=False)
+    with pytest.raises(PluginError, match="needs_adapter is 'yes'"):
+        run_of("dft")
+
+
+def test_statistics_are_checked(run_of: Callable[..., Session], monkeypatch: pytest.MonkeyPatch) -> None:
+    from sftx_kto import KTOLoss
+
+    session = run_of("kto")
+    for wrong, message in (
+        (None, "statistics returned NoneType"),
+        ({}, "statistics returned dict"),
+        ({"kl": 1.0}, r"statistics\['kl'\] is float"),
+        ({"kl": torch.zeros(2)}, r"statistics\['kl'\] is a tensor of shape \[2\]"),
+    ):
+        monkeypatch.setattr(KTOLoss, "statistics", lambda *_, wrong=wrong: wrong)
+        with pytest.raises(PluginError, match=message):
+            first_step(session)
