@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -64,6 +67,7 @@ OF_ROWS: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str, str, str]] =
     "little trained": ([turns("x " * 300, "y")] * 1, {}, "trained-share", "warning", "% of the tokens"),
     "all trained": (GOOD, {"train_on_prompt": True}, "trained-share", "warning", "% of the tokens"),
     "an empty turn": ([*GOOD, turns("  ", "nothing to say?")], {}, "empty-turns", "warning", "rows.jsonl:11"),
+    "an empty answer": ([*GOOD, turns("x", "")], {"max_dropped": 1.0}, "empty-turns", "warning", "no other to train"),
     "mojibake": ([*GOOD, turns("x", "itâ€™s a cafÃ©")], {}, "damaged-text", "warning", "rows.jsonl:11 has 'â€™'"),
     "a lost byte": ([*GOOD, turns("x", "caf\ufffd")], {}, "damaged-text", "warning", "rows.jsonl:11"),
     "rendered before": (
@@ -188,7 +192,7 @@ def test_a_base_model_with_a_chat_template_is_found(findings: Find, make_model: 
     assert severity == "warning"
     assert "<|im_end|>, <|im_start|>" in seen
     assert [severity for severity, _ in of("base-model", findings(GOOD, model=model))] == ["note"], "all is trained"
-    trained = {"lora.modules_to_save": ["embed_tokens"]}
+    trained = {"lora.modules_to_save": ["embed_tokens", "lm_head"]}
     assert [s for s, _ in of("base-model", findings(GOOD, model=model, plugins=lora, settings=trained))] == ["note"]
     named = of("base-model", findings(GOOD, model=make_model(called="tiny-0.1B-Base"), plugins=lora))
     assert "calls itself a base model" in named[0][1]
@@ -279,6 +283,69 @@ def invoke(*arguments: str) -> Any:
     from sftx.cli import main
 
     return CliRunner().invoke(main, ["doctor", "--model", "sftx:tiny", "--plugin", "chatml", *arguments])
+
+
+def _options_in(advice: str) -> list[list[str]]:
+    """Return the options that an advice names, each with its value."""
+    from sftx.cli.doctor import command
+
+    switches = [option for option in command.params if isinstance(option, click.Option) and option.is_flag]
+    names = {name for option in switches for name in (*option.opts, *option.secondary_opts)}
+    named = re.findall(r"(--[a-z][a-z-]+)(?: ('[^']+'|[^\s,;:()]+))?", advice)
+    return [[name] if name in names or not value else [name, *shlex.split(value)] for name, value in named]
+
+
+_LONG = turns("x", "y " * 300)
+FOLLOWED: dict[str, tuple[list[dict[str, Any]], list[str], str, int]] = {
+    "unreadable rows": ([*GOOD * 10, {"a": 1}], [], "unreadable-rows", 1),
+    "duplicates": ([*GOOD, GOOD[3]], [], "duplicated-rows", 1),
+    "cut rows": ([*GOOD * 10, _LONG], ["--max-length", "200"], "cut-rows", 2),
+    "every answer cut": ([_LONG], ["--max-length", "50"], "stop-tokens", 1),
+    "no end": (GOOD, ["--no-train-turn-end"], "stop-tokens", 1),
+    "all trained": (GOOD, ["--train-on-prompt"], "trained-share", 1),
+    "much padding": ([*GOOD, _LONG], [], "full-batches", 1),
+    "a base model": (GOOD, ["--plugin", "lora"], "base-model", 3),
+    "another template": (GOOD, [], "own-template", 1),
+    "beyond the model": ([turns("x", "y " * 400)], [], "positions", 1),
+}
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_advice_that_is_followed_helps(
+    name: str, make_view: Callable[..., Any], make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Each option that a finding names is given to the same command, and the finding is gone, or no error any more."""
+
+    def change(tokenizer: Any) -> None:
+        if name == "a base model":
+            tokenizer.chat_template = None
+        elif name == "another template":
+            tokenizer.chat_template = (
+                "{% for m in messages %}{{ m.role + ': ' + m.content + '<|im_end|>' }}{% endfor %}"
+            )
+
+    rows, options, check, num_remedies = FOLLOWED[name]
+    make_view(rows)
+    limits = {"max_position_embeddings": 128} if name == "beyond the model" else {}
+    base = ["--model", str(make_model(change, **limits)), "--data", str(tmp_path / "rows.jsonl")]
+
+    def found(*arguments: str) -> list[dict[str, str]]:
+        from sftx.cli import main
+
+        template = [] if {"alpaca-template", "vicuna", "tokenizer"} & set(arguments) else ["--plugin", "chatml"]
+        done = CliRunner().invoke(main, ["doctor", "--json", *base, *template, *arguments])
+        assert done.stdout, done.stderr
+        findings = json.loads(done.stdout)["findings"]
+        return [one for one in findings if one["check"] == check and not one["fix"].startswith("nothing")]
+
+    (first,) = found(*options)
+    remedies = _options_in(first["fix"])
+    assert len(remedies) == num_remedies, first["fix"]
+    for remedy in remedies:
+        is_instead = options and options[0].replace("--no-", "--") == remedy[0].replace("--no-", "--") != "--plugin"
+        after = found(*([] if is_instead else options), *remedy)
+        is_left_out = check == "unreadable-rows" and [one["severity"] for one in after] == ["warning"]
+        assert after == [] or is_left_out, (remedy, after)
 
 
 def test_the_exit_code_says_whether_there_is_an_error(make_view: Callable[..., Any], tmp_path: Path) -> None:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from sftx.data.dataset import Dataset
 from sftx.data.encoder import Encoder
+from sftx.data.ledger import Entry
 from sftx.data.row_encoder import EncodedRow, parse_record
 from sftx.errors import DataError
 from sftx.inspection.dataset_view import DatasetView
 from sftx.inspection.diagnosis.mojibake import find_mojibake
-from sftx.types import Conversation, Parsed, PlainText
+from sftx.types import Conversation, ModelSpec, Parsed, PlainText
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
@@ -72,6 +73,12 @@ class CheckInputs:
     def encoder(self) -> Encoder:
         return self.view.pipeline.encoder
 
+    @cached_property
+    def spec(self) -> ModelSpec:
+        from sftx.model.load import load_spec
+
+        return load_spec(self.view.pipeline.model, trust_remote_code=self.view.config.trust_remote_code)
+
     def adapters(self) -> list[str]:
         """Return the names of the adapter plugins; without one, all weights are trained."""
         return [active.info.name for active in self.view.pipeline.assembly.providers("sftx_adapter")]
@@ -104,6 +111,16 @@ class CheckInputs:
             if any(_has_empty_turn(part) for part in parsed):
                 problems.empty_turns.append(str(where))
         return problems
+
+
+def cut_entries(data: Dataset) -> list[Entry]:
+    """Return the entries of rows that were longer than max_length and are cut."""
+    return [entry for entry in data.ledger.entries if entry.action == "cut"]
+
+
+def longest_row(data: Dataset) -> int:
+    """Return the length of the longest row before rows were cut, in tokens."""
+    return max((entry.length for entry in cut_entries(data)), default=0)
 
 
 Check = Callable[[CheckInputs], Iterator[Finding]]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from sftx.errors import ConfigError, DataError
-from sftx.inspection.diagnosis.check_inputs import Check, CheckInputs, Finding
+from sftx.inspection.diagnosis.check_inputs import Check, CheckInputs, Finding, cut_entries, longest_row
 from sftx.types import Conversation, Message
 
 _BASE_MODEL_NAME: Final = re.compile(r"(^|[-_.])base($|[-_.])", re.IGNORECASE)
@@ -62,9 +62,11 @@ def stop_tokens(inputs: CheckInputs) -> Iterator[Finding]:
             "warning" if is_intended else "error",
             "stop-tokens",
             f"no example trains {stop}, which ends an answer, so the model does not learn to stop",
-            "omit --no-train-turn-end"
+            "train it with --train-turn-end"
             if is_intended
-            else "raise data.max_length if every row is cut; see `sftx inspect`",
+            else f"--max-length {longest_row(train)} cuts no row"
+            if cut_entries(train)
+            else "see with `sftx inspect` what the rows train",
         )
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id:
         yield Finding(
@@ -103,8 +105,8 @@ def own_template(inputs: CheckInputs) -> Iterator[Finding]:
             "warning" if name == next(iter(_TEST_CONVERSATIONS)) else "note",
             "own-template",
             f"{name}: token {at}, after {before!r}, is {a} by the run's template and {b} by the tokenizer's own",
-            "--plugin tokenizer trains with the tokenizer's own template, as the model was; with another one it has "
-            "to learn the form anew",
+            "--plugin tokenizer, in place of the run's template, trains with the tokenizer's own, as the model was; "
+            "with another one it has to learn the form anew",
         )
         return  # a difference in the first conversation shows in the second too
 
@@ -188,17 +190,33 @@ def base_model(inputs: CheckInputs) -> Iterator[Finding]:
         return
     why = "has no chat template" if tokenizer.chat_template is None else "calls itself a base model"
     names = ", ".join(controls[:4]) + (", ..." if len(controls) > 4 else "")
-    adapters = inputs.adapters()
-    fix = "use the model's instruct variant, or a template of plain text, such as alpaca or vicuna"
-    if "lora" in adapters:
-        fix += "; or train their embeddings: --set 'lora.modules_to_save=[embed_tokens, lm_head]'"
-    saved = [a.options.get("modules_to_save") for a in inputs.view.pipeline.assembly.providers("sftx_adapter")]
+    is_trained, advice = _trains_embeddings(inputs)
     yield Finding(
-        "warning" if adapters and not any(saved) else "note",
+        "note" if is_trained else "warning",
         "base-model",
         f"the model {why}: it has hardly been trained on the control tokens {names}",
-        fix if adapters else "nothing; all weights are trained, their embeddings too",
+        "nothing; their embeddings are trained too"
+        if is_trained
+        else "use the model's instruct variant, or a template of plain text in place of this one: --plugin "
+        f"alpaca-template or --plugin vicuna{advice}",
     )
+
+
+def _trains_embeddings(inputs: CheckInputs) -> tuple[bool, str]:
+    """Return whether the run trains the input embedding and the output head, and what else to do if it does not."""
+    adapters = inputs.adapters()
+    if not adapters:
+        return True, ""
+    model = inputs.spec.skeleton
+    parts = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = [next(path for path, other in model.named_modules() if other is part) for part in parts]
+    endings: set[str] = set()
+    for active in inputs.view.pipeline.assembly.providers("sftx_adapter"):
+        endings.update(active.options.get("modules_to_save") or ())
+    if all(any(f".{name}".endswith(f".{ending}") for ending in endings) for name in names):
+        return True, ""
+    short = ", ".join(name.rpartition(".")[2] for name in names)
+    return False, f"; or train their embeddings: --set 'lora.modules_to_save=[{short}]'" * ("lora" in adapters)
 
 
 def untrained_weights(inputs: CheckInputs) -> Iterator[Finding]:
@@ -206,20 +224,18 @@ def untrained_weights(inputs: CheckInputs) -> Iterator[Finding]:
     import torch
 
     from sftx.model.language_model import CausalLM
-    from sftx.model.load import load_spec
 
     adapters = inputs.adapters()
     if not adapters and inputs.model_config.get_text_config() is inputs.model_config:
         return
-    spec = load_spec(inputs.view.pipeline.model, trust_remote_code=inputs.view.config.trust_remote_code)
     try:
-        made = inputs.view.pipeline.assembly.adapters(spec)
+        made = inputs.view.pipeline.assembly.adapters(inputs.spec)
     except ConfigError as error:
         yield Finding(
             "error", "untrained-weights", str(error), "choose what this model allows, or leave the plugin out"
         )
         return
-    lm = CausalLM(spec.skeleton, inputs.model_tokenizer)
+    lm = CausalLM(inputs.spec.skeleton, inputs.model_tokenizer)
     with torch.device("meta"):
         lm.attach(made)
     for line in lm.untrained_parts():
@@ -243,7 +259,7 @@ def positions(inputs: CheckInputs) -> Iterator[Finding]:
             "warning",
             "positions",
             f"the longest example has {longest:,} tokens, the model was made for {limit:,}",
-            f"lower data.max_length to {limit}",
+            f"--max-length {limit} cuts it",
         )
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from sftx.data.dataset import Examples
 from sftx.inspection.dataset_statistics import dataset_statistics
 from sftx.inspection.dataset_view import Split, is_unreadable
-from sftx.inspection.diagnosis.check_inputs import Check, CheckInputs, Finding
+from sftx.inspection.diagnosis.check_inputs import Check, CheckInputs, Finding, cut_entries, longest_row
 
 _MAX_PLACES: Final = 3
 """A finding names at most so many rows."""
@@ -130,7 +130,7 @@ def _digest(token_ids: NDArray[np.int32], more: bytes = b"") -> bytes:
 def cut_rows(inputs: CheckInputs) -> Iterator[Finding]:
     """Find rows that are longer than max_length, and answers whose stop token is cut off."""
     train, examples = inputs.train, inputs.train.examples
-    cut = {str(entry.where) for entry in train.ledger.entries if entry.action == "cut"}
+    cut = {str(entry.where) for entry in cut_entries(train)}
     if not cut:
         return
     num_without_stop = 0
@@ -145,8 +145,8 @@ def cut_rows(inputs: CheckInputs) -> Iterator[Finding]:
         "cut-rows",
         f"{_count_rows(len(cut), 'is', 'are')} cut ({share:.1%}) to max_length="
         f"{inputs.view.config.data.max_length}{detail}",
-        "raise data.max_length, or choose with --long-rows what is cut (cut_oldest keeps whole answers, drop leaves "
-        "the row out)",
+        f"--max-length {longest_row(train)} cuts none, --long-rows drop leaves them out; data.long_rows has other ways "
+        "to cut (cut_oldest keeps whole answers)",
     )
 
 
@@ -161,17 +161,27 @@ def trained_share(inputs: CheckInputs) -> Iterator[Finding]:
         fix = "check with `sftx inspect` that the answers are trained; all other tokens are only context"
         yield Finding("warning", "trained-share", seen, fix)
     if share > _MANY_LABELS:
-        fix = "prompts are trained too, which is rarely intended: omit --train-on-prompt, check data.train_roles"
+        fix = "prompts are trained too, which is rarely intended: " + (
+            "--no-train-on-prompt trains the answers alone"
+            if inputs.view.config.data.train_on_prompt
+            else "see with `sftx inspect` what is trained"
+        )
         yield Finding("warning", "trained-share", seen, fix)
 
 
 def empty_turns(inputs: CheckInputs) -> Iterator[Finding]:
     """Find conversations with a turn that has no text and no tool call."""
+    dropped = {str(entry.where) for entry in inputs.train.ledger.entries if entry.action == "dropped"}
     places = inputs.text_problems.empty_turns
-    if places:
-        seen = f"{_count_rows(len(places), 'has', 'have')} an empty turn: {_join_places(places)}"
+    if kept := [place for place in places if place not in dropped]:
+        seen = f"{_count_rows(len(kept), 'has', 'have')} an empty turn: {_join_places(kept)}"
         fix = "remove the turn or the row; a trained empty turn teaches the model to answer nothing"
         yield Finding("warning", "empty-turns", seen, fix)
+    if left_out := [place for place in places if place in dropped]:
+        seen = (
+            f"{_count_rows(len(left_out), 'has', 'have')} an empty turn and no other to train: {_join_places(left_out)}"
+        )
+        yield Finding("warning", "empty-turns", seen, "fill the turn or remove the row; the run leaves it out")
 
 
 def damaged_text(inputs: CheckInputs) -> Iterator[Finding]:
