@@ -5,6 +5,7 @@ https://json-schema.org/draft/2020-12
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -29,9 +30,18 @@ def run_file_schema(classes: Mapping[str, type]) -> dict[str, Any]:
     for definition in definitions.values():
         if definition.get("type") == "object" and "properties" in definition:
             definition.setdefault("additionalProperties", False)
+    groups = {section: run["properties"][section] for section in SECTION_CLASSES}
+    groups |= {f"plugins.{name}": schemas[name, "validation"] for name in classes}
+    # The same options under their dotted names. As patterns they are checked, and no editor proposes them twice.
+    run["patternProperties"] = {
+        f"^{re.escape(f'{group}.{name}')}$": option
+        for group, schema in groups.items()
+        for name, option in definitions[schema["$ref"].rpartition("/")[2]].get("properties", {}).items()
+    }
     for section in SECTION_CLASSES:
         run["properties"][section] = {"anyOf": [run["properties"][section], {"type": "null"}]}
     options = {name: {"anyOf": [schemas[name, "validation"], {"type": "null"}]} for name in classes}
+    run["patternProperties"] |= {f"^{re.escape(f'plugins.{name}')}$": option for name, option in options.items()}
     run["properties"]["plugins"] = {
         "description": run["properties"]["plugins"]["description"],
         "anyOf": [

@@ -515,7 +515,8 @@ TABLE: Final[Mapping[str, tuple[Row, ...]]] = {
         ),
         _row("interleave_probs", _not_here("write a weight for each source of data.train: {path: ..., weight: 0.3}")),
         _row(
-            "max_length cutoff_len max_seq_length max_seq_len sequence_len model_max_length max_tokens",
+            "max_length cutoff_len max_seq_length max_seq_len seq_len seq_length sequence_len "
+            "model_max_length max_tokens",
             _to("data.max_length"),
         ),
         _row(
@@ -707,7 +708,7 @@ TABLE: Final[Mapping[str, tuple[Row, ...]]] = {
         _row(
             "use_rslora peft_use_rslora",
             (False, _leave_out()),
-            _not_here("its scale is lora_alpha / sqrt(r): write plugins.lora.lora_alpha times sqrt(r)"),
+            _not_here("plugins.lora.lora_alpha times sqrt(r) has the same scale"),
         ),
         _row(
             (

@@ -144,12 +144,20 @@ def answered(unknown: Iterable[UnknownOption], given: Mapping[str, Any]) -> list
     plugins = {entry.name for entry in importlib.metadata.entry_points(group=ENTRY_POINTS)}
     answers = []
     for option in found:
-        made = other_tools.answer(option.leaf, option.value, beside)
+        made = other_tools.answer(option.leaf.replace("-", "_"), option.value, beside)
         if made is None and option.leaf in plugins and "." not in option.name:
             options = option.value if isinstance(option.value, dict) else {}
             made = other_tools.Answer("write", {f"plugins.{option.leaf}": options}, "plugins stand under `plugins:`")
         answers.append(replace(option, answer=made))
     return answers
+
+
+def asks_for_nothing(name: str, value: Any) -> bool:
+    """Return whether an option of ours with this value asks for nothing in another tool, as `max_steps: -1` does."""
+    from sftx.config import other_tools
+
+    made = other_tools.answer(name, value, {})
+    return made is not None and made.kind == "leave out"
 
 
 def note(harmless: Sequence[UnknownOption]) -> None:

@@ -120,6 +120,8 @@ def _explain(errors: list[ErrorDetails], cls: type, who: str, prefix: str, origi
     expected = " or ".join(dict.fromkeys(map(_expected, same_option)))
     is_typed = where[:1] != [] and where[0].startswith("--")
     advice = _advice(error["input"], {other["type"] for other in same_option}, in_shell=is_typed)
+    if not advice and not prefix and unknown_options.asks_for_nothing(path[-1], error["input"]):
+        advice = "; leave it out"
     return f"{start}: got {_shown(error['input'])}, expected {expected}{advice}"
 
 

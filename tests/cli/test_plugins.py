@@ -201,6 +201,7 @@ GOOD = [
     "data: {train: a.jsonl, eval: [b.jsonl, c.csv], max_dropped: 1}\n",
     "train: {learning_rate: 2e-4, num_train_epochs: 3, max_steps: null, warmup_steps: 0.1, bf16: true}\n",
     "generation: {max_rows: 5}\nwithout: [progress]\noutput_dir: out\ntrust_remote_code: false\n",
+    "train.seed: 1\nplugins.lora.r: 4\nplugins.chatml: {}\ndata.train: a.jsonl\n",
 ]
 BAD = [
     "modell: x\n",
@@ -214,6 +215,9 @@ BAD = [
     "train: {learning_rate: 0}\n",
     "train: {lr_scheduler_type: step}\n",
     "train: [1]\n",
+    "train.sead: 1\n",
+    "train.seed: x\n",
+    "plugins.lora.r: 0\n",
     "trust_remote_code: yes\n",
 ]
 

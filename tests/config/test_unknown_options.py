@@ -300,6 +300,9 @@ def load_error(text: str, *assignments: tuple[str, Any, str], **options: Any) ->
         ("seeed: 1", "option 'seeed' does not exist; did you mean 'train.seed'?"),
         ("train: {max_lenght: 1}", "option 'train.max_lenght' does not exist; did you mean 'data.max_length'?"),
         ("generation: {zzz: 1}", "does not exist; known are max_new_tokens, max_rows, num_samples, batch_size"),
+        ("max-steps: 5", "option 'max-steps' does not exist; write train.max_steps: 5"),
+        ("train: {max_steps: -1}", "got -1, expected a number greater than or equal to 1; leave it out"),
+        ("train: {bf16: auto}", 'got "auto", expected true or false; leave it out'),
         ("max_samples: 5", "does not exist; write data.train: [{path: ..., limit: 5}] (of each source)"),
     ],
 )
