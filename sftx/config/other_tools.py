@@ -187,6 +187,9 @@ def _dataset(target: str) -> Rule:
 _AXOLOTL_TYPES: Final = {"alpaca": "alpaca", "sharegpt": "sharegpt", "completion": "text"}
 
 
+_SOURCE_KEYS: Final = ("path", "data_files", "name", "subset", "split", "type", "field_messages", "field", "ds_type")
+
+
 def _axolotl_source(entry: Any) -> Any:
     """A source of Axolotl's `datasets`, or of TRL's."""
     if not isinstance(entry, dict):
@@ -212,9 +215,55 @@ def _source_list(target: str) -> Rule:
 
     def make(value: Any, _: Given) -> Answer:
         entries = value if isinstance(value, list) else [value]
-        return Answer("write", {target: [_axolotl_source(entry) for entry in entries]}, why)
+        lost = {key for entry in entries if isinstance(entry, dict) for key in entry if key not in _SOURCE_KEYS}
+        lost_text = f"; not carried over: {', '.join(sorted(lost))}" if lost else ""
+        return Answer("write", {target: [_axolotl_source(entry) for entry in entries]}, f"{why}{lost_text}")
 
     return _made(make, target, why=why)
+
+
+def _is_packed(given: Given) -> bool:
+    return any(given.get(name) for name in ("packing", "sample_packing", "neat_packing")) or "plugins.packed" in given
+
+
+def _padded(option: str) -> Rule:
+    """An option of the plugin `padded`, which packed rows do without."""
+
+    def make(value: Any, given: Given) -> Answer:
+        if _is_packed(given):
+            return Answer("leave out", why="packed rows have no padding")
+        return Answer("write", {f"plugins.padded.{option}": value})
+
+    return _made(make, f"plugins.padded.{option}")
+
+
+def _tokenizer_template(option: str, why: str) -> Rule:
+    """An option of the tokenizer's own template, which a template by a plugin of its own has not."""
+
+    def make(value: Any, given: Given) -> Answer:
+        named = given.get("template", given.get("chat_template"))
+        if named is not None and _template(named, given).write != {"plugins.tokenizer": {}}:
+            return Answer("not here", why=why)
+        return Answer("write", {f"plugins.tokenizer.{option}": value})
+
+    return _made(make, f"plugins.tokenizer.{option}", why=f"with the tokenizer's own template; else {why}")
+
+
+def _of_tracker(plugin: str, option: str) -> Rule:
+    """An option of a tracker, which means nothing where the run does not report to it."""
+
+    def make(value: Any, given: Given) -> Answer:
+        if plugin in str(given.get("report_to")) or given.get("report_to") == "all" or f"plugins.{plugin}" in given:
+            return Answer("write", {f"plugins.{plugin}.{option}": value})
+        return Answer("leave out", why=f"without report_to: {plugin} it has no effect")
+
+    return _made(make, f"plugins.{plugin}.{option}")
+
+
+def _save_best(_: Any, given: Given) -> Answer:
+    if "metric_for_best_model" in given or "train.metric_for_best_model" in given:
+        return Answer("leave out", why="train.metric_for_best_model has the best checkpoint saved")
+    return Answer("write", {"train.metric_for_best_model": "loss"})
 
 
 def _test_split(value: Any, given: Given) -> Answer:
@@ -252,7 +301,9 @@ def _template(value: Any, _: Given) -> Answer:
     return Answer("write", {"plugins.tokenizer": {}}, "the template that the tokenizer brings")
 
 
-def _dtype(value: Any, _: Given) -> Answer:
+def _dtype(value: Any, given: Given) -> Answer:
+    if {"bf16", "fp16", "train.bf16", "train.fp16"} & set(given):
+        return Answer("leave out", why="bf16 and fp16 say what is computed in; trained weights are in fp32")
     name = str(value).removeprefix("torch.").lower()
     if name in ("bfloat16", "bf16"):
         return Answer("write", {"train.bf16": True})
@@ -330,7 +381,10 @@ def _sharding(value: Any, _: Given) -> Answer:
     if any(word in text for word in ("z0", "zero0", "no_shard")):
         return Answer("leave out", why="several processes hold the whole model each by default: sftx run --nproc N")
     options: dict[str, Any] = {"train.distributed": "fsdp2"}
-    if any(part in text for part in ('offload_params": true', "offload.json", "_offload", '"offload', "cpuoffload")):
+    settings = (
+        {**value, **(value.get("zero_optimization") or {})} if isinstance(value, dict) else {text: "offload" in text}
+    )
+    if any("offload" in name and setting not in (False, None) for name, setting in settings.items()):
         options["train.fsdp_offload"] = True
     return Answer("write", options, "shards of every layer, with sftx run --nproc N")
 
@@ -349,12 +403,17 @@ def _adapter_options(value: Any, given: Given) -> Answer:
     if str(value.get("name", value.get("peft_type", "lora"))).lower() != "lora":
         return Answer("not here", why="lora is the adapter that there is")
     options: dict[str, Any] = {"plugins.lora": {}}
+    lost: list[str] = []
     for name, setting in value.items():
-        inner = answer(name, setting, {**given, **value}) if name != "name" else None
+        if name == "name":
+            continue
+        inner = answer(name, setting, {**given, **value})
         if inner is not None and inner.kind == "write":
             options.pop("plugins.lora", None)
             options |= inner.write
-    return Answer("write", options)
+        elif inner is None or inner.kind == "not here":
+            lost.append(name)
+    return Answer("write", options, f"not carried over: {', '.join(lost)}" if lost else "")
 
 
 def _special_tokens(value: Any, _: Given) -> Answer:
@@ -513,6 +572,11 @@ TABLE: Final[Mapping[str, tuple[Row, ...]]] = {
             (int, _not_here("a number of rows: write a share of them as data.eval_fraction")),
             _to("data.eval_fraction"),
         ),
+        _row(
+            "mix_strategy",
+            ("interleave_once", _not_here("data.mix_strategy is concat, interleave_under or interleave_over")),
+            _to("data.mix_strategy"),
+        ),
         _row("interleave_probs", _not_here("write a weight for each source of data.train: {path: ..., weight: 0.3}")),
         _row(
             "max_length cutoff_len max_seq_length max_seq_len seq_len seq_length sequence_len "
@@ -551,11 +615,11 @@ TABLE: Final[Mapping[str, tuple[Row, ...]]] = {
         ),
         _row(
             "padding_free batch_flattening",
-            (True, _write({"plugins.padded.padding_free": True})),
+            (True, _padded("padding_free")),
             ("auto", _leave_out()),
             (False, _leave_out()),
         ),
-        _row("pad_to_multiple_of", ("auto", _leave_out()), _to("plugins.padded.pad_to_multiple_of")),
+        _row("pad_to_multiple_of", ("auto", _leave_out()), _padded("pad_to_multiple_of")),
         _row("pad_to_sequence_len", _leave_out("rows are padded to the longest of a micro-batch")),
         _row(
             "group_by_length",
@@ -603,17 +667,14 @@ TABLE: Final[Mapping[str, tuple[Row, ...]]] = {
         ),
         _row("chat_template_path", _to("plugins.tokenizer.template")),
         _row("chat_template_jinja", _not_here("write it into a file and name that: plugins.tokenizer.template")),
-        _row("chat_template_kwargs", _to("plugins.tokenizer.template_kwargs")),
+        _row(
+            "chat_template_kwargs",
+            _tokenizer_template("template_kwargs", "a template that is a plugin has options of its own"),
+        ),
         _row(
             "enable_thinking preserve_thinking",
             (True, _leave_out("reasoning in the rows is trained")),
-            (
-                False,
-                _write(
-                    {"plugins.tokenizer.enable_thinking": False},
-                    why="for the tokenizer's own template; plugins.qwen3.thinking for Qwen3's",
-                ),
-            ),
+            (False, _tokenizer_template("enable_thinking", "plugins.qwen3.thinking says what becomes of reasoning")),
         ),
         _row("eot_tokens tool_format", _leave_out("the template says how turns end and tools are written")),
         _row(
@@ -951,7 +1012,7 @@ TABLE: Final[Mapping[str, tuple[Row, ...]]] = {
         _row("mlflow_tracking_uri", _to("plugins.mlflow.tracking_uri")),
         _row("mlflow_experiment_name", _to("plugins.mlflow.experiment")),
         _row("use_tensorboard", (True, _plugin("tensorboard")), (False, _leave_out())),
-        _row("logging_dir", _to("plugins.tensorboard.log_dir")),
+        _row("logging_dir", _of_tracker("tensorboard", "log_dir")),
         _row(
             (
                 "hf_mlflow_log_artifacts use_comet comet_* use_trackio trackio_* use_swanlab swanlab_* "
@@ -960,7 +1021,7 @@ TABLE: Final[Mapping[str, tuple[Row, ...]]] = {
             (False, _leave_out()),
             _not_here(_OTHER_TRACKER),
         ),
-        _row("project", ("huggingface", _leave_out()), _to("plugins.wandb.project")),
+        _row("project", ("huggingface", _leave_out()), _of_tracker("wandb", "project")),
         _row("logging_steps", *_whole_number("train.logging_steps")),
         _row(
             "logging_strategy",
@@ -988,7 +1049,7 @@ TABLE: Final[Mapping[str, tuple[Row, ...]]] = {
             "save_strategy",
             ("steps", _leave_out()),
             ("no", _leave_out("a checkpoint is saved every 30 minutes, and the result at the end")),
-            ("best", _write({"train.metric_for_best_model": "loss"})),
+            ("best", _made(_save_best, "train.metric_for_best_model: loss")),
             _not_here("train.save_steps takes a number of steps"),
         ),
         _row("save_steps", *_whole_number("train.save_steps")),

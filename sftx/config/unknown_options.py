@@ -50,6 +50,11 @@ class UnknownOption:
     def is_flag(self) -> bool:
         return self.is_typed and not self.place.startswith("--set ")
 
+    def title(self) -> str:
+        """Return where the option stands and its name, or what was typed."""
+        title = self.place if self.is_typed or self.is_keyword else f"{self.place}: {self.name}".removeprefix(": ")
+        return one_line(ConfigError(title), max_chars=200)
+
     def to_write(self) -> list[str]:
         """Return what to write instead, one text for each option: a line of a run file, flags, or a Python keyword."""
         options = self.answer.write if self.answer else {}
@@ -114,18 +119,16 @@ class UnknownOptionsError(ConfigError):
         lines = [f"{len(wrong)} options do not exist here; what to write instead of each:"]
         written: dict[str, str] = {}
         for option in wrong:
-            start = (
-                option.place
-                if option.is_typed or option.is_keyword
-                else f"{option.place}: {option.name}".removeprefix(": ")
-            )
-            start = one_line(ConfigError(start), max_chars=200)
-            targets = list(option.answer.write) if option.answer else []
-            if targets and all(target in written for target in targets):
-                lines.append(f"  {start}: leave it out: {written[targets[0]]} says it")
-                continue
-            written |= dict.fromkeys(targets, option.leaf)
-            lines.append(f"  {start}: {one_line(ConfigError(option.advice(alone=False)), max_chars=600)}")
+            if option.answer is not None and option.answer.kind == "write":
+                # What two options ask for is written once, where the first of them stands.
+                new = {name: value for name, value in option.answer.write.items() if name not in written}
+                if not new:
+                    said_by = written[next(iter(option.answer.write))]
+                    lines.append(f"  {option.title()}: leave it out: {said_by} says it")
+                    continue
+                written |= dict.fromkeys(new, option.leaf)
+                option = replace(option, answer=replace(option.answer, write=new))
+            lines.append(f"  {option.title()}: {one_line(ConfigError(option.advice(alone=False)), max_chars=600)}")
         if harmless := [option.leaf for option in self.unknown if is_harmless(option)]:
             lines.append(f"  these may stay, as they ask for nothing here: {', '.join(harmless)}")
         return lines

@@ -179,6 +179,7 @@ def test_what_is_written_exists_here_and_has_a_type_that_fits() -> None:
         ("lora_target", "all", {}, "write", {"plugins.lora.target_modules": "all-linear"}),
         ("lora_target", "q_proj, v_proj", {}, "write", {"plugins.lora.target_modules": ["q_proj", "v_proj"]}),
         ("target_modules", ["q_proj"], {}, "write", {"plugins.lora.target_modules": ["q_proj"]}),
+        ("seq_length", 8, {}, "write", {"data.max_length": 8}),
         ("lora_rank", 8, {}, "write", {"plugins.lora.r": 8, "plugins.lora.lora_alpha": 16}),
         ("lora_rank", 8, {"lora_alpha": 32}, "write", {"plugins.lora.r": 8}),
         ("lora_r", 8, {}, "write", {"plugins.lora.r": 8}),
@@ -193,6 +194,10 @@ def test_what_is_written_exists_here_and_has_a_type_that_fits() -> None:
          {"train.distributed": "fsdp2", "train.fsdp_offload": True}),
         ("fsdp", ["full_shard", "auto_wrap"], {}, "write", {"train.distributed": "fsdp2"}),
         ("fsdp", "", {}, "leave out", {}),
+        ("fsdp", "full_shard offload", {}, "write", {"train.distributed": "fsdp2", "train.fsdp_offload": True}),
+        ("fsdp_config", {"fsdp_offload_params": False}, {"fsdp": "x"}, "write", {"train.distributed": "fsdp2"}),
+        ("deepspeed", {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}, {}, "write",
+         {"train.distributed": "fsdp2", "train.fsdp_offload": True}),
         ("report_to", "none", {}, "leave out", {}),
         ("report_to", ["wandb", "swanlab"], {}, "write", {"plugins.wandb": {}}),
         ("report_to", "swanlab", {}, "not here", {}),
@@ -209,6 +214,19 @@ def test_what_is_written_exists_here_and_has_a_type_that_fits() -> None:
         ("dataset_name", "d", {"dataset_text_field": "c", "dataset_config": "e"}, "write",
          {"data.train": [{"path": "d", "subset": "e", "columns": {"text": "c"}}]}),
         ("val_size", 0.1, {}, "write", {"data.eval_fraction": 0.1}),
+        ("pad_to_multiple_of", 8, {}, "write", {"plugins.padded.pad_to_multiple_of": 8}),
+        ("pad_to_multiple_of", 8, {"packing": True}, "leave out", {}),
+        ("padding_free", True, {"packing": True}, "leave out", {}),
+        ("enable_thinking", False, {"template": "qwen3"}, "not here", {}),
+        ("enable_thinking", False, {}, "write", {"plugins.tokenizer.enable_thinking": False}),
+        ("logging_dir", "logs", {"report_to": "tensorboard"}, "write", {"plugins.tensorboard.log_dir": "logs"}),
+        ("logging_dir", "logs", {}, "leave out", {}),
+        ("dtype", "float32", {"bf16": True}, "leave out", {}),
+        ("dtype", "float32", {}, "write", {"train.bf16": False}),
+        ("save_strategy", "best", {"metric_for_best_model": "rouge1"}, "leave out", {}),
+        ("peft_config", {"name": "lora", "r": 4, "use_dora": True}, {}, "write", {"plugins.lora.r": 4}),
+        ("mix_strategy", "interleave_once", {}, "not here", {}),
+        ("mix_strategy", "concat", {}, "write", {"data.mix_strategy": "concat"}),
         ("bias", "none", {}, "leave out", {}),
         ("bias", "all", {}, "not here", {}),
         ("learning_rate", 1e-4, {}, "write", {"train.learning_rate": 1e-4}),
@@ -229,6 +247,15 @@ def test_names_of_datasets_are_looked_up_in_llama_factorys_list(tmp_path: Path) 
     assert made is not None
     assert [source["path"] for source in made.write["data.train"]] == [str(tmp_path / "a.json"), "x/b", "c"]
     assert [source["limit"] for source in made.write["data.train"]] == [5, 5, 5]
+
+
+def test_what_is_not_carried_over_from_a_mapping_is_said() -> None:
+    sources = answer("datasets", [{"path": "a", "type": "alpaca", "message_property_mappings": {}, "shards": 2}], {})
+    adapter = answer("peft_config", {"name": "lora", "r": 4, "use_dora": True}, {})
+    assert sources is not None
+    assert sources.why.endswith("not carried over: message_property_mappings, shards")
+    assert adapter is not None
+    assert adapter.why == "not carried over: use_dora"
 
 
 def test_nothing_of_sftx_has_another_meaning_there() -> None:

@@ -343,6 +343,9 @@ def test_what_two_options_write_is_written_once() -> None:
         "  run.yaml:1: cutoff_len: write data.max_length: 128",
         "  run.yaml:2: max_seq_length: leave it out: cutoff_len says it",
     ]
+    lines = load_error("fsdp: full_shard\nfsdp_config: {fsdp_version: 2, offload_params: true}\n")
+    assert lines[1].endswith("fsdp: write train.distributed: fsdp2 (shards of every layer, with sftx run --nproc N)")
+    assert lines[2].endswith("fsdp_config: write train.fsdp_offload: true")
 
 
 def test_what_asks_for_nothing_is_left_out_with_one_line(caplog: pytest.LogCaptureFixture) -> None:
