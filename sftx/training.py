@@ -176,6 +176,10 @@ def _assemble(prepared: _Prepared, started: float) -> Session:
     # From here on torch and transformers are needed: seconds of imports, after everything that is quick to check.
     from sftx.checkpoint.checkpoint import Checkpoints
     from sftx.data.pipeline import build_pipeline
+    from sftx.inspection.dataset_view import DatasetView
+    from sftx.inspection.diagnosis.check_inputs import CheckInputs
+    from sftx.inspection.diagnosis.start_checks import log_start_checks
+    from sftx.model.generation import read_generation_settings
     from sftx.trainer import precision as precisions
     from sftx.trainer.evaluate import Evaluator
     from sftx.trainer.evidence import shown_rows
@@ -208,6 +212,13 @@ def _assemble(prepared: _Prepared, started: float) -> Session:
     _check_fit(config, sampler, lm, eval_data)
     for line in lm.untrained_parts():
         log.warning("%s: %s", config.model, line)
+
+    def check_start() -> None:
+        lm.tokenizer_entries = pipeline.saved_tokenizer.entries
+        view = DatasetView(config, pipeline, {"train": data, "eval": eval_data})
+        log_start_checks(CheckInputs(view, lm.model.config, read_generation_settings(pipeline.model)))
+
+    process_group.run_on_rank0(check_start)
     manifest = _manifest(config, assembly, pipeline, lm, precision, process_group)
     if directory.resumed:
         process_group.run_on_rank0(lambda: directory.check_inputs(manifest))
@@ -324,6 +335,7 @@ def _load_model(
     import torch
 
     from sftx.checkpoint.load_run import build_model
+    from sftx.inspection.diagnosis.start_checks import find_untrained_tokens
     from sftx.model.added_tokens import ids_of, untrained_rows
     from sftx.model.load import load_spec
     from sftx.trainer import parallel
@@ -349,6 +361,10 @@ def _load_model(
             f"--add-tokens: {' and '.join(map(str, adapters.values()))} would leave the rows of the added tokens "
             f"untrained in {' and '.join(untrained)}; lora trains them, or leave the adapter out"
         )
+    if not lm.head_weight.requires_grad:
+        embedding = cast(Any, lm.model.get_input_embeddings())
+        if (finding := find_untrained_tokens(pipeline, lm.head_weight, embedding.weight)) is not None:
+            log.warning("%s", finding)
     return lm
 
 

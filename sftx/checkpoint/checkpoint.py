@@ -21,10 +21,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sftx import atomic_files
-from sftx.checkpoint import layout, model_files, sharded_files
+from sftx.checkpoint import layout, model_card, model_files, sharded_files
 from sftx.distributed.dtensor import has_shards, is_sharded, local_shard, shard_like
 from sftx.distributed.process_group import ProcessGroup
 from sftx.errors import OutputError, PluginError, TrainingError
+from sftx.model import saved_tokenizer
 from sftx.model.language_model import CausalLM
 from sftx.model.load import load_model
 from sftx.types import ModelSpec
@@ -107,7 +108,11 @@ def _write_adapters_and_tokenizer(lm: CausalLM, directory: Path) -> None:
         adapter.save(place)
         if not any(place.glob("*.safetensors")):
             raise PluginError(f"{adapter}: save wrote no .safetensors file, so what was trained would be lost")
-    model_files.save_tokenizer(lm.tokenizer, directory)
+    saved_tokenizer.save(lm.tokenizer, directory, lm.tokenizer_entries)
+    if (directory / model_card.PEFT_CONFIG).exists() and lm.model.generation_config is not None:
+        # What loads an adapter takes the base model's settings; those that stop at the end of an answer lie beside it.
+        lm.model.generation_config.save_pretrained(directory)
+        model_card.write(directory, lm.tokenizer_entries.get("eos_token", lm.tokenizer.eos_token))
     if not lm.adapters:
         model_files.copy_processor(lm.model, directory)
 

@@ -1,4 +1,4 @@
-"""Writes what accompanies the weights of a model: configuration, generation settings, its own code, and the tokenizer.
+"""Writes what accompanies the weights of a model: configuration, generation settings and its own code.
 
 All of it comes from the base model, and transformers refuses to write some of what it reads. `check` therefore writes
 these files before the first step as they will be written at the end.
@@ -12,7 +12,7 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedConfig
@@ -21,23 +21,17 @@ from transformers.utils.hub import cached_file
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from sftx.errors import ModelError, one_line
+from sftx.model import saved_tokenizer
 from sftx.model.load import load_tokenizer
-from sftx.model.names import local_directory
 from sftx.model.trained_parts import is_multimodal
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from sftx.model.language_model import CausalLM
 
 log = logging.getLogger(__name__)
-
-_TOKENIZER_FILES: Final = (
-    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.tiktoken",
-    "*.py",
-)  # fmt: skip
-"""The files from which a tokenizer is loaded; its chat template is written anew."""
 
 
 def save_model(
@@ -59,27 +53,6 @@ def save_without_weights(model: PreTrainedModel, directory: Path) -> None:
     """Write a model's files but its weights."""
     save_model(model, directory, {})
     (directory / SAFE_WEIGHTS_NAME).unlink(missing_ok=True)  # without a tensor
-
-
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> Exception | None:
-    """Write the tokenizer. Where transformers cannot, copy the files that it was loaded from, and return the error.
-
-    Raises that error when the tokenizer has other tokens than its files, or those are not on this machine.
-    """
-    try:
-        tokenizer.save_pretrained(directory)
-        return None
-    except Exception as error:  # tokenizers that bring code of their own raise anything
-        source = local_directory(tokenizer.name_or_path)
-        if source is None:
-            raise
-        (directory / "chat_template.jinja").unlink(missing_ok=True)  # written before the error
-        shutil.rmtree(directory / "chat_templates", ignore_errors=True)
-        for file in {file for pattern in _TOKENIZER_FILES for file in source.glob(pattern) if file.is_file()}:
-            shutil.copyfile(file, directory / file.name)
-        if isinstance(tokenizer.chat_template, str):
-            (directory / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
-        return error
 
 
 def copy_processor(model: PreTrainedModel, directory: Path) -> None:
@@ -108,7 +81,7 @@ def check(lm: CausalLM, directory: Path, name: str, *, trust_remote_code: bool) 
             save_without_weights(lm.model, directory)
             copy_processor(lm.model, directory)
     with _explains(name, "tokenizer"):
-        if (error := save_tokenizer(lm.tokenizer, directory)) is None:
+        if (error := saved_tokenizer.save(lm.tokenizer, directory, lm.tokenizer_entries)) is None:
             return
         copied = load_tokenizer(str(directory), trust_remote_code=trust_remote_code)
         if copied.get_vocab() != lm.tokenizer.get_vocab():

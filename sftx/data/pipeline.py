@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from sftx.assembly.registry import Assembly
@@ -28,6 +28,8 @@ from sftx.model import names
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from sftx.model.saved_tokenizer import SavedTokenizer
+
 
 @dataclass
 class DataPipeline:
@@ -42,10 +44,24 @@ class DataPipeline:
     collator: CollatorStage
     added_tokens: tuple[str, ...]
     """Control tokens of the template that the tokenizer lacked."""
+    own_chat_template: str | None
+    """The chat template that the model came with; the tokenizer has the run's."""
+    trust_remote_code: bool = False
 
     @property
     def encoder(self) -> Encoder:
         return self.encode.encoder
+
+    @cached_property
+    def saved_tokenizer(self) -> SavedTokenizer:
+        """The tokenizer as it is saved with the result, read back from files."""
+        from sftx.model.load import load_config
+        from sftx.model.saved_tokenizer import save_and_read_back
+
+        trust = self.trust_remote_code
+        is_bare = trust or self.assembly.providers("sftx_adapter")  # code of the model's own reads its own config.json
+        model_type = None if is_bare else load_config(self.model).model_type
+        return save_and_read_back(self.tokenizer, self.encoder.stop_ids, model_type, trust_remote_code=trust)
 
     @property
     def encode_eval(self) -> RowEncoder:
@@ -109,6 +125,7 @@ def build_pipeline(config: RunConfig, assembly: Assembly, origins: Origins) -> D
     check_formats(config.data, origins, [active.info.name for active in assembly.providers("sftx_parser")])
     model = names.resolve(config.model)
     tokenizer = load_tokenizer(model, trust_remote_code=config.trust_remote_code)
+    own_chat_template = tokenizer.chat_template
     template = assembly.template(tokenizer)
     if template is not None and template.chat_template is not None:
         tokenizer.chat_template = template.chat_template  # saved with the result: served as it was trained
@@ -118,7 +135,17 @@ def build_pipeline(config: RunConfig, assembly: Assembly, origins: Origins) -> D
     if is_wrapped and config.data.streaming:
         raise ConfigError("option 'data.streaming': a stream is not cut into rows of one length; leave wrapping out")
     encode = RowEncoder(assembly.parsers(), Encoder(tokenizer, template), config.data, wrapped=is_wrapped)
-    return DataPipeline(config.data, assembly, model, tokenizer, encode, collator, tuple(added))
+    return DataPipeline(
+        config=config.data,
+        assembly=assembly,
+        model=model,
+        tokenizer=tokenizer,
+        encode=encode,
+        collator=collator,
+        added_tokens=tuple(added),
+        own_chat_template=own_chat_template if isinstance(own_chat_template, str) else None,
+        trust_remote_code=config.trust_remote_code,
+    )
 
 
 def check_formats(data: DataConfig, origins: Origins, parsers: Collection[str]) -> None:

@@ -122,15 +122,22 @@ def load_generation_config(name: str) -> GenerationConfig | None:
 
     Settings that transformers does not accept are left out, and logged: it would not load them, or not save them.
     """
-    try:
-        with open(str(cached_file(name, "generation_config.json")), encoding="utf-8") as file:
-            values = json.load(file)
-    except (OSError, ValueError):
+    values = read_generation_settings(name)
+    if values is None:
         return None
     if not isinstance(values, dict):
         log.warning("model %s: its generation_config.json is no JSON object, and is not used", name)
         return GenerationConfig()
     return _saveable(values, f"model {name}")
+
+
+def read_generation_settings(name: str) -> Any:
+    """Returns what the model's generation_config.json holds, or None where there is none or it is no JSON."""
+    try:
+        with open(str(cached_file(name, "generation_config.json")), encoding="utf-8") as file:
+            return json.load(file)
+    except (OSError, ValueError):
+        return None
 
 
 def generation_defaults(lm: LanguageModel, stop_ids: Sequence[int]) -> GenerationConfig:

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Final, Literal, cast
+from typing import Any, Final, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,8 @@ class CausalLM(nn.Module):
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
+        self.tokenizer_entries: dict[str, Any] = {}
+        """Entries of tokenizer_config.json that are saved instead of the tokenizer's own (see `saved_tokenizer`)."""
         self.config = model.config.get_text_config()
         self.adapters: dict[str, Adapter] = {}
         self.computes_on: torch.device | None = None

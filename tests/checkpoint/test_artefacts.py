@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
+
+import pytest
+import yaml
 
 from answering import MAX_NEW_TOKENS, QUESTIONS, answers_of
 
@@ -52,6 +57,46 @@ def test_peft_loads_an_adapter_and_answers_as_the_run_did(full: Path, adapted: P
         assert answers(adapter.merge_and_unload(), directory, QUESTIONS) == expected
 
 
+def test_the_lines_in_an_adapters_readme_answer_and_stop(
+    base: Path, adapted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of PEFT, of transformers for the merged model, and of pipeline(); each line that is there is needed."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    expected = answers_of(adapted)
+    adapter = adapted / "adapter"
+    readme = (adapter / "README.md").read_text(encoding="utf-8")
+    card = yaml.safe_load(readme.split("---\n")[1])
+    assert (card["base_model"], card["library_name"]) == (str(base), "peft")
+    load, merge, pipe = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    shutil.copytree(adapter, tmp_path / "adapter")  # the lines write `merged` beside it
+    monkeypatch.chdir(tmp_path / "adapter")
+    assert "What is the capital of France?" in load
+    found = []
+    for question in QUESTIONS:
+        names: dict[str, Any] = {}
+        exec(load.replace("What is the capital of France?", question), names)
+        found.append(capsys.readouterr().out.removesuffix("\n"))
+        assert int(names["output"][0, -1]) == names["tokenizer"].eos_token_id
+        exec(pipe, names)
+        assert capsys.readouterr().out == found[-1] + "\n"
+    assert found == expected
+    exec(merge, names)
+    merged = AutoModelForCausalLM.from_pretrained("merged")
+    assert answers(merged, Path("merged"), QUESTIONS) == expected
+
+    # Without the adapter's generation settings PEFT goes on after the answer.
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    asked = tokenizer.apply_chat_template(names["messages"], add_generation_prompt=True, return_tensors="pt")
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+    ids = model.generate(**asked, max_new_tokens=40)[0, asked["input_ids"].shape[1] :].tolist()
+    assert tokenizer.eos_token_id in ids[:-1]
+    # What reads the token from the tokenizer stops.
+    ids = model.generate(**asked, max_new_tokens=40, eos_token_id=tokenizer.eos_token_id)[0].tolist()
+    assert (ids[-1], tokenizer.eos_token) == (tokenizer.eos_token_id, "<|im_end|>")
+
+
 def test_a_checkpoint_holds_a_trainer_state_that_transformers_reads(adapted: Path) -> None:
     from transformers import TrainerState
 
@@ -72,7 +117,16 @@ def test_a_checkpoint_holds_a_trainer_state_that_transformers_reads(adapted: Pat
 
 def test_nothing_in_a_run_directory_is_pickled(full: Path, adapted: Path) -> None:
     files = [path for out in (full, adapted) for path in out.rglob("*") if path.is_file()]
-    assert {path.suffix for path in files} == {".json", ".jsonl", ".jinja", ".safetensors", ".yaml", ".html", ".png"}
+    assert {path.suffix for path in files} == {
+        ".json",
+        ".jsonl",
+        ".jinja",
+        ".safetensors",
+        ".yaml",
+        ".html",
+        ".png",
+        ".md",
+    }
     for path in files:
         assert not path.read_bytes().startswith(PICKLED), path
 

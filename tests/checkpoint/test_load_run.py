@@ -52,7 +52,9 @@ def test_a_full_model_answers_as_in_its_run_and_as_transformers_loads_it(full: P
 
 
 @pytest.mark.parametrize("place", [".", "adapter", "checkpoints/step-90"])
-def test_an_adapter_answers_as_in_its_run_and_as_peft_loads_it(full: Path, adapted: Path, place: str) -> None:
+def test_an_adapter_answers_as_in_its_run_and_as_peft_loads_it(
+    full: Path, base: Path, adapted: Path, place: str
+) -> None:
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -61,7 +63,7 @@ def test_an_adapter_answers_as_in_its_run_and_as_peft_loads_it(full: Path, adapt
 
     loaded = load_run(adapted / place)
     assert answers(loaded) == answers_of(adapted) != answers_of(full)
-    assert loaded.base_model == str(full / "model")
+    assert loaded.base_model == str(base)
     assert list(loaded.lm.adapters) == ["lora"]
     ids = loaded.prompt(conversation("owl owl owl"))
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(full / "model"), loaded.directory)

@@ -18,6 +18,7 @@ from sftx import ModelError, OutputError
 from sftx.checkpoint import model_files
 from sftx.checkpoint.load_run import load_run
 from sftx.config.loading import load
+from sftx.model import saved_tokenizer
 from sftx.model.generation import generation_defaults, load_generation_config
 from sftx.model.language_model import CausalLM
 from sftx.model.load import load_model, load_spec, load_tokenizer
@@ -202,7 +203,7 @@ def test_chat_templates_whose_names_are_no_files_are_copied(base: Path, tmp_path
     (base / "chat_template.jinja").unlink()
     change(base / "tokenizer_config.json", chat_template=templates)
     (tmp_path / "saved").mkdir()
-    assert model_files.save_tokenizer(load_tokenizer(str(base)), tmp_path / "saved") is not None
+    assert saved_tokenizer.save(load_tokenizer(str(base)), tmp_path / "saved", {}) is not None
     assert AutoTokenizer.from_pretrained(tmp_path / "saved").chat_template == {"default": "x", "tool/use": "y"}
 
 

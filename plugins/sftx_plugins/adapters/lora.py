@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from pydantic import Field
 
@@ -46,6 +46,10 @@ class Lora:
         tuple[str, ...],
         Field(description="Modules trained and saved in full, such as lm_head and embed_tokens."),
     ] = ()
+    trainable_token_indices: Annotated[
+        tuple[Annotated[int, Field(ge=0)], ...],
+        Field(description="Ids of tokens whose rows in the embedding and the output head are trained too."),
+    ] = ()
 
     @hookimpl
     def sftx_adapter(self, spec: ModelSpec) -> Adapter:
@@ -64,7 +68,7 @@ class Lora:
             spec.name,
             targets,
             saved,
-            spec.new_token_ids,
+            self.find_token_ids(spec),
             r=self.r,
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
@@ -155,6 +159,16 @@ class Lora:
                 "one tensor in this model; name both to train it, or neither"
             )
         return saved
+
+    def find_token_ids(self, spec: ModelSpec) -> list[int]:
+        """Return the ids of the tokens whose rows are trained, ascending. Raises ConfigError for one without a row."""
+        num_rows = cast(Any, spec.skeleton.get_input_embeddings()).weight.shape[0]
+        for token_id in self.trainable_token_indices:
+            if token_id >= num_rows and token_id not in spec.new_token_ids:
+                raise ConfigError(
+                    f"trainable_token_indices: {token_id} is beyond the embedding, which has {num_rows} rows"
+                )
+        return sorted({*spec.new_token_ids, *self.trainable_token_indices})
 
 
 def _ends_with(path: str, endings: Iterable[str]) -> bool:

@@ -76,21 +76,23 @@ class LoraLinear(nn.Linear):
 
 
 class LoraAdapter(Adapter):
-    """The LoRA layers of one model, the modules trained in full, and the trained embedding rows of added tokens."""
+    """The LoRA layers of one model, the modules trained in full, and the trained rows of single tokens."""
 
     def __init__(
         self,
         base: str,
         targets: Sequence[str],
         saved: Sequence[str],
-        new_token_ids: Sequence[int] = (),
+        token_ids: Sequence[int] = (),
         *,
         r: int,
         lora_alpha: float,
         lora_dropout: float,
         loraplus_lr_ratio: float,
     ) -> None:
-        """`base` is the model's name; `targets` and `saved` are paths of linear layers and of modules."""
+        """`base` is the model's name; `targets` and `saved` are paths of linear layers and of modules; `token_ids` are
+        those of the tokens whose rows in the embedding and the head are trained.
+        """
         self.r = r
         self._lora_alpha = lora_alpha
         self._lora_dropout = lora_dropout
@@ -98,7 +100,7 @@ class LoraAdapter(Adapter):
         self._base = base
         self._targets = list(targets)
         self._saved = list(saved)
-        self._new_token_ids = list(new_token_ids)
+        self._token_ids = list(token_ids)
         self._peft_targets: list[str] = []
         self._peft_parameters: list[str] = []
         self._layers: dict[str, LoraLinear] = {}
@@ -141,8 +143,8 @@ class LoraAdapter(Adapter):
                     parameter.data = parameter.data.to(torch.float32, copy=True)
                     parameter.requires_grad_()
                 self._full[f"{name}.{key}"] = parameter
-        if self._new_token_ids:
-            self._token_rows = token_rows.attach(model, self._new_token_ids)
+        if self._token_ids:
+            self._token_rows = token_rows.attach(model, self._token_ids)
 
     def rate_scale(self, name: str) -> float:
         """LoRA+ (Hayou et al. 2024, https://arxiv.org/abs/2402.12354) trains B with a higher learning rate than A."""

@@ -1,6 +1,6 @@
-"""Trainable rows for added tokens in an otherwise frozen embedding, in PEFT's files as PEFT writes them.
+"""Trainable rows for single tokens in an otherwise frozen embedding and head, in PEFT's files as PEFT writes them.
 
-Dimensions: V vocabulary, D hidden, A added tokens.
+Dimensions: V vocabulary, D hidden, A tokens whose rows are trained.
 """
 
 from __future__ import annotations

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Final, Literal
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Final, Literal
 
+from sftx.data import sources
 from sftx.data.dataset import Dataset
 from sftx.data.encoder import Encoder
 from sftx.data.ledger import Entry
-from sftx.data.row_encoder import EncodedRow, parse_record
+from sftx.data.row_encoder import EncodedRow, mark_trained, parse_record
 from sftx.errors import DataError
 from sftx.inspection.dataset_view import DatasetView
 from sftx.inspection.diagnosis.mojibake import find_mojibake
-from sftx.types import Conversation, ModelSpec, Parsed, PlainText
+from sftx.types import Conversation, Location, ModelSpec, Parsed, PlainText
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 Severity = Literal["error", "warning", "note"]
 """`error`: the run stops, or trains something unintended; `warning`: a likely mistake; `note`: worth knowing."""
 
 _MAX_TEXT_ROWS: Final = 100_000
 """The text of at most so many rows is read; all other checks see every row."""
+_SAMPLE_ROWS: Final = 4
+"""So many rows of each source are rendered to compare ids."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,9 @@ class Finding:
     seen: str
     """The problem and its place."""
     fix: str
+
+    def __str__(self) -> str:
+        return f"{self.seen}; {self.fix}"
 
 
 @dataclass
@@ -56,10 +63,9 @@ class CheckInputs:
     """The data, tokenizer and configuration of one run; expensive parts are computed once, when first used."""
 
     view: DatasetView
-    model_tokenizer: PreTrainedTokenizerBase
-    """The tokenizer as it is saved with the model, with its own chat template."""
     model_config: PretrainedConfig
-    generation_config: GenerationConfig | None
+    generation_settings: Mapping[str, Any] | None
+    """The values of generation_config.json; None when the model has none."""
 
     @cached_property
     def train(self) -> Dataset:
@@ -73,6 +79,33 @@ class CheckInputs:
     def encoder(self) -> Encoder:
         return self.view.pipeline.encoder
 
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The run's tokenizer. Its chat template is the run's; the model's own is `own_chat_template`."""
+        return self.view.pipeline.tokenizer
+
+    @property
+    def own_chat_template(self) -> str | None:
+        return self.view.pipeline.own_chat_template
+
+    @property
+    def has_turns(self) -> bool:
+        """Whether the training rows are conversations; of a stream, its first ones."""
+        return self.train.has_turns or any(isinstance(parsed, Conversation) for _, parsed in self.sample)
+
+    @cached_property
+    def sample(self) -> list[tuple[Location, Parsed]]:
+        """The first training rows of each source that can be read, with the turns marked that are trained."""
+        encode, rows = self.view.pipeline.encode, []
+        for source in self.view.sources("train"):
+            for where, record in islice(sources.read(source, streaming=encode.config.streaming), _SAMPLE_ROWS):
+                try:
+                    parsed = parse_record(record, EncodedRow(where), encode.parsers, source, encode.config)
+                except DataError:
+                    continue  # the ledger lists rows that cannot be read
+                rows += [(where, mark_trained(part, encode.config)) for part in parsed]
+        return rows
+
     @cached_property
     def spec(self) -> ModelSpec:
         from sftx.model.load import load_spec
@@ -84,7 +117,7 @@ class CheckInputs:
         return [active.info.name for active in self.view.pipeline.assembly.providers("sftx_adapter")]
 
     def token_repr(self, token_id: int) -> str:
-        return repr(str(self.model_tokenizer.decode([token_id], clean_up_tokenization_spaces=False)))
+        return repr(str(self.tokenizer.decode([token_id], clean_up_tokenization_spaces=False)))
 
     @cached_property
     def text_problems(self) -> TextProblems:
@@ -143,13 +176,13 @@ def _has_empty_turn(parsed: Parsed) -> bool:
 
 
 def load_check_inputs(view: DatasetView) -> CheckInputs:
-    """Load the tokenizer and the small configuration files of the model. Raises ModelError."""
-    from sftx.model.generation import load_generation_config
-    from sftx.model.load import load_spec, load_tokenizer
+    """Load the small configuration files of the model. Raises ModelError."""
+    from sftx.model.generation import load_generation_config, read_generation_settings
+    from sftx.model.load import load_spec
 
-    trust = view.config.trust_remote_code
     model = view.pipeline.model
-    tokenizer = load_tokenizer(model, trust_remote_code=trust)
-    # The modules are built too, without weights: what transformers has to say of them is passed on.
-    config = load_spec(model, trust_remote_code=trust).config
-    return CheckInputs(view, tokenizer, config, load_generation_config(model))
+    # The modules are built too, without weights: what transformers has to say of them, and sftx of the settings, is
+    # passed on.
+    config = load_spec(model, trust_remote_code=view.config.trust_remote_code).config
+    load_generation_config(model)
+    return CheckInputs(view, config, read_generation_settings(model))

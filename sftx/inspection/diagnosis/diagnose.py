@@ -1,4 +1,7 @@
-"""Run every check of `sftx doctor` on a run's options, and show the findings. No weights are read."""
+"""Run every check of `sftx doctor` on a run's options, and show the findings.
+
+Of the weights only the rows of control tokens, and what they are compared with, are read.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,11 @@ from rich.style import Style
 from rich.text import Text
 
 from sftx.inspection.dataset_view import DatasetView
-from sftx.inspection.diagnosis import model_checks, row_checks
+from sftx.inspection.diagnosis import model_checks, row_checks, start_checks
 from sftx.inspection.diagnosis.check_inputs import Check, Finding, load_check_inputs
 from sftx.inspection.token_report.terminal import print_labelled
 
-CHECKS: Final[tuple[Check, ...]] = (*row_checks.CHECKS, *model_checks.CHECKS)
+CHECKS: Final[tuple[Check, ...]] = (*row_checks.CHECKS, *start_checks.CHECKS, *model_checks.CHECKS)
 _COLOURS: Final = {"error": "red", "warning": "yellow", "note": "cyan"}
 """The severities, worst first."""
 
@@ -53,4 +56,5 @@ def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
         console.print()
     counts = {kind: sum(f.severity == kind for f in diagnosis.findings) for kind in _COLOURS}
     words = ", ".join(f"{number} {kind}{'s' * (number != 1)}" for kind, number in counts.items())
-    console.print(f"{len(diagnosis.checks)} checks on {diagnosis.num_rows:,} rows: {words}")
+    rows = "1 row" if diagnosis.num_rows == 1 else f"{diagnosis.num_rows:,} rows"
+    console.print(f"{len(diagnosis.checks)} checks on {rows}: {words}")

@@ -4,32 +4,26 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from itertools import zip_longest
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from sftx.errors import ConfigError, DataError
+from sftx.errors import ConfigError
 from sftx.inspection.diagnosis.check_inputs import Check, CheckInputs, Finding, cut_entries, longest_row
-from sftx.types import Conversation, Message
+from sftx.inspection.diagnosis.start_checks import find_untrained_tokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _BASE_MODEL_NAME: Final = re.compile(r"(^|[-_.])base($|[-_.])", re.IGNORECASE)
 _EMBEDDING_NAMES: Final = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
-_NUM_CONTEXT_TOKENS: Final = 3
-"""So many tokens are shown before the first that differs."""
 
-_ONE_ROUND: Final = (("user", "How many legs has a spider?"), ("assistant", "Eight."))
-_TEST_CONVERSATIONS: Final = {
-    "a system text and two rounds": (
-        ("system", "Be brief."), *_ONE_ROUND, ("user", "And a fly?"), ("assistant", "Six."),
-    ),
-    "one round without a system text": _ONE_ROUND,
-}  # fmt: skip
+_HEAD_NAMES: Final = ("lm_head.weight", "embed_out.weight")
 
 
 def bos(inputs: CheckInputs) -> Iterator[Finding]:
     """Find examples that begin with two BOS tokens, or with none although the tokenizer writes one."""
-    bos, examples = inputs.model_tokenizer.bos_token_id, inputs.train.examples
+    bos, examples = inputs.tokenizer.bos_token_id, inputs.train.examples
     if not isinstance(bos, int):
         return
     starts = [examples.tokens(at)[0][:2].tolist() for at in range(len(examples))]
@@ -42,7 +36,7 @@ def bos(inputs: CheckInputs) -> Iterator[Finding]:
             f"{examples.where(double[0])}), which the model has never seen",
             "the template and the rows both write it: remove it from the rows, or choose another template",
         )
-    tokenizer_writes_bos = inputs.model_tokenizer("").input_ids[:1] == [bos]
+    tokenizer_writes_bos = inputs.tokenizer("").input_ids[:1] == [bos]
     if tokenizer_writes_bos and inputs.train.has_turns and starts and not any(start[:1] == [bos] for start in starts):
         yield Finding(
             "warning",
@@ -53,8 +47,8 @@ def bos(inputs: CheckInputs) -> Iterator[Finding]:
 
 
 def stop_tokens(inputs: CheckInputs) -> Iterator[Finding]:
-    """Find stop tokens that are never trained, that are padding too, or that generation does not stop at."""
-    train, encoder, tokenizer = inputs.train, inputs.encoder, inputs.model_tokenizer
+    """Find stop tokens that are never trained, or that are padding too."""
+    train, encoder, tokenizer = inputs.train, inputs.encoder, inputs.tokenizer
     stop = " or ".join(inputs.token_repr(token) for token in encoder.stop_ids)
     if train.has_turns and len(train.examples) and not train.trains_stop:
         is_intended = not inputs.view.config.data.train_turn_end
@@ -76,60 +70,38 @@ def stop_tokens(inputs: CheckInputs) -> Iterator[Finding]:
             "padding is masked by length",
             "nothing; a tool that masks padding by its id would not train the end of answers",
         )
-    eos = getattr(inputs.generation_config, "eos_token_id", None)
-    generation_stop_ids = [eos] if isinstance(eos, int) else list(eos or ())
-    if train.has_turns and generation_stop_ids and not set(generation_stop_ids) & set(encoder.stop_ids):
-        ids = " or ".join(inputs.token_repr(token) for token in generation_stop_ids)
-        yield Finding(
-            "warning",
-            "stop-tokens",
-            f"the model's generation_config.json stops at {ids}, answers are trained to end with {stop}",
-            f"generate with eos_token_id={list(encoder.stop_ids)}, or the model continues after its answer",
-        )
 
 
-def own_template(inputs: CheckInputs) -> Iterator[Finding]:
-    """Find the first token at which the run's template and the tokenizer's own chat template differ."""
-    tokenizer = inputs.model_tokenizer
-    if inputs.encoder.template is None or not inputs.train.has_turns or not isinstance(tokenizer.chat_template, str):
+def untrained_tokens(inputs: CheckInputs) -> Iterator[Finding]:
+    """Find control tokens that the model was never trained on, and whose rows an adapter leaves as they are."""
+    adapters = inputs.view.pipeline.assembly.providers("sftx_adapter")
+    trains_rows = any(a.options.get("modules_to_save") or a.options.get("trainable_token_indices") for a in adapters)
+    if not adapters or trains_rows or inputs.view.config.add_tokens:
         return
-    for name, turns in _TEST_CONVERSATIONS.items():
-        by_run, by_tokenizer = _render_by_run(inputs, turns), _render_by_tokenizer(inputs, turns)
-        if by_run is None or by_tokenizer is None or by_run == by_tokenizer:
-            continue
-        at = next(n for n, (a, b) in enumerate(zip_longest(by_run, by_tokenizer)) if a != b)
-        before = "".join(str(tokenizer.decode([token])) for token in by_run[max(0, at - _NUM_CONTEXT_TOKENS) : at])
-        a, b = (inputs.token_repr(ids[at]) if at < len(ids) else "nothing" for ids in (by_run, by_tokenizer))
-        # A default system text that one of them adds is a matter of taste; the form of turns is not.
-        yield Finding(
-            "warning" if name == next(iter(_TEST_CONVERSATIONS)) else "note",
-            "own-template",
-            f"{name}: token {at}, after {before!r}, is {a} by the run's template and {b} by the tokenizer's own",
-            "--plugin tokenizer, in place of the run's template, trains with the tokenizer's own, as the model was; "
-            "with another one it has to learn the form anew",
-        )
-        return  # a difference in the first conversation shows in the second too
+    directory = Path(inputs.view.pipeline.model)
+    embedding_VD = _saved_tensor(directory, _EMBEDDING_NAMES)
+    is_tied = inputs.model_config.get_text_config().tie_word_embeddings
+    head_VD = embedding_VD if is_tied else _saved_tensor(directory, _HEAD_NAMES)
+    if head_VD is not None and embedding_VD is not None:
+        finding = find_untrained_tokens(inputs.view.pipeline, head_VD, embedding_VD)
+        if finding is not None:
+            yield finding
 
 
-def _render_by_run(inputs: CheckInputs, turns: tuple[tuple[str, str], ...]) -> list[int] | None:
-    """Return token ids, or None when the run's template does not accept these turns."""
-    assert inputs.encoder.template is not None
-    conversation = Conversation(tuple(Message(role, content) for role, content in turns))
-    try:
-        return inputs.encoder.encode_segments(inputs.encoder.template.render(conversation))[0]
-    except DataError:
-        return None
+def _saved_tensor(directory: Path, names: tuple[str, ...]) -> Tensor | None:
+    """Return a tensor of the model's files, of which only what is used is read; None when it is not there."""
+    from safetensors import SafetensorError, safe_open
 
-
-def _render_by_tokenizer(inputs: CheckInputs, turns: tuple[tuple[str, str], ...]) -> list[int] | None:
-    """Return token ids, or None when the tokenizer's chat template does not accept these turns."""
-    messages = [{"role": role, "content": content} for role, content in turns]
-    try:
-        text = inputs.model_tokenizer.apply_chat_template(messages, tokenize=False)
-    except Exception:  # Jinja's errors, and any error that a template raises itself
-        return None
-    ids: list[int] = inputs.model_tokenizer(str(text), add_special_tokens=False).input_ids
-    return ids
+    for file in sorted(directory.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118
+                    if name.endswith(names):
+                        tensor: Tensor = tensors.get_tensor(name)
+                        return tensor
+        except (OSError, SafetensorError):
+            return None  # loading the weights reports the damage
+    return None
 
 
 def vocabulary(inputs: CheckInputs) -> Iterator[Finding]:
@@ -181,16 +153,16 @@ def _saved_embedding_rows(directory: Path) -> int | None:
 
 def base_model(inputs: CheckInputs) -> Iterator[Finding]:
     """Find control tokens that a base model has never been trained on."""
-    template, tokenizer = inputs.encoder.template, inputs.model_tokenizer
+    template, tokenizer = inputs.encoder.template, inputs.tokenizer
     if template is None or not inputs.train.has_turns:
         return
     controls = sorted(template.controls - {tokenizer.bos_token, tokenizer.eos_token})
     is_named_base = _BASE_MODEL_NAME.search(Path(inputs.view.config.model).name) is not None
-    if not controls or not (tokenizer.chat_template is None or is_named_base) or inputs.view.config.add_tokens:
+    if not controls or not (inputs.own_chat_template is None or is_named_base) or inputs.view.config.add_tokens:
         return
-    why = "has no chat template" if tokenizer.chat_template is None else "calls itself a base model"
+    why = "has no chat template" if inputs.own_chat_template is None else "calls itself a base model"
     names = ", ".join(controls[:4]) + (", ..." if len(controls) > 4 else "")
-    is_trained, advice = _trains_embeddings(inputs)
+    is_trained, advice = _trains_embeddings(inputs, controls)
     yield Finding(
         "note" if is_trained else "warning",
         "base-model",
@@ -202,8 +174,8 @@ def base_model(inputs: CheckInputs) -> Iterator[Finding]:
     )
 
 
-def _trains_embeddings(inputs: CheckInputs) -> tuple[bool, str]:
-    """Return whether the run trains the input embedding and the output head, and what else to do if it does not."""
+def _trains_embeddings(inputs: CheckInputs, tokens: Sequence[str]) -> tuple[bool, str]:
+    """Return whether the run trains the tokens' rows in embedding and head, and what else to do if it does not."""
     adapters = inputs.adapters()
     if not adapters:
         return True, ""
@@ -211,8 +183,13 @@ def _trains_embeddings(inputs: CheckInputs) -> tuple[bool, str]:
     parts = (model.get_input_embeddings(), model.get_output_embeddings())
     names = [next(path for path, other in model.named_modules() if other is part) for part in parts]
     endings: set[str] = set()
-    for active in inputs.view.pipeline.assembly.providers("sftx_adapter"):
+    providers = inputs.view.pipeline.assembly.providers("sftx_adapter")
+    for active in providers:
         endings.update(active.options.get("modules_to_save") or ())
+    vocabulary = inputs.tokenizer.get_vocab()
+    token_ids = {vocabulary[token] for token in tokens}
+    if any(token_ids <= set(active.options.get("trainable_token_indices") or ()) for active in providers):
+        return True, ""
     if all(any(f".{name}".endswith(f".{ending}") for ending in endings) for name in names):
         return True, ""
     short = ", ".join(name.rpartition(".")[2] for name in names)
@@ -235,7 +212,7 @@ def untrained_weights(inputs: CheckInputs) -> Iterator[Finding]:
             "error", "untrained-weights", str(error), "choose what this model allows, or leave the plugin out"
         )
         return
-    lm = CausalLM(inputs.spec.skeleton, inputs.model_tokenizer)
+    lm = CausalLM(inputs.spec.skeleton, inputs.tokenizer)
     with torch.device("meta"):
         lm.attach(made)
     for line in lm.untrained_parts():
@@ -266,7 +243,7 @@ def positions(inputs: CheckInputs) -> Iterator[Finding]:
 CHECKS: Final[tuple[Check, ...]] = (
     bos,
     stop_tokens,
-    own_template,
+    untrained_tokens,
     vocabulary,
     base_model,
     untrained_weights,
