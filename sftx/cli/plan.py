@@ -32,7 +32,11 @@ if TYPE_CHECKING:
     help="Measured throughput of all processes together.",
 )  # fmt: skip
 @click.option("--price-per-hour", type=click.FloatRange(min=0), help="Price of all devices together, in any currency.")
-@click.option("--num-tokens", type=click.IntRange(min=1), help="Tokens of the whole run, all epochs together.")
+@click.option(
+    "--num-tokens",
+    type=click.IntRange(min=1),
+    help="Tokens of the whole run, all epochs together; by default those of the data.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Write one JSON object.")
 @click.pass_context
 def command(
@@ -108,9 +112,22 @@ def _print_plan(plan: RunPlan) -> None:
         )
     for line in plan.advice:
         console.print(f"  try {line}", markup=False)
+    if plan.fits is False and not plan.advice:
+        console.print(
+            "no change was found with which it fits: checkpointing, fewer rows, half the length, a leaner optimizer, "
+            "fsdp2, lora",
+            markup=False,
+        )
     if plan.seconds is not None:
         cost = "" if plan.price is None else f", at a price of {plan.price:,.2f}"
-        console.print(f"time: {plan.seconds / 3600:,.2f} h{cost}", markup=False)
+        tokens = f"{plan.num_tokens:,} tokens"
+        console.print(f"time: {_duration(plan.seconds)} for {tokens}{cost}", markup=False)
     elif plan.tokens_per_second is not None:
         console.print(f"rate: {plan.tokens_per_second:,.0f} tokens/s; --num-tokens gives the time", markup=False)
     console.print("assumed: " + "; ".join(plan.assumptions), markup=False)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.2f} h"

@@ -212,7 +212,8 @@ def test_it_exits_with_0_when_it_fits_and_with_1_when_not(tiny: str) -> None:
     too_large = invoke("--model", tiny, "--gpu", "0.8GB", "--per-device-train-batch-size", "4")
     assert too_large.exit_code == 1
     assert "does not fit" in too_large.output
-    assert "--gradient-checkpointing" in too_large.output
+    assert "no change was found with which it fits" in too_large.output
+    assert "try" not in too_large.output
     uneven = invoke("--model", tiny, "--nproc", "3", "--train-batch-size", "4")
     assert uneven.exit_code == 1
     assert "train_batch_size" in uneven.output
@@ -251,11 +252,120 @@ def test_other_sizes_are_refused(text: str) -> None:
         target_device.parse(text)
 
 
+def test_only_advice_that_fits_is_given(tiny: str) -> None:
+    from sftx.inspection.memory_plan.planner import plan_run
+
+    options = {"data.max_length": 512, "train.per_device_train_batch_size": 16}
+    plan = planner(tiny, device=target_device.parse("1GB"), **options)
+    base, less = plan.estimate().total, plan.estimate(gradient_checkpointing=True).total
+    assert less < base
+    device = target_device.TargetDevice("a GPU", is_gpu=True, num_bytes=(base + less) // 2)
+    made = plan_run(plan.loaded, device)
+    assert made.fits is False
+    assert 1 <= len(made.advice) <= 2
+    assert made.advice[0].startswith("--gradient-checkpointing: ")
+    assert all(line.endswith(" GB, fits") for line in made.advice)
+
+
+# --- from the data ------------------------------------------------------------------------------
+
+
+def write_rows(path: Path, num: int = 6) -> Path:
+    rows = [{"prompt": f"what is {n} plus one", "completion": f"{n + 1} " * (n + 1)} for n in range(num)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_tokens_are_those_of_the_data_in_all_epochs(tiny: str, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows.jsonl")
+    run = tmp_path / "run.yaml"
+    run.write_text(
+        f"model: {tiny}\ndata: {{train: {data}, eval: {data}, max_length: 64}}\n"
+        "train: {num_train_epochs: 3, per_device_train_batch_size: 2}\nplugins: {chatml: {}, exact-match: {}}\n"
+    )
+
+    def plan_with(*arguments: str) -> Any:
+        result = CliRunner().invoke(main, ["plan", str(run), *arguments, "--json"])
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)
+
+    from sftx.data.pipeline import build_pipeline
+
+    loaded = loading.load(run)
+    assembly = planner(tiny, "chatml").dry_runner.assembly
+    examples = build_pipeline(loaded.config, assembly, loaded.origins).load_train().examples
+    named = plan_with("--gpu", "h100")
+    assert named["num_tokens"] == 3 * examples.num_input_tokens
+    assert named["seconds"] > named["num_tokens"] / named["tokens_per_second"], "evaluations take time too"
+    assert plan_with()["tokens_per_second"] > 0
+    unknown = plan_with("--gpu", "24GB")
+    assert unknown["tokens_per_second"] is unknown["seconds"] is None
+    assert "no rate is known for a GPU of 24GB" in " ".join(unknown["assumptions"])
+    without = CliRunner().invoke(main, ["plan", str(run), "--data", "none.jsonl", "--json"])
+    assert "no time without data or --num-tokens (none.jsonl: " in without.stdout
+
+
+def test_a_batch_has_the_extras_of_the_data_or_of_a_sample(
+    tiny: str, tmp_path: Path, install_plugin: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The collator of a preference loss takes pairs alone."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples" / "sftx-dpo")
+    install_plugin("dpo-here", "from sftx_dpo import DPO", {"dpo": "DPO"})
+    pair = {"chosen": {"from": "gpt", "value": "a"}, "rejected": {"from": "gpt", "value": "b"}}
+    data = tmp_path / "pairs.jsonl"
+    data.write_text(json.dumps({"conversations": [{"from": "human", "value": "c"}], **pair}) + "\n")
+    totals = []
+    for path in (data, tmp_path / "none.jsonl"):
+        plan = planner(tiny, "lora", "chatml", "dpo", **{"data.train": str(path)})
+        assert [dict(extras) for extras in plan.dry_runner.extras] == [{"dpo_side": "chosen"}, {"dpo_side": "rejected"}]
+        totals.append(plan.estimate(rows=3).num_tokens)
+    assert totals == [2 * 3 * 32] * 2
+
+
+# --- evaluation ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plugins", [(), ("lora",)])
+def test_answers_are_counted_as_generation_allocates_them(tiny: str, tmp_path: Path, plugins: tuple[str, ...]) -> None:
+    """The same tracker is active while real answers are generated; the last token needs the longest cache."""
+    import torch
+
+    from sftx.inspection.memory_plan.fake_tensors import StepTracker
+    from sftx.model.generation import generate_greedy
+    from sftx.model.language_model import CausalLM
+    from sftx.model.load import load_model, load_spec
+
+    plan = planner(tiny, *plugins, **{"train.optim": "sgd"})
+    runner, train = plan.dry_runner, plan.config.train
+    peaks = runner.answer_peaks(train, rows=16, prompt_length=96, max_new_tokens=160)
+    planned = max(sum(peak[kind] for kind in ("weights", "activations", "head")) for peak in peaks)
+    spec = load_spec(tiny)
+    adapters = runner.assembly.adapters(spec)
+    loaded = load_model(spec, list(adapters.values()), dtype=torch.float32, device=torch.device("cpu"))
+    lm = CausalLM(loaded, None)  # type: ignore[arg-type]
+    lm.attach(adapters)
+    tracker = StepTracker()
+    with tracker, torch.no_grad():
+        tracker.track([*lm.parameters(), *lm.buffers()], "weights")
+        prompts = [[1 + n % 7 for n in range(96 - row)] for row in range(16)]
+        list(generate_greedy(lm, prompts, max_new_tokens=160, stop_ids=(), batch_size=16))
+    assert planned == pytest.approx(sum(tracker.peak.values()), rel=0.1)
+
+
+def test_an_evaluation_that_needs_the_most_is_the_peak(tiny: str, tmp_path: Path) -> None:
+    data = str(write_rows(tmp_path / "rows.jsonl"))
+    large = {"data.eval": data, "train.per_device_eval_batch_size": 512, "train.per_device_train_batch_size": 1}
+    need = planner(tiny, "lora", "chatml", "exact-match", **large).estimate()
+    assert need.when in ("the evaluation", "the answers")
+    assert need.total > planner(tiny, "lora", "chatml", **large | {"data.eval": []}).estimate().total
+
+
 # --- against a real run -------------------------------------------------------------------------
 
 CASES = [
     slow(("--plugin", "lora", "--gradient-checkpointing", "--per-device-train-batch-size", "2")),
     slow(("--per-device-train-batch-size", "1")),
+    slow(("--plugin", "lora", "--gradient-checkpointing", "--per-device-train-batch-size", "1", "--eval-data", "DATA")),
     ("--distributed", "fsdp2", "--nproc", "2", "--gradient-checkpointing", "--per-device-train-batch-size", "2"),
 ]
 
@@ -265,9 +375,10 @@ def test_planned_within_a_tenth_of_the_peak_of_a_real_run(
     case: tuple[str, ...], real_model_dir: Path, tmp_path: Path
 ) -> None:
     data, out = tmp_path / "rows.jsonl", tmp_path / "out"
-    lines = [{"input_ids": [100 + at % 4000 for at in range(128 - row % 2)]} for row in range(4)]
+    lines = [{"input_ids": [100 + at % 4000 for at in range(128 - row % 2)]} for row in range(32)]
     data.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    options = ["--model", str(real_model_dir), "--data", str(data), "--max-length", "128", "--use-cpu", *case]
+    options = ["--model", str(real_model_dir), "--data", str(data), "--max-length", "128", "--use-cpu"]
+    options += [str(data) if option == "DATA" else option for option in case]
     # Large blocks go back to the system when they are freed; glibc would keep them.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     sftx = [sys.executable, "-m", "sftx"]

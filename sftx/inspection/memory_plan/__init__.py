@@ -1,7 +1,7 @@
 """`sftx plan`: the memory, time and cost of a run, estimated from its configuration alone.
 
-It may import the config, assembly, data, model and trainer packages, and `sftx_kernels`; it reads neither weights nor
-rows.
+It may import the config, assembly, data, model and trainer packages, and `sftx_kernels`; it reads no
+weights, and rows only to count what a run computes.
 """
 
 from typing import Final

@@ -14,7 +14,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -28,7 +29,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     UnsupportedFakeTensorException,
 )
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from sftx.assembly.registry import Assembly
 from sftx.config.options import TrainConfig
@@ -42,13 +43,14 @@ from sftx.inspection.memory_plan.fake_tensors import (
     track_phases,
 )
 from sftx.inspection.memory_plan.memory_tracker import MemorySnapshot, MemoryTracker, Phase
+from sftx.inspection.memory_plan.run_size import GroupExtras
 from sftx.model.language_model import CausalLM
 from sftx.model.load import load_spec
 from sftx.trainer.layers import decoder_layers, prepare_layers
 from sftx.trainer.optimizer import RunOptimizer
 from sftx.trainer.parallel import TrainStep
 from sftx.trainer.precision import Precision
-from sftx.types import ModelSpec
+from sftx.types import Batch, ModelSpec
 
 _FAKE_TENSOR_ERRORS: Final = (
     DataDependentOutputException,
@@ -64,6 +66,8 @@ class ModelSize(NamedTuple):
 
     num_parameters: int
     num_trainable: int
+    num_active: int
+    """Parameters that one token is multiplied with: of the stacked experts, those that a router chooses."""
     trainable_bytes: int
     sharded_outside_bytes: int
     """Bytes that FSDP2 shards outside the decoder's layers: embedding, head and final norm."""
@@ -94,6 +98,8 @@ class DryRunner:
     model: str
     trust_remote_code: bool = False
     on_gpu: bool = False
+    extras: GroupExtras = ({},)
+    """Those of the examples that one record becomes."""
     _updates: dict[tuple[str, bool], _UpdateMemory] = field(default_factory=dict)
 
     @cached_property
@@ -111,6 +117,7 @@ class DryRunner:
             return ModelSize(
                 num_parameters=sum(p.numel() for p in lm.parameters()),
                 num_trainable=sum(p.numel() for p in trained),
+                num_active=_num_active(lm),
                 trainable_bytes=_num_bytes(trained),
                 sharded_outside_bytes=_num_bytes([p for p in lm.parameters() if id(p) in sharded]) - sum(layer_bytes),
                 sharded_layer_bytes=max(layer_bytes, default=0),
@@ -124,7 +131,7 @@ class DryRunner:
 
     def num_tokens(self, rows: int, max_length: int) -> int:
         """Return the number of positions of a batch, padding included."""
-        return make_batch(self.assembly.collator(max_length), rows, max_length).input_ids_BT.numel()
+        return self._make_batch(rows, max_length).input_ids_BT.numel()
 
     def update_peak(self, config: TrainConfig) -> MemorySnapshot:
         """Return the peak of the first optimizer update, which creates the optimizer's state."""
@@ -135,14 +142,76 @@ class DryRunner:
 
         The batch has `rows` rows of `max_length` tokens, all of them label tokens.
         """
+        return self._of_all_layers(config, lambda layers: self._phase_peaks(config, rows, max_length, layers))
+
+    def evaluation_peaks(self, config: TrainConfig, *, max_length: int) -> list[MemorySnapshot]:
+        """Return the peak of each phase of the forward of a held-out batch, whose rows have `max_length` tokens."""
+
+        def forward(lm: CausalLM, mode: FakeTensorMode, tracker: MemoryTracker) -> None:
+            batch = to_fake_batch(mode, self._make_batch(config.per_device_eval_batch_size, max_length))
+            step = TrainStep(lm, self.assembly.loss())
+            tracker.reset_peaks()
+            step(batch)
+
+        return self._without_gradients(config, forward)
+
+    def answer_peaks(
+        self, config: TrainConfig, *, rows: int, prompt_length: int, max_new_tokens: int
+    ) -> list[MemorySnapshot]:
+        """Return the peak of each phase of reading the prompts into the cache, and of writing the last new token."""
+
+        def answer(lm: CausalLM, mode: FakeTensorMode, tracker: MemoryTracker) -> None:
+            model = cast(Any, lm.model)
+            cache = DynamicCache(config=model.config.get_text_config())
+            tracker.reset_peaks()
+            mask_BT = torch.ones(rows, prompt_length + max_new_tokens - 1, dtype=torch.int64)
+            prompt_BT, prompt_mask_BT = torch.zeros_like(mask_BT[:, :prompt_length]), mask_BT[:, :prompt_length]
+            model(prompt_BT, attention_mask=prompt_mask_BT, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            tracker.enter_phase(Phase("start", 1))
+            if max_new_tokens > 2:
+                _grow(cache, max_new_tokens - 2)  # as after all new tokens but one
+            out = model(prompt_BT[:, :1], attention_mask=mask_BT, past_key_values=cache, use_cache=True)
+            out.logits[:, -1].to(torch.float32, copy=True)  # as transformers' generate copies them
+
+        return self._without_gradients(config, answer)
+
+    def _without_gradients(
+        self, config: TrainConfig, work: Callable[[CausalLM, FakeTensorMode, MemoryTracker], None]
+    ) -> list[MemorySnapshot]:
+        """Return the peaks of `work` in evaluation mode, while the last step's gradients and optimizer state remain."""
+
+        def measure(num_layers: int | None) -> dict[Phase, MemorySnapshot]:
+            skeleton = self._copy_skeleton(num_layers)
+            with self._fake_step() as (mode, tracker):
+                lm = self._build(skeleton).eval()
+                tracker.track([*lm.parameters(), *lm.buffers()], "weights")
+                track_phases(tracker, decoder_layers(lm.model))
+                with (
+                    torch.no_grad(),
+                    self.precision.autocast(),
+                    self._explain_unknown_operations(),
+                    warnings.catch_warnings(action="ignore", category=FutureWarning),  # transformers changes names
+                ):
+                    work(lm, mode, tracker)
+                return tracker.peaks
+
+        gradients = self.size.trainable_bytes
+        return [peak | {"gradients": gradients} for peak in self._of_all_layers(config, measure)]
+
+    def _of_all_layers(
+        self, config: TrainConfig, measure: Callable[[int | None], dict[Phase, MemorySnapshot]]
+    ) -> list[MemorySnapshot]:
+        """Return the peaks with all layers, from those with few where all are alike, and with the optimizer's state."""
         num_layers = self.size.num_layers
         if self.size.has_equal_layers and num_layers > _FEW_LAYERS + 1:
-            few, more = (self._phase_peaks(config, rows, max_length, n) for n in (_FEW_LAYERS, _FEW_LAYERS + 1))
-            peaks = _extrapolate(few, more, num_layers)
+            peaks = _extrapolate(measure(_FEW_LAYERS), measure(_FEW_LAYERS + 1), num_layers)
         else:
-            peaks = list(self._phase_peaks(config, rows, max_length, None).values())
+            peaks = list(measure(None).values())
         state = self._update(config).after["optimizer"]
         return [peak | {"optimizer": peak["optimizer"] + state} for peak in peaks]
+
+    def _make_batch(self, rows: int, max_length: int) -> Batch:
+        return make_batch(self.assembly.collator(max_length), rows, max_length, self.extras)
 
     def _update(self, config: TrainConfig) -> _UpdateMemory:
         # With several micro-batches gradients stay allocated between them, since later ones add to the first.
@@ -166,7 +235,7 @@ class DryRunner:
         self, config: TrainConfig, rows: int, max_length: int, num_layers: int | None
     ) -> dict[Phase, MemorySnapshot]:
         """Return the peak of each phase of forward and backward with so many layers, or with all."""
-        batch = make_batch(self.assembly.collator(max_length), rows, max_length)
+        batch = self._make_batch(rows, max_length)
         skeleton = self._copy_skeleton(num_layers)
         with self._fake_step() as (mode, tracker):
             lm = self._build(skeleton)
@@ -277,6 +346,22 @@ def _structure(layer: nn.Module) -> list[Any]:
         )
         for name, module in layer.named_modules()
     ]
+
+
+def _grow(cache: DynamicCache, num_tokens: int) -> None:
+    """Add so many tokens to a cache; layers of linear attention have a state of one size, and stay as they are."""
+    for layer in cache.layers:
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if isinstance(keys, Tensor) and isinstance(values, Tensor):
+            added = (one.new_empty((*one.shape[:-2], num_tokens, one.shape[-1])) for one in (keys, values))
+            cast(Any, layer).update(*added)
+
+
+def _num_active(lm: CausalLM) -> int:
+    chosen = getattr(lm.config, "num_experts_per_tok", None)
+    experts = [p for n, p in lm.named_parameters() if p.ndim == 3 and ".experts." in n] if chosen else []
+    idle = sum(p.numel() * (1 - min(1, (chosen or 0) / p.shape[0])) for p in experts)
+    return sum(p.numel() for p in lm.parameters()) - round(idle)
 
 
 def _num_bytes(parameters: list[nn.Parameter]) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sftx.inspection.memory_plan.memory_tracker import MemoryTracker, Phase
-from sftx.types import Batch, Collator, Example
+from sftx.types import Batch, Collator, Example, Window
 from sftx_kernels import gemm, linear_cross_entropy_workspace
 
 
@@ -73,13 +73,23 @@ class FakeStepTracker(StepTracker):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
-def make_batch(collator: Collator, rows: int, max_length: int) -> Batch:
-    """Return a batch of the run's collator. Rows but the first are one token shorter, so that padding needs a mask."""
-    length: int = getattr(collator, "row_length", None) or max_length
-    sizes = [length - (row > 0) for row in range(rows)]
-    return collator.collate(
-        [Example(np.zeros(size, np.int32), np.ones(size, np.bool_), f"row {i}", i) for i, size in enumerate(sizes)]
-    )
+def make_batch(collator: Collator, rows: int, max_length: int, extras: Sequence[Mapping[str, Any]] = ({},)) -> Batch:
+    """Return a batch of the run's collator, whose rows it plans itself from groups of examples with these extras.
+
+    Examples but the first are one token shorter, so that padding needs a mask.
+    """
+    row_length: int | None = getattr(collator, "row_length", None)
+    length = max_length if row_length is None else row_length // len(extras)
+    examples: list[Example] = []
+    for group in range(rows):
+        for own in extras:
+            size = max(2, length - bool(examples))
+            row_id = f"row {len(examples)}"
+            examples.append(Example(np.zeros(size, np.int32), np.ones(size, np.bool_), row_id, group, extras=own))
+    lengths = [len(example.token_ids) for example in examples]
+    groups = [example.group for example in examples]
+    steps, _ = collator.plan(Window(lengths, groups, rows_per_step=rows))
+    return collator.collate([examples[index] for row in steps[0] for index in sorted(row)])
 
 
 def to_fake_batch(mode: FakeTensorMode, batch: Batch) -> Batch:

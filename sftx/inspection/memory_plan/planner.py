@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
+import torch
+
 from sftx.assembly.registry import activate
 from sftx.config.loading import LoadedConfig
 from sftx.config.optimizer_table import leaner_than
 from sftx.config.options import RunConfig, TrainConfig
 from sftx.data.sampler import num_micro_batches
+from sftx.errors import SftxError, one_line
 from sftx.inspection.memory_plan import MAX_ROWS
 from sftx.inspection.memory_plan.dry_run import DryRunner
+from sftx.inspection.memory_plan.run_size import RunSize, group_extras, measure_run
 from sftx.inspection.memory_plan.sharded_memory import (
     ProcessMemory,
     Snapshots,
@@ -36,6 +42,9 @@ _GPU_PROCESS_BYTES: Final = 3 * 2**28
 _WORLD_SIZES: Final = (2, 4, 8, 16, 32, 64)
 _UTILISATION: Final = 0.4
 """The assumed part of a card's peak throughput."""
+_CPU_UTILISATION: Final = 0.5
+"""The assumed part of the throughput of a large product on a CPU."""
+_MAX_ADVICE: Final = 2
 _MAX_STEP_UP: Final = 16
 """The search for the largest batch tries at most so many times the number that is known to fit."""
 
@@ -79,6 +88,8 @@ class RunPlan:
     advice: tuple[str, ...]
     tokens_per_second: float | None
     seconds: float | None
+    """Of the steps and the evaluations; None when the number of tokens or the rate is not known."""
+    num_tokens: int | None
     price: float | None
     assumptions: tuple[str, ...]
     untrained_parts: tuple[str, ...]
@@ -92,7 +103,10 @@ class Planner:
     loaded: LoadedConfig
     device: TargetDevice
     num_processes: int = 1
+    size: RunSize | None = None
+    """None when the data is not known."""
     _snapshots: dict[tuple[Any, ...], Snapshots] = field(default_factory=dict)
+    _evaluations: dict[tuple[Any, ...], Snapshots] = field(default_factory=dict)
 
     @property
     def config(self) -> RunConfig:
@@ -125,13 +139,26 @@ class Planner:
         """Raises ModelError when the model's config.json cannot be found; no other file of the model is needed."""
         if not (Path(self.config.model).expanduser() / "config.json").is_file():
             names.check(self.config.model)
+        assembly = activate(self.loaded)
         return DryRunner(
-            activate(self.loaded),
+            assembly,
             self.precision,
             names.resolve(self.config.model),
             trust_remote_code=self.config.trust_remote_code,
             on_gpu=self.device.is_gpu,
+            extras=group_extras(self.config, assembly),
         )
+
+    @property
+    def answers(self) -> tuple[int, int] | None:
+        """The rows of a batch of answers and the tokens of its prompts; None when no metric needs answers."""
+        config = self.config
+        if not config.data.eval or not self.dry_runner.assembly.providers("sftx_metric"):
+            return None
+        rows = config.generation.batch_size or config.train.per_device_eval_batch_size
+        if self.size is None or not self.size.prompt_lengths:
+            return rows, config.data.max_length
+        return min(rows, len(self.size.prompt_lengths)), max(self.size.prompt_lengths)
 
     def estimate(
         self,
@@ -169,13 +196,41 @@ class Planner:
         """Return the peaks of one process that holds the whole model."""
         assert self.process_bytes
         accumulates = (train.gradient_accumulation_steps or 1) > 1
-        key = (rows, max_length, accumulates, train.gradient_checkpointing, train.optim)
+        eval_rows = train.per_device_eval_batch_size
+        key = (rows, max_length, accumulates, train.gradient_checkpointing, train.optim, eval_rows)
         if key not in self._snapshots:
             self._snapshots[key] = {
                 "the update": [self.dry_runner.update_peak(train)],
                 "forward and backward": self.dry_runner.step_peaks(train, rows=rows, max_length=max_length),
+                **self._evaluation(train),
             }
         return self._snapshots[key]
+
+    def _evaluation(self, train: TrainConfig) -> Snapshots:
+        """Return the peaks of an evaluation: of the loss of held-out rows, and of answers to them."""
+        if not self.config.data.eval:
+            return {}
+        rows = train.per_device_eval_batch_size
+        if self.size is not None:
+            rows = max(1, min(rows, self.size.num_eval_rows))
+        answers = self.answers
+        key = (rows, answers, train.optim)
+        if key not in self._evaluations:
+            runner, length = self.dry_runner, self.config.data.max_length
+            evaluated = dataclasses.replace(train, per_device_eval_batch_size=rows)
+            peaks = {"the evaluation": runner.evaluation_peaks(evaluated, max_length=length)}
+            if answers is not None:
+                num_rows, prompt_length = answers
+                if self.config.generation.batch_size is None:
+                    num_rows = min(num_rows, train.per_device_eval_batch_size)
+                peaks["the answers"] = runner.answer_peaks(
+                    train,
+                    rows=num_rows,
+                    prompt_length=prompt_length,
+                    max_new_tokens=self.config.generation.max_new_tokens,
+                )
+            self._evaluations[key] = peaks
+        return self._evaluations[key]
 
     def _peak(self, snapshots: Snapshots, distributed: str, world_size: int) -> ProcessMemory:
         """Return the largest memory of one process, with the memory that the process needs besides tensors."""
@@ -206,6 +261,14 @@ def plan_run(
     resolved = loaded.config.train.resolve_batch_size(num_processes)
     loaded = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, train=resolved))
     planner = Planner(loaded, device, num_processes)
+    assert planner.process_bytes  # read before rows are encoded
+    no_size = ""
+    try:
+        planner.size = measure_run(loaded)
+    except (SftxError, OSError) as error:
+        no_size = one_line(error)
+    if num_tokens is None and planner.size is not None:
+        num_tokens = planner.size.num_input_tokens
     need = planner.estimate()
     if num_processes > 1:
         parallel.check(loaded.config.train, has_adapters=planner.dry_runner.size.has_adapters)
@@ -220,8 +283,11 @@ def plan_run(
             limit, half, max(half + 1, need.max_length), at_most=need.longest or sys.maxsize,
         )  # fmt: skip
         advice = () if fits else _advice(planner, need, limit)
-    rate, rate_assumption = _rate(planner, need, tokens_per_second)
-    seconds = None if rate is None or num_tokens is None else num_tokens / rate
+    speed = _speed(planner, tokens_per_second)
+    rate = None if speed is None else speed.flops / _flop_per_token(planner) * num_processes
+    seconds = None
+    if speed is not None and rate is not None and num_tokens is not None:
+        seconds = num_tokens / rate + _evaluation_seconds(planner, speed)
     hours = None if seconds is None else seconds / 3600
     return RunPlan(
         model=loaded.config.model,
@@ -236,8 +302,15 @@ def plan_run(
         advice=advice,
         tokens_per_second=rate,
         seconds=seconds,
+        num_tokens=num_tokens,
         price=None if hours is None or price_per_hour is None else hours * price_per_hour,
-        assumptions=(*_assumptions(planner, need), *rate_assumption),
+        assumptions=(
+            *_assumptions(planner, need),
+            f"no rate is known for {device.name}: --tokens-per-second, or a card's name, gives the time"
+            if speed is None or rate is None
+            else f"{rate:,.0f} tokens/s: {speed.reason}",
+            *([f"no time without data or --num-tokens ({no_size})"] if num_tokens is None else []),
+        ),
         untrained_parts=planner.dry_runner.size.untrained_parts,
     )
 
@@ -267,7 +340,7 @@ def find_largest(
 
 
 def _advice(planner: Planner, need: MemoryEstimate, limit: int) -> tuple[str, ...]:
-    """Return changes of the options, each with the memory that the run would need then; those that fit come first."""
+    """Return up to two changes of the options with which the run was planned to fit, the smallest changes first."""
     train = planner.config.train
     trains_all = not planner.dry_runner.size.has_adapters
     rows_per_step = train.rows_per_step
@@ -276,40 +349,45 @@ def _advice(planner: Planner, need: MemoryEstimate, limit: int) -> tuple[str, ..
     if need.rows > 1:
         combined = combined | {"train_batch_size": rows_per_step, "per_device_train_batch_size": 1}
         changes.append(combined)
-    candidates = [(_as_flags(change), planner.estimate(**change)) for change in changes]
-    half = max(2, need.max_length // 2)
-    candidates.append((f"--max-length {half}", planner.estimate(max_length=half)))
+    if planner.config.data.eval and train.per_device_eval_batch_size > 1:
+        changes = [{"per_device_eval_batch_size": 1}, *changes, combined | {"per_device_eval_batch_size": 1}]
     if trains_all and (leaner := leaner_than(train.optim)):
-        candidates.append((f"--optim {leaner}", planner.estimate(optim=leaner)))
-    world_sizes = [world_size for world_size in _WORLD_SIZES if rows_per_step % world_size == 0]
-    if planner.num_processes == 1 and world_sizes and parallel.can_share(train, has_adapters=not trains_all):
-        fixed = {"train_batch_size": rows_per_step}  # without it, every process would add rows to a step
-        candidates.append(_sharded(planner, [fixed | change for change in ({}, *changes)], world_sizes, limit))
-    lines = [
-        f"{what}: {estimate.total / 1e9:.1f} GB, {'fits' if estimate.total <= limit else 'does not fit alone'}"
-        for what, estimate in sorted(candidates, key=lambda candidate: candidate[1].total > limit)
+        changes += [{"optim": leaner}, combined | {"optim": leaner}]
+    fitting = [
+        (_as_flags(change), estimate) for change in changes if (estimate := planner.estimate(**change)).total <= limit
     ]
-    if trains_all:
-        frozen = need.num_parameters * planner.precision.base_dtype(frozen=True).itemsize
-        lines.append(f"--plugin lora: {frozen / 1e9:.1f} GB of frozen weights, without gradients and optimizer state")
-    return tuple(lines)
+    half = max(2, need.max_length // 2)
+    if len(fitting) < _MAX_ADVICE and (shorter := planner.estimate(max_length=half)).total <= limit:
+        fitting.append((f"--max-length {half}", shorter))
+    world_sizes = [world_size for world_size in _WORLD_SIZES if rows_per_step % world_size == 0]
+    can_share = parallel.can_share(train, has_adapters=not trains_all)
+    if len(fitting) < _MAX_ADVICE and planner.num_processes == 1 and world_sizes and can_share:
+        fixed = {"train_batch_size": rows_per_step}  # without it, every process would add rows to a step
+        fitting += _sharded(planner, [fixed, *({**fixed, **change} for change in changes)], world_sizes, limit)
+    if len(fitting) < _MAX_ADVICE and trains_all:
+        plugins = dict(planner.config.plugins) | {"lora": {}}
+        config = dataclasses.replace(planner.config, plugins=plugins)
+        adapted = Planner(dataclasses.replace(planner.loaded, config=config), planner.device, planner.num_processes)
+        adapted.size = planner.size
+        with contextlib.suppress(SftxError):  # a model that lora does not adapt
+            for change in ({}, combined):
+                if (estimate := adapted.estimate(**change)).total <= limit:
+                    fitting.append((f"--plugin lora {_as_flags(change)}".strip(), estimate))
+                    break
+    return tuple(f"{what}: {estimate.total / 1e9:.1f} GB, fits" for what, estimate in fitting[:_MAX_ADVICE])
 
 
 def _sharded(
     planner: Planner, changes: Sequence[Mapping[str, Any]], world_sizes: Sequence[int], limit: int
-) -> tuple[str, MemoryEstimate]:
-    """Return the fewest fsdp2 processes with which the run fits, for the first of the changes that suffices.
-
-    If none suffices, it is the most processes with the last change.
-    """
-
-    def candidate(change: Mapping[str, Any], world_size: int) -> tuple[str, MemoryEstimate]:
-        flags = f"--distributed fsdp2 --nproc {world_size} {_as_flags(change)}, each on a device of its own"
-        return flags, planner.estimate(world_size=world_size, distributed="fsdp2", **change)
-
-    candidates = (candidate(change, world_size) for change in changes for world_size in world_sizes)
-    fitting = (pair for pair in candidates if pair[1].total <= limit)
-    return next(fitting, None) or candidate(changes[-1], world_sizes[-1])
+) -> list[tuple[str, MemoryEstimate]]:
+    """Return the fewest fsdp2 processes with which the run fits, for the first of the changes that suffices."""
+    for change in changes:
+        for world_size in world_sizes:
+            estimate = planner.estimate(world_size=world_size, distributed="fsdp2", **change)
+            if estimate.total <= limit:
+                flags = f"--distributed fsdp2 --nproc {world_size} {_as_flags(change)}, each on a device of its own"
+                return [(flags, estimate)]
+    return []
 
 
 def _as_flags(change: Mapping[str, Any]) -> str:
@@ -318,21 +396,77 @@ def _as_flags(change: Mapping[str, Any]) -> str:
     return " ".join(flags)
 
 
-def _rate(planner: Planner, need: MemoryEstimate, measured: float | None) -> tuple[float | None, tuple[str, ...]]:
-    """Return tokens per second of all processes, and the assumption behind it."""
-    if measured is not None:
-        return measured, (f"{measured:g} tokens/s as given",)
-    if planner.device.flops is None:
-        return None, ()
-    # FLOP per parameter and token: forward 2, gradients of inputs 2, of weights 2 (Kaplan et al. 2020,
-    # arXiv:2001.08361, section 2.1).
+@dataclass(frozen=True)
+class _Speed:
+    """How fast one process computes."""
+
+    flops: float
+    """FLOP/s that a run reaches."""
+    bandwidth: float | None
+    """Bytes/s that writing an answer, which reads all weights for each token, reaches; None if not known."""
+    reason: str
+
+
+def _speed(planner: Planner, tokens_per_second: float | None) -> _Speed | None:
+    """Return the speed from the measured rate that was given, a card's data sheet, or products on this CPU; or None."""
+    device, flop_per_token = planner.device, _flop_per_token(planner)
+    per_token = f"{flop_per_token / 1e9:.2g} GFLOP a token, without attention's products"
+    bandwidth = None if device.bandwidth is None else device.bandwidth * _UTILISATION
+    if tokens_per_second is not None:
+        return _Speed(tokens_per_second * flop_per_token / planner.num_processes, bandwidth, "as given")
+    if device.flops is not None:
+        peak = f"{_UTILISATION:.0%} of {device.flops / 1e12:.0f} TFLOP/s"
+        return _Speed(device.flops * _UTILISATION, bandwidth, f"{peak}, {per_token}")
+    if device.is_gpu:
+        return None
+    flops, bandwidth = measure_cpu(planner.precision.dtype)
+    share = f"{_CPU_UTILISATION:.0%} of the {flops / 1e9:,.0f} GFLOP/s"
+    reason = f"{share} that a large product reaches now on this CPU, with its threads and its load, {per_token}"
+    return _Speed(flops * _CPU_UTILISATION, bandwidth, reason)
+
+
+def measure_cpu(dtype: torch.dtype) -> tuple[float, float]:
+    """Return the FLOP/s of a product of large matrices on this CPU, and the bytes/s with which it reads one."""
+    matrix = torch.ones(2048, 2048, dtype=dtype)
+
+    def seconds(right: torch.Tensor, times: int) -> float:
+        matrix @ right
+        start = time.perf_counter()
+        for _ in range(times):
+            matrix @ right
+        return (time.perf_counter() - start) / times
+
+    flops = 2 * 2048**2 * 512 / seconds(torch.ones(2048, 512, dtype=dtype), 3)
+    return flops, matrix.nbytes / seconds(torch.ones(2048, 1, dtype=dtype), 10)
+
+
+def _flop_per_token(planner: Planner) -> float:
+    """Return FLOP per token of a step (Kaplan et al. 2020, arXiv:2001.08361, section 2.1).
+
+    Each parameter that a token is multiplied with costs 2 in the forward, 2 for the gradient of inputs, and 2 for its
+    own gradient if it is trained.
+    """
+    size = planner.dry_runner.size
     recomputation = 4 / 3 if planner.config.train.gradient_checkpointing else 1
-    flop_per_token = (4 * need.num_parameters + 2 * need.num_trainable) * recomputation
-    rate = planner.device.flops * _UTILISATION / flop_per_token * planner.num_processes
-    return rate, (
-        f"{rate:,.0f} tokens/s: {_UTILISATION:.0%} of {planner.device.flops / 1e12:.0f} TFLOP/s, "
-        f"{flop_per_token / 1e9:.1f} GFLOP a token, without attention's products",
-    )
+    return (4 * size.num_active + 2 * min(size.num_trainable, size.num_active)) * recomputation
+
+
+def _evaluation_seconds(planner: Planner, speed: _Speed) -> float:
+    """Return the time of all evaluations; every answer is assumed to have `max_new_tokens` tokens."""
+    run, size = planner.size, planner.dry_runner.size
+    if run is None or not run.num_evaluations:
+        return 0.0
+    tokens = float(run.num_eval_tokens)
+    writing = 0.0
+    if planner.answers is not None and run.prompt_lengths:
+        rows, _ = planner.answers
+        tokens += sum(run.prompt_lengths)
+        num_new = math.ceil(len(run.prompt_lengths) / rows) * planner.config.generation.max_new_tokens
+        weights = size.num_active * planner.precision.dtype.itemsize
+        reading = 0.0 if speed.bandwidth is None else weights / speed.bandwidth
+        writing = num_new * max(reading, rows * 2 * size.num_active / speed.flops)
+    one = tokens * 2 * size.num_active / speed.flops + writing
+    return run.num_evaluations * one / planner.num_processes
 
 
 def _assumptions(planner: Planner, need: MemoryEstimate) -> tuple[str, ...]:
@@ -350,8 +484,10 @@ def _assumptions(planner: Planner, need: MemoryEstimate) -> tuple[str, ...]:
             "process memory as in this process, with the same imports; MALLOC_MMAP_THRESHOLD_=65536 in the "
             "environment, without which glibc keeps freed memory, up to 35 % more (docs/planning.md)"
         )
-    if planner.config.data.eval:
-        lines.append("without the held-out evaluation; a lower --per-device-eval-batch-size reduces its memory")
+    if planner.answers is not None:
+        rows, prompt_length = planner.answers
+        new = planner.config.generation.max_new_tokens
+        lines.append(f"{rows} answers at once, to prompts of {prompt_length} tokens, each of {new} new tokens")
     if planner.num_processes > 1:
         lines.append(
             "ddp: gradients are allocated all the time, as views of its buckets"

@@ -17,7 +17,7 @@ from sftx.inspection.memory_plan.dry_run import ModelSize
 from sftx.inspection.memory_plan.memory_tracker import MemorySnapshot
 
 Snapshots: TypeAlias = Mapping[str, Sequence[MemorySnapshot]]
-"""The peaks of the parts of a step, "the update" and "forward and backward"."""
+"""The peaks of "the update", "forward and backward", and with held-out rows "the evaluation" and "the answers"."""
 ProcessMemory: TypeAlias = tuple[str, dict[str, int]]
 """A part of a step, and the bytes by kind that one process needs in it."""
 
@@ -67,6 +67,11 @@ def fsdp2_memory(
         # The head's gradients come first; they stay unsharded until those of its group, the embedding's, are complete.
         unsharded = 0 if has_adapters else min(gradients, outside - size.embedding_bytes)
         yield "forward and backward", process_memory(peak, unsharded + local(gradients - unsharded), gathered)
+    for peak in snapshots.get("the evaluation", ()):
+        yield "the evaluation", process_memory(peak, local(peak["gradients"]), gathered)
+    for peak in snapshots.get("the answers", ()):
+        # Each process answers questions of its own, with all parameters.
+        yield "the answers", process_memory(peak, local(peak["gradients"]), peak["weights"] - replicated)
     smallest = min(snapshots["forward and backward"], key=lambda peak: sum(peak.values()))
     ends = process_memory(smallest, local(size.trainable_bytes), (2 if has_adapters else 3) * outside)
     yield "gathering", ends | {"activations": 0, "head": 0}

@@ -11,14 +11,15 @@ from sftx.errors import ConfigError
 _UNITS: Final = {"gb": 10**9, "gib": 2**30}
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(GB|GiB)", re.IGNORECASE)
 
-# Dense peak of bf16 in FLOP/s, without sparsity, from NVIDIA's data sheets; memory in bytes, as the cards are sold.
+# From NVIDIA's data sheets: the dense peak of bf16 in FLOP/s, without sparsity; the memory in bytes, as the cards are
+# sold; the memory's bandwidth in bytes/s.
 _CARDS: Final = {
-    "h200": (989e12, 141 * 10**9),
-    "h100": (989e12, 80 * 10**9),
-    "a100": (312e12, 80 * 10**9),
-    "l40s": (362e12, 48 * 10**9),
-    "4090": (165e12, 24 * 10**9),
-    "l4": (121e12, 24 * 10**9),
+    "h200": (989e12, 141 * 10**9, 4.8e12),
+    "h100": (989e12, 80 * 10**9, 3.35e12),
+    "a100": (312e12, 80 * 10**9, 2.04e12),
+    "l40s": (362e12, 48 * 10**9, 0.864e12),
+    "4090": (165e12, 24 * 10**9, 1.01e12),
+    "l4": (121e12, 24 * 10**9, 0.3e12),
 }
 
 
@@ -31,6 +32,8 @@ class TargetDevice:
     num_bytes: int | None = None
     flops: float | None = None
     """Dense bf16 peak in FLOP/s, if known."""
+    bandwidth: float | None = None
+    """Bytes of its memory that are read per second, if known."""
 
 
 CPU: Final = TargetDevice("cpu", is_gpu=False)
@@ -41,7 +44,7 @@ def parse(text: str) -> TargetDevice:
     if text.lower() == "cpu":
         return CPU
     if (card := _CARDS.get(text.lower())) is not None:
-        return TargetDevice(text.lower(), is_gpu=True, num_bytes=card[1], flops=card[0])
+        return TargetDevice(text.lower(), is_gpu=True, num_bytes=card[1], flops=card[0], bandwidth=card[2])
     size = _SIZE.fullmatch(text.strip())
     num_bytes = int(float(size[1]) * _UNITS[size[2].lower()]) if size else 0
     if num_bytes <= 0:
