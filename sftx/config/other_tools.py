@@ -222,6 +222,12 @@ def _source_list(target: str) -> Rule:
     return _made(make, target, why=why)
 
 
+def _all_tokens(_: Any, given: Given) -> Answer:
+    if True in (given.get("completion_only_loss"), given.get("assistant_only_loss")):
+        return Answer("leave out", why="only answers are trained")
+    return Answer("write", {"data.train_on_prompt": True}, "trains prompts too; leave it out to train answers only")
+
+
 def _is_packed(given: Given) -> bool:
     return any(given.get(name) for name in ("packing", "sample_packing", "neat_packing")) or "plugins.packed" in given
 
@@ -635,10 +641,7 @@ TABLE: Final[Mapping[str, tuple[Row, ...]]] = {
         _row(
             "completion_only_loss assistant_only_loss",
             (True, _leave_out("only answers are trained")),
-            (
-                False,
-                _write({"data.train_on_prompt": True}, why="trains prompts too; leave it out to train answers only"),
-            ),
+            (False, _made(_all_tokens, "data.train_on_prompt: true", why="unless the other of the two is true")),
         ),
         _row(
             "train_on_inputs",

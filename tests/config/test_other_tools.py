@@ -210,6 +210,7 @@ def test_what_is_written_exists_here_and_has_a_type_that_fits() -> None:
         ("lr_scheduler_kwargs", {"min_lr": 1e-5}, {"learning_rate": 1e-4}, "write", {"train.min_lr_ratio": 0.1}),
         ("completion_only_loss", False, {}, "write", {"data.train_on_prompt": True}),
         ("assistant_only_loss", True, {}, "leave out", {}),
+        ("completion_only_loss", False, {"assistant_only_loss": True}, "leave out", {}),
         ("dataset_text_field", "content", {}, "write", {"data.train.*.columns": {"text": "content"}}),
         ("dataset_name", "d", {"dataset_text_field": "c", "dataset_config": "e"}, "write",
          {"data.train": [{"path": "d", "subset": "e", "columns": {"text": "c"}}]}),
