@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sftx.assembly.discovery import discover, find
 from sftx.assembly.registry import Assembly
@@ -22,6 +22,10 @@ from sftx.types import Conversation, Parsed, PlainText, Segment, Template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+KnownTexts: TypeAlias = dict[tuple[str, bool], list[int]]
+"""Ids of texts that were encoded before, each with whether it continues other plain text."""
 
 
 def check_controls(template: Template, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
@@ -105,12 +109,15 @@ class Encoder:
         # The tokenizer's own first token, put before pre-training text; a template writes its own.
         self._beginning = [i for i in tokenizer("")["input_ids"] if i == tokenizer.bos_token_id and i not in self._end]
 
-    def encode(self, parsed: Parsed) -> tuple[list[int], list[bool], list[float]]:
-        """Return token ids, loss mask and loss weights of a parsed record. Raises DataError."""
+    def encode(self, parsed: Parsed, *, known: KnownTexts | None = None) -> tuple[list[int], list[bool], list[float]]:
+        """Return token ids, loss mask and loss weights of a parsed record. Raises DataError.
+
+        `known` collects the ids of texts, so that conversations that share turns encode each of them once.
+        """
         if isinstance(parsed, Conversation):
             if self.template is None:
                 raise DataError(f"a conversation needs a template, and the run has none{self.advice()}")
-            return self.encode_segments(self.template.render(parsed))
+            return self.encode_segments(self.template.render(parsed), known=known)
         if isinstance(parsed, PlainText):
             ids = [*self._beginning, *self.plain(parsed.text), *self._end]
             return ids, [True] * len(ids), [1.0] * len(ids)
@@ -126,20 +133,23 @@ class Encoder:
         assert self.template is not None
         return self.encode_segments(self.template.generation_prompt(conversation))[0]
 
-    def encode_segments(self, segments: Iterable[Segment]) -> tuple[list[int], list[bool], list[float]]:
+    def encode_segments(
+        self, segments: Iterable[Segment], *, known: KnownTexts | None = None
+    ) -> tuple[list[int], list[bool], list[float]]:
         """Return token ids, loss mask and loss weights of rendered segments."""
         token_ids: list[int] = []
         loss_mask: list[bool] = []
         weights: list[float] = []
-        for run in self.runs(segments):
+        for run in self.runs(segments, known=known):
             num = len(run.token_ids)
             token_ids += run.token_ids
             loss_mask += [run.trainable] * num
             weights += [run.weight if run.trainable else 1.0] * num
         return token_ids, loss_mask, weights
 
-    def runs(self, segments: Iterable[Segment]) -> Iterator[EncodedRun]:
+    def runs(self, segments: Iterable[Segment], *, known: KnownTexts | None = None) -> Iterator[EncodedRun]:
         """Encode neighbouring plain segments that agree in their labels as one text. Raises PluginError, DataError."""
+        known = {} if known is None else known
         continues = False
         for (control, _, _), run in groupby(
             segments, key=lambda s: (s.control, s.trainable, s.weight if s.trainable else 1.0)
@@ -152,7 +162,10 @@ class Encoder:
                         raise PluginError(f"the template wrote the control text {text!r}, which is not in its controls")
                 ids = [self._control_ids[text] for text in texts]
             else:
-                ids = self.plain("".join(texts), continues=continues)
+                key = ("".join(texts), continues)
+                if key not in known:
+                    known[key] = self.plain(key[0], continues=continues)
+                ids = known[key]
             was_plain, continues = continues, not control and (continues or any(texts))
             yield EncodedRun(joined, ids, was_plain and not control)
 

@@ -6,6 +6,7 @@ record -> parser -> mark which turns are trained -> units (one example each) -> 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ import numpy as np
 from sftx.assembly.stages import ParserStage
 from sftx.config.options import DataConfig, Filters, Source
 from sftx.data import sources, truncate
-from sftx.data.encoder import Encoder
+from sftx.data.encoder import Encoder, KnownTexts
 from sftx.data.ledger import Entry, Ledger
 from sftx.errors import DataError, PluginError, SftxError, one_line
 from sftx.types import Conversation, Example, Location, Message, Parsed, Record
@@ -111,8 +112,9 @@ class RowEncoder:
             return row
         row.is_group = len(parsed) > 1
         row.has_turns = any(isinstance(one, Conversation) for one in parsed)
+        known: KnownTexts = {}
         for unit in units:
-            self._encode_unit(unit, row, filters)
+            self._encode_unit(unit, row, filters, known)
             if not row.examples:
                 return row
         if row.is_group and len(row.examples) != len(parsed):
@@ -129,10 +131,11 @@ class RowEncoder:
             row.questions += _questions(marked, row.where, self.encoder)
         return row
 
-    def _encode_unit(self, unit: Parsed, row: EncodedRow, filters: Filters) -> None:
-        """Add the examples of one unit to `row`, or drop the whole row."""
+    def _encode_unit(self, unit: Parsed, row: EncodedRow, filters: Filters, known: KnownTexts) -> None:
+        """Add the examples of one unit to `row`, or drop the whole row. `known` has ids of texts of the row."""
         config = self.config
-        labelled = self.labelled(unit)
+        encode = functools.partial(self.labelled, known=known)
+        labelled = encode(unit)
         length = len(labelled[0])
         if not any(labelled[1][1:]):
             row.drop(_reason_nothing_trained([unit]), length=length)
@@ -151,7 +154,7 @@ class RowEncoder:
         if length > config.max_length and not self.wrapped:
             if config.long_rows == "error":
                 raise DataError(f"{row.where}: {length} tokens, more than data.max_length={config.max_length}")
-            _, labelled, pieces = truncate.fit(unit, labelled, config, self.encoder.is_control, self.labelled)
+            _, labelled, pieces = truncate.fit(unit, labelled, config, self.encoder.is_control, encode)
             if not pieces:
                 is_filled = config.long_rows != "drop" and f"its prompt alone fills max_length={config.max_length}"
                 row.drop(is_filled or f"longer than max_length={config.max_length}", length=length)
@@ -177,9 +180,9 @@ class RowEncoder:
         stop = self.encoder.stop_ids
         return any(np.isin(example.token_ids[example.loss_mask], stop).any() for example in row.examples)
 
-    def labelled(self, unit: Parsed) -> truncate.LabelledTokens:
+    def labelled(self, unit: Parsed, *, known: KnownTexts | None = None) -> truncate.LabelledTokens:
         """Encode a unit, and apply the options that decide about single tokens to its loss mask."""
-        token_ids, loss_mask, weights = self.encoder.encode(unit)
+        token_ids, loss_mask, weights = self.encoder.encode(unit, known=known)
         ends = [False] * len(token_ids)
         if not self.config.train_turn_end and isinstance(unit, Conversation):
             stop, is_ended = set(self.encoder.stop_ids), False

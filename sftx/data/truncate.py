@@ -6,7 +6,9 @@ text did not stop: when the end of an answer is cut off, its stop token is cut o
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
@@ -14,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sftx.config.options import DataConfig
-from sftx.types import Conversation, Parsed
+from sftx.types import Conversation, Message, Parsed
 
 LabelledTokens: TypeAlias = tuple[list[int], list[bool], list[float]]
 """Token ids, loss mask and loss weights of one unit (a conversation, a text or a row of tokens)."""
@@ -44,17 +46,11 @@ def fit(
     """
     limit = config.max_length
     if config.long_rows == "cut_oldest" and isinstance(unit, Conversation):
-        # Keep the newest turns that fit, beginning with a user's turn, after all system messages.
-        system = tuple(m for m in unit.messages if m.role == "system")
-        turns = tuple(m for m in unit.messages if m.role != "system")
-        for start, turn in enumerate(turns):
-            if start and turn.role == "user":
-                shorter = dataclasses.replace(unit, messages=(*system, *turns[start:]))
-                tokens = encode(shorter)
-                if len(tokens[0]) <= limit:
-                    kept = [np.arange(len(tokens[0]))] if any(tokens[1][1:]) else []
-                    return Truncated(shorter, tokens, kept)
-        return Truncated(unit, labelled, [])
+        found = _newest_turns(unit, len(labelled[0]), limit, encode)
+        if found is None:
+            return Truncated(unit, labelled, [])
+        shorter, tokens = found
+        return Truncated(shorter, tokens, [np.arange(len(tokens[0]))] if any(tokens[1][1:]) else [])
 
     token_ids, loss_mask = labelled[0], np.asarray(labelled[1], np.bool_)
     indices = np.arange(len(token_ids))
@@ -68,6 +64,47 @@ def fit(
         case _:
             examples = []
     return Truncated(unit, labelled, [kept for kept in examples if loss_mask[kept[1:]].any()])
+
+
+def _newest_turns(
+    unit: Conversation, num_tokens: int, limit: int, encode: Callable[[Parsed], LabelledTokens]
+) -> tuple[Conversation, LabelledTokens] | None:
+    """Return all system messages and as many of the newest turns as fit, beginning with a user's turn, or None.
+
+    Fewer turns have fewer tokens in every template, so a search finds the first window that fits. It begins where the
+    share of characters says that the window ends, which is mostly right or one off: two windows are encoded.
+    """
+    system = tuple(m for m in unit.messages if m.role == "system")
+    turns = tuple(m for m in unit.messages if m.role != "system")
+    starts = [n for n, turn in enumerate(turns) if n and turn.role == "user"]
+    if not starts:
+        return None
+    to_end = list(itertools.accumulate(map(_num_chars, reversed(turns)), initial=0))[::-1]
+    always = sum(map(_num_chars, system)) + sum(len(str(tool)) for tool in unit.tools)
+    num_chars = limit * (always + to_end[0]) / num_tokens - always
+    guess = bisect.bisect_left(starts, -num_chars, key=lambda start: -to_end[start])
+    too_long, fitting, step = -1, len(starts), 1
+    found = None
+    while fitting - too_long > 1:
+        guess = min(max(guess, too_long + 1), fitting - 1)
+        shorter = dataclasses.replace(unit, messages=(*system, *turns[starts[guess] :]))
+        tokens = encode(shorter)
+        if len(tokens[0]) <= limit:
+            fitting, found = guess, (shorter, tokens)
+            guess -= step
+        else:
+            too_long = guess
+            guess += step
+        if too_long >= 0 and fitting < len(starts):
+            guess = (too_long + fitting) // 2
+        step *= 2
+    return found
+
+
+def _num_chars(message: Message) -> int:
+    """Return the length of a turn in characters, with some for its markup."""
+    calls = sum(len(str(call.arguments)) for call in message.tool_calls)
+    return len(message.content) + len(message.reasoning) + calls + 20
 
 
 def infer_lengths(prompt: int, answer: int, limit: int) -> tuple[int, int]:
@@ -94,12 +131,12 @@ def _cut_proportional(loss_mask: NDArray[np.bool_], is_control: NDArray[np.bool_
     other text to cut.
     """
     kept: list[NDArray[np.int64]] = []
+    room = limit
     runs = _runs(np.arange(len(loss_mask)), loss_mask)
     nothing = runs[0][:0]
     if loss_mask[0]:
         runs.insert(0, nothing)  # the row begins with an answer that has no prompt
     for prompt, answer in zip(runs[::2], [*runs[1::2], nothing], strict=False):
-        room = limit - sum(map(len, kept))
         if room <= 0:
             break
         num_prompt, num_answer = infer_lengths(len(prompt), len(answer), room)
@@ -111,6 +148,7 @@ def _cut_proportional(loss_mask: NDArray[np.bool_], is_control: NDArray[np.bool_
             parts[n] = parts[n][: len(parts[n]) - cut]
             surplus -= cut
         kept += [*parts, answer[:num_answer]]
+        room -= num_prompt + num_answer
     return np.concatenate(kept)
 
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import random
+from collections import Counter
+from importlib.metadata import entry_points
 from itertools import groupby
 from typing import Any
 
@@ -11,11 +16,12 @@ from hypothesis import strategies as st
 
 import assets
 from sftx.config.options import DataConfig
-from sftx.data.row_encoder import EncodedRow, RowEncoder
-from sftx.data.truncate import fit, infer_lengths
+from sftx.data.encoder import Encoder
+from sftx.data.row_encoder import EncodedRow, RowEncoder, mark_trained, split_units
+from sftx.data.truncate import LabelledTokens, fit, infer_lengths
 from sftx.errors import DataError
-from sftx.testing.kit import Kit
-from sftx.types import Conversation, Location, Message, PlainText
+from sftx.testing.kit import Kit, built_in
+from sftx.types import Conversation, Location, Message, PlainText, ToolCall
 from sftx_plugins.templates.chatml import ChatML
 
 WHERE = Location("rows.jsonl", 7)
@@ -72,6 +78,109 @@ def test_cut_oldest_removes_whole_turns_and_keeps_the_system_message(kit: Kit) -
     assert "w0x" not in text
     assert "w1x" not in text
     assert cut.token_ids[cut.loss_mask].tolist().count(kit.encoder.stop_ids[0]) == 2
+
+
+OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "deepseek3": [{}, {"earlier_reasoning": "drop"}],
+    "llama3": [{}, {"dates": True}],
+    "mistral": [{}, {"place": "last"}],
+    "qwen3": [{}, {"thinking": "strip"}, {"thinking": "empty"}],
+}
+BUILT_IN = sorted(
+    point.name
+    for point in entry_points(group="sftx.plugins")
+    if ".templates." in point.value and "jinja" not in point.value
+)
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+
+
+def random_chat(rng: random.Random, template: Any) -> Conversation:
+    """Return a conversation of a few or many turns, with all that the template can write."""
+
+    def text(least: int = 1) -> str:
+        return " ".join(rng.choices(["word", "two words", "长", "\n", "-", "x" * 30], k=rng.randint(least, 12)))
+
+    messages = [Message("system", text())] if rng.random() < 0.5 else []
+    for _ in range(rng.randint(2, 25)):
+        messages.append(Message("user", text()))
+        if rng.random() < 0.2 and getattr(template, "has_tools", False):
+            messages.append(Message("assistant", "", tool_calls=(ToolCall("f", {"a": text()}),)))
+            messages.append(Message("tool", text()))
+        reasoning = text() if rng.random() < 0.3 and hasattr(template, "jinja") else ""
+        answer = f"Yes. {text()}"
+        messages.append(Message("assistant", answer, reasoning=reasoning, trainable=rng.choice([None, None, False])))
+    has_tools = rng.random() < 0.3 and getattr(template, "has_tools", False)
+    return Conversation(tuple(messages), tools=(TOOL,) if has_tools else ())
+
+
+def first_window_that_fits(unit: Conversation, limit: int, encode: RowEncoder) -> LabelledTokens | None:
+    """Encode every window of turns, from the longest on, until one fits."""
+    system = [m for m in unit.messages if m.role == "system"]
+    turns = [m for m in unit.messages if m.role != "system"]
+    for start in range(1, len(turns)):
+        if turns[start].role == "user":
+            tokens = encode.labelled(dataclasses.replace(unit, messages=(*system, *turns[start:])))
+            if len(tokens[0]) <= limit:
+                return tokens
+    return None
+
+
+@pytest.mark.parametrize("name", [*BUILT_IN, "tokenizer"])
+def test_cut_oldest_keeps_the_longest_window_that_fits(name: str) -> None:
+    rng = random.Random(name)
+    outcomes = Counter[str]()
+    for options in (variants := OPTIONS.get(name, [{}])):
+        encoder = Kit(built_in(name, **options)).encoder
+        for _ in range(12 // len(variants)):
+            conversation = random_chat(rng, encoder.template)
+            encode = RowEncoder({}, encoder, DataConfig())
+            known: dict[tuple[str, bool], list[int]] = {}
+            for unit in split_units(mark_trained(conversation, encode.config), encoder):
+                assert isinstance(unit, Conversation)
+                labelled = encode.labelled(unit, known=known)
+                assert labelled == encode.labelled(unit)
+                limit = int(len(labelled[0]) * rng.uniform(0.05, 0.99))
+                config = DataConfig(max_length=limit, long_rows="cut_oldest")
+                with_known = functools.partial(encode.labelled, known=known)
+                cut = fit(unit, labelled, config, encoder.is_control, with_known)
+                expected = first_window_that_fits(unit, limit, encode)
+                outcomes["cut" if expected is not None else "dropped"] += 1
+                if expected is None:
+                    assert not cut.kept
+                else:
+                    assert cut.labelled == expected
+                    whole = [list(range(len(expected[0])))] if any(expected[1][1:]) else []
+                    assert [kept.tolist() for kept in cut.kept] == whole
+    assert outcomes["cut"] > 5, outcomes
+
+
+@pytest.mark.parametrize("policy", ["cut_oldest", "cut_proportional", "split"])
+@pytest.mark.parametrize("name", ["chatml", "qwen3", "tokenizer"])
+def test_each_text_of_a_long_chat_is_encoded_once(name: str, policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = Kit(built_in(name)).encoder
+    conversation = turns(*random.Random(1).choices(range(3, 40), k=60 if name == "qwen3" else 400))
+    num_chars = num_windows = 0
+
+    def plain(text: str, **options: Any) -> list[int]:
+        nonlocal num_chars
+        num_chars += len(text)
+        return Encoder.plain(encoder, text, **options)
+
+    def count(*args: Any, **options: Any) -> Any:
+        nonlocal num_windows
+        num_windows += 1
+        return Encoder.encode(encoder, *args, **options)
+
+    monkeypatch.setattr(encoder, "plain", plain)
+    monkeypatch.setattr(encoder, "encode", count)
+    row = RowEncoder({}, encoder, DataConfig(max_length=2000, long_rows=policy)).encode(
+        [conversation], EncodedRow(WHERE)
+    )
+    assert row.examples
+    num_units = 30 if name == "qwen3" else 1
+    # Besides its texts, a conversation has its markup, and an earlier answer is joined with it once it is not trained.
+    assert num_chars < 1.5 * sum(len(m.content) + 20 for m in conversation.messages) * (2 if name == "qwen3" else 1)
+    assert num_windows <= 5 * num_units
 
 
 def test_cut_oldest_drops_a_row_whose_last_turns_alone_are_too_long(kit: Kit) -> None:
