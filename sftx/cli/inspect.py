@@ -37,7 +37,7 @@ def _parse_places(_ctx: click.Context, _param: click.Parameter, values: tuple[st
 
 @click.command(cls=RunCommand)
 @run_options("data")
-@click.option("--rows", "max_rows", metavar="N", type=click.IntRange(min=1), help="Rows to show.  [default: 3]")
+@click.option("--rows", "max_rows", metavar="N", type=click.IntRange(min=0), help="Rows to show.  [default: 3]")
 @click.option(
     "--row", "places", metavar="PATH:LINE|N", multiple=True, callback=_parse_places,
     help="Show this row, by its place or its number; repeat for more.",
@@ -91,7 +91,7 @@ def command(
     from sftx.inspection.token_report.token_page import token_page
 
     view = view_dataset(loaded)
-    report = inspect_rows(view, split, RowSelection(show or "first", max_rows or 3, places))
+    report = inspect_rows(view, split, RowSelection(show or "first", 3 if max_rows is None else max_rows, places))
     if json_path is not None:
         _write(json_path, report_json(report))
     if html_path is not None:

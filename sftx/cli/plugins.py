@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import shutil
 import sys
@@ -68,13 +69,19 @@ def info(name: str) -> None:
         click.echo(printable(f"\n{' '.join(cls.__doc__.split())}"))
     with named(str(plugin), "describing its options"):
         options: dict[str, Any] = TypeAdapter(cls).json_schema().get("properties", {})
+        made = {
+            field.name: field.default_factory()
+            for field in (dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ())
+            if field.default_factory is not dataclasses.MISSING
+        }
     if not options:
         click.echo("\nIt takes no options.")
         return
     click.echo("")
     rows = [["OPTION", "TYPE", "DEFAULT", "MEANING"]]
     for option, schema in options.items():
-        default = json.dumps(schema["default"]) if "default" in schema else "required"
+        given = {"default": made[option]} if option in made else schema
+        default = json.dumps(given["default"], default=str) if "default" in given else "required"
         rows.append([f"{name}.{option}", _type(schema), default, schema.get("description", "")])
     _print_columns(rows)
 

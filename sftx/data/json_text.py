@@ -67,7 +67,7 @@ class JsonText:
                 line = self.where().number + self._text.count("\n", self._at, error.pos)
                 column = error.colno + (self._before if error.lineno == 1 else 0)
                 where = Location(self._path, line)
-                raise DataError(f"{where}: not valid JSON: {error.msg} at column {column}") from None
+                raise DataError(f"{where}: not valid JSON: {said(error)} at column {column}") from None
             except (RecursionError, ValueError) as error:
                 raise DataError(f"{self.where()}: not readable JSON: {limit(error)}") from None
 
@@ -88,6 +88,11 @@ class JsonText:
             self._text = "".join([self._text[self._at :], *read])
             self._at = self._counted = 0
         return bool(read)
+
+
+def said(error: json.JSONDecodeError) -> str:
+    """Return what is wrong with a JSON text, in words that "at" and a place can follow."""
+    return error.msg.removesuffix(" at")  # Python says "Invalid control character at"
 
 
 def limit(error: RecursionError | ValueError) -> str:

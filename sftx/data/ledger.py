@@ -67,10 +67,11 @@ class Ledger:
             return
         first = (dropped or left_out)[0]
         reasons = Counter(entry.reason for entry in (dropped or left_out))
-        others = f" (reasons: {'; '.join(f'{n}x {reason}' for reason, n in reasons.most_common(3))})"
+        num_first = reasons.pop(first.reason)
+        rest = "; ".join(f"{n}x {reason}" for reason, n in reasons.most_common(3))
         tokens = f" (the row has {first.length} tokens)" if first.length else ""
         shown = f"{first.where}: {first.reason}{tokens}; "
-        others = others if len(reasons) > 1 else ""
+        others = f" ({num_first}x for this reason; {rest})" if reasons else ""
         if not dropped:
             raise DataError(f"{shown}the filters leave none of {self.num_rows} rows{others}; loosen data.filters")
         shown += f"{len(dropped)} of {self.num_rows} rows train nothing or were dropped"

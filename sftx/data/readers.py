@@ -25,7 +25,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, Final, TypeAlias
 
-from sftx.data.json_text import JsonText, limit
+from sftx.data.json_text import JsonText, limit, said
 from sftx.errors import DataError, one_line
 from sftx.types import Location
 
@@ -296,7 +296,7 @@ def _loads(text: str, where: Location) -> Any:
     try:
         return json.loads(text.rstrip(" \t\r\n"))  # so that an error at the end has the column of this line
     except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from None
+        raise DataError(f"{where}: not valid JSON: {said(error)} at column {error.colno}") from None
     except (RecursionError, ValueError) as error:
         raise DataError(f"{where}: not readable JSON: {limit(error)}") from None
 

@@ -6,9 +6,11 @@ record -> parser -> mark which turns are trained -> units (one example each) -> 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import itertools
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, Protocol
@@ -25,6 +27,8 @@ from sftx.types import Conversation, Example, Location, Message, Parsed, Record
 
 NOTHING_TRAINED: Final = "no trained token"
 EMPTY: Final = "every trained turn is empty"
+_SIMILAR: Final = 0.75
+"""`difflib`'s ratio from which a field is taken for a misspelt one: `ouput` is, `input` is not `input_ids`."""
 NO_TURN: Final = "no assistant turn, so nothing to train"
 
 
@@ -207,13 +211,41 @@ def parse_record(
                 row.format = name
                 break
         else:
-            known = "; ".join(f"{name}: {parser.fields}" for name, parser in parsers.items())
-            fields = ", ".join(sorted(map(repr, record)))
-            raise DataError(
-                f"{row.where}: no format has the fields {fields:.200}; known are {known}; or say with `columns` of the "
-                "source which fields hold them"
-            )
+            raise DataError(f"{row.where}: {_say_no_format(record, parsers)}")
     return parsers[row.format].parse(record, row.where)
+
+
+def _say_no_format(record: Record, parsers: Mapping[str, ParserStage]) -> str:
+    """Return the error of a record that no parser accepts: the misspelt field and the format that is nearest to it.
+
+    Only if none of the record's fields is similar to one that a format needs, all formats are listed.
+    """
+    needs = {name: re.sub(r"\(.*?\)", "", parser.fields).replace(",", " ").split() for name, parser in parsers.items()}
+    similar: dict[str, dict[str, str]] = {}
+    """For each format, its fields that the record lacks and has under a similar name."""
+    scores = {}
+    for name, wanted in needs.items():
+        others = [str(key) for key in record if key not in wanted]
+        close = {one: difflib.get_close_matches(one, others, n=1, cutoff=_SIMILAR) for one in wanted}
+        similar[name] = {one: close[one][0] for one in wanted if one not in record and close[one]}
+        present = sum(one in record for one in wanted)
+        scores[name] = (present + 0.9 * len(similar[name])) / max(1, len(wanted))
+    nearest = max(scores, key=lambda name: scores[name], default="")
+    lacking = [one for one in needs.get(nearest, ()) if one not in record]
+    found = ", ".join(sorted(map(repr, record)))
+    advice = "say with `columns` of the source which fields hold them"
+    if lacking and scores[nearest] > 0:
+        format_ = f"the format {nearest} ({', '.join(needs[nearest])})"
+        if misspelt := similar[nearest]:
+            unknown, meant = (", ".join(map(repr, names)) for names in (misspelt.values(), misspelt))
+            is_one = len(misspelt) == 1
+            return (
+                f"the field{'' if is_one else 's'} {unknown:.200} {'is' if is_one else 'are'} unknown; did you mean "
+                f"{meant} of {format_}? If not, {advice}"
+            )
+        return f"{format_} needs {', '.join(map(repr, lacking))} too, and the row has {found:.200}; {advice}"
+    known = "; ".join(f"{name}: {', '.join(wanted)}" for name, wanted in needs.items())
+    return f"no format has the fields {found:.200}; known are {known}; or {advice}"
 
 
 def filtered_by_turns(parsed: Sequence[Parsed], filters: Filters) -> str | None:

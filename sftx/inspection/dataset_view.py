@@ -15,7 +15,7 @@ from sftx.config.loading import LoadedConfig
 from sftx.config.options import DataConfig, RunConfig, Source
 from sftx.data import sources
 from sftx.data.dataset import Dataset
-from sftx.data.ledger import Entry
+from sftx.data.ledger import Entry, Ledger
 from sftx.data.pipeline import DataPipeline, build_pipeline
 from sftx.data.row_encoder import EMPTY, NO_TURN, NOTHING_TRAINED
 from sftx.errors import DataError
@@ -47,17 +47,20 @@ class DatasetView:
         if split not in self._datasets:
             is_train = split == "train"
             data = self.pipeline.load_train(check=False) if is_train else self.pipeline.load_eval(check=False)
-            problems = []
-            if self.config.data.invalid_rows == "error":
-                problems += [f"{entry.where}: {entry.reason}" for entry in data.ledger.entries if is_unreadable(entry)][
-                    :1
-                ]
+            problems, checked = [], data
+            unreadable = [entry for entry in data.ledger.entries if is_unreadable(entry)]
+            if self.config.data.invalid_rows == "error" and unreadable:
+                # A run stops at the first of them. What else stops it is what remains when they are corrected.
+                problems.append(f"{unreadable[0].where}: {unreadable[0].reason}")
+                entries = [entry for entry in data.ledger.entries if not is_unreadable(entry)]
+                rest = Ledger(entries, data.ledger.num_rows - len(unreadable))
+                checked = dataclasses.replace(data, ledger=rest)
             try:
-                data.check(self.pipeline.encode, max_dropped=self.config.data.max_dropped)
+                checked.check(self.pipeline.encode, max_dropped=self.config.data.max_dropped)
             except DataError as error:
                 problems.append(str(error))
             self._datasets[split] = data
-            self._problems[split] = tuple(dict.fromkeys(problems))
+            self._problems[split] = tuple(problems)
         return self._datasets[split]
 
     def problems(self, split: Split) -> tuple[str, ...]:

@@ -227,7 +227,7 @@ def test_no_template(tiny_model_dir: Path) -> None:
         (
             '{"messages": [{"role": "asistant", "content": "x"}]}',
             "rows.jsonl:1: messages[0].role is 'asistant'",
-            ["observation", "'assistant'"],
+            ["did you mean", "'assistant'"],
         ),
         (
             '{"messages": [{"role": "user", "content": "x"}]}',

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -118,6 +119,11 @@ def test_info_shows_where_a_plugin_comes_from_and_what_it_takes(install_plugin: 
         "careful.mode   string | null     null      How.\n"
     )
     assert "It takes no options." in plugins("info", "jsonl").stdout
+
+
+def test_info_shows_a_default_that_is_made_anew_each_time() -> None:
+    assert re.search(r"^sharegpt\.roles +object +\{\} +Further words", plugins("info", "sharegpt").stdout, re.MULTILINE)
+    assert "required" not in plugins("info", "tokenizer").stdout
 
 
 # --- check --------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ def test_more_dropped_rows_are_an_error_with_the_first_row_the_share_and_the_rea
     assert str(caught.value) == (
         "rows.jsonl:3: no trained token (the row has 12 tokens); "
         "3 of 10 rows train nothing or were dropped, more than data.max_dropped=0.25 "
-        "allows (reasons: 2x no trained token; 1x no assistant turn); correct the rows, or raise data.max_dropped"
+        "allows (2x for this reason; 1x no assistant turn); correct the rows, or raise data.max_dropped"
     )
 
 

@@ -53,6 +53,7 @@ def test_only_a_newline_ends_a_line() -> None:
         ('{"a": [\n', "x.jsonl:1: not valid JSON: Expecting value at column 8"),
         ('{"a": 1}\n\n{"a": 1} {"a": 2}\n', "x.jsonl:3: not valid JSON: Extra data at column 10"),
         ("{'a': 1}", "x.jsonl:1: not valid JSON: "),
+        ('{"a": "\t"}', "x.jsonl:1: not valid JSON: Invalid control character at column 8"),
         ('{"a": 1}\n[1]\n', 'x.jsonl:2: got a list, expected an object such as {"messages": [...]}'),
         ('"text"', "x.jsonl:1: got a str, expected an object"),
         ("null", "x.jsonl:1: got a NoneType, expected an object"),

@@ -96,7 +96,7 @@ def test_a_record_is_recognised_by_its_fields_and_becomes_turns(
         ),
         (
             {"messages": [USER, {"role": "asistant", "content": "x"}]},
-            "messages[1].role is 'asistant', expected system, user, assistant, tool, ",
+            "messages[1].role is 'asistant'; did you mean 'assistant'?",
         ),
         ({"messages": [{"role": ["user"], "content": "x"}]}, "messages[0].role is a list, expected system"),
         ({"messages": [{"role": "user"}]}, "messages[0].content is missing or null, expected text"),
@@ -121,7 +121,7 @@ def test_a_record_is_recognised_by_its_fields_and_becomes_turns(
         ({"conversations": ["x"]}, "conversations[0] is text, expected an object with from and value"),
         (
             {"conversations": [{"from": "humn", "value": "x"}]},
-            "conversations[0].from is 'humn', expected human, gpt, system, user, assistant, ",
+            "conversations[0].from is 'humn'; did you mean 'human'?",
         ),
         ({"conversations": [{"from": "gpt"}]}, "conversations[0].value is missing or null, expected text"),
         ({"conversations": [{"from": "gpt", "value": 5}]}, "conversations[0].value is a number, expected text"),
@@ -160,3 +160,40 @@ def test_message_of_a_role_other_than_assistant_may_be_trained_when_said_so() ->
     ]
     assert Message("user", "x", trainable=True).trained
     assert not Message("assistant", "x", trainable=False).trained
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (
+            {"instruction": "x", "ouput": "y"},
+            "the field 'ouput' is unknown; did you mean 'output' of the format alpaca (instruction, output)? If n",
+        ),
+        (
+            {"Messages": [], "id": 7},
+            "the field 'Messages' is unknown; did you mean 'messages' of the format messages (",
+        ),
+        (
+            {"prompts": "x", "completions": "y"},
+            "the fields 'prompts', 'completions' are unknown; did you mean 'prompt', 'completion' of the format pro",
+        ),
+        (
+            {"instruction": "x", "context": "", "response": "y"},
+            "the format alpaca (instruction, output) needs 'output' too, and the row has 'context', 'instruction', 'r",
+        ),
+        (
+            {"a": 1, "b": 2},
+            "no format has the fields 'a', 'b'; known are messages: messages; prompt-completion: prompt, ",
+        ),
+    ],
+)
+def test_a_row_of_no_format_is_compared_with_the_nearest_one(
+    parsers: dict[str, Any], record: dict[str, Any], message: str
+) -> None:
+    from sftx.config.options import DataConfig, Source
+    from sftx.data.row_encoder import EncodedRow, parse_record
+
+    with pytest.raises(DataError) as refused:
+        parse_record(record, EncodedRow(WHERE), parsers, Source("rows.jsonl"), DataConfig())
+    assert str(refused.value).startswith(f"{WHERE}: {message}")
+    assert ("known are" in str(refused.value)) == ("a" in record)

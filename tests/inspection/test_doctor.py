@@ -57,7 +57,9 @@ def test_nothing_is_found_where_nothing_is_wrong(findings: Find, make_model: Cal
 
 OF_ROWS: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str, str, str]] = {
     "a format that nobody knows": ([*GOOD, {"a": 1}], {}, "unreadable-rows", "error", "1 row cannot be read: "),
-    "the same, dropped": ([*GOOD, {"a": 1}], {"invalid_rows": "drop"}, "unreadable-rows", "warning", "rows.jsonl:11"),
+    "the same, dropped": (
+        [*GOOD, {"a": 1}], {"invalid_rows": "drop", "max_dropped": 0.5}, "unreadable-rows", "warning", "rows.jsonl:11",
+    ),
     "too many without an answer": (
         [*GOOD, {"messages": [{"role": "user", "content": "x"}]}], {}, "dropped-rows", "error", "more than data.max",
     ),
@@ -87,6 +89,26 @@ def test_what_is_wrong_with_rows_is_found(findings: Find, name: str) -> None:
     assert (severity, True) in [(found, words in seen) for found, seen in of(check, findings(rows, **options))]
     quiet = [seen for found, seen in of(check, findings(GOOD)) if found == severity and words in seen]
     assert quiet == []
+
+
+@pytest.mark.parametrize("invalid_rows", ["error", "drop"])
+def test_rows_that_cannot_be_read_for_one_reason_are_one_finding(findings: Find, invalid_rows: str) -> None:
+    def words(role: str) -> dict[str, Any]:
+        return {"messages": [{"role": role, "content": "x"}, {"role": "assistant", "content": "y"}]}
+
+    found = [
+        (severity, seen)
+        for severity, check, seen in findings([words("usr")] * 9 + [words("nobody")], invalid_rows=invalid_rows)
+        if check in ("unreadable-rows", "dropped-rows")
+    ]
+    assert len(found) == 1
+    assert found[0][0] == "error"
+    assert found[0][1].count("did you mean 'user'?") == 1
+    assert found[0][1].count("expected system, user") == 1
+    assert found[0][1].count("rows.jsonl:1: ") == 1
+    if invalid_rows == "error":
+        assert re.search(r"10 rows cannot be read: 9 times, first in \S+rows\.jsonl:1: messages\[0\]", found[0][1])
+        assert re.search(r"; \S+rows\.jsonl:10: messages\[0\]\.role is 'nobody'", found[0][1])
 
 
 def test_rows_that_are_trained_and_held_out_are_found(findings: Find) -> None:

@@ -210,7 +210,10 @@ def test_a_split_of_dropped_rows_alone_is_shown(make_view: Callable[..., Any]) -
     assert [row.status for row in rows_of(view)] == ["dropped", "dropped"]
     found = dataset_statistics(view, "train")
     assert (found.num_examples, found.lengths, found.filling, found.num_steps) == (0, None, None, None)
-    assert any("2 of 2 rows train nothing" in problem for problem in found.problems)
+    # The second row cannot be read; without it the first one is all there is.
+    assert len(found.problems) == 2
+    assert "rows.jsonl:2: no format has the fields" in found.problems[0]
+    assert "1 of 1 rows train nothing" in found.problems[1]
 
 
 def test_rows_are_chosen(make_view: Callable[..., Any]) -> None:
@@ -384,6 +387,16 @@ def test_json_is_the_same_structure(make_view: Callable[..., Any], tmp_path: Pat
     assert json.loads(done.stdout) == json.loads(json.dumps(expected))
     done = invoke("--data", str(tmp_path / "rows.jsonl"), "--rows", "2", "--json", str(tmp_path / "out.json"))
     assert json.loads((tmp_path / "out.json").read_text()) == json.loads(json.dumps(expected))
+
+
+def test_no_rows_leave_the_summary_and_a_cause_is_said_once(make_view: Callable[..., Any], tmp_path: Path) -> None:
+    make_view([ANSWERED, {"messages": [{"role": "usr", "content": "x"}]}])
+    done = invoke("--data", str(tmp_path / "rows.jsonl"), "--rows", "0")
+    assert done.exit_code == 0, done.output
+    assert re.search(r"^rows +2 of data.train", done.stdout, re.MULTILINE)
+    assert "«trained»" not in done.stdout
+    assert done.stdout.count("did you mean 'user'?") == 1
+    assert re.search(r"^stops +the run at .*rows\.jsonl:2$", done.stdout.replace("\n          ", " "), re.MULTILINE)
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,16 @@ def calling(**call: Any) -> dict[str, Any]:
 REFUSED: list[tuple[Parser, dict[str, Any], str]] = [
     (Messages(), {"messages": {}}, "messages … an object … a list"),
     (Messages(), {"messages": ["x"]}, "messages[0] … text … role and content"),
-    (Messages(), {"messages": [{"role": "asistant"}]}, "messages[0].role … 'asistant' … system, user"),
+    (Messages(), {"messages": [{"role": "asistant"}]}, "messages[0].role … 'asistant' … did you mean 'assistant'?"),
+    (Messages(), {"messages": [{"role": "nobody"}]}, "messages[0].role … 'nobody' … system, user"),
+    (Messages(), says(contnet="x"), "messages[1] … 'contnet' … did you mean 'content'?"),
+    (Messages(), {"messages": [{"rôle": "user", "content": "x"}]}, "messages[0] … 'rôle' … did you mean 'role'?"),
+    (ShareGPT(), {"conversations": [{"from": "human", "vaule": "x"}]}, "conversations[0] … did you mean 'value'?"),
+    (
+        Messages(),
+        calling(name="f", arguments='{"a": "\t"}'),
+        "messages[1].tool_calls[0] … arguments … Invalid control character at character",
+    ),
     (Messages(), {"messages": [{"role": "Assistant"}]}, "messages[0].role … 'Assistant' … 'assistant'"),
     (Messages(), {"messages": [{"role": "x" * 10**6}]}, "messages[0].role … 'xxxx"),
     (Messages(), {"messages": [{"content": "x"}]}, "messages[0].role … missing or null … system"),

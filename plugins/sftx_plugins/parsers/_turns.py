@@ -93,6 +93,8 @@ def messages(
                 f"{where}: {at} is {_values.kind(turn)}, expected an object with {role_keys[0]} and {content_keys[0]}"
             )
         role_key = _values.first_key(turn, role_keys)
+        for keys in (role_keys, content_keys):
+            _values.check_spelling(turn, keys, at, where)
         role = _values.lookup(turn.get(role_key), f"{at}.{role_key}", where, tags)
         result.append(_message(turn, role, _values.first_key(turn, content_keys), at, where))
     return tuple(result)

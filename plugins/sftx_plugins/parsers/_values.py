@@ -13,6 +13,7 @@ from sftx import DataError, Location, Record
 _MAX_DEPTH: Final = 64  # far below the depth at which Python's own JSON writer fails
 _MAX_BITS: Final = 4096  # Python refuses to write an int of more than 4300 digits
 _MAX_SHOWN: Final = 60
+_SIMILAR: Final = 0.75  # difflib's ratio from which a key is taken for a misspelt one
 _KINDS: Final[dict[type, str]] = {
     type(None): "missing or null",
     bool: "true or false",
@@ -59,13 +60,21 @@ def list_of(value: Any, name: str, where: Location) -> list[Any]:
 
 
 def lookup(value: Any, name: str, where: Location, known: Mapping[str, str]) -> str:
-    """Return `known[value]`. Raises DataError with the known words, and a similar one, if there is none."""
+    """Return `known[value]`. Raises DataError with a similar word, or else with all known ones, if there is none."""
     if isinstance(value, str) and value in known:
         return known[value]
     is_word = isinstance(value, str) and len(value) <= _MAX_SHOWN
     close = difflib.get_close_matches(value.lower(), list(known), n=1) if is_word else []
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise DataError(f"{where}: {name} is {shown(value)}, expected {', '.join(known)}{hint}")
+    hint = f"; did you mean {close[0]!r}?" if close else f", expected {', '.join(known)}"
+    raise DataError(f"{where}: {name} is {shown(value)}{hint}")
+
+
+def check_spelling(record: Record, keys: Sequence[str], name: str, where: Location) -> None:
+    """Raise DataError if the record has none of `keys`, but one that is similar."""
+    if not any(key in record for key in keys):
+        for key in keys:
+            if close := difflib.get_close_matches(key, [str(other) for other in record], n=1, cutoff=_SIMILAR):
+                raise DataError(f"{where}: {name} has {close[0]!r:.80}; did you mean {key!r}?")
 
 
 def first_key(record: Record, keys: Sequence[str]) -> str:
@@ -78,7 +87,8 @@ def from_json(json_text: str, name: str, where: Location) -> Any:
     try:
         value = json.loads(json_text)
     except json.JSONDecodeError as error:
-        raise DataError(f"{where}: {name} is not valid JSON: {error.msg} at character {error.pos + 1}") from None
+        said = error.msg.removesuffix(" at")  # Python says "Invalid control character at"
+        raise DataError(f"{where}: {name} is not valid JSON: {said} at character {error.pos + 1}") from None
     except (RecursionError, ValueError):
         raise DataError(f"{where}: {name} is JSON nested too deeply, or has a number of too many digits") from None
     return checked_json(value, name, where)

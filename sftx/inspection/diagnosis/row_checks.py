@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Final
 
@@ -41,8 +42,17 @@ def unreadable_rows(inputs: CheckInputs) -> Iterator[Finding]:
     stops = inputs.view.config.data.invalid_rows == "error"
     for split in _splits(inputs):
         entries = [entry for entry in inputs.view.dataset(split).ledger.entries if is_unreadable(entry)]
-        if entries:
-            shown = "; ".join(f"{entry.where}: {entry.reason}" for entry in entries[:_MAX_PLACES])
+        # Dropped rows of the same cause that are too many are found below, with the cause.
+        is_found = not stops and any(entries[0].reason in problem for problem in inputs.view.problems(split) if entries)
+        if entries and not is_found:
+            causes = Counter(entry.reason for entry in entries)
+            first = {entry.reason: entry.where for entry in reversed(entries)}
+            shown = "; ".join(
+                (f"{number:,} times, first in " if number > 1 else "") + f"{first[reason]}: {reason}"
+                for reason, number in causes.most_common(_MAX_PLACES)
+            )
+            if len(causes) > _MAX_PLACES:
+                shown += f"; and {len(causes) - _MAX_PLACES:,} other causes"
             fix = "correct them, or name their fields with columns: {field: column}"
             yield Finding(
                 "error" if stops else "warning",

@@ -90,6 +90,8 @@ def inspect_rows(view: DatasetView, split: Split, selection: RowSelection) -> To
         rows = _rows_at(explainer, _find_places(explainer.data, selection.show, selection.max_rows))
         descriptions = {"longest": "the longest", "dropped": "dropped or filtered", "cut": "cut or split"}
         chosen = descriptions[selection.show]
+    if not selection.rows and selection.max_rows == 0:
+        chosen = ""
     return TokenReport(dataset_statistics(view, split), tuple(rows), chosen)
 
 

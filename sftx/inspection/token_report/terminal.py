@@ -48,11 +48,15 @@ def print_report(report: TokenReport, console: Console, *, ids: bool) -> None:
     if rest := figures.changes[_MAX_REASONS:]:
         num_rows = sum(change.count for change in rest)
         print_labelled(console, Text(), f"{num_rows:,} more rows for {len(rest):,} other reasons; --html lists them")
+    said = {f"{change.first}: {change.reason}": change.first for change in figures.changes[:_MAX_REASONS]}
     for problem in figures.problems:
-        print_labelled(console, Text("stops", Style(color="red", bold=True)), f"the run: {problem}")
+        what = f"the run at {said[problem]}" if problem in said else f"the run: {problem}"
+        print_labelled(console, Text("stops", Style(color="red", bold=True)), what)
     for row in report.rows:
         console.print()
         _print_row(row, console, ids=ids)
+    if not report.chosen:
+        return
     console.print()
     legend = Text()
     if _has_colours(console):

@@ -96,6 +96,7 @@ class Region:
 
 
 _USUAL: Final = MessageFormat()
+_ADVICE_TOOLS: Final = "write them into the turns, or choose another template, such as --plugin chatml"
 
 
 @dataclass(frozen=True)
@@ -140,14 +141,17 @@ class RegionFinder:
     def check_nothing_lost(self, skeleton: Skeleton, rendering: Rendering, *, trained: bool = True) -> None:
         """Raise DataError if the template leaves out a text. It may leave out the reasoning of untrained turns."""
         written = {part.placeholder for part in rendering.parts}
+        for tool in skeleton.data.tools or ():
+            if placeholders_in(tool.get("function", tool).get("name") if isinstance(tool, dict) else tool) - written:
+                raise DataError(f"the chat template leaves out the tools; {_ADVICE_TOOLS}")
         for index, message in enumerate(skeleton.conversation.messages):
+            calls = [call["function"]["name"] for call in skeleton.data.messages[index].get("tool_calls", ())]
+            if placeholders_in(calls) - written:
+                raise DataError(f"the chat template leaves out the tool calls; {_ADVICE_TOOLS}")
             lost = skeleton.texts_of(index, reasoning=trained and message.trained) - written
             if lost:
                 text = skeleton.placeholders.texts[min(lost)]
                 raise DataError(f"the chat template leaves out {text!r:.60} of the {message.role}'s turn {index + 1}")
-        for tool in skeleton.data.tools or ():
-            if placeholders_in(tool.get("function", tool).get("name") if isinstance(tool, dict) else tool) - written:
-                raise DataError("the chat template leaves out the tools of this conversation")
 
     def _region(self, skeleton: Skeleton, rendering: Rendering, index: int) -> Region:
         messages = skeleton.conversation.messages
