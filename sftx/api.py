@@ -185,7 +185,7 @@ def plan(
     nproc: int = 1,
     **options: Any,
 ) -> RunPlan:
-    """Estimate the memory and time of a run; the model's config.json is all that is read of it.
+    """Estimate the memory and time of a run; of the model, config.json is read and, for the time, the tokenizer.
 
     `gpu`: a GPU's memory (`24GB`), a card's name (`H100`), or `cpu`. `nproc`: processes, each on a device of its own.
     The other arguments are those of `run`. Raises SftxError.

@@ -42,7 +42,7 @@ def first_step(session: Session) -> Any:
 
 @pytest.mark.parametrize("options", [{"train__warmup_steps": 0.1}, {"train__warmup_steps": 5, "train__max_steps": 1}])
 def test_a_run_whose_only_step_has_rate_0_is_refused(data: Path, options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"nothing would be trained.*rate is 0 in the only step.* (1|5) warm up from 0"):
+    with pytest.raises(ConfigError, match=r"would be trained.*is 0 in the only step.* (1|5) warm up from 0"):
         session_of(tiny.model_dir(), data, **options)
 
 
