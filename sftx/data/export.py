@@ -12,10 +12,9 @@ from typing import Any
 
 from sftx.assembly.stages import ParserStage
 from sftx.config.options import DataConfig, Source
-from sftx.data import sources
 from sftx.data.ledger import Ledger
-from sftx.data.row_encoder import EncodedRow, filtered_by_turns, mark_trained, parse_record
-from sftx.errors import DataError, SftxError
+from sftx.data.parsed_rows import parse_rows
+from sftx.errors import DataError
 from sftx.types import Conversation, Location, Message, Parsed, PlainText, Record
 
 DUPLICATE = "the same as an earlier row"
@@ -24,46 +23,41 @@ DUPLICATE = "the same as an earlier row"
 def export_lines(
     train: Sequence[Source], config: DataConfig, parsers: Mapping[str, ParserStage], ledger: Ledger
 ) -> Iterator[str]:
-    """Yield one line of JSON for each row of the sources, in order; rows that are left out are added to the ledger.
+    """Yield one line of JSON for each row that a run would train on, in order; the others are added to the ledger.
 
     Weights of sources and options that count tokens have no effect. Raises DataError for a row that cannot be read or
     written, and for more dropped rows than `config.max_dropped` allows.
     """
     seen: set[bytes] = set()
-    for source in train:
-        filters = source.filters or config.filters
-        for where, record in sources.read(source, encoding=config.encoding):
-            row = EncodedRow(where)
-            line = ""
+    for parsed_row in parse_rows(train, config, parsers):
+        row, line = parsed_row.row, ""
+        if not row.entries:
             try:
-                parsed = parse_record(record, row, parsers, source, config)
-                if reason := filtered_by_turns(parsed, filters):
-                    row.drop(reason, action="filtered")
-                else:
-                    line = _line(parsed, where, config)
-                    key = hashlib.blake2b(line.encode(), digest_size=16).digest()
-                    if filters.duplicates == "drop" and key in seen:
-                        row.drop(DUPLICATE, action="filtered")
-                    seen.add(key)
-            except SftxError as error:
-                if not (isinstance(error, DataError) and config.invalid_rows == "drop"):
+                line = _line(parsed_row.parsed, row.where)
+            except DataError as error:
+                if config.invalid_rows != "drop":
                     raise
-                row.drop(str(error).removeprefix(f"{where}: "))
-            ledger.num_rows += 1
-            ledger.entries += row.entries
-            if not row.entries:
-                yield line
+                row.drop(str(error).removeprefix(f"{row.where}: "))
+            else:
+                key = hashlib.blake2b(line.encode(), digest_size=16).digest()
+                if (train[parsed_row.source].filters or config.filters).duplicates == "drop" and key in seen:
+                    row.drop(DUPLICATE, action="filtered")
+                seen.add(key)
+        ledger.num_rows += 1
+        ledger.entries += row.entries
+        if not row.entries:
+            yield line
     ledger.check(config.max_dropped)
 
 
-def _line(parsed: Sequence[Parsed], where: Location, config: DataConfig) -> str:
-    """Return a parsed record as one line of JSON, which is valid UTF-8."""
+def _line(parsed: Sequence[Parsed], where: Location) -> str:
+    """Return a parsed record, whose turns are marked, as one line of JSON, which is valid UTF-8."""
     if len(parsed) != 1:
         raise DataError(
             f"{where}: its format makes {len(parsed)} examples of it that belong together (a preference pair), which "
             "the messages format cannot express; leave such rows out"
         )
-    record = to_record(mark_trained(parsed[0], config))
+    record = to_record(parsed[0])
     try:
         line = json.dumps(record, ensure_ascii=False, allow_nan=False)
         line.encode()

@@ -23,7 +23,7 @@ from sftx.data import sources, truncate
 from sftx.data.encoder import Encoder, KnownTexts
 from sftx.data.ledger import Entry, Ledger
 from sftx.errors import DataError, PluginError, SftxError, one_line
-from sftx.types import Conversation, Example, Location, Message, Parsed, Record
+from sftx.types import Conversation, Example, Location, Message, Parsed, PlainText, Record, Tokens
 
 NOTHING_TRAINED: Final = "no trained token"
 EMPTY: Final = "every trained turn is empty"
@@ -144,11 +144,8 @@ class RowEncoder:
         if not any(labelled[1][1:]):
             row.drop(_reason_nothing_trained([unit]), length=length)
             return
-        has_content = not isinstance(unit, Conversation) or any(
-            m.trained and (m.content.strip() or m.reasoning.strip() or m.tool_calls) for m in unit.messages
-        )
-        if not has_content and not config.train_on_prompt:
-            row.drop(EMPTY, length=length)  # it would teach the model to answer with nothing
+        if reason := why_nothing_trained([unit], config):
+            row.drop(reason, length=length)
             return
         if not filters.min_length <= length <= (filters.max_length or length):
             bound = "min_length" if length < filters.min_length else "max_length"
@@ -294,6 +291,27 @@ def split_units(parsed: Parsed, encoder: Encoder) -> Iterator[Parsed]:
 
 def _untrained(messages: Sequence[Message]) -> tuple[Message, ...]:
     return tuple(dataclasses.replace(message, trainable=False) for message in messages)
+
+
+def why_nothing_trained(parsed: Sequence[Parsed], config: DataConfig) -> str | None:
+    """Return the reason for which a record of which every part is marked would train nothing, or None.
+
+    Whether the text of a trained turn gives a label token is not known before it is encoded.
+    """
+    for one in parsed:
+        match one:
+            case Conversation(messages=messages):
+                trained = [message for message in messages if message.trained or config.train_on_prompt]
+                if not trained:
+                    return _reason_nothing_trained(parsed)
+                is_empty = not any(m.content.strip() or m.reasoning.strip() or m.tool_calls for m in trained)
+                if is_empty and not config.train_on_prompt:
+                    return EMPTY  # it would teach the model to answer with nothing
+            case PlainText(text=""):
+                return NOTHING_TRAINED
+            case Tokens(loss_mask=mask) if not any(mask[1:]) and not (config.train_on_prompt and mask[1:]):
+                return NOTHING_TRAINED
+    return None if parsed else NOTHING_TRAINED
 
 
 def _reason_nothing_trained(parsed: Sequence[Parsed]) -> str:

@@ -51,6 +51,28 @@ def test_the_terminal_gets_the_lines_and_nothing_else() -> None:
     assert written.startswith("1 of 2 rows ")
 
 
+def test_rows_that_train_nothing_are_left_out_with_their_reasons() -> None:
+    rows = [
+        {"messages": []},
+        {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": " "}]},
+        {"messages": [{"role": "user", "content": "Q"}]},
+        {"prompt": "Q", "completion": ""},
+        {"text": ""},
+    ]
+    Path("b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    Path("c.jsonl").write_text(ROW * 100, encoding="utf-8")
+    done = sftx("--data", "b.jsonl", "--data", "c.jsonl", "--output", "out.jsonl")
+    assert done.exit_code == 0
+    assert len(Path("out.jsonl").read_text(encoding="utf-8").splitlines()) == 100
+    *reasons, written = done.stderr.splitlines()
+    assert written == "100 of 105 rows written to out.jsonl"
+    assert "2 of 105 rows dropped: every trained turn is empty (first: b.jsonl:2)" in reasons
+    assert sum(int(reason.split()[0]) for reason in reasons) == 5
+    too_many = sftx("--data", "b.jsonl", "--data", "a.jsonl", "--output", "none.jsonl")
+    assert (too_many.exit_code, Path("none.jsonl").exists()) == (1, False)
+    assert "more than data.max_dropped" in too_many.stderr
+
+
 def test_a_filter_that_counts_tokens_is_said_not_to_apply() -> None:
     done = sftx("--data", "a.jsonl", "--set", "data.filters.max_length=5", "--output", "-")
     assert "filters.min_length" in done.stderr.splitlines()[0]

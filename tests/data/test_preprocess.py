@@ -18,6 +18,8 @@ from sftx.assembly.stages import ParserStage
 from sftx.config.options import DataConfig, Filters, Source
 from sftx.data import preprocess as prepare_module
 from sftx.data.dataset import Dataset
+from sftx.data.export import export_lines
+from sftx.data.ledger import Ledger
 from sftx.data.preprocess import load_dataset
 from sftx.data.row_encoder import RowEncoder
 from sftx.errors import DataError, PluginError
@@ -395,3 +397,35 @@ def test_plain_text_alone_needs_no_stop_token_of_the_template(kit: Kit, tmp_path
     data = prepared([path], DataConfig(), {"text": Text()}, kit.encoder)
     assert (len(data.examples), data.has_turns) == (3, False)
     assert not isinstance(data.examples[0], Conversation)
+
+
+def test_an_export_leaves_out_the_rows_that_a_run_leaves_out(kit: Kit, tmp_path: Path) -> None:
+    call = {"function": {"name": "f", "arguments": {}}}
+    rows = [
+        talk("Q", "A"),
+        talk("Q", " \n"),
+        talk("Q"),
+        {"messages": []},
+        talk("Q", "", "Q", "A"),
+        {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "", "tool_calls": [call]}]},
+        {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A", "train": False}]},
+        {"messages": [{"role": "user", "content": "Q", "train": True}, {"role": "assistant", "content": ""}]},
+        {"prompt": "Q", "completion": ""},
+        {"unknown": 1},
+    ]
+    path = write(tmp_path / "rows.jsonl", rows)
+    variants: list[dict[str, Any]] = [
+        {},
+        {"train_on_prompt": True},
+        {"train_turns": "last"},
+        {"train_roles": ("user",)},
+    ]
+    for options in [*variants, {"system": "S"}, {"filters": Filters(min_turns=2)}]:
+        config = DataConfig(invalid_rows="drop", max_dropped=1.0, **options)
+        ledger = Ledger()
+        lines = list(export_lines([Source(str(path))], config, STAGES, ledger))
+        data = load_dataset([Source(str(path))], RowEncoder(STAGES, kit.encoder, config))
+        reasons = [(entry.where, entry.action, entry.reason) for entry in data.ledger.entries]
+        assert [(entry.where, entry.action, entry.reason) for entry in ledger.entries] == reasons, options
+        assert len(lines) == len(data.examples) == len(rows) - len(reasons), options
+        assert 1 < len(lines) < len(rows)
