@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import importlib.metadata
 import logging
 import platform
@@ -103,6 +104,7 @@ def _prepared(loaded: LoadedConfig, name: str, *, resume: bool) -> Iterator[_Pre
     config = loaded.config
     names.check(config.model, needs_weights=True)
     sources.check_data_config(config)
+    sources.check_separate(config.data)
     check_environment()
     world_size = env_int("WORLD_SIZE") if is_launched() else 1
     if is_launched():
@@ -175,6 +177,7 @@ def _assemble(prepared: _Prepared, started: float) -> Session:
 
     # From here on torch and transformers are needed: seconds of imports, after everything that is quick to check.
     from sftx.checkpoint.checkpoint import Checkpoints
+    from sftx.data.held_out import check_overlap
     from sftx.data.pipeline import build_pipeline
     from sftx.inspection.dataset_view import DatasetView
     from sftx.inspection.diagnosis.check_inputs import CheckInputs
@@ -205,6 +208,7 @@ def _assemble(prepared: _Prepared, started: float) -> Session:
     data = process_group.rank0_first(pipeline.load_train)
     eval_data = process_group.rank0_first(lambda: pipeline.load_eval(questions=bool(metrics)))
     _check_evaluation(config, eval_data, metrics)
+    process_group.run_on_rank0(lambda: check_overlap(data, eval_data, config.data.max_overlap))
     sampler = pipeline.sampler(data, config.train)
     _check_schedule(config.train, sampler.num_steps)
     trainer = _build_trainer(config, assembly, loss, pipeline, sampler, precision, saved, process_group)
@@ -219,7 +223,7 @@ def _assemble(prepared: _Prepared, started: float) -> Session:
         log_start_checks(CheckInputs(view, lm.model.config, read_generation_settings(pipeline.model)))
 
     process_group.run_on_rank0(check_start)
-    manifest = _manifest(config, assembly, pipeline, lm, precision, process_group)
+    manifest = _manifest(config, assembly, pipeline, data, lm, precision, process_group)
     if directory.resumed:
         process_group.run_on_rank0(lambda: directory.check_inputs(manifest))
     parameters = {id(p): p for p in lm.parameters()}.values()
@@ -376,12 +380,15 @@ def _check_evaluation(config: RunConfig, eval_data: Dataset, metrics: Mapping[st
     if metrics and not eval_data.questions:
         raise ConfigError(
             f"the metric {', '.join(metrics)} needs held-out conversations that end with an assistant's turn; "
-            "give some with --eval-data, or leave the metric out"
+            "give some with --eval-data or --eval-fraction, or leave the metric out"
         )
     options = config.train
     for name, value in (("metric_for_best_model", options.best_metric), ("eval_steps", options.eval_steps)):
         if value is not None and not len(eval_data.examples):
-            raise ConfigError(f"option 'train.{name}' needs held-out rows; give some with --eval-data, or leave it out")
+            raise ConfigError(
+                f"option 'train.{name}' needs held-out rows; give some with --eval-data or --eval-fraction, or leave "
+                "it out"
+            )
 
 
 def _check_schedule(config: TrainConfig, num_steps: int) -> None:
@@ -446,6 +453,7 @@ def _manifest(
     config: RunConfig,
     assembly: Assembly,
     pipeline: DataPipeline,
+    data: Dataset,
     lm: CausalLM,
     precision: Precision,
     process_group: ProcessGroup,
@@ -480,7 +488,15 @@ def _manifest(
         },
         "data": [_describe(source, config.data) for source in config.data.train],
         "eval_data": [_describe(source, config.data) for source in config.data.eval],
+        "eval_split": _describe_split(data) if config.data.eval_fraction is not None else None,
     }
+
+
+def _describe_split(data: Dataset) -> dict[str, Any]:
+    """Return how many of the training data's rows are held out, with a hash of their places, which the ledger lists."""
+    held_out = [str(entry.where) for entry in data.ledger.entries if entry.action == "held out"]
+    digest = hashlib.sha256("\n".join(held_out).encode(errors="surrogateescape")).hexdigest()
+    return {"num_rows": data.ledger.num_rows, "num_held_out": len(held_out), "sha256": digest}
 
 
 def _describe(source: Source, config: DataConfig) -> dict[str, Any]:

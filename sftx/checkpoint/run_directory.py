@@ -102,8 +102,8 @@ class RunDirectory:
             log.warning("%s is missing: whether model and data are the same is not known", self.file(layout.MANIFEST))
             return
         now = json.loads(json.dumps(manifest))
-        for what in ("model", "data", "eval_data"):
-            if _hashes(before.get(what)) != _hashes(now[what]):
+        for what in ("model", "data", "eval_data", "eval_split"):
+            if _hashes(before.get(what)) != _hashes(now.get(what)):
                 raise ConfigError(
                     f"--resume: {self.path} was begun with another content of {what.replace('_', ' ')}; bring back "
                     "what was there, or begin another run with --output-dir"

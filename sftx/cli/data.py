@@ -40,6 +40,7 @@ def export(file: Path | None, loaded: loading.LoadedConfig, output: str) -> None
         raise ConfigError("option 'data.train': no data to export; give a file with --data")
     for source in data.train:
         sources.check(source)
+    sources.check_eval_fraction(data)
     if output != "-":
         _check_output(output)
     parsers = activate(loaded).parsers()
@@ -64,8 +65,9 @@ def export(file: Path | None, loaded: loading.LoadedConfig, output: str) -> None
     filters = [source.filters or data.filters for source in data.train]
     if any(one.min_length or one.max_length is not None for one in filters):
         click.echo("filters.min_length and max_length count tokens and are not applied to an export", err=True)
-    num_left_out = sum(entry.action in ("dropped", "filtered") for entry in ledger.entries)
-    click.echo(printable(f"{ledger.num_rows - num_left_out} of {ledger.num_rows} rows written to {output}"), err=True)
+    click.echo(
+        printable(f"{ledger.num_rows - len(ledger.entries)} of {ledger.num_rows} rows written to {output}"), err=True
+    )
 
 
 def _check_output(output: str) -> None:

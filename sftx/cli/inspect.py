@@ -79,8 +79,11 @@ def command(
         raise click.UsageError("--row names the rows that are shown; leave --rows and --show out")
     if ctx.get_parameter_source("max_page_rows") == click.core.ParameterSource.COMMANDLINE and html_path is None:
         raise click.UsageError("--max-rows has no meaning without --html")
-    if split == "eval" and not data.eval:
-        raise click.UsageError("--split eval: the run has no held-out rows; give them with --eval-data")
+    if split == "eval" and not data.has_eval:
+        raise click.UsageError(
+            "--split eval: the run has no held-out rows; give them with --eval-data, or hold some out with "
+            "--eval-fraction"
+        )
 
     # These import torch and transformers, which takes seconds: only after the options are checked.
     from rich.console import Console

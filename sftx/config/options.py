@@ -154,6 +154,13 @@ def _as_roles(value: Any) -> Any:
     return tuple(role for roles in parts for role in roles)
 
 
+def _check_fraction(value: float | None) -> float | None:
+    """Raise ValueError for what is neither a share nor a number of rows."""
+    if value is not None and value >= 1 and value != int(value):
+        raise ValueError("a share below 1, or a whole number of rows")
+    return value
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """The data of a run."""
@@ -168,6 +175,31 @@ class DataConfig:
     eval: Annotated[
         Sources, Field(description="Held-out rows: file, pattern, directory or hub dataset; may be repeated.")
     ] = ()
+    eval_fraction: Annotated[
+        float | None,
+        AfterValidator(_check_fraction),
+        Field(
+            gt=0,
+            description="Share of the training rows that is held out for evaluation, or from 1 on their number; rows "
+            "with the same content stay together.",
+        ),
+    ] = None
+    eval_group: Annotated[
+        str | None,
+        Field(min_length=1, description="With eval_fraction: field whose equal values are held out together or not."),
+    ] = None
+    eval_seed: Annotated[
+        int, Field(ge=0, lt=2**32, description="With eval_fraction: random seed by which rows are chosen.")
+    ] = 42
+    max_overlap: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=1,
+            description="Largest share of held-out examples that are also trained on; above it the run stops.",
+        ),
+        OnResume.NOTHING,
+    ] = 0.1
     format: Annotated[
         str | None,
         Field(description="Parser plugin that reads every row; by default it is chosen by the fields of each row."),
@@ -239,6 +271,11 @@ class DataConfig:
         Field(description="Keep tokenized rows on disk for the next run; by default when there are many rows."),
         OnResume.NOTHING,
     ] = None
+
+    @property
+    def has_eval(self) -> bool:
+        """Return whether the run has held-out rows."""
+        return bool(self.eval) or self.eval_fraction is not None
 
 
 def _resolve_alias(names: Mapping[str, str]) -> Callable[[Any], Any]:

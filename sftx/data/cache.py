@@ -42,7 +42,7 @@ _LOCK: Final = "lock"
 _UNLOCKED_S: Final = 10
 """Seconds for which a new directory may have no lock yet."""
 _NO_EFFECT_ON_ROWS: Final = (
-    "train", "eval", "mix_strategy", "max_dropped", "streaming", "plan_window", "num_proc", "cache",
+    "train", "eval", "mix_strategy", "max_dropped", "max_overlap", "streaming", "plan_window", "num_proc", "cache",
 )  # fmt: skip
 """Options of `data` that decide how an epoch is put together or how fast rows are encoded, but not what they become."""
 

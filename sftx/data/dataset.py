@@ -5,10 +5,11 @@ A million examples as Python lists take twenty gigabytes; as columns they take f
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -52,6 +53,7 @@ class Examples(Sequence[Example]):
         largest_id: int,
         *,
         starts: NDArray[np.int64] | None = None,
+        whole: Examples | None = None,
     ) -> None:
         """`starts`: offset of each example among the tokens; by default the end of the one before it."""
         self._columns = columns
@@ -62,6 +64,8 @@ class Examples(Sequence[Example]):
         self._starts = ends - columns["lengths"] if starts is None else starts
         self._ends = self._starts + columns["lengths"]
         self.largest_id = largest_id
+        self.whole = whole or self
+        """The examples before `wrapped` cut them."""
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -123,6 +127,10 @@ class Examples(Sequence[Example]):
         span = slice(self._starts[index], self._ends[index])
         return self._columns["token_ids"][span], self._columns["loss_mask"][span]
 
+    def digests(self) -> Iterator[bytes]:
+        """Yield for each example what `digest` returns of it."""
+        return (digest(*self.tokens(index)) for index in range(len(self)))
+
     def wrapped(self, length: int) -> Examples:
         """Cut the examples wherever their concatenation passes a multiple of `length`.
 
@@ -148,7 +156,7 @@ class Examples(Sequence[Example]):
         kept = np.flatnonzero(num_label_tokens)
         columns = {name: column if name in _OF_TOKENS else column[kept] for name, column in columns.items()}
         extras = {n: self._extras[at] for n, at in enumerate(whole[kept].tolist()) if at in self._extras}
-        return Examples(columns, self._places, extras, self.largest_id, starts=starts[kept])
+        return Examples(columns, self._places, extras, self.largest_id, starts=starts[kept], whole=self)
 
     @classmethod
     def load(cls, directory: Path) -> Examples:
@@ -163,6 +171,13 @@ class Examples(Sequence[Example]):
         extras = {int(at): values for at, values in described["extras"].items()}
         places = [(path, unit) for path, unit in described["places"]]
         return cls(columns, places, extras, described["largest_id"])
+
+
+def digest(token_ids: NDArray[np.int32], loss_mask: NDArray[np.bool_]) -> bytes:
+    """Return 16 bytes that are equal for examples with the same tokens and labels."""
+    hashed = hashlib.blake2b(np.ascontiguousarray(token_ids, np.int32).tobytes(), digest_size=16)
+    hashed.update(np.packbits(loss_mask).tobytes())
+    return hashed.digest()
 
 
 class Writer:

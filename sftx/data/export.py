@@ -12,6 +12,7 @@ from typing import Any
 
 from sftx.assembly.stages import ParserStage
 from sftx.config.options import DataConfig, Source
+from sftx.data import held_out
 from sftx.data.ledger import Ledger
 from sftx.data.parsed_rows import parse_rows
 from sftx.errors import DataError
@@ -29,8 +30,11 @@ def export_lines(
     written, and for more dropped rows than `config.max_dropped` allows.
     """
     seen: set[bytes] = set()
+    left_out = held_out.choose(train, config, parsers) if config.eval_fraction is not None else ()
     for parsed_row in parse_rows(train, config, parsers):
         row, line = parsed_row.row, ""
+        if (parsed_row.source, parsed_row.index) in left_out:
+            row.drop(f"data.eval_fraction={config.eval_fraction:g}", action="held out")
         if not row.entries:
             try:
                 line = _line(parsed_row.parsed, row.where)

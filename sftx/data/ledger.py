@@ -1,4 +1,4 @@
-"""The ledger has an entry for every row that was dropped, filtered, cut or split."""
+"""The ledger has an entry for every row that was dropped, filtered, held out, cut or split."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ class Entry:
     """An entry says what happened to one row, and why."""
 
     where: Location
-    action: Literal["dropped", "filtered", "cut", "split"]
-    """`filtered` rows were left out by `data.filters` and do not count against `data.max_dropped`."""
+    action: Literal["dropped", "filtered", "held out", "cut", "split"]
+    """`filtered` rows were left out by `data.filters`, and `held out` rows by `data.eval_fraction`; neither count
+    against `data.max_dropped`."""
     reason: str
     length: int
     """Number of tokens of the whole row; 0 when it was not encoded."""
@@ -62,8 +63,9 @@ class Ledger:
         """Raise DataError when more than the share `max_dropped` of all rows was dropped, or when no row is left."""
         dropped = [entry for entry in self.entries if entry.action == "dropped"]
         left_out = [entry for entry in self.entries if entry.action in ("dropped", "filtered")]
-        is_empty = bool(left_out) and len(left_out) == self.num_rows
-        if len(dropped) <= max_dropped * self.num_rows and not is_empty:
+        num_rows = self.num_rows - sum(entry.action == "held out" for entry in self.entries)
+        is_empty = bool(left_out) and len(left_out) == num_rows
+        if len(dropped) <= max_dropped * num_rows and not is_empty:
             return
         first = (dropped or left_out)[0]
         reasons = Counter(entry.reason for entry in (dropped or left_out))
@@ -73,8 +75,8 @@ class Ledger:
         shown = f"{first.where}: {first.reason}{tokens}; "
         others = f" ({num_first}x for this reason; {rest})" if reasons else ""
         if not dropped:
-            raise DataError(f"{shown}the filters leave none of {self.num_rows} rows{others}; loosen data.filters")
-        shown += f"{len(dropped)} of {self.num_rows} rows train nothing or were dropped"
+            raise DataError(f"{shown}the filters leave none of {num_rows} rows{others}; loosen data.filters")
+        shown += f"{len(dropped)} of {num_rows} rows train nothing or were dropped"
         if is_empty:
             raise DataError(f"{shown}{others}; correct the rows")
         raise DataError(

@@ -9,16 +9,17 @@ import dataclasses
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from sftx.assembly.registry import Assembly
 from sftx.assembly.stages import CollatorStage
 from sftx.config.options import DataConfig, RunConfig, Source, TrainConfig
 from sftx.config.run_file import Origins
-from sftx.data import mixture, preprocess
+from sftx.data import held_out, mixture, preprocess
 from sftx.data.cache import code_digest
 from sftx.data.dataset import Dataset
 from sftx.data.encoder import Encoder
+from sftx.data.preprocess import Part
 from sftx.data.row_encoder import RowEncoder
 from sftx.data.sampler import EpochSampler, Sampler, StreamSampler
 from sftx.data.stream import Stream
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from sftx.model.saved_tokenizer import SavedTokenizer
+
+
+Split: TypeAlias = Literal["train", "eval"]
 
 
 @dataclass
@@ -72,7 +76,7 @@ class DataPipeline:
         """Encode the training rows; an empty dataset when they are streamed. `check`: refuse as a run does."""
         if self.config.streaming:
             return Dataset()
-        data = self._load(self.config.train, self.encode, check=check)
+        data = self._load(self.config.train, self.encode, self.part("train"), check=check)
         wrap_length = self.collator.wrap_length
         if wrap_length is not None and len(data.examples):
             groups = data.examples.groups
@@ -88,9 +92,25 @@ class DataPipeline:
 
     def load_eval(self, *, questions: bool = False, check: bool = True) -> Dataset:
         """Encode the held-out rows, with `questions` for generation where asked for. `check`: refuse as a run does."""
-        return self._load(self.config.eval, dataclasses.replace(self.encode_eval, questions=questions), check=check)
+        encode = dataclasses.replace(self.encode_eval, questions=questions)
+        return self._load(self.sources("eval"), encode, self.part("eval"), check=check)
 
-    def _load(self, data_sources: Sequence[Source], encode: RowEncoder, *, check: bool) -> Dataset:
+    def sources(self, split: Split) -> tuple[Source, ...]:
+        """Return the sources of a split; those of held-out rows are the training data where `eval_fraction` is set."""
+        is_train = split == "train" or self.config.eval_fraction is not None
+        return self.config.train if is_train else self.config.eval
+
+    def part(self, split: Split) -> Part | None:
+        """Return which rows of its sources a split has; None stands for all."""
+        if self.config.eval_fraction is None:
+            return None
+        return Part(lambda: self._held_out, is_held_out=split == "eval")
+
+    @cached_property
+    def _held_out(self) -> frozenset[tuple[int, int]]:
+        return held_out.choose(self.config.train, self.config, self.encode.parsers)
+
+    def _load(self, data_sources: Sequence[Source], encode: RowEncoder, part: Part | None, *, check: bool) -> Dataset:
         # Besides the options of `data` and the tokenizer, this determines how a row is encoded.
         identity: dict[str, Any] = {}
         packages = set()
@@ -99,7 +119,7 @@ class DataPipeline:
                 packages.add(type(active.plugin).__module__.partition(".")[0])
                 identity[f"{hook} {active.info.name}"] = [active.info.value, active.info.version, active.options]
         identity["code"] = {package: code_digest(package) for package in sorted(packages)}
-        data = preprocess.load_dataset(data_sources, encode, identity=identity)
+        data = preprocess.load_dataset(data_sources, encode, identity=identity, part=part)
         if check:
             data.check(encode)
         return data

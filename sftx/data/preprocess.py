@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import multiprocessing
 import os
@@ -10,20 +9,22 @@ import pickle
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Final, TypeAlias
 
 from sftx.config.options import Source
 from sftx.data import sources
 from sftx.data.cache import Cache
-from sftx.data.dataset import Dataset, Writer
+from sftx.data.dataset import Dataset, Writer, digest
+from sftx.data.ledger import Entry
 from sftx.data.row_encoder import EncodedRow, RowEncoder
 from sftx.errors import DataError, PluginError, one_line
-from sftx.types import Example, Location, Record
+from sftx.types import Location, Record
 
 log = logging.getLogger(__name__)
 
@@ -38,10 +39,34 @@ Chunk: TypeAlias = tuple[int, Source, list[tuple[Location, Record]]]
 """Number of the source, the source, and some of its rows."""
 
 
+@dataclass(frozen=True)
+class Part:
+    """The rows of sources that are trained on, or those that are held out of them."""
+
+    held_out: Callable[[], Collection[tuple[int, int]]]
+    """Returns the rows that are held out, as `held_out.choose` does; not called when the cache has the encoded rows."""
+    is_held_out: bool
+
+    def rows(
+        self, number: int, rows: Iterator[tuple[Location, Record]], left_out: list[Location]
+    ) -> Iterator[tuple[Location, Record]]:
+        """Yield the rows of the source `number` that belong to this part, and note where the others are."""
+        held_out = self.held_out()
+        for index, (where, record) in enumerate(rows):
+            if ((number, index) in held_out) == self.is_held_out:
+                yield where, record
+            else:
+                left_out.append(where)
+
+
 def load_dataset(
-    data_sources: Sequence[Source], encode: RowEncoder, *, identity: Mapping[str, Any] | None = None
+    data_sources: Sequence[Source],
+    encode: RowEncoder,
+    *,
+    identity: Mapping[str, Any] | None = None,
+    part: Part | None = None,
 ) -> Dataset:
-    """Read, parse and encode every row of the sources.
+    """Read, parse and encode every row of the sources, or of a part of them.
 
     `identity` holds everything besides the options and the tokenizer that determines the encoding (plugins, their
     options and code); with it the dataset may be read from the cache and written to it. Raises DataError, naming file
@@ -51,13 +76,15 @@ def load_dataset(
     many = sum(sources.num_bytes(source) for source in data_sources) > MANY_BYTES
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     num_proc = config.num_proc or (min(num_cores, _MOST_PROCESSES) if many else 1)
+    if identity is not None and part is not None:
+        identity = {**identity, "is_held_out": part.is_held_out}
     if identity is None or not data_sources or not (many if config.cache is None else config.cache):
-        return _encode_all(data_sources, encode, num_proc, Writer())
+        return _encode_all(data_sources, encode, num_proc, Writer(), part)
     cache = Cache.of(data_sources, encode, identity)
     data = cache.load()
     if data is None:
         with cache.writing() as directory:
-            data = _encode_all(data_sources, encode, num_proc, Writer(directory))
+            data = _encode_all(data_sources, encode, num_proc, Writer(directory), part)
             if Cache.of(data_sources, encode, identity) != cache:
                 raise DataError(f"{data_sources[0].path}: the data changed while they were read; start again")
             cache.save(data, directory)
@@ -65,14 +92,17 @@ def load_dataset(
     return data
 
 
-def _encode_all(data_sources: Sequence[Source], encode: RowEncoder, num_proc: int, writer: Writer) -> Dataset:
+def _encode_all(
+    data_sources: Sequence[Source], encode: RowEncoder, num_proc: int, writer: Writer, part: Part | None
+) -> Dataset:
     """Encode every row in order; find duplicates, keep the account of rows, and write the examples."""
     from tqdm import tqdm
 
     data = Dataset()
     filters = [source.filters or encode.config.filters for source in data_sources]
     seen: set[bytes] | None = set() if any(f.duplicates == "drop" for f in filters) else None
-    chunks = _chunks(data_sources, encode.config.encoding)
+    left_out: list[Location] = []
+    chunks = _chunks(data_sources, encode.config.encoding, part, left_out)
     encoded = (
         (_encode_chunk(encode, chunk) for chunk in chunks)
         if num_proc == 1
@@ -84,7 +114,7 @@ def _encode_all(data_sources: Sequence[Source], encode: RowEncoder, num_proc: in
             for number, rows in encoded:
                 for row in rows:
                     if seen is not None and row.examples:
-                        key = digest(row.examples)
+                        key = b"".join(digest(example.token_ids, example.loss_mask) for example in row.examples)
                         if key in seen and filters[number].duplicates == "drop":
                             length = sum(len(example.token_ids) for example in row.examples)
                             row.drop(DUPLICATE, length=length, action="filtered")
@@ -97,28 +127,26 @@ def _encode_all(data_sources: Sequence[Source], encode: RowEncoder, num_proc: in
                     data.trains_stop = data.trains_stop or encode.trains_stop(row)
                     writer.add(row, number)
                 bar.update(len(rows))
+        if part is not None and not part.is_held_out:
+            reason = f"data.eval_fraction={encode.config.eval_fraction:g}"
+            data.ledger.num_rows += len(left_out)
+            data.ledger.entries += [Entry(where, "held out", reason, 0, 0) for where in left_out]
         data.examples = writer.finish()
     finally:
         writer.close()
     return data
 
 
-def digest(examples: Sequence[Example]) -> bytes:
-    """Return 16 bytes that are equal for rows with the same tokens and masks."""
-    hashed = hashlib.blake2b(digest_size=16)
-    for example in examples:
-        hashed.update(len(example.token_ids).to_bytes(8, "little"))
-        hashed.update(example.token_ids.tobytes())
-        hashed.update(example.loss_mask.tobytes())
-    return hashed.digest()
-
-
 # --- one process or several ---------------------------------------------------------------------
 
 
-def _chunks(data_sources: Sequence[Source], encoding: str) -> Iterator[Chunk]:
+def _chunks(
+    data_sources: Sequence[Source], encoding: str, part: Part | None, left_out: list[Location]
+) -> Iterator[Chunk]:
     for number, source in enumerate(data_sources):
         rows = sources.read(source, encoding=encoding)
+        if part is not None:
+            rows = part.rows(number, rows, left_out)
         while chunk := list(islice(rows, _CHUNK)):
             yield number, source, chunk
 

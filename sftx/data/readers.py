@@ -100,9 +100,9 @@ class RowFile:
     delimiter: str | None = None
     """What separates the fields of a CSV file; None takes it from the first line."""
 
-    def open_text(self) -> BinaryIO:
+    def open_text(self) -> Any:
         """Open a text file for reading its text as UTF-8, decompressed. Raises DataError for another kind of file."""
-        stream: BinaryIO = self._open()
+        stream = self._open()
         try:
             encoding = self._encoding(stream)
             if encoding == "utf-8":
@@ -285,7 +285,11 @@ def _say_encoding(encoding: str) -> str:
 
 
 def _read_lines(source: RowFile, skip: Skip) -> Rows:
+    """Decode one row a line. A file with this suffix that holds a list of rows is read as a list."""
     with source.open_text() as stream:
+        if stream.peek(16).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+            yield from _list_items(JsonText(_texts(stream, source.path, max_bytes=_PIECE_BYTES), source.path), skip)
+            return
         for number, line in enumerate(_texts(stream, source.path), 1):
             if line.strip() and not skip.over(1):
                 where = Location(source.path, number)
@@ -321,7 +325,8 @@ def _read_json(source: RowFile, skip: Skip) -> Rows:
 
 
 def _list_items(text: JsonText, skip: Skip) -> Rows:
-    """Decode the items of a list whose opening bracket comes next."""
+    """Decode the items of a list whose opening bracket comes next, maybe after white space."""
+    text.peek()
     text.skip()
     while text.peek() != "]":
         where, row = text.where(), text.value()

@@ -62,7 +62,9 @@ class EncodedRow:
     def num_groups(self) -> int:
         return min(1, len(self.examples)) if self.is_group else len(self.examples)
 
-    def drop(self, reason: str, *, length: int = 0, action: Literal["dropped", "filtered"] = "dropped") -> None:
+    def drop(
+        self, reason: str, *, length: int = 0, action: Literal["dropped", "filtered", "held out"] = "dropped"
+    ) -> None:
         """Drop the whole row, whichever part of it is the cause."""
         self.examples.clear()
         self.questions.clear()

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from sftx.atomic_files import sha256_of_file
-from sftx.config.options import RunConfig, Source
+from sftx.config.options import DataConfig, RunConfig, Source
 from sftx.data import hub, readers
 from sftx.errors import ConfigError, DataError, did_you_mean, kind_of, one_line
 from sftx.types import Location, Record
@@ -34,7 +34,7 @@ _WILDCARD: Final = re.compile(r"[*?[]")
 _DESCRIPTIONS: Final = frozenset({"dataset_info.json", "dataset_infos.json"})
 """Files that describe a dataset and hold none of its rows."""
 _SPLIT: Final = re.compile(
-    r"(train|validation|valid|val|dev|test|eval)(ing|uation)?([-_.]\d+)?(-of-\d+)?", re.IGNORECASE
+    r"(train|validation|valid|val|dev|test|eval|held[-_]?out)(ing|uation)?([-_.]\d+)?(-of-\d+)?", re.IGNORECASE
 )
 _MOST_SHOWN: Final = 5
 _DEEPEST: Final = 100
@@ -47,6 +47,7 @@ def check_data_config(config: RunConfig) -> None:
         raise ConfigError("option 'data.train': no training data; give a file with --data")
     for source in (*config.data.train, *config.data.eval):
         check(source)
+    check_eval_fraction(config.data)
     if not config.data.streaming:
         return
     if config.train.max_steps is None:
@@ -54,6 +55,35 @@ def check_data_config(config: RunConfig) -> None:
     filters = [config.data.filters, *(source.filters for source in config.data.train if source.filters is not None)]
     if any(one.duplicates == "drop" for one in filters):
         raise ConfigError("option 'data.streaming': filters.duplicates=drop needs all rows; leave one of them out")
+
+
+def check_eval_fraction(data: DataConfig) -> None:
+    """Raise ConfigError for options that contradict `eval_fraction`, or mean nothing without it."""
+    if data.eval_fraction is None:
+        if data.eval_group is not None:
+            raise ConfigError("option 'data.eval_group': has no meaning without data.eval_fraction; leave it out")
+    elif data.eval:
+        raise ConfigError(
+            "option 'data.eval_fraction': held-out rows are given with data.eval already; leave one of the two out"
+        )
+    elif data.streaming:
+        raise ConfigError(
+            "option 'data.eval_fraction': a stream is not read before it is trained on, so that it cannot be split; "
+            "give held-out rows with --eval-data, or leave data.streaming out"
+        )
+
+
+def check_separate(data: DataConfig) -> None:
+    """Raise ConfigError when a file, or a split of a dataset, is both trained on and held out."""
+    trained = {place for source in data.train for place in _places(source)}
+    for source in data.eval:
+        for place in _places(source):
+            if place in trained and data.max_overlap < 1:
+                name = source.path if Path(place[0]).name == Path(source.path).name else f"{source.path} ({place[0]})"
+                raise ConfigError(
+                    f"{name}: is both training data and held-out data, so that a score says nothing; hold rows out "
+                    "with --eval-fraction 0.1, name another file with --eval-data, or set data.max_overlap=1"
+                )
 
 
 def check(source: Source) -> None:
@@ -108,7 +138,24 @@ def mapped(row: Record, columns: Mapping[str, str], where: Location) -> Record:
 
     `columns` has the name of the column for each field. Raises DataError for a column that the row lacks.
     """
-    return {field: _column_value(row, column, where) for field, column in columns.items()} if columns else row
+    return {field: column_value(row, column, where) for field, column in columns.items()} if columns else row
+
+
+def column_value(row: Record, column: str, where: Location) -> Any:
+    """Return the value of a column; `a.b` is the key `b` of the object `a` unless a column has that name.
+
+    Raises DataError for a column that the row lacks.
+    """
+    if column in row:
+        return row[column]
+    value: Any = row
+    for part in column.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            names = [str(name) for name in value] if isinstance(value, Mapping) else []
+            hint = did_you_mean(part, names) or (f"; there are {', '.join(names)}" if names else "")
+            raise DataError(f"{where}: columns: no column {column!r}{hint}")
+        value = value[part]
+    return value
 
 
 def fingerprint(source: Source) -> str:
@@ -210,6 +257,15 @@ def _locate(path: str) -> Path | None:
 def _expand(path: str) -> Path:
     """Return the place of a path of the package or below a home directory. Raises RuntimeError for an unknown home."""
     return _PACKAGE / path.removeprefix(SHIPPED) if path.startswith(SHIPPED) else Path(path).expanduser()
+
+
+def _places(source: Source) -> list[tuple[str, str | None, str | None]]:
+    """Return the files of a source, or the dataset with its subset and split."""
+    place = _locate(source.path)
+    if place is not None and not _is_dataset_directory(place, source):
+        return [(str(file.resolve()), None, None) for file, _ in _files(place, source.path)]
+    name = source.path if place is None else str(place.resolve())
+    return [(name, source.subset, source.split or hub.DEFAULT_SPLIT)]
 
 
 def _is_dataset_directory(place: Path, source: Source) -> bool:
@@ -336,17 +392,3 @@ def _rows(source: Source, start: int, encoding: str, *, streaming: bool) -> read
             f"{source.path}: holds fewer than the {start} rows that were read of it before the run was resumed: it has "
             "changed; restore it, or begin a new run"
         )
-
-
-def _column_value(row: Record, column: str, where: Location) -> Any:
-    """Return the value of a column; `a.b` is the key `b` of the object `a` unless a column has that name."""
-    if column in row:
-        return row[column]
-    value: Any = row
-    for part in column.split("."):
-        if not isinstance(value, Mapping) or part not in value:
-            names = [str(name) for name in value] if isinstance(value, Mapping) else []
-            hint = did_you_mean(part, names) or (f"; there are {', '.join(names)}" if names else "")
-            raise DataError(f"{where}: columns: no column {column!r}{hint}")
-        value = value[part]
-    return value

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from sftx.data.dataset import Examples
 from sftx.data.ledger import Entry
-from sftx.data.pipeline import DataPipeline
+from sftx.data.pipeline import DataPipeline, Split
 from sftx.data.sampler import EpochSampler
-from sftx.inspection.dataset_view import DatasetView, Split
+from sftx.inspection.dataset_view import DatasetView
 
 _NUM_BINS: Final = 24
 _NUM_MICRO_BATCHES: Final = 64

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Final
 
 from sftx.assembly.registry import activate
 from sftx.config.loading import LoadedConfig
@@ -16,13 +16,12 @@ from sftx.config.options import DataConfig, RunConfig, Source
 from sftx.data import sources
 from sftx.data.dataset import Dataset
 from sftx.data.ledger import Entry, Ledger
-from sftx.data.pipeline import DataPipeline, build_pipeline
+from sftx.data.pipeline import DataPipeline, Split, build_pipeline
 from sftx.data.row_encoder import EMPTY, NO_TURN, NOTHING_TRAINED
 from sftx.errors import DataError
 from sftx.model import names
 from sftx.types import Location, Record
 
-Split = Literal["train", "eval"]
 _REASONS_AFTER_PARSING: Final = frozenset({NOTHING_TRAINED, EMPTY, NO_TURN})
 """The reasons for which a row is dropped although a parser could read it."""
 
@@ -40,7 +39,7 @@ class DatasetView:
 
     def sources(self, split: Split) -> tuple[Source, ...]:
         """Return the sources of a split; streamed sources are limited to the rows of the first plan window."""
-        return self.pipeline.config.train if split == "train" else self.pipeline.config.eval
+        return self.pipeline.sources(split)
 
     def dataset(self, split: Split) -> Dataset:
         """Return the encoded rows of a split. Raises DataError only for a source that cannot be read at all."""
@@ -69,9 +68,12 @@ class DatasetView:
         return self._problems[split]
 
     def records(self, split: Split) -> Iterator[tuple[Source, Location, Record]]:
-        """Yield every row of a split as its source has it."""
-        for source in self.sources(split):
+        """Yield every row of a split as its source has it; among the training rows are those that are held out."""
+        part = self.pipeline.part(split) if split == "eval" else None
+        for number, source in enumerate(self.sources(split)):
             rows = sources.read(source, encoding=self.config.data.encoding)
+            if part is not None:
+                rows = part.rows(number, rows, [])
             yield from ((source, where, record) for where, record in rows)
 
 

@@ -35,6 +35,7 @@ def run_tiny(
         "model": str(model or directory / "model"),
         "data.train": [str(directory / "rows.jsonl")],
         "data.eval": [str(directory / "rows.jsonl")],
+        "data.max_overlap": 1,
         "output_dir": str(directory / "run"),
         "train.max_steps": 2,
         "train.per_device_train_batch_size": 2,

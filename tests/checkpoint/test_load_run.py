@@ -129,6 +129,7 @@ def test_added_tokens_and_several_options_of_the_run_are_those_of_the_run(
         "model": str(full / "model"),
         "data.train": str(rows / "train.jsonl"),
         "data.eval": str(rows / "held.jsonl"),
+        "data.max_overlap": 1,
         "output_dir": str(tmp_path / "out"),
         "add_tokens": True,
         "train.max_steps": 4,

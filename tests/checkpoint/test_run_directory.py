@@ -179,6 +179,7 @@ def test_each_option_says_what_it_changes() -> None:
         ({"model": {"name": "m", "sha256": "cc"}}, "content of model"),
         ({"data": [{"path": "a.jsonl", "fingerprint": "cc"}]}, "content of data"),
         ({"eval_data": [{"path": "b.jsonl", "fingerprint": "cc"}]}, "content of eval data"),
+        ({"eval_split": {"num_held_out": 1, "sha256": "cc"}}, "content of eval split"),
     ],
 )
 def test_other_inputs_under_the_same_names_are_refused(

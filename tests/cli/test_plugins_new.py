@@ -303,7 +303,7 @@ def test_a_new_package_installs_passes_its_tests_and_trains(hook: str, tmp_path:
     (home / "run.yaml").write_text(block[1], encoding="utf-8")
     run(
         *("sftx", "run", "run.yaml", "--plugin", f"my-{hook}", "--model", tiny_model, "--data", "rows.jsonl"),
-        *("--eval-data", "rows.jsonl", "--max-rows", "2", "--max-new-tokens", "4"),
+        *("--eval-fraction", "0.25", "--max-rows", "2", "--max-new-tokens", "4"),
         *("--max-steps", "2", "--per-device-train-batch-size", "2", "--use-cpu", "--output-dir", "run"),
     )
     summary = json.loads((home / "run" / "summary.json").read_text(encoding="utf-8"))

@@ -90,6 +90,15 @@ def test_the_rows_of_a_json_list_keep_their_line_numbers() -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["x.jsonl", "x.ndjson"])
+def test_a_file_of_json_lines_may_hold_a_list(name: str) -> None:
+    for start in ("", "\ufeff", " \n"):
+        at = 2 + start.count("\n")
+        read = rows(name, f'{start}[\n  {{"a": 1}},\n  {{\n"a": 2}}\n]\n')
+        assert read == [(f"{name}:{at}", {"a": 1}), (f"{name}:{at + 1}", {"a": 2})]
+    assert error_of(name, '[{"a": 1}\n').startswith(f"{name}:2: not valid JSON: expected ',' or ']' after a row")
+
+
 def test_a_json_file_may_hold_json_lines() -> None:
     assert rows("x.json", '{"a": 1}\n{"a": 2}\n') == [("x.json:1", {"a": 1}), ("x.json:2", {"a": 2})]
     assert rows("y.json", '{"a": 1}') == [("y.json:1", {"a": 1})]

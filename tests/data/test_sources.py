@@ -170,6 +170,7 @@ def test_a_directory_without_rows_is_reported() -> None:
         {"d__train_DOT_jsonl": "{}", "d__test_DOT_jsonl": "{}"},
         {"d__data__train-00000-of-00001_DOT_jsonl": "{}", "d__data__validation-00000-of-00001_DOT_jsonl": "{}"},
         {"d__train__a_DOT_jsonl": "{}", "d__eval__a_DOT_jsonl": "{}"},
+        {"d__train_DOT_jsonl": "{}", "d__held_out_DOT_jsonl": "{}"},
     ],
 )
 def test_a_directory_with_several_splits_is_refused(files: dict[str, str]) -> None:

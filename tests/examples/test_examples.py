@@ -64,7 +64,7 @@ def test_dpo_trains_on_pairs_from_the_command_line(environment: Environment, tin
     options = {
         "model": "tiny",
         "data.train": "pairs.jsonl",
-        "data.eval": "pairs.jsonl",
+        "data.eval_fraction": "0.5",
         "output_dir": "out",
         "train.max_steps": 2,
         "train.per_device_train_batch_size": 2,

@@ -49,6 +49,7 @@ def train(rows: Path, out: Path, *plugins: str, **options: Any) -> Path:
     values = {
         "data.train": str(rows / "train.jsonl"),
         "data.eval": str(rows / "held.jsonl"),
+        "data.max_overlap": 1,
         "output_dir": str(out),
         "train.learning_rate": 1e-2,
         "train.num_train_epochs": 30,

@@ -34,6 +34,7 @@ def train(plugin: str, directory: Path, *, resume: bool = False, **settings: Any
         "model": "sftx:tiny",
         "data.train": [str(directory / "rows.jsonl")],
         "data.eval": [str(directory / "rows.jsonl")],
+        "data.max_overlap": 1,
         "output_dir": str(directory / "run"),
         "train.max_steps": STEPS,
         "train.per_device_train_batch_size": 2,

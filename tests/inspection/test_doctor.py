@@ -115,7 +115,7 @@ def test_rows_that_are_trained_and_held_out_are_found(findings: Find) -> None:
     other_answer = turns("What is 4 and 4?", "I do not know.")
     found = of("leakage", findings(GOOD, held_out=[*HELD, GOOD[2], other_answer]))
     assert [severity for severity, _ in found] == ["error", "warning"]
-    assert "1 of 5 held-out examples are trained on" in found[0][1]
+    assert "1 of 5 held-out examples (20.0%) are trained on" in found[0][1]
     assert "rows.jsonl:3" in found[0][1]
     assert "1 of 5 held-out examples have the prompt of a training row" in found[1][1]
     assert "rows.jsonl:5" in found[1][1]

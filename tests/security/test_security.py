@@ -246,7 +246,18 @@ def test_the_terminal_gets_no_control_characters(tiny_model: Path, tmp_path: Pat
     record = {"prompt": f"do {escape}", "completion": f"done {escape} \x9b31m"}
     path.write_text((json.dumps(record) + "\n") * 2)
     command = [sys.executable, "-m", "sftx", "run", "--model", str(tiny_model), "--data", str(path)]
-    command += ["--eval-data", str(path), "--plugin", "chatml", "--plugin", "lora", "--plugin", "exact-match"]
+    command += [
+        "--eval-data",
+        str(path),
+        "--max-overlap",
+        "1",
+        "--plugin",
+        "chatml",
+        "--plugin",
+        "lora",
+        "--plugin",
+        "exact-match",
+    ]
     command += ["--max-steps", "1", "--max-new-tokens", "4", "--use-cpu", "--output-dir", str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert "done" in done.stdout  # the row is shown

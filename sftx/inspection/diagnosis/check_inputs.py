@@ -98,7 +98,9 @@ class CheckInputs:
         """The first training rows of each source that can be read, with the turns marked that are trained."""
         encode, rows = self.view.pipeline.encode, []
         for source in self.view.sources("train"):
-            for where, record in islice(sources.read(source, streaming=encode.config.streaming), _SAMPLE_ROWS):
+            config = encode.config
+            rows_of_source = sources.read(source, encoding=config.encoding, streaming=config.streaming)
+            for where, record in islice(rows_of_source, _SAMPLE_ROWS):
                 try:
                     parsed = parse_record(record, EncodedRow(where), encode.parsers, source, encode.config)
                 except DataError:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 
-from sftx.data.dataset import Examples
+from sftx.data.dataset import Examples, digest
+from sftx.data.held_out import describe_overlap, find_overlap
+from sftx.data.pipeline import Split
 from sftx.inspection.dataset_statistics import dataset_statistics
-from sftx.inspection.dataset_view import Split, is_unreadable
+from sftx.inspection.dataset_view import is_unreadable
 from sftx.inspection.diagnosis.check_inputs import Check, CheckInputs, Finding, cut_entries, longest_row
 
 _MAX_PLACES: Final = 3
@@ -34,7 +34,7 @@ def _count_rows(number: int, singular: str, plural: str) -> str:
 
 
 def _splits(inputs: CheckInputs) -> tuple[Split, ...]:
-    return ("train", "eval") if inputs.view.sources("eval") else ("train",)
+    return ("train", "eval") if inputs.view.config.data.has_eval else ("train",)
 
 
 def unreadable_rows(inputs: CheckInputs) -> Iterator[Finding]:
@@ -77,7 +77,7 @@ def duplicated_rows(inputs: CheckInputs) -> Iterator[Finding]:
     """Find examples with exactly the tokens and labels of an earlier one."""
     examples = inputs.train.examples
     first: dict[bytes, int] = {}
-    duplicates = [(first[key], n) for n, key in enumerate(_digests(examples)) if first.setdefault(key, n) != n]
+    duplicates = [(first[key], n) for n, key in enumerate(examples.digests()) if first.setdefault(key, n) != n]
     if duplicates:
         earlier, later = (examples.where(at) for at in duplicates[0])
         yield Finding(
@@ -91,15 +91,14 @@ def duplicated_rows(inputs: CheckInputs) -> Iterator[Finding]:
 
 def leakage(inputs: CheckInputs) -> Iterator[Finding]:
     """Find held-out rows that are trained on: a score on them says nothing."""
-    held_out, train = inputs.held_out.examples, inputs.train.examples
-    train_digests = {key: n for n, key in enumerate(_digests(train))}
-    equal = [(n, train_digests[key]) for n, key in enumerate(_digests(held_out)) if key in train_digests]
+    held_out, train = inputs.held_out.examples, inputs.train.examples.whole
+    equal = find_overlap(inputs.train, inputs.held_out)
     if equal:
+        max_overlap = inputs.view.config.data.max_overlap
         yield Finding(
-            "error",
+            "error" if len(equal) > max_overlap * len(held_out) else "warning",
             "leakage",
-            f"{len(equal):,} of {len(held_out):,} held-out examples are trained on (first: "
-            f"{held_out.where(equal[0][0])} is {train.where(equal[0][1])})",
+            describe_overlap(equal, inputs.train, inputs.held_out),
             "remove them from one of the two; a score on them says nothing",
         )
     equal_numbers = {n for n, _ in equal}
@@ -119,22 +118,12 @@ def leakage(inputs: CheckInputs) -> Iterator[Finding]:
         )
 
 
-def _digests(examples: Examples) -> Iterator[bytes]:
-    for at in range(len(examples)):
-        token_ids, loss_mask = examples.tokens(at)
-        yield _digest(token_ids, loss_mask.tobytes())
-
-
 def _prompt_digests(examples: Examples) -> Iterator[bytes]:
     """Yield a digest of the tokens before the first label token; empty when there are only a few of them."""
     for at in range(len(examples)):
         token_ids, loss_mask = examples.tokens(at)
         first = int(loss_mask.argmax())
-        yield _digest(token_ids[:first]) if first >= _MIN_PROMPT_TOKENS else b""
-
-
-def _digest(token_ids: NDArray[np.int32], more: bytes = b"") -> bytes:
-    return hashlib.blake2b(token_ids.tobytes() + more, digest_size=16).digest()
+        yield digest(token_ids[:first], loss_mask[:first]) if first >= _MIN_PROMPT_TOKENS else b""
 
 
 def cut_rows(inputs: CheckInputs) -> Iterator[Finding]:

@@ -153,7 +153,7 @@ class Planner:
     def answers(self) -> tuple[int, int] | None:
         """The rows of a batch of answers and the tokens of its prompts; None when no metric needs answers."""
         config = self.config
-        if not config.data.eval or not self.dry_runner.assembly.providers("sftx_metric"):
+        if not config.data.has_eval or not self.dry_runner.assembly.providers("sftx_metric"):
             return None
         rows = config.generation.batch_size or config.train.per_device_eval_batch_size
         if self.size is None or not self.size.prompt_lengths:
@@ -208,7 +208,7 @@ class Planner:
 
     def _evaluation(self, train: TrainConfig) -> Snapshots:
         """Return the peaks of an evaluation: of the loss of held-out rows, and of answers to them."""
-        if not self.config.data.eval:
+        if not self.config.data.has_eval:
             return {}
         rows = train.per_device_eval_batch_size
         if self.size is not None:
@@ -349,7 +349,7 @@ def _advice(planner: Planner, need: MemoryEstimate, limit: int) -> tuple[str, ..
     if need.rows > 1:
         combined = combined | {"train_batch_size": rows_per_step, "per_device_train_batch_size": 1}
         changes.append(combined)
-    if planner.config.data.eval and train.per_device_eval_batch_size > 1:
+    if planner.config.data.has_eval and train.per_device_eval_batch_size > 1:
         changes = [{"per_device_eval_batch_size": 1}, *changes, combined | {"per_device_eval_batch_size": 1}]
     if trains_all and (leaner := leaner_than(train.optim)):
         changes += [{"optim": leaner}, combined | {"optim": leaner}]

@@ -50,7 +50,7 @@ def measure_run(loaded: LoadedConfig) -> RunSize:
     tokens_per_step = sampler.scope.num_input_tokens / sampler.scope.num_steps
     num_steps = config.train.max_steps or sampler.num_steps
     size = RunSize(num_steps, round(num_steps * tokens_per_step))
-    if not config.data.eval:
+    if not config.data.has_eval:
         return size
     has_metrics = bool(view.pipeline.assembly.providers("sftx_metric"))
     held_out = view.pipeline.load_eval(questions=has_metrics)

@@ -12,15 +12,16 @@ import numpy as np
 from sftx.config.options import Source
 from sftx.data.dataset import Dataset
 from sftx.data.ledger import Entry
+from sftx.data.pipeline import Split
 from sftx.data.row_encoder import EncodedRow, parse_record
 from sftx.errors import DataError
 from sftx.inspection.dataset_statistics import DatasetStatistics, dataset_statistics
-from sftx.inspection.dataset_view import DatasetView, Split, is_unreadable
+from sftx.inspection.dataset_view import DatasetView, is_unreadable
 from sftx.inspection.token_report.explained_tokens import ExplainedToken, explain_row
 from sftx.types import Location, Record
 
 Show = Literal["first", "longest", "dropped", "cut"]
-Status = Literal["kept", "cut", "split", "filtered", "dropped"]
+Status = Literal["kept", "cut", "split", "filtered", "held out", "dropped"]
 Place = tuple[str, int]
 """The path and the number of a row's location."""
 
@@ -139,7 +140,7 @@ class _RowExplainer:
     def __call__(self, number: int, source: Source, where: Location, record: Record) -> ExplainedRow:
         entries = self._entries.get(_place(where), [])
         status: Status = entries[0].action if entries else "kept"
-        is_dropped = status in ("dropped", "filtered")
+        is_dropped = status in ("dropped", "filtered", "held out")
         encode, row = self._encode, EncodedRow(where)
         explained: tuple[ExplainedExample, ...] = ()
         try:
