@@ -146,8 +146,8 @@ class RowEncoder:
         if not any(labelled[1][1:]):
             row.drop(_reason_nothing_trained([unit]), length=length)
             return
-        if reason := why_nothing_trained([unit], config):
-            row.drop(reason, length=length)
+        if is_empty(unit, config):
+            row.drop(EMPTY, length=length)
             return
         if not filters.min_length <= length <= (filters.max_length or length):
             bound = "min_length" if length < filters.min_length else "max_length"
@@ -296,24 +296,30 @@ def _untrained(messages: Sequence[Message]) -> tuple[Message, ...]:
 
 
 def why_nothing_trained(parsed: Sequence[Parsed], config: DataConfig) -> str | None:
-    """Return the reason for which a record of which every part is marked would train nothing, or None.
+    """Return the reason for which a record with these parts, whose turns are marked, trains nothing, or None.
 
     Whether the text of a trained turn gives a label token is not known before it is encoded.
     """
     for one in parsed:
         match one:
             case Conversation(messages=messages):
-                trained = [message for message in messages if message.trained or config.train_on_prompt]
-                if not trained:
+                if not any(message.trained or config.train_on_prompt for message in messages):
                     return _reason_nothing_trained(parsed)
-                is_empty = not any(m.content.strip() or m.reasoning.strip() or m.tool_calls for m in trained)
-                if is_empty and not config.train_on_prompt:
-                    return EMPTY  # it would teach the model to answer with nothing
-            case PlainText(text=""):
-                return NOTHING_TRAINED
-            case Tokens(loss_mask=mask) if not any(mask[1:]) and not (config.train_on_prompt and mask[1:]):
-                return NOTHING_TRAINED
+            case Tokens(loss_mask=mask):
+                if not any(on or config.train_on_prompt for on in mask[1:]):
+                    return NOTHING_TRAINED
+        if is_empty(one, config):
+            return NOTHING_TRAINED if isinstance(one, PlainText) else EMPTY
     return None if parsed else NOTHING_TRAINED
+
+
+def is_empty(parsed: Parsed, config: DataConfig) -> bool:
+    """Return whether what is trained has no text: it would teach the model to answer with nothing."""
+    if isinstance(parsed, Conversation):
+        trained = [message for message in parsed.messages if message.trained]
+        has_content = any(m.content.strip() or m.reasoning.strip() or m.tool_calls for m in trained)
+        return not has_content and not config.train_on_prompt
+    return isinstance(parsed, PlainText) and not parsed.text
 
 
 def _reason_nothing_trained(parsed: Sequence[Parsed]) -> str:
