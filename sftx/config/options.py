@@ -177,12 +177,12 @@ class DataConfig:
     ] = ()
     eval_fraction: Annotated[
         float | None,
-        AfterValidator(_check_fraction),
         Field(
             gt=0,
             description="Share of the training rows that is held out for evaluation, or from 1 on their number; rows "
             "with the same content stay together.",
         ),
+        AfterValidator(_check_fraction),
     ] = None
     eval_group: Annotated[
         str | None,

@@ -575,7 +575,6 @@ TABLE: Final[Mapping[str, tuple[Row, ...]]] = {
         _row(
             "val_size val_set_size test_split_size",
             (0, _leave_out()),
-            (int, _not_here("a number of rows: write a share of them as data.eval_fraction")),
             _to("data.eval_fraction"),
         ),
         _row(

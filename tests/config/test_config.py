@@ -166,7 +166,7 @@ def test_an_empty_run_file_is_all_defaults(write: Any) -> None:
         ("data: rows.jsonl", "option 'data': got \"rows.jsonl\", expected an object"),
         ("trian: {}", "option 'trian' does not exist; did you mean 'train'?"),
         ("train: {learning_rat: 1}", "option 'train.learning_rat' does not exist; did you mean 'learning_rate'?"),
-        ("data: {zzz: 1}", "option 'data.zzz' does not exist; known are train, eval, format, "),
+        ("data: {zzz: 1}", "option 'data.zzz' does not exist; known are train, eval, eval_fraction, "),
         ("plugins: {lora: 5}", "option 'plugins': got 5, expected an object"),
         ("plugins: chatml", 'got "chatml", expected a mapping of plugin names to options'),
         ("without: chatml", "option 'without': got \"chatml\", expected a valid array"),

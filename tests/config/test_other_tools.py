@@ -215,6 +215,7 @@ def test_what_is_written_exists_here_and_has_a_type_that_fits() -> None:
         ("dataset_name", "d", {"dataset_text_field": "c", "dataset_config": "e"}, "write",
          {"data.train": [{"path": "d", "subset": "e", "columns": {"text": "c"}}]}),
         ("val_size", 0.1, {}, "write", {"data.eval_fraction": 0.1}),
+        ("val_size", 200, {}, "write", {"data.eval_fraction": 200}),
         ("pad_to_multiple_of", 8, {}, "write", {"plugins.padded.pad_to_multiple_of": 8}),
         ("pad_to_multiple_of", 8, {"packing": True}, "leave out", {}),
         ("padding_free", True, {"packing": True}, "leave out", {}),

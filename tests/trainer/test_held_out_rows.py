@@ -76,7 +76,7 @@ def test_a_run_holds_rows_out_of_its_training_data_and_resumes_on_the_same() -> 
     assert json.loads(Path("out/summary.json").read_text())["held_out"]["after"] == summary["held_out"]["after"]
     Path("out/summary.json").unlink()
     other = sftx(f"{command.replace('0.2', '0.4')} --resume")
-    assert "was begun with data.eval_fraction 0.2, and is 0.4 now" in other.stderr
+    assert "data.eval_fraction was 0.2 and is 0.4" in other.stderr
 
 
 def test_every_command_knows_the_rows_that_are_held_out() -> None:
