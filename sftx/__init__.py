@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 from sftx.assembly.hookspecs import hookimpl
 from sftx.data.collate import pack, pad
 from sftx.errors import ConfigError, DataError, ModelError, OutputError, PluginError, SftxError, TrainingError
-from sftx.events import EvalReport, Provider, RunInfo, Sample, StartReport, StepReport, TokenLosses
+from sftx.events import Decision, EvalReport, Provider, RunInfo, Sample, StartReport, StepReport, TokenLosses
 from sftx.types import (
     IGNORE_INDEX,
     Adapter,
     Attention,
     Batch,
     Collator,
+    Control,
     Conversation,
     Example,
     HiddenOut,
@@ -54,8 +55,10 @@ __all__ = [
     "Batch",
     "Collator",
     "ConfigError",
+    "Control",
     "Conversation",
     "DataError",
+    "Decision",
     "EvalReport",
     "Example",
     "HiddenOut",

@@ -132,6 +132,22 @@ class EvalReport:
 
 
 @dataclass(frozen=True)
+class Decision:
+    """What a control plugin asks for after a step or an evaluation. What it leaves unset, the run's options decide."""
+
+    evaluate: bool = False
+    """Evaluate the held-out rows after this step."""
+    save: bool = False
+    """Save a checkpoint after this step."""
+    stop: bool = False
+    """End the run after this step, with its artefact and its report, as if it were complete."""
+    rate_factor: float | None = None
+    """Factor of the learning rate in all later steps, in place of the one that this plugin asked for before."""
+    reason: str = ""
+    """Why, in a few words; it is printed and recorded."""
+
+
+@dataclass(frozen=True)
 class Result:
     """The directory of a finished run, and the content of its summary.json."""
 

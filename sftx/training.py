@@ -126,7 +126,8 @@ def _prepared(loaded: LoadedConfig, name: str, *, resume: bool) -> Iterator[_Pre
             choose = partial(run_directory.resume if resume else run_directory.new, config.output_dir, name)
             directory = process_group.run_on_rank0(choose)
             config = dataclasses.replace(config, train=_resolve(config, directory, process_group))
-            resolved = as_dict(config) | {"plugins": {active.info.name: active.options for active in assembly.active}}
+            plugins = {active.info.name: active.options for active in assembly.active if not active.is_implied}
+            resolved = as_dict(config) | {"plugins": plugins}
             # Derived for this number of processes: the run may continue with another one.
             resolved["train"]["gradient_accumulation_steps"] = None
             resolved["model"] = names.absolute(config.model)  # whoever reads it may be in another directory
@@ -200,6 +201,8 @@ def _assemble(prepared: _Prepared, started: float) -> Session:
 
     # Made before anything takes long: a library that an observer needs and that is missing is reported now.
     observers = process_group.all_or_raise(lambda: make_observers(directory.path))
+    info = RunInfo(directory.path, prepared.resolved)
+    controls = process_group.all_or_raise(lambda: assembly.controls(info) if process_group.is_rank0 else {})
     pipeline = process_group.rank0_first(lambda: build_pipeline(config, assembly, prepared.loaded.origins))
     metrics = assembly.metrics()
     loss = assembly.loss()
@@ -248,6 +251,7 @@ def _assemble(prepared: _Prepared, started: float) -> Session:
             generation=config.generation,
         ),
         observers=observers,
+        controls=controls,
         make_observers=make_observers,
         choose_directory=prepared.choose,
         writer=RunWriter(

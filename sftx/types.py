@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from sftx.events import EvalReport, StartReport, StepReport
+    from sftx.events import Decision, EvalReport, StartReport, StepReport
     from sftx_kernels import LinearCrossEntropyOutput
 
 IGNORE_INDEX = -100
@@ -487,6 +487,30 @@ class Observer:
 
     def close(self) -> None:
         """Called exactly once, last, also when the run failed."""
+
+
+class Control:
+    """Steers a run by decisions. Override the methods you need; each returns a Decision, or None to go on.
+
+    It is called on rank 0 and its decisions are broadcast. They are recorded with the run, so that a resumed run goes
+    on as if it had never been interrupted. A control that remembers something overrides `state_dict` and
+    `load_state_dict`.
+    """
+
+    def after_step(self, report: StepReport) -> Decision | None:
+        """Called after each optimizer step, before an evaluation that is due."""
+        return None
+
+    def after_evaluate(self, report: EvalReport) -> Decision | None:
+        """Called after each evaluation; step 0 is the model before training."""
+        return None
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Return what it remembers as JSON values; it is saved in each checkpoint."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` returned when the checkpoint was saved."""
 
 
 @dataclass(frozen=True)

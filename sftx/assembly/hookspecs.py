@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 import pluggy
 
 from sftx.events import RunInfo
-from sftx.types import Adapter, Collator, Loss, Metric, ModelSpec, Observer, Parser, Template
+from sftx.types import Adapter, Collator, Control, Loss, Metric, ModelSpec, Observer, Parser, Template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,6 +52,11 @@ def sftx_metric() -> Metric:  # type: ignore[empty-body]
 
 
 @hookspec
+def sftx_control(run: RunInfo) -> Control:  # type: ignore[empty-body]
+    """Return a control, which may evaluate, save, stop or change the learning rate after a step. Any number."""
+
+
+@hookspec
 def sftx_observer(run: RunInfo) -> Observer:  # type: ignore[empty-body]
     """Return an observer of the run's events. Any number."""
 
@@ -63,6 +68,7 @@ RETURNS: Final[dict[str, type]] = {
     "sftx_adapter": Adapter,
     "sftx_loss": Loss,
     "sftx_metric": Metric,
+    "sftx_control": Control,
     "sftx_observer": Observer,
 }
 """The hooks, in the order of the stages of a run, and the type that each must return."""

@@ -18,6 +18,7 @@ from sftx.assembly.hookspecs import ONE_PROVIDER, PROJECT, RETURNS
 from sftx.assembly.stages import (
     AdapterStage,
     CollatorStage,
+    ControlStage,
     LossStage,
     MetricStage,
     ParserStage,
@@ -61,6 +62,10 @@ def activate(loaded: LoadedConfig) -> Assembly:
             if len(wrong) == 1
             else UnknownOptionsError([option for error in wrong for option in error.unknown])
         )
+    train = config.train
+    if train.early_stopping_patience is not None and "early-stopping" not in config.plugins:
+        options = {"patience": train.early_stopping_patience, "threshold": train.early_stopping_threshold}
+        assembly.add(find("early-stopping", installed), options, is_implied=True)
     for hook, names in DEFAULT_PLUGINS.items():
         if hook in ONE_PROVIDER and assembly.providers(hook):
             continue
@@ -77,6 +82,8 @@ class Active:
 
     info: PluginInfo
     plugin: Any
+    is_implied: bool = False
+    """Whether an option of the run has added it, which the run file records in its place."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -97,11 +104,11 @@ class Assembly:
         self._manager.add_hookspecs(hookspecs)
         self._active: dict[str, Active] = {}
 
-    def add(self, info: PluginInfo, options: Mapping[str, Any]) -> None:
+    def add(self, info: PluginInfo, options: Mapping[str, Any], *, is_implied: bool = False) -> None:
         """Import a plugin, make an instance with these options, and register it. Raises PluginError, ConfigError."""
         cls = load_class(info)
         hooks_of(info, cls)
-        active = Active(info, instance(info, cls, options, self._origins))
+        active = Active(info, instance(info, cls, options, self._origins), is_implied)
         self._manager.register(active.plugin, info.name)
         self._active[info.name] = active
 
@@ -151,6 +158,9 @@ class Assembly:
 
     def metrics(self) -> dict[str, MetricStage]:
         return {a.info.name: MetricStage(str(a.info), made, a.info.name) for a, made in self._call("sftx_metric")}
+
+    def controls(self, run: RunInfo) -> dict[str, ControlStage]:
+        return {a.info.name: ControlStage(str(a.info), made) for a, made in self._call("sftx_control", run=run)}
 
     def observers(self, run: RunInfo) -> list[tuple[PluginInfo, Observer]]:
         """Return the observers without a wrapper: the trainer catches their errors, which stop no run."""

@@ -7,6 +7,7 @@ after it checks them again. Importing this module imports no torch.
 from __future__ import annotations
 
 import inspect
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -17,11 +18,12 @@ from typing import TYPE_CHECKING, Any, Final
 from sftx.assembly.hookspecs import RETURNS
 from sftx.distributed.process_group import is_lost_peer_error
 from sftx.errors import DataError, PluginError, SftxError, did_you_mean, is_out_of_memory, one_line
-from sftx.events import EvalReport, StepReport
+from sftx.events import Decision, EvalReport, StepReport
 from sftx.types import (
     Adapter,
     Batch,
     Collator,
+    Control,
     Conversation,
     Example,
     LanguageModel,
@@ -68,7 +70,7 @@ def make(plugin: object, hook: str, **arguments: Any) -> Any:
     made = implementation(**{name: arguments[name] for name in arguments_of(implementation)})
     kind = RETURNS[hook]
     missing: list[str] = []
-    if kind in (Adapter, Observer):
+    if kind in (Adapter, Control, Observer):
         is_right = isinstance(made, kind)
     else:  # not isinstance for a protocol: from Python 3.12 on it does not see what __getattr__ delegates
         promised = sorted(name for name in vars(kind) if not name.startswith("_") or name == "__call__")
@@ -80,11 +82,11 @@ def make(plugin: object, hook: str, **arguments: Any) -> Any:
         lacks = f", which has also {', '.join(named_ones)}" if named_ones else ""
         lacks = "; is its `return` missing?" if made is None else lacks
         raise PluginError(f"{hook} returned {type(made).__name__}, expected {article} {kind.__name__}{lacks}")
-    if isinstance(made, Observer):
-        for name in dir(made):
-            if name.startswith("on_") and not hasattr(Observer, name):  # no run would ever call it
-                hint = did_you_mean(name, [event for event in vars(Observer) if event.startswith("on_")])
-                raise PluginError(f"{type(made).__name__}.{name} is no event of this sftx's observers{hint}")
+    for base, prefix in ((Observer, "on_"), (Control, "after_")):
+        for name in dir(made) if isinstance(made, base) else ():
+            if name.startswith(prefix) and not hasattr(base, name):  # no run would ever call it
+                hint = did_you_mean(name, [event for event in vars(base) if event.startswith(prefix)])
+                raise PluginError(f"{type(made).__name__}.{name} is no event of this sftx's {hook[5:]}s{hint}")
     return made
 
 
@@ -391,6 +393,46 @@ class LossStage(_Stage):
         if "nll" in means and means["nll"] < _LARGEST_NLL:
             reported["perplexity"] = math.exp(means["nll"])
         return reported
+
+
+class ControlStage(_Stage):
+    """Asks a control for its decisions, and checks them and what it remembers."""
+
+    def __init__(self, plugin: str, control: Control) -> None:
+        super().__init__(plugin)
+        self._control = control
+
+    def after_step(self, report: StepReport) -> Decision | None:
+        with self._attribute("after_step"):
+            return self._checked("after_step", self._control.after_step(report))
+
+    def after_evaluate(self, report: EvalReport) -> Decision | None:
+        with self._attribute("after_evaluate"):
+            return self._checked("after_evaluate", self._control.after_evaluate(report))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the control remembers. Raises PluginError unless JSON gives it back unchanged."""
+        with self._attribute("state_dict"):
+            state: Any = self._control.state_dict()
+        try:
+            if isinstance(state, Mapping) and json.loads(json.dumps(dict(state), allow_nan=False)) == dict(state):
+                return dict(state)
+        except (TypeError, ValueError):
+            pass
+        raise self._refuse(f"state_dict returned {state!r:.60}, expected a dict of JSON values")
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        with self._attribute("load_state_dict"):
+            self._control.load_state_dict(state)
+
+    def _checked(self, what: str, decision: Any) -> Decision | None:
+        if decision is not None and not isinstance(decision, Decision):
+            raise self._refuse(f"{what} returned {type(decision).__name__}, expected a Decision or None")
+        factor: Any = None if decision is None else decision.rate_factor
+        is_number = isinstance(factor, int | float) and not isinstance(factor, bool)
+        if factor is not None and not (is_number and 0 < factor < math.inf):
+            raise self._refuse(f"{what} asked for the rate_factor {factor!r}, expected a number above 0")
+        return decision
 
 
 class AdapterStage(_Stage, Adapter):

@@ -42,8 +42,13 @@ class RunState:
     best_step: int | None = None
     best_value: float | None = None
     """The best `metric_for_best_model` so far, and the step it was measured at."""
-    num_worse: int = 0
-    """Evaluations in a row that did not improve on the best value by more than `early_stopping_threshold`."""
+
+    stopped: str = ""
+    """Why the run ended before its last step, when a control plugin decided so."""
+    rate_factors: dict[str, float] = field(default_factory=dict)
+    """Factors of the learning rate that control plugins have decided on, by plugin."""
+    controls: dict[str, Any] = field(default_factory=dict)
+    """What control plugins remember, by plugin; JSON values."""
 
     def add_step(self, report: StepReport) -> None:
         """Count an optimizer step."""
@@ -74,7 +79,6 @@ class RunState:
             return False
         sign = 1 if config.is_greater_better else -1
         gain = math.inf if self.best_value is None else sign * (value - self.best_value)
-        self.num_worse = 0 if gain > config.early_stopping_threshold else self.num_worse + 1
         if gain > 0:
             self.best_step, self.best_value = report.step, value
         return gain > 0
@@ -87,6 +91,8 @@ class RunState:
     def from_dict(cls, values: Mapping[str, Any]) -> RunState:
         """Return the state of the values that `as_dict` returned, also in sftx 0.1, which named two otherwise."""
         renamed = with_new_names(values)
+        if (num_worse := renamed.pop("num_worse", None)) is not None:  # before early stopping became a plugin
+            renamed["controls"] = {"early-stopping": {"best": renamed["best_value"], "num_worse": num_worse}}
         unlogged = renamed.get("unlogged")
         return cls(
             **renamed
@@ -136,7 +142,11 @@ def _joined(earlier: StepReport, last: StepReport) -> StepReport:
         num_label_tokens=num_label_tokens,
         num_input_tokens=earlier.num_input_tokens + last.num_input_tokens,
         seconds=earlier.seconds + last.seconds,
-        metrics={name: mean(earlier.metrics.get(name, value), value) for name, value in last.metrics.items()},
+        # A metric that only some of the steps reported is the mean of these.
+        metrics={
+            name: mean(({**last.metrics, **earlier.metrics})[name], value)
+            for name, value in {**earlier.metrics, **last.metrics}.items()
+        },
     )
 
 

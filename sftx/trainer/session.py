@@ -6,13 +6,14 @@ import contextlib
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sftx.assembly.stages import ControlStage
 from sftx.atomic_files import atomic_directory, find_damage, remove
 from sftx.checkpoint import checkpoint, model_files
 from sftx.checkpoint.run_directory import RunDirectory
@@ -32,7 +33,7 @@ from sftx.errors import (
     is_out_of_memory,
     one_line,
 )
-from sftx.events import Result, StartReport, StepReport
+from sftx.events import Decision, Result, StartReport, StepReport
 from sftx.model.language_model import CausalLM
 from sftx.trainer.control import TrainerControl
 from sftx.trainer.evaluate import Evaluator
@@ -57,6 +58,8 @@ class Session:
     evaluator: Evaluator
     observers: Observers
     """Those of rank 0; the other ranks have none."""
+    controls: Mapping[str, ControlStage]
+    """The control plugins of rank 0; the other ranks have none."""
     make_observers: Callable[[Path], Observers]
     """Makes those of another run directory, when the chosen one was taken."""
     choose_directory: Callable[[], RunDirectory]
@@ -72,7 +75,14 @@ class Session:
     _saved_step: int | None = None
 
     def __post_init__(self) -> None:
-        self.control = TrainerControl(self.config.train, self.sampler.num_steps, self.process_group)
+        self.trainer.rate_factors = self.state.rate_factors
+        self.control = TrainerControl(
+            self.config.train,
+            self.sampler.num_steps,
+            self.process_group,
+            self.controls,
+            has_controls=self.process_group.all_reduce_max(len(self.controls)) > 0,
+        )
 
     def run(self) -> Result:
         """Run to the end. Raises SftxError; Stop when a signal ended the run."""
@@ -137,6 +147,7 @@ class Session:
         self._is_best_lost()  # warns
         if len(self.eval_data.examples) and (self.state.before is None or self.control.should_evaluate(self.state)):
             self._evaluate(self.state.step)
+            self._decide_after_evaluation()
             if self.checkpoint is not None:
                 self.save()  # again: the evaluation that was interrupted belongs to this checkpoint
 
@@ -163,6 +174,8 @@ class Session:
                 self.state = RunState.from_dict(values["run"])
                 self.sampler.load_state_dict(values["plan"])
                 self.trainer.load_state_dict(tensors, values["trainer"])
+                self.trainer.rate_factors = self.state.rate_factors
+                self.control.restore(self.state)
             except SftxError:
                 raise
             except Exception as error:  # an error of JSON or safetensors, or a value that is missing
@@ -182,8 +195,13 @@ class Session:
         self.observers.on_step(report)
         if report.step in (1, report.num_steps) or report.step % self.config.train.logging_steps == 0:
             self.observers.on_log(self.state.log_steps())
-        is_best = self._evaluate(report.step) if self.control.should_evaluate(self.state) else False
-        if is_best or self.control.should_save(self.state):
+        decision = self.control.decide(self.state, lambda control: control.after_step(report))
+        is_best = False
+        if self.control.should_evaluate(self.state) or decision.evaluate:
+            is_best = self._evaluate(report.step)
+            after = self._decide_after_evaluation()
+            decision = replace(decision, save=decision.save or after.save)
+        if is_best or decision.save or self.control.should_save(self.state):
             self.save()
         return not self.control.should_stop(self.state)
 
@@ -191,8 +209,7 @@ class Session:
         """Take the best checkpoint where asked for, write the artefact and the summary."""
         options, state = self.config.train, self.state
         if state.step < self.sampler.num_steps:
-            name = options.best_metric
-            log.info("ends after step %d: %s was no better %d times in a row", state.step, name, state.num_worse)
+            log.info("ends after step %d (%s)", state.step, state.stopped)
         is_last = state.best_step in (None, state.step)
         if options.load_best_model_at_end and not is_last and not self._is_best_lost():
             self._load_best(state.best_step or 0)
@@ -248,6 +265,10 @@ class Session:
         self.process_group.run_on_rank0(lambda: self.writer.write_evidence(self.state))
         return is_best
 
+    def _decide_after_evaluation(self) -> Decision:
+        latest = self.state.latest
+        return Decision() if latest is None else self.control.decide(self.state, lambda c: c.after_evaluate(latest))
+
     def _is_best_lost(self) -> bool:
         """Return, with a warning, whether the best checkpoint so far is damaged and cannot become the result."""
         step = self.state.best_step
@@ -272,6 +293,7 @@ class Session:
     def save(self) -> None:
         """Write a checkpoint of the last step that is done. Raises OutputError, TrainingError."""
         state, place = self.state, self.checkpoints.at(self.state.step)
+        self.control.record(state)
         tensors, trainer = self.trainer.state_dict()
         run = replace(state, wall_seconds=self.writer.wall_seconds(state)).as_dict()
         values = {"run": run, "plan": self.sampler.state_dict(state.step), "trainer": trainer}

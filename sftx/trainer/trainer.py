@@ -67,6 +67,8 @@ class Trainer:
     """The checkpoint that an error tells the user to fall back on."""
     check_stop: Callable[[], None] = lambda: None
     """Called between micro-batches. It raises when the run is to stop, and the current step is discarded."""
+    rate_factors: Mapping[str, float] = field(default_factory=dict)
+    """Factors of the learning rate that control plugins have decided on."""
     strategy: ParallelStrategy = field(init=False)
     optimizer: RunOptimizer = field(init=False)
 
@@ -111,7 +113,7 @@ class Trainer:
     def train_step(self, number: int, epoch: float, micro_batches: Sequence[MicroBatch]) -> StepReport:
         """Run one optimizer step, counted from 1. Raises TrainingError when loss or gradient are not finite."""
         start = time.perf_counter()
-        rate = learning_rate(self.config, number - 1, self.num_steps)
+        rate = learning_rate(self.config, number - 1, self.num_steps) * math.prod(self.rate_factors.values())
         self.optimizer.set_learning_rate(rate)
         batches = [one.batch for one in micro_batches]
         counted = [one.batch for one in micro_batches if one.is_counted]
