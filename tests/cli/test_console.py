@@ -31,7 +31,18 @@ def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("charset", ["ascii", "cp1252"])
 def test_every_command_prints_what_the_console_can_show(rows: Path, charset: str) -> None:
     options = ["--model", "sftx:tiny", "--plugin", "chatml", "--data", NAME]
-    training = ["--eval-data", NAME, "--plugin", "exact-match", "--max-new-tokens", "2", "--max-steps", "1"]
+    training = [
+        "--eval-data",
+        NAME,
+        "--max-overlap",
+        "1",
+        "--plugin",
+        "exact-match",
+        "--max-new-tokens",
+        "2",
+        "--max-steps",
+        "1",
+    ]
     shown: dict[str, str] = {}
     for number, arguments in enumerate(
         (

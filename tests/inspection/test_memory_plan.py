@@ -365,7 +365,19 @@ def test_an_evaluation_that_needs_the_most_is_the_peak(tiny: str, tmp_path: Path
 CASES = [
     slow(("--plugin", "lora", "--gradient-checkpointing", "--per-device-train-batch-size", "2")),
     slow(("--per-device-train-batch-size", "1")),
-    slow(("--plugin", "lora", "--gradient-checkpointing", "--per-device-train-batch-size", "1", "--eval-data", "DATA")),
+    slow(
+        (
+            "--plugin",
+            "lora",
+            "--gradient-checkpointing",
+            "--per-device-train-batch-size",
+            "1",
+            "--eval-data",
+            "DATA",
+            "--max-overlap",
+            "1",
+        )
+    ),
     ("--distributed", "fsdp2", "--nproc", "2", "--gradient-checkpointing", "--per-device-train-batch-size", "2"),
 ]
 

@@ -70,6 +70,7 @@ def run_of(model: Path, data: Path, *plugins: str, **settings: Any) -> None:
     from sftx.training import run
 
     given = {"model": str(model), "data.train": [str(data)], "train.max_steps": 1, "train.use_cpu": True}
+    given["data.max_overlap"] = 1  # tests may evaluate the rows that they train on
     given |= {"output_dir": str(data.parent / "run")}
     given |= {name.replace("__", "."): value for name, value in settings.items()}
     run(load(None, add=("chatml", *plugins), assignments=[(name, value, name) for name, value in given.items()]))
@@ -247,10 +248,7 @@ def test_the_terminal_gets_no_control_characters(tiny_model: Path, tmp_path: Pat
     path.write_text((json.dumps(record) + "\n") * 2)
     command = [sys.executable, "-m", "sftx", "run", "--model", str(tiny_model), "--data", str(path)]
     command += [
-        "--eval-data",
-        str(path),
-        "--max-overlap",
-        "1",
+        *("--eval-data", str(path), "--max-overlap", "1"),
         "--plugin",
         "chatml",
         "--plugin",
