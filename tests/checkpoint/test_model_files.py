@@ -17,11 +17,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from sftx import ModelError, OutputError
 from sftx.checkpoint import model_files
 from sftx.checkpoint.load_run import load_run
+from sftx.config import run_file
 from sftx.config.loading import load
 from sftx.model import saved_tokenizer
 from sftx.model.generation import generation_defaults, load_generation_config
 from sftx.model.language_model import CausalLM
-from sftx.model.load import load_model, load_spec, load_tokenizer
+from sftx.model.load import fingerprint, load_model, load_spec, load_tokenizer
 from sftx.model.tiny import model_dir
 from sftx.training import run
 
@@ -205,6 +206,37 @@ def test_chat_templates_whose_names_are_no_files_are_copied(base: Path, tmp_path
     (tmp_path / "saved").mkdir()
     assert saved_tokenizer.save(load_tokenizer(str(base)), tmp_path / "saved", {}) is not None
     assert AutoTokenizer.from_pretrained(tmp_path / "saved").chat_template == {"default": "x", "tool/use": "y"}
+
+
+# --- the name of the base -------------------------------------------------------------------------
+
+
+def test_the_base_is_named_so_that_another_working_directory_finds_it(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "link").symlink_to("base")
+    for place in ("one", "two"):
+        (tmp_path / place).mkdir()
+    monkeypatch.chdir(tmp_path / "one")
+    out = train(base, "lora", model="../link")
+    expected = str(base)
+    for at in (out / "adapter", out / "checkpoints" / "step-1"):
+        assert json.loads((at / "adapter_config.json").read_text())["base_model_name_or_path"] == expected
+    assert run_file.read(out / "run.yaml")[0]["model"] == expected
+    assert json.loads((out / "manifest.json").read_text())["model"] == {
+        "name": "../link",
+        "files": expected,
+        "revision": None,
+        "sha256": fingerprint(expected),
+    }
+    monkeypatch.chdir(tmp_path / "two")
+    assert load_run(out, device="cpu").base_model == load_run(out / "adapter", device="cpu").base_model == expected
+    (out / "summary.json").unlink()
+    (tmp_path / "two" / "nearer").symlink_to(base)
+    options = {"model": "nearer", "data.train": str(tmp_path / "rows.jsonl"), "output_dir": str(out)}
+    options |= {"train.max_steps": 1, "train.save_steps": 1, "train.learning_rate": 1e-3, "train.use_cpu": True}
+    assignments = [(name, value, f"--set {name}") for name, value in options.items()]
+    assert run(load(None, add=["chatml", "lora"], assignments=assignments), resume=True).output_dir == out
 
 
 # --- the disk -------------------------------------------------------------------------------------

@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from sftx import ModelError, ModelSpec
 from sftx.data.collate import pad
 from sftx.model.language_model import CausalLM
 from sftx.model.load import load_model, load_spec, load_tokenizer
 from sftx.types import Example
 
+QUANTISED = "model.layers.0.mlp.up_proj.weight"
 END, OTHER = 2, 7  # <|im_end|> of the tokenizer, and any other token
 
 
@@ -70,3 +73,38 @@ def test_the_forward_is_the_same_and_the_padding_itself_has_no_gradient(padded_w
     assert torch.equal(ours(input_ids=ids).logits, theirs(input_ids=ids).logits)
     gradient = gradient_of_rows(CausalLM(ours, load_tokenizer(str(padded_with_end))))
     assert not gradient[0].any(), "id 0 lies under the padding alone"
+
+
+# --- quantised weights ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "said"),
+    [
+        (torch.int8, r"its files hold model\.layers\.0\.mlp\.up_proj\.weight as I8"),
+        (torch.uint8, r"its files hold model\.layers\.0\.mlp\.up_proj\.weight as U8"),
+        (torch.float8_e4m3fn, r"its files hold model\.layers\.0\.mlp\.up_proj\.weight as F8_E4M3"),
+    ],
+)
+def test_weights_that_are_quantised_are_refused_without_a_configuration_that_says_so(
+    tiny_model_dir: Path, tmp_path: Path, dtype: torch.dtype, said: str
+) -> None:
+    spec, tensors = copied(tiny_model_dir, tmp_path)
+    tensors[QUANTISED] = tensors[QUANTISED].to(dtype)
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=said + ", and sftx does not train quantised weights"):
+        load_model(spec, [], dtype=torch.float32, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("beside", ["SCB", "weight_scale_inv", "absmax", "qzeros"])
+def test_what_quantisation_keeps_beside_weights_is_refused(tiny_model_dir: Path, tmp_path: Path, beside: str) -> None:
+    spec, tensors = copied(tiny_model_dir, tmp_path)
+    name = QUANTISED.replace("weight", beside)
+    save_file(tensors | {name: torch.ones(4)}, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=f"its files hold {name}, and sftx does not train quantised weights"):
+        load_model(spec, [], dtype=torch.float32, device=torch.device("cpu"))
+
+
+def copied(model: Path, tmp_path: Path) -> tuple[ModelSpec, dict[str, torch.Tensor]]:
+    shutil.copytree(model, tmp_path / "model")
+    return load_spec(str(tmp_path / "model")), load_file(model / "model.safetensors")

@@ -170,7 +170,8 @@ class LoraAdapter(Adapter):
 
     def save(self, directory: Path) -> None:
         tensors = {f"{_PREFIX}{name}": t.detach().contiguous().cpu() for name, t in self._tensors().items()}
-        # safetensors refuses two names for one memory; PEFT expects tied weights under both names.
+        # Tied weights are written twice: PEFT (0.21) loads no adapter that lacks one of the names, and safetensors
+        # refuses two names for one memory.
         addresses: set[int] = set()
         for name, tensor in tensors.items():
             if tensor.data_ptr() in addresses:

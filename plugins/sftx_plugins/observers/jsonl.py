@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,15 +28,16 @@ class _Writer(Observer):
 
     def on_start(self, report: StartReport) -> None:
         """Start an empty file. A resumed run keeps the lines up to the step that it resumes from."""
-        self._resumed_step = report.resumed_step
-        kept, last_step = [], 0
-        for line in self._read() if report.resumed_step is not None else ():
+        self._resumed_step, last_step = report.resumed_step, 0
+
+        def belongs(line: Mapping[str, Any]) -> bool:
             # A smaller step than the last one is the final evaluation of an earlier best step.
-            if line["step"] > report.resumed_step or line["step"] < last_step:
-                break
-            kept.append(line)
+            nonlocal last_step
+            is_next = report.resumed_step is not None and last_step <= line["step"] <= report.resumed_step
             last_step = line["step"]
-        self._replace(kept)
+            return is_next
+
+        self._cut(belongs)
 
     def on_step(self, report: StepReport) -> None:
         self._resumed_step = None
@@ -48,28 +48,22 @@ class _Writer(Observer):
     def on_evaluate(self, report: EvalReport) -> None:
         if report.step == self._resumed_step:  # a process killed after the evaluation may have written it already
             repeated = ("evaluate", report.step)
-            self._replace([line for line in self._read() if (line["event"], line["step"]) != repeated])
+            self._cut(lambda line: (line["event"], line["step"]) != repeated)
         self._append({"event": "evaluate", "step": report.step, **report.metrics, "seconds": report.seconds})
 
-    def _read(self) -> list[dict[str, Any]]:
-        """Return the lines of the file up to the first incomplete one."""
-        text = self._path.read_text(encoding="utf-8", errors="replace") if self._path.exists() else ""
-        lines = []
-        for line in text.splitlines():
-            try:
-                lines.append(json.loads(line))
-            except ValueError:
-                break
-        return lines
-
-    def _replace(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Write the file anew, atomically."""
-        part = self._path.with_name(f".{self._path.name}.part")
-        with part.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(self._path)
+    def _cut(self, belongs: Callable[[Mapping[str, Any]], bool]) -> None:
+        """Cut the file off before the first line that is incomplete or does not belong there."""
+        with self._path.open("a+b") as file:
+            file.seek(0)
+            num_bytes = 0
+            for line in file:
+                try:
+                    if not (line.endswith(b"\n") and belongs(json.loads(line))):
+                        break
+                except ValueError:
+                    break
+                num_bytes += len(line)
+            file.truncate(num_bytes)
 
     def _append(self, values: Mapping[str, Any]) -> None:
         # The file is opened for each line, so that a killed run has written all that it reported.
