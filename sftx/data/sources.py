@@ -19,6 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
+from sftx import hub_lookup
 from sftx.atomic_files import sha256_of_file
 from sftx.config.options import DataConfig, RunConfig, Source
 from sftx.data import hub, readers
@@ -238,7 +239,8 @@ def resolve(path: str) -> Path:
         raise DataError(
             f"{path}: no such file; {before} is there, and {after!r} is no weight from 0 to 1000, such as 2"
         )
-    raise DataError(f"{path}: no such file" + ("" if place.is_absolute() else f" (looked in {Path.cwd()})"))
+    looked = "" if place.is_absolute() else f" (looked in {Path.cwd()})"
+    raise DataError(f"{path}: no such file{looked}{hub_lookup.nearest(path)}")
 
 
 # --- files --------------------------------------------------------------------------------------

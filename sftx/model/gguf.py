@@ -20,6 +20,8 @@ from sftx.paths import cache_dir
 
 _PART_OF_SEVERAL: Final = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
 
+_DESCRIPTION: Final = "converted_from.txt"
+
 log = logging.getLogger(__name__)
 
 
@@ -53,8 +55,11 @@ def place_of(file: Path) -> Path:
     return cache_dir() / "gguf" / f"{file.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
 
 
-def convert(file: Path, target: Path, name: str) -> None:
-    """Converts a GGUF file into the directory `target`, unless that exists. Raises ModelError and OutputError."""
+def convert(file: Path, target: Path, name: str, description: str) -> None:
+    """Converts a GGUF file into the directory `target`, unless that exists. Raises ModelError and OutputError.
+
+    `description` says what its weights are, for the directory has no public name; `describe` returns it.
+    """
     if target.is_dir():
         return
     from filelock import FileLock
@@ -64,12 +69,18 @@ def convert(file: Path, target: Path, name: str) -> None:
         with FileLock(target.with_name(f".{target.name}.lock")):  # other processes wait, and then find it
             if not target.is_dir():
                 log.info("converting %s into %s (once)", name, target)
-                _convert(file, target, name)
+                _convert(file, target, name, description)
     except (OSError, OutputError) as error:
         raise OutputError(f"{one_line(error)}; set SFTX_CACHE to a directory that can be written to") from error
 
 
-def _convert(file: Path, target: Path, name: str) -> None:
+def describe(directory: Path) -> str | None:
+    """Returns what the weights of a converted directory are, None of any other one."""
+    file = directory / _DESCRIPTION
+    return file.read_text(encoding="utf-8").strip() if file.is_file() else None
+
+
+def _convert(file: Path, target: Path, name: str, description: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.quantization_config import GgufConfig
 
@@ -90,3 +101,4 @@ def _convert(file: Path, target: Path, name: str) -> None:
         with atomic_directory(target) as part:
             model.save_pretrained(part)
             tokenizer.save_pretrained(part)
+            (part / _DESCRIPTION).write_text(f"{description}\n", encoding="utf-8")

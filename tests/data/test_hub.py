@@ -72,6 +72,19 @@ def test_a_hub_dataset_that_cannot_be_downloaded_is_reported_in_one_line(monkeyp
         sources.fingerprint(Source("owner/name"))
 
 
+def test_a_missing_source_names_the_nearest_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("owner").mkdir()
+    Path("owner/rows-v2").mkdir()
+    Path("train.jsonl").touch()
+    hub_raises(monkeypatch, OSError("no network"))
+    here = f"(looked in {Path.cwd()}; did you mean 'rows-v2'?)"
+    assert error_of(Source("owner/rows-v1")) == (
+        f"owner/rows-v1: no such file or directory {here}, and the hub cannot be reached (no network); "
+        "HF_HUB_OFFLINE=1 uses what was downloaded before"
+    )
+    assert error_of(Source("trian.jsonl")).endswith("; did you mean 'train.jsonl'?")
+
+
 def test_a_hub_dataset_is_read_at_the_commit_that_its_fingerprint_names(monkeypatch: pytest.MonkeyPatch) -> None:
     """A local directory, which `datasets` loads by the same call, takes the place of the hub."""
     import datasets

@@ -37,6 +37,7 @@ def test_a_gguf_file_and_its_directory_are_the_model_that_transformers_reads(
         names.check(name, needs_weights=True)
         assert names.describe(name) == f"{file}, converted to fp32"
     directory = names.resolve(str(file))
+    assert names.describe(directory) == names.describe(str(file))
     assert directory == names.resolve(str(file.parent))
     assert Path(directory).parent == file.parent.parent / "cache" / "gguf"
     theirs: Any = AutoModelForCausalLM.from_pretrained(

