@@ -20,6 +20,7 @@ from sftx.assembly.discovery import options_class
 from sftx.config import loading
 from sftx.config.loading import LoadedConfig
 from sftx.config.options import SECTION_CLASSES, SECTIONS, Source
+from sftx.display import shown_phases
 from sftx.errors import ConfigError
 from sftx.events import Result
 
@@ -139,7 +140,8 @@ def run(
     name = loading.default_name(None if run_file is None else Path(run_file), loaded.config) if is_named else "run"
     from sftx.training import run as run_loaded
 
-    result = run_loaded(loaded, name=name, resume=resume)
+    with shown_phases():
+        result = run_loaded(loaded, name=name, resume=resume)
     return TrainedRun(result.output_dir, result.summary)
 
 

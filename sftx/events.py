@@ -154,5 +154,6 @@ class Result:
     output_dir: Path
     summary: Mapping[str, Any]
     """`num_steps`, `num_label_tokens`, `loss` (`first`, `last`), `tokens_per_second`, `peak_bytes`, `wall_seconds`,
-    `artefact` (its directory); with `metric_for_best_model` `best` (`step`, `value`); with held-out rows `held_out`
-    (`before`, `after`: means by name) and `samples`."""
+    `seconds` (wall time by phase: `importing`, `loading`, `encoding`, `training`, `evaluating`, ...), `artefact` (its
+    directory); with `metric_for_best_model` `best` (`step`, `value`); with held-out rows `held_out` (`before`, `after`:
+    means by name) and `samples`."""

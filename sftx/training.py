@@ -13,7 +13,6 @@ import hashlib
 import importlib.metadata
 import logging
 import platform
-import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -30,6 +29,7 @@ from sftx.errors import ConfigError, ModelError, SftxError
 from sftx.events import Result, RunInfo, StartReport
 from sftx.inspection.run_report.write_report import complete_reports
 from sftx.model import names
+from sftx.phases import PhaseTimes, listening, phase
 
 if TYPE_CHECKING:
     import torch
@@ -58,22 +58,23 @@ def run(loaded: LoadedConfig, *, name: str = "run", resume: bool = False) -> Res
     directory from its newest complete checkpoint; a run that is complete is left as it is. Raises SftxError, and Stop
     when a signal ended the run.
     """
-    started = time.monotonic()
-    with _prepared(loaded, name, resume=resume) as prepared:
+    times = PhaseTimes()
+    with listening(times), _prepared(loaded, name, resume=resume) as prepared:
         process_group, directory = prepared.process_group, prepared.directory
         if (done := process_group.run_on_rank0(directory.finished)) is not None:
             log.info("%s is complete, nothing is left to do", done.output_dir)
             process_group.run_on_rank0(partial(complete_reports, done.output_dir, again=False))
             return done
-        result = _assemble(prepared, started).run()
-        process_group.run_on_rank0(lambda: complete_reports(result.output_dir))
+        result = _assemble(prepared, times).run()
+        with phase("writing", "the report"):
+            process_group.run_on_rank0(lambda: complete_reports(result.output_dir))
         return result
 
 
 def assemble(loaded: LoadedConfig, *, name: str = "run", resume: bool = False) -> Session:
     """Do everything before the first step. All faults are found here, and nothing is written but the cache."""
     with _prepared(loaded, name, resume=resume) as prepared:
-        return _assemble(prepared, time.monotonic())
+        return _assemble(prepared, PhaseTimes())
 
 
 # --- before torch is imported ---------------------------------------------------------------------
@@ -116,7 +117,8 @@ def _prepared(loaded: LoadedConfig, name: str, *, resume: bool) -> Iterator[_Pre
         log.info("distributed: %s has no effect in one process; --nproc starts several", config.train.distributed)
     if not resume:  # a resumed run may continue with another number of processes: see _resolve
         config.train.resolve_batch_size(world_size)
-    assembly = activate(loaded)
+    with phase("importing", "plugins"):
+        assembly = activate(loaded)
     process_group = _join_process_group(config)
     with contextlib.ExitStack() as stack:
         stack.callback(process_group.close)
@@ -145,9 +147,11 @@ def _join_process_group(config: RunConfig) -> ProcessGroup:
     """Initialise the process group. Raises ConfigError, TrainingError, LostPeerError."""
     if not is_launched():
         return ProcessGroup()
-    from sftx.distributed.torch_process_group import TorchProcessGroup
+    with phase("importing", "torch"):
+        from sftx.distributed.torch_process_group import TorchProcessGroup
 
-    return TorchProcessGroup(config.train)
+    with phase("joining", "the other processes"):
+        return TorchProcessGroup(config.train)
 
 
 def _resolve(config: RunConfig, directory: RunDirectory, process_group: ProcessGroup) -> TrainConfig:
@@ -171,28 +175,30 @@ def _resolve(config: RunConfig, directory: RunDirectory, process_group: ProcessG
 # --- data, model, trainer -------------------------------------------------------------------------
 
 
-def _assemble(prepared: _Prepared, started: float) -> Session:
+def _assemble(prepared: _Prepared, times: PhaseTimes) -> Session:
     """Load data and model and build everything that trains."""
     config, assembly, process_group = prepared.config, prepared.assembly, prepared.process_group
     directory = prepared.directory
 
     # From here on torch and transformers are needed: seconds of imports, after everything that is quick to check.
-    from sftx.checkpoint.checkpoint import Checkpoints
-    from sftx.data.held_out import check_overlap
-    from sftx.data.pipeline import build_pipeline
-    from sftx.inspection.dataset_view import DatasetView
-    from sftx.inspection.diagnosis.check_inputs import CheckInputs
-    from sftx.inspection.diagnosis.start_checks import log_start_checks
-    from sftx.model.generation import read_generation_settings
-    from sftx.trainer import precision as precisions
-    from sftx.trainer.evaluate import Evaluator
-    from sftx.trainer.evidence import shown_rows
-    from sftx.trainer.observers import Observers
-    from sftx.trainer.run_writer import RunWriter
-    from sftx.trainer.session import Session
+    with phase("importing", "torch and transformers"):
+        from sftx.checkpoint.checkpoint import Checkpoints
+        from sftx.data.held_out import check_overlap
+        from sftx.data.pipeline import build_pipeline
+        from sftx.inspection.dataset_view import DatasetView
+        from sftx.inspection.diagnosis.check_inputs import CheckInputs
+        from sftx.inspection.diagnosis.start_checks import log_start_checks
+        from sftx.model.generation import read_generation_settings
+        from sftx.trainer import precision as precisions
+        from sftx.trainer.evaluate import Evaluator
+        from sftx.trainer.evidence import shown_rows
+        from sftx.trainer.observers import Observers
+        from sftx.trainer.run_writer import RunWriter
+        from sftx.trainer.session import Session
 
     checkpoints = Checkpoints(directory.file("checkpoints"), config.train.checkpoints_kept)
-    saved = process_group.run_on_rank0(checkpoints.newest_intact) if directory.resumed else None
+    with phase("checking", "the files of checkpoints"):
+        saved = process_group.run_on_rank0(checkpoints.newest_intact) if directory.resumed else None
     precision = precisions.choose(config.train, process_group.local_rank)
 
     def make_observers(path: Path) -> Observers:
@@ -200,10 +206,12 @@ def _assemble(prepared: _Prepared, started: float) -> Session:
         return Observers(assembly.observers(info) if process_group.is_rank0 else [])
 
     # Made before anything takes long: a library that an observer needs and that is missing is reported now.
-    observers = process_group.all_or_raise(lambda: make_observers(directory.path))
+    with phase("importing", "what the observers need"):
+        observers = process_group.all_or_raise(lambda: make_observers(directory.path))
     info = RunInfo(directory.path, prepared.resolved)
     controls = process_group.all_or_raise(lambda: assembly.controls(info) if process_group.is_rank0 else {})
-    pipeline = process_group.rank0_first(lambda: build_pipeline(config, assembly, prepared.loaded.origins))
+    with phase("loading", "the tokenizer"):
+        pipeline = process_group.rank0_first(lambda: build_pipeline(config, assembly, prepared.loaded.origins))
     metrics = assembly.metrics()
     loss = assembly.loss()
     _check_loss(config, loss, process_group.world_size, has_adapters=bool(assembly.providers("sftx_adapter")))
@@ -212,7 +220,8 @@ def _assemble(prepared: _Prepared, started: float) -> Session:
     eval_data = process_group.rank0_first(lambda: pipeline.load_eval(questions=bool(metrics)))
     _check_evaluation(config, eval_data, metrics)
     process_group.run_on_rank0(lambda: check_overlap(data, eval_data, config.data.max_overlap))
-    sampler = pipeline.sampler(data, config.train)
+    with phase("planning", "steps"):
+        sampler = pipeline.sampler(data, config.train)
     _check_schedule(config.train, sampler.num_steps)
     trainer = _build_trainer(config, assembly, loss, pipeline, sampler, precision, saved, process_group)
     lm = trainer.lm
@@ -225,8 +234,10 @@ def _assemble(prepared: _Prepared, started: float) -> Session:
         view = DatasetView(config, pipeline, {"train": data, "eval": eval_data})
         log_start_checks(CheckInputs(view, lm.model.config, read_generation_settings(pipeline.model)))
 
-    process_group.run_on_rank0(check_start)
-    manifest = _manifest(config, assembly, pipeline, data, lm, precision, process_group)
+    with phase("checking", "data and model"):
+        process_group.run_on_rank0(check_start)
+    with phase("hashing", "model and data"):
+        manifest = _manifest(config, assembly, pipeline, data, lm, precision, process_group)
     if directory.resumed:
         process_group.run_on_rank0(lambda: directory.check_inputs(manifest))
     parameters = {id(p): p for p in lm.parameters()}.values()
@@ -260,7 +271,7 @@ def _assemble(prepared: _Prepared, started: float) -> Session:
             manifest,
             {"ledger.jsonl": data, "ledger-held-out.jsonl": eval_data},
             shown_rows(sampler.examples, pipeline.tokenizer) if process_group.is_rank0 else [],
-            started,
+            times,
         ),
         checkpoints=checkpoints,
         checkpoint=saved,
@@ -327,10 +338,11 @@ def _build_trainer(
     # With fsdp2 each rank reads the whole model before it keeps its shards: one at a time, so that a host has it in
     # memory once.
     is_sharded = process_group.is_initialized and config.train.distributed == "fsdp2"
-    trainer = process_group.one_rank_at_a_time(load) if is_sharded else load()
-    trainer.strategy.broadcast_parameters()
+    with phase("loading", "the model"):
+        trainer = process_group.one_rank_at_a_time(load) if is_sharded else load()
+        trainer.strategy.broadcast_parameters()
     step, lm = trainer.strategy.step, trainer.lm
-    with process_group.detect_lost_peers(), precision.autocast():
+    with phase("checking", "the model"), process_group.detect_lost_peers(), precision.autocast():
         step.call_in_forward(lm.check)
         step.call_in_forward(lambda: check_packing(lm, pipeline.collator, sampler.examples))
     return trainer

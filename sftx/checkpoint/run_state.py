@@ -27,8 +27,8 @@ class RunState:
     """Non-padding tokens so far."""
     seconds: float = 0.0
     """Time spent in optimizer steps."""
-    wall_seconds: float = 0.0
-    """Wall time of earlier processes of this run, each up to its last checkpoint."""
+    phase_seconds: dict[str, float] = field(default_factory=dict)
+    """Wall time by phase in earlier processes of this run, each up to its last checkpoint."""
     first_loss: float = 0.0
     last_loss: float = 0.0
     peak_bytes: int = 0
@@ -93,6 +93,8 @@ class RunState:
         renamed = with_new_names(values)
         if (num_worse := renamed.pop("num_worse", None)) is not None:  # before early stopping became a plugin
             renamed["controls"] = {"early-stopping": {"best": renamed["best_value"], "num_worse": num_worse}}
+        if "wall_seconds" in renamed:  # before times were kept by phase
+            renamed["phase_seconds"] = {"other": renamed.pop("wall_seconds")}
         unlogged = renamed.get("unlogged")
         return cls(
             **renamed

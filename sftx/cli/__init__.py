@@ -18,6 +18,7 @@ from typing import Any, Final
 import click
 
 from sftx import __version__
+from sftx.display import shown_phases
 from sftx.distributed import process_group, signals
 from sftx.distributed.process_group import LostPeerError
 from sftx.distributed.signals import Stop
@@ -64,7 +65,8 @@ class _Lazy(click.Group):
         _configure_logging()
         signals.install_handlers()
         try:
-            return super().invoke(ctx)
+            with shown_phases() if process_group.is_rank0() else contextlib.nullcontext():
+                return super().invoke(ctx)
         except click.UsageError as error:
             # The choices of an option that is missing come one a line.
             raise click.UsageError(printable(" ".join(error.format_message().split())), error.ctx) from None
@@ -129,9 +131,17 @@ class _Printable(logging.Formatter):
         return printable(super().format(record))
 
 
+class _StderrHandler(logging.Handler):
+    """Prints on what is sys.stderr at that time: a live display replaces it, and prints above itself."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError, ValueError):  # the terminal is closed
+            print(self.format(record), file=sys.stderr, flush=True)
+
+
 def _configure_logging() -> None:
     """Print the log of sftx on stderr; the loggers of libraries have handlers of their own, which only rank 0 keeps."""
-    handler = logging.StreamHandler()
+    handler = _StderrHandler()
     handler.setFormatter(_Printable())
     for name in ("sftx", "sftx_plugins"):
         logger = logging.getLogger(name)

@@ -10,6 +10,7 @@ from typing import Any, Final
 import click
 
 from sftx.errors import SftxError, did_you_mean
+from sftx.phases import phase
 
 # Listed here so that a wrong name is reported before torch is imported.
 OPERATIONS: Final = ("cross-entropy", "linear-cross-entropy", "lora")
@@ -144,7 +145,8 @@ def command(ctx: click.Context, /, static: bool, **options: Any) -> None:
 
     try:
         if static:
-            from sftx_kernels.bench.static import report
+            with phase("importing", "triton"):
+                from sftx_kernels.bench.static import report
 
             code = report.run(options["archs"], options["json_path"], options["update_golden"], options["workers"])
         else:
@@ -174,7 +176,8 @@ def _check_combination(ctx: click.Context, *, static: bool) -> None:
 
 
 def _measure(options: dict[str, Any]) -> int:
-    from sftx_kernels.bench import runner
+    with phase("importing", "torch"):
+        from sftx_kernels.bench import runner
 
     operation = options["operation"]
     return runner.run(

@@ -11,6 +11,7 @@ from sftx import atomic_files
 from sftx.cli.options import RunCommand, run_options
 from sftx.config import loading
 from sftx.errors import ConfigError, OutputError, one_line, printable
+from sftx.phases import phase
 
 _SUFFIXES = (".jsonl", ".ndjson")
 
@@ -31,9 +32,11 @@ def export(file: Path | None, loaded: loading.LoadedConfig, output: str) -> None
     """
     from sftx.assembly.registry import activate
     from sftx.data import sources
-    from sftx.data.export import export_lines
-    from sftx.data.ledger import Ledger
-    from sftx.data.pipeline import check_formats
+
+    with phase("importing", "numpy and pyarrow"):
+        from sftx.data.export import export_lines
+        from sftx.data.ledger import Ledger
+        from sftx.data.pipeline import check_formats
 
     data = loaded.config.data
     if not data.train:
@@ -58,8 +61,9 @@ def export(file: Path | None, loaded: loading.LoadedConfig, output: str) -> None
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"--output {output}: cannot be written: {one_line(error)}") from error
-        with atomic_files.open_text(path, overwrite=False) as stream:
-            stream.writelines(f"{line}\n" for line in lines)
+        exporting = phase("exporting", "rows", unit="rows")
+        with exporting as progress, atomic_files.open_text(path, overwrite=False) as stream:
+            stream.writelines(f"{line}\n" for line in progress.counted(lines))
     for line in ledger.summary():
         click.echo(printable(line), err=True)
     filters = [source.filters or data.filters for source in data.train]

@@ -8,6 +8,7 @@ import click
 
 from sftx.cli.options import RunCommand, run_options
 from sftx.config import loading
+from sftx.phases import phase
 
 
 @click.command(cls=RunCommand)
@@ -22,15 +23,19 @@ def command(ctx: click.Context, *, file: Path | None, loaded: loading.LoadedConf
     """
     del file
     # These import torch and transformers, which takes seconds: only after the options are checked.
-    from rich.console import Console
+    with phase("importing", "torch and transformers"):
+        from rich.console import Console
 
-    from sftx.cli.inspect import report_json
-    from sftx.inspection.dataset_view import view_dataset
-    from sftx.inspection.diagnosis.diagnose import diagnose, print_diagnosis
+        from sftx.cli.inspect import report_json
+        from sftx.inspection.dataset_view import view_dataset
+        from sftx.inspection.diagnosis.diagnose import diagnose, print_diagnosis
 
-    diagnosis = diagnose(view_dataset(loaded))
+    view = view_dataset(loaded)
+    with phase("checking", "data and model"):
+        diagnosis = diagnose(view)
     if as_json:
-        click.echo(report_json(diagnosis, made_by="sftx doctor"), nl=False)
+        text = report_json(diagnosis, made_by="sftx doctor")
+        click.echo(text.encode(errors="backslashreplace"), nl=False)
     else:
         console = Console(highlight=False)
         print_diagnosis(diagnosis, console if console.is_terminal else Console(highlight=False, width=120))

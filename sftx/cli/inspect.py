@@ -14,6 +14,7 @@ import click
 from sftx.cli.options import RunCommand, run_options
 from sftx.config import loading
 from sftx.errors import OutputError, one_line
+from sftx.phases import phase
 
 if TYPE_CHECKING:
     from sftx.inspection.token_report.explained_rows import Show
@@ -86,20 +87,25 @@ def command(
         )
 
     # These import torch and transformers, which takes seconds: only after the options are checked.
-    from rich.console import Console
+    with phase("importing", "torch and transformers"):
+        from rich.console import Console
 
-    from sftx.inspection.dataset_view import view_dataset
-    from sftx.inspection.token_report.explained_rows import RowSelection, inspect_rows, sample_rows
-    from sftx.inspection.token_report.terminal import print_report
-    from sftx.inspection.token_report.token_page import token_page
+        from sftx.inspection.dataset_view import view_dataset
+        from sftx.inspection.token_report.explained_rows import RowSelection, inspect_rows, sample_rows
+        from sftx.inspection.token_report.terminal import print_report
+        from sftx.inspection.token_report.token_page import token_page
 
     view = view_dataset(loaded)
-    report = inspect_rows(view, split, RowSelection(show or "first", 3 if max_rows is None else max_rows, places))
+    with phase("explaining", "rows"):
+        selection = RowSelection(show or "first", 3 if max_rows is None else max_rows, places)
+        report = inspect_rows(view, split, selection)
     if json_path is not None:
         _write(json_path, report_json(report))
     if html_path is not None:
-        page_report = report if places else sample_rows(view, split, max_page_rows)
-        _write(html_path, token_page(page_report))
+        with phase("writing", "the page"):
+            page_report = report if places else sample_rows(view, split, max_page_rows)
+            page = token_page(page_report)
+        _write(html_path, page)
         if html_path != "-":
             count = f"{len(page_report.rows):,} of {page_report.figures.num_rows:,} rows"
             click.echo(f"wrote {html_path} ({count})", err=True)

@@ -15,6 +15,7 @@ from sftx.config import loading, run_file
 from sftx.config.options import SECTION_CLASSES, SECTIONS, RunConfig
 from sftx.config.options import flag as flag_of
 from sftx.errors import ConfigError
+from sftx.phases import phase
 
 _COMMON: Final = (
     click.argument("file", metavar="[RUN_FILE]", required=False, type=click.Path(dir_okay=False, path_type=Path)),
@@ -144,13 +145,14 @@ def run_options(*sections: str) -> Callable[[Callable[..., Any]], Callable[..., 
                 )
             values = {name: rest.pop(name) for name in list(rest) if name in names}
             assignments = [*_assignments(values), *parse_settings(settings)]
-            loaded = loading.load(
-                file,
-                add=plugins,
-                remove=without,
-                assignments=[*assignments, *click.get_current_context().meta[_UNKNOWN]],
-                plugin_class=options_class,
-            )
+            with phase("reading", "options"):
+                loaded = loading.load(
+                    file,
+                    add=plugins,
+                    remove=without,
+                    assignments=[*assignments, *click.get_current_context().meta[_UNKNOWN]],
+                    plugin_class=options_class,
+                )
             return function(file=file, loaded=loaded, **rest)
 
         for section in reversed(sections):

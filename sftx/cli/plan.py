@@ -13,6 +13,7 @@ from sftx.cli.options import RunCommand, run_options
 from sftx.config import loading
 from sftx.errors import ConfigError
 from sftx.inspection.memory_plan import MAX_ROWS, MAX_TOKENS, target_device
+from sftx.phases import phase
 
 if TYPE_CHECKING:
     from sftx.inspection.memory_plan.planner import RunPlan
@@ -62,16 +63,18 @@ def command(
             f"a batch of {rows} rows of {length} tokens is not planned; the most are {MAX_ROWS} rows and {MAX_TOKENS} "
             "tokens"
         )
-    from sftx.inspection.memory_plan.planner import plan_run
+    with phase("importing", "torch and transformers"):
+        from sftx.inspection.memory_plan.planner import plan_run
 
-    plan = plan_run(
-        loaded,
-        device,
-        num_processes=nproc,
-        tokens_per_second=tokens_per_second,
-        price_per_hour=price_per_hour,
-        num_tokens=num_tokens,
-    )
+    with phase("planning", "the run"):
+        plan = plan_run(
+            loaded,
+            device,
+            num_processes=nproc,
+            tokens_per_second=tokens_per_second,
+            price_per_hour=price_per_hour,
+            num_tokens=num_tokens,
+        )
     if as_json:
         values = dataclasses.asdict(plan)
         values["need"]["total"] = plan.need.total

@@ -18,6 +18,7 @@ from sftx.assembly.discovery import PluginInfo, discover, find, hooks_of, instan
 from sftx.assembly.stages import named
 from sftx.cli import new
 from sftx.errors import PluginError, printable
+from sftx.phases import phase
 
 if TYPE_CHECKING:
     from sftx.testing import Finding
@@ -125,7 +126,8 @@ def check(name: str, settings: tuple[str, ...], model: Path | None, as_json: boo
         if options:  # report invalid options before torch is imported; other errors become findings
             with contextlib.suppress(PluginError):
                 instance(plugin, load_class(plugin), options, origins)
-        from sftx.testing.contract import check_plugin
+        with phase("importing", "torch and transformers"):
+            from sftx.testing.contract import check_plugin
 
         findings = check_plugin(plugin, options, origins, model=model)
     if as_json:

@@ -10,6 +10,7 @@ from typing import Final
 import click
 
 from sftx.errors import ConfigError, OutputError, one_line, printable
+from sftx.phases import phase
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,8 @@ def command(*, runs: tuple[Path, ...], output: Path | None) -> None:
         page = output if output.suffix == ".html" and not output.is_dir() else output / PAGE
     picture = page.with_name(PICTURE if page.name == PAGE else f"{page.stem}-{PICTURE}")
     replaced = [path for path in (page, picture) if _is_replaceable(path)]
-    records = [read_run(run) for run in runs]
+    with phase("reading", "runs"):
+        records = [read_run(run) for run in runs]
     for number, note in notes(records):
         log.warning("%s: %s", runs[number], note)
     try:
@@ -53,7 +55,9 @@ def command(*, runs: tuple[Path, ...], output: Path | None) -> None:
         ) from None
     except OSError as error:
         raise OutputError(f"{page.parent}: cannot be created: {one_line(error)}") from error
-    for path in write(records, page, picture):
+    with phase("writing", "the page"):
+        written = write(records, page, picture)
+    for path in written:
         click.echo(f"wrote {printable(str(path))}" + (", in place of the one before" if path in replaced else ""))
 
 

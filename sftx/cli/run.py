@@ -12,6 +12,7 @@ import click
 
 from sftx.cli.options import RunCommand, run_options
 from sftx.config import loading
+from sftx.phases import phase
 
 _ARGUMENTS: Final = "sftx.run.arguments"
 """The key of click's context under which the command's arguments are kept."""
@@ -78,7 +79,8 @@ def _launch(loaded: loading.LoadedConfig, name: str, *, resume: bool, nproc: int
     if nproc and not resume:
         loaded.config.train.resolve_batch_size(nproc)
     activate(loaded)  # an error in plugins or their options is printed here, and once
-    from sftx.distributed import launch  # imports torch
+    with phase("importing", "torch"):
+        from sftx.distributed import launch
 
     arguments = without_options(ctx.meta[_ARGUMENTS], "--nproc", "--max-restarts")
     debug = ["--debug"] if ctx.find_root().params.get("debug") else []

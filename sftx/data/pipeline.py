@@ -25,6 +25,7 @@ from sftx.data.sampler import EpochSampler, Sampler, StreamSampler
 from sftx.data.stream import Stream
 from sftx.errors import ConfigError, DataError, did_you_mean
 from sftx.model import names
+from sftx.phases import phase
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,7 +77,7 @@ class DataPipeline:
         """Encode the training rows; an empty dataset when they are streamed. `check`: refuse as a run does."""
         if self.config.streaming:
             return Dataset()
-        data = self._load(self.config.train, self.encode, self.part("train"), check=check)
+        data = self._load(self.config.train, self.encode, "training rows", self.part("train"), check=check)
         wrap_length = self.collator.wrap_length
         if wrap_length is not None and len(data.examples):
             groups = data.examples.groups
@@ -93,7 +94,7 @@ class DataPipeline:
     def load_eval(self, *, questions: bool = False, check: bool = True) -> Dataset:
         """Encode the held-out rows, with `questions` for generation where asked for. `check`: refuse as a run does."""
         encode = dataclasses.replace(self.encode_eval, questions=questions)
-        return self._load(self.sources("eval"), encode, self.part("eval"), check=check)
+        return self._load(self.sources("eval"), encode, "held-out rows", self.part("eval"), check=check)
 
     def sources(self, split: Split) -> tuple[Source, ...]:
         """Return the sources of a split; those of held-out rows are the training data where `eval_fraction` is set."""
@@ -110,7 +111,9 @@ class DataPipeline:
     def _held_out(self) -> frozenset[tuple[int, int]]:
         return held_out.choose(self.config.train, self.config, self.encode.parsers)
 
-    def _load(self, data_sources: Sequence[Source], encode: RowEncoder, part: Part | None, *, check: bool) -> Dataset:
+    def _load(
+        self, data_sources: Sequence[Source], encode: RowEncoder, what: str, part: Part | None, *, check: bool
+    ) -> Dataset:
         # Besides the options of `data` and the tokenizer, this determines how a row is encoded.
         identity: dict[str, Any] = {}
         packages = set()
@@ -119,7 +122,8 @@ class DataPipeline:
                 packages.add(type(active.plugin).__module__.partition(".")[0])
                 identity[f"{hook} {active.info.name}"] = [active.info.value, active.info.version, active.options]
         identity["code"] = {package: code_digest(package) for package in sorted(packages)}
-        data = preprocess.load_dataset(data_sources, encode, identity=identity, part=part)
+        with phase("encoding", what, unit="rows") as progress:
+            data = preprocess.load_dataset(data_sources, encode, identity=identity, part=part, count=progress.update)
         if check:
             data.check(encode)
         return data

@@ -65,8 +65,9 @@ def load_dataset(
     *,
     identity: Mapping[str, Any] | None = None,
     part: Part | None = None,
+    count: Callable[[int], object] = lambda num_rows: None,
 ) -> Dataset:
-    """Read, parse and encode every row of the sources, or of a part of them.
+    """Read, parse and encode every row of the sources, or of a part of them; `count` is told each number of rows.
 
     `identity` holds everything besides the options and the tokenizer that determines the encoding (plugins, their
     options and code); with it the dataset may be read from the cache and written to it. Raises DataError, naming file
@@ -79,12 +80,12 @@ def load_dataset(
     if identity is not None and part is not None:
         identity = {**identity, "is_held_out": part.is_held_out}
     if identity is None or not data_sources or not (many if config.cache is None else config.cache):
-        return _encode_all(data_sources, encode, num_proc, Writer(), part)
+        return _encode_all(data_sources, encode, num_proc, Writer(), part, count)
     cache = Cache.of(data_sources, encode, identity)
     data = cache.load()
     if data is None:
         with cache.writing() as directory:
-            data = _encode_all(data_sources, encode, num_proc, Writer(directory), part)
+            data = _encode_all(data_sources, encode, num_proc, Writer(directory), part, count)
             if Cache.of(data_sources, encode, identity) != cache:
                 raise DataError(f"{data_sources[0].path}: the data changed while they were read; start again")
             cache.save(data, directory)
@@ -93,11 +94,14 @@ def load_dataset(
 
 
 def _encode_all(
-    data_sources: Sequence[Source], encode: RowEncoder, num_proc: int, writer: Writer, part: Part | None
+    data_sources: Sequence[Source],
+    encode: RowEncoder,
+    num_proc: int,
+    writer: Writer,
+    part: Part | None,
+    count: Callable[[int], object],
 ) -> Dataset:
     """Encode every row in order; find duplicates, keep the account of rows, and write the examples."""
-    from tqdm import tqdm
-
     data = Dataset()
     filters = [source.filters or encode.config.filters for source in data_sources]
     seen: set[bytes] | None = set() if any(f.duplicates == "drop" for f in filters) else None
@@ -109,24 +113,22 @@ def _encode_all(
         else _encode_parallel(chunks, encode, num_proc)
     )
     try:
-        # The bar appears on a terminal only, and only when encoding takes longer than two seconds.
-        with tqdm(desc="encoding", unit=" rows", delay=2, disable=None, leave=False) as bar:
-            for number, rows in encoded:
-                for row in rows:
-                    if seen is not None and row.examples:
-                        key = b"".join(digest(example.token_ids, example.loss_mask) for example in row.examples)
-                        if key in seen and filters[number].duplicates == "drop":
-                            length = sum(len(example.token_ids) for example in row.examples)
-                            row.drop(DUPLICATE, length=length, action="filtered")
-                        seen.add(key)
-                    data.ledger.num_rows += 1
-                    data.ledger.entries += row.entries
-                    data.formats[row.format] += 1
-                    data.questions += row.questions
-                    data.has_turns = data.has_turns or row.has_turns
-                    data.trains_stop = data.trains_stop or encode.trains_stop(row)
-                    writer.add(row, number)
-                bar.update(len(rows))
+        for number, rows in encoded:
+            for row in rows:
+                if seen is not None and row.examples:
+                    key = b"".join(digest(example.token_ids, example.loss_mask) for example in row.examples)
+                    if key in seen and filters[number].duplicates == "drop":
+                        length = sum(len(example.token_ids) for example in row.examples)
+                        row.drop(DUPLICATE, length=length, action="filtered")
+                    seen.add(key)
+                data.ledger.num_rows += 1
+                data.ledger.entries += row.entries
+                data.formats[row.format] += 1
+                data.questions += row.questions
+                data.has_turns = data.has_turns or row.has_turns
+                data.trains_stop = data.trains_stop or encode.trains_stop(row)
+                writer.add(row, number)
+            count(len(rows))
         if part is not None and not part.is_held_out:
             reason = f"data.eval_fraction={encode.config.eval_fraction:g}"
             data.ledger.num_rows += len(left_out)

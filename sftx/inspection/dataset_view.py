@@ -20,6 +20,7 @@ from sftx.data.pipeline import DataPipeline, Split, build_pipeline
 from sftx.data.row_encoder import EMPTY, NO_TURN, NOTHING_TRAINED
 from sftx.errors import DataError
 from sftx.model import names
+from sftx.phases import phase
 from sftx.types import Location, Record
 
 _REASONS_AFTER_PARSING: Final = frozenset({NOTHING_TRAINED, EMPTY, NO_TURN})
@@ -87,9 +88,11 @@ def view_dataset(loaded: LoadedConfig) -> DatasetView:
     config = loaded.config
     names.check(config.model)
     sources.check_data_config(config)
-    assembly = activate(loaded)
+    with phase("importing", "plugins"):
+        assembly = activate(loaded)
     lenient = dataclasses.replace(config, data=_lenient(config.data))
-    return DatasetView(config, build_pipeline(lenient, assembly, loaded.origins))
+    with phase("loading", "the tokenizer"):
+        return DatasetView(config, build_pipeline(lenient, assembly, loaded.origins))
 
 
 def _lenient(data: DataConfig) -> DataConfig:

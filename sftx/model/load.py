@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+from transformers.utils import logging as transformers_logging
 
 from sftx.atomic_files import sha256_of_file
 from sftx.errors import ModelError, is_out_of_memory, one_line
@@ -20,6 +21,7 @@ from sftx.model.added_tokens import grow_embeddings
 from sftx.model.generation import load_generation_config
 from sftx.model.library_messages import passed_on
 from sftx.model.names import check_config, local_directory, refuse_quantised
+from sftx.phases import Phase, phase
 from sftx.types import Adapter, ModelSpec
 
 if TYPE_CHECKING:
@@ -104,7 +106,12 @@ def load_model(
     for tensor, stored in _stored_dtypes(spec.name):
         if tensor.endswith("weight") and stored not in _FLOATING:
             raise refuse_quantised(spec.name, f"its files hold {tensor} as {stored}")
-    with _loading(spec.name, "weights"), _explains_out_of_memory(spec, dtype, torch.device("cpu")):
+    with (
+        _loading(spec.name, "weights"),
+        _explains_out_of_memory(spec, dtype, torch.device("cpu")),
+        phase("loading", "weights", unit="tensors") as progress,
+        _counted_tensors(progress),
+    ):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             spec.name,
             dtype=dtype,
@@ -139,6 +146,23 @@ def load_model(
     with _explains_out_of_memory(spec, dtype, device):
         cast(torch.nn.Module, model).to(device)
     return model
+
+
+@contextmanager
+def _counted_tensors(progress: Phase) -> Iterator[None]:
+    """Counts the tensors that transformers reads, over which it would draw a bar of its own."""
+
+    def count(make: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not args:  # a bar that is updated by hand
+            return make(*args, **kwargs)
+        progress.total = len(args[0])
+        return progress.counted(args[0])
+
+    previous = transformers_logging.set_tqdm_hook(count)
+    try:
+        yield
+    finally:
+        transformers_logging.set_tqdm_hook(previous)
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import logging
 import math
 import time
 from collections import defaultdict
@@ -15,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from sftx import atomic_files
 from sftx.assembly.stages import RESERVED_METRICS, CollatorStage, MetricStage
@@ -26,12 +24,11 @@ from sftx.errors import PluginError, TrainingError, is_out_of_memory
 from sftx.events import EvalReport, Sample
 from sftx.model.generation import generate_greedy
 from sftx.model.language_model import CausalLM
+from sftx.phases import Phase, phase
 from sftx.trainer.evidence import choose_row, token_losses
 from sftx.trainer.parallel import ParallelStrategy
 from sftx.trainer.precision import Precision
 from sftx.types import Batch
-
-log = logging.getLogger(__name__)
 
 
 class Evaluator:
@@ -86,10 +83,12 @@ class Evaluator:
                 with _explain_out_of_memory(lm, f"step {step}: to answer", option, self._generation_batch_size):
                     samples = self._samples(lm) if self._metrics else ()
                 row = choose_row(self._examples)
-                losses = None if row is None else self._strategy.step.call_in_forward(lambda: token_losses(lm, row))
+                with phase("evaluating", "the tokens of one row"):
+                    losses = None if row is None else self._strategy.step.call_in_forward(lambda: token_losses(lm, row))
         finally:
             lm.train(training)
-        means |= self._process_group.run_on_rank0(lambda: score(self._metrics, samples, reported=means))
+        with phase("evaluating", "answers"):
+            means |= self._process_group.run_on_rank0(lambda: score(self._metrics, samples, reported=means))
         return EvalReport(step, means, samples, time.perf_counter() - start, losses)
 
     def _losses(self, lm: CausalLM, step: int) -> dict[str, float]:
@@ -103,21 +102,22 @@ class Evaluator:
         numbers = range(self._process_group.rank, math.ceil(len(batches) / world_size) * world_size, world_size)
 
         def collated() -> Iterator[tuple[Batch, bool]]:
-            for number in tqdm(numbers, "evaluating", unit=" batches", delay=2, disable=None, leave=False):
+            for number in numbers:
                 self.check_stop()
                 is_counted = number < len(batches)  # a rank that has no batch left takes part in the collectives
                 indices = batches[number if is_counted else 0].tolist()
                 yield self._collator.collate([self._examples[index] for index in indices]), is_counted
 
-        statistics = self._strategy.statistics(collated())
-        for batch, is_counted in collated():
-            out = self._strategy.step(dataclasses.replace(batch, statistics=statistics).to(lm.device))
-            denominator += is_counted * loss.denominator(batch)
-            sums["loss"] += is_counted * out.sum.item()
-            for name, value in out.metrics.items():
-                sums[name] += is_counted * (value[0] if isinstance(value, tuple) else value).item()
-                if isinstance(value, tuple):
-                    counts[name] += is_counted * value[1].item()
+        with phase("evaluating", "held-out rows", total=len(numbers), unit="batches") as progress:
+            statistics = self._strategy.statistics(collated())
+            for batch, is_counted in progress.counted(collated()):
+                out = self._strategy.step(dataclasses.replace(batch, statistics=statistics).to(lm.device))
+                denominator += is_counted * loss.denominator(batch)
+                sums["loss"] += is_counted * out.sum.item()
+                for name, value in out.metrics.items():
+                    sums[name] += is_counted * (value[0] if isinstance(value, tuple) else value).item()
+                    if isinstance(value, tuple):
+                        counts[name] += is_counted * value[1].item()
         names, counted = map(self._process_group.all_gather_names, (sums, counts))
         parts = [denominator, *(sums[name] for name in names), *(counts[name] for name in counted)]
         total, *summed = self._process_group.all_reduce_sum(parts)
@@ -130,9 +130,12 @@ class Evaluator:
 
     def _samples(self, lm: CausalLM) -> tuple[Sample, ...]:
         """Generate an answer to every question."""
-        log.info("answering %d held-out rows", len(self._questions))
-        with self._strategy.summon_full_params():
-            answered = self._answer(lm) if self._process_group.world_size == 1 else self._answer_on_all_ranks(lm)
+        answering = phase("answering", "held-out rows", total=len(self._questions), unit="rows")
+        with answering as progress, self._strategy.summon_full_params():
+            if self._process_group.world_size == 1:
+                answered = self._answer(lm, progress)
+            else:
+                answered = self._answer_on_all_ranks(lm, progress)
         return tuple(
             Sample(
                 row_id=question.row_id,
@@ -144,26 +147,22 @@ class Evaluator:
             for number, question in enumerate(self._questions)
         )
 
-    def _answer(self, lm: CausalLM) -> dict[int, list[int]]:
+    def _answer(self, lm: CausalLM, progress: Phase) -> dict[int, list[int]]:
         """Return the token ids of the answers by the number of the question."""
         answered = {}
-        # The bar appears on a terminal only, and only when it takes longer than two seconds.
-        with tqdm(
-            total=len(self._questions), desc="answering", unit=" rows", delay=2, disable=None, leave=False
-        ) as bar:
-            for number, ids in generate_greedy(
-                lm,
-                [question.prompt_ids for question in self._questions],
-                max_new_tokens=self._max_new_tokens,
-                stop_ids=self._stop_ids,
-                batch_size=self._generation_batch_size,
-                check_stop=self.check_stop,
-            ):
-                answered[number] = ids
-                bar.update()
+        for number, ids in generate_greedy(
+            lm,
+            [question.prompt_ids for question in self._questions],
+            max_new_tokens=self._max_new_tokens,
+            stop_ids=self._stop_ids,
+            batch_size=self._generation_batch_size,
+            check_stop=self.check_stop,
+        ):
+            answered[number] = ids
+            progress.update()
         return answered
 
-    def _answer_on_all_ranks(self, lm: CausalLM) -> dict[int, list[int]]:
+    def _answer_on_all_ranks(self, lm: CausalLM, progress: Phase) -> dict[int, list[int]]:
         """Divide the questions among ranks: each answers a batch, then all check together whether to stop."""
         size = self._generation_batch_size
         order = sorted(range(len(self._questions)), key=lambda number: -len(self._questions[number].prompt_ids))
@@ -171,7 +170,8 @@ class Evaluator:
         answered: dict[int, list[int]] = {}
         for start in range(0, len(batches), self._process_group.world_size):
             self.check_stop()
-            for batch in batches[start : start + self._process_group.world_size][self._process_group.rank :][:1]:
+            together = batches[start : start + self._process_group.world_size]
+            for batch in together[self._process_group.rank :][:1]:
                 for index, ids in generate_greedy(
                     lm,
                     [self._questions[number].prompt_ids for number in batch],
@@ -180,6 +180,7 @@ class Evaluator:
                     batch_size=size,
                 ):
                     answered[batch[index]] = ids
+            progress.update(sum(map(len, together)))
         gathered = self._process_group.all_gather(answered)
         return {number: ids for one in gathered for number, ids in one.items()}
 

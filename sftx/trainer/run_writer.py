@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from sftx.atomic_files import write_json
 from sftx.checkpoint.run_directory import RunDirectory
 from sftx.checkpoint.run_state import RunState
 from sftx.events import EvalReport, Sample
+from sftx.phases import PhaseTimes
 from sftx.trainer.evaluate import write_predictions
 from sftx.trainer.evidence import as_evidence
 
@@ -29,14 +30,14 @@ class RunWriter:
         manifest: Mapping[str, Any],
         datasets: Mapping[str, Dataset],
         shown_rows: Sequence[dict[str, Any]],
-        started: float,
+        times: PhaseTimes,
     ) -> None:
         """`resolved`: the run file with every default written out; `datasets` by the name of their ledger's file;
-        `shown_rows`: training examples for the report; `started`: time.monotonic() when the process began the run."""
+        `shown_rows`: training examples for the report; `times`: those of this process since it began the run."""
         self.directory = directory
         self._resolved, self._manifest = resolved, manifest
         self._datasets, self._shown_rows = datasets, shown_rows
-        self._started = started
+        self._times = times
 
     def write_start(self, state: RunState) -> None:
         """Write what the run is, unless it continues one that has written it."""
@@ -70,7 +71,8 @@ class RunWriter:
             "num_label_tokens": state.num_label_tokens,
             "tokens_per_second": state.num_input_tokens / state.seconds,
             "peak_bytes": state.peak_bytes,
-            "wall_seconds": self.wall_seconds(state),
+            "wall_seconds": sum((seconds := self.seconds(state)).values()),
+            "seconds": seconds,
             "artefact": str(artefact),
         }
         if state.best_step is not None:
@@ -81,9 +83,11 @@ class RunWriter:
         self.directory.write_summary(summary)
         return summary
 
-    def wall_seconds(self, state: RunState) -> float:
-        """Return the duration of the run so far, earlier processes of it included."""
-        return state.wall_seconds + time.monotonic() - self._started
+    def seconds(self, state: RunState) -> dict[str, float]:
+        """Return the wall time of the run so far by phase, earlier processes of it included."""
+        seconds = Counter(state.phase_seconds)
+        seconds.update(self._times.seconds())
+        return dict(seconds)
 
     def remove_empty_run(self, state: RunState) -> None:
         """Remove the directory of a run that failed before its first step: it must not refuse the next attempt."""

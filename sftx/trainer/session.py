@@ -35,6 +35,7 @@ from sftx.errors import (
 )
 from sftx.events import Decision, Result, StartReport, StepReport
 from sftx.model.language_model import CausalLM
+from sftx.phases import phase
 from sftx.trainer.control import TrainerControl
 from sftx.trainer.evaluate import Evaluator
 from sftx.trainer.observers import Observers
@@ -121,7 +122,9 @@ class Session:
         try:
             self._start()
             if not self.control.should_stop(self.state):
-                self.trainer.train(self.sampler, self.state.step, self._after_step)
+                num_steps, done = self.sampler.num_steps, self.state.step
+                with phase("training", total=num_steps, unit="steps", done=done) as self._training:
+                    self.trainer.train(self.sampler, done, self._after_step)
             self.process_group.run_on_rank0(self.writer.write_ledgers)  # of a stream, all rows are known only now
             return self._finish()
         except Stop as stop:
@@ -191,6 +194,7 @@ class Session:
 
     def _after_step(self, report: StepReport) -> bool:
         """Report a step, evaluate and save where they are due; return whether to continue."""
+        self._training.update(note=f"loss {report.loss:.4f}")
         self.state.add_step(report)
         self.observers.on_step(report)
         if report.step in (1, report.num_steps) or report.step % self.config.train.logging_steps == 0:
@@ -295,7 +299,7 @@ class Session:
         state, place = self.state, self.checkpoints.at(self.state.step)
         self.control.record(state)
         tensors, trainer = self.trainer.state_dict()
-        run = replace(state, wall_seconds=self.writer.wall_seconds(state)).as_dict()
+        run = replace(state, phase_seconds=self.writer.seconds(state)).as_dict()
         values = {"run": run, "plan": self.sampler.state_dict(state.step), "trainer": trainer}
 
         def write(part: Path) -> None:
@@ -316,7 +320,7 @@ class Session:
 
     def _write_atomically(self, place: Path, write: Callable[[Path], None], *, checksums: bool = False) -> None:
         """Write a directory that every rank writes to, and that appears complete or not at all."""
-        with contextlib.ExitStack() as stack:
+        with phase("saving", place.name), contextlib.ExitStack() as stack:
             part = self.process_group.run_on_rank0(
                 lambda: stack.enter_context(atomic_directory(place, checksums=checksums))
             )

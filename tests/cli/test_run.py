@@ -33,7 +33,8 @@ def test_the_real_model_trains_from_the_command_line(real_model_dir: Path, tmp_p
     assert "held-out, step 0: loss " in out
     assert "\x1b" not in out, "no colours and no bar where there is no terminal"
     assert out.rstrip().endswith("result: runs/rows-1/adapter")
-    assert ["2 held-out rows" in line for line in done.stderr.splitlines()] == [True, True]
+    assert "\r" not in done.stderr
+    assert "importing torch and transformers ...\n" in done.stderr, "what takes long is said"
 
     run = tmp_path / "runs" / "rows-1"
     summary = json.loads((run / "summary.json").read_text())

@@ -15,8 +15,8 @@ import sftx
 ROOT = Path(sftx.__file__).parents[1]
 ROOTS = {"sftx": ROOT, "sftx_kernels": ROOT / "kernels", "sftx_plugins": ROOT / "plugins"}
 LAYERS = (
-    ("errors", "events", "paths"),
-    ("types", "atomic_files", "hub_lookup", "demo"),
+    ("errors", "events", "paths", "phases"),
+    ("types", "atomic_files", "hub_lookup", "display", "demo"),
     ("config",),
     ("distributed",),
     ("assembly",),

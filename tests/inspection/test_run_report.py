@@ -96,12 +96,24 @@ def test_every_file_may_be_damaged(real: Path, tmp_path: Path, text: str) -> Non
     assert len(as_json([copy])["notes"]) >= 3
 
 
+def test_the_page_says_where_the_time_went(tmp_path: Path) -> None:
+    seconds = {"other": 0.5, "saving": 0.25, "loading": 30.0, "training": 3700.0, "checking": "long", "joining": -1}
+    run = write_run(tmp_path / "run", summary={"seconds": seconds})
+    assert as_json([run])["details"]["seconds"] == [
+        ["training", 3700.0, "1 h 1 min"],
+        ["loading", 30.0, "30 s"],
+        ["other", 0.75, "0.8 s"],
+    ]
+    assert as_json([write_run(tmp_path / "old", summary={"num_steps": 1})])["details"]["seconds"] == []
+
+
 WRONG: list[Any] = [None, 3, "text", [], {}, [[]], [{}], [3], {"a": 1}, 10**400, True]
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda value: repr(value)[:12])
 def test_values_of_another_kind_break_nothing(tmp_path: Path, wrong: Any) -> None:
     names = ("loss", "held_out", "samples", "num_steps", "wall_seconds", "peak_bytes", "best", "tokens_per_second")
+    names += ("seconds",)
     manifest = dict.fromkeys(("sftx", "libraries", "plugins", "model", "data", "eval_data", "device"), wrong)
     keys = ("row", "tokens", "trained", "before", "after", "left_out")
     evidence = {"rows": [dict.fromkeys(keys, wrong), wrong], "token_losses": dict.fromkeys(keys, wrong)}

@@ -58,6 +58,12 @@ def test_a_line_is_the_mean_of_its_steps_also_when_it_is_interrupted(
     assert {step: line["loss"] for step, line in history(run).items()} == pytest.approx(expected)
     assert {step: values[0] for step, values in whole.items()} == {n: f"{loss:.4f}" for n, loss in expected.items()}
 
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    known = {"importing", "loading", "encoding", "checking", "evaluating", "answering", "training", "saving", "other"}
+    assert known <= set(summary["seconds"])
+    assert sum(summary["seconds"].values()) == pytest.approx(summary["wall_seconds"])
+    assert summary["seconds"]["training"] >= sum(seconds.values())
+
     patch = stop_in(4, InterruptedRunError())  # after the checkpoint of step 3, in the middle of a line
     with pytest.raises(InterruptedRunError):
         train("tensorboard", tmp_path / "resumed", train__logging_steps=4)
@@ -65,4 +71,7 @@ def test_a_line_is_the_mean_of_its_steps_also_when_it_is_interrupted(
     again = train("tensorboard", tmp_path / "resumed", resume=True, train__logging_steps=4).output_dir
     assert scalars(again, "loss") == scalars(run, "loss")
     assert {step: line["loss"] for step, line in history(again).items()} == pytest.approx(expected)
+    ended = json.loads((again / "summary.json").read_text(encoding="utf-8"))
+    before = json.loads((again / "checkpoints" / "step-3" / "run_state.json").read_text(encoding="utf-8"))["run"]
+    assert ended["seconds"]["training"] > before["phase_seconds"]["training"] > 0, "an earlier process is counted"
     assert [values[0] for values in printed(capsys.readouterr().out).values()] == [v[0] for v in whole.values()]

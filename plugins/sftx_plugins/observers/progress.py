@@ -1,4 +1,4 @@
-"""Prints the assembled plugins, derived numbers, a progress bar and the result; plain lines if not on a terminal."""
+"""Prints the assembled plugins, derived numbers, losses and the result."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import rich
 from rich import markup
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 from rich.table import Table
 
 from sftx import EvalReport, Observer, RunInfo, StartReport, StepReport, hookimpl
@@ -26,7 +25,7 @@ class Progress:
 
     @hookimpl
     def sftx_observer(self, run: RunInfo) -> Observer:
-        console = Console()
+        console = rich.get_console()  # that of the command's live display, which is drawn below what it prints
         if not console.is_terminal:
             console = Console(width=_PLAIN_WIDTH)
         return _Terminal(console, run.output_dir)
@@ -36,17 +35,6 @@ class _Terminal(Observer):
     def __init__(self, console: Console, output_dir: Path) -> None:
         self._console = console
         self._output_dir = output_dir
-        self._bar = Bar(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("{task.description}"),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self._task = self._bar.add_task("", total=None)
 
     def on_start(self, report: StartReport) -> None:
         self._console.print(_assembled_table(report), "", _derived_table(report, self._output_dir), "", sep="\n")
@@ -54,13 +42,6 @@ class _Terminal(Observer):
             self._print(f"note: {line}")
         if report.resumed_step is not None:
             self._print(f"resumed after step {report.resumed_step}")
-        self._bar.update(self._task, total=report.num_steps, completed=report.resumed_step or 0)
-
-    def on_step(self, report: StepReport) -> None:
-        self._bar.start()
-        self._bar.update(self._task, completed=report.step, description=_values(report))
-        if report.step == report.num_steps:
-            self._bar.stop()
 
     def on_log(self, report: StepReport) -> None:
         self._print(f"step {report.step}/{report.num_steps}  {_values(report)}")
@@ -82,9 +63,6 @@ class _Terminal(Observer):
             f"peak {summary['peak_bytes'] / 1e9:.1f} GB, {summary['wall_seconds']:.0f} s in total"
         )
         self._print(f"result: {summary['artefact']}")
-
-    def close(self) -> None:
-        self._bar.stop()
 
     def _print(self, line: str) -> None:
         self._console.print(escape(line), soft_wrap=True, highlight=False)

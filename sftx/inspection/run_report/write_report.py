@@ -35,6 +35,9 @@ PAGE, PICTURE = "report.html", "loss.png"
 _TEMPLATE: Final = Path(__file__).with_name("run_page.html")
 _MAX_POINTS: Final = 2000
 """A curve has at most so many points; the page says how many steps each stands for."""
+_LEAST_SHARE: Final = 0.005
+"""Phases that took less of the time are shown together; so are those after the first `_MAX_PHASES`."""
+_MAX_PHASES: Final = 6
 _MAX_REASONS: Final = 50
 """At most so many reasons of the ledger are listed."""
 
@@ -199,11 +202,23 @@ def _details(record: RunRecord) -> dict[str, Any]:
             for sample in as_mappings(record.summary.get("samples"))
         ],
         "rows": [_training_row(row) for row in as_mappings(record.evidence.get("rows"))],
+        "seconds": _seconds(as_mapping(record.summary.get("seconds"))),
         "plugins": plugins,
         "versions": [[name, as_text(value)] for name, value in versions if not name.startswith("plugin ")],
         "ledger": ledger,
         "run_yaml": record.run_yaml or "",
     }
+
+
+def _seconds(by_phase: Mapping[str, Any]) -> list[tuple[str, float, str]]:
+    """Return phases with their seconds and the text of these, the longest first; what is short is `other`, the last."""
+    known = {name: seconds for name, value in by_phase.items() if (seconds := as_number(value)) and seconds > 0}
+    total = sum(known.values())
+    long = [(name, n) for name, n in known.items() if name != "other" and n >= _LEAST_SHARE * total]
+    shown = sorted(long, key=lambda pair: -pair[1])[:_MAX_PHASES]
+    if (rest := total - sum(seconds for _, seconds in shown)) >= 0.05:
+        shown.append(("other", rest))
+    return [(name, seconds, _duration(seconds) if seconds >= 10 else f"{seconds:.1f} s") for name, seconds in shown]
 
 
 def _training_row(values: Mapping[str, Any]) -> dict[str, Any]:
