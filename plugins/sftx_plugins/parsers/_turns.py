@@ -145,7 +145,10 @@ def _content(turn: Record, role: str, key: str, at: str, where: Location) -> tup
             thoughts[name] = reasoning
             value = answer
     if len({text.strip("\n") for text in thoughts.values()}) > 1:
-        raise DataError(f"{where}: {' and '.join(thoughts)} have different reasoning; keep one of them")
+        raise DataError(
+            f"{where}: {' and '.join(thoughts)} have different reasoning (a text up to </think> is reasoning); "
+            "keep one of them"
+        )
     reasoning = next(iter(thoughts.values()), "")
     if role == CALL:
         calls += _tools.calls(value, name, where)
