@@ -21,6 +21,7 @@ from transformers import (
 from architectures import MIXTURES, SHAPE, write_model
 from sessions import session_of
 from sftx.checkpoint.checkpoint import write_artefact
+from sftx.checkpoint.load_run import load_run
 from sftx.config.loading import load
 from sftx.errors import ConfigError, ModelError
 from sftx.model import tiny
@@ -82,6 +83,7 @@ def test_experts_that_are_not_adapted_are_named_and_peft_loads_the_rest(
     theirs = logits(PeftModel.from_pretrained(base, tmp_path))
     torch.testing.assert_close(logits(session.lm.model), theirs, rtol=1e-5, atol=1e-5)
     assert (theirs - untrained).abs().max() > 1e-4
+    torch.testing.assert_close(logits(load_run(tmp_path).lm.model), theirs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("options", [{}, {"target_modules": ("c_attn",)}, {"modules_to_save": ("lm_head", "wte")}])
