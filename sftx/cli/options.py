@@ -62,6 +62,7 @@ class RunCommand(click.Command):
         ctx.meta[_UNKNOWN] = unknown
         while True:
             try:
+                _check_repeated(self.make_parser(ctx).parse_args(args=list(remaining))[2])
                 return super().parse_args(ctx, list(remaining))
             except click.NoSuchOption as error:
                 taken = _take(remaining, error.option_name)
@@ -90,6 +91,15 @@ class RunCommand(click.Command):
                 kept.pop()
             kept.append(_with_hyphens(name) if value.lower() == "true" else off)
         return kept
+
+
+def _check_repeated(given: Sequence[click.Parameter]) -> None:
+    """Raise UsageError for an option that is given again although it holds one value, the last of which would win."""
+    for option in given:
+        takes_several = not isinstance(option, click.Option) or option.multiple or option.is_eager
+        if not takes_several and given.count(option) > 1:
+            names = " or ".join([*option.opts, *option.secondary_opts])
+            raise click.UsageError(f"{names} is given {given.count(option)} times and holds one value; give it once")
 
 
 def _with_hyphens(name: str) -> str:

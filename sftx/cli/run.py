@@ -82,7 +82,7 @@ def _launch(loaded: loading.LoadedConfig, name: str, *, resume: bool, nproc: int
     with phase("importing", "torch"):
         from sftx.distributed import launch
 
-    arguments = without_options(ctx.meta[_ARGUMENTS], "--nproc", "--max-restarts")
+    arguments = without_options(ctx.meta[_ARGUMENTS], "--nproc", "--max-restarts", "--output-dir")
     debug = ["--debug"] if ctx.find_root().params.get("debug") else []
     use_cpu = loaded.config.train.use_cpu
     with run_directory.reserve(loaded.config.output_dir, name, resume_run=resume) as directory:
@@ -101,8 +101,9 @@ def without_options(arguments: Sequence[str], *names: str) -> list[str]:
     kept: list[str] = []
     remaining = iter(arguments)
     for argument in remaining:
-        if argument in names:
-            next(remaining, None)
-        elif not argument.startswith(tuple(f"{name}=" for name in names)):
+        name, equals, _ = argument.partition("=")
+        if name.replace("_", "-") not in names:
             kept.append(argument)
+        elif not equals:
+            next(remaining, None)
     return kept

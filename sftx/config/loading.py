@@ -55,10 +55,14 @@ def load(
     for name in add:
         plugins.setdefault(name, {})
     named = set(plugins)
+    given: dict[str, tuple[Any, str]] = {}
     for name, value, typed in assignments:
         parts = _split_name(name, plugins) if "." in name else [name]
         _assign(values, parts, value, typed)
-        origins.set(".".join(parts), typed)
+        dotted = ".".join(parts)
+        if given.setdefault(dotted, (value, typed))[0] != value:
+            raise ConfigError(f"{typed}: contradicts {given[dotted][1]}; leave one of them out")
+        origins.set(dotted, typed)
         if parts[0] == "plugins" and len(parts) > 1:
             typed_for.setdefault(parts[1], typed)
     for name in remove:

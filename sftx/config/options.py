@@ -31,19 +31,28 @@ class OnResume(Enum):
     SPLIT = "how the rows of an optimizer step are divided"
 
 
+MAX_COUNT: Final = 10**9
+MAX_ROWS: Final = 10**6
+MAX_TOKENS: Final = 2**24
+"""Bounds of counts of anything, of rows that are computed together, and of the tokens of a row: more is a slip."""
+
+
 @dataclass(frozen=True)
 class Filters:
     """Conditions that a row must meet to be kept. The ledger counts those that do not; they are not errors."""
 
-    min_length: Annotated[int, Field(ge=0, description="Least number of tokens of an example.")] = 0
+    min_length: Annotated[int, Field(ge=0, le=MAX_COUNT, description="Least number of tokens of an example.")] = 0
     max_length: Annotated[
-        int | None, Field(ge=2, description="Largest number of tokens of an example, before long_rows shortens it.")
+        int | None,
+        Field(ge=2, le=MAX_TOKENS, description="Largest number of tokens of an example, before long_rows shortens it."),
     ] = None
     min_turns: Annotated[
-        int, Field(ge=0, description="Least number of turns of a conversation, without the system message.")
+        int,
+        Field(ge=0, le=MAX_COUNT, description="Least number of turns of a conversation, without the system message."),
     ] = 0
     max_turns: Annotated[
-        int | None, Field(ge=1, description="Largest number of turns of a conversation, without the system message.")
+        int | None,
+        Field(ge=1, le=MAX_COUNT, description="Largest number of turns of a conversation, without the system message."),
     ] = None
     duplicates: Annotated[
         Literal["keep", "drop"], Field(description="Rows with exactly the tokens of an earlier row.")
@@ -216,7 +225,9 @@ class DataConfig:
             "draws from them in proportion to weight, until the first (under) or every source (over) is used up."
         ),
     ] = "concat"
-    max_length: Annotated[int, Field(ge=2, description="Largest length of an example, in tokens.")] = 2048
+    max_length: Annotated[int, Field(ge=2, le=MAX_TOKENS, description="Largest length of an example, in tokens.")] = (
+        2048
+    )
     long_rows: Annotated[
         Literal["cut_end", "cut_oldest", "cut_proportional", "split", "drop", "error"],
         Field(
@@ -262,6 +273,7 @@ class DataConfig:
         int | None,
         Field(
             ge=1,
+            le=1024,
             description="Processes that tokenize; by default one for each core when there are many rows, else one.",
         ),
         OnResume.NOTHING,
@@ -306,29 +318,33 @@ class TrainConfig:
     num_train_epochs: Annotated[
         float, Field(gt=0, le=1e9, description="Passes over the training data; max_steps overrides it.")
     ] = 1.0
-    max_steps: Annotated[int | None, Field(ge=1, description="Optimizer steps in all.")] = None
+    max_steps: Annotated[int | None, Field(ge=1, le=MAX_COUNT, description="Optimizer steps in all.")] = None
     train_batch_size: Annotated[
         int | None,
         Field(
             ge=1,
+            le=MAX_ROWS,
             description="Rows of an optimizer step, over all processes; by default per_device_train_batch_size times "
             "gradient_accumulation_steps times the number of processes.",
         ),
     ] = None
     per_device_train_batch_size: Annotated[
-        int | None, Field(ge=1, description="Rows that a process computes at once; by default 8."), OnResume.SPLIT
+        int | None,
+        Field(ge=1, le=MAX_ROWS, description="Rows that a process computes at once; by default 8."),
+        OnResume.SPLIT,
     ] = None
     gradient_accumulation_steps: Annotated[
         int | None,
         Field(
             ge=1,
+            le=MAX_ROWS,
             description="Micro-batches that each process computes in a step; by default as many as train_batch_size "
             "needs, or 1.",
         ),
         OnResume.SPLIT,
     ] = None
     per_device_eval_batch_size: Annotated[
-        int, Field(ge=1, description="Rows evaluated at once."), OnResume.ROUNDING
+        int, Field(ge=1, le=MAX_ROWS, description="Rows evaluated at once."), OnResume.ROUNDING
     ] = 16
     lr_scheduler_type: Annotated[
         Literal["cosine", "linear", "constant", "polynomial", "warmup_stable_decay", "minimind"],
@@ -406,10 +422,10 @@ class TrainConfig:
         int, Field(ge=0, lt=2**32, description="Random seed of data order, initialisation and dropout.")
     ] = 42
     logging_steps: Annotated[
-        int, Field(ge=1, description="Optimizer steps between two log lines."), OnResume.NOTHING
+        int, Field(ge=1, le=MAX_COUNT, description="Optimizer steps between two log lines."), OnResume.NOTHING
     ] = 10
     save_steps: Annotated[
-        int | None, Field(ge=1, description="Optimizer steps between two checkpoints."), OnResume.NOTHING
+        int | None, Field(ge=1, le=MAX_COUNT, description="Optimizer steps between two checkpoints."), OnResume.NOTHING
     ] = None
     save_minutes: Annotated[
         float | None,
@@ -420,6 +436,7 @@ class TrainConfig:
         int | None,
         Field(
             ge=1,
+            le=MAX_COUNT,
             description="Number of newest checkpoints kept, besides the best; by default all with save_steps, "
             "2 with save_minutes.",
         ),
@@ -434,6 +451,7 @@ class TrainConfig:
         int | None,
         Field(
             ge=1,
+            le=MAX_COUNT,
             description="Optimizer steps between two evaluations, besides those before and after training.",
         ),
         OnResume.EVALUATIONS,
@@ -455,7 +473,11 @@ class TrainConfig:
     ] = False
     early_stopping_patience: Annotated[
         int | None,
-        Field(ge=1, description="Stop after this many evaluations in a row that are not better than the best."),
+        Field(
+            ge=1,
+            le=MAX_COUNT,
+            description="Stop after this many evaluations in a row that are not better than the best.",
+        ),
     ] = None
     early_stopping_threshold: Annotated[
         float, Field(ge=0, description="Least improvement of the metric that counts as better.")
@@ -515,6 +537,12 @@ class TrainConfig:
             )
         elif size is None:
             size = math.ceil(rows / world_size / steps) if steps else min(_MICRO_BATCH_SIZE, rows // world_size)
+            if steps and (num := math.ceil(rows / world_size / size)) != steps:
+                raise ConfigError(
+                    f"option 'train.gradient_accumulation_steps': the {rows // world_size} rows that a process has of "
+                    f"a step make no {steps} micro-batches of equal size, but {num} of {size}; give {num}, another "
+                    "train_batch_size, or leave it out"
+                )
         return dataclasses.replace(
             self,
             train_batch_size=rows,
@@ -549,19 +577,23 @@ class GenerationConfig:
     """Generation of answers to held-out rows, for metrics and samples."""
 
     max_new_tokens: Annotated[
-        int, Field(ge=1, description="Largest length of an answer, in tokens."), OnResume.ANSWERS
+        int, Field(ge=1, le=MAX_TOKENS, description="Largest length of an answer, in tokens."), OnResume.ANSWERS
     ] = 256
     max_rows: Annotated[
         int | None,
-        Field(ge=1, description="Largest number of held-out rows to answer, evenly spread over them; all by default."),
+        Field(
+            ge=1,
+            le=MAX_COUNT,
+            description="Largest number of held-out rows to answer, evenly spread over them; all by default.",
+        ),
         OnResume.ANSWERS,
     ] = None
     num_samples: Annotated[
-        int, Field(ge=0, description="Answers to show before and after training."), OnResume.ANSWERS
+        int, Field(ge=0, le=MAX_COUNT, description="Answers to show before and after training."), OnResume.ANSWERS
     ] = 3
     batch_size: Annotated[
         int | None,
-        Field(ge=1, description="Rows of a generation batch; per_device_eval_batch_size by default."),
+        Field(ge=1, le=MAX_ROWS, description="Rows of a generation batch; per_device_eval_batch_size by default."),
         OnResume.ROUNDING,
     ] = None
 

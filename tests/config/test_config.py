@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import pytest
 from hypothesis import given, settings
@@ -233,6 +233,59 @@ def test_every_number_has_a_least_value(write: Any) -> None:
                 with contextlib.suppress(ConfigError):
                     config = loading.load(write(f"{section}: {{{field.name}: {value}}}\n")).config
                     pytest.fail(f"{section}.{field.name}: {value} gave {getattr(config, section)}")
+
+
+def test_every_whole_number_has_a_largest_value() -> None:
+    """A slip such as ten zeros too many is refused for every option, those of the built-in plugins too."""
+    from sftx.assembly.discovery import discover, load_class
+
+    plugins = [load_class(info) for info in discover() if info.package == "sftx"]
+    assert len(plugins) > 30
+    unbounded = []
+    for cls in [*options.SECTION_CLASSES.values(), options.Filters, options.Source, *plugins]:
+        for name, hint in get_type_hints(cls, include_extras=True).items():
+            plain = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+            bounds = [bound for part in get_args(hint)[1:] for bound in getattr(part, "metadata", ())]
+            is_whole = int in (get_args(plain) or (plain,))
+            if is_whole and not any(hasattr(bound, "le") or hasattr(bound, "lt") for bound in bounds):
+                unbounded.append(f"{cls.__name__}.{name}")
+    assert unbounded == []
+
+
+@pytest.mark.parametrize(
+    ("sizes", "result"),
+    [
+        ({"train_batch_size": 6, "gradient_accumulation_steps": 3}, (6, 2, 3)),
+        ({"train_batch_size": 5, "gradient_accumulation_steps": 2}, (5, 3, 2)),
+        (
+            {"train_batch_size": 4, "gradient_accumulation_steps": 3},
+            "make no 3 micro-batches of equal size, but 2 of 2",
+        ),
+        (
+            {"train_batch_size": 4, "gradient_accumulation_steps": 9},
+            "make no 9 micro-batches of equal size, but 4 of 1",
+        ),
+    ],
+)
+def test_the_number_of_micro_batches_is_as_given_or_refused(sizes: dict[str, int], result: Any) -> None:
+    config = options.TrainConfig(**sizes)
+    if isinstance(result, str):
+        with pytest.raises(ConfigError, match=result):
+            config.resolve_batch_size(1)
+    else:
+        done = config.resolve_batch_size(1)
+        assert (
+            done.train_batch_size, done.per_device_train_batch_size, done.gradient_accumulation_steps,
+        ) == result  # fmt: skip
+
+
+def test_two_values_for_one_option_are_refused_and_the_same_twice_is_one() -> None:
+    twice = [DATA, ("lora.r", 3, "--set lora.r=3"), ("plugins.lora.r", 4, "--set plugins.lora.r=4")]
+    message = "--set plugins.lora.r=4: contradicts --set lora.r=3; leave one of them out"
+    assert load_error(None, add=["lora"], assignments=twice) == message
+    both = [DATA, ("train.max_steps", 2, "--max-steps 2"), ("train.max_steps", 1, "--set train.max_steps=1")]
+    assert "contradicts --max-steps 2" in load_error(None, assignments=both)
+    assert loading.load(None, assignments=[*both[:2], both[1]]).config.train.max_steps == 2
 
 
 def test_an_error_names_what_was_typed(write: Any) -> None:

@@ -25,7 +25,7 @@ ALL_LINEAR = "all-linear"
 class Lora:
     """Trains two low-rank matrices beside each chosen linear layer; the saved adapter can be loaded by PEFT."""
 
-    r: Annotated[int, Field(ge=1, description="Rank of the update.")] = 16
+    r: Annotated[int, Field(ge=1, le=2**24, description="Rank of the update.")] = 16
     lora_alpha: Annotated[float, Field(gt=0, description="The update is scaled by lora_alpha / r.")] = 32
     lora_dropout: Annotated[float, Field(ge=0, lt=1, description="Dropout probability of the update's inputs.")] = 0.0
     loraplus_lr_ratio: Annotated[

@@ -18,9 +18,9 @@ from sftx import Attention, Batch, Collator, Example, Row, Step, Window, hookimp
 class Packed:
     """Fills rows with whole examples (bfd), or cuts the stream of examples into rows of one length (wrapped)."""
 
-    length: Annotated[int | None, Field(ge=1, description="Tokens that a row holds; by default data.max_length.")] = (
-        None
-    )
+    length: Annotated[
+        int | None, Field(ge=1, le=2**24, description="Tokens that a row holds; by default data.max_length.")
+    ] = None
     strategy: Annotated[
         Literal["bfd", "wrapped"],
         Field(

@@ -22,7 +22,9 @@ class Padded:
     """Pads each micro-batch to its longest row."""
 
     group_by_length: Annotated[bool, Field(description="Let rows of similar length share a step.")] = True
-    pad_to_multiple_of: Annotated[int, Field(ge=1, description="Round the row length up to a multiple of this.")] = 1
+    pad_to_multiple_of: Annotated[
+        int, Field(ge=1, le=2**24, description="Round the row length up to a multiple of this.")
+    ] = 1
     padding_free: Annotated[
         bool, Field(description="Concatenate the rows of a micro-batch, as if packed, so that no padding is computed.")
     ] = False

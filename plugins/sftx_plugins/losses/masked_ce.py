@@ -26,7 +26,7 @@ class MaskedCE:
     ] = 0.0
     workspace_mb: Annotated[
         int | None,
-        Field(ge=1, description="Largest chunk of logits, in MiB; by default a chunk is 256 rows on a CPU."),
+        Field(ge=1, le=2**20, description="Largest chunk of logits, in MiB; by default a chunk is 256 rows on a CPU."),
     ] = None
 
     @hookimpl
