@@ -19,13 +19,28 @@ _READ_CHARS: Final = 2**16
 _LONGEST_WORD: Final = len("-Infinity")
 
 
+def _with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object of these pairs. Raises ValueError for a key with two values, of which a dict would lose one."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _TwoValuesError(next(name for name in names if names.count(name) > 1))
+    return values
+
+
+class _TwoValuesError(ValueError):
+    """A key of an object has two values."""
+
+
+DECODER: Final = json.JSONDecoder(object_pairs_hook=_with_unique_keys)
+
+
 class JsonText:
     """JsonText is a position in the text of `pieces` that only moves forward; the text before it is discarded."""
 
     def __init__(self, pieces: Iterator[str], path: str) -> None:
         self._pieces = pieces
         self._path = path
-        self._decoder = json.JSONDecoder()
         self._text = ""
         self._at = 0
         self._line = 1
@@ -57,7 +72,7 @@ class JsonText:
         """Decode the next JSON value. Raises DataError with the line of the error."""
         while True:
             try:
-                value, self._at = self._decoder.raw_decode(self._text, self._at)
+                value, self._at = DECODER.raw_decode(self._text, self._at)
                 return value
             except json.JSONDecodeError as error:
                 # The value may be complete once more text is read.
@@ -96,5 +111,7 @@ def said(error: json.JSONDecodeError) -> str:
 
 
 def limit(error: RecursionError | ValueError) -> str:
-    """Return which limit of Python's JSON decoder a valid text exceeds."""
+    """Return why valid JSON is not read: a limit of Python's decoder, or a key that has two values."""
+    if isinstance(error, _TwoValuesError):
+        return f"the key {str(error)!r} has two values in one object; keep one"
     return "nested too deeply" if isinstance(error, RecursionError) else "a number of too many digits"

@@ -25,7 +25,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, Final, TypeAlias
 
-from sftx.data.json_text import JsonText, limit, said
+from sftx.data.json_text import DECODER, JsonText, limit, said
 from sftx.errors import DataError, one_line
 from sftx.types import Location
 
@@ -298,7 +298,7 @@ def _read_lines(source: RowFile, skip: Skip) -> Rows:
 
 def _loads(text: str, where: Location) -> Any:
     try:
-        return json.loads(text.rstrip(" \t\r\n"))  # so that an error at the end has the column of this line
+        return DECODER.decode(text.rstrip(" \t\r\n"))  # so that an error at the end has the column of this line
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not valid JSON: {said(error)} at column {error.colno}") from None
     except (RecursionError, ValueError) as error:

@@ -18,6 +18,8 @@ from sftx import ConfigError, DataError
 from sftx.config.options import Source
 from sftx.data import json_text, readers, sources
 
+TWICE = "the key 'a' has two values in one object; keep one"
+
 
 @pytest.fixture(autouse=True)
 def _in_an_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,6 +62,7 @@ def test_only_a_newline_ends_a_line() -> None:
         (b'{"a": 1}\n{"a": "\xe9"}\n', "x.jsonl:2: is not UTF-8: invalid continuation byte at byte 8"),
         ('{"a": 1}'.encode("utf-16-le"), "x.jsonl: every other byte is 0, as in utf-16-le; say so with --encoding"),
         ('{"a": ' + "1" * 5000 + "}", "x.jsonl:1: not readable JSON: a number of too many digits"),
+        ('{"a": 1}\n{"b": {"a": 1, "b": 2, "a": 1}}', f"x.jsonl:2: not readable JSON: {TWICE}"),
         ("[" * 200_000, "x.jsonl:1: not "),
         ("", "x.jsonl: holds no rows"),
         ("\n \n\r\n", "x.jsonl: holds no rows"),
@@ -118,6 +121,7 @@ def test_a_json_file_may_hold_json_lines() -> None:
         ("5", "x.json:1: got a number, expected an object"),
         ("[\n" + "[" * 200_000, "x.json:2: not "),
         ('[{"a": ' + "1" * 5000 + "}]", "x.json:1: not readable JSON: a number of too many digits"),
+        ('[{"a": 1},\n{"a": 1, "b": 2, "a": 1}]', f"x.json:2: not readable JSON: {TWICE}"),
         (b'[{"a": "\xe9"}]', "x.json:1: is not UTF-8: invalid continuation byte at byte 9"),
         (b'[\n{"a": "\xc3\xa9"},\n{"a": "\xe9"}]', "x.json:3: is not UTF-8: invalid continuation byte at byte 8"),
         ("[]", "x.json: holds no rows"),
