@@ -12,7 +12,7 @@ import click
 
 from sftx.assembly.discovery import options_class
 from sftx.config import loading, run_file
-from sftx.config.options import SECTION_CLASSES, SECTIONS, RunConfig
+from sftx.config.options import EMBEDDED_MODEL, SECTION_CLASSES, SECTIONS, RunConfig
 from sftx.config.options import flag as flag_of
 from sftx.errors import ConfigError
 from sftx.phases import phase
@@ -28,7 +28,9 @@ _COMMON: Final = (
     click.option(
         "--set", "settings", metavar="NAME=VALUE", multiple=True, help="Set any option by its dotted name: lora.r=32."
     ),
-    click.option("--model", metavar="DIR|HUB_ID", help="Model directory or hub id."),
+    click.option(
+        "--model", metavar="DIR|HUB_ID", help=f"Model directory or hub id.  [default: {EMBEDDED_MODEL}, embedded]"
+    ),
     click.option(
         "--trust-remote-code/--no-trust-remote-code",
         default=None,
@@ -62,7 +64,6 @@ class RunCommand(click.Command):
         ctx.meta[_UNKNOWN] = unknown
         while True:
             try:
-                _check_repeated(self.make_parser(ctx).parse_args(args=list(remaining))[2])
                 return super().parse_args(ctx, list(remaining))
             except click.NoSuchOption as error:
                 taken = _take(remaining, error.option_name)
@@ -91,15 +92,6 @@ class RunCommand(click.Command):
                 kept.pop()
             kept.append(_with_hyphens(name) if value.lower() == "true" else off)
         return kept
-
-
-def _check_repeated(given: Sequence[click.Parameter]) -> None:
-    """Raise UsageError for an option that is given again although it holds one value, the last of which would win."""
-    for option in given:
-        takes_several = not isinstance(option, click.Option) or option.multiple or option.is_eager
-        if not takes_several and given.count(option) > 1:
-            names = " or ".join([*option.opts, *option.secondary_opts])
-            raise click.UsageError(f"{names} is given {given.count(option)} times and holds one value; give it once")
 
 
 def _with_hyphens(name: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,6 +19,13 @@ if TYPE_CHECKING:
     from sftx.inspection.memory_plan.planner import RunPlan
 
 
+class _NumProcesses(click.IntRange):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "gpu":
+            self.fail("a plan needs their number, such as 8: `gpu` stands for those of the host that runs", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 @click.command(cls=RunCommand)
 @run_options("data", "train", "generation")
 @click.option(
@@ -26,8 +33,9 @@ if TYPE_CHECKING:
     help="Device to plan for: a GPU's memory (24GB is 24 * 10^9 bytes, 24GiB 24 * 2^30), a card's name, or cpu.",
 )  # fmt: skip
 @click.option(
-    "--nproc", type=click.IntRange(min=1), default=1, show_default=True, help="Processes, each on a device of its own."
-)
+    "--nproc", metavar="N", type=_NumProcesses(min=1, max=2**20), default=1, show_default=True,
+    help="Processes, each on a device of its own.",
+)  # fmt: skip
 @click.option(
     "--tokens-per-second", type=click.FloatRange(min=0, min_open=True),
     help="Measured throughput of all processes together.",

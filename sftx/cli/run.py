@@ -82,7 +82,7 @@ def _launch(loaded: loading.LoadedConfig, name: str, *, resume: bool, nproc: int
     with phase("importing", "torch"):
         from sftx.distributed import launch
 
-    arguments = without_options(ctx.meta[_ARGUMENTS], "--nproc", "--max-restarts", "--output-dir")
+    arguments = without_options(ctx.meta[_ARGUMENTS], "--nproc", "--max-restarts")
     debug = ["--debug"] if ctx.find_root().params.get("debug") else []
     use_cpu = loaded.config.train.use_cpu
     with run_directory.reserve(loaded.config.output_dir, name, resume_run=resume) as directory:

@@ -60,8 +60,11 @@ def load(
         parts = _split_name(name, plugins) if "." in name else [name]
         _assign(values, parts, value, typed)
         dotted = ".".join(parts)
-        if given.setdefault(dotted, (value, typed))[0] != value:
-            raise ConfigError(f"{typed}: contradicts {given[dotted][1]}; leave one of them out")
+        # Of one option that is given twice the last counts; of two names for it neither comes last.
+        before, earlier = given.get(dotted, (value, typed))
+        if before != value and typed.partition("=")[0] != earlier.partition("=")[0]:
+            raise ConfigError(f"{typed}: contradicts {earlier}; leave one of them out")
+        given[dotted] = (value, typed)
         origins.set(dotted, typed)
         if parts[0] == "plugins" and len(parts) > 1:
             typed_for.setdefault(parts[1], typed)

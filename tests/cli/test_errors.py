@@ -172,20 +172,6 @@ def test_a_command_line_that_cannot_be_read_is_a_usage_error(arguments: list[str
     assert message in error_of(*arguments, code=2)
 
 
-@pytest.mark.parametrize(
-    ("repeated", "name"),
-    [
-        (["--max-steps", "1", "--max_steps=2"], "--max-steps"),
-        (["--compile", "--no-compile"], "--compile or --no-compile"),
-        (["--model", "a", "--model", "b"], "--model"),
-        (["--nproc", "1", "--nproc", "2"], "--nproc"),
-    ],
-)
-def test_an_option_that_holds_one_value_is_given_once(repeated: list[str], name: str) -> None:
-    expected = f"Error: {name} is given 2 times and holds one value; give it once"
-    assert error_of(*BASE, *repeated, code=2) == expected
-
-
 def test_an_unknown_command_is_a_usage_error() -> None:
     result = CliRunner().invoke(main, ["rum"])
     assert result.exit_code == 2

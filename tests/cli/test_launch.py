@@ -360,3 +360,4 @@ def test_there_are_as_many_ranks_as_gpus_at_most(monkeypatch: pytest.MonkeyPatch
 def test_options_of_the_launch_are_taken_out_of_a_command_line() -> None:
     given = ["a.yaml", "--nproc=2", "--nprocs", "--nproc", "3", "--set", "x.y=--nproc", "--nproc"]
     assert without_options(given, "--nproc") == ["a.yaml", "--nprocs", "--set", "x.y=--nproc"]
+    assert without_options(["--max_restarts", "1", "--max_restarts=1", "b"], "--max-restarts") == ["b"]
