@@ -62,7 +62,8 @@ def load(
         dotted = ".".join(parts)
         # Of one option that is given twice the last counts; of two names for it neither comes last.
         before, earlier = given.get(dotted, (value, typed))
-        if before != value and typed.partition("=")[0] != earlier.partition("=")[0]:
+        names = {text.partition("=")[0] for text in (typed, earlier) if text.startswith("--")}
+        if before != value and len(names) > 1:
             raise ConfigError(f"{typed}: contradicts {earlier}; leave one of them out")
         given[dotted] = (value, typed)
         origins.set(dotted, typed)

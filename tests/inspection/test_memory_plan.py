@@ -218,6 +218,9 @@ def test_it_exits_with_0_when_it_fits_and_with_1_when_not(tiny: str) -> None:
     assert uneven.exit_code == 1
     assert "train_batch_size" in uneven.output
     assert "3 processes cannot divide 4 rows" in uneven.output
+    each_gpu = invoke("--model", tiny, "--nproc", "gpu")
+    assert each_gpu.exit_code == 2
+    assert "a plan needs their number, such as 8" in each_gpu.output
 
 
 def test_processes_that_share_a_step_have_fewer_rows_at_once(tiny: str) -> None:
