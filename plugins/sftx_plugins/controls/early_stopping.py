@@ -20,7 +20,7 @@ class EarlyStopping:
     options `train.early_stopping_patience` and `train.early_stopping_threshold` add this plugin.
     """
 
-    patience: Annotated[int, Field(ge=1, description="Evaluations in a row that are not better.")] = 3
+    patience: Annotated[int, Field(ge=1, le=10**9, description="Evaluations in a row that are not better.")] = 3
     threshold: Annotated[float, Field(ge=0, description="Least improvement that counts as better.")] = 0.0
 
     @hookimpl
