@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Final
 
+from sftx.model import names
+
 PEFT_CONFIG: Final = "adapter_config.json"
 _CARD: Final = """---
 base_model: {base}
@@ -70,7 +72,7 @@ def write(directory: Path, stop: str | None) -> None:
         base=json.dumps(base, ensure_ascii=False),  # JSON text is YAML, whatever is in a path
         tag=json.dumps(f"base_model:adapter:{base}", ensure_ascii=False),
         kind=str(config.get("peft_type", "peft")).lower(),
-        name=base,
+        name=names.describe(base),
         stop=f"Answers end with `{stop}`. " if stop else "",
     )
     (directory / "README.md").write_text(card, encoding="utf-8")

@@ -68,7 +68,7 @@ def hub_fingerprint(source: Source) -> str:
 
     with _as_data_error(source.path):
         if not datasets.config.HF_HUB_OFFLINE:
-            return _commit(source.path)
+            return find_commit(source.path)
         return " ".join(str(file["filename"]) for file in _load(source, streaming=False).cache_files)
 
 
@@ -80,11 +80,11 @@ def _load(source: Source, *, streaming: bool) -> Any:
         source.subset,
         split=source.split or DEFAULT_SPLIT,
         streaming=streaming,
-        revision=None if datasets.config.HF_HUB_OFFLINE else _commit(source.path),
+        revision=None if datasets.config.HF_HUB_OFFLINE else find_commit(source.path),
     )
 
 
-def _commit(path: str) -> str:
+def find_commit(path: str) -> str:
     """Return the dataset's commit, before any call of `datasets`, which would try for 23 s. Raises DataError."""
     try:
         return hub_lookup.commit(path, "dataset")

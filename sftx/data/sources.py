@@ -43,11 +43,16 @@ _GLANCE_BYTES: Final = 2**20
 
 
 def check_data_config(config: RunConfig) -> None:
-    """Check the options of `data` without reading rows or importing torch. Raises ConfigError, DataError."""
+    """Check the options of `data` without reading rows or importing torch. Raises ConfigError, DataError.
+
+    The hub is asked whether it has the datasets that are not here, unless it is switched off.
+    """
     if not config.data.train:
         raise ConfigError("option 'data.train': no training data; give a file with --data")
     for source in (*config.data.train, *config.data.eval):
         check(source)
+        if _locate(source.path) is None and not hub_lookup.is_offline():
+            hub.find_commit(source.path)
     check_eval_fraction(config.data)
     if not config.data.streaming:
         return

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from sftx import DataError, hub_lookup
-from sftx.config.options import Source
+from sftx.config.options import DataConfig, RunConfig, Source
 from sftx.data import sources
 
 
@@ -83,6 +83,15 @@ def test_a_missing_source_names_the_nearest_one(monkeypatch: pytest.MonkeyPatch)
         "HF_HUB_OFFLINE=1 uses what was downloaded before"
     )
     assert error_of(Source("trian.jsonl")).endswith("; did you mean 'train.jsonl'?")
+
+
+def test_the_hub_is_asked_before_anything_is_imported_or_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = RunConfig(data=DataConfig(train=(Source("owner/rows"),)))
+    hub_raises(monkeypatch, OSError("no network"))
+    with pytest.raises(DataError, match=r"^owner/rows: no such file or directory .* cannot be reached \(no network\)"):
+        sources.check_data_config(config)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    sources.check_data_config(config)
 
 
 def test_a_hub_dataset_is_read_at_the_commit_that_its_fingerprint_names(monkeypatch: pytest.MonkeyPatch) -> None:
