@@ -63,7 +63,7 @@ def run(tmp_path: Path, install_plugin: Any, monkeypatch: pytest.MonkeyPatch) ->
             learning_rate=1e-2,
             lr_scheduler_type="constant",
             output_dir=output_dir,
-            **{"max_eval_overlap": 1.0} if "max_eval_overlap" in sftx.api._OPTIONS else {},
+            max_overlap=1.0,
             **options,
         )
 
