@@ -199,7 +199,7 @@ def test_the_text_of_the_packages_is_installed_with_sftx() -> None:
 def test_the_packages_are_linted_and_formatted(packages: Path, tmp_path: Path) -> None:
     """They pass ruff with their own settings, and with those rules of this project that do not depend on the path."""
     for hook in HOOKS:  # names of other lengths break lines elsewhere
-        write_package(f"x{hook[:2]}", hook, tmp_path)
+        write_package(f"x{HOOKS.index(hook)}", hook, tmp_path)
         write_package(f"retrieval-augmented-answers-{hook}", hook, tmp_path)
     rules = ("--extend-select", "SIM,RUF,PT,C4,RET,W,PLE,TID")
     for arguments in (["check", *rules], ["format", "--check"]):

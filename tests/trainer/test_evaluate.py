@@ -88,8 +88,9 @@ class Growth:
     def __call__(self) -> None:
         self.calls += 1
         if self.calls in (2, ROWS):
-            held = sum(value.nbytes for value in gc.get_objects() if type(value) is torch.Tensor)
-            self.bytes[self.calls == ROWS] = held
+            tensors = [value for value in gc.get_objects() if type(value) is torch.Tensor]
+            storages = {tensor.data_ptr(): tensor.nbytes for tensor in tensors}  # a view shares that of its base
+            self.bytes[self.calls == ROWS] = sum(storages.values())
 
     @property
     def per_batch(self) -> float:
