@@ -48,6 +48,14 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def counted(number: int, one: str, several: str = "") -> str:
+    """Return a count with its noun, and a verb where the noun has one: `1 row`, `2,000 rows`, `1 row is`.
+
+    `several` is what follows every number but 1, by default `one` with an s.
+    """
+    return f"1 {one}" if number == 1 else f"{number:,} {several or one + 's'}"
+
+
 _KINDS: Final[dict[type, str]] = {
     type(None): "null",
     bool: "true or false",

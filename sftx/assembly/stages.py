@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sftx.assembly.hookspecs import RETURNS
 from sftx.distributed.process_group import is_lost_peer_error
-from sftx.errors import DataError, PluginError, SftxError, did_you_mean, is_out_of_memory, one_line
+from sftx.errors import DataError, PluginError, SftxError, counted, did_you_mean, is_out_of_memory, one_line
 from sftx.events import Decision, EvalReport, StepReport
 from sftx.types import (
     Adapter,
@@ -291,7 +291,8 @@ class CollatorStage(_Stage):
             raise self._refuse(f"collate gave the row_ids {ids!r:.60}, expected a tuple of text")
         if sorted(ids) != sorted(example.row_id for example in examples):
             raise self._refuse(
-                f"collate made a batch of {len(ids)} examples of {len(examples)}; every example must be in it once"
+                f"collate made a batch of {counted(len(ids), 'example')} of {len(examples)}; every example must be in "
+                "it once"
             )
         if batch.cu_seqlens is not None:
             boundaries, num_tokens = batch.cu_seqlens.tolist(), batch.input_ids_BT.numel()

@@ -10,7 +10,7 @@ import click
 from sftx import atomic_files
 from sftx.cli.options import RunCommand, run_options
 from sftx.config import loading
-from sftx.errors import ConfigError, OutputError, one_line, printable
+from sftx.errors import ConfigError, OutputError, counted, one_line, printable
 from sftx.phases import phase
 
 _SUFFIXES = (".jsonl", ".ndjson")
@@ -69,9 +69,8 @@ def export(file: Path | None, loaded: loading.LoadedConfig, output: str) -> None
     filters = [source.filters or data.filters for source in data.train]
     if any(one.min_length or one.max_length is not None for one in filters):
         click.echo("filters.min_length and max_length count tokens and are not applied to an export", err=True)
-    click.echo(
-        printable(f"{ledger.num_rows - len(ledger.entries)} of {ledger.num_rows} rows written to {output}"), err=True
-    )
+    num_written = f"{ledger.num_rows - len(ledger.entries):,} of {counted(ledger.num_rows, 'row')}"
+    click.echo(printable(f"{num_written} written to {output}"), err=True)
 
 
 def _check_output(output: str) -> None:

@@ -13,7 +13,7 @@ import click
 
 from sftx.cli.options import RunCommand, run_options
 from sftx.config import loading
-from sftx.errors import OutputError, one_line
+from sftx.errors import OutputError, counted, one_line
 from sftx.phases import phase
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def command(
             page = token_page(page_report)
         _write(html_path, page)
         if html_path != "-":
-            count = f"{len(page_report.rows):,} of {page_report.figures.num_rows:,} rows"
+            count = f"{len(page_report.rows):,} of {counted(page_report.figures.num_rows, 'row')}"
             click.echo(f"wrote {html_path} ({count})", err=True)
     if json_path is None and html_path is None:
         console = Console(highlight=False)

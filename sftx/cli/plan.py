@@ -11,7 +11,7 @@ import click
 
 from sftx.cli.options import RunCommand, run_options
 from sftx.config import loading
-from sftx.errors import ConfigError
+from sftx.errors import ConfigError, counted
 from sftx.inspection.memory_plan import MAX_ROWS, MAX_TOKENS, target_device
 from sftx.phases import phase
 
@@ -68,8 +68,8 @@ def command(
     rows, length = loaded.config.train.micro_batch_size, loaded.config.data.max_length
     if rows > MAX_ROWS or length > MAX_TOKENS:
         raise ConfigError(
-            f"a batch of {rows} rows of {length} tokens is not planned; the most are {MAX_ROWS} rows and {MAX_TOKENS} "
-            "tokens"
+            f"a batch of {counted(rows, 'row')} of {counted(length, 'token')} is not planned; the most are "
+            f"{MAX_ROWS:,} rows and {MAX_TOKENS:,} tokens: lower --per-device-train-batch-size or --max-length"
         )
     with phase("importing", "torch and transformers"):
         from sftx.inspection.memory_plan.planner import plan_run
@@ -103,8 +103,7 @@ def _print_plan(plan: RunPlan) -> None:
     for line in plan.untrained_parts:
         console.print(line, markup=False)
     where = plan.device.name if plan.num_processes == 1 else f"each of {plan.num_processes} ({plan.distributed})"
-    rows = "1 row" if need.rows == 1 else f"{need.rows} rows"
-    console.print(f"{rows} of {need.max_length} tokens on {where}", markup=False)
+    console.print(f"{counted(need.rows, 'row')} of {counted(need.max_length, 'token')} on {where}", markup=False)
     table = Table("memory", "GB")
     table.columns[1].justify = "right"
     for kind, size in need.kinds.items():
@@ -117,8 +116,8 @@ def _print_plan(plan: RunPlan) -> None:
         verdict = "fits" if plan.fits else "does not fit"
         console.print(f"{verdict}: {need.total / 1e9:.1f} of {limit:.1f} GB", markup=False)
         console.print(
-            f"largest batch: {plan.largest_batch} rows of {need.max_length} tokens a process; longest single row: "
-            f"{plan.largest_length} tokens",
+            f"largest batch: {counted(plan.largest_batch or 0, 'row')} of {counted(need.max_length, 'token')} a "
+            f"process; longest single row: {counted(plan.largest_length or 0, 'token')}",
             markup=False,
         )
     for line in plan.advice:

@@ -17,7 +17,7 @@ from sftx.assembly.discovery import discover, find
 from sftx.assembly.registry import Assembly
 from sftx.config.default_plugins import TEMPLATES
 from sftx.config.run_file import Origins
-from sftx.errors import ConfigError, DataError, ModelError, PluginError
+from sftx.errors import ConfigError, DataError, ModelError, PluginError, counted
 from sftx.types import Conversation, Parsed, PlainText, Segment, Template
 
 if TYPE_CHECKING:
@@ -123,7 +123,10 @@ class Encoder:
             return ids, [True] * len(ids), [1.0] * len(ids)
         num, size = len(parsed.token_ids), len(self.tokenizer)
         if num != len(parsed.loss_mask):
-            raise DataError(f"{num} token ids and {len(parsed.loss_mask)} values of the loss mask; give one each")
+            raise DataError(
+                f"{counted(num, 'token id')} and {counted(len(parsed.loss_mask), 'value')} of the loss mask; "
+                "give one each"
+            )
         if not all(0 <= token < size for token in parsed.token_ids):
             raise DataError(f"a token id is outside of the tokenizer's 0..{size - 1}")
         return list(parsed.token_ids), list(parsed.loss_mask), [1.0] * num

@@ -18,7 +18,7 @@ from sftx.assembly.stages import ParserStage
 from sftx.config.options import DataConfig, Source
 from sftx.data import sources
 from sftx.data.parsed_rows import ParsedRow, parse_rows
-from sftx.errors import DataError
+from sftx.errors import DataError, counted
 from sftx.types import Conversation, Parsed, PlainText
 
 if TYPE_CHECKING:
@@ -139,7 +139,8 @@ def describe_overlap(pairs: Sequence[tuple[int, int]], train: Dataset, held_out:
     held, trained = pairs[0]
     num = len(held_out.examples)
     return (
-        f"{len(pairs):,} of {num:,} held-out examples ({len(pairs) / num:.1%}) are trained on (first: "
+        f"{len(pairs):,} of {counted(num, 'held-out example')} ({len(pairs) / num:.1%}) "
+        f"{'is' if len(pairs) == 1 else 'are'} trained on (first: "
         f"{held_out.examples.where(held)} is {train.examples.whole.where(trained)})"
     )
 

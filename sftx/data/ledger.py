@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from sftx import atomic_files
-from sftx.errors import DataError
+from sftx.errors import DataError, counted
 from sftx.types import Location
 
 LINE_ERRORS: Final = "backslashreplace"
@@ -71,12 +71,13 @@ class Ledger:
         reasons = Counter(entry.reason for entry in (dropped or left_out))
         num_first = reasons.pop(first.reason)
         rest = "; ".join(f"{n}x {reason}" for reason, n in reasons.most_common(3))
-        tokens = f" (the row has {first.length} tokens)" if first.length else ""
+        tokens = f" (the row has {counted(first.length, 'token')})" if first.length else ""
         shown = f"{first.where}: {first.reason}{tokens}; "
         others = f" ({num_first}x for this reason; {rest})" if reasons else ""
         if not dropped:
-            raise DataError(f"{shown}the filters leave none of {num_rows} rows{others}; loosen data.filters")
-        shown += f"{len(dropped)} of {num_rows} rows train nothing or were dropped"
+            raise DataError(f"{shown}the filters leave none of {counted(num_rows, 'row')}{others}; loosen data.filters")
+        verbs = "trains nothing or was dropped" if len(dropped) == 1 else "train nothing or were dropped"
+        shown += f"{len(dropped):,} of {counted(num_rows, 'row')} {verbs}"
         if is_empty:
             raise DataError(f"{shown}{others}; correct the rows")
         raise DataError(
@@ -91,7 +92,7 @@ class Ledger:
             first.setdefault((entry.action, entry.reason), entry.where)
         kinds = Counter((entry.action, entry.reason) for entry in self.entries).most_common()
         lines = [
-            f"{number} of {self.num_rows} rows {kind[0]}: {kind[1]} (first: {first[kind]})"
+            f"{number:,} of {counted(self.num_rows, 'row')} {kind[0]}: {kind[1]} (first: {first[kind]})"
             for kind, number in kinds[:_MOST_SHOWN]
         ]
         if len(kinds) > _MOST_SHOWN:

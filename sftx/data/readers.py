@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final, TypeAlias
 
 from sftx.data.json_text import DECODER, JsonText, limit, said
-from sftx.errors import DataError, one_line
+from sftx.errors import DataError, counted, one_line
 from sftx.types import Location
 
 log = logging.getLogger(__name__)
@@ -368,8 +368,8 @@ def _read_csv(source: RowFile, skip: Skip) -> Rows:
                 elif len(row) != len(names):
                     by = f", separated by {_DELIMITERS.get(delimiter, repr(delimiter))}"
                     raise DataError(
-                        f"{where}: got {len(row)} fields, expected the {len(names)} of the first line{by}; quote a "
-                        "field that holds the delimiter or a line break"
+                        f"{where}: got {counted(len(row), 'field')}, expected the {len(names)} of the first line{by}; "
+                        "quote a field that holds the delimiter or a line break"
                     )
                 elif not skip.over(1):
                     yield where, dict(zip(names, row, strict=True))

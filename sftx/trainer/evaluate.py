@@ -20,7 +20,7 @@ from sftx.assembly.stages import RESERVED_METRICS, CollatorStage, MetricStage
 from sftx.config.options import GenerationConfig
 from sftx.data.dataset import Dataset, Examples
 from sftx.distributed.process_group import ProcessGroup
-from sftx.errors import PluginError, TrainingError, is_out_of_memory
+from sftx.errors import PluginError, TrainingError, counted, is_out_of_memory
 from sftx.events import EvalReport, Sample
 from sftx.model.generation import generate_greedy
 from sftx.model.language_model import CausalLM
@@ -223,8 +223,9 @@ def _explain_out_of_memory(lm: CausalLM, what: str, option: str, num_rows: int) 
         if not is_out_of_memory(error):
             raise
         fewer = f"lower {option} to {num_rows // 2} (now {num_rows})" if num_rows > 1 else "lower data.max_length"
-        rows = "1 row" if num_rows == 1 else f"{num_rows} rows"
-        raise TrainingError(f"{what} {rows} at once, {lm.device} has not enough memory; {fewer}") from error
+        raise TrainingError(
+            f"{what} {counted(num_rows, 'row')} at once, {lm.device} has not enough memory; {fewer}"
+        ) from error
 
 
 def write_predictions(path: Path, samples: Sequence[Sample]) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sftx.config.optimizer_table import leaner_than
 from sftx.config.options import TrainConfig
+from sftx.errors import counted
 from sftx.types import Batch
 
 _SAME: Final = "the update stays the same, so --resume can continue the run"
@@ -18,8 +19,7 @@ def step_advice(config: TrainConfig, batches: Sequence[Batch]) -> str:
     """Return what did not fit in forward or backward, and the first change that keeps the update the same."""
     largest = max(batches, key=lambda batch: batch.input_ids_BT.numel())
     rows, length = largest.input_ids_BT.shape
-    counted = "1 row" if rows == 1 else f"{rows} rows"
-    return f"a micro-batch of {counted} of {length} tokens; {_remedy(config, largest)}"
+    return f"a micro-batch of {counted(rows, 'row')} of {counted(length, 'token')}; {_remedy(config, largest)}"
 
 
 def _remedy(config: TrainConfig, batch: Batch) -> str:

@@ -232,7 +232,7 @@ def test_no_template(tiny_model_dir: Path) -> None:
         (
             '{"messages": [{"role": "user", "content": "x"}]}',
             "rows.jsonl:1: ",
-            ["no assistant turn", "6 tokens", "1 of 1 rows"],
+            ["no assistant turn", "6 tokens", "1 of 1 row"],
         ),
         (
             '{"prompt": [{"role": "assistant", "content": "x"}], "completion": [{"role": "user", "content": "y"}]}\n'

@@ -170,7 +170,7 @@ def test_plain_text_ends_with_the_stop_token_and_is_trained_whole(tokenizer: Any
 
 def test_rows_that_were_tokenised_elsewhere_are_checked(encoder: Encoder) -> None:
     assert encoder.encode(Tokens((5, 6), (False, True)))[:2] == ([5, 6], [False, True])
-    with pytest.raises(DataError, match="2 token ids and 1 values"):
+    with pytest.raises(DataError, match="2 token ids and 1 value"):
         encoder.encode(Tokens((5, 6), (True,)))
     with pytest.raises(DataError, match="outside"):
         encoder.encode(Tokens((5, 10**6), (True, True)))

@@ -109,7 +109,7 @@ def test_filtered_rows_do_not_count_unless_no_row_is_left() -> None:
 def test_the_summary_of_a_thousand_reasons_has_eleven_lines() -> None:
     entries = [Entry(line(n), "dropped", f"reason {n // 2 if n < 4 else n}", 0, 0) for n in range(1000)]
     shown = Ledger(entries, num_rows=2000).summary()
-    assert shown[0] == "2 of 2000 rows dropped: reason 0 (first: rows.jsonl:0)"
+    assert shown[0] == "2 of 2,000 rows dropped: reason 0 (first: rows.jsonl:0)"
     assert (len(shown), shown[-1]) == (11, "988 more rows for 988 other reasons: see the ledger")
 
 

@@ -153,7 +153,7 @@ def test_csv_may_begin_with_a_byte_order_mark_and_hold_long_texts() -> None:
     ("content", "message"),
     [
         ("a,b\n1,2\n1,2,3\n", "x.csv:3: got 3 fields, expected the 2 of the first line"),
-        ('a,b\n"1\n2",2\n1\n', "x.csv:4: got 1 fields, expected the 2 of the first line"),
+        ('a,b\n"1\n2",2\n1\n', "x.csv:4: got 1 field, expected the 2 of the first line"),
         ("a,a\n1,2\n", "x.csv:1: two columns have the same name: a, a"),
         ('a,b\n1,"2\n', "x.csv:2: not valid CSV: "),
         (b"a,b\n\xe9,2\n", "x.csv:2: is not UTF-8: invalid continuation byte at byte 1"),

@@ -63,7 +63,7 @@ OF_ROWS: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str, str, str]] =
     "too many without an answer": (
         [*GOOD, {"messages": [{"role": "user", "content": "x"}]}], {}, "dropped-rows", "error", "more than data.max",
     ),
-    "all of them": ([{"messages": [{"role": "user", "content": "x"}]}], {}, "dropped-rows", "error", "1 of 1 rows"),
+    "all of them": ([{"messages": [{"role": "user", "content": "x"}]}], {}, "dropped-rows", "error", "1 of 1 row"),
     "duplicates": ([*GOOD, GOOD[3]], {}, "duplicated-rows", "warning", "1 of 11 examples"),
     "cut rows": ([*GOOD, turns("x", "y " * 300)], {"max_length": 200}, "cut-rows", "warning", "in 1 of them no"),
     "little trained": ([turns("x " * 300, "y")] * 1, {}, "trained-share", "warning", "% of the tokens"),
@@ -115,9 +115,9 @@ def test_rows_that_are_trained_and_held_out_are_found(findings: Find) -> None:
     other_answer = turns("What is 4 and 4?", "I do not know.")
     found = of("leakage", findings(GOOD, held_out=[*HELD, GOOD[2], other_answer]))
     assert [severity for severity, _ in found] == ["error", "warning"]
-    assert "1 of 5 held-out examples (20.0%) are trained on" in found[0][1]
+    assert "1 of 5 held-out examples (20.0%) is trained on" in found[0][1]
     assert "rows.jsonl:3" in found[0][1]
-    assert "1 of 5 held-out examples have the prompt of a training row" in found[1][1]
+    assert "1 of 5 held-out examples has the prompt of a training row" in found[1][1]
     assert "rows.jsonl:5" in found[1][1]
     assert of("leakage", findings(GOOD, held_out=HELD)) == []
 

@@ -213,7 +213,7 @@ def test_a_split_of_dropped_rows_alone_is_shown(make_view: Callable[..., Any]) -
     # The second row cannot be read; without it the first one is all there is.
     assert len(found.problems) == 2
     assert "rows.jsonl:2: no format has the fields" in found.problems[0]
-    assert "1 of 1 rows train nothing" in found.problems[1]
+    assert "1 of 1 row trains nothing" in found.problems[1]
 
 
 def test_rows_are_chosen(make_view: Callable[..., Any]) -> None:

@@ -205,7 +205,7 @@ def invoke(*arguments: str) -> Any:
 
 def test_it_exits_with_0_when_it_fits_and_with_1_when_not(tiny: str) -> None:
     fits = invoke("--model", tiny, "--gpu", "2GB", "--num-tokens", "3600000", "--tokens-per-second", "1000", "--json")
-    values = json.loads(fits.output)
+    values = json.loads(fits.stdout)
     assert fits.exit_code == 0
     assert values["fits"] is True
     assert values["seconds"] == 3600

@@ -47,7 +47,7 @@ class PlansTwice(Padded):
 def test_a_collator_that_loses_an_example_is_stopped(tiny_model_dir: Path, data: Path) -> None:
     session = session_of(tiny_model_dir, data)
     session.trainer.collator = CollatorStage("LosesAnExample", LosesAnExample())
-    with pytest.raises(PluginError, match=r"LosesAnExample: collate made a batch of 1 examples of 8"):
+    with pytest.raises(PluginError, match=r"LosesAnExample: collate made a batch of 1 example of 8"):
         session.trainer.micro_batches(planned(session.sampler.epoch(0)[0], session.data.examples))
 
 
@@ -194,7 +194,7 @@ def test_evaluation_refuses_what_training_refuses(tiny_model_dir: Path, data: Pa
         session.evaluator(session.lm, 0)
     other = session_of(tiny_model_dir, data, data__eval=[str(data)])
     other.evaluator._collator = CollatorStage("LosesAnExample", LosesAnExample())
-    with pytest.raises(PluginError, match="collate made a batch of 1 examples"):
+    with pytest.raises(PluginError, match="collate made a batch of 1 example"):
         other.evaluator(other.lm, 0)
 
 

@@ -59,7 +59,7 @@ class _Terminal(Observer):
         if "held_out" in summary:
             self._console.print(_scores_table(summary["held_out"]["before"], summary["held_out"]["after"]))
         self._print(
-            f"{summary['num_steps']} steps, {summary['tokens_per_second']:.0f} non-padding tokens/s, "
+            f"{_counted(summary['num_steps'], 'step')}, {summary['tokens_per_second']:.0f} non-padding tokens/s, "
             f"peak {summary['peak_bytes'] / 1e9:.1f} GB, {summary['wall_seconds']:.0f} s in total"
         )
         self._print(f"result: {summary['artefact']}")
@@ -109,9 +109,14 @@ def _derived_table(report: StartReport, output_dir: Path) -> Table:
 
 def _batch_sizes(report: StartReport) -> str:
     num, size = report.gradient_accumulation_steps, report.per_device_train_batch_size
-    split = f"{num} micro-batch{'es' * (num > 1)} of {'up to ' * (num * size > report.train_batch_size)}{size} rows"
+    most = "up to " * (num * size > report.train_batch_size)
+    split = f"{num} micro-batch{'es' * (num > 1)} of {most}{_counted(size, 'row')}"
     where = f" on each of {report.num_processes} processes" if report.num_processes > 1 else ""
-    return f"{report.train_batch_size} rows per step: {split}{where}"
+    return f"{_counted(report.train_batch_size, 'row')} per step: {split}{where}"
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"1 {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def _samples_table(samples: list[Mapping[str, str]]) -> Table:

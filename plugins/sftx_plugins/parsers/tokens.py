@@ -59,7 +59,8 @@ def _ints(record: Record, field: str, where: Location, length: int | None = None
     if wrong is not None:
         raise DataError(f"{where}: {field}[{wrong}] is {_values.shown(values[wrong])}, expected a whole number")
     if length is not None and len(values) != length:
-        raise DataError(f"{where}: {field} has {len(values)} values for {length} input_ids; give one each")
+        count = f"{len(values)} value{'s' * (len(values) != 1)}"
+        raise DataError(f"{where}: {field} has {count} for {length} input_ids; give one each")
     return values
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
+from sftx.errors import counted
 from sftx.inspection.dataset_view import DatasetView
 from sftx.inspection.diagnosis import model_checks, row_checks, start_checks
 from sftx.inspection.diagnosis.check_inputs import Check, Finding, load_check_inputs
@@ -55,6 +56,5 @@ def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
         print_labelled(console, Text("  fix", Style(dim=True)), finding.fix)
         console.print()
     counts = {kind: sum(f.severity == kind for f in diagnosis.findings) for kind in _COLOURS}
-    words = ", ".join(f"{number} {kind}{'s' * (number != 1)}" for kind, number in counts.items())
-    rows = "1 row" if diagnosis.num_rows == 1 else f"{diagnosis.num_rows:,} rows"
-    console.print(f"{len(diagnosis.checks)} checks on {rows}: {words}")
+    words = ", ".join(counted(number, kind) for kind, number in counts.items())
+    console.print(f"{len(diagnosis.checks)} checks on {counted(diagnosis.num_rows, 'row')}: {words}")

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from sftx.errors import ConfigError
+from sftx.errors import ConfigError, counted
 from sftx.inspection.diagnosis.check_inputs import Check, CheckInputs, Finding, cut_entries, longest_row
 from sftx.inspection.diagnosis.start_checks import find_untrained_tokens
 
@@ -32,7 +32,8 @@ def bos(inputs: CheckInputs) -> Iterator[Finding]:
         yield Finding(
             "error",
             "bos",
-            f"{len(double):,} of {len(examples):,} examples begin with {inputs.token_repr(bos)} twice (first: "
+            f"{len(double):,} of {counted(len(examples), 'example')} "
+            f"{'begins' if len(double) == 1 else 'begin'} with {inputs.token_repr(bos)} twice (first: "
             f"{examples.where(double[0])}), which the model has never seen",
             "the template and the rows both write it: remove it from the rows, or choose another template",
         )

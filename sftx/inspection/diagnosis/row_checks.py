@@ -11,6 +11,7 @@ import numpy as np
 from sftx.data.dataset import Examples, digest
 from sftx.data.held_out import describe_overlap, find_overlap
 from sftx.data.pipeline import Split
+from sftx.errors import counted
 from sftx.inspection.dataset_statistics import dataset_statistics
 from sftx.inspection.dataset_view import is_unreadable
 from sftx.inspection.diagnosis.check_inputs import Check, CheckInputs, Finding, cut_entries, longest_row
@@ -27,10 +28,6 @@ _MIN_PROMPT_TOKENS: Final = 8
 def _join_places(places: Sequence[str]) -> str:
     rest = f" and {len(places) - _MAX_PLACES:,} more" if len(places) > _MAX_PLACES else ""
     return ", ".join(places[:_MAX_PLACES]) + rest
-
-
-def _count_rows(number: int, singular: str, plural: str) -> str:
-    return f"1 row {singular}" if number == 1 else f"{number:,} rows {plural}"
 
 
 def _splits(inputs: CheckInputs) -> tuple[Split, ...]:
@@ -57,7 +54,7 @@ def unreadable_rows(inputs: CheckInputs) -> Iterator[Finding]:
             yield Finding(
                 "error" if stops else "warning",
                 "unreadable-rows",
-                f"data.{split}: {_count_rows(len(entries), 'cannot', 'cannot')} be read: {shown}",
+                f"data.{split}: {counted(len(entries), 'row cannot', 'rows cannot')} be read: {shown}",
                 fix + ("; --invalid-rows drop leaves them out" if stops else ""),
             )
 
@@ -83,7 +80,8 @@ def duplicated_rows(inputs: CheckInputs) -> Iterator[Finding]:
         yield Finding(
             "warning" if len(duplicates) > _MANY_DUPLICATES * len(examples) else "note",
             "duplicated-rows",
-            f"{len(duplicates):,} of {len(examples):,} examples have exactly the tokens of an earlier one (first: "
+            f"{len(duplicates):,} of {counted(len(examples), 'example')} "
+            f"{'has' if len(duplicates) == 1 else 'have'} exactly the tokens of an earlier one (first: "
             f"{later} equals {earlier})",
             "drop them with --set data.filters.duplicates=drop, unless they are meant to count more",
         )
@@ -112,7 +110,8 @@ def leakage(inputs: CheckInputs) -> Iterator[Finding]:
         yield Finding(
             "warning",
             "leakage",
-            f"{len(same_prompt):,} of {len(held_out):,} held-out examples have the prompt of a training row with "
+            f"{len(same_prompt):,} of {counted(len(held_out), 'held-out example')} "
+            f"{'has' if len(same_prompt) == 1 else 'have'} the prompt of a training row with "
             f"another answer (first: {held_out.where(same_prompt[0][0])} and {train.where(same_prompt[0][1])})",
             "keep each prompt in one of the two, or read the held-out scores with care",
         )
@@ -142,7 +141,7 @@ def cut_rows(inputs: CheckInputs) -> Iterator[Finding]:
     yield Finding(
         "warning" if share > _MANY_CUT else "note",
         "cut-rows",
-        f"{_count_rows(len(cut), 'is', 'are')} cut ({share:.1%}) to max_length="
+        f"{counted(len(cut), 'row is', 'rows are')} cut ({share:.1%}) to max_length="
         f"{inputs.view.config.data.max_length}{detail}",
         f"--max-length {longest_row(train)} cuts none, --long-rows drop leaves them out; data.long_rows has other ways "
         "to cut (cut_oldest keeps whole answers)",
@@ -173,13 +172,12 @@ def empty_turns(inputs: CheckInputs) -> Iterator[Finding]:
     dropped = {str(entry.where) for entry in inputs.train.ledger.entries if entry.action == "dropped"}
     places = inputs.text_problems.empty_turns
     if kept := [place for place in places if place not in dropped]:
-        seen = f"{_count_rows(len(kept), 'has', 'have')} an empty turn: {_join_places(kept)}"
+        seen = f"{counted(len(kept), 'row has', 'rows have')} an empty turn: {_join_places(kept)}"
         fix = "remove the turn or the row; a trained empty turn teaches the model to answer nothing"
         yield Finding("warning", "empty-turns", seen, fix)
     if left_out := [place for place in places if place in dropped]:
-        seen = (
-            f"{_count_rows(len(left_out), 'has', 'have')} an empty turn and no other to train: {_join_places(left_out)}"
-        )
+        rows = counted(len(left_out), "row has", "rows have")
+        seen = f"{rows} an empty turn and no other to train: {_join_places(left_out)}"
         yield Finding("warning", "empty-turns", seen, "fill the turn or remove the row; the run leaves it out")
 
 
@@ -188,7 +186,7 @@ def damaged_text(inputs: CheckInputs) -> Iterator[Finding]:
     damaged = inputs.text_problems.mojibake
     if damaged:
         places = _join_places([f"{where} has {piece!r}" for where, piece in damaged])
-        seen = f"{_count_rows(len(damaged), 'holds', 'hold')} text that was read in the wrong encoding: {places}"
+        seen = f"{counted(len(damaged), 'row holds', 'rows hold')} text that was read in the wrong encoding: {places}"
         fix = "read the original again as UTF-8 (or its own encoding); to repair: text.encode('cp1252').decode('utf-8')"
         yield Finding("warning", "damaged-text", seen, fix)
 
@@ -197,12 +195,14 @@ def spelled_controls(inputs: CheckInputs) -> Iterator[Finding]:
     """Find text that spells control tokens: the rows may have been rendered by a template already."""
     problems = inputs.text_problems
     if places := problems.leading_bos:
-        seen = f"{_count_rows(len(places), 'begins', 'begin')} with the text of the BOS token: {_join_places(places)}"
+        seen = (
+            f"{counted(len(places), 'row begins', 'rows begin')} with the text of the BOS token: {_join_places(places)}"
+        )
         fix = "remove it from the rows: the template writes the BOS token, and text never becomes a control token"
         yield Finding("warning", "spelled-controls", seen, fix)
     if spelled := problems.spelled_controls:
         places = [f"{where} has {token}" for where, token in spelled]
-        rows = _count_rows(len(spelled), "spells", "spell")
+        rows = counted(len(spelled), "row spells", "rows spell")
         seen = f"{rows} a control token, which is encoded as plain text: {_join_places(places)}"
         fix = "if the rows were rendered by a template before, use them as they were before that"
         yield Finding("note", "spelled-controls", seen, fix)

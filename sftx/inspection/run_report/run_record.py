@@ -18,7 +18,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 
 from sftx.checkpoint import layout
 from sftx.config import run_file
-from sftx.errors import ConfigError, kind_of, one_line
+from sftx.errors import ConfigError, counted, kind_of, one_line
 
 Columns: TypeAlias = dict[str, list[float | None]]
 """Lists of equal length by name. A value is None where it is missing or not a finite number."""
@@ -163,7 +163,7 @@ def _json_lines(record: RunRecord, name: str, text: str) -> Iterator[dict[str, A
         record.notes.append(f"{name} is damaged: none of its lines is a JSON object")
     elif damaged:
         numbers = ", ".join(map(str, damaged[:_MAX_NAMED_LINES])) + (" ..." if len(damaged) > _MAX_NAMED_LINES else "")
-        count = "1 line is" if len(damaged) == 1 else f"{len(damaged):,} lines are"
+        count = counted(len(damaged), "line is", "lines are")
         record.notes.append(f"{name}: {count} damaged and left out: line {numbers}")
 
 
@@ -229,14 +229,14 @@ def _read_metrics(record: RunRecord) -> None:
         else:
             num_unknown += 1
     if num_unknown:
-        count = "1 line is" if num_unknown == 1 else f"{num_unknown:,} lines are"
+        count = counted(num_unknown, "line is", "lines are")
         record.notes.append(f"{_METRICS}: {count} neither a step nor an evaluation, and left out")
     for name in ("loss", "grad_norm"):
         wrong = sorted(step for step, values in steps.items() if name in values and as_number(values[name]) is None)
         if wrong:
-            count = "1 step" if len(wrong) == 1 else f"{len(wrong):,} steps"
             record.notes.append(
-                f"{name} is not a finite number in {count}, a gap in the curve (first: step {wrong[0]})"
+                f"{name} is not a finite number in {counted(len(wrong), 'step')}, a gap in the curve "
+                f"(first: step {wrong[0]})"
             )
     record.steps = _step_columns(steps)
     record.evaluations = _evaluation_columns(evaluations, record.steps)

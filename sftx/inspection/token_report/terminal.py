@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
-from sftx.errors import printable
+from sftx.errors import counted, printable
 from sftx.inspection.dataset_statistics import DatasetStatistics, LengthStatistics
 from sftx.inspection.token_report.explained_rows import ExplainedExample, ExplainedRow, TokenReport
 from sftx.inspection.token_report.explained_tokens import ExplainedToken
@@ -42,12 +42,15 @@ def print_report(report: TokenReport, console: Console, *, ids: bool) -> None:
     for name, value in summary(figures):
         print_labelled(console, Text(name, "bold"), value)
     for change in figures.changes[:_MAX_REASONS]:
-        rows = "row" if change.count == 1 else "rows"
-        text = f"{change.count:,} {rows}: {_shorten(change.reason)} (first: {change.first})"
+        text = f"{counted(change.count, 'row')}: {_shorten(change.reason)} (first: {change.first})"
         print_labelled(console, Text(change.action, Style(color="yellow", bold=True)), text)
     if rest := figures.changes[_MAX_REASONS:]:
         num_rows = sum(change.count for change in rest)
-        print_labelled(console, Text(), f"{num_rows:,} more rows for {len(rest):,} other reasons; --html lists them")
+        print_labelled(
+            console,
+            Text(),
+            f"{counted(num_rows, 'more row')} for {counted(len(rest), 'other reason')}; --html lists them",
+        )
     said = {f"{change.first}: {change.reason}": change.first for change in figures.changes[:_MAX_REASONS]}
     for problem in figures.problems:
         what = f"the run at {said[problem]}" if problem in said else f"the run: {problem}"
@@ -84,10 +87,13 @@ def summary(figures: DatasetStatistics) -> Iterator[tuple[str, str]]:
     """Yield the statistics as pairs of a name and a text."""
     formats = ", ".join(f"{number:,} {name}" for name, number in figures.formats.items())
     yield "model", f"{figures.model}, template {figures.template}"
-    yield "rows", f"{figures.num_rows:,} of data.{figures.split} ({formats}), {figures.num_examples:,} examples"
+    yield (
+        "rows",
+        f"{figures.num_rows:,} of data.{figures.split} ({formats}), {counted(figures.num_examples, 'example')}",
+    )
     if figures.note:
         yield "", figures.note
-    labels = f"{figures.num_label_tokens:,} label tokens ({figures.label_share:.1%})"
+    labels = f"{counted(figures.num_label_tokens, 'label token')} ({figures.label_share:.1%})"
     yield "tokens", f"{figures.num_input_tokens:,}, {labels}"
     if (lengths := figures.lengths) is not None:
         yield (
@@ -97,8 +103,8 @@ def summary(figures: DatasetStatistics) -> Iterator[tuple[str, str]]:
         )
     if figures.num_steps is not None:
         is_weighted = figures.num_epoch_examples != figures.num_examples
-        epoch = f"; an epoch takes {figures.num_epoch_examples:,} examples" if is_weighted else ""
-        yield "steps", f"{figures.num_steps:,} of {figures.rows_per_step:,} rows{epoch}"
+        epoch = f"; an epoch takes {counted(figures.num_epoch_examples or 0, 'example')}" if is_weighted else ""
+        yield "steps", f"{figures.num_steps:,} of {counted(figures.rows_per_step or 0, 'row')}{epoch}"
     if figures.filling is not None:
         yield "batches", f"{figures.collator}: {figures.filling}"
 
@@ -127,7 +133,7 @@ def _has_colours(console: Console) -> bool:
 
 def _print_row(row: ExplainedRow, console: Console, *, ids: bool) -> None:
     head = Text().append(_one_line(row.where), "bold")
-    parts = [f"row {row.number:,}", row.format, f"{row.length:,} tokens" if row.length else ""]
+    parts = [f"row {row.number:,}", row.format, counted(row.length, "token") if row.length else ""]
     head.append("  " + ", ".join(part for part in parts if part))
     if row.status != "kept":
         head.append(f"  {row.status}", Style(color="red" if row.status == "dropped" else "yellow", bold=True))
@@ -157,7 +163,7 @@ def _print_turns(example: ExplainedExample, console: Console, *, ids: bool) -> N
         before = tokens[-1]
     if len(shown) < len(example.tokens):
         rest = len(example.tokens) - len(shown)
-        console.print(Text(f"{'':{_ROLE_CELLS}} … {rest:,} more tokens; --json has them", "italic"))
+        console.print(Text(f"{'':{_ROLE_CELLS}} … {counted(rest, 'more token')}; --json has them", "italic"))
 
 
 def _wrapped_lines(
