@@ -45,6 +45,8 @@ _COMMON: Final = (
 )
 
 
+_EMPTY: Final = "''"
+"""An empty argument, as it is typed in a shell."""
 _UNKNOWN: Final = "sftx.options.unknown"
 """The key of click's context under which a command keeps the options that it does not have."""
 
@@ -205,11 +207,13 @@ def _assignments(values: dict[str, Any]) -> list[tuple[str, Any, str]]:
         if value is None or value == ():
             continue
         if isinstance(value, tuple):
-            assignments.append((dotted, list(value), f"{flag} {' '.join(value)}"))
+            assignments.append((dotted, list(value), f"{flag} {' '.join(part or _EMPTY for part in value)}"))
         elif isinstance(value, bool):
             assignments.append((dotted, value, flag if value else f"--no-{flag[2:]}"))
         else:
-            assignments.append((dotted, value if _takes_text(dotted) else parse_value(value), f"{flag} {value}"))
+            assignments.append(
+                (dotted, value if _takes_text(dotted) else parse_value(value), f"{flag} {value or _EMPTY}")
+            )
     return assignments
 
 

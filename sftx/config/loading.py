@@ -51,7 +51,7 @@ def load(
     values["plugins"] = plugins = _plugin_options(values.get("plugins"), origins)
     for name in [name for name in values if name.partition(".")[0] in {*SECTION_CLASSES, "plugins"} - {name}]:
         _set_dotted(values, name, values.pop(name), origins)
-    typed_for = {name: f"--plugin {name}" for name in add}
+    typed_for = {name: f"--plugin {name or repr(name)}" for name in add}
     for name in add:
         plugins.setdefault(name, {})
     named = set(plugins)
@@ -86,6 +86,8 @@ def load(
         # An option alone adds no plugin: `--set lora.r=8` must not turn full fine-tuning into LoRA.
         if name not in named and not any(name in defaults for defaults in DEFAULT_PLUGINS.values()):
             advice = did_you_mean(name, named) or f"; add --plugin {name}"
+            if advice.startswith("; add") and plugin_class is not None and plugin_class(name) is None:
+                advice = f", and none of that name is installed{did_you_mean(name, SECTIONS)}"
             raise ConfigError(f"{typed}: plugin {name!r} is not in this run{advice}")
     return LoadedConfig(config, origins)
 

@@ -11,9 +11,11 @@ import errno
 import glob
 import hashlib
 import json
+import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -25,6 +27,8 @@ from sftx.config.options import DataConfig, RunConfig, Source
 from sftx.data import hub, readers
 from sftx.errors import ConfigError, DataError, did_you_mean, kind_of, one_line
 from sftx.types import Location, Record
+
+log = logging.getLogger(__name__)
 
 SHIPPED: Final = "sftx:"
 """A path with this prefix names a file of the package: `sftx:demo/train.jsonl`."""
@@ -54,6 +58,7 @@ def check_data_config(config: RunConfig) -> None:
         if _locate(source.path) is None and not hub_lookup.is_offline():
             hub.find_commit(source.path)
     check_eval_fraction(config.data)
+    _warn_of_repeated(config.data.train)
     if not config.data.streaming:
         return
     if config.train.max_steps is None:
@@ -61,6 +66,21 @@ def check_data_config(config: RunConfig) -> None:
     filters = [config.data.filters, *(source.filters for source in config.data.train if source.filters is not None)]
     if any(one.duplicates == "drop" for one in filters):
         raise ConfigError("option 'data.streaming': filters.duplicates=drop needs all rows; leave one of them out")
+
+
+def _warn_of_repeated(train: Sequence[Source]) -> None:
+    """Log a warning for a file that two sources read in the same way, so that each of its rows counts twice."""
+    seen: set[str] = set()
+    for source in train:
+        how = replace(source, path="", weight=1.0)
+        for place in _places(source):
+            if (key := repr((place, how))) in seen:
+                log.warning(
+                    "%s: %s is in two of the sources, so that each of its rows counts twice; to mean it, write %s:2",
+                    source.path, place[0], source.path,
+                )  # fmt: skip
+                break
+            seen.add(key)
 
 
 def check_eval_fraction(data: DataConfig) -> None:

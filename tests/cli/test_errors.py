@@ -172,6 +172,11 @@ def test_a_command_line_that_cannot_be_read_is_a_usage_error(arguments: list[str
     assert message in error_of(*arguments, code=2)
 
 
+@pytest.mark.parametrize("option", ["--data", "--output-dir", "--model"])
+def test_an_empty_value_is_shown(option: str) -> None:
+    assert error_of(option, "").startswith(f"{option} '': option ")
+
+
 def test_an_unknown_command_is_a_usage_error() -> None:
     result = CliRunner().invoke(main, ["rum"])
     assert result.exit_code == 2

@@ -412,6 +412,15 @@ def test_an_option_alone_brings_no_plugin_into_a_run() -> None:
     assert message == "--set lora.r=3: plugin 'lora' is not in this run; add --plugin lora"
 
 
+def test_an_option_of_a_plugin_that_is_not_installed_is_told_so() -> None:
+    given = [DATA, ("nope.x", 1, "--set nope.x=1")]
+    assert load_error(None, assignments=given).endswith("; add --plugin nope")
+    message = load_error(None, assignments=given, plugin_class=lambda name: None)
+    assert message == "--set nope.x=1: plugin 'nope' is not in this run, and none of that name is installed"
+    given = [DATA, ("trian.seed", 1, "--set trian.seed=1")]
+    assert load_error(None, assignments=given, plugin_class=lambda name: None).endswith("; did you mean 'train'?")
+
+
 def test_set_through_a_value_that_has_no_options_is_refused(write: Any) -> None:
     path = write("plugins: {lora: {r: 8}}\n")
     message = load_error(path, assignments=[("lora.r.x", 1, "--set lora.r.x=1")])

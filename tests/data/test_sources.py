@@ -14,7 +14,7 @@ import pytest
 import sftx
 from row_files import TEXT, error_of, rows, write
 from sftx import ConfigError, DataError
-from sftx.config.options import Source
+from sftx.config.options import DataConfig, RunConfig, Source
 from sftx.data import readers, sources
 
 
@@ -48,6 +48,24 @@ def test_what_is_no_weight_is_named_when_the_file_is_there(weight: str) -> None:
     write("x.jsonl", "{}")
     known = f"x.jsonl is there, and {weight!r} is no weight from 0 to 1000, such as 2"
     assert error_of(f"x.jsonl:{weight}") == f"x.jsonl:{weight}: no such file; {known}"
+
+
+def test_a_file_that_two_sources_read_alike_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    write("x.jsonl", "{}")
+    Path("d").mkdir()
+    write("d/y.jsonl", "{}")
+
+    def warned(*train: Source) -> list[str]:
+        caplog.clear()
+        sources.check_data_config(RunConfig(data=DataConfig(train=train)))
+        return [record.message for record in caplog.records]
+
+    for again in ("x.jsonl", "./x.jsonl", "*.jsonl"):
+        (message,) = warned(Source("x.jsonl"), Source("d"), Source(again, weight=2))
+        assert message.startswith(f"{again}: ")
+        assert "/x.jsonl is in two of the sources" in message
+    assert warned(Source("x.jsonl"), Source("d/y.jsonl")) == []
+    assert warned(Source("x.jsonl"), Source("x.jsonl", columns={"prompt": "a"})) == [], "another task of the same rows"
 
 
 def test_a_path_may_begin_with_the_home_directory_or_the_package(
@@ -325,7 +343,7 @@ def test_a_path_that_cannot_be_a_hub_id_is_a_missing_file(name: str) -> None:
 MEASURE = """
 import sys
 import pyarrow.parquet
-from sftx.config.options import Source
+from sftx.config.options import DataConfig, RunConfig, Source
 from sftx.data import sources
 
 def resident_mib():
