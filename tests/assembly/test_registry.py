@@ -225,6 +225,7 @@ def test_without_names_the_defaults_fill_what_they_can() -> None:
         "sftx_adapter": [],
         "sftx_loss": ["masked-ce"],
         "sftx_metric": [],
+        "sftx_control": [],
         "sftx_observer": ["progress", "jsonl"],
     }
 
