@@ -97,6 +97,15 @@ class WritesOnce(Good):
             type(self).done = True
 
 
+@pytest.fixture(autouse=True)
+def forget_earlier_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give the classes above, whose mistake is what they keep, their first state; what a test adds ends with it."""
+    monkeypatch.setattr(KeepsHistory, "history", [])
+    monkeypatch.setattr(KeepsTheFile, "file", None)
+    monkeypatch.setattr(KeepsThePath, "last", None)
+    monkeypatch.setattr(WritesOnce, "done", False)
+
+
 class NeedsHeldOut(Good):
     def on_end(self, summary: Mapping[str, Any]) -> None:
         summary["held_out"]["after"]
