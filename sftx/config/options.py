@@ -64,7 +64,7 @@ def _check_encoding(name: str | None) -> str | None:
     if name is not None:
         try:
             "".encode(name)
-        except LookupError:  # unknown, or a codec that turns bytes into bytes
+        except (LookupError, ValueError):  # unknown, or a codec that turns bytes into bytes, or one that always fails
             raise ValueError(
                 "an encoding of text that Python knows, such as utf-8, cp1252, utf-16 or gb18030"
             ) from None

@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from typing import Any, TypeVar, cast, get_args, get_type_hints
+from typing import Any, Final, TypeVar, cast, get_args, get_type_hints
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -24,6 +24,8 @@ from sftx.errors import ConfigError
 
 T = TypeVar("T")
 
+_LONE_SURROGATE: Final = re.compile("[\ud800-\udfff]")
+
 
 def validate(cls: type[T], values: Mapping[str, Any], *, who: str = "", prefix: str = "", origins: Origins) -> T:
     """Return an instance of the dataclass `cls`, strictly: unknown keys and bools or text for numbers are errors.
@@ -33,7 +35,7 @@ def validate(cls: type[T], values: Mapping[str, Any], *, who: str = "", prefix: 
     for nothing are left out with a note. `prefix` is the dotted name under which `origins` has these options.
     """
     for name, value in flatten(values).items():
-        if (expected := _json_expects(value)) is not None:
+        if (expected := _json_expects([name, value])) is not None:
             start = [part for part in (origins.of(prefix + name), who) if part]
             raise ConfigError(": ".join([*start, f"option {name!r}"]) + f": got {_shown(value)}, expected {expected}")
     try:
@@ -82,14 +84,17 @@ def _without(values: Any, path: tuple[str, ...]) -> Any:
 
 def _json_expects(value: Any) -> str | None:
     """Return what JSON has instead of `value`, None if it has it. Integers are those that every reader can hold."""
-    if value is None or isinstance(value, str | bool):
+    if value is None or isinstance(value, bool):
         return None
+    if isinstance(value, str):
+        # A byte of the command line that is not UTF-8 is half a surrogate pair in Python's text.
+        return "text that is valid UTF-8" if _LONE_SURROGATE.search(value) else None
     if isinstance(value, int):
         return None if abs(value) < 2**63 else "a number of at most 18 digits"
     if isinstance(value, float):
         return None if math.isfinite(value) else "a finite number"
     if isinstance(value, Mapping):
-        value = list(value.values())
+        value = [*value.keys(), *value.values()]
     if isinstance(value, list | tuple):
         return next(filter(None, map(_json_expects, value)), None)
     return "text, a number, true, false, null, a list or a mapping"

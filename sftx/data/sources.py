@@ -376,7 +376,7 @@ def _walk(directory: Path, seen: set[tuple[int, int]], depth: int = 0) -> Iterat
     """Yield every file below `directory` except hidden ones. A directory that is linked to twice is read once."""
     try:
         status = directory.stat()
-        entries = sorted(directory.iterdir())
+        entries = [(entry, entry.is_dir()) for entry in sorted(directory.iterdir()) if not entry.name.startswith(".")]
     except OSError as error:
         raise DataError(f"{directory}: cannot be read: {one_line(error)}") from error
     if (status.st_dev, status.st_ino) in seen:
@@ -384,10 +384,8 @@ def _walk(directory: Path, seen: set[tuple[int, int]], depth: int = 0) -> Iterat
     if depth > _DEEPEST:
         raise DataError(f"{directory}: is more than {_DEEPEST} directories deep; name one nearer to the files")
     seen.add((status.st_dev, status.st_ino))
-    for entry in entries:
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
+    for entry, is_directory in entries:
+        if is_directory:
             yield from _walk(entry, seen, depth + 1)
         else:
             yield entry

@@ -197,11 +197,13 @@ def test_what_json_cannot_record_is_refused(write: Any, text: str) -> None:
         (float("nan"), "got NaN, expected a finite number"),
         (2**63, "got 9223372036854775808, expected a number of at most 18 digits"),
         ([1, float("-inf")], "got [1, -Infinity], expected a finite number"),
+        ("a\udcff", "expected text that is valid UTF-8"),
+        ({"a\udcff": 1}, "expected text that is valid UTF-8"),
         ({1, 2}, 'got "{1, 2}", expected text, a number, true, false, null, a list or a mapping'),
     ],
 )
 def test_a_value_of_python_that_json_has_not_is_refused_with_its_option(value: Any, expected: str) -> None:
-    """`--set` and run files cannot give such values, Python can."""
+    """`--set` and run files cannot give most such values, Python can; a byte that is not UTF-8 needs a command line."""
     origins = run_file.Origins()
     origins.set("plugins.p.size", "run.yaml:7")
     with pytest.raises(ConfigError) as caught:
@@ -210,6 +212,11 @@ def test_a_value_of_python_that_json_has_not_is_refused_with_its_option(value: A
         )
     assert str(caught.value).startswith("run.yaml:7: plugin 'p': option 'size")
     assert str(caught.value).endswith(expected)
+
+
+def test_an_option_whose_name_is_not_utf8_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^option 'a\\udcff': got 1, expected text that is valid UTF-8$"):
+        validation.validate(Options, {"needed": 1, "a\udcff": 1}, origins=run_file.Origins())
 
 
 @pytest.mark.parametrize("text", ["1e400", "inf", "-inf", "nan", ".inf", "yes", "1_000", "[1]", "{a: 1}", "", "-1"])

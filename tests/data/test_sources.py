@@ -84,6 +84,21 @@ def test_a_file_without_read_permission_is_reported_before_reading(monkeypatch: 
         sources.check(Source("x.jsonl"))
 
 
+def test_a_directory_that_may_not_be_read_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("d").mkdir()
+    write("d/a.jsonl", "{}")
+    is_dir = Path.is_dir
+
+    def no_permission(path: Path) -> bool:  # chmod does not stop a root user
+        if path.name == "a.jsonl":
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_dir(path)
+
+    monkeypatch.setattr(Path, "is_dir", no_permission)
+    with pytest.raises(DataError, match=r"^d: cannot be read: .*Permission denied"):
+        sources.check(Source("d"))
+
+
 def test_a_limit_stops_before_a_broken_row() -> None:
     write("x.jsonl", '{"a": 1}\n{"a": 2}\n{')
     assert [row for _, row in sources.read(Source("x.jsonl", limit=2))] == [{"a": 1}, {"a": 2}]
