@@ -9,7 +9,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from sftx.types import LanguageModel
 
 log = logging.getLogger(__name__)
+
+_TOKEN_IDS: Final = frozenset({"bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"})
+"""Generation settings that name tokens."""
 
 
 def generate_greedy(
@@ -118,12 +121,13 @@ def _pad_left(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 
 def load_generation_config(name: str) -> GenerationConfig | None:
-    """Returns the model's generation_config.json, or None where there is none, or it is no JSON.
+    """Returns the model's generation_config.json, or None where there is none.
 
     Settings that transformers does not accept are left out, and logged: it would not load them, or not save them.
     """
-    values = read_generation_settings(name)
-    if values is None:
+    try:
+        values = _read_json(name)
+    except OSError:
         return None
     if not isinstance(values, dict):
         log.warning("model %s: its generation_config.json is no JSON object, and is not used", name)
@@ -131,13 +135,32 @@ def load_generation_config(name: str) -> GenerationConfig | None:
     return _saveable(values, f"model {name}")
 
 
-def read_generation_settings(name: str) -> Any:
-    """Returns what the model's generation_config.json holds, or None where there is none or it is no JSON."""
-    try:
-        with open(str(cached_file(name, "generation_config.json")), encoding="utf-8") as file:
+def read_generation_settings(name: str) -> dict[str, Any] | None:
+    """Returns what the model's generation_config.json holds, or None where there is none, or it is no JSON object."""
+    with contextlib.suppress(OSError):
+        values = _read_json(name)
+        return values if isinstance(values, dict) else None
+    return None
+
+
+def _read_json(name: str) -> Any:
+    """Returns the value in generation_config.json, None where it is no JSON. Raises OSError where there is no file."""
+    with open(str(cached_file(name, "generation_config.json")), encoding="utf-8") as file:
+        try:
             return json.load(file)
-    except (OSError, ValueError):
-        return None
+        except (ValueError, RecursionError):
+            return None
+
+
+def token_ids(setting: Any) -> list[int]:
+    """Returns the token ids of a generation setting such as `eos_token_id`: one, several or none.
+
+    Raises ValueError for what is no token id.
+    """
+    ids = setting if isinstance(setting, list) else [] if setting is None else [setting]
+    if all(type(token_id) is int and 0 <= token_id < 2**31 for token_id in ids):
+        return ids
+    raise ValueError("a token id is a whole number from 0")
 
 
 def generation_defaults(lm: LanguageModel, stop_ids: Sequence[int]) -> GenerationConfig:
@@ -147,8 +170,7 @@ def generation_defaults(lm: LanguageModel, stop_ids: Sequence[int]) -> Generatio
     the first stop token.
     """
     settings = _saveable(cast(Any, lm.model.generation_config).to_dict(), type(lm.model).__name__)
-    own = settings.eos_token_id
-    eos_ids = list(dict.fromkeys([*stop_ids, *([own] if isinstance(own, int) else own or [])]))
+    eos_ids = list(dict.fromkeys([*stop_ids, *token_ids(settings.eos_token_id)]))
     if eos_ids:
         settings.eos_token_id = eos_ids[0] if len(eos_ids) == 1 else eos_ids
     settings._from_model_config = None  # config.json alone no longer says all of it
@@ -163,14 +185,18 @@ def _refuse_constant(name: str) -> float:
 
 
 def _saveable(values: Mapping[str, Any], source: str) -> GenerationConfig:
-    """Returns a generation config of these settings without those that transformers refuses to save, and logs them.
+    """Returns a generation config of these settings without those that cannot be used or saved, and logs these.
 
-    A setting is refused for its value, or because it has no effect beside the others, as a temperature has without
-    do_sample. Leaving it out then changes no answer.
+    transformers takes any value for a token id, and fails when it generates. It refuses to save a setting for its
+    value, or because it has no effect beside the others, as a temperature has without do_sample. Leaving it out then
+    changes no answer.
     """
 
     def error_of(chosen: Mapping[str, Any]) -> Exception | None:
         try:
+            for name in _TOKEN_IDS & chosen.keys():
+                if len(token_ids(chosen[name])) > 1 and name != "eos_token_id":
+                    raise ValueError(f"{name} is one token id")
             config = GenerationConfig.from_dict(dict(chosen))
             config.validate(strict=True)
             json.loads(config.to_json_string(), parse_constant=_refuse_constant)
@@ -191,7 +217,7 @@ def _saveable(values: Mapping[str, Any], source: str) -> GenerationConfig:
         key, value = next(iter(refused.items()))
         reason = error_of(kept | {key: value}) or Exception()
     log.warning(
-        "%s: its generation settings %s are left out, which transformers does not save (%s)",
+        "%s: its generation settings %s are left out, which transformers does not use or not save (%s)",
         source,
         ", ".join(f"{key}={value!r:.40}" for key, value in refused.items()),
         one_line(reason, max_chars=140).removeprefix("GenerationConfig is invalid: - "),

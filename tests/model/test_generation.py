@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from sftx.data.collate import pad
-from sftx.model.generation import generate_greedy, generation_defaults
+from sftx.model.generation import (
+    generate_greedy,
+    generation_defaults,
+    load_generation_config,
+    read_generation_settings,
+    token_ids,
+)
 from sftx.model.language_model import CausalLM
 from sftx.model.load import load_spec
 from sftx.testing.kit import built_in
@@ -157,6 +164,33 @@ def test_the_saved_settings_stop_at_the_template_s_tokens(
     assert settings.pad_token_id == expected_pad
     assert settings.temperature == 0.6, "the rest is the model's own"
     assert lm.model.generation_config.eos_token_id == own, "which is not changed itself"
+
+
+@pytest.mark.parametrize("text", ["[]", "null", '"x"', "{", "", "7"])
+def test_generation_settings_that_are_no_json_object_are_said_and_not_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str
+) -> None:
+    (tmp_path / "generation_config.json").write_text(text, encoding="utf-8")
+    assert load_generation_config(str(tmp_path)) is not None, "transformers would read the file itself, and fail"
+    assert read_generation_settings(str(tmp_path)) is None
+    assert [r.getMessage() for r in caplog.records] == [
+        f"model {tmp_path}: its generation_config.json is no JSON object, and is not used"
+    ]
+
+
+@pytest.mark.parametrize("wrong", ["x", -5, 1.5, True, [1, None, "a"], [[2]], {}, 2**40])
+@pytest.mark.parametrize("name", ["eos_token_id", "pad_token_id"])
+def test_what_is_no_token_id_is_left_out_of_the_settings_and_said(
+    tiny_model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, wrong: Any
+) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({name: wrong, "bos_token_id": 0}), encoding="utf-8")
+    settings: Any = load_generation_config(str(tmp_path))
+    assert (getattr(settings, name), settings.bos_token_id) == (None, 0)
+    [line] = [record.getMessage() for record in caplog.records]
+    assert line.startswith(f"model {tmp_path}: its generation settings {name}={wrong!r} are left out")
+    assert line.endswith("(a token id is a whole number from 0)")
+    with pytest.raises(ValueError, match="a token id is a whole number from 0"):
+        token_ids(wrong)
 
 
 def test_a_saved_model_stops_by_itself(tiny_model_dir: Path, tmp_path: Path) -> None:

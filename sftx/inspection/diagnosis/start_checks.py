@@ -56,9 +56,14 @@ def generation_stop(inputs: CheckInputs) -> Iterator[Finding]:
     """
     if inputs.encoder.template is None or not inputs.has_turns or not inputs.adapters():
         return
+    from sftx.model.generation import token_ids
+
     config = inputs.model_config.get_text_config()
     eos = (config.to_dict() if inputs.generation_settings is None else inputs.generation_settings).get("eos_token_id")
-    base_stop_ids = [eos] if isinstance(eos, int) else list(eos or ())
+    try:
+        base_stop_ids = token_ids(eos)
+    except ValueError:  # what is no token id stops nothing; the run leaves it out with a line
+        base_stop_ids = []
     stop_ids = inputs.encoder.stop_ids
     if stop_ids[0] not in base_stop_ids:
         stops = f"stop at {' or '.join(map(inputs.token_repr, base_stop_ids))}" if base_stop_ids else "never stop"
