@@ -160,3 +160,111 @@ def test_statistics_are_checked(run_of: Callable[..., Session], monkeypatch: pyt
         monkeypatch.setattr(KTOLoss, "statistics", lambda *_, wrong=wrong: wrong)
         with pytest.raises(PluginError, match=message):
             first_step(session)
+
+
+# --- the values of TRL ---------------------------------------------------------------------------
+
+
+def copy_adapter(session: Session, peft_model: Any) -> dict[str, torch.nn.Parameter]:
+    """Copy our LoRA weights into PEFT's layers, and return what PEFT trains."""
+    ours = dict(session.lm.model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in peft_model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(ours[name.removeprefix("base_model.model.").replace(".default.weight", "")])
+    return {name: parameter for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
+
+
+def trl_trainer(kind: str, model: Path, directory: Path, rows: list[dict[str, Any]], **options: Any) -> Any:
+    """Return TRL's trainer on the same model with PEFT's LoRA. Its own data set is never read."""
+    import trl
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    plain = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none", "disable_tqdm": True}
+    return getattr(trl, f"{kind}Trainer")(
+        AutoModelForCausalLM.from_pretrained(model),
+        args=getattr(trl, f"{kind}Config")(output_dir=str(directory / "trl"), **plain, **options),
+        processing_class=AutoTokenizer.from_pretrained(model),
+        train_dataset=Dataset.from_list(rows),
+        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+
+
+def steps_beside(session: Session, oracle: Any, inputs_of: Callable[[list[Any]], Any], num_items: Any = None) -> int:
+    """Train both for the steps of an epoch, and compare loss and gradient norm of each; return their number."""
+    trained = copy_adapter(session, oracle.model)
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-3, weight_decay=0.01)
+    oracle.model.train()
+    number = 0
+    for number, planned in enumerate(session.sampler, 1):
+        examples = [planned.examples[index] for row in planned.rows for index in row]
+        report = session.trainer.train_step(number, planned.epoch, session.trainer.micro_batches(planned))
+        optimizer.zero_grad()
+        more = {} if num_items is None else {"num_items_in_batch": num_items(examples)}
+        loss = oracle.compute_loss(oracle.model, inputs_of(examples), **more)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
+        optimizer.step()
+        assert report.loss == pytest.approx(loss.item(), abs=1e-5, rel=0)
+        assert report.grad_norm == pytest.approx(norm.item(), rel=1e-3)
+        if "kl" in report.metrics:
+            assert report.metrics["kl"] == pytest.approx(oracle._metrics["train"]["kl"][-1], abs=1e-5)
+    return number
+
+
+TRAINING: dict[str, Any] = {
+    "train__train_batch_size": 4,
+    "train__learning_rate": 1e-3,
+    "train__lr_scheduler_type": "constant",
+    "train__weight_decay": 0.01,
+}
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("size", [4, 2])
+def test_kto_gives_the_losses_of_trl(
+    run_of: Callable[..., Session], tiny_model: Path, tmp_path: Path, size: int
+) -> None:
+    """Also in micro-batches of 2, of which TRL would estimate two distances to the reference."""
+    session = run_of("kto", train__per_device_train_batch_size=size, kto__beta=0.5, **TRAINING)
+    rows = [{"prompt": "a", "completion": "b", "label": bool(n % 2)} for n in range(4)]
+    oracle = trl_trainer("KTO", tiny_model, tmp_path, rows, beta=0.5, per_device_train_batch_size=4)
+
+    def inputs_of(examples: list[Any]) -> Any:
+        records = []
+        for answer, other in zip(examples[::2], examples[1::2], strict=True):
+            start = answer.loss_mask.tolist().index(True)
+            ids = {"prompt_ids": answer.token_ids[:start].tolist(), "label": answer.extras["kto"]}
+            ids |= {"completion_ids": answer.token_ids[start:].tolist()}
+            records.append(ids | {"KL_completion_ids": other.token_ids[start:].tolist()})
+        return oracle.data_collator(records)
+
+    assert steps_beside(session, oracle, inputs_of) == 2
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+def test_dft_gives_the_losses_of_trl(
+    run_of: Callable[..., Session], data: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    plain = [
+        {key: row[key] for key in ("prompt", "completion")} for row in map(json.loads, data.read_text().splitlines())
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in plain))
+    session = run_of("dft", train__per_device_train_batch_size=2, **TRAINING)
+    oracle = trl_trainer("SFT", tiny_model, tmp_path, [{"text": "a b"}], loss_type="dft")
+
+    def inputs_of(examples: list[Any]) -> Any:
+        longest = max(len(example.token_ids) for example in examples)
+        ids, mask, labels = (torch.zeros(len(examples), longest, dtype=torch.int64) for _ in range(3))
+        labels.fill_(-100)
+        for row, example in enumerate(examples):
+            length = len(example.token_ids)
+            ids[row, :length] = torch.tensor(example.token_ids.tolist())
+            mask[row, :length] = 1
+            labels[row, :length] = torch.where(torch.tensor(example.loss_mask.tolist()), ids[row, :length], -100)
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+    num_items = lambda examples: torch.tensor(sum(example.num_label_tokens for example in examples))  # noqa: E731
+    assert steps_beside(session, oracle, inputs_of, num_items) == 2
