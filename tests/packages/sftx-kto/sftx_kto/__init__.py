@@ -55,18 +55,19 @@ class KTOParser:
         return {"prompt", "completion", "label", "other_completion"} <= record.keys()
 
     def parse(self, record: Record, where: Location) -> tuple[Conversation, ...]:
-        if not isinstance(record["label"], bool):
+        if not isinstance(record.get("label"), bool):
             raise DataError(f"{where}: label is {record['label']!r:.40}, expected true or false")
         answers = {}
         for name in ("prompt", "completion", "other_completion"):
-            if not isinstance(record[name], str):
-                raise DataError(f"{where}: {name} is {record[name]!r:.40}, expected text")
-            answers[name] = record[name]
+            text = record.get(name)
+            if not isinstance(text, str):
+                raise DataError(f"{where}: {name} is {text!r:.40}, expected text")
+            answers[name] = text
         question = Message("user", answers.pop("prompt"), trainable=False)
         return tuple(
             Conversation(
                 (question, Message("assistant", text, trainable=True)),
-                extras={"kto": "other" if name == "other_completion" else record["label"]},
+                extras={"kto": "other" if name == "other_completion" else record.get("label")},
             )
             for name, text in answers.items()
         )
