@@ -56,7 +56,7 @@ class KTOParser:
 
     def parse(self, record: Record, where: Location) -> tuple[Conversation, ...]:
         if not isinstance(record.get("label"), bool):
-            raise DataError(f"{where}: label is {record['label']!r:.40}, expected true or false")
+            raise DataError(f"{where}: label is {record.get('label')!r:.40}, expected true or false")
         answers = {}
         for name in ("prompt", "completion", "other_completion"):
             text = record.get(name)
