@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import shlex
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
@@ -66,12 +68,37 @@ class RunCommand(click.Command):
         ctx.meta[_UNKNOWN] = unknown
         while True:
             try:
+                parsed, others, _ = self.make_parser(ctx).parse_args(list(remaining))
+                for argument in [parsed.get("file"), *others]:
+                    if (
+                        isinstance(argument, str)
+                        and re.match(r"[A-Za-z_][\w.-]*=", argument)
+                        and not Path(argument).exists()
+                    ):
+                        remaining.remove(argument)
+                        unknown.append(self._answered(argument))
                 return super().parse_args(ctx, list(remaining))
             except click.NoSuchOption as error:
                 taken = _take(remaining, error.option_name)
                 if taken is None:
                     raise
                 unknown.append(taken)
+
+    def _answered(self, argument: str) -> tuple[str, Any, str]:
+        """Return `lora_r=8`, as other programs take options, as an option that does not exist.
+
+        Raises ConfigError, which says what to write, for an option of this command and for one of a plugin.
+        """
+        name, _, text = argument.partition("=")
+        section = name.rpartition(".")[0]
+        flag = flag_of(name) if section in SECTION_CLASSES else f"--{_with_hyphens(name)}"
+        option = next((o for o in self.params if isinstance(o, click.Option) and flag in o.opts), None)
+        if option is not None:
+            is_on = option.is_flag and text.lower() == "true"
+            raise ConfigError(f"argument {argument}: write {flag}{'' if is_on else f' {shlex.quote(text)}'}")
+        if section or name in SECTIONS:
+            raise ConfigError(f"argument {argument}: write --set {shlex.quote(argument)}")
+        return name.replace("-", "_"), parse_value(text), f"argument {argument}"
 
     def _without_values_of_switches(self, args: Sequence[str]) -> list[str]:
         """Return the arguments with `--bf16 true` and `--bf16=false` as click wants them: `--bf16`, `--no-bf16`."""

@@ -15,7 +15,7 @@ from sftx.config import run_file
 from sftx.config.default_plugins import DEFAULT_PLUGINS
 from sftx.config.flatten import flatten
 from sftx.config.options import SECTION_CLASSES, SECTIONS, RunConfig
-from sftx.config.unknown_options import UnknownOption, UnknownOptionsError, answered
+from sftx.config.unknown_options import UnknownOption, UnknownOptionsError, answered, is_harmless, note
 from sftx.config.validation import validate
 from sftx.errors import ConfigError, did_you_mean
 
@@ -54,6 +54,12 @@ def load(
     typed_for = {name: f"--plugin {name or repr(name)}" for name in add}
     for name in add:
         plugins.setdefault(name, {})
+    # The list `plugins:` of Axolotl has names of classes. An empty value would ask for nothing, to be there does not.
+    theirs = [
+        UnknownOption(name, plugins.pop(name) or True, typed_for.get(name) or origins.of("plugins"), tuple(plugins))
+        for name in list(plugins)
+        if name.startswith("axolotl.")
+    ]
     named = set(plugins)
     given: dict[str, tuple[Any, str]] = {}
     for name, value, typed in assignments:
@@ -80,8 +86,13 @@ def load(
     except UnknownOptionsError as error:
         if plugin_class is None:
             raise
-        of_plugins = _unknown_of_plugins(plugins, plugin_class, origins)
+        of_plugins = [*theirs, *_unknown_of_plugins(plugins, plugin_class, origins)]
         raise UnknownOptionsError([*error.unknown, *answered(of_plugins, flatten(values))]) from None
+    if theirs:
+        found = answered(theirs, flatten(values))
+        if not all(map(is_harmless, found)):
+            raise UnknownOptionsError(found)
+        note(found)
     for name, typed in typed_for.items():
         # An option alone adds no plugin: `--set lora.r=8` must not turn full fine-tuning into LoRA.
         if name not in named and not any(name in defaults for defaults in DEFAULT_PLUGINS.values()):

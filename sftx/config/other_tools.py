@@ -119,7 +119,7 @@ def _name_list(value: Any) -> Any:
 def _rank(value: Any, given: Given) -> Answer:
     """LLaMA-Factory's lora_alpha is twice the rank where none is given; here it has a default of its own."""
     options: dict[str, Any] = {"plugins.lora.r": value}
-    if "lora_alpha" not in given and "plugins.lora.lora_alpha" not in given and isinstance(value, int):
+    if "lora_alpha" not in given and "plugins.lora.lora_alpha" not in given and type(value) is int:
         return Answer(
             "write", {**options, "plugins.lora.lora_alpha": 2 * value}, "LLaMA-Factory's lora_alpha is twice the rank"
         )
@@ -201,7 +201,7 @@ def _axolotl_source(entry: Any) -> Any:
         value = next((entry[name] for name in names if entry.get(name) is not None), None)
         if value is not None and value != "train":
             source[here] = value
-    if entry.get("type") in _AXOLOTL_TYPES:
+    if isinstance(entry.get("type"), str) and entry["type"] in _AXOLOTL_TYPES:
         source["format"] = _AXOLOTL_TYPES[entry["type"]]
     if entry.get("field_messages") not in (None, "messages", "conversations"):
         source["columns"] = {"messages": entry["field_messages"]}
@@ -215,17 +215,28 @@ def _source_list(target: str) -> Rule:
 
     def make(value: Any, _: Given) -> Answer:
         entries = value if isinstance(value, list) else [value]
-        lost = {key for entry in entries if isinstance(entry, dict) for key in entry if key not in _SOURCE_KEYS}
+        lost = {
+            key
+            for entry in entries
+            if isinstance(entry, dict)
+            for key, setting in entry.items()
+            if key not in _SOURCE_KEYS or (key == "type" and isinstance(setting, dict))
+        }
         lost_text = f"; not carried over: {', '.join(sorted(lost))}" if lost else ""
         return Answer("write", {target: [_axolotl_source(entry) for entry in entries]}, f"{why}{lost_text}")
 
     return _made(make, target, why=why)
 
 
-def _all_tokens(_: Any, given: Given) -> Answer:
-    if True in (given.get("completion_only_loss"), given.get("assistant_only_loss")):
-        return Answer("leave out", why="only answers are trained")
-    return Answer("write", {"data.train_on_prompt": True}, "trains prompts too; leave it out to train answers only")
+def _all_tokens(why: str) -> Rule:
+    """TRL trains every token of a row, unless the other of its two options says otherwise."""
+
+    def make(_: Any, given: Given) -> Answer:
+        if True in (given.get("completion_only_loss"), given.get("assistant_only_loss")):
+            return Answer("leave out", why="only answers are trained")
+        return Answer("write", {"data.train_on_prompt": True}, why)
+
+    return _made(make, "data.train_on_prompt: true", why=why)
 
 
 def _is_packed(given: Given) -> bool:
@@ -358,18 +369,19 @@ _SCHEDULES: Final = {
 
 
 def _schedule(value: Any, _: Given) -> Answer:
-    if value in _SCHEDULES:
+    if isinstance(value, str) and value in _SCHEDULES:
         return Answer("write", {"train.lr_scheduler_type": _SCHEDULES[value]})
     return Answer("not here", why=f"schedules here are {', '.join(dict.fromkeys(_SCHEDULES.values()))}")
 
 
 def _schedule_options(value: Any, given: Given) -> Answer:
     options: dict[str, Any] = {}
+    peak = given.get("learning_rate", given.get("train.learning_rate"))
     for name, number in (value if isinstance(value, dict) else {"": value}).items():
         if name in ("min_lr_rate", "min_lr_ratio"):
             options["train.min_lr_ratio"] = number
-        elif name == "min_lr" and isinstance(given.get("learning_rate"), float) and isinstance(number, float):
-            options["train.min_lr_ratio"] = number / given["learning_rate"]
+        elif name == "min_lr" and isinstance(peak, float) and peak > 0 and isinstance(number, float):
+            options["train.min_lr_ratio"] = number / peak
         elif name == "num_decay_steps":
             options["train.lr_decay_steps"] = number
         elif name == "decay_type":
@@ -485,7 +497,11 @@ TABLE: Final[Mapping[str, tuple[Row, ...]]] = {
             ),
             _leave_out("fused kernels are used where they are measured to be faster"),
         ),
-        _row("axolotl.integrations.*", _leave_out("fused kernels are used where they are measured to be faster")),
+        _row(
+            "axolotl.integrations.liger.* axolotl.integrations.cut_cross_entropy.* axolotl.integrations.kernels.*",
+            _leave_out("fused kernels are used where they are measured to be faster"),
+        ),
+        _row("axolotl.*", _not_here("it is a plugin of Axolotl; plugins of sftx have other hooks: docs/plugins.md")),
         _row(
             (
                 "low_cpu_mem_usage use_cache use_kv_cache use_fast_tokenizer tokenizer_use_fast "
@@ -638,9 +654,20 @@ TABLE: Final[Mapping[str, tuple[Row, ...]]] = {
             _not_here("each epoch has another order, which follows from train.seed"),
         ),
         _row(
-            "completion_only_loss assistant_only_loss",
+            "completion_only_loss",
             (True, _leave_out("only answers are trained")),
-            (False, _made(_all_tokens, "data.train_on_prompt: true", why="unless the other of the two is true")),
+            (False, _all_tokens("trains prompts too; leave it out to train answers only")),
+        ),
+        _row(
+            "assistant_only_loss",
+            (True, _leave_out("only answers are trained")),
+            (
+                False,
+                _all_tokens(
+                    "where rows have messages, of which TRL trains every token; leave it out where they have prompt "
+                    "and completion, of which TRL trains the completion"
+                ),
+            ),
         ),
         _row(
             "train_on_inputs",
@@ -1165,7 +1192,7 @@ def answer(name: str, value: Any, given: Given) -> Answer | None:
         return None
     chosen = next((rule for key, rule in rules if key is not ANY and _is(value, key)), None)
     if chosen is not None:
-        return chosen.make(value, given)
+        return _made_of(chosen, value, given)
     rest = next((rule for key, rule in rules if key is ANY), None)
     is_empty = value is None or value in ("", [], {})
     is_off = value in (False, 0) or (isinstance(value, str) and value.lower() in _OFF)
@@ -1173,7 +1200,15 @@ def answer(name: str, value: Any, given: Given) -> Answer | None:
         return Answer("leave out")
     if rest is None:
         return Answer("not here", why=f"{_brief(value)} has no counterpart")
-    return rest.make(value, given)
+    return _made_of(rest, value, given)
+
+
+def _made_of(rule: Rule, value: Any, given: Given) -> Answer:
+    """Apply a rule. A value that the other tool would not take either is said not to be understood."""
+    try:
+        return rule.make(value, given)
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError):
+        return Answer("not here", why=f"{_brief(value)} is not understood")
 
 
 def names() -> Iterable[str]:

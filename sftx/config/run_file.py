@@ -24,8 +24,14 @@ class Origins:
         self._places[name] = place
 
     def of(self, name: str) -> str:
-        """Return the place of `name`, or of the nearest section around it that has one; else the empty string."""
+        """Return the place of `name`, or of the nearest section around it that has one; else the empty string.
+
+        A section whose options stand under their dotted names alone is where the first of them is.
+        """
         while name and name not in self._places:
+            within = next((place for other, place in self._places.items() if other.startswith(f"{name}.")), None)
+            if within is not None:
+                return within
             name = name.rpartition(".")[0]
         return self._places.get(name, "")
 

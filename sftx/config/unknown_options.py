@@ -9,7 +9,7 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from sftx.config import run_file
 from sftx.config.default_plugins import ENTRY_POINTS
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_MAX_LINES: Final = 200
+"""The most options that one error lists: a file with more that do not exist is no run file."""
+
 
 @dataclass(frozen=True)
 class UnknownOption:
@@ -29,7 +32,7 @@ class UnknownOption:
     """The dotted name, as in `train.max_length`."""
     value: Any
     place: str
-    """The line of the run file, or the option as the user typed it."""
+    """The line of the run file, or what the user typed: an option, `argument lr=1`, or a keyword of Python."""
     known: tuple[str, ...]
     """The options that exist where this one stands."""
     answer: Answer | None = None
@@ -40,7 +43,7 @@ class UnknownOption:
 
     @property
     def is_typed(self) -> bool:
-        return self.place.startswith("--")
+        return self.place.startswith(("--", "argument "))
 
     @property
     def is_keyword(self) -> bool:
@@ -117,16 +120,21 @@ class UnknownOptionsError(ConfigError):
             text = ": ".join([*where, f"option {name!r} does not exist; {option.advice()}"])
             return [one_line(ConfigError(text), max_chars=2000)]
         lines = [f"{len(wrong)} options do not exist here; what to write instead of each:"]
-        written: dict[str, str] = {}
-        for option in wrong:
+        written: dict[str, tuple[str, Any]] = {}
+        for number, option in enumerate(wrong):
+            if number == _MAX_LINES:
+                lines.append(f"  and {len(wrong) - number} more")
+                break
             if option.answer is not None and option.answer.kind == "write":
                 # What two options ask for is written once, where the first of them stands.
                 new = {name: value for name, value in option.answer.write.items() if name not in written}
                 if not new:
-                    said_by = written[next(iter(option.answer.write))]
-                    lines.append(f"  {option.title()}: leave it out: {said_by} says it")
+                    said_by = next(written[name][0] for name in option.answer.write)
+                    is_same = all(written[name][1] == value for name, value in option.answer.write.items())
+                    says = f"{said_by} says it" if is_same else f"it contradicts {said_by}, which says another value"
+                    lines.append(f"  {option.title()}: leave it out: {says}")
                     continue
-                written |= dict.fromkeys(new, option.leaf)
+                written |= {name: (option.leaf, value) for name, value in new.items()}
                 option = replace(option, answer=replace(option.answer, write=new))
             lines.append(f"  {option.title()}: {one_line(ConfigError(option.advice(alone=False)), max_chars=600)}")
         if harmless := [option.leaf for option in self.unknown if is_harmless(option)]:
@@ -144,15 +152,36 @@ def answered(unknown: Iterable[UnknownOption], given: Mapping[str, Any]) -> list
 
     found = list(unknown)
     beside = {**given, **{option.leaf: option.value for option in found}}
-    plugins = {entry.name for entry in importlib.metadata.entry_points(group=ENTRY_POINTS)}
+    plugins = _plugin_names()
     answers = []
     for option in found:
-        made = other_tools.answer(option.leaf.replace("-", "_"), option.value, beside)
+        # The plugins of Axolotl have names with dots, the names of all other options are what follows the last one.
+        made = other_tools.answer(option.name, option.value, beside) if option.name.startswith("axolotl.") else None
+        made = made or other_tools.answer(option.leaf.replace("-", "_"), option.value, beside)
         if made is None and option.leaf in plugins and "." not in option.name:
             options = option.value if isinstance(option.value, dict) else {}
             made = other_tools.Answer("write", {f"plugins.{option.leaf}": options}, "plugins stand under `plugins:`")
         answers.append(replace(option, answer=made))
     return answers
+
+
+def _plugin_names() -> set[str]:
+    return {entry.name for entry in importlib.metadata.entry_points(group=ENTRY_POINTS)}
+
+
+def expanded(option: UnknownOption, origins: run_file.Origins) -> list[UnknownOption]:
+    """Return the options in a section of a run file that does not exist, such as `training_args: {lora_r: 8}`.
+
+    It is the option itself when it is no section, or holds no option of any tool.
+    """
+    from sftx.config import other_tools
+
+    inner = {} if option.is_typed or option.is_keyword or not isinstance(option.value, dict) else option.value
+    is_known = option.leaf in _plugin_names() or other_tools.answer(option.leaf, option.value, {}) is not None
+    if is_known or not any(other_tools.answer(name, value, {}) for name, value in inner.items()):
+        return [option]
+    names = {f"{option.name}.{name}": value for name, value in inner.items()}
+    return [replace(option, name=name, value=value, place=origins.of(name)) for name, value in names.items()]
 
 
 def asks_for_nothing(name: str, value: Any) -> bool:

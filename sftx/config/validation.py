@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from typing import Any, Final, TypeVar, cast, get_args, get_type_hints
+from typing import Any, Final, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -48,7 +48,8 @@ def validate(cls: type[T], values: Mapping[str, Any], *, who: str = "", prefix: 
     if not unknown:
         raise ConfigError(_explain(errors, cls, who, prefix, origins))
     given = {f"{prefix}{name}": value for name, value in flatten(values).items()}
-    found = unknown_options.answered(unknown.values(), given)
+    within = [inner for option in unknown.values() for inner in unknown_options.expanded(option, origins)]
+    found = unknown_options.answered(within, given)
     if not all(map(unknown_options.is_harmless, found)):
         raise UnknownOptionsError(found, who)
     unknown_options.note(found)
@@ -158,7 +159,7 @@ def _option_path(cls: type | None, error: ErrorDetails) -> tuple[list[str], list
     path: list[str] = []
     names: list[str] = []
     index: list[str] = []
-    is_unknown = error["type"] == "unexpected_keyword_argument"
+    is_unknown, is_mapping = error["type"] == "unexpected_keyword_argument", False
     for depth, part in enumerate(error["loc"], start=1):
         hints = get_type_hints(cls) if cls is not None else {}
         if isinstance(part, int):
@@ -166,7 +167,10 @@ def _option_path(cls: type | None, error: ErrorDetails) -> tuple[list[str], list
         elif part in hints or (is_unknown and depth == len(error["loc"])):
             path += [*index, part]
             names, index = list(hints), []
+            is_mapping = get_origin(hints.get(part)) is dict
             cls = _dataclass_in(hints.get(part))
+        elif is_mapping:  # its keys are anything
+            path, is_mapping = [*path, part], False
     return path, names
 
 
@@ -183,4 +187,5 @@ def _expected(error: ErrorDetails) -> str:
     message = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     message = message.replace("String should have ", "a string of ")
     message = message[:1].lower() + message[1:]
+    message = {"an object": "a mapping of options", "a valid dictionary": "a mapping of options"}.get(message, message)
     return f"a number {message}" if message.startswith(("greater", "less")) else message

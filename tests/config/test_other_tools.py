@@ -238,6 +238,19 @@ def test_values_are_translated(name: str, value: Any, given: Any, kind: str, wri
     assert made.kind != "not here" or made.why
 
 
+def test_any_value_is_answered() -> None:
+    """A run file may hold anything, also what its own tool would refuse."""
+    anything: list[Any] = [None, True, -1, 0.0, 1e300, 10**30, "", "ä,b", "none", [], [None, [1]], ["a", {}], {}]
+    anything += [{"a": None}, {"path": [1], "type": {}}, [{"path": {}, "type": []}], {"name": [], "min_lr": 1e-5}]
+    anything += [{"zero_optimization": 3}, [[]], [{"data_files": {}, "split": [1]}]]
+    for name, _, _ in RULES:
+        for value in anything:
+            for given in ({}, {"learning_rate": 0.0, "dataset_dir": ["a"], "report_to": {}, "template": [1]}):
+                made = answer(name.replace("*", "x"), value, given)
+                assert made is not None, name
+                assert made.write or made.kind != "write" or value == {}, (name, value)
+
+
 def test_names_of_datasets_are_looked_up_in_llama_factorys_list(tmp_path: Path) -> None:
     (tmp_path / "dataset_info.json").write_text(json.dumps({"a": {"file_name": "a.json"}, "b": {"hf_hub_url": "x/b"}}))
     made = answer("dataset", "a, b, c", {"dataset_dir": str(tmp_path), "max_samples": 5})

@@ -303,6 +303,14 @@ def load_error(text: str, *assignments: tuple[str, Any, str], **options: Any) ->
         ("max-steps: 5", "option 'max-steps' does not exist; write train.max_steps: 5"),
         ("train: {max_steps: -1}", "got -1, expected a number greater than or equal to 1; leave it out"),
         ("train: {bf16: auto}", 'got "auto", expected true or false; leave it out'),
+        (
+            "plugins: [axolotl.integrations.kd.KDPlugin]",
+            "run.yaml:1: option 'axolotl.integrations.kd.KDPlugin' does not exist; leave it out: it is a plugin of Ax",
+        ),
+        ("deepspeed: {zero_optimization: 3}", 'leave it out: {"zero_optimization": 3} is not understood'),
+        ("lr_scheduler_type: [cosine]", "leave it out: schedules here are cosine"),
+        ("datasets: [{path: a, type: {field: b}}]", "write data.train: [a] (a path or a mapping for each; the format"),
+        ("args: {lora_dropout: 0.1}", "run.yaml:1: option 'args.lora_dropout' does not exist; write plugins.lora"),
         ("max_samples: 5", "does not exist; write data.train: [{path: ..., limit: 5}] (of each source)"),
     ],
 )
@@ -341,8 +349,9 @@ def test_what_two_options_write_is_written_once() -> None:
     lines = load_error("cutoff_len: 128\nmax_seq_length: 64\n")
     assert lines[1:] == [
         "  run.yaml:1: cutoff_len: write data.max_length: 128",
-        "  run.yaml:2: max_seq_length: leave it out: cutoff_len says it",
+        "  run.yaml:2: max_seq_length: leave it out: it contradicts cutoff_len, which says another value",
     ]
+    assert load_error("cutoff_len: 128\nmax_seq_length: 128\n")[2].endswith(": leave it out: cutoff_len says it")
     lines = load_error("fsdp: full_shard\nfsdp_config: {fsdp_version: 2, offload_params: true}\n")
     assert lines[1].endswith("fsdp: write train.distributed: fsdp2 (shards of every layer, with sftx run --nproc N)")
     assert lines[2].endswith("fsdp_config: write train.fsdp_offload: true")
@@ -356,6 +365,19 @@ def test_what_asks_for_nothing_is_left_out_with_one_line(caplog: pytest.LogCaptu
     assert caplog.messages == ["options of other tools that ask for nothing here: max_samples, fsdp, do_train"]
 
 
+def test_the_plugins_of_axolotl_are_no_plugins_of_sftx(caplog: pytest.LogCaptureFixture) -> None:
+    Path("run.yaml").write_text("plugins: [axolotl.integrations.liger.LigerPlugin, chatml]\n")
+    with caplog.at_level("INFO", logger="sftx"):
+        assert loading.load(Path("run.yaml")).config.plugins == {"chatml": {}}
+    assert caplog.messages == ["options of other tools that ask for nothing here: LigerPlugin"]
+
+
+def test_what_is_no_run_file_gives_no_endless_list() -> None:
+    lines = load_error("".join(f"zz{n}: 1\n" for n in range(1000)))
+    assert len(lines) < 300
+    assert lines[-1] == "  and 800 more"
+
+
 def test_options_may_stand_under_their_dotted_names() -> None:
     text = "train.seed: 3\nplugins.qwen2.5: {}\ndata:\n  max_length: 64\nplugins.lora.r: 8\nplugins.lora: {}\n"
     Path("run.yaml").write_text(f"{text}train: {{max_steps: 5}}\n")
@@ -364,6 +386,9 @@ def test_options_may_stand_under_their_dotted_names() -> None:
     assert loaded.config.plugins == {"qwen2.5": {}, "lora": {"r": 8}}
     assert loaded.origins.of("train.seed") == "run.yaml:1"
     assert load_error("train.seed: x\n") == ["run.yaml:1: option 'train.seed': got \"x\", expected a valid integer"]
+    assert (
+        load_error("plugins.lora: 3\n")[0] == "run.yaml:1: option 'plugins.lora': got 3, expected a mapping of options"
+    )
     for twice in ("train: {seed: 1}\ntrain.seed: 2\n", "plugins: {lora: {r: 1}}\nplugins.lora.r: 2\n"):
         assert load_error(twice)[0].endswith("is set twice; leave one of them out")
 
@@ -382,6 +407,11 @@ def test_options_may_stand_under_their_dotted_names() -> None:
         ("--set seed=3", 1, "--set seed=3: option 'seed' does not exist; write --seed 3"),
         ("--lora.r 8", 1, "--lora.r 8: plugin 'lora' is not in this run; add --plugin lora"),
         ("--bf16 maybe", 1, "maybe: no such run file"),
+        ("learning_rate=1e-4", 1, "sftx: error: argument learning_rate=1e-4: write --learning-rate 1e-4\n"),
+        ("run.yaml data.train=x", 1, "sftx: error: argument data.train=x: write --data x\n"),
+        ("lora.r=8 --set a.b=1", 1, "sftx: error: argument lora.r=8: write --set lora.r=8\n"),
+        ("resume=true nproc=2", 1, "sftx: error: argument resume=true: write --resume\n"),
+        ("cutoff_len=64", 2, "argument cutoff_len=64: option 'cutoff_len' does not exist; write --max-length 64\n"),
     ],
 )
 def test_flags_of_other_tools_are_answered_like_run_files(arguments: str, code: int, message: str) -> None:
