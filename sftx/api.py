@@ -11,6 +11,7 @@ import html
 import json
 import os
 import reprlib
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,9 +20,9 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 from sftx.assembly.discovery import options_class
 from sftx.config import loading
 from sftx.config.loading import LoadedConfig
-from sftx.config.options import SECTION_CLASSES, SECTIONS, Source
+from sftx.config.options import SECTION_CLASSES, DataConfig, Source
 from sftx.display import shown_phases
-from sftx.errors import ConfigError
+from sftx.errors import ConfigError, DataError
 from sftx.events import Result
 
 if TYPE_CHECKING:
@@ -41,6 +42,9 @@ _OPTIONS: Final = {"generation_batch_size": "generation.batch_size"} | {
     if (section, field.name) not in (("data", "train"), ("data", "eval"), ("generation", "batch_size"))
 }
 """The dotted name of each keyword; as on the command line, a section need not be named."""
+
+_running: Final = threading.Lock()
+"""Held during a run: transformers cannot load two models at once, and both would draw from torch's one generator."""
 
 _SOURCE_FIELDS: Final = frozenset(field.name for field in dataclasses.fields(Source))
 
@@ -134,14 +138,24 @@ def run(
 
     Raises SftxError: ConfigError, DataError, ModelError, OutputError, PluginError or TrainingError.
     """
+    if not isinstance(resume, bool):
+        raise ConfigError(
+            f"resume={resume!r:.80}: expected True or False; the directory to go on in is output_dir, as in "
+            "sftx.resume(output_dir)"
+        )
     loaded = _load(run_file, data, eval_data, plugins, options)
     # Rows that were given as such lie in a file that is named after their hash, which is no name for a run.
     is_named = run_file is not None or data is None or isinstance(data, str | os.PathLike)
     name = loading.default_name(None if run_file is None else Path(run_file), loaded.config) if is_named else "run"
     from sftx.training import run as run_loaded
 
-    with shown_phases():
-        result = run_loaded(loaded, name=name, resume=resume)
+    if not _running.acquire(blocking=False):
+        raise ConfigError("another run is at work in this process; wait for its end, or start another process")
+    try:
+        with shown_phases():
+            result = run_loaded(loaded, name=name, resume=resume)
+    finally:
+        _running.release()
     return TrainedRun(result.output_dir, result.summary)
 
 
@@ -150,7 +164,7 @@ def resume(run_dir: str | os.PathLike[str], **options: Any) -> TrainedRun:
 
     `options` are those of `run`; only such that do not change what the run computes may differ. Raises SftxError.
     """
-    path = Path(run_dir)
+    path = _path(run_dir, "run_dir", "the directory of a run")
     if not (path / "run.yaml").is_file():
         raise ConfigError(f"{path}: is no run directory, which has a run.yaml; give the output_dir of a run")
     return run(path / "run.yaml", output_dir=path, resume=True, **options)
@@ -173,7 +187,14 @@ def inspect(
     from sftx.inspection.dataset_view import view_dataset
     from sftx.inspection.token_report.explained_rows import RowSelection, inspect_rows
 
-    view = view_dataset(_load(run_file, data, eval_data, plugins, options))
+    if type(rows) is not int or rows < 0:
+        raise ConfigError(f"rows={rows!r:.80}: expected a number of rows")
+    if split not in ("train", "eval"):
+        raise ConfigError(f"split={split!r:.80}: expected 'train' or 'eval'")
+    loaded = _load(run_file, data, eval_data, plugins, options)
+    if split == "eval" and not (loaded.config.data.has_eval):
+        raise ConfigError("split='eval': the run has no held-out rows; give eval_data or eval_fraction")
+    view = view_dataset(loaded)
     return Inspection(inspect_rows(view, split, RowSelection("first", rows, ())))
 
 
@@ -195,6 +216,10 @@ def plan(
     from sftx.inspection.memory_plan import target_device
     from sftx.inspection.memory_plan.planner import plan_run
 
+    if not isinstance(gpu, str):
+        raise ConfigError(f"gpu={gpu!r:.80}: expected text, such as '24GB', 'H100' or 'cpu'")
+    if type(nproc) is not int or nproc < 1:
+        raise ConfigError(f"nproc={nproc!r:.80}: expected a number of processes")
     loaded = _load(run_file, data, eval_data, plugins, options)
     return plan_run(loaded, target_device.parse(gpu), num_processes=nproc)
 
@@ -207,37 +232,44 @@ def _load(
     options: Mapping[str, Any],
 ) -> LoadedConfig:
     """Return the run that the arguments describe; an error names the keyword. Raises ConfigError, DataError."""
+    file = None if run_file is None else _path(run_file, "run_file", "the path of a run file")
     options = dict(options)
-    if isinstance(data, Mapping) and not hasattr(data, "save_to_disk"):  # a DatasetDict has splits, not options
+    # A DatasetDict has splits, not options.
+    if isinstance(data, Mapping) and not hasattr(data, "save_to_disk") and not _is_source(data):
+        if data and not set(data) & set(DataConfig.__dataclass_fields__) and all(map(_is_column, data.values())):
+            raise DataError(
+                "data: is a dict of columns; give datasets.Dataset.from_dict(...) of it, or a list of dicts"
+            )
         data, options["data"] = None, data
-    named = (
-        dict(plugins)
-        if isinstance(plugins, Mapping)
-        else dict.fromkeys([plugins] if isinstance(plugins, str) else plugins)
-    )
+    named = _named_plugins(plugins)
     values: dict[str, tuple[Any, str]] = {}
+
+    def add(option: str, value: Any, keyword: str) -> None:
+        if option in values:
+            raise ConfigError(f"{keyword}: {values[option][1]} sets the same option; leave one of them out")
+        values[option] = (value, keyword)
+
     for name, value in options.items():
         if name in SECTION_CLASSES and isinstance(value, Mapping):
-            values |= {f"{name}.{option}": (inner, f"{name}[{option!r}]") for option, inner in value.items()}
-        elif name in _OPTIONS or name not in SECTIONS:
-            # A name that does not exist is refused with what to write instead, as on the command line.
-            values[_OPTIONS.get(name, name)] = (value, name)
+            for option, inner in value.items():
+                add(f"{name}.{option}", inner, f"{name}[{option!r}]")
         else:
-            values[name] = (value, name)
+            # A name that does not exist is refused with what to write instead, as on the command line.
+            add(_OPTIONS.get(name, name), value, name)
     for name, sources in (("data", data), ("eval_data", eval_data)):
         if sources is not None:
-            values["data.train" if name == "data" else "data.eval"] = (sources, name)
+            add("data.train" if name == "data" else "data.eval", sources, name)
     for name in ("data.train", "data.eval"):
         if name in values:
             values[name] = (_sources(values[name][0], values[name][1]), values[name][1])
     for plugin, plugin_options in named.items():
         if plugin_options:
             values[f"plugins.{plugin}"] = (plugin_options, f"plugins[{plugin!r}]")
-    without = _json_value(values.pop("without", ((), ""))[0])
+    without = values.pop("without", ((), ""))[0]
     return loading.load(
-        None if run_file is None else Path(run_file),
+        file,
         add=list(named),
-        remove=[without] if isinstance(without, str) else without,
+        remove=_names(without, "without"),
         assignments=[
             (name, plain := _json_value(value), f"{keyword}={reprlib.repr(plain)}")
             for name, (value, keyword) in values.items()
@@ -246,12 +278,45 @@ def _load(
     )
 
 
+def _path(value: Any, name: str, what: str) -> Path:
+    """Return a path that an argument gives. Raises ConfigError."""
+    if not isinstance(value, str | os.PathLike):
+        raise ConfigError(
+            f"{name}: is of type {type(value).__name__}, expected {what}; rows are given as data, options as keywords"
+        )
+    return Path(value)
+
+
+def _named_plugins(plugins: Any) -> dict[str, Any]:
+    """Return the options of plugins by their names. Raises ConfigError."""
+    if isinstance(plugins, Mapping):
+        return dict(zip(_names(list(plugins), "plugins"), plugins.values(), strict=True))
+    return dict.fromkeys(_names(plugins, "plugins"))
+
+
+def _names(value: Any, keyword: str) -> list[str]:
+    """Return names of plugins, of which there may be one, several or none. Raises ConfigError."""
+    given = [value] if isinstance(value, str) else () if value is None else value
+    names = list(given) if isinstance(given, Iterable) else [given]
+    if all(isinstance(name, str) for name in names):
+        return names
+    mapping = ", or a mapping of names to options" if keyword == "plugins" else ""
+    raise ConfigError(f"{keyword}={reprlib.repr(value)}: expected names of plugins{mapping}")
+
+
+def _is_column(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
 def _sources(data: Any, name: str) -> Any:
     """Return data as a run file has it; rows are written to the cache directory first."""
-    if isinstance(data, str | os.PathLike):
-        return str(data)
-    if isinstance(data, Sequence) and data and all(_is_source(item) for item in data):
-        return list(data)
+    paths = [data] if _is_source(data) else data
+    if isinstance(paths, Sequence) and paths and all(_is_source(item) for item in paths):
+        if any(isinstance(path, str) and path.lstrip().startswith("{") for path in paths):
+            raise DataError(
+                f"{name}: is the text of rows, where paths are expected; give rows as dicts: json.loads(line)"
+            )
+        return str(data) if isinstance(data, str | os.PathLike) else list(paths)
     from sftx.data.python_rows import save_rows
 
     return str(save_rows(data, name))
@@ -272,4 +337,4 @@ def _json_value(value: Any) -> Any:
         return {str(key): _json_value(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [_json_value(item) for item in value]
-    return value.item() if hasattr(value, "item") and not isinstance(value, str) else value
+    return value.tolist() if hasattr(value, "tolist") else value

@@ -277,6 +277,10 @@ def _locate(path: str) -> Path | None:
     if _HUB_ID.fullmatch(path) and not looks_like_file and not os.path.lexists(path):
         return None
     if _WILDCARD.search(path) and "\0" not in path and not os.path.lexists(pattern := _expand(path)):
+        try:
+            pattern.exists()
+        except OSError as error:  # too long a name
+            raise DataError(f"{path}: cannot be read: {one_line(error)}") from error
         return pattern
     return resolve(path)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,24 @@ ROWS = [
 OPTIONS: dict[str, Any] = {"model": "sftx:tiny", "plugins": ["chatml"], "add_tokens": True, "max_steps": 2}
 
 
+class Indexed:
+    """A dataset as torch has them: with a length and an index, which no IndexError ends."""
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return self.rows[number % len(self)]
+
+
+def broken() -> Iterator[dict[str, Any]]:
+    yield ROWS[0]
+    raise KeyError("answer\nmissing")
+
+
 @pytest.fixture(autouse=True)
 def _places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -37,8 +56,9 @@ def _places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         lambda rows: datasets.Dataset.from_list(rows),
         lambda rows: datasets.Dataset.from_list(rows).to_iterable_dataset(),
         lambda rows: {"train": rows},
+        lambda rows: Indexed(rows),
     ],
-    ids=["list", "tuple", "generator", "Dataset", "IterableDataset", "section"],
+    ids=["list", "tuple", "generator", "Dataset", "IterableDataset", "section", "torch"],
 )
 def test_rows_train_as_the_same_rows_in_a_file(give: Callable[[Any], Any], tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
@@ -96,6 +116,22 @@ def test_options_are_named_flat_or_in_their_section() -> None:
         ({"data": datasets.DatasetDict(a=datasets.Dataset.from_list(ROWS))}, sftx.DataError, ["splits (a)"]),
         ({"data": {"train": ROWS, "max_len": 3}}, sftx.ConfigError, ["data['max_len']", "max_length"]),
         ({"run_file": "none.yaml"}, sftx.ConfigError, ["none.yaml"]),
+        ({"run_file": {"model": "sftx:tiny"}}, sftx.ConfigError, ["run_file", "dict", "keywords"]),
+        ({"run_file": ROWS}, sftx.ConfigError, ["run_file", "list", "data"]),
+        ({"data": broken()}, sftx.DataError, ["data[1]: raised KeyError", "answer"]),
+        ({"data": datasets.Dataset.from_list(ROWS).select([])}, sftx.DataError, ["data: holds no rows"]),
+        ({"data": datasets.Dataset.from_list(ROWS).to_pandas()}, sftx.DataError, ["DataFrame", "from_pandas"]),
+        ({"data": {"prompt": ["a"], "completion": ["b"]}}, sftx.DataError, ["columns", "from_dict"]),
+        ({"data": json.dumps(ROWS[0])}, sftx.DataError, ["text of rows", "json.loads"]),
+        ({"data": [json.dumps(row) for row in ROWS]}, sftx.DataError, ["text of rows", "json.loads"]),
+        ({"data": "[" + "x" * 5000}, sftx.DataError, ["cannot be read", "File name too long"]),
+        ({"learning_rate": np.ones(2)}, sftx.ConfigError, ["learning_rate=[1.0, 1.0]", "number"]),
+        ({"train": {"seed": 1}, "seed": 2}, sftx.ConfigError, ["seed: train['seed'] sets the same option"]),
+        ({"plugins": 3}, sftx.ConfigError, ["plugins=3", "names"]),
+        ({"plugins": ["chatml", {"lora": {"r": 8}}]}, sftx.ConfigError, ["plugins=", "mapping"]),
+        ({"plugins": {"chatml": "x"}}, sftx.ConfigError, ["plugins['chatml']='x'", "mapping of options"]),
+        ({"without": 3}, sftx.ConfigError, ["without=3"]),
+        ({"resume": "runs/one"}, sftx.ConfigError, ["resume='runs/one'", "output_dir"]),
     ],
 )
 def test_a_wrong_argument_is_one_line_that_names_it(
@@ -106,6 +142,42 @@ def test_a_wrong_argument_is_one_line_that_names_it(
     message = str(caught.value)
     assert "\n" not in message, message
     assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize(
+    ("call", "wrong", "named"),
+    [
+        (sftx.inspect, {"rows": -1}, "rows=-1"),
+        (sftx.inspect, {"rows": "all"}, "rows='all'"),
+        (sftx.inspect, {"split": "test"}, "split='test'"),
+        (sftx.inspect, {"split": "eval"}, "split='eval': the run has no held-out rows"),
+        (sftx.plan, {"gpu": 24}, "gpu=24"),
+        (sftx.plan, {"nproc": 0}, "nproc=0"),
+        (sftx.plan, {"nproc": "2"}, "nproc='2'"),
+    ],
+)
+def test_a_wrong_argument_of_inspect_and_plan_is_refused(
+    call: Callable[..., Any], wrong: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(sftx.ConfigError) as caught:
+        call(data=ROWS, **OPTIONS, **wrong)
+    assert str(caught.value).startswith(named)
+
+
+def test_one_process_has_one_run_at_a_time_in_whatever_thread() -> None:
+    def rows() -> Iterator[dict[str, Any]]:
+        yield from ROWS
+
+    with pytest.raises(sftx.ConfigError, match="another run is at work in this process"), sftx.api._running:
+        sftx.run(data=rows(), output_dir="one", **OPTIONS)
+
+    async def cell() -> sftx.api.TrainedRun:  # a cell of a notebook runs within an event loop
+        inside = sftx.run(data=rows(), output_dir="one", **OPTIONS)
+        beside = await asyncio.to_thread(lambda: sftx.run(data=rows(), output_dir="two", **OPTIONS))
+        assert inside.summary["loss"] == beside.summary["loss"]
+        return inside
+
+    assert asyncio.run(cell()).summary["num_steps"] == 2
 
 
 def test_resume_wants_a_run_directory() -> None:
