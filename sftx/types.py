@@ -485,6 +485,9 @@ class Observer:
     def on_end(self, summary: Mapping[str, Any]) -> None:
         """Called when the run is over; `summary` is the content of summary.json."""
 
+    def on_fail(self, error: BaseException) -> None:
+        """Called when the run ends without a result: by an error, or by a signal, which is a KeyboardInterrupt."""
+
     def close(self) -> None:
         """Called exactly once, last, also when the run failed."""
 

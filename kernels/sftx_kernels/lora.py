@@ -56,7 +56,8 @@ def lora_linear(
             an `NF4Weight` instead, which is dequantised in forward and again in backward and gets no gradient.
         lora_A, lora_B: [R, K], [O, R]; of one floating dtype, which may be another than x's: both paths run in
             the dtype of `x W^T`. So fp32 A and B on a bf16 base are cast to bf16, which gives the numbers
-            that autocast gives, and their gradients, summed in fp32, come back unrounded.
+            that autocast gives, and their gradients are summed in fp32. They come back unrounded, but on a CPU with
+            instructions for x's dtype, which rounds the product of each chunk of rows to it, as under autocast.
         dropout_p: in [0, 1). The mask is a function of `seed`, x's shape, the kind of device and the backend, and of
             nothing else. The global generators are neither read nor moved, so that recomputation under
             gradient checkpointing drops the same elements. Triton's kernels round p to a multiple of 2**-16.

@@ -102,7 +102,7 @@ def closes_early(case: Case) -> None:
                 for event in interrupted(run, last):
                     send(observer, event, run)
             except ClauseError as error:
-                raise ClauseError(f"in a run that failed {when} {error}; close is called then too") from error
+                raise ClauseError(f"in a run that failed {when} {error}; on_fail and close are called then") from error
 
 
 @SUITE.clause("It does not change reports, the summary or the run file.", needs=_HANDLES_RUNS)

@@ -19,6 +19,7 @@ from sftx.assembly.registry import activate
 from sftx.assembly.stages import make
 from sftx.config.loading import load
 from sftx.config.options import as_dict
+from sftx.errors import TrainingError
 from sftx.events import EvalReport, Provider, RunInfo, Sample, StartReport, StepReport
 from sftx.testing.clauses import must_not_raise
 from sftx.testing.process import PROCESS, process
@@ -71,7 +72,8 @@ def interrupted(run: RunInfo, last: str | None) -> list[Event]:
     """Return the events of a run that failed after its first event `last`, or before it started (None)."""
     all_events = events(run)
     names = [name for name, _ in all_events]
-    return [*all_events[: 0 if last is None else names.index(last) + 1], all_events[-1]]
+    happened = all_events[: 0 if last is None else names.index(last) + 1]
+    return [*happened, ("on_fail", (TrainingError("step 2: the loss is nan"),)), all_events[-1]]
 
 
 def _start(*, held_out: bool) -> StartReport:

@@ -39,6 +39,9 @@ class Observers(Observer):
     def on_end(self, summary: Mapping[str, Any]) -> None:
         self._tell(lambda observer: observer.on_end(summary))
 
+    def on_fail(self, error: BaseException) -> None:
+        self._tell(lambda observer: observer.on_fail(error))
+
     def close(self) -> None:
         self._tell(lambda observer: observer.close())
 

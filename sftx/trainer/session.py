@@ -91,6 +91,9 @@ class Session:
             self._claim_directory()
             with DeferredSignals() as signals:
                 return Result(self.writer.directory.path, self._run(signals))
+        except BaseException as error:
+            self.observers.on_fail(error)
+            raise
         finally:
             self.observers.close()
             self.writer.directory.release()

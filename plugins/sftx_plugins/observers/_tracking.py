@@ -7,7 +7,6 @@ import dataclasses
 import importlib
 import json
 import random
-import sys
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -45,7 +44,8 @@ class Tracker(Observer):
     def __init__(self, run: RunInfo) -> None:
         self.run = run
         self._step = 0
-        self._is_open = self._is_finished = False
+        self._is_open = False
+        self._outcome: ExitStatus = "failed"
 
     # --- what a subclass implements -------------------------------------------------------------
 
@@ -97,15 +97,17 @@ class Tracker(Observer):
         values = {name: value for name, value in summary.items() if name != "samples"}
         with _random_state_kept():
             self.log_summary(flatten({"summary": values}, "/"), summary["num_steps"])
-        self._is_finished = True
+
+        self._outcome = "finished"
+
+    def on_fail(self, error: BaseException) -> None:
+        self._outcome = "killed" if isinstance(error, KeyboardInterrupt) else "failed"
 
     def close(self) -> None:
         if self._is_open:
             self._is_open = False
-            # `close` runs while the exception that ends the run propagates; a signal is a KeyboardInterrupt.
-            is_signal = isinstance(sys.exc_info()[1], KeyboardInterrupt)
             with _random_state_kept():
-                self.finish("finished" if self._is_finished else "killed" if is_signal else "failed")
+                self.finish(self._outcome)
 
     # --- the id of the tool's run, kept in the run directory for a process that resumes it --------
 
