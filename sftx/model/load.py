@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,13 @@ log = logging.getLogger(__name__)
 _FLOATING: Final = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """The dtypes of weights that can be trained, by their names in safetensors files."""
 
+_JSON_FILES: Final = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "model.safetensors.index.json",
+)  # fmt: skip
+"""Files of a model that hold one JSON object each."""
+_TOKENIZER_FILES: Final = ("tokenizer.json", "vocab*", "*.model", "*.tiktoken", "tokenization*.py")
+
 _OF_QUANTISED: Final = (
     ".SCB", ".absmax", ".quant_map", ".qweight", ".qzeros", ".g_idx", ".weight_scale", ".weight_scale_inv",
     ".weight_packed", "_blocks", "_scales",
@@ -53,7 +61,24 @@ def _loading(name: str, part: str) -> Iterator[None]:
                 f"model {name}: it brings Python code of its own, which is not run; read that code, and add "
                 "--trust-remote-code to run it"
             ) from error
-        raise ModelError(f"model {name}: cannot load its {part}: {one_line(error)}") from error
+        cause = _wrong_file(name, part) or f"cannot load its {part}: {one_line(error)}"
+        raise ModelError(f"model {name}: {cause}") from error
+
+
+def _wrong_file(name: str, part: str) -> str | None:
+    """Returns which file of a model is damaged or missing, which the libraries' errors do not say."""
+    directory = local_directory(name)
+    if directory is None:
+        return None
+    for file in filter(Path.is_file, map(directory.joinpath, _JSON_FILES)):
+        try:
+            if not isinstance(json.loads(file.read_bytes()), dict):
+                return f"its {file.name} is no JSON object"
+        except (OSError, ValueError, RecursionError) as error:
+            return f"its {file.name} cannot be read: {one_line(error)}"
+    if part == "tokenizer" and not any(any(directory.glob(pattern)) for pattern in _TOKENIZER_FILES):
+        return "has no tokenizer.json; copy the tokenizer's files of the base model beside it"
+    return None
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -117,14 +142,18 @@ def load_model(
             dtype=dtype,
             generation_config=load_generation_config(spec.name),
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # the error below names the first of them
             trust_remote_code=spec.trust_remote_code,
         )
     model, info = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
-    missing, mismatched = sorted(info["missing_keys"]), sorted(map(str, info["mismatched_keys"]))
+    missing, mismatched = sorted(info["missing_keys"]), sorted(info["mismatched_keys"])
     if missing or mismatched:
+        first = (
+            missing[0] if missing else "{} is {}, expected {}".format(mismatched[0][0], *map(list, mismatched[0][1:]))
+        )
         raise ModelError(
             f"model {spec.name}: {len(missing)} tensors are missing and {len(mismatched)} have another shape "
-            f"(first: {(missing + mismatched)[0]}); the files do not fit its config.json"
+            f"(first: {first}); the files do not fit its config.json"
         )
     unexpected = sorted(info["unexpected_keys"])
     if quantised := [tensor for tensor in unexpected if tensor.endswith(_OF_QUANTISED)]:

@@ -236,12 +236,12 @@ def test_what_is_advised_is_planned_to_fit(tmp_path: Path) -> None:
     """A full fine-tune on a small card: nothing alone is enough, several processes with checkpointing are."""
     model = configs.write(configs.SMOLLM2 | {"num_hidden_layers": 6}, tmp_path)
     options = ["--model", model, "--gpu", "1.5GB", "--max-length", "2048", "--per-device-train-batch-size", "8"]
-    first = json.loads(invoke(*options, "--json").output)["advice"][0]
+    first = json.loads(invoke(*options, "--json").stdout)["advice"][0]
     assert first.endswith(" GB, fits")
     advised = first.partition(",")[0].split()
     result = invoke(*options, *advised, "--json")
     assert result.exit_code == 0, result.output
-    assert f"{json.loads(result.output)['need']['total'] / 1e9:.1f} GB, fits" in first
+    assert f"{json.loads(result.stdout)['need']['total'] / 1e9:.1f} GB, fits" in first
 
 
 @pytest.mark.parametrize(("text", "num_bytes"), [("24GB", 24 * GB), ("22.5GiB", int(22.5 * 2**30)), ("80 gb", 80 * GB)])

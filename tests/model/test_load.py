@@ -75,6 +75,43 @@ def test_the_forward_is_the_same_and_the_padding_itself_has_no_gradient(padded_w
     assert not gradient[0].any(), "id 0 lies under the padding alone"
 
 
+# --- damaged files ----------------------------------------------------------------------------------
+
+
+def test_the_first_weight_of_another_shape_is_named(tiny_model_dir: Path, tmp_path: Path) -> None:
+    spec, tensors = copied(tiny_model_dir, tmp_path)
+    tensors[QUANTISED] = torch.zeros(3, 5)
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    said = (
+        r"0 tensors are missing and 1 have another shape \(first: model\.layers\.0\.mlp\.up_proj\.weight is \[3, 5\], "
+    )
+    with pytest.raises(ModelError, match=said + r"expected \[\d+, \d+\]\); the files do not fit its config\.json$"):
+        load_model(spec, [], dtype=torch.float32, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("tokenizer.json", '{"version": ', "its tokenizer.json cannot be read: Expecting value"),
+        ("tokenizer.json", "{}", "cannot load its tokenizer: KeyError: 'added_tokens'"),
+        ("tokenizer.json", None, "has no tokenizer.json; copy the tokenizer's files"),
+        ("tokenizer_config.json", "[]", "its tokenizer_config.json is no JSON object"),
+        ("special_tokens_map.json", "[", "its special_tokens_map.json cannot be read: Expecting value"),
+    ],
+)
+def test_the_damaged_file_of_a_tokenizer_is_named(
+    tiny_model_dir: Path, tmp_path: Path, file: str, text: str | None, said: str
+) -> None:
+    shutil.copytree(tiny_model_dir, tmp_path / "model")
+    if text is None:
+        (tmp_path / "model" / file).unlink()
+    else:
+        (tmp_path / "model" / file).write_text(text, encoding="utf-8")
+    with pytest.raises(ModelError) as caught:
+        load_tokenizer(str(tmp_path / "model"))
+    assert str(caught.value).startswith(f"model {tmp_path / 'model'}: {said}")
+
+
 # --- quantised weights ----------------------------------------------------------------------------
 
 
