@@ -132,7 +132,7 @@ class Trainer:
             loss, norm, metrics = self._finite_gradients(number, micro_batches, denominator)
         if number == 1:
             self._check_gradients(norm)
-        means = {name: value.item() for name, value in metrics.items() if not value.isnan()}
+        means = {name: value.item() for name, value in metrics.items()}
         reported = self.loss.report_means(means, f"step {number}")
         if self.scaler.is_enabled():
             reported["loss_scale"] = self.scaler.get_scale()
@@ -167,8 +167,8 @@ class Trainer:
             for optimizer in self.optimizer.optimizers:
                 self.scaler.unscale_(optimizer)
             norm = full_tensor(nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf))
-            # The only synchronisation with the device in a step: an update by a gradient that is not finite cannot be
-            # undone.
+            # The only synchronisation with the device in a step, but for metrics that a loss counts itself: an update
+            # by a gradient that is not finite cannot be undone.
             loss_value, norm_value = torch.stack((loss, norm.to(loss))).tolist()
             if math.isfinite(loss_value) and math.isfinite(norm_value):
                 return loss_value, norm_value, metrics
@@ -203,7 +203,10 @@ class Trainer:
     def accumulate(
         self, micro_batches: Sequence[MicroBatch], denominator: float, number: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Add up the gradients of one step, counted from 0; return its mean loss and the means of its metrics."""
+        """Add up the gradients of one step, counted from 0; return its mean loss and the means of its metrics.
+
+        A metric that the loss counts itself is left out when its count is 0.
+        """
         loss = torch.zeros((), device=self.lm.device)
         metrics: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros_like(loss))
         counts: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros_like(loss))
@@ -248,8 +251,11 @@ class Trainer:
         parts = [loss, *(metrics[name].to(loss) for name in names), *(counts[name].to(loss) for name in counted)]
         summed = self.strategy.all_reduce(torch.stack(parts))
         means = dict(zip(names, summed[1:], strict=False))
-        for name, count in zip(counted, summed[1 + len(names) :], strict=True):
-            means[name] = means[name] / count  # not a number for a count of 0
+        for name, count in zip(counted, summed[1 + len(names) :].tolist(), strict=True):
+            if count == 0:  # no row of this step has it; a mean that is not a number is an error of the loss
+                del means[name]
+            else:
+                means[name] = means[name] / count
         return summed[0], means
 
     def _lower_loss_scale(self, number: int) -> bool:

@@ -173,6 +173,7 @@ class Changed(MaskedCE):
         (lambda out: out.metrics.update(x=0.5), r"metrics\['x'\] is float"),
         (lambda out: out.metrics.update(loss=out.sum), "has the name 'loss', which the trainer reports itself"),
         (lambda out: out.metrics.update(x=out.sum * float("nan")), r"metrics\['x'\] is nan in step 1"),
+        (lambda out: out.metrics.update(x=(out.sum * float("nan"), out.sum)), r"metrics\['x'\] is nan in step 1"),
     ],
 )
 def test_a_loss_that_is_no_sum_of_scalars_is_stopped(
