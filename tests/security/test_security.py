@@ -200,7 +200,7 @@ def test_a_pickle_of_weights_runs_nothing(tiny_model: Path, rows: Path, marker: 
 def test_what_is_written_is_no_pickle(tiny_model: Path, rows: Path, plugins: tuple[str, ...]) -> None:
     run_of(tiny_model, rows, *plugins, train__save_steps=1)
     written = [path for path in (rows.parent / "run").rglob("*") if path.is_file()]
-    text = {".json", ".jsonl", ".yaml", ".jinja", ".txt", ".html"}
+    text = {".json", ".jsonl", ".yaml", ".jinja", ".txt", ".html", ".md"}
     assert {path.suffix for path in written} <= {".safetensors", ".png"} | text
     assert any(path.suffix == ".safetensors" for path in written)
     for path in written:
