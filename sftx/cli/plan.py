@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,16 @@ class _NumProcesses(click.IntRange):
         return super().convert(value, param, ctx)
 
 
+class _Rate(click.FloatRange):
+    """A number that a plan can divide by. Not a number, which click.FloatRange accepts, is rejected."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        rate = super().convert(value, param, ctx)
+        if math.isnan(rate):
+            self.fail("nan is no number", param, ctx)
+        return rate
+
+
 @click.command(cls=RunCommand)
 @run_options("data", "train", "generation")
 @click.option(
@@ -37,13 +48,13 @@ class _NumProcesses(click.IntRange):
     help="Processes, each on a device of its own.",
 )  # fmt: skip
 @click.option(
-    "--tokens-per-second", type=click.FloatRange(min=0, min_open=True),
+    "--tokens-per-second", type=_Rate(min=0, min_open=True, max=1e12),
     help="Measured throughput of all processes together.",
 )  # fmt: skip
-@click.option("--price-per-hour", type=click.FloatRange(min=0), help="Price of all devices together, in any currency.")
+@click.option("--price-per-hour", type=_Rate(min=0, max=1e12), help="Price of all devices together, in any currency.")
 @click.option(
     "--num-tokens",
-    type=click.IntRange(min=1),
+    type=click.IntRange(min=1, max=10**18),
     help="Tokens of the whole run, all epochs together; by default those of the data.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Write one JSON object.")
@@ -64,7 +75,7 @@ def command(
 
     The model's config.json is enough. Exits with 1 when --gpu is given and the run does not fit.
     """
-    device = target_device.parse(gpu or "cpu")
+    device = target_device.parse("cpu" if gpu is None else gpu)
     rows, length = loaded.config.train.micro_batch_size, loaded.config.data.max_length
     if rows > MAX_ROWS or length > MAX_TOKENS:
         raise ConfigError(

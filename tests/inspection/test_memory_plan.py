@@ -255,6 +255,24 @@ def test_other_sizes_are_refused(text: str) -> None:
         target_device.parse(text)
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(
+            (option, value)
+            for option in ("--tokens-per-second", "--price-per-hour")
+            for value in ("nan", "inf", "1e300")
+        ),
+        ("--tokens-per-second", "0"),
+        ("--gpu", ""),
+    ],
+)
+def test_a_number_that_no_plan_can_use_is_refused(tiny: str, option: str, value: str) -> None:
+    refused = invoke("--model", tiny, option, value)
+    assert refused.exit_code in (1, 2)
+    assert option in refused.stderr.splitlines()[-1]
+
+
 def test_only_advice_that_fits_is_given(tiny: str) -> None:
     from sftx.inspection.memory_plan.planner import plan_run
 
