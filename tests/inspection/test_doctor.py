@@ -186,6 +186,7 @@ def test_a_template_unlike_the_tokenizers_is_found(findings: Find, make_model: C
     assert severity == "note", "its form is the same"
     assert "without a system text" in seen
     assert of("own-template", findings(GOOD)) == []
+    assert of("own-template", findings([*GOOD[:2], turns("<|im_end|>", "y")])) == [], "no template differs there"
 
     def broken(tokenizer: Any) -> None:
         tokenizer.chat_template = "{{ raise_exception('no') }}"
