@@ -7,7 +7,9 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import threading
+import types
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -180,6 +182,17 @@ def _work(chunk: Chunk) -> tuple[int, list[EncodedRow]]:
 
 
 @contextmanager
+def _without_main_module() -> Iterator[None]:
+    """Let no process that is started within the block import the user's script, whose `sftx.run` would begin there."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+@contextmanager
 def _ignore_sigint() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # handlers can only be set in the main thread
         yield
@@ -201,14 +214,15 @@ def _encode_parallel(
         raise PluginError(
             f"a parser or the template cannot be sent to other processes: {one_line(error)}; set data.num_proc=1"
         ) from error
+    needs_main = b"__main__" in pickled
     # Spawned, not forked: torch and tokenizers have threads, which a fork leaves behind with their locks held.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(num_proc, mp_context=context, initializer=_start_worker, initargs=(pickled,))
     queued: deque[Future[tuple[int, list[EncodedRow]]]] = deque()
     try:
         for chunk in chunks:
-            # Workers start with the first chunk and inherit the ignored SIGINT: Ctrl-C is handled by this process.
-            with nullcontext() if queued else _ignore_sigint():
+            # Workers start when a chunk finds none idle. They inherit the ignored SIGINT: this process handles Ctrl-C.
+            with _ignore_sigint(), nullcontext() if needs_main else _without_main_module():
                 queued.append(pool.submit(_work, chunk))
             if len(queued) >= 2 * num_proc:
                 yield queued.popleft().result()

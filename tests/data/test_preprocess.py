@@ -180,13 +180,19 @@ def test_rows_that_no_format_can_read_stop_the_run_or_are_dropped(kit: Kit, tmp_
 # --- several processes, and the cache -----------------------------------------------------------
 
 
-def test_two_processes_give_what_one_gives(kit: Kit, tmp_path: Path) -> None:
+def test_two_processes_give_what_one_gives(kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither runs the user's script again, as multiprocessing would: it may call `sftx.run` at its top level."""
+    script = tmp_path / "script.py"
+    script.write_text(f"open({str(tmp_path / 'began')!r}, 'w')")
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(script))
     path = many(tmp_path / "a.jsonl")
     config = DataConfig(max_length=64, max_dropped=0.2)
     one = prepared([path], config, PARSERS, kit.encoder, questions=True)
     assert (one.ledger.num_rows, len(one.ledger.entries) > 200) == (1200, True)
     two = prepared([path], DataConfig(max_length=64, max_dropped=0.2, num_proc=2), PARSERS, kit.encoder, questions=True)
     assert same(one, two)
+    assert not (tmp_path / "began").exists()
 
 
 def test_an_error_in_another_process_is_the_same_error(kit: Kit, tmp_path: Path) -> None:
