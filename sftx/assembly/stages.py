@@ -429,6 +429,11 @@ class ControlStage(_Stage):
     def _checked(self, what: str, decision: Any) -> Decision | None:
         if decision is not None and not isinstance(decision, Decision):
             raise self._refuse(f"{what} returned {type(decision).__name__}, expected a Decision or None")
+        for name in () if decision is None else ("evaluate", "save", "stop"):
+            if not isinstance(answer := getattr(decision, name), bool):  # any text, even "no", would count as true
+                raise self._refuse(f"{what} asked for {name}={answer!r:.60}, expected True or False")
+        if decision is not None and not isinstance(decision.reason, str):
+            raise self._refuse(f"{what} gave the reason {decision.reason!r:.60}, expected text")
         factor: Any = None if decision is None else decision.rate_factor
         is_number = isinstance(factor, int | float) and not isinstance(factor, bool)
         if factor is not None and not (is_number and 0 < factor < math.inf):

@@ -14,6 +14,7 @@ from sftx.assembly.stages import ControlStage
 from sftx.checkpoint.run_state import RunState
 from sftx.config.options import TrainConfig
 from sftx.distributed.process_group import ProcessGroup
+from sftx.errors import printable
 from sftx.events import Decision
 
 log = logging.getLogger(__name__)
@@ -74,7 +75,8 @@ class TrainerControl:
             return Decision()
         decisions = self._process_group.run_on_rank0(asked)
         for name, decision in decisions:
-            why = f"{name}: {decision.reason}" if decision.reason else name
+            reason = " ".join(printable(decision.reason).split())
+            why = f"{name}: {reason}" if reason else name
             if decision.rate_factor is not None and decision.rate_factor != state.rate_factors.get(name, 1.0):
                 state.rate_factors[name] = decision.rate_factor
                 log.info("step %d: the learning rate is multiplied by %g (%s)", state.step, decision.rate_factor, why)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 import sftx
-from sftx import EvalReport, RunInfo
+from sftx import Control, Decision, EvalReport, RunInfo, StepReport
+from sftx.assembly.stages import ControlStage
 from sftx_plugins.controls.early_stopping import EarlyStopping
 
 CODE = '''
@@ -87,6 +89,28 @@ def test_a_stopped_run_has_its_artefact_and_is_complete(
     assert "ends after step 6 (plan: enough)" in caplog.text
     assert (done.output_dir / "adapter" / "adapter_model.safetensors").is_file()
     assert sftx.resume("out") == done
+
+
+@pytest.mark.parametrize(
+    ("decision", "named"),
+    [
+        ("stop", "after_step returned str, expected a Decision or None"),
+        (False, "after_step returned bool"),
+        (Decision(stop="no"), "after_step asked for stop='no', expected True or False"),  # type: ignore[arg-type]
+        (Decision(save=1), "after_step asked for save=1"),
+        (Decision(evaluate=None), "after_step asked for evaluate=None"),  # type: ignore[arg-type]
+        (Decision(rate_factor=float("nan")), "rate_factor nan, expected a number above 0"),
+        (Decision(rate_factor="2"), "rate_factor '2'"),  # type: ignore[arg-type]
+        (Decision(reason=3), "gave the reason 3, expected text"),  # type: ignore[arg-type]
+    ],
+)
+def test_what_is_no_decision_is_refused(decision: Any, named: str) -> None:
+    class Late(Control):
+        def after_step(self, report: StepReport) -> Any:
+            return decision
+
+    with pytest.raises(sftx.PluginError, match=f"^late: .*{re.escape(named)}"):
+        ControlStage("late", Late()).after_step(cast(Any, None))
 
 
 @pytest.mark.parametrize("kept", [3, 4])
