@@ -167,6 +167,9 @@ def resume(run_dir: str | os.PathLike[str], **options: Any) -> TrainedRun:
     path = _path(run_dir, "run_dir", "the directory of a run")
     if not (path / "run.yaml").is_file():
         raise ConfigError(f"{path}: is no run directory, which has a run.yaml; give the output_dir of a run")
+    for name in ("run_file", "output_dir", "resume"):
+        if name in options:
+            raise ConfigError(f"{name}: has no meaning for sftx.resume, which goes on in {path}; leave it out")
     return run(path / "run.yaml", output_dir=path, resume=True, **options)
 
 

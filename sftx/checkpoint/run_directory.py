@@ -129,10 +129,20 @@ class RunDirectory:
         run_file.write(dict(resolved), self.file(layout.RUN))
         atomic_files.write_json(self.file(layout.MANIFEST), manifest)
 
-    def complete(self, manifest: Mapping[str, Any]) -> None:
-        """Write the manifest of a resumed run when it is missing. Raises OutputError."""
-        if not self.file(layout.MANIFEST).exists():
+    def complete(self, manifest: Mapping[str, Any], step: int) -> None:
+        """Write the manifest of a run that goes on after `step` when it is missing, else what that adds to it.
+
+        These are the plugins that the run did not have before: observers and metrics. Raises OutputError.
+        """
+        before = self.read_json(layout.MANIFEST)
+        if before is None:
             atomic_files.write_json(self.file(layout.MANIFEST), manifest)
+            return
+        known = [(line.get("stage"), line.get("plugin")) for line in before.get("plugins", ())]
+        new = [line for line in manifest["plugins"] if (line["stage"], line["plugin"]) not in known]
+        if new:
+            plugins = [*before.get("plugins", ()), *({**line, "since_step": step + 1} for line in new)]
+            atomic_files.write_json(self.file(layout.MANIFEST), {**before, "plugins": plugins})
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write the summary, which marks the run as complete. Raises OutputError."""

@@ -42,7 +42,7 @@ class RunWriter:
     def write_start(self, state: RunState) -> None:
         """Write what the run is, unless it continues one that has written it."""
         if state.step > 0:
-            self.directory.complete(self._manifest)
+            self.directory.complete(self._manifest, state.step)
         else:
             self.directory.write_start(self._resolved, self._manifest)
         self.write_ledgers()

@@ -183,6 +183,13 @@ def test_one_process_has_one_run_at_a_time_in_whatever_thread() -> None:
 def test_resume_wants_a_run_directory() -> None:
     with pytest.raises(sftx.ConfigError, match="no run directory"):
         sftx.resume("nothing")
+    with pytest.raises(sftx.ConfigError, match="run_dir: is of type int"):
+        sftx.resume(3)  # type: ignore[arg-type]
+    (Path("one")).mkdir()
+    Path("one/run.yaml").touch()
+    for name in ("output_dir", "resume", "run_file"):
+        with pytest.raises(sftx.ConfigError, match=f"{name}: has no meaning for sftx.resume"):
+            sftx.resume("one", **{name: "two"})
 
 
 def test_inspect_and_plan_take_the_same_arguments() -> None:

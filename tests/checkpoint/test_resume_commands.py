@@ -76,6 +76,11 @@ def test_what_changes_no_weight_may_change(runs: Runs, sftx: Sftx) -> None:
         held_out = json.loads((directory / "out" / "summary.json").read_text())["held_out"]
         assert ("exact-match" in held_out["after"]) == ("exact-match" in change)
         assert "exact-match" not in held_out["before"]
+        page = (directory / "out" / "report.html").read_text()
+        recorded = json.loads((directory / "out" / "manifest.json").read_text())["plugins"]
+        added = {line["plugin"]: line["since_step"] for line in recorded if "since_step" in line}
+        assert added == ({"exact-match": 3} if "exact-match" in change else {})
+        assert ("from step 3 on" in page) == bool(added)
 
 
 def test_other_rows_of_the_same_name_are_refused(runs: Runs, sftx: Sftx, stopped: Path) -> None:

@@ -187,6 +187,8 @@ def _details(record: RunRecord) -> dict[str, Any]:
     plugins = []
     for line in as_mappings(record.manifest.get("plugins")):
         options = ", ".join(f"{name}={as_text(value)}" for name, value in as_mapping(line.get("options")).items())
+        if line.get("since_step") is not None:  # it was added when the run was resumed
+            options = f"from step {as_text(line['since_step'])} on{f', {options}' if options else ''}"
         plugins.append(
             [*(as_text(line.get(key, "")) for key in ("stage", "plugin", "distribution", "version")), options]
         )
