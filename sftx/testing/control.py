@@ -111,7 +111,9 @@ def resumes(case: _Case) -> None:
             raise ClauseError(f"continued after report {at} it decides otherwise than without interruption; {advice}")
 
 
-@SUITE.clause("It does not change random state, torch's modes, signal handlers or other state of the process.")
+@SUITE.clause(
+    "It does not change random state, torch's modes, signal handlers or other state of the process.", needs=["decides"]
+)
 def leaves_the_process(case: _Case) -> None:
     before = process()
     case.decisions(case.control(), case.reports)

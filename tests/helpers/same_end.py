@@ -8,7 +8,7 @@ from typing import Any
 
 from sftx.atomic_files import CHECKSUMS, find_damage
 
-TIMES = frozenset({"seconds", "tokens_per_second", "peak_bytes", "wall_seconds", "eval_runtime"})
+TIMES = frozenset({"seconds", "phase_seconds", "tokens_per_second", "peak_bytes", "wall_seconds", "eval_runtime"})
 """Keys of JSON values in which two equal runs may differ."""
 
 
