@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from transformers import AutoTokenizer
 
-from sftx.errors import ModelError, one_line
+from sftx.errors import ModelError, OutputError, one_line
 from sftx.model.library_messages import quiet
 from sftx.model.names import local_directory
 
@@ -78,7 +78,8 @@ def save_and_read_back(
     *,
     trust_remote_code: bool = False,
 ) -> SavedTokenizer:
-    """Chooses the entries, saves the tokenizer with them into a temporary directory, and reads it. Raises ModelError.
+    """Chooses the entries, saves the tokenizer with them into a temporary directory, and reads it. Raises ModelError,
+    OutputError.
 
     `eos_token` becomes the first of `stop_ids`, the token that ends an answer: programs that serve a model stop there.
     `legacy` is kept, which save_pretrained drops although LlamaTokenizer puts spaces elsewhere without it. A class that
@@ -97,6 +98,12 @@ def save_and_read_back(
         with tempfile.TemporaryDirectory(prefix="sftx-tokenizer-") as directory, quiet():
             try:
                 save(tokenizer, Path(directory), entries)
+            except Exception as error:  # tokenizers raises a bare Exception for a full disk
+                raise OutputError(
+                    f"{directory}: the tokenizer cannot be saved there: {one_line(error)}; make room, or choose another "
+                    "place with TMPDIR"
+                ) from error
+            try:
                 if model_type is not None:
                     (Path(directory) / "config.json").write_text(json.dumps({"model_type": model_type}))
                 saved = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)

@@ -193,8 +193,7 @@ def test_a_pickle_of_weights_runs_nothing(tiny_model: Path, rows: Path, marker: 
 
 
 @holds(
-    "sftx writes safetensors, JSON, JSON lines, YAML, the tokenizer's text files, an HTML page and a PNG, and no "
-    "pickle."
+    "sftx writes safetensors, JSON, JSON lines, YAML, text and Markdown, an HTML page and a PNG, and no pickle."
 )
 @pytest.mark.parametrize("plugins", [(), ("lora",)], ids=["full", "lora"])
 def test_what_is_written_is_no_pickle(tiny_model: Path, rows: Path, plugins: tuple[str, ...]) -> None:
