@@ -40,8 +40,12 @@ if _WORKER:
 
 
 @pytest.fixture(autouse=True)
-def _same_every_time() -> None:
-    """Fixed seeds; one thread in each of several workers, who would fight for the cores otherwise."""
+def _same_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fixed seeds; one thread in each of several workers, who would fight for the cores otherwise.
+
+    On a slow machine a phase that takes long would be named on stderr, among the lines that tests expect.
+    """
+    monkeypatch.setattr("sftx.display._QUIET_S", 1e6)
     random.seed(0)
     if "torch" in sys.modules:
         import torch

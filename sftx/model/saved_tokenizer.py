@@ -100,8 +100,8 @@ def save_and_read_back(
                 save(tokenizer, Path(directory), entries)
             except Exception as error:  # tokenizers raises a bare Exception for a full disk
                 raise OutputError(
-                    f"{directory}: the tokenizer cannot be saved there: {one_line(error)}; make room, or choose another "
-                    "place with TMPDIR"
+                    f"{directory}: the tokenizer cannot be saved there: {one_line(error)}; make room, or "
+                    "choose another place with TMPDIR"
                 ) from error
             try:
                 if model_type is not None:

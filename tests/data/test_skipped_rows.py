@@ -113,7 +113,7 @@ def test_a_dataset_is_read_from_any_row(tmp_path: Path, monkeypatch: pytest.Monk
 
         load = datasets.load_dataset
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(hub, "_commit", lambda path: "abc")
+        monkeypatch.setattr(hub, "find_commit", lambda path: "abc")
         monkeypatch.setattr(
             datasets,
             "load_dataset",

@@ -192,9 +192,7 @@ def test_a_pickle_of_weights_runs_nothing(tiny_model: Path, rows: Path, marker: 
     assert marker.exists()
 
 
-@holds(
-    "sftx writes safetensors, JSON, JSON lines, YAML, text and Markdown, an HTML page and a PNG, and no pickle."
-)
+@holds("sftx writes safetensors, JSON, JSON lines, YAML, text and Markdown, an HTML page and a PNG, and no pickle.")
 @pytest.mark.parametrize("plugins", [(), ("lora",)], ids=["full", "lora"])
 def test_what_is_written_is_no_pickle(tiny_model: Path, rows: Path, plugins: tuple[str, ...]) -> None:
     run_of(tiny_model, rows, *plugins, train__save_steps=1)
