@@ -94,7 +94,8 @@ class _Joined:
 
 def _group(row: ParsedRow, field: str) -> Any:
     try:
-        return sources.column_value(row.record, field, row.row.where)
+        value = sources.column_value(row.record, field, row.row.where)
+        return int(value) if isinstance(value, float) and value.is_integer() else value  # 1.0 is the group 1
     except DataError as error:
         raise DataError(str(error).replace(": columns: no column", ": data.eval_group: no field")) from None
 

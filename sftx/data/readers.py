@@ -120,6 +120,8 @@ class RowFile:
             import pyarrow as pa  # type: ignore[import-untyped]
 
             return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(self.file)), "zstd"))
+        if module in ("bz2", "lzma"):
+            return io.BufferedReader(_Decompressed(self.file, module), _PIECE_BYTES)
         return importlib.import_module(module or "io").open(self.file, "rb")
 
     def _encoding(self, stream: Any) -> str:
@@ -188,6 +190,45 @@ def _log_once(_file: str, message: str) -> None:
 
 
 # --- text ---------------------------------------------------------------------------------------
+
+
+class _Decompressed(io.RawIOBase):
+    """A bz2 or xz file, which may be several streams one after the other.
+
+    Python's own modules silently ignore what follows the first stream when it is damaged, and rows would vanish.
+    """
+
+    def __init__(self, file: Path, module: str) -> None:
+        library = importlib.import_module(module)
+        self._make: Callable[[], Any] = library.BZ2Decompressor if module == "bz2" else library.LZMADecompressor
+        self._padding = b"" if module == "bz2" else b"\0"  # which xz allows between and after streams
+        self._decompressor = self._make()
+        self._file = file.open("rb")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = b""
+        while not data:
+            given = b""
+            if self._decompressor.eof:
+                given = self._decompressor.unused_data.lstrip(self._padding)
+                while not given and (piece := self._file.read(_PIECE_BYTES)):
+                    given = piece.lstrip(self._padding)
+                if not given:
+                    return 0
+                self._decompressor = self._make()
+            elif self._decompressor.needs_input and not (given := self._file.read(_PIECE_BYTES)):
+                raise EOFError("it ends before the end of its compressed data")
+            data = self._decompressor.decompress(given, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
 
 
 class _RecodedStream(io.RawIOBase):

@@ -340,6 +340,16 @@ def test_a_truncated_compressed_file_is_an_error(suffix: str) -> None:
     assert error_of(name, "no such thing").startswith(f"{name}: cannot be read: ")
 
 
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+def test_what_follows_a_compressed_stream_is_read_or_refused_and_never_ignored(suffix: str) -> None:
+    first, second = (COMPRESS[suffix](f'{{"a": {number}}}\n'.encode()) for number in (1, 2))
+    name = "x.jsonl" + suffix
+    assert [row for _, row in rows(name, first + second)] == [{"a": 1}, {"a": 2}]
+    assert error_of(name, first + b"damaged" + second[7:]).startswith(f"{name}: cannot be read")
+    if suffix == ".xz":
+        assert len(rows(name, first + bytes(8) + second + bytes(4))) == 2
+
+
 @pytest.mark.parametrize(
     ("suffix", "compress"), [*COMPRESS.items(), (".parquet", lambda content: b"PAR1\x15" + content)]
 )
