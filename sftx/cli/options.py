@@ -20,7 +20,7 @@ from sftx.errors import ConfigError
 from sftx.phases import phase
 
 _COMMON: Final = (
-    click.argument("file", metavar="[RUN_FILE]", required=False, type=click.Path(dir_okay=False, path_type=Path)),
+    click.argument("file", metavar="[RUN_FILE]", required=False, type=click.Path(path_type=Path)),
     click.option(
         "--plugin", "plugins", metavar="NAME", multiple=True, help="Add a plugin; plugins apply in the order given."
     ),
@@ -169,6 +169,9 @@ def run_options(*sections: str) -> Callable[[Callable[..., Any]], Callable[..., 
             settings: tuple[str, ...],
             **rest: Any,
         ) -> Any:
+            if file is not None and file.is_dir():
+                hint = f"; the run file of this run is {file / 'run.yaml'}" if (file / "run.yaml").is_file() else ""
+                raise click.UsageError(f"{file} is a directory, and a run file is a YAML file{hint}")
             if file is not None and file.suffix not in (".yaml", ".yml") and file.exists():
                 raise click.UsageError(
                     f"{file} is no run file; give each file of data an option of its own: --data {file}, or quote the "

@@ -375,3 +375,10 @@ def test_a_directory_that_cannot_be_made(base: list[str]) -> None:
     Path("plain").touch()
     message = error_of(*base, "--output-dir", "plain/out")
     assert message.startswith("output_dir plain/out: ")
+
+
+def test_a_run_directory_is_answered_with_its_run_file() -> None:
+    Path("out").mkdir()
+    assert "is a directory" in error_of("out", "--resume", code=2)
+    Path("out/run.yaml").write_text("model: sftx:tiny\n")
+    assert "out/run.yaml" in error_of("out", "--resume", code=2)
