@@ -102,8 +102,6 @@ def one_line(error: BaseException, *, max_chars: int = 300) -> str:
         text = " ".join(str(error).split())
     except Exception:
         text = "its message cannot be read"
-    if isinstance(error, KeyError):  # whose message is the key alone
-        text = f"KeyError: {text}"
     text = text or type(error).__name__
     return text if len(text) <= max_chars else text[: max_chars - 3] + "..."
 

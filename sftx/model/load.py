@@ -61,7 +61,8 @@ def _loading(name: str, part: str) -> Iterator[None]:
                 f"model {name}: it brings Python code of its own, which is not run; read that code, and add "
                 "--trust-remote-code to run it"
             ) from error
-        cause = _wrong_file(name, part) or f"cannot load its {part}: {one_line(error)}"
+        what = f"KeyError: {one_line(error)}" if isinstance(error, KeyError) else one_line(error)  # else the key alone
+        cause = _wrong_file(name, part) or f"cannot load its {part}: {what}"
         raise ModelError(f"model {name}: {cause}") from error
 
 
@@ -128,9 +129,10 @@ def load_model(
     spec: ModelSpec, adapters: Sequence[Adapter], *, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
     """Loads the model with its weights in `dtype` on `device`; adapters may quantise modules. Raises ModelError."""
-    for tensor, stored in _stored_dtypes(spec.name):
-        if tensor.endswith("weight") and stored not in _FLOATING:
-            raise refuse_quantised(spec.name, f"its files hold {tensor} as {stored}")
+    with _explains_out_of_memory(spec, dtype, torch.device("cpu")):
+        for tensor, stored in _stored_dtypes(spec.name):
+            if tensor.endswith("weight") and stored not in _FLOATING:
+                raise refuse_quantised(spec.name, f"its files hold {tensor} as {stored}")
     with (
         _loading(spec.name, "weights"),
         _explains_out_of_memory(spec, dtype, torch.device("cpu")),

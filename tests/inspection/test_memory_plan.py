@@ -165,7 +165,7 @@ def test_shares_of_fsdp2_are_smaller_and_gradients_of_ddp_are_always_there(tiny:
     ddp = planner(tiny, ranks=2).estimate(rows=1)
     fsdp2 = planner(tiny, ranks=2, **{"train.distributed": "fsdp2"}).estimate(rows=1)
     assert ddp.kinds["gradients"] == 4 * one.num_trainable
-    assert ddp.total >= one.total
+    assert ddp.total - ddp.kinds["process"] >= one.total - one.kinds["process"]
     assert fsdp2.kinds["weights"] == pytest.approx(one.kinds["weights"] / 2, abs=1)
     assert fsdp2.kinds["optimizer"] == pytest.approx(one.kinds["optimizer"] / 2, abs=1)
 

@@ -41,7 +41,7 @@ def test_a_file_that_is_both_trained_on_and_held_out_is_an_error(files: str) -> 
 def test_rows_that_are_both_are_said_and_stop_the_run_past_a_share() -> None:
     done = sftx("run --data a.jsonl --eval-data b.jsonl")
     assert done.exit_code == 0
-    found = "1 of 20 held-out examples (5.0%) are trained on (first: b.jsonl:1 is a.jsonl:20)"
+    found = "1 of 20 held-out examples (5.0%) is trained on (first: b.jsonl:1 is a.jsonl:20)"
     assert sum(found in line for line in done.stderr.splitlines()) == 1
     stopped = sftx("run --data a.jsonl --eval-data b.jsonl --max-overlap 0.04")
     assert stopped.exit_code == 1
