@@ -133,7 +133,7 @@ class EvalReport:
 
 @dataclass(frozen=True)
 class Decision:
-    """What a control plugin asks for after a step or an evaluation. What it leaves unset, the run's options decide."""
+    """A control plugin's answer to a step or an evaluation. What it leaves unset, the run's options decide."""
 
     evaluate: bool = False
     """Evaluate the held-out rows after this step."""

@@ -22,7 +22,7 @@ from sftx.errors import ConfigError
 
 
 class OnResume(Enum):
-    """What another value of an option changes when a run is resumed with it. An option without one changes weights."""
+    """Says what another value of an option changes when a run is resumed. An option without one changes weights."""
 
     NOTHING = "nothing"
     EVALUATIONS = "when held-out rows are evaluated"

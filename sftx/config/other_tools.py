@@ -1,4 +1,4 @@
-"""What to write here for an option of TRL, transformers, PEFT, LLaMA-Factory or Axolotl: one table.
+"""This table says what to write here for an option of TRL, transformers, PEFT, LLaMA-Factory or Axolotl.
 
 The table is imported when a run has an option that sftx does not know. `answer` looks an option up together with its
 value, since `packing: false` asks for nothing and `packing: true` for a plugin. docs/migrating.md is made of it.
@@ -27,7 +27,7 @@ EACH_SOURCE: Final = "data.train.*."
 
 @dataclass(frozen=True)
 class Answer:
-    """What an option of another tool with a certain value becomes here."""
+    """Says what an option of another tool becomes here, with a certain value."""
 
     kind: Literal["write", "leave out", "not here"]
     write: Mapping[str, Any] = field(default_factory=dict)

@@ -36,7 +36,7 @@ _OPTIONS_OF_MODEL: Final = ("unk_token", "fuse_unk", "byte_fallback", "ignore_me
 
 @dataclass(frozen=True)
 class SavedTokenizer:
-    """What others read of a tokenizer that a run has saved."""
+    """A tokenizer as a run saves it, and as others then read it."""
 
     entries: dict[str, Any]
     """Entries of tokenizer_config.json that are saved instead of those that transformers writes, or beside them."""

@@ -48,7 +48,7 @@ class TrainerControl:
         """Return whether `eval_steps` asks for an evaluation now; the last step is always evaluated, and none twice."""
         every = self._config.eval_steps
         is_done = state.latest is not None and state.latest.step >= state.step
-        return not is_done and ((every is not None and state.step % every == 0) or state.step == self._num_steps)
+        return not is_done and ((every is not None and state.step % every == 0) or self.should_stop(state))
 
     def should_save(self, state: RunState) -> bool:
         """Return whether a checkpoint is due by the number of steps or by the clock."""
@@ -90,6 +90,8 @@ class TrainerControl:
 
     def record(self, state: RunState) -> None:
         """Put into the state what the control plugins remember, before it is saved."""
+        if not self._has_controls:
+            return
         state.controls = self._process_group.run_on_rank0(
             lambda: {name: control.state_dict() for name, control in self.controls.items()}
         )

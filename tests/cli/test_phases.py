@@ -129,9 +129,12 @@ def test_a_closed_terminal_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
         if closed is None:
             with shown_phases(), phase("loading"):
                 time.sleep(0.05)
+    failed: list[logging.LogRecord] = []
+    monkeypatch.setattr(logging.Handler, "handleError", lambda handler, record: failed.append(record))
     log = logging.getLogger("sftx.a_test")
     cli._configure_logging()
     log.warning("to nobody")
+    assert failed == []
 
 
 @pytest.mark.parametrize("command", ["run", "inspect", "doctor", "plan"])

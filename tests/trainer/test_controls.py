@@ -86,6 +86,9 @@ def test_a_stopped_run_has_its_artefact_and_is_complete(
     caplog.set_level("INFO", "sftx")
     done = run("out", plan={"stop_at": 6})
     assert done.summary["num_steps"] == 6
+    assert done.history[-1]["event"] == "evaluate"
+    assert done.history[-1]["step"] == 6
+    assert done.metrics["loss"] != done.summary["held_out"]["before"]["loss"]
     assert "ends after step 6 (plan: enough)" in caplog.text
     assert (done.output_dir / "adapter" / "adapter_model.safetensors").is_file()
     assert sftx.resume("out") == done

@@ -90,7 +90,7 @@ class CheckInputs:
 
     @property
     def has_turns(self) -> bool:
-        """Whether the training rows are conversations; of a stream, its first ones."""
+        """Return whether the training rows are conversations; of a stream, the first ones are looked at."""
         return self.train.has_turns or any(isinstance(parsed, Conversation) for _, parsed in self.sample)
 
     @cached_property

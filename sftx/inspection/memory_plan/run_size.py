@@ -23,7 +23,7 @@ GroupExtras: TypeAlias = tuple[Mapping[str, Any], ...]
 
 @dataclass(frozen=True)
 class RunSize:
-    """What a run computes, all epochs and evaluations together."""
+    """The size of a run: its steps, rows and tokens, all epochs and evaluations together."""
 
     num_steps: int
     num_input_tokens: int
