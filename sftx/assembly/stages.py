@@ -55,6 +55,8 @@ RESERVED_METRICS: Final = frozenset(
 )
 """Names of what the trainer reports itself: neither a loss nor a metric may report a value under one of them."""
 
+_OWN_COUNT: Final = " (count)"
+"""What follows a metric's name where its own count is added up."""
 _LARGEST_NLL: Final = 700.0  # the largest one whose exponential is a finite number
 
 # --- from a hook to a stage ---------------------------------------------------------------------
@@ -385,6 +387,24 @@ class LossStage(_Stage):
         if taken:
             raise self._refuse(f"metrics has the name {taken[0]!r}, which the trainer reports itself; choose another")
         return out
+
+    @staticmethod
+    def metric_sums(out: LossSum) -> Iterator[tuple[str, Tensor]]:
+        """Yield what adds up over micro-batches by name: each metric's sum, and the count of one that has its own."""
+        for name, value in out.metrics.items():
+            if isinstance(value, tuple):
+                yield name, value[0].detach()
+                yield f"{name}{_OWN_COUNT}", value[1].detach()
+            else:
+                yield name, value.detach()
+
+    @staticmethod
+    def metric_means(sums: Mapping[str, float], denominator: float) -> dict[str, float]:
+        """Return the means of what `metric_sums` added up to; a metric whose own count is 0 has none."""
+        divisors = {
+            name: sums.get(f"{name}{_OWN_COUNT}", denominator) for name in sums if not name.endswith(_OWN_COUNT)
+        }
+        return {name: sums[name] / divisor for name, divisor in divisors.items() if divisor}
 
     def report_means(self, means: Mapping[str, float], place: str) -> dict[str, float]:
         """Return the means as they are reported: `perplexity` in place of `nll`. Raises PluginError unless finite."""

@@ -94,7 +94,6 @@ class Evaluator:
     def _losses(self, lm: CausalLM, step: int) -> dict[str, float]:
         """Return the loss and the loss's metrics over the denominator of the whole dataset."""
         sums: defaultdict[str, float] = defaultdict(float)
-        counts: defaultdict[str, float] = defaultdict(float)
         denominator = 0.0
         loss = self._strategy.step.loss
         batches = _batches(self._examples, self._batch_size)
@@ -114,15 +113,11 @@ class Evaluator:
                 out = self._strategy.step(dataclasses.replace(batch, statistics=statistics).to(lm.device))
                 denominator += is_counted * loss.denominator(batch)
                 sums["loss"] += is_counted * out.sum.item()
-                for name, value in out.metrics.items():
-                    sums[name] += is_counted * (value[0] if isinstance(value, tuple) else value).item()
-                    if isinstance(value, tuple):
-                        counts[name] += is_counted * value[1].item()
-        names, counted = map(self._process_group.all_gather_names, (sums, counts))
-        parts = [denominator, *(sums[name] for name in names), *(counts[name] for name in counted)]
-        total, *summed = self._process_group.all_reduce_sum(parts)
-        divisors = dict.fromkeys(names, loss.check_total(total)) | dict(zip(counted, summed[len(names) :], strict=True))
-        means = {name: value / divisors[name] for name, value in zip(names, summed, strict=False) if divisors[name]}
+                for name, value in loss.metric_sums(out):
+                    sums[name] += is_counted * value.item()
+        names = self._process_group.all_gather_names(sums)
+        total, *summed = self._process_group.all_reduce_sum([denominator, *(sums[name] for name in names)])
+        means = loss.metric_means(dict(zip(names, summed, strict=True)), loss.check_total(total))
         mean_loss = means.pop("loss")
         if not math.isfinite(mean_loss):
             raise TrainingError(f"step {step}: the loss of the held-out rows is {mean_loss:g}; look at the model")

@@ -132,7 +132,7 @@ class Trainer:
             loss, norm, metrics = self._finite_gradients(number, micro_batches, denominator)
         if number == 1:
             self._check_gradients(norm)
-        means = {name: value.item() for name, value in metrics.items()}
+        means = self.loss.metric_means({name: value.item() for name, value in metrics.items()}, denominator)
         reported = self.loss.report_means(means, f"step {number}")
         if self.scaler.is_enabled():
             reported["loss_scale"] = self.scaler.get_scale()
@@ -203,13 +203,9 @@ class Trainer:
     def accumulate(
         self, micro_batches: Sequence[MicroBatch], denominator: float, number: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Add up the gradients of one step, counted from 0; return its mean loss and the means of its metrics.
-
-        A metric that the loss counts itself is left out when its count is 0.
-        """
+        """Add up the gradients of one step, counted from 0; return its mean loss and its metrics as sums."""
         loss = torch.zeros((), device=self.lm.device)
-        metrics: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros_like(loss))
-        counts: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros_like(loss))
+        sums: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros_like(loss))
 
         def seed_forward(index: int) -> None:
             self.check_stop()
@@ -236,27 +232,15 @@ class Trainer:
                 objective = out.sum * is_counted / denominator
                 if out.aux_loss is not None:
                     objective = objective + out.aux_loss * (one.denominator / denominator)
-                    metrics["aux_loss"] += out.aux_loss.detach() * (one.denominator / denominator)
+                    sums["aux_loss"] += out.aux_loss.detach() * one.denominator
                 self.scaler.scale(objective * self.strategy.gradient_scale).backward()
             loss += out.sum.detach() * is_counted / denominator
-            for name, value in out.metrics.items():
-                if isinstance(value, tuple):
-                    metrics[name] += value[0].detach() * is_counted
-                    counts[name] += value[1].detach() * is_counted
-                else:
-                    metrics[name] += value.detach() * is_counted / denominator
+            for name, value in self.loss.metric_sums(out):
+                sums[name] += value * is_counted
         self.strategy.sync_gradients()
-        names = self.process_group.all_gather_names(metrics)
-        counted = self.process_group.all_gather_names(counts)
-        parts = [loss, *(metrics[name].to(loss) for name in names), *(counts[name].to(loss) for name in counted)]
-        summed = self.strategy.all_reduce(torch.stack(parts))
-        means = dict(zip(names, summed[1:], strict=False))
-        for name, count in zip(counted, summed[1 + len(names) :].tolist(), strict=True):
-            if count == 0:  # no row of this step has it; a mean that is not a number is an error of the loss
-                del means[name]
-            else:
-                means[name] = means[name] / count
-        return summed[0], means
+        names = self.process_group.all_gather_names(sums)
+        summed = self.strategy.all_reduce(torch.stack([loss, *(sums[name].to(loss) for name in names)]))
+        return summed[0], dict(zip(names, summed[1:], strict=True))
 
     def _lower_loss_scale(self, number: int) -> bool:
         """Halve the loss scale; return False when there is none, overflow is not the reason, or it would be below 1."""

@@ -61,9 +61,11 @@ def run_of(
 def first_step(session: Session) -> tuple[float, dict[str, float], dict[str, torch.Tensor]]:
     trainer = session.trainer
     micro_batches = trainer.micro_batches(next(iter(session.sampler)))
-    loss, metrics = trainer.accumulate(micro_batches, sum(one.denominator for one in micro_batches), 0)
+    denominator = sum(one.denominator for one in micro_batches)
+    loss, sums = trainer.accumulate(micro_batches, denominator, 0)
+    metrics = trainer.loss.metric_means({name: value.item() for name, value in sums.items()}, denominator)
     gradients = {name: p.grad.clone() for name, p in session.lm.named_parameters() if p.grad is not None}
-    return loss.item(), {name: value.item() for name, value in metrics.items()}, gradients
+    return loss.item(), metrics, gradients
 
 
 def test_a_statistic_is_that_of_the_whole_step_however_it_is_split(run_of: Callable[..., Session]) -> None:
