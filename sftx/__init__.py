@@ -11,6 +11,7 @@ from sftx.assembly.hookspecs import hookimpl
 from sftx.data.collate import pack, pad
 from sftx.errors import ConfigError, DataError, ModelError, OutputError, PluginError, SftxError, TrainingError
 from sftx.events import Decision, EvalReport, Provider, RunInfo, Sample, StartReport, StepReport, TokenLosses
+from sftx.secret import Secret
 from sftx.types import (
     IGNORE_INDEX,
     Adapter,
@@ -81,6 +82,7 @@ __all__ = [
     "Row",
     "RunInfo",
     "Sample",
+    "Secret",
     "Segment",
     "SftxError",
     "StartReport",

@@ -21,12 +21,13 @@ class Provider:
 
 @dataclass(frozen=True)
 class RunInfo:
-    """The facts that an observer gets when it is made."""
+    """The facts about a run that every hook may ask for."""
 
     output_dir: Path
-    """Exists from `on_start` on."""
+    """Exists from `on_start` on. Before it is chosen, and in commands that run nothing, that of the options or `.`."""
     config: Mapping[str, Any]
-    """The resolved run file."""
+    """The resolved run file: `train`, `data`, `generation`, `model`, ..., and the options of each plugin under
+    `plugins`."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from sftx.assembly.registry import Assembly, activate
 from sftx.checkpoint import run_directory
 from sftx.checkpoint.run_directory import RunDirectory
 from sftx.config.loading import LoadedConfig
-from sftx.config.options import DataConfig, RunConfig, Source, TrainConfig, as_dict
+from sftx.config.options import DataConfig, RunConfig, Source, TrainConfig
 from sftx.data import sources
 from sftx.distributed.process_group import ProcessGroup, check_environment, env_int, is_launched
 from sftx.errors import ConfigError, ModelError, SftxError
@@ -119,6 +119,7 @@ def _prepared(loaded: LoadedConfig, name: str, *, resume: bool) -> Iterator[_Pre
         config.train.resolve_batch_size(world_size)
     with phase("importing", "plugins"):
         assembly = activate(loaded)
+    assembly.check_secrets()
     process_group = _join_process_group(config)
     with contextlib.ExitStack() as stack:
         stack.callback(process_group.close)
@@ -128,8 +129,7 @@ def _prepared(loaded: LoadedConfig, name: str, *, resume: bool) -> Iterator[_Pre
             choose = partial(run_directory.resume if resume else run_directory.new, config.output_dir, name)
             directory = process_group.run_on_rank0(choose)
             config = dataclasses.replace(config, train=_resolve(config, directory, process_group))
-            plugins = {active.info.name: active.options for active in assembly.active if not active.is_implied}
-            resolved = as_dict(config) | {"plugins": plugins}
+            resolved = assembly.resolved(config)
             # Derived for this number of processes: the run may continue with another one.
             resolved["train"]["gradient_accumulation_steps"] = None
             resolved["model"] = names.absolute(config.model)  # whoever reads it may be in another directory
@@ -137,6 +137,7 @@ def _prepared(loaded: LoadedConfig, name: str, *, resume: bool) -> Iterator[_Pre
                 providers = [dataclasses.asdict(provider) for provider in assembly.table()]
                 process_group.run_on_rank0(lambda: directory.check_same(resolved, providers))
             process_group.run_on_rank0(lambda: stack.enter_context(directory.held()) and None)
+            assembly.run = RunInfo(directory.path, resolved)
             yield _Prepared(config, loaded, assembly, process_group, directory, choose, resolved)
         except SftxError as error:
             error.rank = process_group.rank if error.rank is None else error.rank
@@ -202,14 +203,13 @@ def _assemble(prepared: _Prepared, times: PhaseTimes) -> Session:
     precision = precisions.choose(config.train, process_group.local_rank)
 
     def make_observers(path: Path) -> Observers:
-        info = RunInfo(path, prepared.resolved)
-        return Observers(assembly.observers(info) if process_group.is_rank0 else [])
+        assembly.run = RunInfo(path, prepared.resolved)
+        return Observers(assembly.observers() if process_group.is_rank0 else [])
 
     # Made before anything takes long: a library that an observer needs and that is missing is reported now.
     with phase("importing", "what the observers need"):
         observers = process_group.all_or_raise(lambda: make_observers(directory.path))
-    info = RunInfo(directory.path, prepared.resolved)
-    controls = process_group.all_or_raise(lambda: assembly.controls(info) if process_group.is_rank0 else {})
+    controls = process_group.all_or_raise(lambda: assembly.controls() if process_group.is_rank0 else {})
     with phase("loading", "the tokenizer"):
         pipeline = process_group.rank0_first(lambda: build_pipeline(config, assembly, prepared.loaded.origins))
     metrics = assembly.metrics()

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pluggy
 
 from sftx.assembly import hookspecs
-from sftx.assembly.hookspecs import PROJECT, RETURNS
+from sftx.assembly.hookspecs import PROJECT, RETURNS, VALIDATE
 from sftx.assembly.stages import arguments_of, named
 from sftx.config.default_plugins import ENTRY_POINTS
 from sftx.errors import PluginError, did_you_mean, one_line
@@ -147,7 +147,7 @@ def _check_sftx_version(info: PluginInfo) -> None:
 
 
 def hooks_of(info: PluginInfo, cls: type) -> list[str]:
-    """Return the hooks that a plugin's class implements, in the order of the stages of a run.
+    """Return the hooks of stages that a plugin's class implements, in the order of the stages of a run.
 
     Raises PluginError when the class implements none, when a marked method is not a hook of this sftx, or when it has
     a parameter that the hook does not pass. pluggy would find the last two when the plugin is registered, but its
@@ -156,12 +156,14 @@ def hooks_of(info: PluginInfo, cls: type) -> list[str]:
     manager = pluggy.PluginManager(PROJECT)
     with named(str(info), "looking for its hooks"):
         implementations = {name: opts for name in dir(cls) if (opts := manager.parse_hookimpl_opts(cls, name))}
-        unmarked = [name for name in RETURNS if hasattr(cls, name) and name not in implementations]
+        unmarked = [name for name in (VALIDATE, *RETURNS) if hasattr(cls, name) and name not in implementations]
     if unmarked or not implementations:
         problem = f"{', '.join(unmarked)} is not marked as a hook" if unmarked else "implements no hook"
         raise PluginError(f"{info}: {problem}; put @sftx.hookimpl above the method")
+    if implementations.keys() == {VALIDATE}:
+        raise PluginError(f"{info}: implements {VALIDATE} alone, which makes no stage; implement another hook as well")
     for name, opts in implementations.items():
-        if name not in RETURNS:
+        if name not in (VALIDATE, *RETURNS):
             hint = did_you_mean(name, RETURNS) or f"; hooks are {', '.join(RETURNS)}"
             raise PluginError(f"{info}: {name} is not a hook of sftx {_sftx_version()}{hint}")
         if opts["wrapper"] or opts["hookwrapper"]:

@@ -1,7 +1,8 @@
 """The hooks of a run. A plugin is a frozen dataclass whose `@hookimpl` methods implement one or more of them.
 
 Each hook is called once, when a run is assembled, in the order in which the plugins were named; none is called during
-training. It must return an object of the annotated type, never None.
+training. It must return an object of the annotated type, never None. An implementation takes only the parameters that
+it needs; `run` has the run's options, those of all its plugins among them.
 """
 
 from __future__ import annotations
@@ -22,32 +23,40 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 
 @hookspec
-def sftx_parser() -> Parser:  # type: ignore[empty-body]
+def sftx_validate(run: RunInfo) -> None:
+    """Raise ConfigError for a combination of options that cannot be right. Any number; called before torch is imported.
+
+    It comes beside hooks that return a stage: a plugin that only validates would take part in nothing.
+    """
+
+
+@hookspec
+def sftx_parser(run: RunInfo) -> Parser:  # type: ignore[empty-body]
     """Return a parser of one record format. Any number; the first that accepts a record parses it, or `data.format`."""
 
 
 @hookspec
-def sftx_template(tokenizer: PreTrainedTokenizerBase) -> Template:  # type: ignore[empty-body]
+def sftx_template(tokenizer: PreTrainedTokenizerBase, run: RunInfo) -> Template:  # type: ignore[empty-body]
     """Return the template that renders conversations as text. Exactly one, if a parser yields conversations."""
 
 
 @hookspec
-def sftx_collator(max_length: int) -> Collator:  # type: ignore[empty-body]
+def sftx_collator(max_length: int, run: RunInfo) -> Collator:  # type: ignore[empty-body]
     """Return the collator, which plans steps and makes batches from examples of up to `max_length` tokens. One."""
 
 
 @hookspec
-def sftx_adapter(spec: ModelSpec) -> Adapter:  # type: ignore[empty-body]
+def sftx_adapter(spec: ModelSpec, run: RunInfo) -> Adapter:  # type: ignore[empty-body]
     """Return an adapter for a frozen model; called before weights are read. Any number; none is full fine-tuning."""
 
 
 @hookspec
-def sftx_loss() -> Loss:  # type: ignore[empty-body]
+def sftx_loss(run: RunInfo) -> Loss:  # type: ignore[empty-body]
     """Return the loss to minimise. At most one."""
 
 
 @hookspec
-def sftx_metric() -> Metric:  # type: ignore[empty-body]
+def sftx_metric(run: RunInfo) -> Metric:  # type: ignore[empty-body]
     """Return a metric that compares a generated answer with the reference. Any number."""
 
 
@@ -61,6 +70,9 @@ def sftx_observer(run: RunInfo) -> Observer:  # type: ignore[empty-body]
     """Return an observer of the run's events. Any number."""
 
 
+VALIDATE: Final = "sftx_validate"
+"""The hook that returns nothing."""
+
 RETURNS: Final[dict[str, type]] = {
     "sftx_parser": Parser,
     "sftx_template": Template,
@@ -71,7 +83,7 @@ RETURNS: Final[dict[str, type]] = {
     "sftx_control": Control,
     "sftx_observer": Observer,
 }
-"""The hooks, in the order of the stages of a run, and the type that each must return."""
+"""The hooks that return a stage, in the order of the stages of a run, and the type that each must return."""
 
 ONE_PROVIDER: Final = frozenset({"sftx_template", "sftx_collator", "sftx_loss"})
 """The hooks that at most one plugin of a run may implement."""

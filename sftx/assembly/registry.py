@@ -6,15 +6,17 @@ calls each hook once, when the run needs that stage.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 from sftx.assembly import hookspecs
 from sftx.assembly.discovery import PluginInfo, discover, find, hooks_of, instance, load_class, options_of
-from sftx.assembly.hookspecs import ONE_PROVIDER, PROJECT, RETURNS
+from sftx.assembly.hookspecs import ONE_PROVIDER, PROJECT, RETURNS, VALIDATE
 from sftx.assembly.stages import (
     AdapterStage,
     CollatorStage,
@@ -23,13 +25,16 @@ from sftx.assembly.stages import (
     MetricStage,
     ParserStage,
     TemplateStage,
+    call,
     make,
     named,
 )
 from sftx.config.default_plugins import DEFAULT_PLUGINS
+from sftx.config.options import RunConfig, as_dict
 from sftx.config.unknown_options import UnknownOptionsError
-from sftx.errors import PluginError
+from sftx.errors import ConfigError, PluginError
 from sftx.events import Provider, RunInfo
+from sftx.secret import Secret
 from sftx.types import ModelSpec, Observer
 
 if TYPE_CHECKING:
@@ -73,6 +78,8 @@ def activate(loaded: LoadedConfig) -> Assembly:
             if name not in config.without and name not in config.plugins:
                 assembly.add(find(name, installed), {})
     assembly.check()
+    assembly.run = RunInfo(Path(config.output_dir or "."), assembly.resolved(config))
+    assembly.validate()
     return assembly
 
 
@@ -103,6 +110,8 @@ class Assembly:
         self._manager = pluggy.PluginManager(PROJECT)
         self._manager.add_hookspecs(hookspecs)
         self._active: dict[str, Active] = {}
+        self.run = RunInfo(Path(), {})
+        """What hooks are told of the run."""
 
     def add(self, info: PluginInfo, options: Mapping[str, Any], *, is_implied: bool = False) -> None:
         """Import a plugin, make an instance with these options, and register it. Raises PluginError, ConfigError."""
@@ -122,6 +131,29 @@ class Assembly:
             if not providers and hook in DEFAULT_PLUGINS:
                 default = DEFAULT_PLUGINS[hook][0]
                 raise PluginError(f"no plugin implements {hook}; name one with --plugin, by default it is {default!r}")
+
+    def resolved(self, config: RunConfig) -> dict[str, Any]:
+        """Return the run file with every default and every plugin's options written out, as JSON values."""
+        plugins = {active.info.name: active.options for active in self.active if not active.is_implied}
+        return as_dict(config) | {"plugins": plugins}
+
+    def validate(self) -> None:
+        """Let each plugin refuse the options of the run. Raises ConfigError."""
+        for active in self.providers(VALIDATE):
+            with named(str(active.info), VALIDATE):
+                call(active.plugin, VALIDATE, run=self.run)
+
+    def check_secrets(self) -> None:
+        """Raise ConfigError for a secret whose environment variable is not set, or of which only the mask is known."""
+        for active in self.active:
+            for field in dataclasses.fields(active.plugin):
+                if isinstance(value := getattr(active.plugin, field.name), Secret):
+                    try:
+                        value.reveal()
+                    except ConfigError as error:
+                        origin = self._origins.of(f"plugins.{active.info.name}.{field.name}")
+                        start = f"{origin}: " if origin else ""
+                        raise ConfigError(f"{start}{active.info}: option {field.name!r}: {error}") from None
 
     @property
     def active(self) -> tuple[Active, ...]:
@@ -159,16 +191,16 @@ class Assembly:
     def metrics(self) -> dict[str, MetricStage]:
         return {a.info.name: MetricStage(str(a.info), made, a.info.name) for a, made in self._call("sftx_metric")}
 
-    def controls(self, run: RunInfo) -> dict[str, ControlStage]:
-        return {a.info.name: ControlStage(str(a.info), made) for a, made in self._call("sftx_control", run=run)}
+    def controls(self) -> dict[str, ControlStage]:
+        return {a.info.name: ControlStage(str(a.info), made) for a, made in self._call("sftx_control")}
 
-    def observers(self, run: RunInfo) -> list[tuple[PluginInfo, Observer]]:
+    def observers(self) -> list[tuple[PluginInfo, Observer]]:
         """Return the observers without a wrapper: the trainer catches their errors, which stop no run."""
-        return [(a.info, made) for a, made in self._call("sftx_observer", run=run)]
+        return [(a.info, made) for a, made in self._call("sftx_observer")]
 
     def _call(self, hook: str, **arguments: Any) -> Iterator[tuple[Active, Any]]:
         """Call `hook` of each plugin that implements it, in the order of naming; yield the plugin and its result."""
         for active in self.providers(hook):
             with named(str(active.info), hook):
-                made = make(active.plugin, hook, **arguments)
+                made = make(active.plugin, hook, run=self.run, **arguments)
             yield active, made

@@ -66,10 +66,15 @@ def arguments_of(function: Callable[..., object]) -> list[str]:
     return list(inspect.signature(function).parameters)
 
 
+def call(plugin: object, hook: str, **arguments: Any) -> Any:
+    """Call the plugin's `hook` with those of `arguments` that it asks for, and return what it returns."""
+    implementation = getattr(plugin, hook)
+    return implementation(**{name: arguments[name] for name in arguments_of(implementation)})
+
+
 def make(plugin: object, hook: str, **arguments: Any) -> Any:
     """Call the plugin's `hook` with those of `arguments` that it asks for. Raises PluginError for a wrong result."""
-    implementation = getattr(plugin, hook)
-    made = implementation(**{name: arguments[name] for name in arguments_of(implementation)})
+    made = call(plugin, hook, **arguments)
     kind = RETURNS[hook]
     missing: list[str] = []
     if kind in (Adapter, Control, Observer):

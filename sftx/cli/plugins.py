@@ -100,7 +100,7 @@ def info(name: str) -> None:
 def check(name: str, settings: tuple[str, ...], model: Path | None, as_json: bool) -> None:
     """Check the installed plugin NAME against the contract of its package and of its hooks.
 
-    The exit code is 1 when a clause is broken. The contract is in docs/plugins.md.
+    The exit code is 1 when a clause is broken. The contract is in docs/plugins.md and docs/hooks.
     """
     from sftx.cli.options import parse_settings
     from sftx.config.run_file import Origins

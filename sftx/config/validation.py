@@ -21,6 +21,7 @@ from sftx.config.options import adapter
 from sftx.config.run_file import Origins
 from sftx.config.unknown_options import UnknownOption, UnknownOptionsError
 from sftx.errors import ConfigError
+from sftx.secret import SECRET_TYPE
 
 T = TypeVar("T")
 
@@ -128,7 +129,8 @@ def _explain(errors: list[ErrorDetails], cls: type, who: str, prefix: str, origi
     advice = _advice(error["input"], {other["type"] for other in same_option}, in_shell=is_typed)
     if not advice and not prefix and unknown_options.asks_for_nothing(path[-1], error["input"]):
         advice = "; leave it out"
-    return f"{start}: got {_shown(error['input'])}, expected {expected}{advice}"
+    got = "a value that is not shown" if error["type"] == SECRET_TYPE else _shown(error["input"])
+    return f"{start}: got {got}, expected {expected}{advice}"
 
 
 def _advice(value: Any, types: set[str], *, in_shell: bool) -> str:

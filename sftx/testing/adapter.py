@@ -19,12 +19,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sftx.assembly.stages import make
 from sftx.errors import SftxError, one_line
 from sftx.model.added_tokens import untrained_rows
 from sftx.model.load import load_spec
 from sftx.testing.adapter_case import LEARNING_RATE, STEPS, Attached, Case
 from sftx.testing.clauses import ClauseError, Suite, must_not_raise
+from sftx.testing.kit import make_stage
 from sftx.trainer.layers import enable_checkpointing
 
 _SAME: Final = 1e-6  # for the same computation, up to rounding
@@ -269,7 +269,7 @@ def plans_on_meta(case: Case) -> None:
         before = _layout(spec.skeleton)
         advice = "weights are available in quantize and attach, not before"
         with must_not_raise("with a configuration and no weights the hook", advice):
-            make(case.kit.plugin, "sftx_adapter", spec=spec)
+            make_stage(case.kit.plugin, "sftx_adapter", spec=spec)
         after = _layout(spec.skeleton)
     if changed := sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name)):
         raise ClauseError(

@@ -18,11 +18,10 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from sftx.assembly.stages import make
 from sftx.data.collate import groups_of
 from sftx.model.language_model import CausalLM
 from sftx.model.load import load_model, load_spec
-from sftx.testing.kit import Kit, built_in
+from sftx.testing.kit import Kit, built_in, make_stage
 from sftx.types import IGNORE_INDEX, Adapter, Batch, ModelSpec
 
 STEPS: Final = 2
@@ -129,7 +128,7 @@ class Case:
         """Load the model again and attach a new adapter, as a run does. `seed` seeds torch while it is attached."""
         spec = dataclasses.replace(load_spec(str(self.kit.model_dir)), new_token_ids=new_token_ids)
         names = frozenset(name for name, _ in spec.skeleton.named_parameters())
-        adapter: Adapter = make(self.kit.plugin, "sftx_adapter", spec=spec)
+        adapter: Adapter = make_stage(self.kit.plugin, "sftx_adapter", spec=spec)
         lm = self._load(spec, adapter)
         if self._base is None:
             self._base = Base(logits_of(lm, self.batch), names, _draws(lm, self.batch))
@@ -140,8 +139,8 @@ class Case:
     def beside_lora(self) -> tuple[Attached, Tensor]:
         """Return a model with a lora that changes its logits, the adapter not yet attached; and these logits."""
         spec = load_spec(str(self.kit.model_dir))
-        lora: Adapter = make(built_in("lora"), "sftx_adapter", spec=spec)
-        adapter: Adapter = make(self.kit.plugin, "sftx_adapter", spec=spec)
+        lora: Adapter = make_stage(built_in("lora"), "sftx_adapter", spec=spec)
+        adapter: Adapter = make_stage(self.kit.plugin, "sftx_adapter", spec=spec)
         lm = self._load(spec, lora, adapter)
         lm.attach({"lora": lora})
         with torch.no_grad():

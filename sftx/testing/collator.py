@@ -19,12 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sftx.assembly.stages import make
 from sftx.data.collate import groups_of
 from sftx.model.language_model import CausalLM
 from sftx.testing.batches import differences, norm, varied
 from sftx.testing.clauses import ClauseError, Suite
-from sftx.testing.kit import MAX_LENGTH, Kit
+from sftx.testing.kit import MAX_LENGTH, Kit, make_stage
 from sftx.testing.process import changed_random_states, random_states, random_states_kept, seed_all
 from sftx.types import IGNORE_INDEX, Batch, Collator, Example, Row, Step, Window
 
@@ -71,7 +70,7 @@ class _Comparison:
 
 class _Case:
     def __init__(self, kit: Kit) -> None:
-        self.collator: Collator = make(kit.plugin, "sftx_collator", max_length=MAX_LENGTH)
+        self.collator: Collator = make_stage(kit.plugin, "sftx_collator", max_length=MAX_LENGTH)
         self._kit = kit
 
     @cached_property

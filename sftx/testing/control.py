@@ -7,12 +7,12 @@ from copy import deepcopy
 from functools import cached_property
 from typing import Any, Final, TypeAlias
 
-from sftx.assembly.stages import ControlStage, make
+from sftx.assembly.stages import ControlStage
 from sftx.errors import PluginError
 from sftx.events import Decision, EvalReport, StepReport
 from sftx.testing.clauses import ClauseError, Suite
-from sftx.testing.kit import Kit
-from sftx.testing.observer_case import run_info, workplace
+from sftx.testing.kit import Kit, make_stage, run_info
+from sftx.testing.observer_case import workplace
 from sftx.testing.process import process
 
 Report: TypeAlias = StepReport | EvalReport
@@ -49,7 +49,7 @@ class _Case:
 
     def control(self) -> ControlStage:
         with workplace() as directory:
-            return ControlStage("the control", make(self._plugin, "sftx_control", run=run_info(directory)))
+            return ControlStage("the control", make_stage(self._plugin, "sftx_control", run=run_info(directory)))
 
     def decisions(self, control: ControlStage, reports: list[Report]) -> list[Decision | None]:
         """Return the decision after each report. Raises ClauseError for one that a run would refuse."""

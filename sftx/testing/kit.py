@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
+from copy import deepcopy
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sftx.assembly.discovery import discover, find
-from sftx.assembly.registry import Assembly
+from sftx.assembly.registry import Assembly, activate
 from sftx.assembly.stages import make
 from sftx.config.default_plugins import DEFAULT_PLUGINS, TEMPLATES
+from sftx.config.loading import load
 from sftx.config.options import DataConfig
 from sftx.config.run_file import Origins
 from sftx.data.encoder import Encoder
 from sftx.data.row_encoder import EncodedRow, RowEncoder
 from sftx.errors import DataError
+from sftx.events import Provider, RunInfo
 from sftx.model import tiny
 from sftx.model.language_model import CausalLM
 from sftx.model.load import load_model, load_spec, load_tokenizer
@@ -44,6 +47,25 @@ MAX_LENGTH = 128
 """The maximum length that collators are given, in tokens; all of these conversations are shorter."""
 
 
+@lru_cache
+def assembled() -> tuple[Mapping[str, Any], tuple[Provider, ...]]:
+    """Return the resolved run file and the table of plugins of a run with LoRA and every default."""
+    assignments = [("data.train", ["rows.jsonl"], ""), ("data.eval", ["held-out.jsonl"], "")]
+    loaded = load(None, add=["chatml", "lora"], assignments=assignments)
+    assembly = activate(loaded)
+    return assembly.run.config, assembly.table()
+
+
+def run_info(directory: Path, number: int = 1) -> RunInfo:
+    """Return the argument of the hook; its run directory, below `directory`, does not exist yet."""
+    return RunInfo(directory / "runs" / f"run-{number}", deepcopy(assembled()[0]))
+
+
+def make_stage(plugin: object, hook: str, **arguments: Any) -> Any:
+    """Call the plugin's hook as a run of `assembled` does. Raises PluginError for a wrong result."""
+    return make(plugin, hook, **{"run": run_info(Path()), **arguments})
+
+
 class Kit:
     """One plugin and everything else that a run with it needs; each part is made on first use.
 
@@ -60,7 +82,7 @@ class Kit:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         tokenizer = load_tokenizer(str(self.model_dir))
         if self._is_tiny and hasattr(self.plugin, "sftx_template"):
-            controls = make(self.plugin, "sftx_template", tokenizer=tokenizer).controls
+            controls = make_stage(self.plugin, "sftx_template", tokenizer=tokenizer).controls
             tokenizer.add_tokens(sorted(controls - set(tokenizer.get_vocab())), special_tokens=True)
         return tokenizer
 
@@ -81,7 +103,7 @@ class Kit:
 
     def _stage(self, hook: str, default: str, **arguments: Any) -> Any:
         plugin = self.plugin if hasattr(self.plugin, hook) else built_in(default)
-        return make(plugin, hook, **arguments)
+        return make_stage(plugin, hook, **arguments)
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -95,7 +117,7 @@ class Kit:
     def examples(self) -> list[Example]:
         """The samples of the plugin's parser, or CONVERSATIONS, encoded with the plugin's template or ChatML."""
         if hasattr(self.plugin, "sftx_parser"):
-            parser: Parser = make(self.plugin, "sftx_parser")
+            parser: Parser = make_stage(self.plugin, "sftx_parser")
             rows = [tuple(parser.parse(record, Location("samples", 0))) for record in parser.samples]
             rows *= 1 + 3 // max(1, len(rows))  # repeated, so that there are enough rows for a batch
         else:

@@ -18,12 +18,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from sftx.assembly.stages import make
 from sftx.data.collate import groups_of
 from sftx.model.language_model import CausalLM
 from sftx.testing.batches import copy_of, differences, identical, norm, varied, widened
 from sftx.testing.clauses import ClauseError, ExemptError, Suite
-from sftx.testing.kit import Kit, built_in
+from sftx.testing.kit import Kit, built_in, make_stage
 from sftx.testing.process import changed_random_states, random_states, random_states_kept
 from sftx.types import IGNORE_INDEX, Batch, Example, Loss, LossSum
 
@@ -47,7 +46,7 @@ _GRADIENT_TOLERANCE: Final = 3e-3
 
 class _Case:
     def __init__(self, kit: Kit) -> None:
-        self.loss: Loss = make(kit.plugin, "sftx_loss")
+        self.loss: Loss = make_stage(kit.plugin, "sftx_loss")
         self._kit = kit
 
     @cached_property
@@ -104,7 +103,7 @@ class _Case:
         return built_in("lora", r=4, modules_to_save=tuple(names))
 
     def _model(self, dtype: torch.dtype) -> CausalLM:
-        adapter = make(self._lora, "sftx_adapter", spec=self._kit.spec)
+        adapter = make_stage(self._lora, "sftx_adapter", spec=self._kit.spec)
         lm = self._kit.language_model({"lora": adapter}, dtype=dtype)
         embedding = lm.model.get_input_embeddings()
         if isinstance(embedding, nn.Embedding):

@@ -7,8 +7,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sftx.assembly.stages import RESERVED_METRICS, make
+from sftx.assembly.stages import RESERVED_METRICS
 from sftx.testing.clauses import ClauseError, Suite, must_not_raise
+from sftx.testing.kit import make_stage
 from sftx.testing.process import changed_random_states, random_states
 from sftx.types import Metric
 
@@ -35,7 +36,7 @@ class _Case:
     metric: Metric
 
 
-SUITE: Suite[_Case] = Suite("metric", lambda kit: _Case(make(kit.plugin, "sftx_metric")))
+SUITE: Suite[_Case] = Suite("metric", lambda kit: _Case(make_stage(kit.plugin, "sftx_metric")))
 
 
 @SUITE.clause("Any answer gets a score: an empty one, one of 2000 words, one in the wrong format.")

@@ -9,12 +9,12 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from sftx.assembly.stages import CollatorStage, LossStage, make
+from sftx.assembly.stages import CollatorStage, LossStage
 from sftx.config.options import TrainConfig
 from sftx.data.sampler import EpochSampler
 from sftx.events import RunInfo
 from sftx.testing.clauses import ClauseError, Suite, must_not_raise
-from sftx.testing.kit import Kit, built_in
+from sftx.testing.kit import Kit, built_in, make_stage, run_info
 from sftx.testing.observer_case import (
     NUM_STEPS,
     Case,
@@ -22,7 +22,6 @@ from sftx.testing.observer_case import (
     events,
     files,
     interrupted,
-    run_info,
     send,
     workplace,
 )
@@ -197,7 +196,7 @@ def changes_no_training(case: Case) -> None:
 
 def _train(kit: Kit, run: RunInfo, observer: Observer | None) -> dict[str, Tensor]:
     """Train a LoRA with dropout for a few steps, sending the observer the events, and return the parameters."""
-    lm = kit.language_model({"lora": make(kit.plugin, "sftx_adapter", spec=kit.spec)})
+    lm = kit.language_model({"lora": make_stage(kit.plugin, "sftx_adapter", spec=kit.spec)})
     config = TrainConfig(max_steps=NUM_STEPS, per_device_train_batch_size=2, learning_rate=1e-2, use_cpu=True)
     collator, loss = CollatorStage("the collator", kit.collator), LossStage("the loss", kit.loss)
     steps = iter(EpochSampler(kit.examples, collator, config))

@@ -8,20 +8,17 @@ from __future__ import annotations
 import contextlib
 import io
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, TypeAlias, cast
 
-from sftx.assembly.registry import activate
-from sftx.assembly.stages import make
-from sftx.config.loading import load
-from sftx.config.options import as_dict
 from sftx.errors import TrainingError
-from sftx.events import EvalReport, Provider, RunInfo, Sample, StartReport, StepReport
+from sftx.events import EvalReport, RunInfo, Sample, StartReport, StepReport
 from sftx.testing.clauses import must_not_raise
+from sftx.testing.kit import assembled, make_stage, run_info
 from sftx.testing.process import PROCESS, process
 from sftx.types import Observer
 
@@ -32,21 +29,6 @@ NUM_STEPS: Final = 2
 
 
 # --- the events --------------------------------------------------------------------------------
-
-
-@lru_cache
-def _assembled() -> tuple[Mapping[str, Any], tuple[Provider, ...]]:
-    """Return the resolved run file and the table of plugins of a run with LoRA and every default."""
-    assignments = [("data.train", ["rows.jsonl"], ""), ("data.eval", ["held-out.jsonl"], "")]
-    loaded = load(None, add=["chatml", "lora"], assignments=assignments)
-    assembly = activate(loaded)
-    plugins = {active.info.name: active.options for active in assembly.active}
-    return as_dict(loaded.config) | {"plugins": plugins}, assembly.table()
-
-
-def run_info(directory: Path, number: int = 1) -> RunInfo:
-    """Return the argument of the hook; its run directory, below `directory`, does not exist yet."""
-    return RunInfo(directory / "runs" / f"run-{number}", deepcopy(_assembled()[0]))
 
 
 def events(run: RunInfo, *, held_out: bool = True) -> list[Event]:
@@ -78,7 +60,7 @@ def interrupted(run: RunInfo, last: str | None) -> list[Event]:
 
 def _start(*, held_out: bool) -> StartReport:
     return StartReport(
-        providers=deepcopy(_assembled()[1]),
+        providers=deepcopy(assembled()[1]),
         model="tiny",
         device="cpu",
         dtype="float32",
@@ -158,7 +140,7 @@ class Case:
     plugin: object
 
     def observer(self, run: RunInfo) -> Observer:
-        return cast(Observer, make(self.plugin, "sftx_observer", run=run))
+        return cast(Observer, make_stage(self.plugin, "sftx_observer", run=run))
 
     def play(self, run: RunInfo, *, held_out: bool = True) -> dict[Path, bytes]:
         """Send a new observer all events of a run, and return the files of the run directory. Raises ClauseError."""

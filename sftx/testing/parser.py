@@ -8,12 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sftx.assembly.stages import ParserStage, make
+from sftx.assembly.stages import ParserStage
 from sftx.config.options import DataConfig
 from sftx.data.row_encoder import EncodedRow, RowEncoder
 from sftx.errors import DataError, SftxError
 from sftx.testing.clauses import ClauseError, Suite, must_not_raise
-from sftx.testing.kit import Kit
+from sftx.testing.kit import Kit, make_stage
 from sftx.testing.rendered import difference
 from sftx.types import Location, Parsed, Parser
 
@@ -42,7 +42,7 @@ class _Case:
         return ParserStage("the parser", self.parser).parse(record, _WHERE)
 
 
-SUITE: Suite[_Case] = Suite("parser", lambda kit: _Case(kit, make(kit.plugin, "sftx_parser")))
+SUITE: Suite[_Case] = Suite("parser", lambda kit: _Case(kit, make_stage(kit.plugin, "sftx_parser")))
 
 
 @SUITE.clause("`fields` describes a record of the format; a run lists it when no format fits a row.")

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from sftx.assembly.registry import activate
-from sftx.assembly.stages import make
 from sftx.config.loading import load
 from sftx.events import Result
 from sftx.model import tiny
-from sftx.testing.kit import CONVERSATIONS, Kit
+from sftx.testing.kit import CONVERSATIONS, Kit, make_stage
 from sftx.training import run
 from sftx.types import Record
 
@@ -57,7 +56,7 @@ def run_tiny(
         Kit(templates[0].plugin if templates else None).tokenizer.save_pretrained(directory / "model")
     if not rows:
         parsers = [a.plugin for a in assembly.providers("sftx_parser") if a.info.name in names]
-        rows = [record for plugin in parsers for record in make(plugin, "sftx_parser").samples] or [
+        rows = [record for plugin in parsers for record in make_stage(plugin, "sftx_parser").samples] or [
             {"messages": [{"role": turn.role, "content": turn.content} for turn in conversation.messages]}
             for conversation in CONVERSATIONS
         ]

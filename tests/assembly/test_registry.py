@@ -150,11 +150,12 @@ def test_a_plugin_that_asks_for_this_sftx_or_says_nothing_of_it_is_taken(install
         ),
         (
             plugin("@sftx.hookimpl\ndef sftx_template(self, tokenizer, vocab):\n    pass"),
-            f"sftx_template has the parameter vocab, which sftx {sftx.__version__} does not pass; it passes tokenizer",
+            f"sftx_template has the parameter vocab, which sftx {sftx.__version__} does not pass; it passes tokenizer, "
+            "run",
         ),
         (
-            plugin("@sftx.hookimpl\ndef sftx_metric(self, run):\n    pass"),
-            f"sftx_metric has the parameter run, which sftx {sftx.__version__} does not pass; it passes nothing",
+            plugin("@sftx.hookimpl\ndef sftx_metric(self, rows):\n    pass"),
+            f"sftx_metric has the parameter rows, which sftx {sftx.__version__} does not pass; it passes run",
         ),
         (
             plugin("@sftx.hookimpl(wrapper=True)\ndef sftx_metric(self):\n    return (yield)"),
@@ -312,14 +313,14 @@ def test_an_observer_with_a_method_that_is_no_event_is_refused(install_plugin: A
     code = plugin("@sftx.hookimpl\ndef sftx_observer(self):\n    return Watch()", head=head)
     install_plugin("acme", code, {"acme": "Acme"})
     with pytest.raises(PluginError, match=r"Watch\.on_steps is no event .*; did you mean 'on_step'\?"):
-        activate("acme").observers(sftx.RunInfo(Path("runs/x"), {}))
+        activate("acme").observers()
 
 
 def test_an_observer_must_be_an_observer(install_plugin: Any) -> None:
     install_plugin("acme", plugin("@sftx.hookimpl\ndef sftx_observer(self):\n    return print"), {"acme": "Acme"})
     assembly = activate("acme", remove=["progress", "jsonl"])
     with pytest.raises(PluginError, match="sftx_observer returned builtin_function_or_method, expected a"):
-        assembly.observers(sftx.RunInfo(Path("runs/x"), {}))
+        assembly.observers()
 
 
 @pytest.mark.parametrize(
@@ -427,9 +428,11 @@ def test_a_hook_gets_only_the_arguments_it_asks_for(install_plugin: Any) -> None
         "@sftx.hookimpl\ndef sftx_observer(self, run):\n    return type('O', (sftx.Observer,), {'run': run})()"
     )
     install_plugin("acme", code, {"acme": "Acme"})
-    run = sftx.RunInfo(Path("runs/x"), {"train": {"logging_steps": 1}})
-    made = {info.name: observer for info, observer in activate("acme").observers(run)}
-    assert made["acme"].run is run  # type: ignore[attr-defined]
+    assembly = activate("acme", settings={"train.logging_steps": 3})
+    made = {info.name: observer for info, observer in assembly.observers()}
+    assert made["acme"].run is assembly.run  # type: ignore[attr-defined]
+    assert assembly.run.config["train"]["logging_steps"] == 3
+    assert assembly.run.config["plugins"]["acme"] == {}
     assert set(made) == {"acme", "progress", "jsonl"}
 
 

@@ -16,7 +16,7 @@ ROOT = Path(sftx.__file__).parents[1]
 ROOTS = {"sftx": ROOT, "sftx_kernels": ROOT / "kernels", "sftx_plugins": ROOT / "plugins"}
 LAYERS = (
     ("errors", "events", "paths", "phases"),
-    ("types", "atomic_files", "hub_lookup", "display", "demo"),
+    ("types", "atomic_files", "hub_lookup", "display", "demo", "secret"),
     ("config",),
     ("distributed",),
     ("assembly",),

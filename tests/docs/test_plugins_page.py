@@ -1,4 +1,4 @@
-"""Tests of docs/plugins.md: the commands of its tutorial work, and its contract is that of the code."""
+"""Tests of docs/plugins.md and docs/hooks: the tutorial's commands work, and the contract is that of the code."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import pytest
 from environments import Environment, make_environment
 from sftx.assembly.hookspecs import RETURNS
 
-PAGE = (Path(__file__).parents[2] / "docs" / "plugins.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = (DOCS / "plugins.md").read_text(encoding="utf-8")
 TUTORIAL = PAGE.partition("## A plugin in ten minutes")[2].partition("\n## ")[0]
 
 
@@ -58,18 +59,21 @@ def test_the_tutorial_works_as_it_is_written(tmp_path: Path) -> None:
     assert "min_letters" in next(output for command, output in said.items() if command.startswith("sftx plugins info"))
 
 
-def test_every_clause_is_on_the_page_with_its_reason() -> None:
+@pytest.mark.parametrize("name", ["package", *(hook.removeprefix("sftx_") for hook in RETURNS)])
+def test_every_clause_is_on_the_page_of_its_hook_with_its_reason(name: str) -> None:
     from sftx.testing.contract import SUITES
 
-    contract = PAGE.partition("## The contract")[2]
-    sections = dict(re.findall(r"^### (\w+(?: \w+)?)\n(.*?)(?=^### |\Z)", contract, flags=re.MULTILINE | re.DOTALL))
-    assert [name.lower() for name in sections] == ["every package", *list(SUITES)[1:]]
-    for suite, section in zip(SUITES.values(), sections.values(), strict=True):
-        rows = re.findall(r"^\| `([\w-]+)` \| (.+?) \| (.+?) \|$", section, flags=re.MULTILINE)
-        clauses = [("made", suite.made), *((clause.name, clause.rule) for clause in suite.clauses)]
-        assert [(name, rule) for name, rule, _ in rows] == clauses
-        assert all(len(reason) > 10 for *_, reason in rows)
+    page = PAGE if name == "package" else (DOCS / "hooks" / f"{name}.md").read_text(encoding="utf-8")
+    suite = SUITES[name]
+    rows = re.findall(
+        r"^\| `([\w-]+)` \| (.+?) \| (.+?) \|$", page.partition("Contract")[2] or page, flags=re.MULTILINE
+    )
+    clauses = [("made", suite.made), *((clause.name, clause.rule) for clause in suite.clauses)]
+    assert [(name, rule) for name, rule, _ in rows] == clauses
+    assert all(len(reason) > 10 for *_, reason in rows)
 
 
-def test_every_hook_is_on_the_page() -> None:
-    assert [f"sftx_{name}" for name in re.findall(r"^\| `sftx_(\w+)\(", PAGE, flags=re.MULTILINE)] == list(RETURNS)
+def test_every_hook_is_on_the_page_and_has_one_of_its_own() -> None:
+    shown = re.findall(r"^\| \[`sftx_(\w+)\(.*?\)`\]\(hooks/(\w+)\.md\)", PAGE, flags=re.MULTILINE)
+    assert shown == [(hook.removeprefix("sftx_"),) * 2 for hook in RETURNS]
+    assert {file.stem for file in (DOCS / "hooks").glob("*.md")} == {name for name, _ in shown}

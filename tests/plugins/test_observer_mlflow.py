@@ -152,7 +152,7 @@ def test_a_missing_library_is_named_with_what_installs_it(tmp_path: Path, monkey
     assembly = activate(load(None, add=["chatml", "mlflow"], assignments=[]))
     said = r"^plugin 'mlflow' .*: .*mlflow.*pip install 'sftx\[mlflow\]'"
     with pytest.raises(ConfigError, match=said):
-        assembly.observers(RunInfo(tmp_path / "run", {}))
+        assembly.observers()
 
 
 def test_an_unknown_option_is_refused() -> None:

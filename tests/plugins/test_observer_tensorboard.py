@@ -13,7 +13,6 @@ from observing import HOSTILE, SAVED, STEPS, STOPPED, InterruptedRunError, logge
 from sftx.assembly.registry import activate
 from sftx.config.loading import load
 from sftx.errors import ConfigError
-from sftx.events import RunInfo
 from sftx_plugins.observers.tensorboard import TensorBoard
 
 
@@ -120,7 +119,7 @@ def test_a_missing_library_is_named_with_what_installs_it(tmp_path: Path, monkey
     assembly = activate(load(None, add=["chatml", "tensorboard"], assignments=[]))
     said = r"^plugin 'tensorboard' .*: .*tensorboard.*pip install 'sftx\[tensorboard\]'"
     with pytest.raises(ConfigError, match=said):
-        assembly.observers(RunInfo(tmp_path / "run", {}))
+        assembly.observers()
 
 
 def test_an_empty_directory_is_refused() -> None:

@@ -30,7 +30,6 @@ from observing import (
 from sftx.assembly.registry import activate
 from sftx.config.loading import load
 from sftx.errors import ConfigError
-from sftx.events import RunInfo
 from sftx_plugins.observers.wandb import WeightsAndBiases
 
 
@@ -173,7 +172,7 @@ def test_online_without_a_key_is_an_error_without_a_prompt(tmp_path: Path) -> No
     given = [("wandb.mode", "online", "--set wandb.mode=online")]
     assembly = activate(load(None, add=["chatml", "wandb"], assignments=given))
     with pytest.raises(ConfigError, match=r"^plugin 'wandb' .*: .*online.*wandb login"):
-        assembly.observers(RunInfo(tmp_path / "run", {}))
+        assembly.observers()
 
 
 def test_with_a_key_it_goes_online_unless_the_environment_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +191,7 @@ def test_a_missing_library_is_named_with_what_installs_it(tmp_path: Path, monkey
     monkeypatch.setitem(sys.modules, "wandb", None)
     assembly = activate(load(None, add=["chatml", "wandb"], assignments=[]))
     with pytest.raises(ConfigError, match=r"^plugin 'wandb' .*: .*wandb.*pip install 'sftx\[wandb\]'"):
-        assembly.observers(RunInfo(tmp_path / "run", {}))
+        assembly.observers()
 
 
 def test_an_unknown_mode_is_refused() -> None:
