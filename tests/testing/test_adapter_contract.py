@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import pytest
 import torch
@@ -24,7 +24,9 @@ from sftx.testing import ContractError
 from sftx.testing.adapter import SUITE, check_adapter
 from sftx.testing.kit import built_in
 from sftx_plugins.adapters.lora import Lora
-from sftx_plugins.adapters.lora_layers import WEIGHTS, LoraAdapter, LoraLinear
+from sftx_plugins.adapters.lora_adapter import LoraAdapter
+from sftx_plugins.adapters.lora_layers import LayerOptions, LoraLinear
+from sftx_plugins.adapters.peft_files import WEIGHTS
 
 
 class Good(LoraAdapter):
@@ -32,7 +34,7 @@ class Good(LoraAdapter):
 
     @property
     def layers(self) -> list[LoraLinear]:
-        return list(self._layers.values())
+        return cast(list[LoraLinear], list(self._layers.values()))
 
 
 class NoAdapter:
@@ -147,7 +149,7 @@ class Toggles(Good):
 class Pickles(Good):
     def save(self, directory: Path) -> None:
         super().save(directory)
-        torch.save({"r": self.r}, directory / "options.bin")
+        torch.save({"r": 16}, directory / "options.bin")
 
 
 class WritesNothing(Good):
@@ -158,7 +160,7 @@ class WritesNothing(Good):
 class WritesPython(Good):
     def save(self, directory: Path) -> None:
         super().save(directory)
-        (directory / "options.json").write_text(str({"r": self.r}))
+        (directory / "options.json").write_text(str({"r": 16}))
 
 
 class RoundsInPlace(Good):
@@ -297,13 +299,10 @@ class Plugin(Lora):
     def sftx_adapter(self, spec: ModelSpec) -> Any:
         return self.made(
             spec.name,
-            self.find_targets(spec.skeleton),
+            dict.fromkeys(self.find_targets(spec.skeleton), LayerOptions(self.r, self.lora_alpha)),
             self.find_saved(spec.skeleton),
             spec.new_token_ids,
-            r=self.r,
-            lora_alpha=self.lora_alpha,
-            lora_dropout=self.lora_dropout,
-            loraplus_lr_ratio=self.loraplus_lr_ratio,
+            peft=self.peft_config(),
         )
 
 

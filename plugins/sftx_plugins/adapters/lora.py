@@ -1,6 +1,6 @@
 """LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685): y = x W^T + (lora_alpha / r) * dropout(x) A^T B^T.
 
-This module holds the options and finds the modules to adapt; `lora_layers` holds everything that needs torch.
+This module holds the options and finds the modules to adapt; `lora_adapter` and `lora_layers` need torch.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class Lora:
 
     @hookimpl
     def sftx_adapter(self, spec: ModelSpec) -> Adapter:
-        from sftx_plugins.adapters.lora_layers import LoraAdapter
+        from sftx_plugins.adapters.lora_adapter import LoraAdapter
+        from sftx_plugins.adapters.lora_layers import LayerOptions
 
         saved = self.find_saved(spec.skeleton)
         # What trains in full needs no update beside it, and PEFT expects none there.
@@ -64,16 +65,26 @@ class Lora:
                 "is left to adapt; leave the modules out, or train the whole model without lora"
             )
         self._check_rank(spec.skeleton, targets)
+        options = LayerOptions(self.r, self.lora_alpha, self.lora_dropout)
         return LoraAdapter(
             spec.name,
-            targets,
+            dict.fromkeys(targets, options),
             saved,
             self.find_token_ids(spec),
-            r=self.r,
-            lora_alpha=self.lora_alpha,
-            lora_dropout=self.lora_dropout,
+            peft=self.peft_config(),
             loraplus_lr_ratio=self.loraplus_lr_ratio,
         )
+
+    def peft_config(self) -> dict[str, Any]:
+        """Return what adapter_config.json says of the options, in PEFT's names."""
+        alpha = self.lora_alpha
+        return {
+            "bias": "none",
+            "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+            "lora_dropout": self.lora_dropout,
+            "peft_type": "LORA",
+            "r": self.r,
+        }
 
     def _check_rank(self, model: PreTrainedModel, targets: Iterable[str]) -> None:
         """Raise ConfigError for a rank above the full rank of every target, which would make an adapter of any size."""

@@ -1,0 +1,129 @@
+"""LoraAdapter attaches, disables, saves, loads and merges LoRA layers, modules trained in full, and rows of tokens."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sftx import Adapter, LanguageModel
+from sftx_plugins.adapters import peft_files, token_rows
+from sftx_plugins.adapters.lora_layers import LayerOptions, LoraLayer, make_layer
+
+
+class LoraAdapter(Adapter):
+    """The LoRA layers of one model, the modules trained in full, and the trained rows of single tokens."""
+
+    def __init__(
+        self,
+        base: str,
+        targets: Mapping[str, LayerOptions],
+        saved: Sequence[str],
+        token_ids: Sequence[int] = (),
+        *,
+        peft: Mapping[str, Any],
+        loraplus_lr_ratio: float = 1.0,
+    ) -> None:
+        """Take the model's name, the paths of the modules to adapt, and those of the modules to train in full.
+
+        `token_ids`: tokens whose rows in the embedding and the head are trained. `peft`: what is in
+        adapter_config.json beside the model and its modules.
+        """
+        self._base = base
+        self._targets = dict(targets)
+        self._saved = list(saved)
+        self._token_ids = list(token_ids)
+        self._peft = dict(peft)
+        self._loraplus_lr_ratio = loraplus_lr_ratio
+        self._layers: dict[str, LoraLayer] = {}
+        self._token_rows: dict[str, token_rows.TokenRows] = {}
+        self._full: dict[str, nn.Parameter] = {}
+        """The parameters trained in full, by name."""
+        self._originals: dict[str, Tensor] = {}
+        """Their values before training. Tied weights are in `_full` under two names and here under one."""
+
+    def attach(self, lm: LanguageModel) -> None:
+        model = lm.model
+        self._peft |= peft_files.target_entries(
+            list(self._targets),
+            [name for name, _ in model.named_modules()],
+            stacked_experts=any(name.endswith(".gate_up_proj") and p.ndim == 3 for name, p in model.named_parameters()),
+        )
+        for number, (path, options) in enumerate(self._targets.items()):
+            base = model.get_submodule(path)
+            self._layers[path] = make_layer(path, base, options, run_seed=lm.seed, number=number)
+            model.set_submodule(path, self._layers[path])
+        for name in self._saved:
+            module = model.get_submodule(name)
+            for key, parameter in module.named_parameters():
+                # Tied weights are one parameter under two names and stay one.
+                if not parameter.requires_grad:
+                    self._originals[f"{name}.{key}"] = parameter.data
+                    parameter.data = parameter.data.to(torch.float32, copy=True)
+                    parameter.requires_grad_()
+                self._full[f"{name}.{key}"] = parameter
+        if self._token_ids:
+            self._token_rows = token_rows.attach(model, self._token_ids)
+
+    def rate_scale(self, name: str) -> float:
+        """LoRA+ (Hayou et al. 2024, https://arxiv.org/abs/2402.12354) trains B with a higher learning rate than A."""
+        path, _, last = name.rpartition(".")
+        return self._loraplus_lr_ratio if last == "lora_B" and path in self._layers else 1.0
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        trained = {name: self._full[name].data for name in self._originals}
+        modules: list[LoraLayer | token_rows.TokenRows] = [*self._layers.values(), *self._token_rows.values()]
+        was_enabled = {module: module.enabled for module in modules}  # False inside another `disabled`
+        try:
+            for module in modules:
+                module.enabled = False
+            for name, original in self._originals.items():
+                self._full[name].data = original
+            yield
+        finally:
+            for module, enabled in was_enabled.items():
+                module.enabled = enabled
+            for name, value in trained.items():
+                self._full[name].data = value
+
+    def save(self, directory: Path) -> None:
+        peft_files.write(directory, self._tensors(), self._config())
+
+    def load(self, directory: Path) -> None:
+        peft_files.read(directory, self._tensors())
+
+    def merge(self, lm: LanguageModel) -> None:
+        for path, layer in self._layers.items():
+            lm.model.set_submodule(path, layer.merged())
+        token_rows.merge(lm.model)
+        for name, original in self._originals.items():
+            self._full[name].data = self._full[name].data.to(original.dtype)
+            self._full[name].requires_grad_(False)
+        self._layers, self._full, self._originals, self._token_rows = {}, {}, {}, {}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return the trained tensors under PEFT's names without their prefix."""
+        layers = {f"{path}.{name}": t for path, layer in self._layers.items() for name, t in layer.tensors().items()}
+        rows = {f"{path}.{token_rows.KEY}": rows.rows_AD for path, rows in self._token_rows.items()}
+        return layers | self._full | rows
+
+    def _config(self) -> dict[str, Any]:
+        """Return adapter_config.json, without the entries that have PEFT's default."""
+        rows = {path.rpartition(".")[2]: rows.ids_A.tolist() for path, rows in self._token_rows.items()}
+        config = {
+            **self._peft,
+            "base_model_name_or_path": self._base,
+            "ensure_weight_tying": len(self._full) > len(self._originals),
+            "inference_mode": True,
+            "modules_to_save": self._saved or None,
+            "task_type": "CAUSAL_LM",
+            "trainable_token_indices": rows or None,
+        }
+        if config["target_parameters"]:
+            config["lora_dropout"] = 0.0  # PEFT has none for parameters, and refuses to load an adapter with it
+        return dict(sorted(config.items()))

@@ -1,0 +1,92 @@
+"""An adapter's files as PEFT writes and reads them: adapter_model.safetensors and adapter_config.json.
+
+Names of tensors are `base_model.model.`, the module's path in the model, and PEFT's name of the tensor in its layer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sftx import ModelError
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_PREFIX = "base_model.model."
+# PEFT takes a target module of such a name, in a model whose experts are stacked, for one of the experts, as they were
+# before transformers 5 stacked them. It therefore gets these layers as `target_parameters`, which it takes as they are.
+_NAMES_OF_EXPERTS = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
+
+
+def write(directory: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Write tensors, by PEFT's names without their prefix, and the configuration; then read the file back.
+
+    Raises ModelError when the file does not hold the tensors bit for bit.
+    """
+    copies = {f"{_PREFIX}{name}": tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    # Tied weights are written twice: PEFT (0.21) loads no adapter that lacks one of the names, and safetensors
+    # refuses two names for one memory.
+    addresses: set[int] = set()
+    for name, tensor in copies.items():
+        if tensor.data_ptr() in addresses:
+            copies[name] = tensor.clone()
+        addresses.add(tensor.data_ptr())
+    path = directory / WEIGHTS
+    save_file(copies, path, metadata={"format": "pt"})
+    with safe_open(path, framework="pt") as file:
+        for name, tensor in copies.items():
+            # As bytes, so that the sign of a zero counts too.
+            if not torch.equal(file.get_tensor(name).flatten().view(torch.uint8), tensor.flatten().view(torch.uint8)):
+                raise ModelError(f"{path}: {name} reads back otherwise than it was written; check the disk")
+    (directory / CONFIG).write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
+
+
+@torch.no_grad()
+def read(directory: Path, own: Mapping[str, Tensor]) -> None:
+    """Copy a file's tensors into `own`, which has PEFT's names without their prefix.
+
+    Raises ModelError for a tensor that is missing, too many, or of another shape.
+    """
+    path = directory / WEIGHTS
+    expected = {f"{_PREFIX}{name}": tensor for name, tensor in own.items()}
+    with safe_open(path, framework="pt") as file:
+        names = set(file.keys())
+        if names != set(expected):
+            missing, extra = sorted(set(expected) - names), sorted(names - set(expected))
+            raise ModelError(
+                f"{path}: {len(missing)} tensors of this adapter are missing and {len(extra)} are not part of it "
+                f"(first: {(missing + extra)[0]}); the file was made with other target_modules or for another model"
+            )
+        for name, tensor in expected.items():
+            value = file.get_tensor(name)
+            if value.shape != tensor.shape:
+                got = list(value.shape)
+                raise ModelError(f"{path}: {name} has the shape {got}, expected {list(tensor.shape)}")
+            tensor.copy_(value)
+
+
+def target_entries(targets: Sequence[str], modules: Iterable[str], *, stacked_experts: bool) -> dict[str, Any]:
+    """Return `target_modules` and `target_parameters` for these paths of layers, in a model with these modules."""
+    confused = _NAMES_OF_EXPERTS if stacked_experts else frozenset()
+    as_parameters = [name for name in targets if name.rpartition(".")[2] in confused]
+    named = [name for name in targets if name not in as_parameters]
+    return {
+        "target_modules": _shortest(named, modules),
+        "target_parameters": [f"{name}.weight" for name in as_parameters] or None,
+    }
+
+
+def _shortest(targets: Sequence[str], modules: Iterable[str]) -> list[str]:
+    """Return the last names of the targets' paths, or the whole paths if the names would match other modules too.
+
+    PEFT adapts every module whose path ends in a name.
+    """
+    names = sorted({target.rpartition(".")[2] for target in targets})
+    matched = [module for module in modules if module.rpartition(".")[2] in names]
+    return names if set(matched) == set(targets) else list(targets)
