@@ -200,6 +200,7 @@ def _assemble(prepared: _Prepared, times: PhaseTimes) -> Session:
     checkpoints = Checkpoints(directory.file("checkpoints"), config.train.checkpoints_kept)
     with phase("checking", "the files of checkpoints"):
         saved = process_group.run_on_rank0(checkpoints.newest_intact) if directory.resumed else None
+    process_group.run_on_rank0(lambda: directory.check_extension(saved))
     precision = precisions.choose(config.train, process_group.local_rank)
 
     def make_observers(path: Path) -> Observers:

@@ -47,6 +47,8 @@ class RunDirectory:
     path: Path
     resumed: bool = False
     """True when the directory holds a run that is to go on."""
+    has_new_length: bool = False
+    """True when that run is to train for another number of steps than it was begun with."""
     _lock: int | None = None
 
     def file(self, name: str) -> Path:
@@ -75,6 +77,9 @@ class RunDirectory:
                 "begin another run with --output-dir"
             )
         effects = [effect for effect, _ in found]
+        if texts := [text for effect, text in found if effect is OnResume.LENGTH]:
+            self.has_new_length = True
+            log.warning("%s: from here on the learning rate is that of a run of the new length", "; ".join(texts))
         if OnResume.SPLIT in effects:
             log.warning(
                 "the rows of a step are split into other micro-batches: the results are the same but for rounding, "
@@ -118,8 +123,8 @@ class RunDirectory:
             log.warning("not what this run was begun with: %s; results may differ", ", ".join(changed))
 
     def finished(self) -> Result | None:
-        """Return the result of a run that is complete, None for any other."""
-        summary = self.read_json(layout.SUMMARY) if self.resumed else None
+        """Return the result of a run that is complete and has the length that is asked for, None for any other."""
+        summary = self.read_json(layout.SUMMARY) if self.resumed and not self.has_new_length else None
         if summary is None or not Path(str(summary.get("artefact"))).is_dir():
             return None
         return Result(self.path, layout.with_new_names(summary))
@@ -128,6 +133,27 @@ class RunDirectory:
         """Write the run's options and manifest, before its first step. Raises OutputError."""
         run_file.write(dict(resolved), self.file(layout.RUN))
         atomic_files.write_json(self.file(layout.MANIFEST), manifest)
+
+    def check_extension(self, checkpoint: Path | None) -> None:
+        """Raise OutputError when a complete run is to train for longer and has no checkpoint to go on from."""
+        if self.has_new_length and checkpoint is None and self.file(layout.SUMMARY).exists():
+            raise OutputError(
+                f"--resume: {self.path} is complete and kept no checkpoint (train.save_steps), so that it cannot go "
+                "on; train on from its result instead, with --model"
+            )
+
+    def continue_with(self, resolved: Mapping[str, Any], step: int) -> None:
+        """Record the options of a run that goes on after `step` to another length. Raises OutputError.
+
+        The summary marked it as complete, and is removed first: a run that is killed here is incomplete.
+        """
+        atomic_files.remove(self.file(layout.SUMMARY))
+        manifest = self.read_json(layout.MANIFEST)
+        if manifest is not None:
+            length = {name: resolved["train"][name] for name in ("num_train_epochs", "max_steps")}
+            changes = [*manifest.get("length_changes", ()), {"after_step": step, **length}]
+            atomic_files.write_json(self.file(layout.MANIFEST), {**manifest, "length_changes": changes})
+        run_file.write(dict(resolved), self.file(layout.RUN))
 
     def complete(self, manifest: Mapping[str, Any], step: int) -> None:
         """Write the manifest of a run that goes on after `step` when it is missing, else what that adds to it.

@@ -29,6 +29,7 @@ class OnResume(Enum):
     ANSWERS = "the answers to held-out rows"
     ROUNDING = "the order of floating-point additions"
     SPLIT = "how the rows of an optimizer step are divided"
+    LENGTH = "how long the run trains"
 
 
 MAX_COUNT: Final = 10**9
@@ -316,9 +317,13 @@ class TrainConfig:
         Field(gt=0, description="Peak learning rate of the input embedding and the output head, if they are trained."),
     ] = None
     num_train_epochs: Annotated[
-        float, Field(gt=0, le=1e9, description="Passes over the training data; max_steps overrides it.")
+        float,
+        Field(gt=0, le=1e9, description="Passes over the training data; max_steps overrides it."),
+        OnResume.LENGTH,
     ] = 1.0
-    max_steps: Annotated[int | None, Field(ge=1, le=MAX_COUNT, description="Optimizer steps in all.")] = None
+    max_steps: Annotated[
+        int | None, Field(ge=1, le=MAX_COUNT, description="Optimizer steps in all."), OnResume.LENGTH
+    ] = None
     train_batch_size: Annotated[
         int | None,
         Field(

@@ -43,6 +43,8 @@ class RunWriter:
         """Write what the run is, unless it continues one that has written it."""
         if state.step > 0:
             self.directory.complete(self._manifest, state.step)
+            if self.directory.has_new_length:
+                self.directory.continue_with(self._resolved, state.step)
         else:
             self.directory.write_start(self._resolved, self._manifest)
         self.write_ledgers()

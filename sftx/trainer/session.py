@@ -146,6 +146,7 @@ class Session:
         """Restore the state of a resumed run, write the first files, and evaluate the model before training."""
         if self.checkpoint is not None:
             self._restore(self.checkpoint)
+            self._check_length()
         self.process_group.run_on_rank0(lambda: self.writer.write_start(self.state))
         self.process_group.run_on_rank0(self._check_saving)
         resumed_step = None if self.checkpoint is None else self.state.step
@@ -195,6 +196,20 @@ class Session:
         # The process before may have been killed before it could do so.
         self.process_group.run_on_rank0(lambda: self.checkpoints.prune(keep=self.state.best_step))
 
+    def _check_length(self) -> None:
+        """Raise ConfigError when a run is to end where it is already, or before; start a stopped one again."""
+        state, directory = self.state, self.writer.directory
+        if not self.process_group.run_on_rank0(lambda: directory.has_new_length):
+            return
+        if state.step >= self.sampler.num_steps:
+            raise ConfigError(
+                f"--resume: {directory.path} has done {state.step} steps, and would end after "
+                f"{self.sampler.num_steps}; ask for more steps or epochs, or begin another run"
+            )
+        if state.stopped:
+            log.info("the run was stopped (%s), and goes on", state.stopped)
+            state.stopped = ""
+
     def _after_step(self, report: StepReport) -> bool:
         """Report a step, evaluate and save where they are due; return whether to continue."""
         self._training.update(note=f"loss {report.loss:.4f}")
@@ -229,6 +244,8 @@ class Session:
         if self.save_dtype is not None:
             log.info("the result is saved in %s (option save_dtype)", str(self.save_dtype).removeprefix("torch."))
         self.observers.on_save(state.step, artefact)
+        if self.lm.adapters and self._saved_step != state.step:
+            self.save()  # it is small, and the run can be extended from it
 
         def conclude() -> dict[str, Any]:
             summary = self.writer.write_end(state, artefact, self._trainer_state())

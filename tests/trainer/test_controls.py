@@ -73,11 +73,11 @@ def run(tmp_path: Path, install_plugin: Any, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_decisions_are_carried_out(run: Callable[..., Any]) -> None:
-    done = run("out")
+    done = run("out", save_total_limit=3)
     rates = [line["learning_rate"] for line in done.history if line["event"] == "step"]
     assert rates == pytest.approx([1e-2, 1e-2, 5e-3, 5e-3, 5e-3, 2.5e-3, 2.5e-3, 2.5e-3])
     assert [line["step"] for line in done.history if line["event"] == "evaluate"] == [0, 4, 8]
-    assert {path.name for path in (done.output_dir / "checkpoints").iterdir()} == {"step-3", "step-4"}
+    assert {path.name for path in (done.output_dir / "checkpoints").iterdir()} == {"step-3", "step-4", "step-8"}
 
 
 def test_a_stopped_run_has_its_artefact_and_is_complete(

@@ -61,7 +61,7 @@ def test_a_run_directory_holds_all_that_the_run_was(tiny_model_dir: Path, data: 
         "ledger-held-out.jsonl", "loss.png", "manifest.json", "metrics.jsonl", "report.html", "run.yaml",
         "summary.json", "trainer_state.json",
     }  # fmt: skip
-    assert {p.name for p in (out / "checkpoints").iterdir()} == {"step-6", "step-9"}
+    assert {p.name for p in (out / "checkpoints").iterdir()} == {"step-9", "step-10"}
     for artefact in (out / "adapter", *(out / "checkpoints").iterdir()):
         names = {p.name for p in artefact.iterdir()}
         assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"} <= names

@@ -70,7 +70,7 @@ def test_a_metric_that_nobody_reports_ends_the_run_at_its_beginning(runs: Runs, 
         # Every step is later than a microsecond after the last: the clock saves each, and two are kept.
         ("--save-minutes 1e-8 --save-steps 1000 --save-total-limit 6", [f"step-{n}" for n in range(1, 7)]),
         ("--save-minutes 1e-8", ["step-6"]),  # SHORT keeps one
-        ("--save-minutes 600 --save-steps 4 --save-total-limit 9", ["step-4"]),
+        ("--save-minutes 600 --save-steps 4 --save-total-limit 9", ["step-4", "step-6"]),  # the last step as well
     ],
 )
 def test_the_clock_saves(runs: Runs, sftx: Sftx, options: str, expected: list[str]) -> None:
