@@ -6,6 +6,7 @@ imports torch and, where kernels run, triton; it imports neither sftx nor the pl
 """
 
 from sftx_kernels.cross_entropy import IGNORE_INDEX, CrossEntropyOutput, cross_entropy
+from sftx_kernels.grouped_lora import grouped_lora_linear
 from sftx_kernels.linear_cross_entropy import (
     LinearCrossEntropyOutput,
     LinearCrossEntropyWorkspace,
@@ -23,6 +24,7 @@ __all__ = [
     "NF4Weight",
     "cross_entropy",
     "dequantize_nf4",
+    "grouped_lora_linear",
     "linear_cross_entropy",
     "linear_cross_entropy_workspace",
     "lora_linear",

@@ -6,7 +6,8 @@ Every rejected argument raises a ValueError with the argument's name, what was e
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +20,11 @@ _AUTOCAST_DEVICES = tuple(k for k in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia"
 def is_autocast_on(device_type: str) -> bool:
     """Return True if autocast is enabled for a device type; False for types without autocast, such as meta."""
     return device_type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Disable autocast: an operation has chosen its dtypes already, and autocast would cast fp32 operands."""
+    return torch.autocast(device_type, enabled=False) if is_autocast_on(device_type) else nullcontext()
 
 
 def gemm_dtype(x: Tensor) -> torch.dtype:
@@ -54,6 +60,15 @@ def check_tensor(
         can_cast = all(d.is_floating_point and d != torch.float64 for d in (tensor.dtype, dtype))
         if not (can_cast and is_autocast_on(like.device.type)):
             raise error(name, f"dtype {dtype}", f"dtype {tensor.dtype}")
+
+
+def check_dropout(dropout_p: object, seed: object) -> None:
+    """Check a dropout probability and the seed that it needs."""
+    if not (is_number(dropout_p) and 0 <= cast(float, dropout_p) < 1):
+        raise error("dropout_p", "a number in [0, 1)", dropout_p)
+    if dropout_p and (not isinstance(seed, Tensor) or seed.dim() or seed.dtype != torch.int64):
+        actual = f"{seed.dtype} of shape {list(seed.shape)}" if isinstance(seed, Tensor) else repr(seed)
+        raise error("seed", f"a 0-d int64 tensor, since dropout_p is {dropout_p}", actual)
 
 
 def is_number(value: object) -> bool:

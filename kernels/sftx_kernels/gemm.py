@@ -44,6 +44,13 @@ def project_back(dy_MO: Tensor, weight_OK: Tensor, *, out: Tensor | None = None)
     return sum_MK.to(dy_MO.dtype) if out is None else out.copy_(sum_MK)
 
 
+def add_product_(sum_MO: Tensor, a_MR: Tensor, b_RO: Tensor, alpha: float) -> Tensor:
+    """Compute sum += alpha a b, whose inner dimension is small, and return the sum. All tensors have one dtype."""
+    if widens(sum_MO):
+        return sum_MO.add_(a_MR.float() @ b_RO.float(), alpha=alpha)
+    return sum_MO.addmm_(a_MR, b_RO, alpha=alpha)
+
+
 def add_weight_gradient_(sum_OK: Tensor, dy_MO: Tensor, x_MK: Tensor) -> None:
     """Compute sum_OK += dY^T x, accumulated in the dtype of the sum, which may be wider than the operands."""
     if sum_OK.dtype == x_MK.dtype:

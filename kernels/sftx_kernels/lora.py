@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -27,10 +26,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from sftx_kernels.checks import check_tensor, differentiable_once, error, gemm_dtype, is_autocast_on, is_number
+from sftx_kernels.checks import (
+    check_dropout,
+    check_tensor,
+    differentiable_once,
+    error,
+    gemm_dtype,
+    is_number,
+    without_autocast,
+)
 from sftx_kernels.dispatch import decide
 from sftx_kernels.dropout import dropped_mask, keep_scale, threshold_of
-from sftx_kernels.gemm import accumulator, add_weight_gradient_, project, project_back, widens
+from sftx_kernels.gemm import accumulator, add_product_, add_weight_gradient_, project, project_back, widens
 from sftx_kernels.nf4 import NF4Weight, check_nf4, dequantize_into_
 
 
@@ -186,11 +193,7 @@ def _check_layer(
         raise error("lora_A", "at least one row", f"shape {list(lora_A.shape)}")
     if bias is not None:
         check_tensor("bias", bias, (weight.shape[0],), x, x.dtype)
-    if not (is_number(dropout_p) and 0 <= dropout_p < 1):
-        raise error("dropout_p", "a number in [0, 1)", dropout_p)
-    if dropout_p > 0 and (not isinstance(seed, Tensor) or seed.dim() or seed.dtype != torch.int64):
-        actual = f"{seed.dtype} of shape {list(seed.shape)}" if isinstance(seed, Tensor) else repr(seed)
-        raise error("seed", f"a 0-d int64 tensor, since dropout_p is {dropout_p}", actual)
+    check_dropout(dropout_p, seed)
 
 
 # ---- a call as data
@@ -256,7 +259,7 @@ def _with_decided_backend(spec: _Spec, group: _Group) -> _Spec:
 def _forward(group: _Group, seed: Tensor | None, spec: _Spec) -> list[Tensor]:
     """Return y [..., O] of each layer, and S [M, R], which backward needs."""
     x, group = group.x, _with_aligned_ranks(group, spec.backend)
-    with _without_autocast(x.device.type):
+    with without_autocast(x.device.type):
         products = _Products(spec, seed, x.device)
         x_MK = x.reshape(-1, x.shape[-1]).to(spec.dtype)
         s_MR = products.shrink(x_MK, _stack(group.lora_As, spec.dtype))
@@ -267,7 +270,7 @@ def _forward(group: _Group, seed: Tensor | None, spec: _Spec) -> list[Tensor]:
             alpha = spec.scalings[i] * products.keep_scale
             # The update is added in place to the fresh output of the base: no second [M, O].
             y_MO = project(x_MK, _weight(group, i, spec), bias_O)
-            _add_product_(y_MO, s, B.to(spec.dtype).T, alpha)
+            add_product_(y_MO, s, B.to(spec.dtype).T, alpha)
             outputs.append(y_MO.view(*x.shape[:-1], B.shape[0]))
     return [*outputs, s_MR]
 
@@ -290,7 +293,7 @@ def _backward(
     dAs: list[Tensor | None] = [None] * num_layers
     dBs: list[Tensor | None] = [None] * num_layers
     dbs: list[Tensor | None] = [None] * num_layers
-    with _without_autocast(x.device.type):
+    with without_autocast(x.device.type):
         products = _Products(spec, seed, x.device)
         x_MK = x.reshape(-1, x.shape[-1]).to(spec.dtype)
         dy_MOs = [None if dy is None else dy.reshape(num_rows, dy.shape[-1]).to(spec.dtype) for dy in dys]
@@ -364,11 +367,6 @@ def _weight(group: _Group, i: int, spec: _Spec) -> Tensor:
     assert spec.backend is not None
     dequantize_into_(out, group.weights[i], group.absmaxes[i], spec.backend)
     return out
-
-
-def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Disable autocast: the dtypes are chosen already, and it would cast fp32 operands."""
-    return torch.autocast(device_type, enabled=False) if is_autocast_on(device_type) else nullcontext()
 
 
 # ---- products
@@ -456,7 +454,7 @@ class _Products:
         assert dX_MK is not None
         if self._threshold:
             return dX_MK.add_(_mm(dS_MR, lora_A_RK).masked_fill_(self._dropped(dX_MK), 0))
-        return _add_product_(dX_MK, dS_MR, lora_A_RK, 1.0)
+        return add_product_(dX_MK, dS_MR, lora_A_RK, 1.0)
 
     def _drop(self, x_MK: Tensor) -> Tensor:
         """Return keep * x."""
@@ -480,13 +478,6 @@ def _weight_gradient(dy_MO: Tensor, x_MK: Tensor) -> Tensor:
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:
     return (a.float() @ b.float()).to(a.dtype) if widens(a) else a @ b
-
-
-def _add_product_(sum_MO: Tensor, a_MR: Tensor, b_RO: Tensor, alpha: float) -> Tensor:
-    """Compute sum += alpha a b, whose inner dimension is small."""
-    if widens(sum_MO):
-        return sum_MO.add_(a_MR.float() @ b_RO.float(), alpha=alpha)
-    return sum_MO.addmm_(a_MR, b_RO, alpha=alpha)
 
 
 # ---- autograd
