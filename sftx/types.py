@@ -92,6 +92,7 @@ class Conversation:
     tools: tuple[Mapping[str, Any], ...] = ()
     """Functions that may be called, in OpenAI's form: `{"type": "function", "function": {"name": ..., ...}}`."""
     extras: Mapping[str, Any] = field(default_factory=dict)
+    """What a collator or a metric of the same plugin needs: a dict of JSON values, in which tuples are refused."""
 
 
 @dataclass(frozen=True)

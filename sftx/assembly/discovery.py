@@ -178,6 +178,13 @@ def hooks_of(info: PluginInfo, cls: type) -> list[str]:
     return [hook for hook in RETURNS if hook in implementations]
 
 
+def required_options(cls: type) -> list[str]:
+    """Return the options of a plugin's class that have no default."""
+    missing = dataclasses.MISSING
+    fields = dataclasses.fields(cls)
+    return [field.name for field in fields if field.init and field.default is field.default_factory is missing]
+
+
 def instance(info: PluginInfo, cls: type, options: Mapping[str, Any], origins: Origins) -> Any:
     """Return an instance of the plugin with these options.
 

@@ -175,6 +175,11 @@ class ParserStage(_Stage):
         for item in parsed:
             if not _is_parsed(item):
                 raise self._refuse(f"parse gave {item!r:.80}, expected Conversation, PlainText or Tokens of text")
+            if item.extras != {}:
+                with self._attribute("parse"):  # for extras that contain themselves
+                    reason = _not_json(item.extras, "extras")
+                if reason:
+                    raise self._refuse(f"parse gave {reason}")
         return tuple(parsed)
 
     def _explains_itself(self, error: BaseException, what: str) -> bool:
@@ -194,6 +199,26 @@ _MESSAGE_TYPES: Final[Mapping[str, Any]] = {
 _SEGMENT_TYPES: Final[Mapping[str, Any]] = {
     "text": str, "trainable": bool, "control": bool, "weight": int | float, "role": str,
 }  # fmt: skip
+
+
+def _not_json(value: object, place: str) -> str:
+    """Return which value at `place` JSON does not hold unchanged, and what to give instead; empty if there is none.
+
+    Encoded rows are kept as JSON in the cache, from which a tuple would come back as a list, and the key 1 as "1".
+    """
+    found: Iterator[str] = iter(())
+    if type(value) is dict:
+        if odd := [key for key in value if type(key) is not str]:
+            return f"{place} with the key {odd[0]!r:.60}, which JSON does not hold unchanged; use text as keys"
+        found = (_not_json(own, f"{place}[{key!r}]") for key, own in value.items())
+    elif type(value) is list:
+        found = (_not_json(own, f"{place}[{number}]") for number, own in enumerate(value))
+    elif not (value is None or type(value) in (str, int, bool) or (type(value) is float and math.isfinite(value))):
+        return (
+            f"{place} = {value!r:.60} ({type(value).__name__}), which JSON does not hold unchanged; use dicts, lists, "
+            "text, finite numbers, True, False or None"
+        )
+    return next(filter(None, found), "")
 
 
 def _has_types(thing: object, types: Mapping[str, Any]) -> bool:

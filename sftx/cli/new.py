@@ -13,7 +13,14 @@ from sftx.scaffold import HOOKS, write_package
 
 @click.command()
 @click.argument("name")
-@click.option("--hook", type=click.Choice(HOOKS), required=True, help="The hook that the plugin implements.")
+@click.option(
+    "--hook",
+    "hooks",
+    type=click.Choice(HOOKS),
+    required=True,
+    multiple=True,
+    help="The hook that the plugin implements. May be given several times.",
+)
 @click.option(
     "--directory",
     metavar="DIR",
@@ -21,12 +28,12 @@ from sftx.scaffold import HOOKS, write_package
     default=Path(),
     help="Parent of the package directory sftx-NAME.  [default: the current directory]",
 )
-def command(name: str, hook: str, directory: Path) -> None:
+def command(name: str, hooks: tuple[str, ...], directory: Path) -> None:
     """Write a package for a new plugin NAME. It can be installed and passes its tests before you change it.
 
-    The method marked `# Yours:` decides what the plugin does.
+    The method marked `# Yours:` decides what the plugin does. With several hooks there is one such method for each.
     """
-    package, *files = write_package(name, hook, directory)
+    package, *files = write_package(name, hooks, directory)
     for file in files:
         click.echo(printable(str(file)))
     click.echo("")

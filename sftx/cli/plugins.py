@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sftx.assembly.discovery import PluginInfo, discover, find, hooks_of, instance, load_class
+from sftx.assembly.discovery import PluginInfo, discover, find, hooks_of, instance, load_class, required_options
 from sftx.assembly.stages import named
 from sftx.cli import new
-from sftx.errors import PluginError, printable
+from sftx.errors import ConfigError, PluginError, printable
 from sftx.phases import phase
 
 if TYPE_CHECKING:
@@ -123,9 +123,14 @@ def check(name: str, settings: tuple[str, ...], model: Path | None, as_json: boo
         options[option] = value
         origins.set(f"plugins.{name}.{option}", typed)
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the findings, not for what the plugin prints
-        if options:  # report invalid options before torch is imported; other errors become findings
-            with contextlib.suppress(PluginError):
-                instance(plugin, load_class(plugin), options, origins)
+        # Options that are missing or invalid are reported before torch is imported; other errors become findings.
+        with contextlib.suppress(PluginError):
+            cls = load_class(plugin)
+            if missing := [option for option in required_options(cls) if option not in options]:
+                add = " ".join(f"--set {name}.{option}=..." for option in missing)
+                raise ConfigError(f"{plugin}: {', '.join(missing)} has no default; to check its hooks, add {add}")
+            if options:
+                instance(plugin, cls, options, origins)
         with phase("importing", "torch and transformers"):
             from sftx.testing.contract import check_plugin
 

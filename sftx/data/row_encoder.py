@@ -9,7 +9,6 @@ import dataclasses
 import difflib
 import functools
 import itertools
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from sftx.config.options import DataConfig, Filters, Source
 from sftx.data import sources, truncate
 from sftx.data.encoder import Encoder, KnownTexts
 from sftx.data.ledger import Entry, Ledger
-from sftx.errors import DataError, PluginError, SftxError, one_line
+from sftx.errors import DataError, SftxError
 from sftx.types import Conversation, Example, Location, Message, Parsed, PlainText, Record, Tokens
 
 NOTHING_TRAINED: Final = "no trained token"
@@ -165,18 +164,12 @@ class RowEncoder:
             action: Literal["cut", "split"] = "split" if config.long_rows == "split" else "cut"
             reason = f"longer than max_length={config.max_length}"
             row.entries.append(Entry(row.where, action, reason, length, sum(map(len, pieces))))
-        extras = unit.extras
-        if extras:
-            try:  # as the cache will return them
-                extras = json.loads(json.dumps(extras, allow_nan=False))
-            except (TypeError, ValueError, RecursionError) as error:
-                raise PluginError(f"a parser gave extras that are no JSON values: {one_line(error)}") from error
         token_ids, loss_mask = np.asarray(labelled[0], np.int32), np.asarray(labelled[1], np.bool_)
         weights = np.asarray(labelled[2], np.float32)
         is_weighted = any(weight != 1 for weight in labelled[2])
         for kept in pieces:
             kept_weights = weights[kept] if is_weighted and (weights[kept] != 1).any() else None
-            row.examples.append(Example(token_ids[kept], loss_mask[kept], str(row.where), 0, kept_weights, extras))
+            row.examples.append(Example(token_ids[kept], loss_mask[kept], str(row.where), 0, kept_weights, unit.extras))
 
     def trains_stop(self, row: EncodedRow) -> bool:
         """Return whether an example of the row trains one of the template's stop tokens."""

@@ -1,7 +1,8 @@
 """This package writes a new plugin package: one that installs, is typed, and passes its tests before anything changes.
 
 The text is in `package/` (files that all plugins have) and `hooks/<hook>/` (the plugin and its test). A plugin's
-docstring and options are written only there; README and metadata are generated from them. The package may import
+docstring and options are written only there; README and metadata are generated from them. A plugin that implements
+several hooks inherits from one class for each, in a module of its own. The package may import
 `sftx.assembly`, `sftx.config` and the modules directly under `sftx`; only `sftx.cli` imports it.
 """
 
@@ -14,7 +15,7 @@ import keyword
 import os
 import re
 import string
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -30,6 +31,7 @@ from sftx.errors import ConfigError, OutputError
 
 HOOKS: Final = tuple(hook.removeprefix(f"{PROJECT}_") for hook in RETURNS)
 _HERE: Final = Path(__file__).parent
+_LINE_LENGTH: Final = 120  # as in pyproject.toml of a package
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Names:
     """The names of a plugin and of everything in its package."""
 
     name: str
-    hook: str
+    hooks: tuple[str, ...]
 
     @property
     def distribution(self) -> str:
@@ -51,14 +53,22 @@ class Names:
     def class_name(self) -> str:
         return "".join(word.capitalize() for word in self.name.split("-"))
 
+    @property
+    def classes(self) -> dict[str, str]:
+        """The class that implements each hook: the plugin's own, or one of those that it inherits from."""
+        if len(self.hooks) == 1:
+            return {self.hooks[0]: self.class_name}
+        return {hook: f"{self.class_name}{hook.capitalize()}" for hook in self.hooks}
 
-def write_package(name: str, hook: str, directory: Path) -> list[Path]:
+
+def write_package(name: str, hooks: Sequence[str], directory: Path) -> list[Path]:
     """Write the package `sftx-NAME` into `directory`, atomically; return its path and those of its files.
 
-    `name` may begin with `sftx-`; `hook` is one of HOOKS. Raises ConfigError for an invalid name, OutputError when the
-    package exists already or cannot be written.
+    `name` may begin with `sftx-`; `hooks` are some of HOOKS, all of which its one plugin implements. Raises ConfigError
+    for an invalid name, and for hooks that one class cannot implement; OutputError when the package exists already or
+    cannot be written.
     """
-    names = Names(name.removeprefix(f"{PROJECT}-"), hook)
+    names = Names(name.removeprefix(f"{PROJECT}-"), tuple(hook for hook in HOOKS if hook in hooks))
     _check_name(names)
     files = _files(names)
     target = directory / names.distribution
@@ -92,24 +102,29 @@ def _check_name(names: Names) -> None:
     if importlib.util.find_spec(names.module) is not None:
         raise ConfigError(f"{name!r} would be the module {names.module}, which is installed already; choose another")
     used = set()
-    for path, text in _files(Names("_", names.hook)).items():  # "_" is not a valid name, so it clashes with nothing
+    for path, text in _files(Names("_", names.hooks)).items():  # "_" is not a valid name, so it clashes with nothing
         for node in ast.walk(ast.parse(text)) if path.endswith(".py") else ():
             if isinstance(node, ast.Name):
                 used.add(node.id)
             elif isinstance(node, ast.ImportFrom):
                 used |= {alias.asname or alias.name for alias in node.names}
-    if keyword.iskeyword(names.class_name) or names.class_name in used:
+    taken = [cls for cls in (names.class_name, *names.classes.values()) if keyword.iskeyword(cls) or cls in used]
+    if taken:
         raise ConfigError(
-            f"{name!r} would be the class {names.class_name}, a name that the package uses for something else; choose "
-            f"another name, such as {name}-{names.hook}"
+            f"{name!r} would be the class {taken[0]}, a name that the package uses for something else; choose "
+            f"another name, such as {name}-{names.hooks[-1]}"
         )
 
 
 def _files(names: Names) -> dict[str, str]:
-    """Return the text of each file of the package, by its path in the package."""
+    """Return the text of each file of the package, by its path in the package.
+
+    Raises ConfigError for hooks that one class cannot implement.
+    """
     values = {
         "name": names.name,
-        "hook": names.hook,
+        "hooks": ("the hook " if len(names.hooks) == 1 else "the hooks ")
+        + _enumerated([f"`{PROJECT}_{hook}`" for hook in names.hooks]),
         "distribution": names.distribution,
         "module": names.module,
         "class_name": names.class_name,
@@ -119,18 +134,33 @@ def _files(names: Names) -> dict[str, str]:
     def fill(path: Path) -> str:
         return string.Template(path.read_text(encoding="utf-8")).substitute(values)
 
-    sources = sorted((_HERE / "hooks" / names.hook).glob("*.py.in"))
-    modules = {path.name.removesuffix(".in"): fill(path) for path in sources}
-    test = modules.pop("test.py")
-    cls = next(node for node in ast.parse(modules["__init__.py"]).body if isinstance(node, ast.ClassDef))
-    options = list(_options(cls))
-    values["summary"] = (ast.get_docstring(cls) or "").partition("\n")[0]
+    # The plugin's name is in the names of tests so that pytest can collect those of several packages together.
+    stem = f"tests/test_{names.name.replace('-', '_')}"
+    modules: dict[str, str] = {}
+    tests: dict[str, str] = {}
+    classes: dict[str, ast.ClassDef] = {}
+    for hook, values["class_name"] in names.classes.items():
+        sources = sorted((_HERE / "hooks" / hook).glob("*.py.in"))
+        own = {path.name.removesuffix(".in"): fill(path) for path in sources}
+        is_only = len(names.hooks) == 1
+        tests[f"{stem}.py" if is_only else f"{stem}_{hook}.py"] = own.pop("test.py")
+        tree = ast.parse(own["__init__.py"])
+        classes[hook] = next(node for node in tree.body if isinstance(node, ast.ClassDef))
+        if not is_only:
+            own[f"{hook}.py"] = own.pop("__init__.py")
+        modules |= own
+    values["class_name"] = names.class_name
+    _check_combination(classes)
+    if len(names.hooks) > 1:
+        modules["__init__.py"] = _combined(names)
+    options = [option for cls in classes.values() for option in _options(cls)]
+    values["summary"] = _summary(ast.parse(modules["__init__.py"]))
     values["options"] = "\n".join(
         f"| `{name}` | {kind} | `{default}` | {text} |" for name, kind, default, text in options
     )
     # The plugins of a run file: a template and an adapter, unless the new plugin is one, and the new plugin.
-    plugins = {TEMPLATES[0]: ""} if names.hook != "template" else {}
-    if names.hook != "adapter":
+    plugins = {TEMPLATES[0]: ""} if "template" not in names.hooks else {}
+    if "adapter" not in names.hooks:
         plugins["lora"] = ""
     plugins[names.name] = ", ".join(f"{name}: {default}" for name, _, default, _ in options)
     values["run_file"] = "\n".join(f"  {plugin}: {{{settings}}}" for plugin, settings in plugins.items())
@@ -141,9 +171,67 @@ def _files(names: Names) -> dict[str, str]:
         ".gitignore": fill(package / "gitignore.in"),
         **{f"{names.module}/{file}": text for file, text in modules.items()},
         f"{names.module}/py.typed": "",
-        # The plugin's name is in the file name so that pytest can collect the tests of several packages together.
-        f"tests/test_{names.name.replace('-', '_')}.py": test,
+        **tests,
     }
+
+
+def _check_combination(classes: Mapping[str, ast.ClassDef]) -> None:
+    """Raise ConfigError when the classes of two hooks define the same name, so that one class cannot be both."""
+    owners: dict[str, str] = {}
+    for hook, cls in classes.items():
+        for node in cls.body:
+            name = getattr(node, "name", None) or getattr(getattr(node, "target", None), "id", None)
+            if name is not None and (other := owners.setdefault(name, hook)) != hook:
+                raise ConfigError(
+                    f"--hook {other} --hook {hook}: the classes for both define {name}, so one plugin cannot inherit "
+                    f"from both; write it with --hook {other}, and add a method {PROJECT}_{hook} that returns an "
+                    "object of another class"
+                )
+
+
+def _combined(names: Names) -> str:
+    """Return the module of a plugin that implements several hooks, each by a class that it inherits from."""
+    parts = names.classes
+    bases = ", ".join(parts.values())
+    first = f"class {names.class_name}({bases}):"
+    if len(first) > _LINE_LENGTH:
+        first = "\n".join([f"class {names.class_name}(", *(f"    {cls}," for cls in parts.values()), "):"])
+    return "\n".join(
+        [
+            f'"""The plugin `{names.name}`, which implements several hooks: each is a class in a module of its own."""',
+            "",
+            "from __future__ import annotations",
+            "",
+            "from dataclasses import dataclass",
+            "",
+            *(f"from {names.module}.{hook} import {parts[hook]}" for hook in sorted(parts)),
+            "",
+            "__all__ = [",
+            *(f'    "{cls}",' for cls in sorted([names.class_name, *parts.values()])),
+            "]",
+            "",
+            "",
+            "@dataclass(frozen=True, eq=False)",
+            first,
+            f'    """Is {_enumerated([f"{_article(hook)} {hook}" for hook in parts])} of a run."""',
+            "",
+        ]
+    )
+
+
+def _summary(tree: ast.Module) -> str:
+    """Return the first line of the docstring of the module's first class."""
+    cls = next(node for node in tree.body if isinstance(node, ast.ClassDef))
+    return (ast.get_docstring(cls) or "").partition("\n")[0]
+
+
+def _enumerated(names: Sequence[str]) -> str:
+    """Return "a", "a and b" or "a, b and c"."""
+    return ", ".join(names[:-1]) + " and " * (len(names) > 1) + names[-1]
+
+
+def _article(word: str) -> str:
+    return "an" if word[0] in "aeiou" else "a"
 
 
 def sftx_range() -> str:

@@ -14,7 +14,7 @@ from sftx.config.run_file import Origins
 from sftx.errors import ConfigError, PluginError, SftxError, one_line
 from sftx.model.load import load_spec
 from sftx.testing import adapter, collator, control, loss, metric, observer, package, parser, template
-from sftx.testing.clauses import Finding, Suite
+from sftx.testing.clauses import MADE, Finding, Suite
 from sftx.testing.runs import run_tiny
 
 SUITES: Final[Mapping[str, Suite[Any]]] = {
@@ -37,14 +37,17 @@ def check_plugin(
     if model is not None:
         load_spec(str(model))  # raises ModelError here, since this is not the plugin's fault
     cls = load_class(info)
+    suites = [SUITES[hook.removeprefix("sftx_")] for hook in hooks_of(info, cls)]
     try:
         plugin = instance(info, cls, options, origins)
     except (ConfigError, PluginError):
         if options or not any(finding.status == "failed" for finding in findings):
             raise
-        return findings  # a finding of the package says already that its own defaults are invalid
-    for hook in hooks_of(info, cls):
-        findings += SUITES[hook.removeprefix("sftx_")].findings(plugin, model=model)
+        # A finding of the package says that its own defaults are invalid.
+        reason = "not checked, because its own defaults are refused"
+        return findings + [Finding(suite.hook, MADE, suite.made, "skipped", reason) for suite in suites]
+    for suite in suites:
+        findings += suite.findings(plugin, model=model)
 
     # The run uses lora unless the plugin is an adapter: most runs have one, and some losses need one.
     names = [info.name] if hasattr(plugin, "sftx_adapter") else ["lora", info.name]

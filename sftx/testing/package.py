@@ -18,7 +18,7 @@ from packaging.utils import canonicalize_name
 from pydantic import TypeAdapter
 
 import sftx
-from sftx.assembly.discovery import PluginInfo, hooks_of, instance, load_class
+from sftx.assembly.discovery import PluginInfo, hooks_of, instance, load_class, required_options
 from sftx.config.run_file import Origins
 from sftx.errors import ConfigError, PluginError
 from sftx.testing.clauses import ClauseError, Suite
@@ -181,9 +181,8 @@ def describes_its_options(case: _Case) -> None:
 
 @SUITE.clause("The defaults of its options are valid values of them, so that a run file can hold them.")
 def takes_its_defaults(case: _Case) -> None:
-    for field in dataclasses.fields(case.cls):
-        if field.init and field.default is field.default_factory is dataclasses.MISSING:
-            return  # a required option; the user sets it
+    if required_options(case.cls):
+        return  # the user sets them
     try:
         instance(case.info, case.cls, {}, Origins())
     except (ConfigError, PluginError) as error:

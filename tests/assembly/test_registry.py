@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib.metadata
 import json
 import sys
@@ -461,6 +462,50 @@ def test_every_default_is_a_built_in_plugin() -> None:
         default_plugins.TEMPLATES
     )
     assert named <= set(BUILT_IN)
+
+
+_ITSELF: list[Any] = []
+_ITSELF.append(_ITSELF)
+
+
+@pytest.mark.parametrize(
+    ("extras", "message"),
+    [
+        ({"span": (1, 2)}, "parse gave extras['span'] = (1, 2) (tuple)"),
+        ({"of": [{"deep": {3: "x"}}]}, "parse gave extras['of'][0]['deep'] with the key 3"),
+        ({"kind": {"a"}}, "parse gave extras['kind'] = {'a'} (set)"),
+        ({"rate": float("nan")}, "parse gave extras['rate'] = nan (float)"),
+        ({"day": datetime.date(2026, 1, 2)}, "parse gave extras['day'] = datetime.date(2026, 1, 2) (date)"),
+        ({"itself": _ITSELF}, "parse failed: RecursionError"),
+    ],
+)
+def test_extras_that_json_does_not_hold_unchanged_are_told_with_plugin_and_row(extras: Any, message: str) -> None:
+    """In memory, in the cache and in other processes they would be different ones."""
+    from sftx.assembly.stages import ParserStage
+    from sftx.config.options import DataConfig, Source
+    from sftx.data.encoder import Encoder
+    from sftx.data.row_encoder import RowEncoder
+    from sftx.model.load import load_tokenizer
+    from sftx.model.tiny import model_dir
+
+    class Along:
+        fields = "text"
+        samples = ()
+
+        def accepts(self, record: sftx.Record) -> bool:
+            return True
+
+        def parse(self, record: sftx.Record, where: sftx.Location) -> Sequence[sftx.PlainText]:
+            return [sftx.PlainText("A text.", extras=extras)]
+
+    parsers = {"along": ParserStage("plugin 'along' (acme 1.0)", Along())}
+    encode = RowEncoder(parsers, Encoder(load_tokenizer(str(model_dir())), None), DataConfig())
+    with pytest.raises(PluginError) as caught:
+        encode(sftx.Location("rows.jsonl", 7), {"text": "A text."}, Source(path="rows.jsonl"))
+    assert str(caught.value).startswith(f"rows.jsonl:7: plugin 'along' (acme 1.0): {message}")
+    extras = {"n": [1, 2.5, True, None, {"a": "b"}]}
+    (example,) = encode(sftx.Location("rows.jsonl", 7), {"text": ""}, Source(path="rows.jsonl")).examples
+    assert example.extras == extras
 
 
 def test_a_stage_can_be_copied_and_pickled() -> None:

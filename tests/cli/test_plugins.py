@@ -171,6 +171,25 @@ def test_check_refuses_what_it_cannot_check(arguments: list[str], message: str) 
     assert str(error).startswith(message)
 
 
+def test_check_says_which_options_it_needs(install_plugin: Any) -> None:
+    install_plugin("acme", METRIC, {"careful": "Plugin"})
+    error = plugins("check", "careful", "--set", "careful.mode=x").exception
+    assert isinstance(error, SftxError)
+    assert str(error) == (
+        "plugin 'careful' (acme 1.0): floor has no default; to check its hooks, add --set careful.floor=..."
+    )
+
+
+def test_check_lists_the_hooks_of_a_plugin_whose_own_defaults_are_refused(install_plugin: Any) -> None:
+    code = METRIC.replace('description="Lowest score.")]', 'description="Lowest score.")] = 7.0')
+    install_plugin("acme", code, {"careful": "Plugin"})
+    findings = json.loads(plugins("check", "careful", "--json").stdout)
+    assert ("package", "takes-its-defaults", "failed") in {(f["hook"], f["clause"], f["status"]) for f in findings}
+    (metric,) = [f for f in findings if f["hook"] == "metric"]
+    assert (metric["clause"], metric["status"]) == ("made", "skipped")
+    assert metric["message"] == "not checked, because its own defaults are refused"
+
+
 # --- schema -------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -17,29 +18,32 @@ import yaml
 from click.testing import CliRunner
 
 from environments import make_environment
-from sftx import ConfigError, OutputError, SftxError
+from sftx import ConfigError, Location, OutputError, RunInfo, SftxError
 from sftx.assembly.discovery import discover, find
 from sftx.cli.new import command
 from sftx.config.loading import load
 from sftx.config.options import SECTIONS
 from sftx.scaffold import HOOKS, sftx_range, write_package
 
+SEVERAL = ["loss", "parser", "template", "observer"]
+"""Hooks that one package implements together."""
 REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a directory with a package `sftx-my-HOOK` for each hook."""
+    """Return a directory with a package `sftx-my-HOOK` for each hook, and `sftx-my-several`."""
     directory = tmp_path_factory.mktemp("packages")
     for hook in HOOKS:
-        write_package(f"my-{hook}", hook, directory)
+        write_package(f"my-{hook}", [hook], directory)
+    write_package("my-several", SEVERAL, directory)
     return directory
 
 
 def refused(name: str, directory: Path, hook: str = "metric", error: type[SftxError] = ConfigError) -> str:
     before = sorted(directory.rglob("*"))
     with pytest.raises(error) as caught:
-        write_package(name, hook, directory)
+        write_package(name, [hook], directory)
     assert sorted(directory.rglob("*")) == before
     message = str(caught.value)
     assert "\n" not in message
@@ -80,7 +84,7 @@ def test_usage_is_told_by_click(tmp_path: Path) -> None:
 
 
 def test_the_names_are_those_of_each_place(tmp_path: Path) -> None:
-    package, *_ = write_package("sftx-two-words9", "loss", tmp_path)
+    package, *_ = write_package("sftx-two-words9", ["loss"], tmp_path)
     assert package == tmp_path / "sftx-two-words9"
     project = tomllib.loads((package / "pyproject.toml").read_text(encoding="utf-8"))
     assert project["project"]["name"] == "sftx-two-words9"
@@ -107,13 +111,13 @@ def test_a_name_that_is_taken_or_reserved_is_refused(tmp_path: Path) -> None:
     assert "would be the class Result" in refused("result", tmp_path)  # which its test imports
     assert "'metric' would be the class Metric" in refused("metric", tmp_path)
     assert "such as annotated-loss" in refused("annotated", tmp_path, "loss")
-    write_package("metric", "loss", tmp_path)  # which does not import Metric
+    write_package("metric", ["loss"], tmp_path)  # which does not import Metric
 
 
 def test_a_place_that_is_taken_or_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "sftx-mine"
     package.mkdir()
-    write_package("mine", "metric", tmp_path)  # an empty directory is no loss
+    write_package("mine", ["metric"], tmp_path)  # an empty directory is no loss
     assert f"{package} exists already" in refused("mine", tmp_path, error=OutputError)
     (tmp_path / "sftx-file").write_text("kept")
     assert "exists already" in refused("file", tmp_path, error=OutputError)
@@ -122,7 +126,7 @@ def test_a_place_that_is_taken_or_cannot_be_written_is_refused(tmp_path: Path, m
     assert "File name too long" in refused("a" * 300, tmp_path, error=OutputError)
     (tmp_path / "taken").write_text("")
     with pytest.raises(OutputError, match="Not a directory"):
-        write_package("mine", "metric", tmp_path / "taken")
+        write_package("mine", ["metric"], tmp_path / "taken")
 
     written: list[Path] = []
 
@@ -189,6 +193,43 @@ def test_readme_and_metadata_say_what_the_plugin_says(
     assert set(load(tmp_path / "run.yaml").config.plugins) == set(plugins)
 
 
+def test_several_hooks_make_one_plugin_that_has_the_options_of_all(
+    packages: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from sftx.testing.kit import make_stage
+
+    package = packages / "sftx-my-several"
+    monkeypatch.syspath_prepend(package)
+    plugin = importlib.import_module("sftx_my_several").MySeveral(exponent=2.0, system="Be brief.", every=3)
+    assert plugin.marker == "###"
+    run = RunInfo(tmp_path, {})
+    assert make_stage(plugin, "sftx_observer", run=run)._every == 3
+    parsed = make_stage(plugin, "sftx_parser").parse({"question": "?", "answer": "!"}, Location("rows.jsonl", 1))
+    assert parsed[0].messages[0].content == "Be brief."
+    assert make_stage(plugin, "sftx_loss").exponent == 2
+    readme = (package / "README.md").read_text(encoding="utf-8")
+    assert "implements the hooks `sftx_parser`, `sftx_template`, `sftx_loss` and `sftx_observer`." in readme
+    block = re.search(r"```yaml\n(.*?)```", readme, re.DOTALL)
+    assert block is not None
+    assert yaml.safe_load(block[1])["plugins"] == {
+        "lora": {},
+        "my-several": {"system": "", "marker": "###", "exponent": 0.0, "every": 1},
+    }
+
+
+def test_the_command_takes_several_hooks_and_refuses_those_that_no_class_can_have(tmp_path: Path) -> None:
+    several = ["mine", "--directory", str(tmp_path), "--hook", "loss", "--hook"]
+    error = CliRunner().invoke(command, [*several, "metric"]).exception
+    assert isinstance(error, ConfigError)
+    assert "--hook loss --hook metric: the classes for both define __call__" in str(error)
+    assert "\n" not in str(error)
+    assert os.listdir(tmp_path) == []
+    assert CliRunner().invoke(command, [*several, "parser"]).exit_code == 0
+    assert {path.name for path in (tmp_path / "sftx-mine" / "sftx_mine").iterdir()} == {
+        *("__init__.py", "loss.py", "parser.py", "py.typed")
+    }
+
+
 def test_the_text_of_the_packages_is_installed_with_sftx() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
     patterns = project["tool"]["setuptools"]["package-data"]["sftx"]
@@ -199,8 +240,9 @@ def test_the_text_of_the_packages_is_installed_with_sftx() -> None:
 def test_the_packages_are_linted_and_formatted(packages: Path, tmp_path: Path) -> None:
     """They pass ruff with their own settings, and with those rules of this project that do not depend on the path."""
     for hook in HOOKS:  # names of other lengths break lines elsewhere
-        write_package(f"x{HOOKS.index(hook)}", hook, tmp_path)
-        write_package(f"retrieval-augmented-answers-{hook}", hook, tmp_path)
+        write_package(f"x{HOOKS.index(hook)}", [hook], tmp_path)
+        write_package(f"retrieval-augmented-answers-{hook}", [hook], tmp_path)
+    write_package("retrieval-augmented-answers", [hook for hook in HOOKS if hook != "metric"], tmp_path)
     rules = ("--extend-select", "SIM,RUF,PT,C4,RET,W,PLE,TID")
     for arguments in (["check", *rules], ["format", "--check"]):
         done = subprocess.run(
@@ -213,7 +255,7 @@ def test_the_packages_are_typed_and_so_are_the_examples(packages: Path) -> None:
     """They pass mypy with the stricter settings of this project, so that the cache of `make types` is used."""
     assert tomllib.loads((packages / "sftx-my-loss" / "pyproject.toml").read_text())["tool"]["mypy"]["strict"]
     files = sorted(packages.rglob("*.py"))
-    assert len(files) == 2 * len(HOOKS) + 1
+    assert len(files) == 2 * len(HOOKS) + 1 + 2 * len(SEVERAL) + 1
     examples = sorted((REPOSITORY / "examples").glob("*/sftx_*/*.py"))
     assert len(examples) >= 2
     done = subprocess.run(
@@ -229,10 +271,9 @@ def test_the_packages_are_typed_and_so_are_the_examples(packages: Path) -> None:
 def installed(packages: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Return entries for sys.path that install the packages: a directory of their metadata, and the packages."""
     site = tmp_path_factory.mktemp("site-packages")
-    for hook in HOOKS:
-        package = packages / f"sftx-my-{hook}"
+    for package in packages.iterdir():
         project = tomllib.loads((package / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-        info = site / f"sftx_my_{hook}-{project['version']}.dist-info"
+        info = site / f"{package.name.replace('-', '_')}-{project['version']}.dist-info"
         info.mkdir()
         lines = ["Metadata-Version: 2.4", f"Name: {project['name']}", f"Version: {project['version']}"]
         lines += [f"Summary: {project['description']}", f"License-Expression: {project['license']}"]
@@ -242,10 +283,10 @@ def installed(packages: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
         points = project["entry-points"]["sftx.plugins"]
         entries = [f"{name} = {value}" for name, value in points.items()]
         (info / "entry_points.txt").write_text("\n".join(["[sftx.plugins]", *entries]), encoding="utf-8")
-    return [site, *(packages / f"sftx-my-{hook}" for hook in HOOKS)]
+    return [site, *sorted(packages.iterdir())]
 
 
-@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("hook", [*HOOKS, "several"])
 def test_a_new_package_keeps_the_contract_of_a_package(
     hook: str, installed: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,7 +311,7 @@ def test_the_tests_of_the_new_packages_pass(installed: list[Path], tmp_path: Pat
     assert done.returncode == 0, done.stdout + done.stderr
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed is not None
-    assert int(passed[1]) >= 3 * len(HOOKS)
+    assert int(passed[1]) >= 3 * (len(HOOKS) + len(SEVERAL))
 
 
 # One hook in the fast tests; what differs between hooks is tested above.

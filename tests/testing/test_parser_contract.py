@@ -225,6 +225,11 @@ class Numbers(Pairs):
         return (Conversation(super().parse(record, where)[0].messages, extras={"number": next(self.calls)}),)
 
 
+class GivesTupleAlong(Pairs):
+    def parse(self, record: Record, where: Location) -> Any:
+        return (Conversation(super().parse(record, where)[0].messages, extras={"span": (0, 5)}),)
+
+
 class TrustsFields(Pairs):
     def parse(self, record: Record, where: Location) -> Any:
         return super().parse({"question": record["question"], "answer": record["answer"]}, where)
@@ -277,6 +282,7 @@ BAD: Sequence[tuple[type, str, str]] = [
     (ParsesToDicts, "parses-its-samples", "Conversation(messages=({'role': 'user'"),
     (ParsesToRecord, "parses-its-samples", "parse gave {'question': "),
     (ParsesToFloats, "parses-its-samples", "Tokens(token_ids=(5.0, 6.0, 7.0)"),
+    (GivesTupleAlong, "parses-its-samples", "parse gave extras['span'] = (0, 5) (tuple), which JSON does not hold"),
     (CallsItBot, "trains-something", "samples[0] is dropped: no assistant turn, so nothing to train; give a turn"),
     (TrainsNothing, "trains-something", "samples[0] is dropped: no trained token"),
     (CountsTokensWrongly, "trains-something", "cannot be encoded: 3 token ids and 2 values of the loss mask"),
