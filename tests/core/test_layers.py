@@ -27,6 +27,7 @@ LAYERS = (
     ("inspection",),
     ("training",),
     ("api",),
+    ("serving",),
     ("testing", "scaffold"),
     ("cli", "pytest_plugin"),
     ("__main__",),

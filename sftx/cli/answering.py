@@ -1,0 +1,78 @@
+"""What the commands share that answer with a trained model: which model, and how its tokens are chosen."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sftx.config.options import MAX_TOKENS
+from sftx.phases import phase
+
+if TYPE_CHECKING:
+    from sftx.checkpoint.load_run import LoadedRun
+    from sftx.model.decoding import Sampling
+
+model_argument = click.argument("model", metavar="MODEL")
+
+_POSITIVE = click.FloatRange(min=0, min_open=True)
+
+
+def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of how tokens are chosen; without one, the model's own generation settings decide."""
+    options = (
+        click.option(
+            "--max-new-tokens", metavar="N", type=click.IntRange(1, MAX_TOKENS), help="Most tokens of an answer."
+        ),
+        click.option(
+            "--temperature", metavar="X", type=click.FloatRange(min=0), help="0 takes the most likely token each time."
+        ),
+        click.option("--top-k", metavar="N", type=click.IntRange(min=0), help="Draw from the N most likely tokens."),
+        click.option(
+            "--top-p", metavar="X", type=click.FloatRange(0, 1, min_open=True),
+            help="Draw from the most likely tokens that together have this probability.",
+        ),
+        click.option(
+            "--min-p", metavar="X", type=click.FloatRange(0, 1),
+            help="Draw from tokens with this share of the probability of the most likely one.",
+        ),
+        click.option("--repetition-penalty", metavar="X", type=_POSITIVE, help="Penalty for tokens that were said."),
+        click.option("--seed", metavar="N", type=int, default=0, show_default=True, help="Seed of what is drawn."),
+        click.option("--stop", metavar="TEXT", multiple=True, help="End an answer before this text; may be repeated."),
+        click.option("--device", metavar="NAME", help="Such as cpu or cuda:1.  [default: the first GPU, or cpu]"),
+        click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model."),
+    )  # fmt: skip
+    return functools.reduce(lambda wrapped, option: option(wrapped), reversed(options), function)
+
+
+def loaded_model(
+    model: str, *, device: str | None, trust_remote_code: bool, **chosen: Any
+) -> tuple[LoadedRun, Sampling]:
+    """Load MODEL, and return how its tokens are chosen. Raises ConfigError, ModelError."""
+    from sftx.model import names
+
+    directory = Path(model).expanduser()
+    if not directory.is_dir():
+        names.check(model, needs_weights=True)
+    with phase("importing", "torch and transformers"):
+        import torch
+
+        from sftx.checkpoint.load_run import load_run
+        from sftx.errors import ConfigError, one_line
+        from sftx.serving.settings import sampling_of
+
+    if device is not None:
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise ConfigError(
+                f"option '--device': {device!r} cannot be used: {one_line(error, max_chars=120)}"
+            ) from error
+    with phase("loading", "the model"):
+        if not directory.is_dir():
+            directory = Path(names.resolve(model))
+        loaded = load_run(directory, device=device, trust_remote_code=trust_remote_code)
+    return loaded, sampling_of(loaded.generation_config, **chosen)
