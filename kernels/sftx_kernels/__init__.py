@@ -6,6 +6,8 @@ imports torch and, where kernels run, triton; it imports neither sftx nor the pl
 """
 
 from sftx_kernels.cross_entropy import IGNORE_INDEX, CrossEntropyOutput, cross_entropy
+from sftx_kernels.dora import squared_row_norms, updated_row_norms
+from sftx_kernels.dropout import seeded_dropout
 from sftx_kernels.grouped_lora import grouped_lora_linear
 from sftx_kernels.linear_cross_entropy import (
     LinearCrossEntropyOutput,
@@ -30,4 +32,7 @@ __all__ = [
     "lora_linear",
     "lora_linears",
     "quantize_nf4",
+    "seeded_dropout",
+    "squared_row_norms",
+    "updated_row_norms",
 ]

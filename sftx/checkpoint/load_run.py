@@ -5,15 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import torch
 
-from sftx.assembly.discovery import discover, find
+from sftx.assembly.discovery import discover, find, load_class
 from sftx.assembly.registry import Assembly
 from sftx.checkpoint import layout
 from sftx.checkpoint.checkpoint import load_weights
@@ -37,18 +36,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _PEFT_CONFIG: Final = "adapter_config.json"
-
-_PEFT_KNOWN: Final = frozenset(
-    {"r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "modules_to_save", "trainable_token_indices"}
-    | {"target_parameters", "base_model_name_or_path", "peft_type", "bias", "init_lora_weights"}
-    # These change nothing in what a loaded adapter computes.
-    | {"task_type", "auto_mapping", "peft_version", "inference_mode", "layers_pattern", "megatron_core"}
-    | {"eva_config", "qalora_group_size", "runtime_config", "ensure_weight_tying"}
-)
-"""The keys of PEFT's LoraConfig that are read, or can be ignored. Any other one must be empty."""
-
-_PEFT_INITS: Final = (True, False, None, "gaussian", "eva", "orthogonal")
-"""Values of `init_lora_weights` that leave the base model's weights as they are."""
 
 
 @dataclass(frozen=True)
@@ -264,9 +251,10 @@ def _parts_of_directory(weights: Path, *, trust_remote_code: bool) -> _Parts:
     assembly, installed = Assembly(Origins()), discover()
     token_ids: tuple[int, ...] = ()
     if (weights / _PEFT_CONFIG).exists():
-        options, name, token_ids = _read_peft_config(weights / _PEFT_CONFIG)
-        base = _resolve_base(name, f"base_model_name_or_path in {weights / _PEFT_CONFIG}")
-        assembly.add(find("lora", installed), options)
+        peft = _read_peft_config(weights / _PEFT_CONFIG)
+        base = _resolve_base(peft.base, f"base_model_name_or_path in {weights / _PEFT_CONFIG}")
+        assembly.add(find(peft.plugin, installed), peft.options)
+        token_ids = peft.token_ids
     else:
         base = str(weights)
         names.check(base)
@@ -280,7 +268,8 @@ def _parts_of_directory(weights: Path, *, trust_remote_code: bool) -> _Parts:
             no_template = one_line(error)
             log.warning("%s: its chat template cannot be used: %s", weights, no_template)
     spec = load_spec(base, trust_remote_code=trust_remote_code)
-    spec = dataclasses.replace(spec, new_token_ids=token_ids)
+    num_rows = cast(Any, spec.skeleton.get_input_embeddings()).weight.shape[0]
+    spec = dataclasses.replace(spec, new_token_ids=tuple(token_id for token_id in token_ids if token_id >= num_rows))
     return _Parts(spec, assembly.adapters(spec), tokenizer, template, no_template)
 
 
@@ -299,43 +288,37 @@ def _load_tokenizer(weights: Path, base: str, *, trust_remote_code: bool) -> Pre
     return load_tokenizer(str(weights) if is_saved else base, trust_remote_code=trust_remote_code)
 
 
-def _read_peft_config(path: Path) -> tuple[dict[str, Any], str, tuple[int, ...]]:
-    """Return the options of the plugin `lora`, the base model and the ids of tokens whose rows were trained.
+def _read_peft_config(path: Path) -> _PeftConfig:
+    """Return which plugin's adapter PEFT saved, with its options, and what else its configuration says.
 
-    Raises ModelError when the adapter is no LoRA, or has a variant of it that the plugin cannot compute.
+    The plugin has the name of PEFT's type and a class method `options_of_peft`, which returns the options and the keys
+    that it has none for. Raises ModelError when there is no such plugin, or it cannot compute the variant.
     """
+    advice = "merge the adapter with PEFT (merge_and_unload, save_pretrained) and load the merged model"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        peft_type, base = values["peft_type"], values["base_model_name_or_path"]
-        others = {key: value for key, value in values.items() if key not in _PEFT_KNOWN and value}
-        if values.get("bias") not in (None, "none"):
-            others["bias"] = values["bias"]
-        if values.get("init_lora_weights", True) not in _PEFT_INITS:
-            others["init_lora_weights"] = values["init_lora_weights"]
-        alpha = values["lora_alpha"] * (math.sqrt(values["r"]) if values.get("use_rslora") else 1)
+        peft_type, base = str(values["peft_type"]), values["base_model_name_or_path"]
+        installed = next((info for info in discover() if info.name == peft_type.lower()), None)
+        convert = getattr(load_class(installed), "options_of_peft", None) if installed is not None else None
+        if convert is None:
+            raise ModelError(f"{path}: has peft_type {peft_type}, which sftx cannot load; {advice}")
+        options, others = convert(values)
         indices = values.get("trainable_token_indices") or ()
-        token_ids = {int(index) for ids in indices.values() for index in ids} if isinstance(indices, dict) else indices
-        # A parameter that is the weight of a linear layer is adapted like that layer.
-        parameters: list[str] = values.get("target_parameters") or []
-        targets = values["target_modules"]
-        if parameters and (isinstance(targets, str) or any(not name.endswith(".weight") for name in parameters)):
-            others["target_parameters"] = parameters
-        elif parameters:
-            targets = [*(targets or ()), *(name.removesuffix(".weight") for name in parameters)]
-        options = {
-            "r": values["r"],
-            "lora_alpha": alpha,
-            "lora_dropout": values.get("lora_dropout", 0.0),
-            "target_modules": targets,
-            "modules_to_save": values.get("modules_to_save") or [],
-        }
+        token_ids = [index for ids in indices.values() for index in ids] if isinstance(indices, dict) else indices
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         problem = f"{type(error).__name__}: {one_line(error)}"
-        raise ModelError(f"{path}: is no configuration of a LoRA adapter: {problem}") from error
-    if peft_type != "LORA" or others or not base:
-        what = f"peft_type {peft_type}" if peft_type != "LORA" else ", ".join(others) or "no base_model_name_or_path"
-        raise ModelError(
-            f"{path}: has {what}, which sftx cannot load; merge the adapter with PEFT (merge_and_unload, "
-            "save_pretrained) and load the merged model"
-        )
-    return options, str(base), tuple(sorted(token_ids))
+        raise ModelError(f"{path}: is no configuration of a PEFT adapter: {problem}") from error
+    if others or not base:
+        what = ", ".join(others) or "no base_model_name_or_path"
+        raise ModelError(f"{path}: has {what}, which sftx cannot load; {advice}")
+    return _PeftConfig(peft_type.lower(), options, str(base), tuple(sorted({*token_ids})))
+
+
+@dataclass(frozen=True)
+class _PeftConfig:
+    """What adapter_config.json says."""
+
+    plugin: str
+    options: Mapping[str, Any]
+    base: str
+    token_ids: tuple[int, ...]

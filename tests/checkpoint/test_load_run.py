@@ -187,8 +187,8 @@ def peft_config(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"use_dora": True}, "use_dora"),
-        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
+        ({"use_qalora": True}, "use_qalora"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"peft_type": "IA3"}, "IA3"),
         ({"bias": "all"}, "bias"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights"),

@@ -15,8 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
+from architectures import SHAPE, write_model
 from contracts import assert_every_clause_is_broken, assert_fails, assert_fails_only, whole_suite_cases
 from sftx import LanguageModel, ModelSpec, hookimpl
 from sftx.assembly.discovery import discover, hooks_of, load_class
@@ -407,12 +408,42 @@ def test_each_clause_has_a_bad_adapter() -> None:
         {"lora_dropout": 0.3},
         {"modules_to_save": ["lm_head", "embed_tokens"]},
         {"r": 1, "target_modules": ["v_proj"]},
+        {"use_dora": True, "lora_dropout": 0.3, "init_lora_weights": "pissa", "r": 8},
+        *(
+            pytest.param(options, marks=pytest.mark.slow)
+            for options in (
+                {"use_dora": True, "use_rslora": True},
+                {"init_lora_weights": "pissa_niter_4", "r": 8, "lora_dropout": 0.3},
+                {"init_lora_weights": "olora", "r": 4, "use_rslora": True},
+                {"init_lora_weights": "orthogonal"},
+                {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.*": 5}, "layers_to_transform": [1]},
+                {"trainable_token_indices": [3, 5], "exclude_modules": ["mlp.up_proj"]},
+            )
+        ),
     ],
     ids=json.dumps,
 )
 def test_lora_keeps_the_contract_with_any_options(options: dict[str, Any]) -> None:
     findings = SUITE.findings(built_in("lora", **options))
     assert {f.status for f in findings} == {"ok"}, findings
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {"target_modules": ["lm_head", "q_proj"]},
+        {"target_modules": ["lm_head"], "use_dora": True, "r": 8, "init_lora_weights": "pissa"},
+        {"bias": "all"},
+        {"bias": "lora_only", "lora_bias": True, "target_modules": ["q_proj", "v_proj"]},
+    ],
+    ids=json.dumps,
+)
+def test_lora_keeps_the_contract_on_an_untied_model_with_biases(options: dict[str, Any], tmp_path: Path) -> None:
+    config = Qwen2Config(**{name: value for name, value in SHAPE.items() if name != "head_dim"})
+    config.tie_word_embeddings = False
+    check_adapter(built_in("lora", **options), model=write_model(config, tmp_path))
 
 
 ADAPTERS = [

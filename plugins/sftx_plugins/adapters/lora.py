@@ -1,33 +1,74 @@
 """LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685): y = x W^T + (lora_alpha / r) * dropout(x) A^T B^T.
 
-This module holds the options and finds the modules to adapt; `lora_adapter` and `lora_layers` need torch.
+This module holds the options; `targets` chooses the modules, `lora_adapter` and `lora_layers` need torch.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from sftx import Adapter, ConfigError, ModelSpec, hookimpl
+from sftx import Adapter, ConfigError, ModelSpec, RunInfo, hookimpl
+from sftx_plugins.adapters.targets import EMBEDDING, Targets, ends_with, find_token_rows, is_within, path_of, read_peft
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel
 
-ALL_LINEAR = "all-linear"
+    from sftx_plugins.adapters.lora_layers import LayerOptions
+
+_IGNORED = frozenset(
+    {"init_lora_weights", "target_parameters", "megatron_core", "eva_config"}
+    | {"qalora_group_size", "runtime_config", "ensure_weight_tying"}
+)
+"""The keys of PEFT's LoraConfig that are read elsewhere, or change nothing in what a loaded adapter computes."""
+
+Rank = Annotated[int, Field(ge=1, le=2**24)]
+Alpha = Annotated[float, Field(gt=0)]
+TokenId = Annotated[int, Field(ge=0)]
 
 
 @dataclass(frozen=True, eq=False)
-class Lora:
+class Lora(Targets):
     """Trains two low-rank matrices beside each chosen linear layer; the saved adapter can be loaded by PEFT."""
 
-    r: Annotated[int, Field(ge=1, le=2**24, description="Rank of the update.")] = 16
-    lora_alpha: Annotated[float, Field(gt=0, description="The update is scaled by lora_alpha / r.")] = 32
+    adapts_ends: ClassVar[bool] = True
+
+    r: Annotated[Rank, Field(description="Rank of the update.")] = 16
+    lora_alpha: Annotated[
+        Alpha, Field(description="The update is scaled by lora_alpha / r, or by lora_alpha / sqrt(r) with use_rslora.")
+    ] = 32
     lora_dropout: Annotated[float, Field(ge=0, lt=1, description="Dropout probability of the update's inputs.")] = 0.0
+    use_rslora: Annotated[
+        bool, Field(description="Scale the update by lora_alpha / sqrt(r), for high ranks (arXiv:2312.03732).")
+    ] = False
+    use_dora: Annotated[
+        bool, Field(description="Train the norm of each row of the weight beside its direction (arXiv:2402.09353).")
+    ] = False
+    init_lora_weights: Annotated[
+        Literal[True] | Annotated[str, Field(pattern=r"^(gaussian|orthogonal|olora|pissa|pissa_niter_[1-9]\d*)$")],
+        Field(
+            description="How A and B begin. true or gaussian: A drawn, B zero; orthogonal; pissa or pissa_niter_N: "
+            "from the weight's largest singular values, found exactly or with N iterations; olora: from its QR "
+            "decomposition. The base keeps its weights in all of them."
+        ),
+    ] = True
+    rank_pattern: Annotated[
+        Mapping[str, Rank],
+        Field(description="Other ranks than r by the module's name or a regular expression for the end of its path."),
+    ] = field(default_factory=dict)
+    alpha_pattern: Annotated[
+        Mapping[str, Alpha], Field(description="Other values than lora_alpha, in the same way.")
+    ] = field(default_factory=dict)
+    bias: Annotated[
+        Literal["none", "all", "lora_only"],
+        Field(description="Biases that are trained too: none, all of the decoder, or those of adapted layers."),
+    ] = "none"
+    lora_bias: Annotated[bool, Field(description="Train a bias of lora_B too, in layers that have a bias.")] = False
     loraplus_lr_ratio: Annotated[
         float,
         Field(
@@ -35,167 +76,180 @@ class Lora:
             description="LoRA+: learning rate of lora_B as a multiple of that of lora_A; its authors recommend 16.",
         ),
     ] = 1.0
-    target_modules: Annotated[
-        str | tuple[str, ...],
-        Field(
-            description="all-linear (all linear layers except the output head), a list of module names, or a regular "
-            "expression for the whole path."
-        ),
-    ] = ALL_LINEAR
-    modules_to_save: Annotated[
-        tuple[str, ...],
-        Field(description="Modules trained and saved in full, such as lm_head and embed_tokens."),
-    ] = ()
     trainable_token_indices: Annotated[
-        tuple[Annotated[int, Field(ge=0)], ...],
-        Field(description="Ids of tokens whose rows in the embedding and the output head are trained too."),
+        tuple[TokenId, ...] | Mapping[str, tuple[TokenId, ...]],
+        Field(
+            description="Ids of tokens whose rows in the embedding and the output head are trained too; or ids by the "
+            "name of one of the two, such as embed_tokens."
+        ),
     ] = ()
+
+    @hookimpl
+    def sftx_validate(self, run: RunInfo) -> None:
+        if self.init_lora_weights == "orthogonal" and (
+            odd := [r for r in (self.r, *self.rank_pattern.values()) if r % 2]
+        ):
+            raise ConfigError(f"init_lora_weights: orthogonal needs an even rank, got {odd[0]}")
+        if self.lora_bias and (self.use_dora or self.init_lora_weights is not True):
+            raise ConfigError("lora_bias: goes neither with use_dora nor with init_lora_weights; leave one of them out")
+        for option, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+            for pattern in patterns:
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise ConfigError(f"{option} {pattern!r} is not a regular expression: {error}") from None
+
+    @classmethod
+    def options_of_peft(cls, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """Return the options for PEFT's adapter_config.json, and the keys of it that no option stands for."""
+        options, others = read_peft(config, cls, _IGNORED)
+        # However A and B began, the file has what they became; but these have changed the base model's weights as well.
+        if str(config.get("init_lora_weights")).startswith(("pissa", "olora", "corda", "loftq", "lora_ga", "mica")):
+            others.append(
+                f"init_lora_weights {config['init_lora_weights']} (unless it was saved with "
+                "path_initial_model_for_weight_conversion)"
+            )
+        # PEFT's list of tokens is for the embedding alone.
+        if isinstance(options.get("trainable_token_indices"), list):
+            options["trainable_token_indices"] = {EMBEDDING: options["trainable_token_indices"]}
+        # A parameter that is the weight of a linear layer is adapted like that layer.
+        parameters: list[str] = config.get("target_parameters") or []
+        targets = config["target_modules"]
+        if parameters and (isinstance(targets, str) or any(not name.endswith(".weight") for name in parameters)):
+            others.append("target_parameters")
+        elif parameters:
+            options["target_modules"] = [*(targets or ()), *(name.removesuffix(".weight") for name in parameters)]
+        return options, others
 
     @hookimpl
     def sftx_adapter(self, spec: ModelSpec) -> Adapter:
         from sftx_plugins.adapters.lora_adapter import LoraAdapter
-        from sftx_plugins.adapters.lora_layers import LayerOptions
 
-        saved = self.find_saved(spec.skeleton)
-        # What trains in full needs no update beside it, and PEFT expects none there.
-        targets = [path for path in self.find_targets(spec.skeleton) if not _is_within(path, saved)]
-        if not targets:
-            raise ConfigError(
-                f"modules_to_save {list(self.modules_to_save)} hold every layer that target_modules match, so nothing "
-                "is left to adapt; leave the modules out, or train the whole model without lora"
-            )
-        self._check_rank(spec.skeleton, targets)
-        options = LayerOptions(self.r, self.lora_alpha, self.lora_dropout)
+        model = spec.skeleton
+        targets, saved = self.find(model)
+        layers = self.layer_options(targets)
+        token_ids = find_token_rows(spec, self.trainable_token_indices)
+        self._check_ranks(model, layers)
+        self._check_ends_with_options(model, targets, token_ids)
         return LoraAdapter(
             spec.name,
-            dict.fromkeys(targets, options),
+            layers,
             saved,
-            self.find_token_ids(spec),
+            token_ids,
+            biases=self.find_biases(model, targets, saved),
             peft=self.peft_config(),
             loraplus_lr_ratio=self.loraplus_lr_ratio,
         )
 
-    def peft_config(self) -> dict[str, Any]:
-        """Return what adapter_config.json says of the options, in PEFT's names."""
-        alpha = self.lora_alpha
+    def layer_options(self, targets: Sequence[str]) -> dict[str, LayerOptions]:
+        """Return the options of each layer, by its path. Raises ConfigError for a pattern that matches none."""
+        from sftx_plugins.adapters.lora_layers import LayerOptions
+
+        for option, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+            for pattern in patterns:
+                if not any(_matches(pattern, path) for path in targets):
+                    raise ConfigError(f"{option} {pattern!r} matches none of the layers that target_modules match")
         return {
-            "bias": "none",
-            "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-            "lora_dropout": self.lora_dropout,
-            "peft_type": "LORA",
-            "r": self.r,
+            path: LayerOptions(
+                r=next((r for pattern, r in self.rank_pattern.items() if _matches(pattern, path)), self.r),
+                lora_alpha=next(
+                    (alpha for pattern, alpha in self.alpha_pattern.items() if _matches(pattern, path)), self.lora_alpha
+                ),
+                lora_dropout=self.lora_dropout,
+                use_rslora=self.use_rslora,
+                use_dora=self.use_dora,
+                lora_bias=self.lora_bias,
+                init_lora_weights=self.init_lora_weights,
+            )
+            for path in targets
         }
 
-    def _check_rank(self, model: PreTrainedModel, targets: Iterable[str]) -> None:
-        """Raise ConfigError for a rank above the full rank of every target, which would make an adapter of any size."""
-        full = max(min(cast("nn.Linear", model.get_submodule(name)).weight.shape) for name in targets)
+    def peft_config(self) -> dict[str, Any]:
+        """Return what adapter_config.json says of the options, in PEFT's names and with its rank of the update.
+
+        The update of PiSSA and OLoRA is the difference of two of rank r, which is one of twice the rank.
+        """
+        is_difference = self.init_lora_weights in ("olora",) or str(self.init_lora_weights).startswith("pissa")
+        ranks = 2 if is_difference else 1
+        alphas = math.sqrt(ranks) if self.use_rslora else ranks
+
+        def alpha(value: float) -> float:
+            return int(value) if value == int(value) else value
+
+        return {
+            "alpha_pattern": {pattern: alpha(alphas * value) for pattern, value in self.alpha_pattern.items()},
+            "bias": self.bias,
+            "lora_alpha": alpha(alphas * self.lora_alpha),
+            "lora_bias": self.lora_bias,
+            "lora_dropout": self.lora_dropout,
+            "peft_type": "LORA",
+            "r": ranks * self.r,
+            "rank_pattern": {pattern: ranks * value for pattern, value in self.rank_pattern.items()},
+            "use_dora": self.use_dora,
+            "use_rslora": self.use_rslora,
+        }
+
+    def _check_ranks(self, model: PreTrainedModel, layers: Mapping[str, LayerOptions]) -> None:
+        """Raise ConfigError for a rank above the full rank of every layer, which would make an adapter of any size.
+
+        A layer that begins in its weight (PiSSA, OLoRA) cannot have more than its own full rank.
+        """
+        ranks = {path: min(model.get_submodule(path).weight.shape) for path in layers}  # type: ignore[arg-type]
+        full = max(ranks.values())
         if self.r > full:
             raise ConfigError(
                 f"r={self.r} is more than the rank that a layer of this model can have, at most {full}: the update "
                 f"would be larger than the layer itself; give an r of at most {full}, such as 16"
             )
-
-    def find_targets(self, model: PreTrainedModel) -> list[str]:
-        """Return the paths of the linear layers to adapt, all of them in the language model.
-
-        Raises ConfigError if there are none, or one is the head.
-        """
-        from torch import nn
-
-        head = _path_of(model, model.get_output_embeddings())
-        language_model = [_path_of(model, model.get_decoder()), head]
-        linear = [
-            name
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and _is_within(name, language_model)
-        ]
-        body = [name for name in linear if name != head]
-        if not body:
-            has_conv1d = any(type(module).__name__ == "Conv1D" for module in model.modules())
-            what = "Conv1D of transformers, not nn.Linear" if has_conv1d else "no nn.Linear"
-            raise ConfigError(
-                f"{type(model).__name__} has no linear layer for lora: its layers are {what}; train the whole model "
-                "instead (leave lora out)"
-            )
-        if self.target_modules == ALL_LINEAR:
-            return body
-        if isinstance(self.target_modules, str):
-            try:
-                pattern = re.compile(self.target_modules)
-            except re.error as error:
+        for path, options in layers.items():
+            if options.begins_in_the_weight and options.r > ranks[path]:
                 raise ConfigError(
-                    f"target_modules {self.target_modules!r} is not a regular expression: {error}"
-                ) from None
-            targets = [name for name in linear if pattern.fullmatch(name)]
-        else:
-            targets = [name for name in linear if _ends_with(name, self.target_modules)]
-            unused = [t for t in self.target_modules if not any(_ends_with(name, (t,)) for name in linear)]
-            if unused and targets:
-                raise ConfigError(f"target_modules {unused} match no linear layer; this model has {_last_names(body)}")
-        if not targets:
-            option = self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
-            raise ConfigError(f"target_modules {option!r} match no linear layer; this model has {_last_names(body)}")
-        if head in targets:
-            raise ConfigError(
-                f"target_modules match the output head {head!r}, whose logits are never materialised; "
-                f"leave it out, or train it in full with modules_to_save: [{head}]"
-            )
-        return targets
-
-    def find_saved(self, model: PreTrainedModel) -> list[str]:
-        """Return the paths of the modules trained in full.
-
-        Raises ConfigError if a name matches no module, or if the modules hold only one of two tied weights.
-        """
-        parts = [model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()]
-        language_model = [_path_of(model, part) for part in parts]
-        modules = [
-            name
-            for name, module in model.named_modules()
-            if _is_within(name, language_model) and any(True for _ in module.parameters())
-        ]
-        matched = [name for name in modules if _ends_with(name, self.modules_to_save)]
-        for ending in self.modules_to_save:
-            if not any(_ends_with(name, (ending,)) for name in matched):
-                raise ConfigError(
-                    f"modules_to_save {ending!r} matches no module of the language model; it has {_last_names(modules)}"
+                    f"init_lora_weights: {self.init_lora_weights} needs a rank of at most {ranks[path]} for {path}, "
+                    f"got {options.r}; give it another one in rank_pattern"
                 )
-        saved = [name for name in matched if not _is_within(name, [other for other in matched if other != name])]
-        head = _path_of(model, model.get_output_embeddings())
-        embedding = _path_of(model, model.get_input_embeddings())
-        is_tied = bool(model.config.get_text_config().tie_word_embeddings)
-        if is_tied and (head in saved) != (embedding in saved):
+
+    def _check_ends_with_options(
+        self, model: PreTrainedModel, targets: Sequence[str], token_ids: Mapping[str, Sequence[int]]
+    ) -> None:
+        """Raise ConfigError when the embedding or the head is adapted, and an option cannot hold for it."""
+        head, embedding = path_of(model, model.get_output_embeddings()), path_of(model, model.get_input_embeddings())
+        ends = [path for path in (embedding, head) if path in targets]
+        if ends and token_ids:
             raise ConfigError(
-                f"modules_to_save {list(self.modules_to_save)} would split tied weights: {head} and {embedding} are "
-                "one tensor in this model; name both to train it, or neither"
+                f"target_modules match {ends[0]!r}, some of whose rows are trained by themselves (added tokens, or "
+                "trainable_token_indices); leave it out, or train it in full with modules_to_save"
             )
-        return saved
+        if head in ends and self.lora_dropout:
+            raise ConfigError(
+                f"target_modules match the output head {head!r}, whose update is added to its weight, where "
+                "lora_dropout cannot drop inputs; set lora_dropout to 0, or leave the head out"
+            )
+        if head in ends and self.lora_bias:
+            raise ConfigError(f"lora_bias: the output head {head!r} cannot have one; leave one of the two out")
+        plain = not (self.use_dora or self.lora_bias) and self.init_lora_weights is True
+        if embedding in ends and not plain:
+            raise ConfigError(
+                f"target_modules match the embedding {embedding!r}, for which there is neither use_dora nor lora_bias "
+                "nor another init_lora_weights; leave it out, or these options"
+            )
 
-    def find_token_ids(self, spec: ModelSpec) -> list[int]:
-        """Return the ids of the tokens whose rows are trained, ascending. Raises ConfigError for one without a row."""
-        num_rows = cast(Any, spec.skeleton.get_input_embeddings()).weight.shape[0]
-        for token_id in self.trainable_token_indices:
-            if token_id >= num_rows and token_id not in spec.new_token_ids:
-                raise ConfigError(
-                    f"trainable_token_indices: {token_id} is beyond the embedding, which has {num_rows} rows"
-                )
-        return sorted({*spec.new_token_ids, *self.trainable_token_indices})
+    def find_biases(self, model: PreTrainedModel, targets: Sequence[str], saved: Sequence[str]) -> list[str]:
+        """Return the names of the biases to train beside the layers. Raises ConfigError when there is none."""
+        if self.bias == "none":
+            return []
+        language_model = [path_of(model, model.get_decoder()), path_of(model, model.get_output_embeddings())]
+        biases = [
+            name
+            for name, _ in model.named_parameters()
+            if ends_with(name, ("bias",)) and is_within(name, language_model) and not is_within(name, saved)
+        ]
+        if self.bias == "lora_only":
+            biases = [name for name in biases if name.removesuffix(".bias") in targets]
+        if not biases:
+            raise ConfigError(f"bias: {self.bias} trains nothing, since no such layer of this model has a bias")
+        return biases
 
 
-def _ends_with(path: str, endings: Iterable[str]) -> bool:
-    return any(path == ending or path.endswith(f".{ending}") for ending in endings)
-
-
-def _is_within(path: str, parents: Iterable[str]) -> bool:
-    """Return whether a module's path is one of these, or below one of them."""
-    return any(not parent or path == parent or path.startswith(f"{parent}.") for parent in parents)
-
-
-def _path_of(model: nn.Module, module: nn.Module) -> str:
-    return next(str(path) for path, other in model.named_modules() if other is module)
-
-
-def _last_names(paths: Iterable[str]) -> str:
-    """Return the last names of the paths, each once, for an error message."""
-    names = [path.rpartition(".")[2] for path in paths]
-    return ", ".join(dict.fromkeys(name for name in names if not name.isdigit()))
+def _matches(pattern: str, path: str) -> bool:
+    """Return whether a key of rank_pattern or alpha_pattern holds for a module, by PEFT's rule."""
+    return re.match(rf"(.*\.)?({pattern})$", path) is not None

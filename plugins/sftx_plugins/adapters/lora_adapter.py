@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sftx import Adapter, LanguageModel
 from sftx_plugins.adapters import peft_files, token_rows
-from sftx_plugins.adapters.lora_layers import LayerOptions, LoraLayer, make_layer
+from sftx_plugins.adapters.lora_layers import LayerOptions, LoraEmbedding, LoraHead, LoraLayer, make_layer
 
 
 class LoraAdapter(Adapter):
@@ -23,20 +23,22 @@ class LoraAdapter(Adapter):
         base: str,
         targets: Mapping[str, LayerOptions],
         saved: Sequence[str],
-        token_ids: Sequence[int] = (),
+        token_ids: Mapping[str, Sequence[int]] | None = None,
         *,
+        biases: Sequence[str] = (),
         peft: Mapping[str, Any],
         loraplus_lr_ratio: float = 1.0,
     ) -> None:
         """Take the model's name, the paths of the modules to adapt, and those of the modules to train in full.
 
-        `token_ids`: tokens whose rows in the embedding and the head are trained. `peft`: what is in
-        adapter_config.json beside the model and its modules.
+        `token_ids`: tokens whose rows are trained, by the path of the embedding or the head. `biases`: names of
+        parameters that are trained too. `peft`: what is in adapter_config.json beside the model and its modules.
         """
         self._base = base
         self._targets = dict(targets)
         self._saved = list(saved)
-        self._token_ids = list(token_ids)
+        self._token_ids = dict(token_ids or {})
+        self._biases = list(biases)
         self._peft = dict(peft)
         self._loraplus_lr_ratio = loraplus_lr_ratio
         self._layers: dict[str, LoraLayer] = {}
@@ -53,26 +55,28 @@ class LoraAdapter(Adapter):
             [name for name, _ in model.named_modules()],
             stacked_experts=any(name.endswith(".gate_up_proj") and p.ndim == 3 for name, p in model.named_parameters()),
         )
+        head = model.get_output_embeddings()
         for number, (path, options) in enumerate(self._targets.items()):
             base = model.get_submodule(path)
-            self._layers[path] = make_layer(path, base, options, run_seed=lm.seed, number=number)
-            model.set_submodule(path, self._layers[path])
-        for name in self._saved:
-            module = model.get_submodule(name)
-            for key, parameter in module.named_parameters():
-                # Tied weights are one parameter under two names and stay one.
-                if not parameter.requires_grad:
-                    self._originals[f"{name}.{key}"] = parameter.data
-                    parameter.data = parameter.data.to(torch.float32, copy=True)
-                    parameter.requires_grad_()
-                self._full[f"{name}.{key}"] = parameter
+            layer = make_layer(path, base, options, run_seed=lm.seed, number=number, is_head=base is head)
+            layer.install(model, path)
+            self._layers[path] = layer
+        full = {f"{path}.{key}": p for path in self._saved for key, p in model.get_submodule(path).named_parameters()}
+        for name, parameter in (full | {name: model.get_parameter(name) for name in self._biases}).items():
+            # Tied weights are one parameter under two names and stay one.
+            if not parameter.requires_grad:
+                self._originals[name] = parameter.data
+                parameter.data = parameter.data.to(torch.float32, copy=True)
+                parameter.requires_grad_()
+            self._full[name] = parameter
         if self._token_ids:
             self._token_rows = token_rows.attach(model, self._token_ids)
 
     def rate_scale(self, name: str) -> float:
         """LoRA+ (Hayou et al. 2024, https://arxiv.org/abs/2402.12354) trains B with a higher learning rate than A."""
         path, _, last = name.rpartition(".")
-        return self._loraplus_lr_ratio if last == "lora_B" and path in self._layers else 1.0
+        is_layer = path.removesuffix(".parametrizations.weight.0") in self._layers
+        return self._loraplus_lr_ratio if last == "lora_B" and is_layer else 1.0
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
@@ -94,12 +98,23 @@ class LoraAdapter(Adapter):
     def save(self, directory: Path) -> None:
         peft_files.write(directory, self._tensors(), self._config())
 
+    @torch.no_grad()
     def load(self, directory: Path) -> None:
-        peft_files.read(directory, self._tensors())
+        bases = {
+            f"{path}.base_layer.weight": layer.base_weight()
+            for path, layer in self._layers.items()
+            if isinstance(layer, LoraEmbedding | LoraHead)
+        }
+        tensors = peft_files.read(directory, self._tensors(), bases)
+        for path, layer in self._layers.items():
+            layer.load({name: tensors.pop(f"{path}.{name}") for name in layer.tensors()})
+        own = self._tensors()
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
 
     def merge(self, lm: LanguageModel) -> None:
         for path, layer in self._layers.items():
-            lm.model.set_submodule(path, layer.merged())
+            layer.merge(lm.model, path)
         token_rows.merge(lm.model)
         for name, original in self._originals.items():
             self._full[name].data = self._full[name].data.to(original.dtype)
@@ -110,7 +125,13 @@ class LoraAdapter(Adapter):
         """Return the trained tensors under PEFT's names without their prefix."""
         layers = {f"{path}.{name}": t for path, layer in self._layers.items() for name, t in layer.tensors().items()}
         rows = {f"{path}.{token_rows.KEY}": rows.rows_AD for path, rows in self._token_rows.items()}
-        return layers | self._full | rows
+        full = {self._name_of_full(name): parameter for name, parameter in self._full.items()}
+        return layers | full | rows
+
+    def _name_of_full(self, name: str) -> str:
+        """Return PEFT's name of a parameter that trains in full: within a LoRA layer that is its `base_layer`'s."""
+        path, _, last = name.rpartition(".")
+        return f"{path}.base_layer.{last}" if path in self._layers else name
 
     def _config(self) -> dict[str, Any]:
         """Return adapter_config.json, without the entries that have PEFT's default."""

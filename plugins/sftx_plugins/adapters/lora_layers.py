@@ -1,20 +1,29 @@
 """The layers of LoRA. A layer takes the place of the module that it adapts, whose tensors keep their names in it.
 
-Dimensions: R rank, K in, O out.
+Dimensions: R rank, K in, O out, V vocabulary, D hidden.
 """
 
 from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from sftx import ConfigError
-from sftx_kernels import NF4Weight, lora_linear
+from sftx_kernels import (
+    NF4Weight,
+    dequantize_nf4,
+    lora_linear,
+    seeded_dropout,
+    squared_row_norms,
+    updated_row_norms,
+)
 
 # The dropout seeds of consecutive layers are this far apart: 2^63 divided by the golden ratio, made odd.
 _SEED_STEP = 5700357409661598953
@@ -27,10 +36,19 @@ class LayerOptions:
     r: int
     lora_alpha: float
     lora_dropout: float = 0.0
+    use_rslora: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
+    init_lora_weights: bool | str = True
 
     @property
     def scaling(self) -> float:
-        return self.lora_alpha / self.r
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    @property
+    def begins_in_the_weight(self) -> bool:
+        """Whether the update begins as a part of the weight, which is then taken off it (PiSSA, OLoRA)."""
+        return isinstance(self.init_lora_weights, str) and self.init_lora_weights.startswith(("pissa", "olora"))
 
 
 class LoraLayer(nn.Module):
@@ -54,10 +72,11 @@ class LoraLayer(nn.Module):
     def __init__(self, base: nn.Module, options: LayerOptions, *, run_seed: Tensor, number: int) -> None:
         """`run_seed`: `LanguageModel.seed`; `number`: of this layer among those of the adapter."""
         nn.Module.__init__(self)  # that of a subclass such as nn.Linear would allocate a weight
-        for name, parameter in base.named_parameters(recurse=False):
+        for name, parameter in base._parameters.items():
             self.register_parameter(name, parameter)
-        for name, buffer in base.named_buffers(recurse=False):
+        for name, buffer in base._buffers.items():
             self.register_buffer(name, buffer, persistent=name not in base._non_persistent_buffers_set)
+        self.base = (base,)  # in a tuple, so that it is no submodule, whose tensors would have two names
         self.enabled = True
         self.options = options
         self.scaling = options.scaling
@@ -72,39 +91,116 @@ class LoraLayer(nn.Module):
     def tensors(self) -> dict[str, Tensor]:
         """Return what is saved, by PEFT's names relative to the layer's path, such as `lora_A.weight`."""
 
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over tensors with the names and shapes of `tensors()`."""
+        for name, own in self.tensors().items():
+            own.copy_(tensors[name])
+
+    def install(self, model: nn.Module, path: str) -> None:
+        """Put this layer into the model, at the path of the module that it adapts."""
+        model.set_submodule(path, self)
+
+    def merge(self, model: nn.Module, path: str) -> None:
+        """Put a plain module that computes the same back at this layer's path."""
+        model.set_submodule(path, self.merged())
+
     @abstractmethod
     def merged(self) -> nn.Module:
         """Return a plain module that computes the same, with the base's class and the names of its tensors."""
 
 
-def make_layer(path: str, base: nn.Module, options: LayerOptions, *, run_seed: Tensor, number: int) -> LoraLayer:
+def make_layer(
+    path: str, base: nn.Module, options: LayerOptions, *, run_seed: Tensor, number: int, is_head: bool = False
+) -> LoraLayer:
     """Return the LoRA layer for a module. Raises ConfigError for one that has no kind, or is changed already."""
-    kind = next((kind for kind in LoraLayer.kinds if isinstance(base, kind.adapts)), None)
+    kind = LoraHead if is_head else next((kind for kind in LoraLayer.kinds if isinstance(base, kind.adapts)), None)
     added = {name for name, _ in base.named_parameters()} - {"weight", "bias"}
     if kind is None or added or isinstance(base, LoraLayer):
         raise ConfigError(f"another adapter of this run has changed {path} already; leave one of the two out")
     return kind(base, options, run_seed=run_seed, number=number)
 
 
-class LoraLinear(LoraLayer, nn.Linear):
+class LowRank(LoraLayer):
+    """A layer with a frozen weight [O, K] and an update `scaling * B A` of it, in any of the variants of LoRA."""
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    initial_A: Tensor | None
+    initial_B: Tensor | None
+    """What A and B began as, where the update is the difference to that."""
+
+    def base_weight(self) -> Tensor | NF4Weight:
+        """Return the frozen weight, [O, K], as `lora_linear` takes it."""
+        return cast(Tensor, self.weight)
+
+    def add_parameters(self, weight: Tensor | NF4Weight, device: torch.device) -> None:
+        """Make A, B and what else the options ask for, in fp32. `weight`: what `base_weight` returns."""
+        A_RK, B_OR = initial_factors(self.options, weight, device)
+        self.lora_A, self.lora_B = nn.Parameter(A_RK), nn.Parameter(B_OR)
+        in_weight = self.options.begins_in_the_weight
+        self.register_buffer("initial_A", A_RK.clone() if in_weight else None, persistent=False)
+        self.register_buffer("initial_B", B_OR.clone() if in_weight else None, persistent=False)
+        self.lora_bias = nn.Parameter(torch.zeros(B_OR.shape[0], device=device)) if self.options.lora_bias else None
+        self.lora_magnitude_vector: nn.Parameter | None = None
+        if self.options.use_dora:
+            self.register_buffer("squared_norms", squared_row_norms(weight).to(device), persistent=False)
+            self.lora_magnitude_vector = nn.Parameter(cast(Tensor, self.squared_norms).sqrt())
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return A [R, K] and B [O, R] of the whole update, whose rank is twice `r` if it is a difference."""
+        if self.initial_A is None or self.initial_B is None:
+            return self.lora_A, self.lora_B
+        return torch.cat([self.lora_A, self.initial_A]), torch.cat([self.lora_B, -self.initial_B], 1)
+
+    def dora_scale(self) -> Tensor:
+        """Return magnitude / ||W + s B A|| of each row, [O]; the norm has no gradient."""
+        assert self.lora_magnitude_vector is not None
+        norms_O = updated_row_norms(
+            self.base_weight(), cast(Tensor, self.squared_norms), *self.factors(), scaling=self.scaling
+        )
+        return self.lora_magnitude_vector / norms_O
+
+    def tensors(self) -> dict[str, Tensor]:
+        A_RK, B_OR = self.factors()
+        tensors = {"lora_A.weight": A_RK, "lora_B.weight": B_OR}
+        if self.lora_bias is not None:
+            tensors["lora_B.bias"] = self.lora_bias
+        if self.lora_magnitude_vector is not None:
+            tensors["lora_magnitude_vector"] = self.lora_magnitude_vector
+        return tensors
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        super().load(tensors)
+        if self.initial_A is not None and self.initial_B is not None:
+            r = self.options.r
+            A_RK, B_OR = tensors["lora_A.weight"], tensors["lora_B.weight"]
+            self.lora_A.copy_(A_RK[:r])
+            self.initial_A.copy_(A_RK[r:])
+            self.lora_B.copy_(B_OR[:, :r])
+            self.initial_B.copy_(-B_OR[:, r:])
+
+    @torch.no_grad()
+    def merged_weight(self, weight_OK: Tensor) -> Tensor:
+        """Return the weight with the update, [O, K], computed in fp32 or the weight's own wider dtype."""
+        A_RK, B_OR = self.factors()
+        weight_OK = weight_OK + self.scaling * (B_OR @ A_RK)
+        return weight_OK if self.lora_magnitude_vector is None else self.dora_scale()[:, None] * weight_OK
+
+
+class LoraLinear(LowRank, nn.Linear):
     """A linear layer with a low-rank update. Subclasses hold their weight in another form (see `base_weight`)."""
 
     adapts = nn.Linear
 
     def __init__(self, base: nn.Module, options: LayerOptions, *, run_seed: Tensor, number: int) -> None:
         super().__init__(base, options, run_seed=run_seed, number=number)
-        self.register_parameter("bias", getattr(base, "bias", None))
         weight = self.base_weight()
         self.out_features, self.in_features = weight.shape
-        r, device = options.r, self.weight_device()
-        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, dtype=torch.float32, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, dtype=torch.float32, device=device))
-        # As in PEFT: A is initialised like nn.Linear and B is zero, so the update is zero at first.
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-
-    def base_weight(self) -> Tensor | NF4Weight:
-        """Return the frozen weight, [O, K], as `lora_linear` takes it."""
-        return self.weight
+        if options.lora_bias and self.bias is None:
+            raise ConfigError("lora_bias: a layer has no bias that could take it up when it is merged; leave it out")
+        self.add_parameters(weight, self.weight_device())
 
     def weight_device(self) -> torch.device:
         return self.weight.device
@@ -117,28 +213,175 @@ class LoraLinear(LoraLayer, nn.Linear):
         if not self.enabled:
             return self.base_forward(input)
         dropout_p = self.options.lora_dropout if self.training else 0.0
-        return lora_linear(
+        if self.lora_magnitude_vector is not None:
+            return self._dora_forward(input, dropout_p)
+        # PiSSA's frozen part belongs to the weight, which dropout leaves alone.
+        is_split = dropout_p > 0 and self.initial_A is not None
+        A_RK, B_OR = (self.lora_A, self.lora_B) if is_split else self.factors()
+        bias_O: Tensor | None = self.bias
+        if bias_O is not None and self.lora_bias is not None:
+            bias_O = bias_O + (self.scaling * self.lora_bias).to(bias_O.dtype)
+        output = lora_linear(
             input,
             self.base_weight(),
-            self.lora_A,
-            self.lora_B,
+            A_RK,
+            B_OR,
             scaling=self.scaling,
             dropout_p=dropout_p,
             seed=self.dropout_seed() if dropout_p else None,
-            bias=self.bias,
+            bias=bias_O,
         )
+        return output - self._initial_part(input, output.dtype) if is_split else output
 
-    def tensors(self) -> dict[str, Tensor]:
-        return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
+    def _initial_part(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return what PiSSA takes off the weight, applied to x."""
+        assert self.initial_A is not None
+        assert self.initial_B is not None
+        s_MR = nn.functional.linear(x.to(dtype), self.initial_A.to(dtype))
+        return nn.functional.linear(s_MR, self.scaling * self.initial_B.to(dtype))
 
-    @torch.no_grad()
-    def merged_weight(self) -> Tensor:
-        """Return the weight with the update, [O, K] in fp32 or the weight's own wider dtype."""
-        return self.weight + self.scaling * (self.lora_B @ self.lora_A)
+    def _dora_forward(self, x: Tensor, dropout_p: float) -> Tensor:
+        """Return x W^T + bias + (g - 1) drop(x) W^T + g s drop(x) A^T B^T, where g is magnitude / norm, as PEFT does.
+
+        Without dropout this is g (x (W + s B A)^T) + bias.
+        """
+        dropped = seeded_dropout(x, dropout_p, self.dropout_seed()) if dropout_p else x
+        changed = lora_linear(dropped, self.base_weight(), *self.factors(), scaling=self.scaling)
+        rest: Tensor | None = self.bias
+        if dropout_p:
+            undropped = x - dropped
+            rest = self.base_forward(undropped)
+            if self.initial_A is not None:
+                rest = rest - self._initial_part(undropped, rest.dtype)
+        # With g - 1, which is small, bf16 rounds the change of the magnitude and not the magnitude.
+        output = torch.addcmul(changed, changed, (self.dora_scale() - 1).to(changed.dtype))
+        return output if rest is None else output + rest.to(output.dtype)
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
-        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(self.merged_weight().to(self.weight.dtype), requires_grad=False)
-        linear.bias = self.bias
-        return linear
+        base: Any = self.base[0]
+        base.weight = nn.Parameter(self.merged_weight(self.weight).to(self.weight.dtype), requires_grad=False)
+        if self.bias is not None:
+            base.bias = self.bias
+            if self.lora_bias is not None:
+                base.bias.data = (self.bias + self.scaling * self.lora_bias).to(self.bias.dtype)
+        return cast(nn.Module, base)
+
+
+class LoraHead(LowRank):
+    """A low-rank update of the output head, as a parametrisation of its weight, since the loss reads the weight itself.
+
+    The updated weight [V, D] is made in each forward and kept for its backward.
+    """
+
+    def __init__(self, base: nn.Module, options: LayerOptions, *, run_seed: Tensor, number: int) -> None:
+        nn.Module.__init__(self)
+        self.enabled, self.options, self.scaling = True, options, options.scaling
+        self.base = (base,)
+        self.add_parameters(self.base_weight(), cast(Tensor, base.weight).device)
+
+    def base_weight(self) -> Tensor:
+        head = self.base[0]
+        if parametrize.is_parametrized(head, "weight"):
+            return cast(Tensor, cast(Any, head).parametrizations.weight.original)
+        return cast(Tensor, head.weight)
+
+    def forward(self, weight_VD: Tensor) -> Tensor:
+        if not self.enabled:
+            return weight_VD
+        A_RD, B_VR = self.factors()
+        with torch.autocast(weight_VD.device.type, enabled=False):
+            updated_VD = weight_VD + (self.scaling * (B_VR @ A_RD)).to(weight_VD.dtype)
+            if self.lora_magnitude_vector is None:
+                return updated_VD
+            return torch.addcmul(updated_VD, updated_VD, (self.dora_scale() - 1).to(updated_VD.dtype)[:, None])
+
+    def install(self, model: nn.Module, path: str) -> None:
+        parametrize.register_parametrization(model.get_submodule(path), "weight", self, unsafe=True)
+
+    @torch.no_grad()
+    def merge(self, model: nn.Module, path: str) -> None:
+        head: Any = model.get_submodule(path)
+        weight_VD = head.parametrizations.weight.original
+        weight_VD.copy_(self.merged_weight(weight_VD))
+        parametrize.remove_parametrizations(head, "weight", leave_parametrized=False)
+
+    def merged(self) -> nn.Module:
+        raise NotImplementedError
+
+
+class LoraEmbedding(LoraLayer, nn.Embedding):
+    """An embedding [V, D] with a low-rank update of its rows, under PEFT's names: A is [R, V] and B is [D, R]."""
+
+    adapts = nn.Embedding
+
+    def __init__(self, base: nn.Module, options: LayerOptions, *, run_seed: Tensor, number: int) -> None:
+        super().__init__(base, options, run_seed=run_seed, number=number)
+        if options.use_dora or options.lora_bias or isinstance(options.init_lora_weights, str):
+            raise ConfigError(
+                "use_dora, lora_bias and init_lora_weights are for linear layers; leave the embedding out of "
+                "target_modules, or these options"
+            )
+        self.num_embeddings, self.embedding_dim = self.weight.shape
+        device = self.weight.device
+        # As in PEFT: A is zero and B is drawn, so the update is zero at first.
+        self.lora_embedding_A = nn.Parameter(torch.zeros(options.r, self.num_embeddings, device=device))
+        self.lora_embedding_B = nn.Parameter(torch.randn(self.embedding_dim, options.r, device=device))
+
+    def forward(self, input: Tensor) -> Tensor:
+        base = cast(nn.Embedding, self.base[0])
+        base.weight = self.weight  # which a parallel strategy may have replaced
+        rows: Tensor = base(input)
+        if not self.enabled:
+            return rows
+        factor = self.scaling * getattr(self, "embed_scale", 1.0)  # by which Gemma's embedding multiplies its rows
+        update = nn.functional.embedding(input, self.lora_embedding_A.T) @ self.lora_embedding_B.T
+        return rows + (factor * update).to(rows.dtype)
+
+    def base_weight(self) -> Tensor:
+        return self.weight
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"lora_embedding_A": self.lora_embedding_A, "lora_embedding_B": self.lora_embedding_B}
+
+    @torch.no_grad()
+    def merged(self) -> nn.Module:
+        base = cast(nn.Embedding, self.base[0])
+        weight_VD = self.weight + self.scaling * (self.lora_embedding_B @ self.lora_embedding_A).T
+        base.weight = nn.Parameter(weight_VD.to(self.weight.dtype), requires_grad=False)
+        return base
+
+
+@torch.no_grad()
+def initial_factors(options: LayerOptions, weight: Tensor | NF4Weight, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the initial A [R, K] and B [O, R] in fp32, as PEFT's `init_lora_weights` has them.
+
+    True, "gaussian": A is drawn, B is zero. "orthogonal": both are drawn in orthogonal spaces, so that B A is zero.
+    "pissa" (arXiv:2404.02948), "pissa_niter_N": from the R largest singular values. "olora" (arXiv:2406.01775): from
+    the QR decomposition.
+    """
+    (O, K), r, init = weight.shape, options.r, options.init_lora_weights  # noqa: E741
+    A_RK, B_OR = torch.empty(r, K, device=device), torch.zeros(O, r, device=device)
+    if init is True:
+        nn.init.kaiming_uniform_(A_RK, a=math.sqrt(5))  # like the weight of nn.Linear
+        return A_RK, B_OR
+    if init == "gaussian":
+        return A_RK.normal_(std=1 / r), B_OR
+    if init == "orthogonal":
+        # B A = c B' E O^T A' = 0, since the rows E and O of an orthogonal matrix are orthogonal to one another.
+        basis_RR, _ = torch.linalg.qr(torch.randn(r, r, device=device))
+        A_RK = (torch.randn(K, r // 2, device=device) @ basis_RR[0::2]).T / 10
+        return A_RK.contiguous(), (torch.randn(O, r // 2, device=device) @ basis_RR[1::2]) / 10
+    dense_OK = dequantize_nf4(weight, torch.float32) if isinstance(weight, NF4Weight) else weight.float()
+    if init == "olora":
+        Q, R = torch.linalg.qr(dense_OK)
+        return R[:r].contiguous(), Q[:, :r].contiguous()
+    niter = str(init).removeprefix("pissa_niter_")
+    if niter.isdigit():
+        U_OR, S_R, V_KR = torch.svd_lowrank(dense_OK, r, niter=int(niter))
+        Vh_RK = V_KR.T
+    else:
+        U, S, Vh = torch.linalg.svd(dense_OK, full_matrices=False)
+        U_OR, S_R, Vh_RK = U[:, :r], S[:r], Vh[:r]
+    root_R = (S_R / options.scaling).sqrt()
+    return (root_R[:, None] * Vh_RK).contiguous(), (U_OR * root_R).contiguous()

@@ -47,28 +47,30 @@ def write(directory: Path, tensors: Mapping[str, Tensor], config: Mapping[str, A
     (directory / CONFIG).write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
 
 
-@torch.no_grad()
-def read(directory: Path, own: Mapping[str, Tensor]) -> None:
-    """Copy a file's tensors into `own`, which has PEFT's names without their prefix.
+def read(directory: Path, own: Mapping[str, Tensor], bases: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a file's tensors, which must have the names and shapes of `own`; names are PEFT's without their prefix.
 
+    `bases`: weights of the model that PEFT writes beside an adapted embedding or head; they must be the same here.
     Raises ModelError for a tensor that is missing, too many, or of another shape.
     """
     path = directory / WEIGHTS
-    expected = {f"{_PREFIX}{name}": tensor for name, tensor in own.items()}
     with safe_open(path, framework="pt") as file:
-        names = set(file.keys())
-        if names != set(expected):
-            missing, extra = sorted(set(expected) - names), sorted(names - set(expected))
+        found = {name.removeprefix(_PREFIX): name for name in file.keys()}  # noqa: SIM118
+        for name in found.keys() & bases.keys():
+            if not torch.equal(file.get_tensor(found.pop(name)), bases[name].cpu()):
+                raise ModelError(f"{path}: {name} is another weight than this model's; load the model it was made for")
+        if found.keys() != own.keys():
+            missing, extra = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())
             raise ModelError(
                 f"{path}: {len(missing)} tensors of this adapter are missing and {len(extra)} are not part of it "
                 f"(first: {(missing + extra)[0]}); the file was made with other target_modules or for another model"
             )
-        for name, tensor in expected.items():
-            value = file.get_tensor(name)
-            if value.shape != tensor.shape:
-                got = list(value.shape)
-                raise ModelError(f"{path}: {name} has the shape {got}, expected {list(tensor.shape)}")
-            tensor.copy_(value)
+        tensors = {name: file.get_tensor(key) for name, key in found.items()}
+    for name, tensor in tensors.items():
+        if tensor.shape != own[name].shape:
+            got = list(tensor.shape)
+            raise ModelError(f"{path}: {name} has the shape {got}, expected {list(own[name].shape)}")
+    return tensors
 
 
 def target_entries(targets: Sequence[str], modules: Iterable[str], *, stacked_experts: bool) -> dict[str, Any]:

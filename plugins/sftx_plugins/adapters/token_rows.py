@@ -5,7 +5,7 @@ Dimensions: V vocabulary, D hidden, A tokens whose rows are trained.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -35,22 +35,22 @@ class TokenRows(nn.Module):
         return weight_VD.index_copy(0, self.ids_A, self.rows_AD.to(weight_VD.dtype))
 
 
-def attach(model: PreTrainedModel, token_ids: Sequence[int]) -> dict[str, TokenRows]:
-    """Make these rows of the embedding and of the output head trainable, and return them by the module's path.
+def attach(model: PreTrainedModel, token_ids: Mapping[str, Sequence[int]]) -> dict[str, TokenRows]:
+    """Make rows of the embedding and of the output head trainable, by the module's path, and return them in this way.
 
     Tied weights share their rows, which have the embedding's name. A module that trains in full is left alone.
     """
     added: dict[str, TokenRows] = {}
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    is_tied = head.weight is embedding.weight
-    for name, module in list(model.named_modules()):
-        if module not in (embedding, head) or module.weight.requires_grad:
+    head = model.get_output_embeddings()
+    is_tied = head.weight is model.get_input_embeddings().weight
+    for path, ids in token_ids.items():
+        module: Any = model.get_submodule(path)
+        if module.weight.requires_grad:
             continue
-        shared = next(iter(added.values()), None) if is_tied else None
-        rows = shared or TokenRows(module.weight, token_ids)
-        parametrize.register_parametrization(module, "weight", rows)
-        if shared is None:
-            added[name] = rows
+        added[path] = TokenRows(module.weight, ids)
+        parametrize.register_parametrization(module, "weight", added[path])
+        if is_tied and module is not head:
+            parametrize.register_parametrization(head, "weight", added[path])
     return added
 
 
