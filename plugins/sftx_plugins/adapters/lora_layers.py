@@ -196,6 +196,7 @@ class LoraLinear(LowRank, nn.Linear):
 
     def __init__(self, base: nn.Module, options: LayerOptions, *, run_seed: Tensor, number: int) -> None:
         super().__init__(base, options, run_seed=run_seed, number=number)
+        self._is_dense = type(self).base_weight is LowRank.base_weight
         weight = self.base_weight()
         self.out_features, self.in_features = weight.shape
         if options.lora_bias and self.bias is None:
@@ -217,13 +218,13 @@ class LoraLinear(LowRank, nn.Linear):
             return self._dora_forward(input, dropout_p)
         # PiSSA's frozen part belongs to the weight, which dropout leaves alone.
         is_split = dropout_p > 0 and self.initial_A is not None
-        A_RK, B_OR = (self.lora_A, self.lora_B) if is_split else self.factors()
+        A_RK, B_OR = (self.lora_A, self.lora_B) if is_split or self.initial_A is None else self.factors()
         bias_O: Tensor | None = self.bias
         if bias_O is not None and self.lora_bias is not None:
             bias_O = bias_O + (self.scaling * self.lora_bias).to(bias_O.dtype)
         output = lora_linear(
             input,
-            self.base_weight(),
+            self.weight if self._is_dense else self.base_weight(),
             A_RK,
             B_OR,
             scaling=self.scaling,
