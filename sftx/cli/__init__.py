@@ -28,6 +28,7 @@ _COMMANDS: Final[Mapping[str, str]] = {
     "run": "Fine-tune a model.",
     "inspect": "Show what a run would train on, token by token.",
     "chat": "Talk to a trained model.",
+    "serve": "Serve trained models over OpenAI's HTTP interface.",
     "report": "Write a report on one run, or compare several.",
     "doctor": "Check the data and options of a run before it trains.",
     "data": "Convert the data of a run.",

@@ -52,6 +52,14 @@ def loaded_model(
     model: str, *, device: str | None, trust_remote_code: bool, **chosen: Any
 ) -> tuple[LoadedRun, Sampling]:
     """Load MODEL, and return how its tokens are chosen. Raises ConfigError, ModelError."""
+    loaded = load_model(model, device=device, trust_remote_code=trust_remote_code)
+    from sftx.serving.settings import sampling_of
+
+    return loaded, sampling_of(loaded.generation_config, **chosen)
+
+
+def load_model(model: str, *, device: str | None, trust_remote_code: bool) -> LoadedRun:
+    """Load MODEL: a run directory, an adapter, a model directory or a hub id. Raises ConfigError, ModelError."""
     from sftx.model import names
 
     directory = Path(model).expanduser()
@@ -62,7 +70,6 @@ def loaded_model(
 
         from sftx.checkpoint.load_run import load_run
         from sftx.errors import ConfigError, one_line
-        from sftx.serving.settings import sampling_of
 
     if device is not None:
         try:
@@ -74,5 +81,4 @@ def loaded_model(
     with phase("loading", "the model"):
         if not directory.is_dir():
             directory = Path(names.resolve(model))
-        loaded = load_run(directory, device=device, trust_remote_code=trust_remote_code)
-    return loaded, sampling_of(loaded.generation_config, **chosen)
+        return load_run(directory, device=device, trust_remote_code=trust_remote_code)
