@@ -126,6 +126,13 @@ def _rank(value: Any, given: Given) -> Answer:
     return Answer("write", options)
 
 
+def _pissa(value: Any, given: Given) -> Answer:
+    """LLaMA-Factory finds the singular values in 16 iterations, or exactly with -1."""
+    iterations = given.get("pissa_iter", 16)
+    init = "pissa" if iterations == -1 else f"pissa_niter_{int(iterations)}"
+    return Answer("write", {"plugins.lora.init_lora_weights": init})
+
+
 _DATASETS: Final = (
     "dataset",
     "train_dataset",
@@ -419,7 +426,7 @@ def _adapter_options(value: Any, given: Given) -> Answer:
     if not isinstance(value, dict):
         return Answer("not here", why="the options of LoRA are those of plugins.lora")
     if str(value.get("name", value.get("peft_type", "lora"))).lower() != "lora":
-        return Answer("not here", why="lora is the adapter that there is")
+        return Answer("not here", why=_LORA_ONLY)
     options: dict[str, Any] = {"plugins.lora": {}}
     lost: list[str] = []
     for name, setting in value.items():
@@ -460,7 +467,8 @@ def _eval_by_steps(_: Any, given: Given) -> Answer:
 _QUANTIZED: Final = "training on a base in 4 or 8 bits (QLoRA) is not there yet"
 _PREFERENCE: Final = "supervised fine-tuning only; examples/sftx-dpo is a plugin for DPO"
 _ENGINE: Final = "sftx trains; the result is served by any program that reads PEFT's or transformers' files"
-_LORA_ONLY: Final = "the adapter here is plain LoRA"
+_LORA_ONLY: Final = "the adapters here are lora and vera"
+_NO_SUCH_INIT: Final = "A and B begin as true, gaussian, orthogonal, pissa, pissa_niter_N or olora"
 _FULL: Final = "gradients of all parameters, or LoRA's"
 _VISION: Final = "text models only"
 _OTHER_TRACKER: Final = "trackers here are wandb, tensorboard and mlflow"
@@ -788,17 +796,39 @@ TABLE: Final[Mapping[str, tuple[Row, ...]]] = {
         _row("loraplus_lr_embedding embedding_lr", _to("train.embedding_learning_rate")),
         _row("embedding_lr_scale lr_groups", _not_here("train.embedding_learning_rate is a rate, not a factor")),
         _row("task_type lora_task_type", ("CAUSAL_LM", _leave_out()), _not_here("causal language models only")),
-        _row("bias", ("none", _leave_out()), _not_here("LoRA trains no biases")),
+        _row("bias", ("none", _leave_out()), _to("plugins.lora.bias")),
         _row(
             "init_lora_weights peft_init_lora_weights",
             (True, _leave_out()),
             ("default", _leave_out()),
-            _not_here("A is drawn as PEFT does by default, B is zero"),
+            *((name, _not_here(_NO_SUCH_INIT)) for name in ("eva", "loftq", "corda", "lora_ga", "mica", False)),
+            _to("plugins.lora.init_lora_weights"),
         ),
+        _row("use_rslora peft_use_rslora", (False, _leave_out()), _to("plugins.lora.use_rslora")),
+        _row("use_dora peft_use_dora", (False, _leave_out()), _to("plugins.lora.use_dora")),
+        _row("lora_bias", (False, _leave_out()), _to("plugins.lora.lora_bias")),
         _row(
-            "use_rslora peft_use_rslora",
+            "pissa_init",
             (False, _leave_out()),
-            _not_here("plugins.lora.lora_alpha times sqrt(r) has the same scale"),
+            _made(
+                _pissa,
+                "plugins.lora.init_lora_weights",
+                why="with pissa_iter: -1 it is pissa, LLaMA-Factory's default is pissa_niter_16",
+            ),
+        ),
+        _row("pissa_iter", _leave_out("belongs to pissa_init")),
+        _row("pissa_convert", _leave_out("the base keeps its weights, and the saved adapter is a plain LoRA")),
+        _row("exclude_modules", _to("plugins.lora.exclude_modules", _names)),
+        _row(
+            "layers_to_transform peft_layers_to_transform",
+            _to("plugins.lora.layers_to_transform", lambda value: value if isinstance(value, list) else [value]),
+        ),
+        _row("layers_pattern peft_layers_pattern", _to("plugins.lora.layers_pattern", _name_list)),
+        _row("rank_pattern lora_rank_pattern", _to("plugins.lora.rank_pattern")),
+        _row("alpha_pattern lora_alpha_pattern", _to("plugins.lora.alpha_pattern")),
+        _row(
+            "trainable_token_indices peft_trainable_token_indices",
+            _to("plugins.lora.trainable_token_indices"),
         ),
         _row(
             (
@@ -815,12 +845,9 @@ TABLE: Final[Mapping[str, tuple[Row, ...]]] = {
         ),
         _row(
             (
-                "use_dora peft_use_dora pissa_init pissa_iter pissa_convert loftq_config loftq_bits "
-                "exclude_modules layers_to_transform peft_layers_to_transform layers_pattern "
-                "peft_layers_pattern rank_pattern alpha_pattern lora_rank_pattern lora_alpha_pattern "
-                "megatron_config trainable_token_indices peft_trainable_token_indices eva_config "
+                "loftq_config loftq_bits megatron_config eva_config "
                 "corda_config lora_ga_config velora_config alora_invocation_tokens use_qalora "
-                "monteclora_config layer_replication peft_layer_replication lora_bias "
+                "monteclora_config layer_replication peft_layer_replication "
                 "target_parameters lora_target_parameters use_bdlora arrow_config kasa_config "
                 "bnb_config_kwargs merge_method relora relora_* jagged_* oft_* module_dropout"
             ),

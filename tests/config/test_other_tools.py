@@ -178,6 +178,15 @@ def test_what_is_written_exists_here_and_has_a_type_that_fits() -> None:
         ("lora_rank", 8, {}, "write", {"plugins.lora.r": 8, "plugins.lora.lora_alpha": 16}),
         ("lora_rank", 8, {"lora_alpha": 32}, "write", {"plugins.lora.r": 8}),
         ("lora_r", 8, {}, "write", {"plugins.lora.r": 8}),
+        ("use_rslora", True, {}, "write", {"plugins.lora.use_rslora": True}),
+        ("use_rslora", False, {}, "leave out", {}),
+        ("peft_use_dora", True, {}, "write", {"plugins.lora.use_dora": True}),
+        ("pissa_init", True, {}, "write", {"plugins.lora.init_lora_weights": "pissa_niter_16"}),
+        ("pissa_init", True, {"pissa_iter": -1}, "write", {"plugins.lora.init_lora_weights": "pissa"}),
+        ("peft_init_lora_weights", "olora", {}, "write", {"plugins.lora.init_lora_weights": "olora"}),
+        ("init_lora_weights", "eva", {}, "not here", {}),
+        ("peft_layers_to_transform", 3, {}, "write", {"plugins.lora.layers_to_transform": [3]}),
+        ("bias", "lora_only", {}, "write", {"plugins.lora.bias": "lora_only"}),
         ("max_seq_length", 9, {}, "write", {"data.max_length": 9}),
         ("max_steps", -1, {}, "leave out", {}),
         ("torch_dtype", "torch.bfloat16", {}, "write", {"train.bf16": True}),
@@ -221,11 +230,11 @@ def test_what_is_written_exists_here_and_has_a_type_that_fits() -> None:
         ("dtype", "float32", {"bf16": True}, "leave out", {}),
         ("dtype", "float32", {}, "write", {"train.bf16": False}),
         ("save_strategy", "best", {"metric_for_best_model": "rouge1"}, "leave out", {}),
-        ("peft_config", {"name": "lora", "r": 4, "use_dora": True}, {}, "write", {"plugins.lora.r": 4}),
+        ("peft_config", {"name": "lora", "r": 4, "use_qalora": True}, {}, "write", {"plugins.lora.r": 4}),
         ("mix_strategy", "interleave_once", {}, "not here", {}),
         ("mix_strategy", "concat", {}, "write", {"data.mix_strategy": "concat"}),
         ("bias", "none", {}, "leave out", {}),
-        ("bias", "all", {}, "not here", {}),
+        ("bias", "all", {}, "write", {"plugins.lora.bias": "all"}),
         ("learning_rate", 1e-4, {}, "write", {"train.learning_rate": 1e-4}),
         ("dataloader_num_workers", 4, {}, "leave out", {}),
         ("stage", "dpo", {}, "not here", {}),
@@ -261,11 +270,11 @@ def test_names_of_datasets_are_looked_up_in_llama_factorys_list(tmp_path: Path) 
 
 def test_what_is_not_carried_over_from_a_mapping_is_said() -> None:
     sources = answer("datasets", [{"path": "a", "type": "alpaca", "message_property_mappings": {}, "shards": 2}], {})
-    adapter = answer("peft_config", {"name": "lora", "r": 4, "use_dora": True}, {})
+    adapter = answer("peft_config", {"name": "lora", "r": 4, "use_qalora": True}, {})
     assert sources is not None
     assert sources.why.endswith("not carried over: message_property_mappings, shards")
     assert adapter is not None
-    assert adapter.why == "not carried over: use_dora"
+    assert adapter.why == "not carried over: use_qalora"
 
 
 def test_nothing_of_sftx_has_another_meaning_there() -> None:

@@ -317,3 +317,39 @@ def test_what_peft_began_in_the_weights_is_refused_with_advice(models: Callable[
     peft_of(models("llama"), init_lora_weights="pissa").save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"init_lora_weights pissa.*path_initial_model_for_weight_conversion"):
         load_run(tmp_path)
+
+
+@pytest.mark.parametrize("save_projection", [True, False])
+def test_vera_computes_and_saves_what_peft_does(
+    save_projection: bool, models: Callable[[str], Path], tmp_path: Path
+) -> None:
+    from peft import VeraConfig
+
+    model = models("qwen2")
+    torch.manual_seed(0)
+    config = VeraConfig(
+        r=8, target_modules=["q_proj", "k_proj", "down_proj"], save_projection=save_projection, projection_prng_key=3
+    )
+    theirs = get_peft_model(base(model), config)
+    shake(p for _, p in sorted(theirs.named_parameters()))
+    theirs.save_pretrained(tmp_path / "theirs")
+    lm = load_run(tmp_path / "theirs").lm
+    assert (logits(lm.model) - logits(base(model))).abs().max() > 1e-3
+    torch.testing.assert_close(logits(lm.model), logits(theirs.eval()), rtol=1e-5, atol=1e-5)
+    for one in (lm.model, theirs):
+        for name, parameter in one.named_parameters():
+            parameter.requires_grad_("vera_lambda" in name)
+        loss(one).backward()
+    gradients = {peft_name(name): p.grad for name, p in theirs.named_parameters() if p.requires_grad}
+    for name, parameter in lm.model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, gradients.pop(name), rtol=1e-4, atol=1e-6)
+    assert not gradients
+    (tmp_path / "ours").mkdir()
+    lm.adapters["vera"].save(tmp_path / "ours")
+    again = PeftModel.from_pretrained(base(model), tmp_path / "ours")
+    torch.testing.assert_close(logits(again.eval()), logits(theirs), rtol=1e-5, atol=1e-5)
+    lm.adapters["vera"].merge(lm)
+    merged = theirs.merge_and_unload().state_dict()
+    for key, tensor in lm.model.state_dict().items():
+        torch.testing.assert_close(tensor, merged[key], rtol=1e-5, atol=1e-6)

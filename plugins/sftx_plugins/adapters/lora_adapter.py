@@ -55,10 +55,9 @@ class LoraAdapter(Adapter):
             [name for name, _ in model.named_modules()],
             stacked_experts=any(name.endswith(".gate_up_proj") and p.ndim == 3 for name, p in model.named_parameters()),
         )
-        head = model.get_output_embeddings()
         for number, (path, options) in enumerate(self._targets.items()):
             base = model.get_submodule(path)
-            layer = make_layer(path, base, options, run_seed=lm.seed, number=number, is_head=base is head)
+            layer = self.make_layer(path, base, options, lm=lm, number=number)
             layer.install(model, path)
             self._layers[path] = layer
         full = {f"{path}.{key}": p for path in self._saved for key, p in model.get_submodule(path).named_parameters()}
@@ -71,6 +70,13 @@ class LoraAdapter(Adapter):
             self._full[name] = parameter
         if self._token_ids:
             self._token_rows = token_rows.attach(model, self._token_ids)
+
+    def make_layer(
+        self, path: str, base: nn.Module, options: LayerOptions, *, lm: LanguageModel, number: int
+    ) -> LoraLayer:
+        """Return the layer that takes the place of a module. Subclasses return layers of another kind."""
+        is_head = base is lm.model.get_output_embeddings()
+        return make_layer(path, base, options, run_seed=lm.seed, number=number, is_head=is_head)
 
     def rate_scale(self, name: str) -> float:
         """LoRA+ (Hayou et al. 2024, https://arxiv.org/abs/2402.12354) trains B with a higher learning rate than A."""

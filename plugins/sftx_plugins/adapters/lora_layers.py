@@ -110,14 +110,20 @@ class LoraLayer(nn.Module):
         """Return a plain module that computes the same, with the base's class and the names of its tensors."""
 
 
+def check_unchanged(path: str, base: nn.Module) -> None:
+    """Raise ConfigError for a module that another adapter has changed already."""
+    added = {name for name, _ in base.named_parameters()} - {"weight", "bias"}
+    if added or isinstance(base, LoraLayer):
+        raise ConfigError(f"another adapter of this run has changed {path} already; leave one of the two out")
+
+
 def make_layer(
     path: str, base: nn.Module, options: LayerOptions, *, run_seed: Tensor, number: int, is_head: bool = False
 ) -> LoraLayer:
-    """Return the LoRA layer for a module. Raises ConfigError for one that has no kind, or is changed already."""
+    """Return the LoRA layer for a module. Raises ConfigError for one that is changed already."""
+    check_unchanged(path, base)
     kind = LoraHead if is_head else next((kind for kind in LoraLayer.kinds if isinstance(base, kind.adapts)), None)
-    added = {name for name, _ in base.named_parameters()} - {"weight", "bias"}
-    if kind is None or added or isinstance(base, LoraLayer):
-        raise ConfigError(f"another adapter of this run has changed {path} already; leave one of the two out")
+    assert kind is not None, f"{path} was chosen, and {type(base).__name__} has no kind of layer"
     return kind(base, options, run_seed=run_seed, number=number)
 
 

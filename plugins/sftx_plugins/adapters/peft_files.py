@@ -29,7 +29,7 @@ def write(directory: Path, tensors: Mapping[str, Tensor], config: Mapping[str, A
 
     Raises ModelError when the file does not hold the tensors bit for bit.
     """
-    copies = {f"{_PREFIX}{name}": tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    copies = {_full_name(name): tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     # Tied weights are written twice: PEFT (0.21) loads no adapter that lacks one of the names, and safetensors
     # refuses two names for one memory.
     addresses: set[int] = set()
@@ -71,6 +71,11 @@ def read(directory: Path, own: Mapping[str, Tensor], bases: Mapping[str, Tensor]
             got = list(tensor.shape)
             raise ModelError(f"{path}: {name} has the shape {got}, expected {list(own[name].shape)}")
     return tensors
+
+
+def _full_name(name: str) -> str:
+    """Return a tensor's name in the file. What belongs to no module of the model has its whole name already."""
+    return name if name.startswith("base_model.") else f"{_PREFIX}{name}"
 
 
 def target_entries(targets: Sequence[str], modules: Iterable[str], *, stacked_experts: bool) -> dict[str, Any]:
