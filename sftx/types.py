@@ -215,6 +215,7 @@ class Batch:
     max_seqlen: int
     """Length of the longest document, in tokens."""
     row_ids: tuple[str, ...]
+    """`row_id` of each example, in the order of the rows, or of the documents of a packed row."""
     num_label_tokens: int
     """Number of labels that are not IGNORE_INDEX. Kept on the host, so that nothing waits for the device."""
     num_input_tokens: int
@@ -224,6 +225,7 @@ class Batch:
     attention: Attention = "varlen"
     """How the documents of a packed row are kept from attending to one another."""
     extras: dict[str, Tensor] = field(default_factory=dict)
+    """Tensors by name that a collator makes of its examples' `extras`, for the loss and for an adapter's `embed`."""
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
     """fp32 scalars on the model's device: what `Loss.statistics` returned for all micro-batches of the step in all
     processes, added up. Empty for a loss without that method."""
@@ -416,7 +418,14 @@ class Loss(Protocol):
 
 
 class Adapter(ABC):
-    """Makes a frozen model trainable in part, or changes it while it loads."""
+    """Makes a frozen model trainable in part, or changes it while it loads.
+
+    An adapter whose model reads more than text (features, images) may have a method
+    `embed(batch: Batch, embeds_BTD: Tensor) -> Tensor`. It gets the embeddings of `batch.input_ids_BT` as the model's
+    own embedding returns them, before the first layer, and returns them with what `batch.extras` put in their place:
+    in the same shape and dtype, and each document by its own extras alone. It is called in each forward of a loss, and
+    for the prompts of generated answers, which the collator makes a batch of; not within `lm.without_adapters()`.
+    """
 
     def quantize(self, name: str, module: nn.Module) -> nn.Module | None:
         """Return a replacement for the module of that path, whose weights were just read; None keeps it."""

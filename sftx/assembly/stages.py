@@ -314,7 +314,8 @@ class CollatorStage(_Stage):
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Make one micro-batch. Raises PluginError when an example is not in it exactly once."""
-        with self._attribute("collate"):
+        others = f" and {len(examples) - 1} more" if len(examples) > 1 else ""
+        with self._attribute(f"collate of {examples[0].row_id}{others}" if examples else "collate"):
             batch: Any = self._collator.collate(examples)
         if not isinstance(batch, Batch):
             raise self._refuse(f"collate returned {type(batch).__name__}, expected a Batch")
@@ -505,6 +506,32 @@ class AdapterStage(_Stage, Adapter):
     def attach(self, lm: LanguageModel) -> None:
         with self._attribute("attach"):
             self._adapter.attach(lm)
+
+    @property
+    def embed(self) -> Callable[[Batch, Tensor], Tensor]:
+        """The adapter's own `embed`, whose result is checked; AttributeError where it has none."""
+        own: Callable[[Batch, Tensor], Tensor] = self._adapter.embed  # type: ignore[attr-defined]
+
+        def checked(batch: Batch, embeds_BTD: Tensor) -> Tensor:
+            shape, dtype = embeds_BTD.shape, embeds_BTD.dtype
+            with self._attribute("embed"):
+                try:
+                    made: Any = own(batch, embeds_BTD)
+                except KeyError as error:
+                    name = error.args[0] if error.args else None
+                    if not isinstance(name, str) or name in batch.extras:
+                        raise
+                    raise self._refuse(
+                        f"embed reads batch.extras[{name!r}], and the collator of this run makes "
+                        f"{', '.join(sorted(batch.extras)) or 'no extras'}; name a collator that makes it"
+                    ) from error
+            expected = f"{dtype} {list(shape)}"
+            found = f"{made.dtype} {list(made.shape)}" if hasattr(made, "dtype") else type(made).__name__
+            if found != expected:
+                raise self._refuse(f"embed returned {found}, expected {expected}, as it was given")
+            return made  # type: ignore[no-any-return]
+
+        return checked
 
     def rate_scale(self, name: str) -> float:
         with self._attribute("rate_scale"):

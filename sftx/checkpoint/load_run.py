@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
+import numpy as np
 import torch
 
 from sftx.assembly.discovery import discover, find, load_class
@@ -25,10 +26,10 @@ from sftx.data.encoder import Encoder
 from sftx.errors import ConfigError, ModelError, PluginError, one_line
 from sftx.model import names
 from sftx.model.added_tokens import add_missing, ids_of
-from sftx.model.generation import generate_greedy, generation_defaults
+from sftx.model.generation import embed_prompts, generate_greedy, generation_defaults
 from sftx.model.language_model import CausalLM
 from sftx.model.load import load_model, load_spec, load_tokenizer
-from sftx.types import Adapter, Conversation, ModelSpec, Template
+from sftx.types import Adapter, Collator, Conversation, Example, ModelSpec, Template
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -58,6 +59,8 @@ class LoadedRun:
     config: RunConfig | None
     """Options of the run; None when no run.yaml belongs to the directory."""
     no_template: str = ""
+    collator: Collator | None = None
+    """Makes the extras of prompts that an adapter embeds; None when no adapter embeds any."""
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -77,8 +80,31 @@ class LoadedRun:
             raise ConfigError(f"{self.directory}: {self.no_template}; only plain text can be continued")
         return self.encoder.prompt(conversation)
 
-    def answer(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, batch_size: int = 8) -> list[list[int]]:
-        """Return the greedy answer to each prompt as token ids, without the stop token that ended it."""
+    def answer(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        batch_size: int = 8,
+        extras: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[list[int]]:
+        """Return the greedy answer to each prompt as token ids, without the stop token that ended it.
+
+        `extras`: those of each prompt, as the run's parser gives them (`Conversation.extras`), where an adapter embeds
+        extras. Raises ConfigError where none does.
+        """
+        if extras is not None and self.collator is None:
+            raise ConfigError(f"{self.directory}: no adapter of it embeds extras; leave them out")
+        examples = [
+            Example(np.asarray(prompt), np.zeros(len(prompt), np.bool_), f"prompt {n + 1}", n, extras=own)
+            for n, (prompt, own) in enumerate(zip(prompts, extras or [{}] * len(prompts), strict=True))
+        ]
+
+        def embed(indices: Sequence[int]) -> list[torch.Tensor]:
+            assert self.collator is not None
+            chosen = [dataclasses.replace(examples[index], group=group) for group, index in enumerate(indices)]
+            return embed_prompts(self.lm, self.collator.collate, chosen)
+
         with torch.no_grad(), self.autocast():
             by_index = dict(
                 generate_greedy(
@@ -87,6 +113,7 @@ class LoadedRun:
                     max_new_tokens=max_new_tokens,
                     stop_ids=self.stop_ids,
                     batch_size=batch_size,
+                    embed=None if self.collator is None else embed,
                 )
             )
         return [by_index[index] for index in range(len(prompts))]
@@ -150,6 +177,7 @@ def load_run(
         compute_dtype=compute_dtype,
         config=parts.config,
         no_template=parts.no_template,
+        collator=parts.collator,
     )
 
 
@@ -193,6 +221,7 @@ class _Parts:
     no_template: str = ""
     config: RunConfig | None = None
     compute_dtype: torch.dtype | None = None
+    collator: Collator | None = None
 
 
 def _locate(directory: Path) -> tuple[Path, Path | None]:
@@ -236,9 +265,16 @@ def _parts_of_run(weights: Path, run: Path, *, trust_remote_code: bool) -> _Part
         added = add_missing(template.controls, base_tokenizer)
         spec = dataclasses.replace(spec, new_token_ids=ids_of(added, tokenizer))
     dtype = getattr(torch, str(manifest.get("dtype", "")).partition(" ")[0], None)
+    adapters, collator = assembly.adapters(spec), None
+    if any(hasattr(adapter, "embed") for adapter in adapters.values()):
+        if not assembly.providers("sftx_collator"):
+            (name,) = (name for name, of in stages.items() if "collator" in of)
+            assembly.add(find(name, installed, origin=str(run / layout.RUN)), config.plugins.get(name, {}))
+        collator = assembly.collator(config.data.max_length)
     return _Parts(
         spec=spec,
-        adapters=assembly.adapters(spec),
+        adapters=adapters,
+        collator=collator,
         tokenizer=tokenizer,
         template=template,
         no_template="was trained without a template",

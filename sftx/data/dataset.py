@@ -129,7 +129,12 @@ class Examples(Sequence[Example]):
 
     def digests(self) -> Iterator[bytes]:
         """Yield for each example what `digest` returns of it."""
-        return (digest(*self.tokens(index)) for index in range(len(self)))
+        return (digest(*self.tokens(index), self._extras.get(index, {})) for index in range(len(self)))
+
+    def prompt_digest(self, index: int, length: int) -> bytes:
+        """Return what `digest` returns of the first tokens of an example, none of them trained, and its extras."""
+        token_ids, loss_mask = self.tokens(index)
+        return digest(token_ids[:length], loss_mask[:length], self._extras.get(index, {}))
 
     def wrapped(self, length: int) -> Examples:
         """Cut the examples wherever their concatenation passes a multiple of `length`.
@@ -173,10 +178,12 @@ class Examples(Sequence[Example]):
         return cls(columns, places, extras, described["largest_id"])
 
 
-def digest(token_ids: NDArray[np.int32], loss_mask: NDArray[np.bool_]) -> bytes:
-    """Return 16 bytes that are equal for examples with the same tokens and labels."""
+def digest(token_ids: NDArray[np.int32], loss_mask: NDArray[np.bool_], extras: Mapping[str, Any]) -> bytes:
+    """Return 16 bytes that are equal for examples with the same tokens, labels and extras."""
     hashed = hashlib.blake2b(np.ascontiguousarray(token_ids, np.int32).tobytes(), digest_size=16)
     hashed.update(np.packbits(loss_mask).tobytes())
+    if extras:  # a question about one image is another one about another image
+        hashed.update(json.dumps(extras, sort_keys=True).encode())
     return hashed.digest()
 
 

@@ -7,6 +7,7 @@ rows.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -102,6 +103,8 @@ def _group(row: ParsedRow, field: str) -> Any:
 
 def _content(parsed: Parsed) -> Any:
     """Return what a row says, without what no template writes: which turns are trained, ids, space around the text."""
+    if parsed.extras:
+        return [_content(dataclasses.replace(parsed, extras={})), parsed.extras]
     if isinstance(parsed, Conversation):
         turns = [
             [turn.role, turn.content.strip(), turn.reasoning.strip(), [[c.name, c.arguments] for c in turn.tool_calls]]
@@ -120,7 +123,7 @@ def _digest(value: Any) -> bytes:
 
 
 def find_overlap(train: Dataset, held_out: Dataset) -> list[tuple[int, int]]:
-    """Return the held-out examples with exactly the tokens and labels of a training example, as pairs of their indices.
+    """Return the held-out examples with exactly the tokens, labels and extras of a training one, as pairs of indices.
 
     The second index is that of the first such training example.
     """

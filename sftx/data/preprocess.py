@@ -118,7 +118,9 @@ def _encode_all(
         for number, rows in encoded:
             for row in rows:
                 if seen is not None and row.examples:
-                    key = b"".join(digest(example.token_ids, example.loss_mask) for example in row.examples)
+                    key = b"".join(
+                        digest(example.token_ids, example.loss_mask, example.extras) for example in row.examples
+                    )
                     if key in seen and filters[number].duplicates == "drop":
                         length = sum(len(example.token_ids) for example in row.examples)
                         row.drop(DUPLICATE, length=length, action="filtered")

@@ -12,7 +12,7 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal, Protocol
+from typing import Any, Final, Literal, Protocol
 
 import numpy as np
 
@@ -40,6 +40,8 @@ class Question:
     """Content of the last turn before the answer, as a person reads it."""
     prompt_ids: list[int]
     reference: str
+    extras: Mapping[str, Any] = field(default_factory=dict)
+    """The extras of the conversation, as JSON values."""
 
 
 @dataclass
@@ -340,6 +342,7 @@ def _questions(parsed: Sequence[Parsed], where: Location, encoder: Encoder) -> I
                 prompt=before[-1].content if before else "",
                 prompt_ids=encoder.prompt(asked),
                 reference=str(encoder.tokenizer.decode(list(reference), skip_special_tokens=True)),
+                extras=one.extras,
             )
 
 

@@ -6,9 +6,11 @@ Dimensions: B rows, T tokens.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import torch
@@ -17,11 +19,13 @@ from torch.nn.utils import parametrize
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers.utils.hub import cached_file
 
-from sftx.errors import one_line
+from sftx.errors import PluginError, one_line
+from sftx.model.embeddings import replacing_embeddings
 from sftx.model.library_messages import quiet
 
 if TYPE_CHECKING:
-    from sftx.types import LanguageModel
+    from sftx.model.language_model import CausalLM
+    from sftx.types import Batch, Example, LanguageModel
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +41,7 @@ def generate_greedy(
     stop_ids: Sequence[int],
     batch_size: int,
     check_stop: Callable[[], None] = lambda: None,
+    embed: Callable[[Sequence[int]], Sequence[Tensor]] | None = None,
 ) -> Iterator[tuple[int, list[int]]]:
     """Yields (index of the prompt, token ids of its answer without the stop token), batch by batch.
 
@@ -44,6 +49,9 @@ def generate_greedy(
     example, would also count the padding. Prompts of similar length share a batch. The longest come first, so that a
     batch that does not fit into memory fails at once. `check_stop` is called before every batch and every token; it may
     raise to end the generation.
+
+    `embed` returns the embeddings of the prompts with these indices, [T, D] each (`embed_prompts`), for adapters that
+    embed extras. What is generated after them is text.
     """
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -60,8 +68,12 @@ def generate_greedy(
         check_stop()
         indices = order[start : start + batch_size]
         ids_BT, mask_BT = _pad_left([prompts[index] for index in indices])
+        replaced: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if embed is not None:
+            with torch.no_grad(), _evaluating_with(lm.model, settings):
+                replaced = replacing_embeddings(lm.model, partial(_put_right, embed(indices)))
         # The rows of added tokens are written into the embedding and the head once, not for every token.
-        with torch.no_grad(), parametrize.cached(), _evaluating_with(lm.model, settings):
+        with torch.no_grad(), parametrize.cached(), _evaluating_with(lm.model, settings), replaced:
             out_BT = cast(Any, lm.model).generate(
                 input_ids=ids_BT.to(lm.device),
                 attention_mask=mask_BT.to(lm.device),
@@ -93,6 +105,41 @@ def _evaluating_with(model: PreTrainedModel, settings: GenerationConfig) -> Iter
         hook.remove()
         model.generation_config = own_settings
         model.train(training)
+
+
+def embed_prompts(
+    lm: CausalLM, collate: Callable[[Sequence[Example]], Batch], examples: Sequence[Example]
+) -> list[Tensor]:
+    """Returns the embeddings of each example, [T, D], with what adapters embed of its extras, from one batch of all.
+
+    The batch may be padded or packed, in any order. Raises PluginError when it lacks an example as it was given.
+    """
+    batch = collate(examples).to(lm.device)
+    embeds_BTD = lm.embed(batch)
+    if batch.cu_seqlens is None:
+        documents = [(b, 0, end) for b, end in enumerate(cast(Tensor, batch.lengths_B).tolist())]
+    else:
+        documents = [(0, start, end) for start, end in itertools.pairwise(batch.cu_seqlens.tolist())]
+    embedded = {
+        (row_id, *batch.input_ids_BT[b, start:end].tolist()): embeds_BTD[b, start:end]
+        for row_id, (b, start, end) in zip(batch.row_ids, documents, strict=True)
+    }
+    rows = [embedded.get((example.row_id, *example.token_ids.tolist())) for example in examples]
+    for example, row_TD in zip(examples, rows, strict=True):
+        if row_TD is None:
+            raise PluginError(
+                f"the collator's batch of prompts has no document of {example.row_id} with its "
+                f"{len(example.token_ids)} tokens; collate must keep them, and row_ids be in the order of the documents"
+            )
+    return cast("list[Tensor]", rows)
+
+
+def _put_right(rows: Sequence[Tensor], embeds_BTD: Tensor) -> Tensor:
+    """Returns embeddings that are padded at the left, with these rows, [T, D] each, in place of their own."""
+    embeds_BTD = embeds_BTD.clone()
+    for b, row_TD in enumerate(rows):
+        embeds_BTD[b, embeds_BTD.shape[1] - len(row_TD) :] = row_TD
+    return embeds_BTD
 
 
 class _CheckStop(StoppingCriteria):

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import sys
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, Final, Literal, cast
 
 import torch
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sftx.errors import ModelError
 from sftx.model import packed_attention
+from sftx.model.embeddings import replacing_embeddings
 from sftx.model.trained_parts import describe_untrained_parts, freeze_other_modalities
 from sftx.types import Adapter, Attention, Batch, HiddenOut
 from sftx_kernels import LinearCrossEntropyOutput, linear_cross_entropy
@@ -47,6 +49,7 @@ class CausalLM(nn.Module):
         self.computes_on: torch.device | None = None
         """The device of the forward pass, if the parameters are elsewhere: FSDP2 can offload its shards to the host."""
         self.seed = torch.zeros((), dtype=torch.int64)
+        self._ignores_extras = False
         self._supports_varlen: bool | None = None  # not known before the first packed batch
         self._num_base_parameters = sum(p.numel() for p in model.parameters())  # before adapters are attached
         self._head = model.get_output_embeddings()
@@ -91,14 +94,15 @@ class CausalLM(nn.Module):
     def attach(self, adapters: Mapping[str, Adapter]) -> None:
         """Freezes the model and attaches the adapters in their order. Without adapters the whole model is trained.
 
-        Of a multimodal model, only the language model trains.
+        Of a multimodal model, only the language model trains, unless an adapter embeds extras.
         """
         if adapters:
             self.requires_grad_(False)
         for name, adapter in adapters.items():
             adapter.attach(self)
             self.adapters[name] = adapter
-        freeze_other_modalities(self.model)
+        if not self.embeds_extras:  # its adapter may train a tower whose output it embeds
+            freeze_other_modalities(self.model)
 
     def untrained_parts(self) -> list[str]:
         """Returns a line for each kind of weights that could be taken for trained, and is left as it is."""
@@ -108,9 +112,36 @@ class CausalLM(nn.Module):
     def without_adapters(self) -> Iterator[None]:
         """Returns a context in which the model computes what it did before training (a preference loss's reference)."""
         with contextlib.ExitStack() as stack:
+            stack.enter_context(self.ignoring_extras())
             for adapter in self.adapters.values():
                 stack.enter_context(adapter.disabled())
             yield
+
+    @property
+    def embeds_extras(self) -> bool:
+        """Returns whether an adapter has a method `embed`, so that batches need their extras."""
+        return any(hasattr(adapter, "embed") for adapter in self.adapters.values())
+
+    @contextlib.contextmanager
+    def ignoring_extras(self) -> Iterator[None]:
+        """Returns a context in which no adapter embeds extras, for batches that have none."""
+        before, self._ignores_extras = self._ignores_extras, True
+        try:
+            yield
+        finally:
+            self._ignores_extras = before
+
+    def embed(self, batch: Batch, embeds_BTD: Tensor | None = None) -> Tensor:
+        """Returns the embeddings of the batch, [B, T, D], with what adapters embed of its extras.
+
+        `embeds_BTD`: those of its tokens alone, as the model's embedding returns them; by default they are computed.
+        """
+        if embeds_BTD is None:
+            embeds_BTD = cast(Tensor, self.model.get_input_embeddings()(batch.input_ids_BT))
+        for adapter in () if self._ignores_extras else self.adapters.values():
+            embed = getattr(adapter, "embed", None)
+            embeds_BTD = embeds_BTD if embed is None else embed(batch, embeds_BTD)
+        return embeds_BTD
 
     def hidden(self, batch: Batch) -> HiddenOut:
         """Runs the decoder. Returns its last hidden states, [B, T, D], and the router's auxiliary loss, if any."""
@@ -127,7 +158,9 @@ class CausalLM(nn.Module):
             arguments = {"attention_mask": mask_BT, "position_ids": batch.position_ids_BT if is_padded else None}
         if self.has_router_loss:
             arguments["output_router_logits"] = True
-        out = self.model.get_decoder()(input_ids=batch.input_ids_BT, use_cache=False, **arguments)
+        is_embedding = self.embeds_extras and not self._ignores_extras
+        with replacing_embeddings(self.model, partial(self.embed, batch)) if is_embedding else contextlib.nullcontext():
+            out = self.model.get_decoder()(input_ids=batch.input_ids_BT, use_cache=False, **arguments)
         aux_loss = self._router_loss(out.router_logits, mask_BT) if self.has_router_loss else None
         return HiddenOut(out.last_hidden_state, aux_loss)
 
@@ -239,7 +272,8 @@ class CausalLM(nn.Module):
         )
         training = self.training
         self.eval()
-        logits_BTV = self.logits(self.hidden(batch).hidden_BTD).float()
+        with self.ignoring_extras():
+            logits_BTV = self.logits(self.hidden(batch).hidden_BTD).float()
         expected_BTV = self.model(input_ids=ids_T[None], use_cache=False).logits.float()
         self.train(training)
         if not expected_BTV.isfinite().all():

@@ -19,11 +19,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sftx.data.collate import groups_of
 from sftx.errors import SftxError, one_line
 from sftx.model.added_tokens import untrained_rows
+from sftx.model.generation import embed_prompts
 from sftx.model.load import load_spec
 from sftx.testing.adapter_case import LEARNING_RATE, STEPS, Attached, Case
-from sftx.testing.clauses import ClauseError, Suite, must_not_raise
+from sftx.testing.batches import differences
+from sftx.testing.clauses import ClauseError, ExemptError, Suite, must_not_raise
 from sftx.testing.kit import make_stage
 from sftx.trainer.layers import enable_checkpointing
 
@@ -33,7 +36,7 @@ _CLOSE: Final = 1e-5  # for the same product summed in another order; the start-
 SUITE: Suite[Case] = Suite("adapter", Case)
 
 
-@SUITE.clause("Attaching the adapter changes no logit.")
+@SUITE.clause("Attaching the adapter changes no logit, apart from what `embed` puts in.")
 def begins_as_identity(case: Case) -> None:
     difference = _difference(case.begun_BTV, case.begun.base.logits_BTV)
     if not difference <= _CLOSE:
@@ -213,13 +216,19 @@ def _damaged(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, Ten
 
 
 @SUITE.clause(
-    "merge leaves a plain model with the trained logits and the base's parameter names; no parameter requires grad.",
+    "merge leaves a plain model with the trained logits and the base's parameter names; no parameter requires grad. "
+    "An adapter with `embed` may refuse with an SftxError.",
     needs=_TRAINED,
 )
 def merges(case: Case) -> None:
     model = case.trained()
     trained_BTV = model.logits()
-    model.adapter.merge(model.lm)
+    try:
+        model.adapter.merge(model.lm)
+    except SftxError as error:
+        if not model.lm.embeds_extras:
+            raise
+        raise ExemptError(f"it embeds extras, and refuses: {one_line(error)}") from None
     difference = _difference(model.logits(), trained_BTV)
     # The additions happen in another order; in a deep model, rounding in fp32 alone exceeds _CLOSE.
     if not difference <= max(_CLOSE, 4 * case.rounding()):
@@ -288,7 +297,8 @@ def keeps_other_adapters(case: Case) -> None:
         model.adapter.attach(model.lm)
     except SftxError:
         return
-    difference = _difference(model.logits(), before_BTV)
+    with model.lm.ignoring_extras():
+        difference = _difference(model.logits(), before_BTV)
     if not difference <= _CLOSE:
         raise ClauseError(
             f"attached after lora, it changes the logits by {difference:.1e} (relative), so what lora trained is lost; "
@@ -331,6 +341,37 @@ def trains_added_tokens(case: Case) -> None:
         loaded.adapter.load(Path(directory))
     if not torch.equal(rows(loaded), trained):
         raise ClauseError("a new model that loads what was saved has other rows of added tokens; save these rows too")
+
+
+@SUITE.clause(
+    "`embed`, where an adapter has it, returns a finite tensor of the shape and dtype that it was given, changes no "
+    "batch, and gives each document the same whatever else is in its batch.",
+)
+def embeds_each_document_alone(case: Case) -> None:
+    lm = case.begun.lm
+    if not lm.embeds_extras:
+        return
+    examples, collate = case.examples, case.kit.collator.collate
+    batch, again = collate(examples), collate(examples)
+    given_BTD = lm.model.get_input_embeddings()(batch.input_ids_BT).detach()
+    with torch.no_grad():
+        made_BTD = lm.embed(batch, given_BTD.clone())
+        alone = [row_TD for one in groups_of(examples) for row_TD in embed_prompts(lm, collate, one)]
+        together = embed_prompts(lm, collate, examples)
+    if (made_BTD.shape, made_BTD.dtype) != (given_BTD.shape, given_BTD.dtype) or not made_BTD.isfinite().all():
+        raise ClauseError(
+            f"embed made {made_BTD.dtype} {list(made_BTD.shape)} of {given_BTD.dtype} {list(given_BTD.shape)}, or "
+            "numbers that are not finite; cast with .to(embeds_BTD.dtype)"
+        )
+    if changed := differences(batch, again):
+        raise ClauseError(f"embed changed {changed[0]} of its batch; work on a copy")
+    for example, alone_TD, together_TD in zip(examples, alone, together, strict=True):
+        difference = _difference(together_TD, alone_TD)
+        if not difference <= _CLOSE:
+            raise ClauseError(
+                f"embed gives {example.row_id} embeddings that differ by {difference:.1e} (relative) when other "
+                "examples are in its batch; let each document have what its own extras say"
+            )
 
 
 def check_adapter(plugin: object, *, model: Path | None = None) -> None:

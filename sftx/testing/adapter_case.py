@@ -119,10 +119,12 @@ class Case:
     def __init__(self, kit: Kit) -> None:
         self.kit = kit
         groups = groups_of(kit.examples)[:_ROWS]
-        self.batch = kit.collator.collate([example for group in groups for example in group])
+        self.examples = [example for group in groups for example in group]
+        self.batch = kit.collator.collate(self.examples)
         self._base: Base | None = None
         self.begun = self.attached()
-        self.begun_BTV = self.begun.logits()
+        with self.begun.lm.ignoring_extras():
+            self.begun_BTV = self.begun.logits()
 
     def attached(self, *, seed: int = 0, new_token_ids: tuple[int, ...] = ()) -> Attached:
         """Load the model again and attach a new adapter, as a run does. `seed` seeds torch while it is attached."""

@@ -26,14 +26,19 @@ def varied(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> l
     """Return difficult copies: with loss weights, with the padding id inside the text, with a trained first token.
 
     Their groups and row ids are new. Examples of one group change at the same positions, so that answers to one prompt
-    still have it in common.
+    still have it in common. In an example with extras only trained tokens change: others may stand for the extras.
     """
     marks = (0, tokenizer.pad_token_id or 0, tokenizer.eos_token_id or 0)
     first_group = 1 + max(example.group for example in examples)
     return [
         dataclasses.replace(
             example,
-            token_ids=np.array([marks[t // 3 % 3] if t % 3 == 2 else ids for t, ids in enumerate(example.token_ids)]),
+            token_ids=np.array(
+                [
+                    marks[t // 3 % 3] if t % 3 == 2 and (is_trained or not example.extras) else token_id
+                    for t, (token_id, is_trained) in enumerate(zip(example.token_ids, example.loss_mask, strict=True))
+                ]
+            ),
             loss_mask=np.array([True, *example.loss_mask[1:]]),
             weights=np.array([_WEIGHTS[t % 4] for t in range(len(example.token_ids))]),
             row_id=f"{example.row_id} (varied)",

@@ -14,21 +14,24 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from sftx import atomic_files
 from sftx.assembly.stages import RESERVED_METRICS, CollatorStage, MetricStage
 from sftx.config.options import GenerationConfig
+from sftx.data.collate import pad
 from sftx.data.dataset import Dataset, Examples
+from sftx.data.row_encoder import Question
 from sftx.distributed.process_group import ProcessGroup
 from sftx.errors import PluginError, TrainingError, counted, is_out_of_memory
 from sftx.events import EvalReport, Sample
-from sftx.model.generation import generate_greedy
+from sftx.model.generation import embed_prompts, generate_greedy
 from sftx.model.language_model import CausalLM
 from sftx.phases import Phase, phase
 from sftx.trainer.evidence import choose_row, token_losses
 from sftx.trainer.parallel import ParallelStrategy
 from sftx.trainer.precision import Precision
-from sftx.types import Batch
+from sftx.types import Batch, Example
 
 
 class Evaluator:
@@ -82,9 +85,14 @@ class Evaluator:
                 option = "generation.batch_size"
                 with _explain_out_of_memory(lm, f"step {step}: to answer", option, self._generation_batch_size):
                     samples = self._samples(lm) if self._metrics else ()
-                row = choose_row(self._examples)
+                row = choose_row(self._examples, cut=not lm.embeds_extras)
+                collate = self._collator.collate if lm.embeds_extras else pad
                 with phase("evaluating", "the tokens of one row"):
-                    losses = None if row is None else self._strategy.step.call_in_forward(lambda: token_losses(lm, row))
+                    losses = (
+                        None
+                        if row is None
+                        else self._strategy.step.call_in_forward(lambda: token_losses(lm, row, collate))
+                    )
         finally:
             lm.train(training)
         with phase("evaluating", "answers"):
@@ -142,17 +150,29 @@ class Evaluator:
             for number, question in enumerate(self._questions)
         )
 
-    def _answer(self, lm: CausalLM, progress: Phase) -> dict[int, list[int]]:
-        """Return the token ids of the answers by the number of the question."""
-        answered = {}
-        for number, ids in generate_greedy(
+    def _generate(
+        self, lm: CausalLM, questions: Sequence[Question], check_stop: Callable[[], None] = lambda: None
+    ) -> Iterator[tuple[int, list[int]]]:
+        """Yield the index of a question and the token ids of its answer."""
+
+        def embed(indices: Sequence[int]) -> list[Tensor]:
+            prompts = [_prompt_example(questions[index], number) for number, index in enumerate(indices)]
+            return embed_prompts(lm, self._collator.collate, prompts)
+
+        return generate_greedy(
             lm,
-            [question.prompt_ids for question in self._questions],
+            [question.prompt_ids for question in questions],
             max_new_tokens=self._max_new_tokens,
             stop_ids=self._stop_ids,
             batch_size=self._generation_batch_size,
-            check_stop=self.check_stop,
-        ):
+            check_stop=check_stop,
+            embed=embed if lm.embeds_extras else None,
+        )
+
+    def _answer(self, lm: CausalLM, progress: Phase) -> dict[int, list[int]]:
+        """Return the token ids of the answers by the number of the question."""
+        answered = {}
+        for number, ids in self._generate(lm, self._questions, self.check_stop):
             answered[number] = ids
             progress.update()
         return answered
@@ -167,17 +187,17 @@ class Evaluator:
             self.check_stop()
             together = batches[start : start + self._process_group.world_size]
             for batch in together[self._process_group.rank :][:1]:
-                for index, ids in generate_greedy(
-                    lm,
-                    [self._questions[number].prompt_ids for number in batch],
-                    max_new_tokens=self._max_new_tokens,
-                    stop_ids=self._stop_ids,
-                    batch_size=size,
-                ):
+                for index, ids in self._generate(lm, [self._questions[number] for number in batch]):
                     answered[batch[index]] = ids
             progress.update(sum(map(len, together)))
         gathered = self._process_group.all_gather(answered)
         return {number: ids for one in gathered for number, ids in one.items()}
+
+
+def _prompt_example(question: Question, group: int) -> Example:
+    """Return a question as an example for a collator, with a group of its own; nothing of it is trained."""
+    token_ids = np.asarray(question.prompt_ids, np.int32)
+    return Example(token_ids, np.zeros(len(token_ids), np.bool_), question.row_id, group, extras=question.extras)
 
 
 def _batches(examples: Examples, batch_size: int) -> list[NDArray[np.int64]]:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from sftx.data.collate import pad
 from sftx.data.token_text import token_texts
 from sftx.events import TokenLosses
-from sftx.types import Example
+from sftx.types import Batch, Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,12 +53,17 @@ def shown_rows(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, 
     return rows
 
 
-def choose_row(examples: Examples) -> Example | None:
-    """Return the first example of a readable length, or else the nearest to it, cut; None if there is none."""
+def choose_row(examples: Examples, *, cut: bool = True) -> Example | None:
+    """Return the first example of a readable length, or else the nearest to it; None if there is none.
+
+    `cut` shortens it to a readable length, which would part extras from the tokens that stand for them.
+    """
     if not len(examples):
         return None
     distances = [max(_MIN_LENGTH - length, length - _MAX_LENGTH, 0) for length in examples.lengths.tolist()]
     example = examples[distances.index(min(distances))]
+    if not cut:
+        return example
     return dataclasses.replace(
         example,
         token_ids=example.token_ids[:_MAX_LENGTH],
@@ -67,18 +72,18 @@ def choose_row(examples: Examples) -> Example | None:
     )
 
 
-def token_losses(lm: CausalLM, example: Example) -> TokenLosses:
+def token_losses(lm: CausalLM, example: Example, collate: Callable[[Sequence[Example]], Batch] = pad) -> TokenLosses:
     """Return the negative log-likelihood, in nats, of every token of the row, label or not, from one forward pass.
 
-    The caller decides about gradients, dropout and autocast.
+    The caller decides about gradients, dropout and autocast; `collate` makes the extras that adapters embed.
     """
     import numpy as np  # not above: the commands that read evidence need no numpy
 
     all_labels = dataclasses.replace(example, loss_mask=np.ones(len(example.token_ids), np.bool_), weights=None)
-    batch = pad([all_labels]).to(lm.device)
+    batch = collate([all_labels]).to(lm.device)
     hidden_BTD = lm.hidden(batch).hidden_BTD
     out = lm.cross_entropy(hidden_BTD, batch.labels_BT, num_valid=batch.num_label_tokens, reduction="none")
-    losses: list[float] = out.loss.tolist()  # at each position the loss of the token after it
+    losses: list[float] = out.loss.tolist()[: len(example.token_ids)]  # at each position the loss of the token after it
     return TokenLosses(
         row_id=example.row_id,
         tokens=tuple(token_texts(example.token_ids.tolist(), lm.tokenizer)),

@@ -338,7 +338,7 @@ def test_a_batch_has_the_extras_of_the_data_or_of_a_sample(
     totals = []
     for path in (data, tmp_path / "none.jsonl"):
         plan = planner(tiny, "lora", "chatml", "dpo", **{"data.train": str(path)})
-        assert [dict(extras) for extras in plan.dry_runner.extras] == [{"dpo_side": "chosen"}, {"dpo_side": "rejected"}]
+        assert [dict(one.extras) for one in plan.dry_runner.group] == [{"dpo_side": "chosen"}, {"dpo_side": "rejected"}]
         totals.append(plan.estimate(rows=3).num_tokens)
     assert totals == [2 * 3 * 32] * 2
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +25,8 @@ from transformers import (
 )
 
 from architectures import SHAPE
-from sftx import Batch, Example, ModelError
+from sftx import Adapter, Batch, Example, ModelError, PluginError, pack, pad
+from sftx.model.generation import embed_prompts
 from sftx.model.language_model import CausalLM
 from sftx_plugins.collators.padded import Padded
 from sftx_plugins.losses.masked_ce import MaskedCE
@@ -208,3 +212,72 @@ def test_a_batch_moves_with_all_its_tensors() -> None:
     assert moved.input_ids_BT.device.type == moved.labels_BT.device.type == moved.extras["scores"].device.type == "meta"
     assert moved.num_label_tokens == batch.num_label_tokens
     assert batch.input_ids_BT.device.type == "cpu"
+
+
+class Swaps(Adapter):
+    """Gives one token the embedding of the token that extras name for its document."""
+
+    PLACEHOLDER = 3
+
+    def embed(self, batch: Batch, embeds_BTD: torch.Tensor) -> torch.Tensor:
+        other_PD = self.embedding(batch.extras["others"])
+        return embeds_BTD.masked_scatter((batch.input_ids_BT == self.PLACEHOLDER)[..., None], other_PD)
+
+    def attach(self, lm: Any) -> None:
+        self.embedding = lm.model.get_input_embeddings()
+
+    def disabled(self) -> Any:
+        return contextlib.nullcontext()
+
+    def save(self, directory: Path) -> None: ...
+    def load(self, directory: Path) -> None: ...
+    def merge(self, lm: Any) -> None: ...
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("name", ["llama", "gemma2 (soft cap)", "gemma3", "gpt2", "granite (logit scaling)"])
+def test_a_replaced_embedding_computes_what_its_token_computes(name: str, packed: bool) -> None:
+    """In the forward of a loss and in answers, and not where the model is to be what it was before training."""
+    lm = CausalLM(model_of(name), None)  # type: ignore[arg-type]
+    lm.attach({"swaps": Swaps()})
+    others = (17, 90, 140)
+    asked: list[Example] = []
+    meant: list[Example] = []
+    for example, other in zip(examples(), others, strict=True):
+        ids = example.token_ids.copy()
+        ids[ids == Swaps.PLACEHOLDER] = 4
+        for token, rows in ((Swaps.PLACEHOLDER, asked), (other, meant)):
+            ids[2] = token
+            rows.append(dataclasses.replace(example, token_ids=ids.copy()))
+
+    def collate(rows: Any) -> Batch:
+        batch = (pack if packed else pad)(rows)
+        batch.extras["others"] = torch.tensor([others[row.group] for row in rows])
+        return batch
+
+    with torch.no_grad():
+        with lm.ignoring_extras():
+            expected_BTD = lm.hidden(collate(meant)).hidden_BTD
+        torch.testing.assert_close(lm.hidden(collate(asked)).hidden_BTD, expected_BTD)
+        with lm.without_adapters():
+            assert (lm.hidden(collate(asked)).hidden_BTD - expected_BTD).abs().max() > 1e-2
+        lm.check()  # its tokens have no extras
+
+    def embed(indices: Any) -> Any:
+        return embed_prompts(lm, collate, [asked[index] for index in reversed(indices)])[::-1]
+
+    options: dict[str, Any] = {"max_new_tokens": 6, "stop_ids": (), "batch_size": 2}
+    prompts, of_meant = ([row.token_ids.tolist() for row in rows] for rows in (asked, meant))
+    answers = answers_in_order(lm, prompts, **options, embed=embed)
+    assert answers == answers_in_order(lm, of_meant, **options)
+    assert answers != answers_in_order(lm, prompts, **options)
+
+
+def test_a_collator_that_changes_prompts_is_refused() -> None:
+    lm = CausalLM(model_of("llama"), None)  # type: ignore[arg-type]
+
+    def cut(rows: Any) -> Batch:
+        return pad([dataclasses.replace(row, token_ids=row.token_ids[1:], loss_mask=row.loss_mask[1:]) for row in rows])
+
+    with torch.no_grad(), pytest.raises(PluginError, match="no document of row 0 with its 9 tokens"):
+        embed_prompts(lm, cut, examples())

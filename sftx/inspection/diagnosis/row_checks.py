@@ -8,7 +8,7 @@ from typing import Final
 
 import numpy as np
 
-from sftx.data.dataset import Examples, digest
+from sftx.data.dataset import Examples
 from sftx.data.held_out import describe_overlap, find_overlap
 from sftx.data.pipeline import Split
 from sftx.errors import counted
@@ -120,9 +120,8 @@ def leakage(inputs: CheckInputs) -> Iterator[Finding]:
 def _prompt_digests(examples: Examples) -> Iterator[bytes]:
     """Yield a digest of the tokens before the first label token; empty when there are only a few of them."""
     for at in range(len(examples)):
-        token_ids, loss_mask = examples.tokens(at)
-        first = int(loss_mask.argmax())
-        yield digest(token_ids[:first], loss_mask[:first]) if first >= _MIN_PROMPT_TOKENS else b""
+        first = int(examples.tokens(at)[1].argmax())
+        yield examples.prompt_digest(at, first) if first >= _MIN_PROMPT_TOKENS else b""
 
 
 def cut_rows(inputs: CheckInputs) -> Iterator[Finding]:

@@ -15,7 +15,7 @@ import copy
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -35,6 +35,7 @@ from sftx.assembly.registry import Assembly
 from sftx.config.options import TrainConfig
 from sftx.errors import ModelError, one_line
 from sftx.inspection.memory_plan.fake_tensors import (
+    BLANK,
     FakeStepTracker,
     gpu_products,
     make_batch,
@@ -43,14 +44,13 @@ from sftx.inspection.memory_plan.fake_tensors import (
     track_phases,
 )
 from sftx.inspection.memory_plan.memory_tracker import MemorySnapshot, MemoryTracker, Phase
-from sftx.inspection.memory_plan.run_size import GroupExtras
 from sftx.model.language_model import CausalLM
 from sftx.model.load import load_spec
 from sftx.trainer.layers import decoder_layers, prepare_layers
 from sftx.trainer.optimizer import RunOptimizer
 from sftx.trainer.parallel import TrainStep
 from sftx.trainer.precision import Precision
-from sftx.types import Batch, ModelSpec
+from sftx.types import Batch, Example, ModelSpec
 
 _FAKE_TENSOR_ERRORS: Final = (
     DataDependentOutputException,
@@ -98,8 +98,8 @@ class DryRunner:
     model: str
     trust_remote_code: bool = False
     on_gpu: bool = False
-    extras: GroupExtras = ({},)
-    """Those of the examples that one record becomes."""
+    group: Sequence[Example] = (BLANK,)
+    """The examples that one record becomes, of which each batch has copies."""
     _updates: dict[tuple[str, bool], _UpdateMemory] = field(default_factory=dict)
 
     @cached_property
@@ -211,7 +211,7 @@ class DryRunner:
         return [peak | {"optimizer": peak["optimizer"] + state} for peak in peaks]
 
     def _make_batch(self, rows: int, max_length: int) -> Batch:
-        return make_batch(self.assembly.collator(max_length), rows, max_length, self.extras)
+        return make_batch(self.assembly.collator(max_length), rows, max_length, self.group)
 
     def _update(self, config: TrainConfig) -> _UpdateMemory:
         # With several micro-batches gradients stay allocated between them, since later ones add to the first.

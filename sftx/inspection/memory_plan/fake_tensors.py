@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Iterator, Sequence
+from typing import Any, Final, cast
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sftx.inspection.memory_plan.memory_tracker import MemoryTracker, Phase
 from sftx.types import Batch, Collator, Example, Window
 from sftx_kernels import gemm, linear_cross_entropy_workspace
+
+BLANK: Final = Example(np.empty(0, np.int32), np.empty(0, np.bool_), "", 0)
+"""An example of which nothing is known yet."""
 
 
 class StepTracker(MemoryTracker):
@@ -73,19 +76,21 @@ class FakeStepTracker(StepTracker):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
-def make_batch(collator: Collator, rows: int, max_length: int, extras: Sequence[Mapping[str, Any]] = ({},)) -> Batch:
-    """Return a batch of the run's collator, whose rows it plans itself from groups of examples with these extras.
+def make_batch(collator: Collator, rows: int, max_length: int, group: Sequence[Example] = (BLANK,)) -> Batch:
+    """Return a batch of the run's collator, whose rows it plans itself from copies of this group of examples.
 
-    Examples but the first are one token shorter, so that padding needs a mask.
+    Each is made `max_length` tokens long; all but the first one less, so that padding needs a mask.
     """
     row_length: int | None = getattr(collator, "row_length", None)
-    length = max_length if row_length is None else row_length // len(extras)
+    length = max_length if row_length is None else row_length // len(group)
     examples: list[Example] = []
-    for group in range(rows):
-        for own in extras:
+    for number in range(rows):
+        for one in group:
             size = max(2, length - bool(examples))
             row_id = f"row {len(examples)}"
-            examples.append(Example(np.zeros(size, np.int32), np.ones(size, np.bool_), row_id, group, extras=own))
+            token_ids = np.zeros(size, np.int32)
+            token_ids[: len(one.token_ids)] = one.token_ids[:size]
+            examples.append(Example(token_ids, np.ones(size, np.bool_), row_id, number, extras=one.extras))
     lengths = [len(example.token_ids) for example in examples]
     groups = [example.group for example in examples]
     steps, _ = collator.plan(Window(lengths, groups, rows_per_step=rows))

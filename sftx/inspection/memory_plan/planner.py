@@ -23,7 +23,7 @@ from sftx.data.sampler import num_micro_batches
 from sftx.errors import SftxError, one_line
 from sftx.inspection.memory_plan import MAX_ROWS
 from sftx.inspection.memory_plan.dry_run import DryRunner
-from sftx.inspection.memory_plan.run_size import RunSize, group_extras, measure_run
+from sftx.inspection.memory_plan.run_size import RunSize, first_group, measure_run
 from sftx.inspection.memory_plan.sharded_memory import (
     ProcessMemory,
     Snapshots,
@@ -146,7 +146,7 @@ class Planner:
             names.resolve(self.config.model),
             trust_remote_code=self.config.trust_remote_code,
             on_gpu=self.device.is_gpu,
-            extras=group_extras(self.config, assembly),
+            group=first_group(self.config, assembly),
         )
 
     @property

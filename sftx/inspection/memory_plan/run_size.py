@@ -1,24 +1,26 @@
-"""The size of a run from its data: its steps, tokens and evaluations, and the extras of its examples."""
+"""The size of a run from its data: its steps, tokens and evaluations, and what its examples are like."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
 
 from sftx.assembly.registry import Assembly
 from sftx.assembly.stages import ParserStage
 from sftx.config.loading import LoadedConfig
-from sftx.config.options import RunConfig
+from sftx.config.options import Filters, RunConfig
 from sftx.data import sources
-from sftx.data.row_encoder import EncodedRow, parse_record
+from sftx.data.encoder import Encoder
+from sftx.data.row_encoder import EncodedRow, RowEncoder, parse_record
 from sftx.errors import DataError, SftxError
 from sftx.inspection.dataset_view import view_dataset
-from sftx.types import Location, Parsed
-
-GroupExtras: TypeAlias = tuple[Mapping[str, Any], ...]
-"""The extras of the examples that one record becomes: one, or those of a preference pair."""
+from sftx.inspection.memory_plan.fake_tensors import BLANK
+from sftx.model import names
+from sftx.model.load import load_tokenizer
+from sftx.types import Example, Location, Parsed
 
 
 @dataclass(frozen=True)
@@ -66,18 +68,25 @@ def measure_run(loaded: LoadedConfig) -> RunSize:
     )
 
 
-def group_extras(config: RunConfig, assembly: Assembly) -> GroupExtras:
-    """Return the extras of the examples of one record, which a collator may need: a preference pair has two sides.
+def first_group(config: RunConfig, assembly: Assembly) -> tuple[Example, ...]:
+    """Return the examples of one record, whose extras a collator may need: a preference pair has two sides.
 
     The record is the first of the run's data; without data, a sample of the plugin that also brings the collator or the
-    loss; without such a parser, a plain conversation.
+    loss; without such a parser, a plain conversation. Examples with extras have their tokens, some of which may stand
+    for the extras, if the model has a tokenizer; others have none.
     """
     parsers = assembly.parsers()
     if (parsed := _parse_first(config, parsers)) is None:
         owners = [active.info.name for hook in ("sftx_collator", "sftx_loss") for active in assembly.providers(hook)]
         parser = next((parsers[name] for name in owners if name in parsers), None)
         parsed = () if parser is None else parser.parse(parser.samples[0], Location("sample", 1))
-    return tuple(one.extras for one in parsed) or ({},)
+    if any(one.extras for one in parsed):
+        with contextlib.suppress(SftxError):  # planning needs no tokenizer
+            tokenizer = load_tokenizer(names.resolve(config.model), trust_remote_code=config.trust_remote_code)
+            encode = RowEncoder(parsers, Encoder(tokenizer, assembly.template(tokenizer)), config.data)
+            if examples := encode.encode(parsed, EncodedRow(Location("sample", 1)), Filters()).examples:
+                return tuple(examples)
+    return tuple(dataclasses.replace(BLANK, extras=one.extras) for one in parsed) or (BLANK,)
 
 
 def _parse_first(config: RunConfig, parsers: Mapping[str, ParserStage]) -> Sequence[Parsed] | None:
