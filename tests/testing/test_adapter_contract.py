@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
 from architectures import SHAPE, write_model
 from contracts import assert_every_clause_is_broken, assert_fails, assert_fails_only, whole_suite_cases
-from sftx import LanguageModel, ModelSpec, hookimpl
+from sftx import Batch, LanguageModel, ModelSpec, hookimpl
 from sftx.assembly.discovery import discover, hooks_of, load_class
 from sftx.testing import ContractError
 from sftx.testing.adapter import SUITE, check_adapter
@@ -348,6 +348,19 @@ class TakesTheLayersOfOthers(Good):
         super().attach(lm)
 
 
+class Mixes(Good):
+    """Its embeddings depend on the other rows of the batch."""
+
+    def embed(self, batch: Batch, embeds_BTD: Tensor) -> Tensor:
+        return embeds_BTD + embeds_BTD.mean((0, 1))
+
+
+class Notes(Good):
+    def embed(self, batch: Batch, embeds_BTD: Tensor) -> Tensor:
+        batch.extras["seen"] = embeds_BTD
+        return embeds_BTD
+
+
 BAD = [
     (TakesTheLayersOfOthers, "keeps-other-adapters", "attached after lora, it changes the logits by"),
     (NoAdapter, "made", "returned NoAdapter, expected an Adapter"),
@@ -384,6 +397,8 @@ BAD = [
     (PreparesTheSkeleton, "plans-on-meta", r"changed 1 .* \(first: model.embed_tokens.weight\)"),
     (IgnoresAddedTokens, "trains-added-tokens", "leaves their rows untrained in embedding and output head"),
     (ForgetsAddedTokens, "trains-added-tokens", "has other rows of added tokens"),
+    (Mixes, "embeds-each-document-alone", "embed gives samples:1 embeddings that differ by"),
+    (Notes, "embeds-each-document-alone", r"embed changed extras\['seen'\] of its batch"),
     (FillsTheSkeleton, "plans-on-meta", r"modules or tensors of spec.skeleton"),
 ]
 
