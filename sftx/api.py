@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 from sftx.assembly.discovery import options_class
+from sftx.assembly.peft_config import go_on_from_adapter
 from sftx.config import loading
 from sftx.config.loading import LoadedConfig
 from sftx.config.options import SECTION_CLASSES, DataConfig, Source
@@ -269,15 +270,17 @@ def _load(
         if plugin_options:
             values[f"plugins.{plugin}"] = (plugin_options, f"plugins[{plugin!r}]")
     without = values.pop("without", ((), ""))[0]
-    return loading.load(
-        file,
-        add=list(named),
-        remove=_names(without, "without"),
-        assignments=[
-            (name, plain := _json_value(value), f"{keyword}={reprlib.repr(plain)}")
-            for name, (value, keyword) in values.items()
-        ],
-        plugin_class=options_class,
+    return go_on_from_adapter(
+        loading.load(
+            file,
+            add=list(named),
+            remove=_names(without, "without"),
+            assignments=[
+                (name, plain := _json_value(value), f"{keyword}={reprlib.repr(plain)}")
+                for name, (value, keyword) in values.items()
+            ],
+            plugin_class=options_class,
+        )
     )
 
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 
-from sftx.assembly.discovery import discover, find, load_class
+from sftx.assembly.discovery import discover, find
+from sftx.assembly.peft_config import INIT_FROM, PEFT_CONFIG, read_peft_config
 from sftx.assembly.registry import Assembly
 from sftx.checkpoint import layout
 from sftx.checkpoint.checkpoint import load_weights
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
-
-_PEFT_CONFIG: Final = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -254,7 +252,8 @@ def _parts_of_run(weights: Path, run: Path, *, trust_remote_code: bool) -> _Part
     for name, options in config.plugins.items():
         # Other plugins of the run, such as a tracker, need not be installed here.
         if name not in stages or stages[name] & {"template", "adapter"}:
-            assembly.add(find(name, installed, origin=str(run / layout.RUN)), options)
+            kept = {key: value for key, value in options.items() if key != INIT_FROM}  # it is not what it began with
+            assembly.add(find(name, installed, origin=str(run / layout.RUN)), kept)
     has_adapters = bool(assembly.providers("sftx_adapter"))
     base = _resolve_base(config.model, f"model in {run / layout.RUN}") if has_adapters else str(weights)
     tokenizer = _load_tokenizer(weights, base, trust_remote_code=trust_remote_code)
@@ -286,9 +285,9 @@ def _parts_of_run(weights: Path, run: Path, *, trust_remote_code: bool) -> _Part
 def _parts_of_directory(weights: Path, *, trust_remote_code: bool) -> _Parts:
     assembly, installed = Assembly(Origins()), discover()
     token_ids: tuple[int, ...] = ()
-    if (weights / _PEFT_CONFIG).exists():
-        peft = _read_peft_config(weights / _PEFT_CONFIG)
-        base = _resolve_base(peft.base, f"base_model_name_or_path in {weights / _PEFT_CONFIG}")
+    if (weights / PEFT_CONFIG).exists():
+        peft = read_peft_config(weights / PEFT_CONFIG)
+        base = _resolve_base(peft.base, f"base_model_name_or_path in {weights / PEFT_CONFIG}")
         assembly.add(find(peft.plugin, installed), peft.options)
         token_ids = peft.token_ids
     else:
@@ -322,39 +321,3 @@ def _load_tokenizer(weights: Path, base: str, *, trust_remote_code: bool) -> Pre
     """Load the tokenizer that was saved with the weights, or that of the base model when there is none."""
     is_saved = any(weights.glob("tokenizer*"))
     return load_tokenizer(str(weights) if is_saved else base, trust_remote_code=trust_remote_code)
-
-
-def _read_peft_config(path: Path) -> _PeftConfig:
-    """Return which plugin's adapter PEFT saved, with its options, and what else its configuration says.
-
-    The plugin has the name of PEFT's type and a class method `options_of_peft`, which returns the options and the keys
-    that it has none for. Raises ModelError when there is no such plugin, or it cannot compute the variant.
-    """
-    advice = "merge the adapter with PEFT (merge_and_unload, save_pretrained) and load the merged model"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        peft_type, base = str(values["peft_type"]), values["base_model_name_or_path"]
-        installed = next((info for info in discover() if info.name == peft_type.lower()), None)
-        convert = getattr(load_class(installed), "options_of_peft", None) if installed is not None else None
-        if convert is None:
-            raise ModelError(f"{path}: has peft_type {peft_type}, which sftx cannot load; {advice}")
-        options, others = convert(values)
-        indices = values.get("trainable_token_indices") or ()
-        token_ids = [index for ids in indices.values() for index in ids] if isinstance(indices, dict) else indices
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        problem = f"{type(error).__name__}: {one_line(error)}"
-        raise ModelError(f"{path}: is no configuration of a PEFT adapter: {problem}") from error
-    if others or not base:
-        what = ", ".join(others) or "no base_model_name_or_path"
-        raise ModelError(f"{path}: has {what}, which sftx cannot load; {advice}")
-    return _PeftConfig(peft_type.lower(), options, str(base), tuple(sorted({*token_ids})))
-
-
-@dataclass(frozen=True)
-class _PeftConfig:
-    """What adapter_config.json says."""
-
-    plugin: str
-    options: Mapping[str, Any]
-    base: str
-    token_ids: tuple[int, ...]

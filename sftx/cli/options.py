@@ -13,6 +13,7 @@ from typing import Annotated, Any, Final, get_args, get_origin, get_type_hints
 import click
 
 from sftx.assembly.discovery import options_class
+from sftx.assembly.peft_config import go_on_from_adapter
 from sftx.config import loading, run_file
 from sftx.config.options import EMBEDDED_MODEL, SECTION_CLASSES, SECTIONS, RunConfig
 from sftx.config.options import flag as flag_of
@@ -187,6 +188,7 @@ def run_options(*sections: str) -> Callable[[Callable[..., Any]], Callable[..., 
                     assignments=[*assignments, *click.get_current_context().meta[_UNKNOWN]],
                     plugin_class=options_class,
                 )
+                loaded = go_on_from_adapter(loaded)
             return function(file=file, loaded=loaded, **rest)
 
         for section in reversed(sections):

@@ -72,14 +72,14 @@ def _check_directory(name: str, path: Path) -> None:
             raise refuse(f"is the directory of a run; its result is {path / 'model'}")
         if (path / "adapter").is_dir():
             raise refuse(
-                f"is the directory of a run whose result is an adapter; training goes on from merged weights: merge "
-                f"{path / 'adapter'} into its base with PEFT (merge_and_unload, save_pretrained)"
+                "is the directory of a run whose result is an adapter; add --plugin lora to train that on, or train on "
+                f"merged weights: sftx export {path} --to safetensors"
             )
         raise refuse("is the directory of a run that has no result yet; finish it with sftx run --resume")
     if (path / "adapter_config.json").is_file():
         raise refuse(
-            f"is an adapter of {_base_of(path)}; give that as --model, or merge the two with PEFT (merge_and_unload, "
-            "save_pretrained) to train on from it"
+            f"is an adapter of {_base_of(path)}; add --plugin lora to train it on, or give its base as --model to "
+            "begin a new one"
         )
     if not (path / "config.json").is_file():
         raise refuse(f"has no config.json{_kind_of(path)}; name the directory that save_pretrained wrote")

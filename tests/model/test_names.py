@@ -189,7 +189,7 @@ def test_the_tiny_model_has_a_name_of_its_own() -> None:
             "m",
             r"is the directory of a run that has no result yet; finish it with sftx run --resume",
         ),
-        (["adapter_config.json"], "m", r"is an adapter of a base model that it does not name; give that as --model"),
+        (["adapter_config.json"], "m", r"is an adapter of a base model that it does not name; add --plugin lora"),
         (["config.json", "model.safetensors"], "m/model.safetensors", r"is a file; name its directory, .*m, or a GGUF"),
         (["rows.jsonl"], "m/rows.jsonl", r"is a file; name the directory that save_pretrained wrote, or a GGUF file"),
     ],
@@ -205,7 +205,9 @@ def test_what_is_no_model_is_named(tmp_path: Path, files: list[str], name: str, 
 
 def test_an_adapter_names_its_base(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "owner/name"}))
-    with pytest.raises(ModelError, match="is an adapter of owner/name; give that as --model, or merge the two"):
+    with pytest.raises(
+        ModelError, match="is an adapter of owner/name; add --plugin lora to train it on, or give its base"
+    ):
         names.check(str(tmp_path))
 
 

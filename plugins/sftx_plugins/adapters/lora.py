@@ -139,6 +139,7 @@ class Lora(Targets):
             biases=self.find_biases(model, targets, saved),
             peft=self.peft_config(),
             loraplus_lr_ratio=self.loraplus_lr_ratio,
+            init_from=self.init_from,
         )
 
     def layer_options(self, targets: Sequence[str]) -> dict[str, LayerOptions]:

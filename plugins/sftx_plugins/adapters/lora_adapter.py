@@ -28,11 +28,13 @@ class LoraAdapter(Adapter):
         biases: Sequence[str] = (),
         peft: Mapping[str, Any],
         loraplus_lr_ratio: float = 1.0,
+        init_from: str | None = None,
     ) -> None:
         """Take the model's name, the paths of the modules to adapt, and those of the modules to train in full.
 
         `token_ids`: tokens whose rows are trained, by the path of the embedding or the head. `biases`: names of
         parameters that are trained too. `peft`: what is in adapter_config.json beside the model and its modules.
+        `init_from`: directory of an adapter whose weights are the first ones.
         """
         self._base = base
         self._targets = dict(targets)
@@ -41,6 +43,7 @@ class LoraAdapter(Adapter):
         self._biases = list(biases)
         self._peft = dict(peft)
         self._loraplus_lr_ratio = loraplus_lr_ratio
+        self._init_from = init_from
         self._layers: dict[str, LoraLayer] = {}
         self._token_rows: dict[str, token_rows.TokenRows] = {}
         self._full: dict[str, nn.Parameter] = {}
@@ -70,6 +73,8 @@ class LoraAdapter(Adapter):
             self._full[name] = parameter
         if self._token_ids:
             self._token_rows = token_rows.attach(model, self._token_ids)
+        if self._init_from is not None and next(iter(model.parameters())).device.type != "meta":
+            self.load(Path(self._init_from))
 
     def make_layer(
         self, path: str, base: nn.Module, options: LayerOptions, *, lm: LanguageModel, number: int

@@ -59,6 +59,10 @@ class Targets:
         tuple[str, ...],
         Field(description="Modules trained and saved in full, such as lm_head and embed_tokens."),
     ] = ()
+    init_from: Annotated[
+        str | None,
+        Field(description="Directory of an adapter to begin with, ours or PEFT's; --model DIR sets it with the base."),
+    ] = None
 
     def find(self, model: PreTrainedModel) -> tuple[list[str], list[str]]:
         """Return the paths of the modules to adapt and of those to train in full, all of the language model.
