@@ -227,6 +227,8 @@ def _assemble(prepared: _Prepared, times: PhaseTimes) -> Session:
     trainer = _build_trainer(config, assembly, loss, pipeline, sampler, precision, saved, process_group)
     lm = trainer.lm
     _check_fit(config, sampler, lm, eval_data)
+    if lm.reach is not None:
+        log.info("%s: %s", config.model, lm.reach)
     for line in lm.untrained_parts():
         log.warning("%s: %s", config.model, line)
 

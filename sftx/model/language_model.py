@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sftx.errors import ModelError
 from sftx.model import packed_attention
 from sftx.model.embeddings import replacing_embeddings
-from sftx.model.trained_parts import describe_untrained_parts, freeze_other_modalities
+from sftx.model.trained_parts import describe_reach, describe_untrained_parts, freeze_other_modalities
 from sftx.types import Adapter, Attention, Batch, HiddenOut
 from sftx_kernels import LinearCrossEntropyOutput, linear_cross_entropy
 
@@ -52,6 +52,8 @@ class CausalLM(nn.Module):
         self._ignores_extras = False
         self._supports_varlen: bool | None = None  # not known before the first packed batch
         self._num_base_parameters = sum(p.numel() for p in model.parameters())  # before adapters are attached
+        self.reach: str | None = None
+        """Says how much of the model adapters reach; None without adapters."""
         self._head = model.get_output_embeddings()
         if not isinstance(self._head, nn.Module) or not hasattr(self._head, "weight"):
             raise ModelError(f"{type(model).__name__} has no output head; sftx trains causal language models")
@@ -98,11 +100,14 @@ class CausalLM(nn.Module):
         """
         if adapters:
             self.requires_grad_(False)
+        base = {id(parameter) for parameter in self.model.parameters()}
         for name, adapter in adapters.items():
             adapter.attach(self)
             self.adapters[name] = adapter
         if not self.embeds_extras:  # its adapter may train a tower whose output it embeds
             freeze_other_modalities(self.model)
+        if adapters:
+            self.reach = describe_reach(self.model, base)
 
     def untrained_parts(self) -> list[str]:
         """Returns a line for each kind of weights that could be taken for trained, and is left as it is."""

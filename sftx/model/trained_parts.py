@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from collections import Counter
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from torch import nn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+_MAX_NAMED: Final = 8
 
 
 def is_multimodal(model: PreTrainedModel) -> bool:
@@ -54,6 +59,35 @@ def describe_untrained_parts(model: PreTrainedModel, num_parameters: int, *, has
         shares = ", ".join(f"{path}.{name} {share(parameters)}" for name, parameters in by_name.items())
         lines.append(f"not adapted: {shares} of the model's weights, which are parameters of {class_name}")
     return lines
+
+
+def describe_reach(model: PreTrainedModel, base: Collection[int]) -> str:
+    """Return a line that says how much of the model adapters reach, and which of its layers they leave out.
+
+    `base`: the ids of the parameters that the model had before. A weight is reached when its module has a trained
+    parameter, be it the weight itself. Weights of one kind in all layers are one entry, the largest first.
+    """
+    reached, total = 0, 0
+    left_out: Counter[str] = Counter()
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        own = list(module.named_parameters(recurse=False))
+        is_adapted = any(parameter.requires_grad for _, parameter in own)
+        for name, parameter in own:
+            if id(parameter) not in base or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            total += parameter.numel()
+            if is_adapted:
+                reached += parameter.numel()
+            elif isinstance(module, nn.Linear) or (parameter.ndim >= 2 and not isinstance(module, nn.Embedding)):
+                left_out[_without_layer(path) if name == "weight" else f"{_without_layer(path)}.{name}"] += (
+                    parameter.numel()
+                )
+    line = f"adapters reach {100 * reached / total:.1f} % of the model's weights"
+    names = [f"{name} {100 * size / total:.1f} %" for name, size in left_out.most_common(_MAX_NAMED)]
+    more = f" and {len(left_out) - len(names)} more kinds" if len(left_out) > len(names) else ""
+    return f"{line}; not {', '.join(names)}{more}" if names else line
 
 
 def _other_modalities(model: PreTrainedModel) -> list[tuple[str, nn.Parameter]]:

@@ -229,7 +229,9 @@ def test_weights_that_are_not_adapted_are_named(findings: Find, tmp_path: Path) 
 
     lora = ("chatml", "lora")
     experts = write_model(MIXTURES["mixtral"](), tmp_path / "mixtral")
-    found = of("untrained-weights", findings(GOOD, model=experts, plugins=lora, settings={"lora.allow_low_coverage": True}))
+    found = of(
+        "untrained-weights", findings(GOOD, model=experts, plugins=lora, settings={"lora.allow_low_coverage": True})
+    )
     assert [severity for severity, _ in found] == ["warning", "warning"]
     assert "not adapted: mlp.experts.gate_up_proj" in found[1][1]
     assert of("untrained-weights", findings(GOOD, model=experts)) == []

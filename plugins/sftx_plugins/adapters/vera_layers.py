@@ -27,7 +27,7 @@ class Projections(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         for name, shape in (("vera_A", (r, in_features)), ("vera_B", (out_features, r))):
             bound = math.sqrt(6 / shape[1])
-            values = torch.empty(shape).uniform_(-bound, bound, generator=generator)
+            values = torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=generator)
             self.register_buffer(name, values.to(device), persistent=False)
 
 

@@ -81,7 +81,7 @@ class ModelSize(NamedTuple):
     has_equal_layers: bool
     has_adapters: bool
     untrained_parts: tuple[str, ...]
-    """A line for each kind of weights that the run leaves as they are."""
+    """A line for each kind of weights that the run leaves as they are, and how much of them adapters reach."""
 
 
 class _UpdateMemory(NamedTuple):
@@ -126,7 +126,7 @@ class DryRunner:
                 num_layers=len(layers),
                 has_equal_layers=_layer_list(lm.model) is not None and all(s == structures[0] for s in structures),
                 has_adapters=bool(lm.adapters),
-                untrained_parts=tuple(lm.untrained_parts()),
+                untrained_parts=(*lm.untrained_parts(), *([lm.reach] if lm.reach else [])),
             )
 
     def num_tokens(self, rows: int, max_length: int) -> int:

@@ -93,7 +93,7 @@ class RunPlan:
     price: float | None
     assumptions: tuple[str, ...]
     untrained_parts: tuple[str, ...]
-    """A line for each kind of weights that the run leaves as they are."""
+    """A line for each kind of weights that the run leaves as they are, and how much of them adapters reach."""
 
 
 @dataclass
