@@ -76,7 +76,7 @@ class LoraLayer(nn.Module):
             self.register_parameter(name, parameter)
         for name, buffer in base._buffers.items():
             self.register_buffer(name, buffer, persistent=name not in base._non_persistent_buffers_set)
-        self.base = (base,)  # in a tuple, so that it is no submodule, whose tensors would have two names
+        self.base = [base]  # in a list, so that it is no submodule, whose tensors would have two names
         self.enabled = True
         self.options = options
         self.scaling = options.scaling
@@ -284,7 +284,7 @@ class LoraHead(LowRank):
     def __init__(self, base: nn.Module, options: LayerOptions, *, run_seed: Tensor, number: int) -> None:
         nn.Module.__init__(self)
         self.enabled, self.options, self.scaling = True, options, options.scaling
-        self.base = (base,)
+        self.base = [base]
         self.add_parameters(self.base_weight(), cast(Tensor, base.weight).device)
 
     def base_weight(self) -> Tensor:
