@@ -128,8 +128,10 @@ class EvalReport:
     metrics: Mapping[str, float]
     """`loss` and what else the loss counts, means over its denominator; then the metric plugins' means."""
     samples: tuple[Sample, ...] = ()
+    """The answered rows; empty without a metric."""
     seconds: float = 0.0
     token_losses: TokenLosses | None = None
+    """Those of one row, the same in every evaluation; None without held-out rows."""
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,7 @@ class PlainText:
 
     text: str
     extras: Mapping[str, Any] = field(default_factory=dict)
+    """As those of a `Conversation`."""
 
 
 @dataclass(frozen=True)
@@ -109,10 +110,13 @@ class Tokens:
 
     token_ids: tuple[int, ...]
     loss_mask: tuple[bool, ...]
+    """True for each token that is trained; as long as `token_ids`."""
     extras: Mapping[str, Any] = field(default_factory=dict)
+    """As those of a `Conversation`."""
 
 
 Parsed: TypeAlias = Conversation | PlainText | Tokens
+"""What a parser makes of a record."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,7 @@ class Example:
     weights: NDArray[np.float32] | None = None
     """[T], loss weight of each token; None stands for all ones."""
     extras: Mapping[str, Any] = field(default_factory=dict)
+    """What the parser gave the conversation; each piece of a row that is cut or split has all of them."""
 
     def __post_init__(self) -> None:
         import numpy as np

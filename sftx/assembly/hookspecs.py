@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 PROJECT: Final = "sftx"
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
+"""Marks a method of a plugin as the implementation of the hook of that name."""
 
 
 @hookspec

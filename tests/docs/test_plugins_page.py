@@ -16,8 +16,6 @@ from sftx.assembly.hookspecs import RETURNS
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "plugins.md").read_text(encoding="utf-8")
-EXAMPLES_EXPECTED: frozenset[str] = frozenset()
-"""The hooks whose page has a complete example; once all have one, none may lack it."""
 TUTORIAL = PAGE.partition("## A plugin in ten minutes")[2].partition("\n## ")[0]
 
 
@@ -91,10 +89,8 @@ def test_the_example_of_each_page_keeps_the_contract(
 
     page = (DOCS / "hooks" / f"{hook}.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
-    if not blocks and hook not in EXAMPLES_EXPECTED:
-        return
     (block,) = blocks
-    assert block.count("\n") <= 40
+    assert block.count("\n") <= (70 if hook == "adapter" else 40)  # an adapter has five methods to write
     (tmp_path / f"page_of_{hook}.py").write_text(block, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     module = importlib.import_module(f"page_of_{hook}")
