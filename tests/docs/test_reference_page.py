@@ -135,24 +135,24 @@ def _members(node: ast.ClassDef) -> Iterator[tuple[Definition, str]]:
             case ast.AnnAssign(target=ast.Name(id=name)) if not name.startswith("_"):
                 fields.append((member, _string(below)))
             case ast.FunctionDef(name=name) if not name.startswith("_") or name == "__call__":
-                is_property = any(ast.unparse(decorator) == "property" for decorator in member.decorator_list)
+                is_property = _is_property(member)
                 (fields if is_property else methods).append((member, ast.get_docstring(member) or ""))
     yield from fields
     yield from methods
 
 
+def _is_property(node: ast.FunctionDef) -> bool:
+    return any(ast.unparse(decorator).endswith("property") for decorator in node.decorator_list)
+
+
 def _bullet(node: Definition, doc: str) -> str:
     if isinstance(node, ast.FunctionDef):
-        is_property = any(ast.unparse(decorator) == "property" for decorator in node.decorator_list)
+        is_property = _is_property(node)
         returned = "" if node.returns is None else ast.unparse(node.returns)
         what = f"{node.name}: {returned}" if is_property else " ".join(_signature(node).split())
         what = what.replace("( ", "(").replace(",)", ")").replace(", )", ")")
     else:
-        what = re.sub(
-            r"field\(default_factory=(dict|list)\)",
-            lambda kind: {"dict": "{}", "list": "[]"}[kind[1]],
-            ast.unparse(node),
-        )
+        what = ast.unparse(node).replace("field(default_factory=dict)", "{}")
     first, _, rest = paragraphs(doc).partition("\n\n")
     first = " ".join(first.split())
     shown = f"- `{what}`" + (f": {first}" if first else "")
@@ -185,6 +185,8 @@ def paragraphs(doc: str) -> str:
     for number, line in enumerate(lines):
         if named := re.match(r"    (\w+(?:, \w+)*): ", line):
             lines[number] = f"- `{named[1]}`: {line[named.end() :]}"
+        elif re.match(r"`\w+`(, `\w+`)*: ", line):
+            lines[number] = f"- {line}"
         elif line in ("Args:", "Returns:", "Raises:"):
             lines[number] = f"{line}\n"
         elif line.startswith("    "):
