@@ -7,6 +7,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,18 +73,20 @@ def describe_reach(model: PreTrainedModel, base: Collection[int]) -> str:
     seen: set[int] = set()
     for path, module in model.named_modules():
         own = list(module.named_parameters(recurse=False))
-        is_adapted = any(parameter.requires_grad for _, parameter in own)
+        is_parametrised = isinstance(module, ParametrizationList)
         for name, parameter in own:
+            trained = [p for p in module.parameters(recurse=is_parametrised) if p.requires_grad]
+            # A parametrisation may train some rows alone, and then no tensor of its own has the size of the weight.
+            is_adapted = any(not is_parametrised or parameter.shape[0] in p.shape for p in trained)
             if id(parameter) not in base or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
             total += parameter.numel()
             if is_adapted:
                 reached += parameter.numel()
-            elif isinstance(module, nn.Linear) or (parameter.ndim >= 2 and not isinstance(module, nn.Embedding)):
-                left_out[_without_layer(path) if name == "weight" else f"{_without_layer(path)}.{name}"] += (
-                    parameter.numel()
-                )
+            elif parameter.ndim >= 2 and not isinstance(module, nn.Embedding | ParametrizationList):
+                kind = _without_layer(path) if name == "weight" else f"{_without_layer(path)}.{name}"
+                left_out[kind] += parameter.numel()
     line = f"adapters reach {100 * reached / total:.1f} % of the model's weights"
     names = [f"{name} {100 * size / total:.1f} %" for name, size in left_out.most_common(_MAX_NAMED)]
     more = f" and {len(left_out) - len(names)} more kinds" if len(left_out) > len(names) else ""

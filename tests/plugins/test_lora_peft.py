@@ -353,3 +353,38 @@ def test_vera_computes_and_saves_what_peft_does(
     merged = theirs.merge_and_unload().state_dict()
     for key, tensor in lm.model.state_dict().items():
         torch.testing.assert_close(tensor, merged[key], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"target_modules": ["lm_head"], "lora_dropout": 0.1}, "lm_head.*lora_dropout"),
+        ({"target_modules": ["embed_tokens"], "use_dora": True}, "embed_tokens.*use_dora"),
+        ({"target_modules": ["embed_tokens"], "trainable_token_indices": [3]}, "embed_tokens.*trainable_token_indices"),
+        ({"layers_to_transform": [2]}, r"layers_to_transform: \[2\].*layers 0 to 1"),
+        ({"layers_pattern": ["layers"]}, "layers_pattern.*without layers_to_transform"),
+        ({"layers_to_transform": [1], "target_modules": ".*q_proj"}, "list of target_modules"),
+        ({"exclude_modules": ["wq"]}, r"exclude_modules \['wq'\]"),
+        ({"exclude_modules": ".*"}, "exclude_modules.*every layer"),
+        ({"rank_pattern": {"wq": 2}}, "rank_pattern 'wq' matches none"),
+        ({"init_lora_weights": "pissa", "r": 24}, "pissa needs a rank of at most 16.*k_proj"),
+        ({"bias": "all"}, "bias: all trains nothing"),
+        ({"trainable_token_indices": {"wq": [1]}}, "'wq' is neither the embedding"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_refused(options: dict[str, Any], said: str, models: Callable[[str], Path]) -> None:
+    with pytest.raises(ConfigError, match=said):
+        attached(models("llama"), **{"r": 4, **options})
+
+
+def test_a_run_says_how_much_of_the_model_is_reached(models: Callable[[str], Path]) -> None:
+    lm, _ = attached(models("llama"), r=4, target_modules=["q_proj", "lm_head"])
+    weights = dict(base(models("llama")).named_parameters())
+    total = sum(p.numel() for p in weights.values())
+    queries = sum(p.numel() for name, p in weights.items() if "q_proj" in name)
+    ups = sum(p.numel() for name, p in weights.items() if "up_proj" in name)
+    assert lm.reach is not None
+    share = 100 * (queries + weights["lm_head.weight"].numel()) / total
+    assert lm.reach.startswith(f"adapters reach {share:.1f} % of the model's weights; not ")
+    assert f"mlp.up_proj {100 * ups / total:.1f} %" in lm.reach
