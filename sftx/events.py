@@ -122,11 +122,12 @@ class TokenLosses:
 
 @dataclass(frozen=True)
 class EvalReport:
-    """One evaluation on held-out rows; step 0 is the model before training."""
+    """One evaluation of the model; step 0 is the model before training."""
 
     step: int
     metrics: Mapping[str, float]
-    """`loss` and what else the loss counts, means over its denominator; then the metric plugins' means."""
+    """`loss` and what else the loss counts, means over its denominator; then the scores of metrics and of evaluators.
+    Without held-out rows, the scores of evaluators alone."""
     samples: tuple[Sample, ...] = ()
     """The answered rows; empty without a metric."""
     seconds: float = 0.0

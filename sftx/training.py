@@ -34,7 +34,7 @@ from sftx.phases import PhaseTimes, listening, phase
 if TYPE_CHECKING:
     import torch
 
-    from sftx.assembly.stages import LossStage, MetricStage
+    from sftx.assembly.stages import EvaluatorStage, LossStage, MetricStage
     from sftx.data.dataset import Dataset
     from sftx.data.pipeline import DataPipeline
     from sftx.data.sampler import Sampler
@@ -191,7 +191,7 @@ def _assemble(prepared: _Prepared, times: PhaseTimes) -> Session:
         from sftx.inspection.diagnosis.start_checks import log_start_checks
         from sftx.model.generation import read_generation_settings
         from sftx.trainer import precision as precisions
-        from sftx.trainer.evaluate import Evaluator
+        from sftx.trainer.evaluate import ModelEvaluator
         from sftx.trainer.evidence import shown_rows
         from sftx.trainer.observers import Observers
         from sftx.trainer.run_writer import RunWriter
@@ -213,13 +213,14 @@ def _assemble(prepared: _Prepared, times: PhaseTimes) -> Session:
     controls = process_group.all_or_raise(lambda: assembly.controls() if process_group.is_rank0 else {})
     with phase("loading", "the tokenizer"):
         pipeline = process_group.rank0_first(lambda: build_pipeline(config, assembly, prepared.loaded.origins))
-    metrics = assembly.metrics()
+    all_metrics = assembly.metrics()
+    evaluators = process_group.all_or_raise(assembly.evaluators)
     loss = assembly.loss()
     _check_loss(config, loss, process_group.world_size, has_adapters=bool(assembly.providers("sftx_adapter")))
     # Rank 0 encodes; where the rows are many, the other ranks find them in the cache.
     data = process_group.rank0_first(pipeline.load_train)
-    eval_data = process_group.rank0_first(lambda: pipeline.load_eval(questions=bool(metrics)))
-    _check_evaluation(config, eval_data, metrics)
+    eval_data = process_group.rank0_first(lambda: pipeline.load_eval(questions=bool(all_metrics or evaluators)))
+    metrics = _check_evaluation(config, assembly, eval_data, all_metrics, evaluators)
     process_group.run_on_rank0(lambda: check_overlap(data, eval_data, config.data.max_overlap))
     with phase("planning", "steps"):
         sampler = pipeline.sampler(data, config.train)
@@ -253,12 +254,14 @@ def _assemble(prepared: _Prepared, times: PhaseTimes) -> Session:
         sampler=sampler,
         lm=lm,
         trainer=trainer,
-        evaluator=Evaluator(
+        evaluator=ModelEvaluator(
             eval_data,
             collator=pipeline.collator,
             strategy=trainer.strategy,
             process_group=process_group,
             metrics=metrics,
+            evaluators=evaluators,
+            encoder=pipeline.encoder,
             precision=precision,
             stop_ids=pipeline.encoder.stop_ids,
             batch_size=config.train.per_device_eval_batch_size,
@@ -394,20 +397,43 @@ def _load_model(
 # --- checks and the manifest ----------------------------------------------------------------------
 
 
-def _check_evaluation(config: RunConfig, eval_data: Dataset, metrics: Mapping[str, MetricStage]) -> None:
-    """Raise ConfigError when options ask for an evaluation that the held-out rows do not allow."""
+def _check_evaluation(
+    config: RunConfig,
+    assembly: Assembly,
+    eval_data: Dataset,
+    metrics: Mapping[str, MetricStage],
+    evaluators: Mapping[str, EvaluatorStage],
+) -> Mapping[str, MetricStage]:
+    """Return the metrics that can score something: without held-out conversations those of larger plugins are left out.
+
+    Raises ConfigError when options ask for an evaluation that the held-out rows do not allow.
+    """
     if metrics and not eval_data.questions:
-        raise ConfigError(
-            f"the metric {', '.join(metrics)} needs held-out conversations that end with an assistant's turn; "
-            "give some with --eval-data or --eval-fraction, or leave the metric out"
-        )
+        needs = "needs held-out conversations that end with an assistant's turn"
+        if alone := [name for name in metrics if not assembly.has_other_hooks(name, "sftx_metric")]:
+            raise ConfigError(
+                f"the metric {', '.join(alone)} {needs}; give some with --eval-data or --eval-fraction, or leave the "
+                "metric out"
+            )
+        log.warning("the metric of %s is left out: it %s", ", ".join(map(str, metrics.values())), needs)
+        metrics = {}
+    if len(eval_data.examples):
+        return metrics
     options = config.train
+    if evaluators:
+        if options.best_metric in ("loss", "perplexity"):
+            raise ConfigError(
+                f"option 'train.metric_for_best_model': without held-out rows there is no {options.best_metric}; name "
+                f"a score of {', '.join(evaluators)}, or give rows with --eval-data or --eval-fraction"
+            )
+        return metrics
     for name, value in (("metric_for_best_model", options.best_metric), ("eval_steps", options.eval_steps)):
-        if value is not None and not len(eval_data.examples):
+        if value is not None:
             raise ConfigError(
                 f"option 'train.{name}' needs held-out rows; give some with --eval-data or --eval-fraction, or leave "
                 "it out"
             )
+    return metrics
 
 
 def _check_schedule(config: TrainConfig, num_steps: int) -> None:

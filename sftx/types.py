@@ -172,6 +172,28 @@ class Example:
         return int(self.loss_mask[1:].sum())
 
 
+@dataclass(frozen=True)
+class HeldOutRow:
+    """A held-out conversation that ends with an assistant's turn: what is asked, and the answer that is expected."""
+
+    row_id: str
+    """Place of the record in its source."""
+    prompt: str
+    """Content of the last turn before the answer, as a person reads it."""
+    prompt_ids: list[int]
+    """[T], token ids after which the model is to answer, rendered by the run's template."""
+    reference: str
+    """The expected answer, decoded as generated answers are."""
+    format: str = ""
+    """Name of the parser that read the record."""
+    messages: tuple[Message, ...] = ()
+    """The turns before the answer."""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """Functions that may be called, as in `Conversation.tools`."""
+    extras: Mapping[str, Any] = field(default_factory=dict)
+    """What the parser added to the conversation, as JSON values."""
+
+
 # --- from examples to a loss --------------------------------------------------------------------
 
 Row: TypeAlias = tuple[int, ...]
@@ -465,12 +487,82 @@ class Adapter(ABC):
 class Metric(Protocol):
     """Scores generated answers. The mean over the held-out rows is reported; several scores by their names.
 
+    It is asked for rows of every format. A metric that is not meant for all of them takes a third parameter
+    `row: HeldOutRow` and returns None for a row that it declines: means are over the other rows.
+
     A metric whose score of a whole set is not the mean of its rows' (BLEU) may have a method
-    `corpus(predictions: Sequence[str], references: Sequence[str]) -> float | Mapping[str, float]`, whose score is
-    reported in place of the mean.
+    `corpus(predictions: Sequence[str], references: Sequence[str]) -> float | Mapping[str, float] | None`, whose score
+    is reported in place of the mean. It may take a third parameter `rows: Sequence[HeldOutRow]`.
     """
 
-    def __call__(self, prediction: str, reference: str) -> float | Mapping[str, float]: ...
+    def __call__(
+        self, prediction: str, reference: str, *args: Any, **kwargs: Any
+    ) -> float | Mapping[str, float] | None:
+        """Score one answer. `row` is passed by its name, to a metric that has a parameter of that name."""
+
+
+class Evaluation(Protocol):
+    """One evaluation of the model of a run, as evaluators see it.
+
+    An evaluator runs in every process of a run. Each must call the methods below in the same order with the same
+    arguments: the work is divided among the processes, and each gets all results. No gradients are computed, and the
+    model is in evaluation mode.
+    """
+
+    @property
+    def lm(self) -> LanguageModel:
+        """The model. Under FSDP2 all its parameters are gathered for the time of the evaluation."""
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done; 0 is the model before training."""
+
+    @property
+    def rows(self) -> Sequence[HeldOutRow]:
+        """The held-out conversations that end with an assistant's turn; empty without held-out rows."""
+
+    @property
+    def examples(self) -> Sequence[Example]:
+        """All held-out rows, encoded; empty without held-out rows."""
+
+    def encode(self, prompt: str | Conversation, continuation: str = "") -> tuple[list[int], list[int]]:
+        """Return the token ids of a prompt, and those of `continuation` right after it.
+
+        A conversation, whose last turn is to be answered, is rendered by the run's template, and the continuation is
+        encoded as its answer, without the stop token. A text is encoded as it is, after the tokenizer's first token
+        (bos) where it has one; there, a space between the two belongs to the continuation. Raises DataError.
+        """
+
+    def generate(
+        self,
+        prompts: Sequence[str | Conversation | Sequence[int]],
+        *,
+        max_new_tokens: int | None = None,
+        stop: Sequence[str] = (),
+    ) -> list[str]:
+        """Answer each prompt with the most likely tokens, up to the template's stop token or one of the texts `stop`.
+
+        `max_new_tokens` is the run's `generation.max_new_tokens` by default. The answers have no control tokens.
+        """
+
+    def log_likelihoods(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, bool]]:
+        """Return how likely the second token ids of each pair are after the first, which are at least one.
+
+        That is the sum of their log-probabilities in nats, and whether each of them is the most likely token. At most
+        one chunk of logits exists at a time.
+        """
+
+
+@runtime_checkable
+class Evaluator(Protocol):
+    """Scores the model itself, by whatever it asks of it: a benchmark, a task, an attack."""
+
+    def evaluate(self, evaluation: Evaluation) -> Mapping[str, float]:
+        """Return scores by name, finite numbers, which are reported beside the loss and the metrics.
+
+        Called at each evaluation, in every process; the scores of rank 0 are reported. It must leave the model as it
+        is. One that raises ends the run: a score that is missing could select no checkpoint.
+        """
 
 
 class Observer:

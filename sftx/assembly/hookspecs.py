@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 import pluggy
 
 from sftx.events import RunInfo
-from sftx.types import Adapter, Collator, Control, Loss, Metric, ModelSpec, Observer, Parser, Template
+from sftx.types import Adapter, Collator, Control, Evaluator, Loss, Metric, ModelSpec, Observer, Parser, Template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,6 +62,11 @@ def sftx_metric(run: RunInfo) -> Metric:  # type: ignore[empty-body]
 
 
 @hookspec
+def sftx_evaluator(run: RunInfo) -> Evaluator:  # type: ignore[empty-body]
+    """Return an evaluator, which scores the model at each evaluation. Any number."""
+
+
+@hookspec
 def sftx_control(run: RunInfo) -> Control:  # type: ignore[empty-body]
     """Return a control, which may evaluate, save, stop or change the learning rate after a step. Any number."""
 
@@ -81,6 +86,7 @@ RETURNS: Final[dict[str, type]] = {
     "sftx_adapter": Adapter,
     "sftx_loss": Loss,
     "sftx_metric": Metric,
+    "sftx_evaluator": Evaluator,
     "sftx_control": Control,
     "sftx_observer": Observer,
 }

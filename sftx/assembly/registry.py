@@ -21,6 +21,7 @@ from sftx.assembly.stages import (
     AdapterStage,
     CollatorStage,
     ControlStage,
+    EvaluatorStage,
     LossStage,
     MetricStage,
     ParserStage,
@@ -164,6 +165,11 @@ class Assembly:
         names = {implementation.plugin_name for implementation in getattr(self._manager.hook, hook).get_hookimpls()}
         return [active for name, active in self._active.items() if name in names]
 
+    def has_other_hooks(self, plugin: str, hook: str) -> bool:
+        """Return whether this plugin of the run implements a stage besides that of `hook`."""
+        active = self._active[plugin]
+        return hooks_of(active.info, type(active.plugin)) != [hook]
+
     def table(self) -> tuple[Provider, ...]:
         """Return one entry for each stage and plugin, in the order of the stages."""
         return tuple(
@@ -190,6 +196,9 @@ class Assembly:
 
     def metrics(self) -> dict[str, MetricStage]:
         return {a.info.name: MetricStage(str(a.info), made, a.info.name) for a, made in self._call("sftx_metric")}
+
+    def evaluators(self) -> dict[str, EvaluatorStage]:
+        return {a.info.name: EvaluatorStage(str(a.info), made) for a, made in self._call("sftx_evaluator")}
 
     def controls(self) -> dict[str, ControlStage]:
         return {a.info.name: ControlStage(str(a.info), made) for a, made in self._call("sftx_control")}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -25,7 +26,10 @@ from sftx.types import (
     Collator,
     Control,
     Conversation,
+    Evaluation,
+    Evaluator,
     Example,
+    HeldOutRow,
     LanguageModel,
     Location,
     Loss,
@@ -49,6 +53,8 @@ from sftx.types import (
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+log = logging.getLogger(__name__)
+
 RESERVED_METRICS: Final = frozenset(
     {"event", "aux_loss", "loss_scale", "perplexity", "tokens_per_second"}
     | {field.name for report in (StepReport, EvalReport) for field in fields(report)}
@@ -63,7 +69,11 @@ _LARGEST_NLL: Final = 700.0  # the largest one whose exponential is a finite num
 
 
 def arguments_of(function: Callable[..., object]) -> list[str]:
-    return list(inspect.signature(function).parameters)
+    """Return the names of the parameters; none for a function in C that does not say them."""
+    try:
+        return list(inspect.signature(function).parameters)
+    except ValueError:
+        return []
 
 
 def call(plugin: object, hook: str, **arguments: Any) -> Any:
@@ -572,32 +582,71 @@ class MetricStage(_Stage):
         super().__init__(plugin)
         self._metric = metric
         self._name = name
+        self._has_said_declined = False
 
-    def scores(self, predictions: Sequence[str], references: Sequence[str], row_ids: Sequence[str]) -> dict[str, float]:
-        """Score a whole set of answers: means over the rows, or what `corpus` returns where the metric has one."""
+    def scores(self, predictions: Sequence[str], rows: Sequence[HeldOutRow]) -> dict[str, float]:
+        """Score a whole set of answers: means over the rows, or what `corpus` returns where the metric has one.
+
+        Rows that the metric declines do not count; without any other row there is no score.
+        """
         corpus: Any = getattr(self._metric, "corpus", None)
         if corpus is not None:
+            extra: dict[str, Any] = {"rows": rows} if "rows" in arguments_of(corpus) else {}
             with self._attribute("corpus"):
-                score = corpus(predictions, references)
-            return self._named("corpus", score, f"{len(predictions)} rows")
-        rows = []
-        for prediction, reference, row_id in zip(predictions, references, row_ids, strict=True):
+                score = corpus(predictions, [row.reference for row in rows], **extra)
+            return self._say_declined(len(rows)) if score is None else self._named("corpus", score, f"{len(rows)} rows")
+        takes_row = "row" in arguments_of(self._metric)
+        scored: list[tuple[str, dict[str, float]]] = []
+        for prediction, row in zip(predictions, rows, strict=True):
+            given = {"row": row} if takes_row else {}
             with self._attribute("metric"):
-                score = self._metric(prediction, reference)
-            rows.append(self._named("metric", score, row_id))
-        for row_id, row in zip(row_ids, rows, strict=True):
-            if row.keys() != rows[0].keys():
+                score = self._metric(prediction, row.reference, **given)
+            if score is not None:
+                scored.append((row.row_id, self._named("metric", score, row.row_id)))
+        if not scored:
+            return self._say_declined(len(rows))
+        first_id, first = scored[0]
+        for row_id, scores in scored:
+            if scores.keys() != first.keys():
                 raise self._refuse(
-                    f"the scores of {row_id} are {', '.join(row)}, those of {row_ids[0]} {', '.join(rows[0])}; give "
+                    f"the scores of {row_id} are {', '.join(scores)}, those of {first_id} {', '.join(first)}; give "
                     "every answer the same ones, whose means are reported"
                 )
-        return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+        return {name: sum(scores[name] for _, scores in scored) / len(scored) for name in first}
+
+    def _say_declined(self, num_rows: int) -> dict[str, float]:
+        if not self._has_said_declined:
+            self._has_said_declined = True
+            log.warning("%s: it declined all %d held-out rows, so it reports nothing", self, num_rows)
+        return {}
 
     def _named(self, what: str, score: Any, of: str) -> dict[str, float]:
         if not isinstance(score, Mapping | int | float):
             raise self._refuse(f"{what} returned {type(score).__name__}, expected a float")
         try:
             return named_scores(self._name, score, of)
+        except PluginError as error:
+            raise self._refuse(str(error)) from None
+
+
+class EvaluatorStage(_Stage):
+    """Scores the model, and checks that every score is a finite number with a name."""
+
+    def __init__(self, plugin: str, evaluator: Evaluator) -> None:
+        super().__init__(plugin)
+        self._evaluator = evaluator
+
+    def evaluate(self, evaluation: Evaluation) -> object:
+        """Return what the plugin returns; `named` checks it."""
+        with self._attribute("evaluate"):
+            return self._evaluator.evaluate(evaluation)
+
+    def named(self, scores: object) -> dict[str, float]:
+        """Return the plugin's scores as finite numbers by name. Raises PluginError."""
+        if not isinstance(scores, Mapping):
+            raise self._refuse(f"evaluate returned {type(scores).__name__}, expected a mapping of names to numbers")
+        try:
+            return named_scores("", scores, "the model")
         except PluginError as error:
             raise self._refuse(str(error)) from None
 

@@ -30,9 +30,10 @@ from sftx.config.options import Source
 from sftx.data import sources
 from sftx.data.dataset import Dataset, Examples
 from sftx.data.ledger import LINE_ERRORS, Ledger
-from sftx.data.row_encoder import Question, RowEncoder
+from sftx.data.row_encoder import RowEncoder
 from sftx.errors import OutputError, one_line
 from sftx.paths import cache_dir
+from sftx.types import HeldOutRow, Message, ToolCall
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ class Cache:
             with (self.directory / "ledger.jsonl").open(encoding="utf-8") as lines:
                 ledger = Ledger(Ledger.read(lines), described["num_rows"])
             with (self.directory / "questions.jsonl").open(encoding="utf-8") as lines:
-                questions = [Question(**json.loads(line)) for line in lines]
+                questions = [_held_out_row(json.loads(line)) for line in lines]
             log.info("the encoded rows come from %s", self.directory)
             return Dataset(
                 examples=Examples.load(self.directory),
@@ -136,6 +137,15 @@ class Cache:
                 file.writelines(data.ledger.lines())
             with (directory / "questions.jsonl").open("w", encoding="utf-8") as file:
                 file.writelines(json.dumps(dataclasses.asdict(question)) + "\n" for question in data.questions)
+
+
+def _held_out_row(values: dict[str, Any]) -> HeldOutRow:
+    """Return the row of the values that `dataclasses.asdict` gave, read back from JSON, which has no tuples."""
+    messages = tuple(
+        Message(**message | {"tool_calls": tuple(ToolCall(**call) for call in message["tool_calls"])})
+        for message in values["messages"]
+    )
+    return HeldOutRow(**values | {"messages": messages, "tools": tuple(values["tools"])})
 
 
 @contextmanager

@@ -119,7 +119,7 @@ class Encoder:
                 raise DataError(f"a conversation needs a template, and the run has none{self.advice()}")
             return self.encode_segments(self.template.render(parsed), known=known)
         if isinstance(parsed, PlainText):
-            ids = [*self._beginning, *self.plain(parsed.text), *self._end]
+            ids = [*self.text(parsed.text), *self._end]
             return ids, [True] * len(ids), [1.0] * len(ids)
         num, size = len(parsed.token_ids), len(self.tokenizer)
         if num != len(parsed.loss_mask):
@@ -131,9 +131,17 @@ class Encoder:
             raise DataError(f"a token id is outside of the tokenizer's 0..{size - 1}")
         return list(parsed.token_ids), list(parsed.loss_mask), [1.0] * num
 
+    def text(self, text: str) -> list[int]:
+        """Return the ids of a text that begins a document, after the tokenizer's own first token if it has one."""
+        return [*self._beginning, *self.plain(text)]
+
     def prompt(self, conversation: Conversation) -> list[int]:
-        """Return the ids after which the model is to answer: rendered by the same template as in training."""
-        assert self.template is not None
+        """Return the ids after which the model is to answer: rendered by the same template as in training.
+
+        Raises DataError when the run has no template.
+        """
+        if self.template is None:
+            raise DataError(f"a conversation needs a template, and the run has none{self.advice()}")
         return self.encode_segments(self.template.generation_prompt(conversation))[0]
 
     def encode_segments(

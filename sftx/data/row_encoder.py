@@ -22,26 +22,13 @@ from sftx.data import sources, truncate
 from sftx.data.encoder import Encoder, KnownTexts
 from sftx.data.ledger import Entry, Ledger
 from sftx.errors import DataError, SftxError
-from sftx.types import Conversation, Example, Location, Message, Parsed, PlainText, Record, Tokens
+from sftx.types import Conversation, Example, HeldOutRow, Location, Message, Parsed, PlainText, Record, Tokens
 
 NOTHING_TRAINED: Final = "no trained token"
 EMPTY: Final = "every trained turn is empty"
 _SIMILAR: Final = 0.75
 """`difflib`'s ratio from which a field is taken for a misspelt one: `ouput` is, `input` is not `input_ids`."""
 NO_TURN: Final = "no assistant turn, so nothing to train"
-
-
-@dataclass(frozen=True)
-class Question:
-    """A held-out conversation without its last turn, which is the reference answer."""
-
-    row_id: str
-    prompt: str
-    """Content of the last turn before the answer, as a person reads it."""
-    prompt_ids: list[int]
-    reference: str
-    extras: Mapping[str, Any] = field(default_factory=dict)
-    """The extras of the conversation, as JSON values."""
 
 
 @dataclass
@@ -57,7 +44,7 @@ class EncodedRow:
     has_turns: bool = False
     """Whether it is a conversation."""
     entries: list[Entry] = field(default_factory=list)
-    questions: list[Question] = field(default_factory=list)
+    questions: list[HeldOutRow] = field(default_factory=list)
 
     @property
     def num_groups(self) -> int:
@@ -135,7 +122,7 @@ class RowEncoder:
                 for n, example in enumerate(row.examples)
             ]
         if self.questions:
-            row.questions += _questions(marked, row.where, self.encoder)
+            row.questions += _questions(marked, row, self.encoder)
         return row
 
     def _encode_unit(self, unit: Parsed, row: EncodedRow, filters: Filters, known: KnownTexts) -> None:
@@ -322,28 +309,34 @@ def _reason_nothing_trained(parsed: Sequence[Parsed]) -> str:
     return NO_TURN if turns and not any(turn.role == "assistant" for turn in turns) else NOTHING_TRAINED
 
 
-def _questions(parsed: Sequence[Parsed], where: Location, encoder: Encoder) -> Iterator[Question]:
+def _questions(parsed: Sequence[Parsed], row: EncodedRow, encoder: Encoder) -> Iterator[HeldOutRow]:
     for one in parsed[:1]:  # of a preference pair, the preferred answer
         if isinstance(one, Conversation) and one.messages and one.messages[-1].role == "assistant":
             *before, answer = one.messages
             # The prompt is encoded as in training: how a text is split into pieces depends on which turns are trained.
             rewrites = encoder.template is not None and encoder.template.rewrites_history
             asked = dataclasses.replace(one, messages=_untrained(before) if rewrites else tuple(before))
-            # The reference is decoded as a generated answer is: with its reasoning and its calls in the template's
-            # form, up to the stop token.
-            turn = dataclasses.replace(answer, trainable=True)
-            token_ids, loss_mask, _ = encoder.encode(
-                dataclasses.replace(asked, messages=(*_untrained(asked.messages), turn))
-            )
-            trained = itertools.compress(token_ids, loss_mask)
-            reference = itertools.takewhile(lambda token: token not in encoder.stop_ids, trained)
-            yield Question(
-                row_id=str(where),
+            yield HeldOutRow(
+                row_id=str(row.where),
                 prompt=before[-1].content if before else "",
                 prompt_ids=encoder.prompt(asked),
-                reference=str(encoder.tokenizer.decode(list(reference), skip_special_tokens=True)),
+                reference=str(encoder.tokenizer.decode(answer_ids(asked, answer, encoder), skip_special_tokens=True)),
+                format=row.format,
+                messages=tuple(before),
+                tools=one.tools,
                 extras=one.extras,
             )
+
+
+def answer_ids(asked: Conversation, answer: Message, encoder: Encoder) -> list[int]:
+    """Return the token ids of an answer as a model would generate it, without the stop token.
+
+    It has its reasoning and its calls in the template's form. Raises DataError.
+    """
+    turn = dataclasses.replace(answer, trainable=True)
+    token_ids, loss_mask, _ = encoder.encode(dataclasses.replace(asked, messages=(*_untrained(asked.messages), turn)))
+    trained = itertools.compress(token_ids, loss_mask)
+    return list(itertools.takewhile(lambda token: token not in encoder.stop_ids, trained))
 
 
 class RowCounts(Protocol):

@@ -40,6 +40,7 @@ def generate_greedy(
     max_new_tokens: int,
     stop_ids: Sequence[int],
     batch_size: int,
+    stop: Sequence[str] = (),
     check_stop: Callable[[], None] = lambda: None,
     embed: Callable[[Sequence[int]], Sequence[Tensor]] | None = None,
 ) -> Iterator[tuple[int, list[int]]]:
@@ -47,8 +48,8 @@ def generate_greedy(
 
     Every token is the most likely one. The model's own generation settings do not apply: a repetition penalty, for
     example, would also count the padding. Prompts of similar length share a batch. The longest come first, so that a
-    batch that does not fit into memory fails at once. `check_stop` is called before every batch and every token; it may
-    raise to end the generation.
+    batch that does not fit into memory fails at once. An answer ends where it has one of the texts `stop`, too.
+    `check_stop` is called before every batch and every token; it may raise to end the generation.
 
     `embed` returns the embeddings of the prompts with these indices, [T, D] each (`embed_prompts`), for adapters that
     embed extras. What is generated after them is text.
@@ -59,7 +60,6 @@ def generate_greedy(
         eos_token_id=list(stop_ids) or None,
         pad_token_id=0,  # any id will do: padding is masked, and cut off after the first stop token
     )
-    stopping = StoppingCriteriaList([_CheckStop(check_stop)])
     # transformers would compute the router's loss for each new token, over a mask of all tokens, and fail.
     has_router_loss = hasattr(lm.model.config.get_text_config(), "output_router_logits")
     no_router_loss = {"output_router_logits": False} if has_router_loss else {}
@@ -72,6 +72,9 @@ def generate_greedy(
         if embed is not None:
             with torch.no_grad(), _evaluating_with(lm.model, settings):
                 replaced = replacing_embeddings(lm.model, partial(_put_right, embed(indices)))
+        stopping = StoppingCriteriaList([_CheckStop(check_stop)])
+        if stop:
+            stopping.append(_StopAtText(lm, ids_BT.shape[1], stop))
         # The rows of added tokens are written into the embedding and the head once, not for every token.
         with torch.no_grad(), parametrize.cached(), _evaluating_with(lm.model, settings), replaced:
             out_BT = cast(Any, lm.model).generate(
@@ -151,6 +154,20 @@ class _CheckStop(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         self._check_stop()
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+class _StopAtText(StoppingCriteria):
+    """Stops a row whose answer has one of the texts."""
+
+    def __init__(self, lm: LanguageModel, prompt_length: int, texts: Sequence[str]) -> None:
+        self._tokenizer = lm.tokenizer
+        self._prompt_length = prompt_length
+        self._texts = texts
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        answers = self._tokenizer.batch_decode(input_ids[:, self._prompt_length :], skip_special_tokens=True)
+        has_text = [any(text in answer for text in self._texts) for answer in answers]
+        return torch.tensor(has_text, device=input_ids.device)
 
 
 def _pad_left(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Evaluate a model on held-out rows: the loss, and answers that metrics score."""
+"""Evaluate a model: its loss on held-out rows, answers that metrics score, and what evaluator plugins ask of it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import random
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,28 +18,29 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sftx import atomic_files
-from sftx.assembly.stages import RESERVED_METRICS, CollatorStage, MetricStage
+from sftx.assembly.stages import RESERVED_METRICS, CollatorStage, EvaluatorStage, MetricStage
 from sftx.config.options import GenerationConfig
 from sftx.data.collate import pad
 from sftx.data.dataset import Dataset, Examples
-from sftx.data.row_encoder import Question
+from sftx.data.encoder import Encoder
 from sftx.distributed.process_group import ProcessGroup
-from sftx.errors import PluginError, TrainingError, counted, is_out_of_memory
+from sftx.errors import PluginError, TrainingError
 from sftx.events import EvalReport, Sample
-from sftx.model.generation import embed_prompts, generate_greedy
+from sftx.model.generation import embed_prompts
 from sftx.model.language_model import CausalLM
-from sftx.phases import Phase, phase
+from sftx.phases import phase
+from sftx.trainer.evaluation import ModelEvaluation, explain_out_of_memory
 from sftx.trainer.evidence import choose_row, token_losses
 from sftx.trainer.parallel import ParallelStrategy
 from sftx.trainer.precision import Precision
-from sftx.types import Batch, Example
+from sftx.types import Batch, Example, HeldOutRow
 
 
-class Evaluator:
-    """Evaluates one model on one held-out dataset. Several ranks share the rows; logits are never kept.
+class ModelEvaluator:
+    """Evaluates one model: its loss on the held-out rows, answers that metrics score, and evaluator plugins.
 
-    `check_stop` is called between batches, and by a single process also between the tokens of answers; it raises when
-    the run is to stop.
+    Several ranks share the rows; logits are never kept. `check_stop` is called between batches, and by a single process
+    also between the tokens of answers; it raises when the run is to stop.
     """
 
     def __init__(
@@ -52,39 +54,67 @@ class Evaluator:
         stop_ids: Sequence[int],
         batch_size: int,
         generation: GenerationConfig,
+        evaluators: Mapping[str, EvaluatorStage] | None = None,
+        encoder: Encoder | None = None,
         process_group: ProcessGroup | None = None,
         check_stop: Callable[[], None] = lambda: None,
     ) -> None:
-        """`batch_size`: rows evaluated at once."""
+        """`batch_size`: rows evaluated at once. `encoder`: of the run, which evaluators need."""
         questions = data.questions
         if generation.max_rows is not None and generation.max_rows < len(questions):  # evenly spread
             chosen = range(generation.max_rows)
             questions = [questions[index * len(questions) // generation.max_rows] for index in chosen]
-        self._examples, self._questions = data.examples, list(questions)
+        self._data, self._examples, self._questions = data, data.examples, list(questions)
         self._collator = collator
         self._strategy = strategy
         self._process_group = process_group or ProcessGroup()
         self._metrics = metrics
+        self._evaluators = evaluators or {}
+        self._encoder = encoder
         self._precision = precision
         self._stop_ids = stop_ids
         self._batch_size = batch_size
-        self._generation_batch_size = generation.batch_size or batch_size
-        self._max_new_tokens = generation.max_new_tokens
+        self._generation = generation
         self.check_stop = check_stop
+
+    @property
+    def has_work(self) -> bool:
+        """Whether there is anything to evaluate: held-out rows, or evaluators."""
+        return bool(len(self._examples) or self._evaluators)
 
     def __call__(self, lm: CausalLM, step: int) -> EvalReport:
         """Evaluate the model after `step` steps. Raises TrainingError, PluginError."""
         start = time.perf_counter()
+        evaluation = ModelEvaluation(
+            lm=lm,
+            step=step,
+            rows=self._data.questions,
+            examples=self._examples,
+            encoder=self._encoder,
+            stop_ids=self._stop_ids,
+            batch_size=self._batch_size,
+            generation_batch_size=self._generation.batch_size or self._batch_size,
+            max_new_tokens=self._generation.max_new_tokens,
+            process_group=self._process_group,
+            check_stop=self.check_stop,
+        )
+        scores: dict[str, float] = {}
+        samples: tuple[Sample, ...] = ()
+        losses = None
         training = lm.training
         lm.eval()
         try:
             with torch.no_grad(), self._precision.autocast(), self._process_group.detect_lost_peers():
-                option = "per_device_eval_batch_size"
-                with _explain_out_of_memory(lm, f"step {step}: to evaluate", option, self._batch_size):
-                    means = self._losses(lm, step)
-                option = "generation.batch_size"
-                with _explain_out_of_memory(lm, f"step {step}: to answer", option, self._generation_batch_size):
-                    samples = self._samples(lm) if self._metrics else ()
+                if len(self._examples):
+                    option = "per_device_eval_batch_size"
+                    with explain_out_of_memory(lm, f"step {step}: to evaluate", option, self._batch_size):
+                        scores = self._losses(lm, step)
+                if self._metrics or self._evaluators:
+                    with self._strategy.summon_full_params():
+                        if self._metrics:
+                            samples = self._samples(evaluation)
+                            scores |= self._score(samples, reported=scores)
+                        scores |= self._evaluate(evaluation, reported=scores)
                 row = choose_row(self._examples, cut=not lm.embeds_extras)
                 collate = self._collator.collate if lm.embeds_extras else pad
                 with phase("evaluating", "the tokens of one row"):
@@ -95,9 +125,7 @@ class Evaluator:
                     )
         finally:
             lm.train(training)
-        with phase("evaluating", "answers"):
-            means |= self._process_group.run_on_rank0(lambda: score(self._metrics, samples, reported=means))
-        return EvalReport(step, means, samples, time.perf_counter() - start, losses)
+        return EvalReport(step, scores, samples, time.perf_counter() - start, losses)
 
     def _losses(self, lm: CausalLM, step: int) -> dict[str, float]:
         """Return the loss and the loss's metrics over the denominator of the whole dataset."""
@@ -131,67 +159,51 @@ class Evaluator:
             raise TrainingError(f"step {step}: the loss of the held-out rows is {mean_loss:g}; look at the model")
         return {"loss": mean_loss, **loss.report_means(means, f"the evaluation after step {step}")}
 
-    def _samples(self, lm: CausalLM) -> tuple[Sample, ...]:
+    def _samples(self, evaluation: ModelEvaluation) -> tuple[Sample, ...]:
         """Generate an answer to every question."""
-        answering = phase("answering", "held-out rows", total=len(self._questions), unit="rows")
-        with answering as progress, self._strategy.summon_full_params():
-            if self._process_group.world_size == 1:
-                answered = self._answer(lm, progress)
-            else:
-                answered = self._answer_on_all_ranks(lm, progress)
+        lm, tokenizer = evaluation.lm, evaluation.lm.tokenizer
+
+        def embed(numbers: Sequence[int]) -> list[Tensor]:
+            prompts = [_prompt_example(self._questions[number], group) for group, number in enumerate(numbers)]
+            return embed_prompts(lm, self._collator.collate, prompts)
+
+        answers = evaluation.answer(
+            [question.prompt_ids for question in self._questions], embed=embed if lm.embeds_extras else None
+        )
         return tuple(
             Sample(
                 row_id=question.row_id,
                 prompt=question.prompt,
                 reference=question.reference,
-                prediction=str(lm.tokenizer.decode(answered[number], skip_special_tokens=True)),
-                full_prompt=str(lm.tokenizer.decode(question.prompt_ids, skip_special_tokens=False)),
+                prediction=str(tokenizer.decode(answer, skip_special_tokens=True)),
+                full_prompt=str(tokenizer.decode(question.prompt_ids, skip_special_tokens=False)),
             )
-            for number, question in enumerate(self._questions)
+            for question, answer in zip(self._questions, answers, strict=True)
         )
 
-    def _generate(
-        self, lm: CausalLM, questions: Sequence[Question], check_stop: Callable[[], None] = lambda: None
-    ) -> Iterator[tuple[int, list[int]]]:
-        """Yield the index of a question and the token ids of its answer."""
+    def _score(self, samples: Sequence[Sample], reported: Mapping[str, float]) -> dict[str, float]:
+        """Return the scores of the metrics."""
+        predictions = [sample.prediction for sample in samples]
+        with phase("evaluating", "answers"):
+            return self._process_group.run_on_rank0(
+                lambda: score(self._metrics, predictions, self._questions, reported)
+            )
 
-        def embed(indices: Sequence[int]) -> list[Tensor]:
-            prompts = [_prompt_example(questions[index], number) for number, index in enumerate(indices)]
-            return embed_prompts(lm, self._collator.collate, prompts)
+    def _evaluate(self, evaluation: ModelEvaluation, reported: Mapping[str, float]) -> dict[str, float]:
+        """Return the scores of the evaluators, those of rank 0 on every rank."""
+        returned = {}
+        for name, evaluator in self._evaluators.items():
+            with phase("evaluating", name), _random_states_kept():
+                returned[name] = evaluator.evaluate(evaluation)
+            evaluation.lm.eval()  # whatever the evaluator left
 
-        return generate_greedy(
-            lm,
-            [question.prompt_ids for question in questions],
-            max_new_tokens=self._max_new_tokens,
-            stop_ids=self._stop_ids,
-            batch_size=self._generation_batch_size,
-            check_stop=check_stop,
-            embed=embed if lm.embeds_extras else None,
-        )
+        def scored() -> dict[str, float]:
+            scores: dict[str, float] = {}
+            for name, evaluator in self._evaluators.items():
+                _add(scores, evaluator.named(returned[name]), reported, evaluator, name)
+            return scores
 
-    def _answer(self, lm: CausalLM, progress: Phase) -> dict[int, list[int]]:
-        """Return the token ids of the answers by the number of the question."""
-        answered = {}
-        for number, ids in self._generate(lm, self._questions, self.check_stop):
-            answered[number] = ids
-            progress.update()
-        return answered
-
-    def _answer_on_all_ranks(self, lm: CausalLM, progress: Phase) -> dict[int, list[int]]:
-        """Divide the questions among ranks: each answers a batch, then all check together whether to stop."""
-        size = self._generation_batch_size
-        order = sorted(range(len(self._questions)), key=lambda number: -len(self._questions[number].prompt_ids))
-        batches = [order[at : at + size] for at in range(0, len(order), size)]
-        answered: dict[int, list[int]] = {}
-        for start in range(0, len(batches), self._process_group.world_size):
-            self.check_stop()
-            together = batches[start : start + self._process_group.world_size]
-            for batch in together[self._process_group.rank :][:1]:
-                for index, ids in self._generate(lm, [self._questions[number] for number in batch]):
-                    answered[batch[index]] = ids
-            progress.update(sum(map(len, together)))
-        gathered = self._process_group.all_gather(answered)
-        return {number: ids for one in gathered for number, ids in one.items()}
+        return self._process_group.run_on_rank0(scored)
 
 
 def _prompt_example(question: Question, group: int) -> Example:
@@ -211,36 +223,39 @@ def _batches(examples: Examples, batch_size: int) -> list[NDArray[np.int64]]:
 
 
 def score(
-    metrics: Mapping[str, MetricStage], samples: Sequence[Sample], reported: Mapping[str, float]
+    metrics: Mapping[str, MetricStage],
+    predictions: Sequence[str],
+    rows: Sequence[HeldOutRow],
+    reported: Mapping[str, float],
 ) -> dict[str, float]:
     """Score all answers with every metric. Raises PluginError for a name that is reported already."""
     scores: dict[str, float] = {}
     for plugin, metric in metrics.items():
-        of_metric = metric.scores(
-            [sample.prediction for sample in samples],
-            [sample.reference for sample in samples],
-            [sample.row_id for sample in samples],
-        )
-        for name, value in of_metric.items():
-            if name in reported or name in scores or name in RESERVED_METRICS:
-                advice = "rename the plugin" if name == plugin else "rename one of them"
-                raise PluginError(f"{metric}: another value is reported as {name!r} already; {advice}")
-            scores[name] = value
+        _add(scores, metric.scores(predictions, rows), reported, metric, plugin)
     return scores
 
 
+def _add(
+    scores: dict[str, float], new: Mapping[str, float], reported: Mapping[str, float], stage: object, plugin: str
+) -> None:
+    """Add the scores of a plugin. Raises PluginError for a name that is reported already."""
+    for name, value in new.items():
+        if name in reported or name in scores or name in RESERVED_METRICS:
+            advice = "rename the plugin" if name == plugin else "rename one of them"
+            raise PluginError(f"{stage}: another value is reported as {name!r} already; {advice}")
+        scores[name] = value
+
+
 @contextlib.contextmanager
-def _explain_out_of_memory(lm: CausalLM, what: str, option: str, num_rows: int) -> Iterator[None]:
-    """Turn an out-of-memory error into a TrainingError that says what to lower, and by how much."""
-    try:
-        yield
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        fewer = f"lower {option} to {num_rows // 2} (now {num_rows})" if num_rows > 1 else "lower data.max_length"
-        raise TrainingError(
-            f"{what} {counted(num_rows, 'row')} at once, {lm.device} has not enough memory; {fewer}"
-        ) from error
+def _random_states_kept() -> Iterator[None]:
+    """Restore the global random number generators at the end of the block: libraries of benchmarks seed them."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
 
 
 def write_predictions(path: Path, samples: Sequence[Sample]) -> None:

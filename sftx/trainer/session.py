@@ -37,7 +37,7 @@ from sftx.events import Decision, Result, StartReport, StepReport
 from sftx.model.language_model import CausalLM
 from sftx.phases import phase
 from sftx.trainer.control import TrainerControl
-from sftx.trainer.evaluate import Evaluator
+from sftx.trainer.evaluate import ModelEvaluator
 from sftx.trainer.observers import Observers
 from sftx.trainer.run_writer import RunWriter
 from sftx.trainer.trainer import Trainer
@@ -56,7 +56,7 @@ class Session:
     sampler: Sampler
     lm: CausalLM
     trainer: Trainer
-    evaluator: Evaluator
+    evaluator: ModelEvaluator
     observers: Observers
     """Those of rank 0; the other ranks have none."""
     controls: Mapping[str, ControlStage]
@@ -152,7 +152,7 @@ class Session:
         resumed_step = None if self.checkpoint is None else self.state.step
         self.observers.on_start(replace(self.start_report, resumed_step=resumed_step))
         self._is_best_lost()  # warns
-        if len(self.eval_data.examples) and (self.state.before is None or self.control.should_evaluate(self.state)):
+        if self.evaluator.has_work and (self.state.before is None or self.control.should_evaluate(self.state)):
             self._evaluate(self.state.step)
             self._decide_after_evaluation()
             if self.checkpoint is not None:
@@ -272,8 +272,8 @@ class Session:
     # --- evaluation and the best checkpoint -----------------------------------------------------
 
     def _evaluate(self, step: int) -> bool:
-        """Evaluate the held-out rows, if there are any; return whether this is the best value so far."""
-        if not len(self.eval_data.examples):
+        """Evaluate the model, if there is something to evaluate; return whether this is the best value so far."""
+        if not self.evaluator.has_work:
             return False
         report = self.evaluator(self.lm, step)
         if report.samples:
@@ -282,7 +282,7 @@ class Session:
         name = self.config.train.best_metric
         if name is not None and name not in report.metrics:
             hint = did_you_mean(name, report.metrics) or f"; there are {', '.join(report.metrics)}"
-            raise ConfigError(f"metric_for_best_model {name!r} is not reported{hint}; other metrics come with --plugin")
+            raise ConfigError(f"metric_for_best_model {name!r} is not reported{hint}; other scores come with --plugin")
         kept = replace(report, samples=report.samples[: self.config.generation.num_samples])
         value = None if name is None else report.metrics[name]
         is_best = self.state.add_evaluation(kept, value, self.config.train)

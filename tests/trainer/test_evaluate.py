@@ -14,12 +14,12 @@ import torch
 from sessions import session_of
 from sftx.assembly.stages import LossStage, MetricStage
 from sftx.config.options import GenerationConfig
-from sftx.data.row_encoder import Question
 from sftx.errors import OutputError, PluginError, TrainingError
 from sftx.events import Sample
-from sftx.trainer.evaluate import Evaluator, write_predictions
+from sftx.trainer.evaluate import ModelEvaluator, write_predictions
 from sftx.trainer.parallel import ParallelStrategy, TrainStep
 from sftx.trainer.session import Session
+from sftx.types import HeldOutRow
 from trainers import answers_in_order
 
 ROWS = 23
@@ -42,7 +42,7 @@ def stages(metrics: dict[str, Any]) -> dict[str, MetricStage]:
     return {name: MetricStage(name, metric, name) for name, metric in metrics.items()}
 
 
-def evaluator(session: Session, batch_size: int, **changed: Any) -> Evaluator:
+def evaluator(session: Session, batch_size: int, **changed: Any) -> ModelEvaluator:
     given: dict[str, Any] = {
         "collator": session.trainer.collator,
         "strategy": session.trainer.strategy,
@@ -51,7 +51,7 @@ def evaluator(session: Session, batch_size: int, **changed: Any) -> Evaluator:
         "stop_ids": (2,),
         "generation": GenerationConfig(max_new_tokens=3),
     }
-    return Evaluator(session.eval_data, batch_size=batch_size, **given | changed)
+    return ModelEvaluator(session.eval_data, batch_size=batch_size, **given | changed)
 
 
 # --- losses -------------------------------------------------------------------------------------
@@ -240,8 +240,8 @@ def test_predictions_keep_any_text_on_one_line(tmp_path: Path) -> None:
 def test_a_prompt_is_written_with_its_control_tokens_and_an_answer_without(session: Session) -> None:
     tokenizer: Any = session.lm.tokenizer
     ids = tokenizer.encode("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
-    held_out = type(session.eval_data)(session.eval_data.examples, questions=[Question("row", "Hi", ids, "Ho")])
-    asked = Evaluator(
+    held_out = type(session.eval_data)(session.eval_data.examples, questions=[HeldOutRow("row", "Hi", ids, "Ho")])
+    asked = ModelEvaluator(
         held_out,
         collator=session.trainer.collator,
         strategy=session.trainer.strategy,

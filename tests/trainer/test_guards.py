@@ -79,12 +79,12 @@ def test_a_loss_whose_denominator_is_not_positive_is_stopped(tiny_model_dir: Pat
 
 
 def test_a_metric_that_is_not_a_number_is_stopped(tiny_model_dir: Path, data: Path) -> None:
-    from sftx.data.row_encoder import Question
-    from sftx.trainer.evaluate import Evaluator
+    from sftx.trainer.evaluate import ModelEvaluator
+    from sftx.types import HeldOutRow
 
     session = session_of(tiny_model_dir, data)
-    held_out = dataclasses.replace(session.data, questions=[Question("row", "x", [5, 6], "y")])
-    evaluator = Evaluator(
+    held_out = dataclasses.replace(session.data, questions=[HeldOutRow("row", "x", [5, 6], "y")])
+    evaluator = ModelEvaluator(
         held_out,
         collator=session.trainer.collator,
         strategy=session.trainer.strategy,
