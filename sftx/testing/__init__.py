@@ -5,8 +5,8 @@ check` runs the same suites on an installed plugin. The pytest fixtures `tiny_mo
 come with sftx (`pytest_plugin`). Importing this package imports torch.
 
 Each contract is a module of its own: `package`, `parser`, `template`, `collator`, `adapter`, `loss`, `metric`,
-`control`, `observer`. The package may import all of sftx except `sftx.cli` and `sftx.inspection`; only `sftx.cli`
-imports it.
+`evaluator`, `control`, `observer`. The package may import all of sftx except `sftx.cli` and `sftx.inspection`;
+only `sftx.cli` imports it.
 """
 
 from sftx.events import Result
@@ -14,6 +14,7 @@ from sftx.testing.adapter import check_adapter
 from sftx.testing.clauses import ContractError, Finding
 from sftx.testing.collator import check_collator
 from sftx.testing.control import check_control
+from sftx.testing.evaluator import check_evaluator
 from sftx.testing.loss import check_loss
 from sftx.testing.metric import check_metric
 from sftx.testing.observer import check_observer
@@ -27,6 +28,7 @@ __all__ = [
     "check_adapter",
     "check_collator",
     "check_control",
+    "check_evaluator",
     "check_loss",
     "check_metric",
     "check_observer",

@@ -24,7 +24,19 @@ from sftx.events import Provider, RunInfo
 from sftx.model import tiny
 from sftx.model.language_model import CausalLM
 from sftx.model.load import load_model, load_spec, load_tokenizer
-from sftx.types import Adapter, Collator, Conversation, Example, Location, Loss, Message, ModelSpec, Parser, Template
+from sftx.types import (
+    Adapter,
+    Collator,
+    Conversation,
+    Example,
+    HeldOutRow,
+    Location,
+    Loss,
+    Message,
+    ModelSpec,
+    Parser,
+    Template,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -113,23 +125,34 @@ class Kit:
     def spec(self) -> ModelSpec:
         return load_spec(str(self.model_dir))
 
-    @cached_property
+    @property
     def examples(self) -> list[Example]:
         """The samples of the plugin's parser, or CONVERSATIONS, encoded with the plugin's template or ChatML."""
+        return self._encoded[0]
+
+    @property
+    def held_out_rows(self) -> list[HeldOutRow]:
+        """Those of the same samples that are conversations, as metrics and evaluators get them."""
+        return self._encoded[1]
+
+    @cached_property
+    def _encoded(self) -> tuple[list[Example], list[HeldOutRow]]:
         if hasattr(self.plugin, "sftx_parser"):
             parser: Parser = make_stage(self.plugin, "sftx_parser")
             rows = [tuple(parser.parse(record, Location("samples", 0))) for record in parser.samples]
             rows *= 1 + 3 // max(1, len(rows))  # repeated, so that there are enough rows for a batch
         else:
             rows = [(conversation,) for conversation in CONVERSATIONS]
-        encode = RowEncoder({}, self.encoder, DataConfig())
+        encode = RowEncoder({}, self.encoder, DataConfig(), questions=True)
         examples: list[Example] = []
+        held_out: list[HeldOutRow] = []
         for number, parsed in enumerate(rows, 1):
             row = encode.encode(parsed, EncodedRow(Location("samples", number)))
             examples += row.examples_from_group(first_group=len(examples))
+            held_out += row.questions
         if not examples:
             raise DataError("no sample has a label token")
-        return examples
+        return examples, held_out
 
     def language_model(
         self, adapters: Mapping[str, Adapter] | None = None, *, dtype: torch.dtype = torch.float32

@@ -1,17 +1,17 @@
-"""The contract of a metric: it scores any answer, and the score depends on that answer and its reference alone."""
+"""The contract of a metric: it scores any answer, and the score depends on that answer and its row alone."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
-from sftx.assembly.stages import RESERVED_METRICS
+from sftx.assembly.stages import RESERVED_METRICS, arguments_of
 from sftx.testing.clauses import ClauseError, Suite, must_not_raise
-from sftx.testing.kit import make_stage
+from sftx.testing.kit import Kit, make_stage
 from sftx.testing.process import changed_random_states, random_states
-from sftx.types import Metric
+from sftx.types import HeldOutRow, Message, Metric
 
 _TEXTS = (
     "Paris",
@@ -28,28 +28,51 @@ _TEXTS = (
     "word " * 2000,
 )
 _PAIRS = list(itertools.product(_TEXTS, _TEXTS))
-"""Predictions and references."""
 
 
-@dataclass
 class _Case:
-    metric: Metric
+    def __init__(self, kit: Kit) -> None:
+        self.metric: Metric = make_stage(kit.plugin, "sftx_metric")
+        self._takes_row = "row" in arguments_of(self.metric)
+        # Rows of its own parser, where it has one: a metric may decline all others.
+        self.own = kit.held_out_rows if hasattr(kit.plugin, "sftx_parser") else []
+        self.pairs = _PAIRS + [(prediction, row.reference) for row in self.own for prediction in _TEXTS]
+        """Predictions and references."""
+        self.rows = [row_of(reference) for _, reference in _PAIRS] + [row for row in self.own for _ in _TEXTS]
+
+    def score(self, number: int) -> object:
+        """Return the score of a pair, by its number."""
+        row: dict[str, Any] = {"row": self.rows[number]} if self._takes_row else {}
+        return self.metric(*self.pairs[number], **row)
+
+    def scores(self, numbers: Iterable[int] | None = None) -> Iterator[tuple[tuple[str, str], object]]:
+        """Yield the pairs that are not declined, with their scores."""
+        for number in range(len(self.pairs)) if numbers is None else numbers:
+            if (score := self.score(number)) is not None:
+                yield self.pairs[number], score
 
 
-SUITE: Suite[_Case] = Suite("metric", lambda kit: _Case(make_stage(kit.plugin, "sftx_metric")))
+def row_of(reference: str) -> HeldOutRow:
+    """Return a held-out row of a format that has no extras."""
+    return HeldOutRow("samples:1", "Hello?", [1], reference, "messages", (Message("user", "Hello?"),))
 
 
-@SUITE.clause("Any answer gets a score: an empty one, one of 2000 words, one in the wrong format.")
+SUITE: Suite[_Case] = Suite("metric", _Case)
+
+
+@SUITE.clause(
+    "Any answer to a row of any format gets a score, or None: an empty one, one of 2000 words, one in the wrong format."
+)
 def takes_any_text(case: _Case) -> None:
-    for pair in _PAIRS:
-        with must_not_raise(_shown(*pair), "a model may answer anything, so return the lowest score instead"):
-            case.metric(*pair)
+    for number, pair in enumerate(case.pairs):
+        advice = "a model may answer anything, so return the lowest score instead, or None for a row of another format"
+        with must_not_raise(_shown(*pair), advice):
+            case.score(number)
 
 
 @SUITE.clause("A score is a finite number, or several finite numbers by name.", needs=["takes-any-text"])
 def finite_number(case: _Case) -> None:
-    for pair in _PAIRS:
-        score: object = case.metric(*pair)
+    for pair, score in case.scores():
         if not _is_finite(score):
             raise ClauseError(
                 f"{_shown(*pair)} has the score {score!r}; return a finite float, or a mapping of names to finite "
@@ -62,27 +85,31 @@ def finite_number(case: _Case) -> None:
     needs=["finite-number"],
 )
 def names(case: _Case) -> None:
-    expected = _names(case.metric(*_PAIRS[0]))
+    scored = list(case.scores())
+    if not scored:
+        return
+    first, expected = scored[0][0], _names(scored[0][1])
     if invalid := [name for name in expected if name in RESERVED_METRICS or not isinstance(name, str)]:
         raise ClauseError(f"it reports the score {invalid[0]!r}, which is reserved or no string; choose another name")
-    for pair in _PAIRS:
-        reported = _names(case.metric(*pair))
+    for pair, score in scored:
+        reported = _names(score)
         if reported != expected:
             raise ClauseError(
-                f"{_shown(*pair)} has the scores {_listed(reported)}, {_shown(*_PAIRS[0])} has {_listed(expected)}; "
+                f"{_shown(*pair)} has the scores {_listed(reported)}, {_shown(*first)} has {_listed(expected)}; "
                 "return the same names for every answer"
             )
 
 
 @SUITE.clause(
-    "A score depends on the answer and the reference alone, and the global random state does not change.",
+    "A score depends on the answer and the row alone, and the global random state does not change.",
     needs=["takes-any-text", "finite-number"],
 )
 def pure(case: _Case) -> None:
     before = random_states()
-    scores = [case.metric(*pair) for pair in _PAIRS]
-    again = [case.metric(*pair) for pair in reversed(_PAIRS)][::-1]
-    for pair, first, second in zip(_PAIRS, scores, again, strict=True):
+    numbers = range(len(case.pairs))
+    scores = [case.score(number) for number in numbers]
+    again = [case.score(number) for number in reversed(numbers)][::-1]
+    for pair, first, second in zip(case.pairs, scores, again, strict=True):
         if first != second:
             raise ClauseError(
                 f"{_shown(*pair)} has the score {first!r}, and {second!r} after others were scored; keep no state "
@@ -100,22 +127,28 @@ def corpus(case: _Case) -> None:
     score_set = getattr(case.metric, "corpus", None)
     if score_set is None:
         return
+    takes_rows = "rows" in arguments_of(score_set)
     scores: list[object] = []
-    for pairs in [_PAIRS, *([pair] for pair in _PAIRS[: len(_TEXTS)]), _PAIRS[::-1], _PAIRS]:
-        predictions, references = (list(texts) for texts in zip(*pairs, strict=True))
-        shown = f"corpus of {len(pairs)} answers, starting with {_shown(*pairs[0])},"
+    everything = list(range(len(case.pairs)))
+    for numbers in [everything, *([number] for number in everything[: len(_TEXTS)]), everything[::-1], everything]:
+        predictions, references = (list(texts) for texts in zip(*(case.pairs[n] for n in numbers), strict=True))
+        rows = {"rows": [case.rows[number] for number in numbers]} if takes_rows else {}
+        shown = f"corpus of {len(numbers)} answers, starting with {_shown(*case.pairs[numbers[0]])},"
         with must_not_raise(shown, "score any set"):
-            scores.append(score_set(predictions, references))
+            score = score_set(predictions, references, **rows)
+        if score is None:
+            continue
+        scores.append(score)
         names = _names(scores[-1])
         if not _is_finite(scores[-1]) or names & RESERVED_METRICS or names != _names(scores[0]):
             raise ClauseError(
                 f"{shown} has the score {scores[-1]!r}; return a finite float, or finite floats by the same names each "
                 "time, none of them reserved"
             )
-    if scores[0] != scores[-1]:
+    if scores and scores[0] != scores[-1]:
         raise ClauseError(
-            f"corpus gives the same {len(_PAIRS)} answers {scores[0]!r} and then {scores[-1]!r}; keep no state between "
-            "two calls"
+            f"corpus gives the same {len(case.pairs)} answers {scores[0]!r} and then {scores[-1]!r}; keep no state "
+            "between two calls"
         )
 
 

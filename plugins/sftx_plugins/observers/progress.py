@@ -48,7 +48,8 @@ class _Terminal(Observer):
 
     def on_evaluate(self, report: EvalReport) -> None:
         values = "  ".join(f"{name} {value:.4g}" for name, value in report.metrics.items())
-        self._print(f"held-out, step {report.step}: {values}  ({report.seconds:.0f} s)")
+        what = "held-out" if "loss" in report.metrics else "evaluation"  # of evaluators alone
+        self._print(f"{what}, step {report.step}: {values}  ({report.seconds:.0f} s)")
 
     def on_save(self, step: int, directory: Path) -> None:
         self._print(f"saved {directory}")
@@ -136,7 +137,14 @@ def _in_short(text: str) -> str:
 
 
 def _scores_table(before: Mapping[str, float], after: Mapping[str, float]) -> Table:
-    table = Table("held-out", "before", "after", box=None, header_style="bold", pad_edge=False)
+    table = Table(
+        "held-out" if "loss" in before else "evaluation",
+        "before",
+        "after",
+        box=None,
+        header_style="bold",
+        pad_edge=False,
+    )
     for name in before:
         if name in after:
             table.add_row(escape(name), f"{before[name]:.4g}", f"{after[name]:.4g}")
