@@ -11,7 +11,7 @@ import io
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from lm_eval.api.model import TemplateLM
 from lm_eval.evaluator import evaluate
@@ -20,9 +20,6 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from sftx import ConfigError, Evaluation
-
-if TYPE_CHECKING:
-    from sftx_plugins.evaluators.lm_eval import LmEval
 
 _SEED: Final = 1234
 """Of the choice of few-shot examples: the harness's own default."""
@@ -33,38 +30,31 @@ _MAX_LENGTH: Final = 2048
 class Harness:
     """Loads tasks, and computes their scores at each evaluation."""
 
-    def __init__(self, options: LmEval) -> None:
-        self._options = options
+    def __init__(
+        self, names: Sequence[str], include_path: str | None, num_fewshot: int | None, **settings: bool | int | None
+    ) -> None:
+        """`settings`: arguments of the harness's `evaluate`. Raises ConfigError for tasks that cannot be loaded."""
+        self._names, self._num_fewshot, self._settings = names, num_fewshot, settings
         try:
             with _quiet():
-                manager = TaskManager(include_path=options.include_path)
-                self._tasks: dict[str, Any] = manager.load(list(options.tasks))
+                self._tasks: dict[str, Any] = TaskManager(include_path=include_path).load(list(names))
         except Exception as error:  # an unknown task, a file that is no YAML, a data set that cannot be reached
             reason = " ".join(str(error).split())
             raise ConfigError(
-                f"the tasks {', '.join(options.tasks)} cannot be loaded: {type(error).__name__}: {reason:.300}"
+                f"the tasks {', '.join(names)} cannot be loaded: {type(error).__name__}: {reason:.300}"
             ) from error
 
     def evaluate(self, evaluation: Evaluation) -> Mapping[str, float]:
-        options = self._options
         model = RunModel(evaluation)
         with _quiet():
             for task in self._tasks["tasks"].values():
                 own = task.get_config("num_fewshot")
-                if own is None or (options.num_fewshot is not None and own != 0):  # as the harness decides
-                    task.set_config(key="num_fewshot", value=options.num_fewshot or 0)
+                if own is None or (self._num_fewshot is not None and own != 0):  # as the harness decides
+                    task.set_config(key="num_fewshot", value=self._num_fewshot or 0)
                 task.set_fewshot_seed(seed=_SEED)
-            results = evaluate(
-                lm=model,
-                task_dict=self._tasks,
-                limit=options.limit,
-                bootstrap_iters=0,
-                log_samples=False,
-                apply_chat_template=options.apply_chat_template,
-                fewshot_as_multiturn=options.apply_chat_template,
-            )["results"]
+            results = evaluate(model, self._tasks, bootstrap_iters=0, log_samples=False, **self._settings)["results"]
         named = {name: _numbers(name, values) for name, values in results.items()}
-        chosen = [named.get(name, {}) for name in options.tasks]
+        chosen = [named.get(name, {}) for name in self._names]
         if not all(chosen):  # a group without a score of its own: those of its tasks
             chosen = list(named.values())
         return {name: value for numbers in chosen for name, value in numbers.items()}

@@ -37,4 +37,11 @@ class LmEval:
         self.sftx_validate(run)
         from sftx_plugins.evaluators._lm_eval_model import Harness
 
-        return Harness(self)
+        return Harness(
+            self.tasks,
+            self.include_path,
+            self.num_fewshot,
+            limit=self.limit,
+            apply_chat_template=self.apply_chat_template,
+            fewshot_as_multiturn=self.apply_chat_template,
+        )
