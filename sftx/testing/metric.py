@@ -33,7 +33,7 @@ _PAIRS = list(itertools.product(_TEXTS, _TEXTS))
 class _Case:
     def __init__(self, kit: Kit) -> None:
         self.metric: Metric = make_stage(kit.plugin, "sftx_metric")
-        self._takes_row = "row" in arguments_of(self.metric)
+        self.takes_row = "row" in arguments_of(self.metric)
         # Rows of its own parser, where it has one: a metric may decline all others.
         self.own = kit.held_out_rows if hasattr(kit.plugin, "sftx_parser") else []
         self.pairs = _PAIRS + [(prediction, row.reference) for row in self.own for prediction in _TEXTS]
@@ -42,7 +42,7 @@ class _Case:
 
     def score(self, number: int) -> object:
         """Return the score of a pair, by its number."""
-        row: dict[str, Any] = {"row": self.rows[number]} if self._takes_row else {}
+        row: dict[str, Any] = {"row": self.rows[number]} if self.takes_row else {}
         return self.metric(*self.pairs[number], **row)
 
     def scores(self, numbers: Iterable[int] | None = None) -> Iterator[tuple[tuple[str, str], object]]:
@@ -70,13 +70,23 @@ def takes_any_text(case: _Case) -> None:
             case.score(number)
 
 
-@SUITE.clause("A score is a finite number, or several finite numbers by name.", needs=["takes-any-text"])
+@SUITE.clause(
+    "A score is a finite number, or several finite numbers by name; None is for any answer to a row, or for none.",
+    needs=["takes-any-text"],
+)
 def finite_number(case: _Case) -> None:
-    for pair, score in case.scores():
+    scored_rows = {
+        (row.row_id, row.reference) for number, row in enumerate(case.rows) if case.score(number) is not None
+    }
+    may_decline_all = case.takes_row and not case.own  # rows of a format that is not known here
+    for number, (pair, row) in enumerate(zip(case.pairs, case.rows, strict=True)):
+        score = case.score(number)
+        if score is None and (scored_rows or may_decline_all) and (row.row_id, row.reference) not in scored_rows:
+            continue
         if not _is_finite(score):
             raise ClauseError(
                 f"{_shown(*pair)} has the score {score!r}; return a finite float, or a mapping of names to finite "
-                "floats, since the mean over the held-out rows is reported"
+                "floats, since the mean over the held-out rows is reported; a row is declined by None for any answer"
             )
 
 

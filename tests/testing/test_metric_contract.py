@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import pytest
 
 from contracts import assert_every_clause_is_broken, assert_fails, assert_fails_only, assert_passes, whole_suite_cases
-from sftx import hookimpl
+from sftx import HeldOutRow, hookimpl
 from sftx.testing import ContractError, check_metric
 from sftx.testing.kit import built_in
 from sftx.testing.metric import SUITE
@@ -47,7 +47,24 @@ class Both(Overlap):
         return {"highest": max(scores), "lowest": min(scores)}
 
 
-GOOD = [built_in("exact-match"), built_in("json-valid"), Overlap(), Whole(), Both()]
+class OfNumbers(Overlap):
+    """Declines rows whose reference has no digit."""
+
+    def __call__(self, prediction: str, reference: str) -> Any:
+        return float(prediction == reference) if any(map(str.isdigit, reference)) else None
+
+
+class OfItsFormat(Overlap):
+    """Declines rows without the field that it compares with, of whole sets too."""
+
+    def __call__(self, prediction: str, reference: str, row: HeldOutRow) -> Any:
+        return float(row.extras["unit"] in prediction) if "unit" in row.extras else None
+
+    def corpus(self, predictions: list[str], references: list[str], rows: list[HeldOutRow]) -> Any:
+        return len(rows) if all(row.extras for row in rows) else None
+
+
+GOOD = [built_in("exact-match"), built_in("json-valid"), Overlap(), Whole(), Both(), OfNumbers(), OfItsFormat()]
 
 
 @pytest.mark.parametrize("plugin", GOOD, ids=lambda p: type(p).__name__)
@@ -74,6 +91,21 @@ class WantsWords(Overlap):
 class GivesNothing(Overlap):
     def __call__(self, prediction: str, reference: str) -> Any:
         return super().__call__(prediction, reference) or None
+
+
+class ForgetsReturn(Overlap):
+    def __call__(self, prediction: str, reference: str) -> Any:
+        super().__call__(prediction, reference)
+
+
+class NeedsItsFormat(Overlap):
+    def __call__(self, prediction: str, reference: str, row: HeldOutRow) -> Any:
+        return float(row.extras["unit"] in prediction)
+
+
+class NamesRowOtherwise(Overlap):
+    def __call__(self, prediction: str, reference: str, question: Any) -> Any:
+        return 1.0
 
 
 class GivesNaN(Overlap):
@@ -167,6 +199,9 @@ BAD = [
     (WantsJson, "takes-any-text", "the answer 'Paris' to the reference 'Paris' raised JSONDecodeError"),
     (WantsWords, "takes-any-text", "to the reference '' raised ZeroDivisionError: division by zero"),
     (GivesNothing, "finite-number", "has the score None; return a finite float"),
+    (ForgetsReturn, "finite-number", "has the score None; return a finite float"),
+    (NeedsItsFormat, "takes-any-text", "raised KeyError: 'unit'; a model may answer anything, so return the lowest"),
+    (NamesRowOtherwise, "takes-any-text", "missing 1 required positional argument: 'question'"),
     (GivesNaN, "finite-number", "to the reference '' has the score nan; return a finite float"),
     (GivesText, "finite-number", "has the score '1.00'; return a finite float"),
     (GivesNone, "finite-number", "has the score {}; return a finite float"),
