@@ -206,7 +206,7 @@ class ModelEvaluator:
         return self._process_group.run_on_rank0(scored)
 
 
-def _prompt_example(question: Question, group: int) -> Example:
+def _prompt_example(question: HeldOutRow, group: int) -> Example:
     """Return a question as an example for a collator, with a group of its own; nothing of it is trained."""
     token_ids = np.asarray(question.prompt_ids, np.int32)
     return Example(token_ids, np.zeros(len(token_ids), np.bool_), question.row_id, group, extras=question.extras)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from sftx.data.collate import pad
 from sftx.data.encoder import Encoder
@@ -84,8 +85,9 @@ class ModelEvaluation:
         max_new_tokens: int | None = None,
         stop_ids: Sequence[int] | None = None,
         stop: Sequence[str] = (),
+        embed: Callable[[Sequence[int]], Sequence[Tensor]] | None = None,
     ) -> list[list[int]]:
-        """Return the token ids of the answer to each prompt."""
+        """Return the token ids of the answer to each prompt. `embed`: as that of `generate_greedy`."""
         for number, prompt in enumerate(prompts):
             if not prompt:
                 raise ValueError(f"prompt {number} has no token; give at least one")
@@ -100,6 +102,7 @@ class ModelEvaluation:
                 batch_size=self.generation_batch_size,
                 stop=stop,
                 check_stop=self.check_stop if self.process_group.world_size == 1 else lambda: None,
+                embed=None if embed is None else lambda indices: embed([numbers[index] for index in indices]),
             ):
                 yield numbers[index], ids
 
