@@ -55,13 +55,13 @@ def test_the_memory_of_optimizers_is_that_of_their_table() -> None:
             assert int(num_bytes) == round(weight_and_gradient + spec.state_bytes), spec.name
 
 
-def test_every_metric_has_its_line() -> None:
+def test_every_metric_and_evaluator_has_its_line() -> None:
     from sftx.assembly.discovery import discover
 
     metrics = {info.name for info in discover() if info.package == "sftx" and "sftx_plugins" in info.value}
     named = set(column("plugin"))
     assert named <= metrics
-    assert named == {"exact-match", "rouge", "bleu", "json-valid"}
+    assert named == {"exact-match", "rouge", "bleu", "json-valid", "multiple-choice", "lm-eval"}
 
 
 def test_exit_codes_are_those_of_the_signals() -> None:
