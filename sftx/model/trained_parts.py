@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
+from transformers.pytorch_utils import Conv1D
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,8 +32,8 @@ def describe_untrained_parts(model: PreTrainedModel, num_parameters: int, *, has
     """Return a line for each kind of weights that the run leaves as they are, with its share of the model's weights.
 
     These are the other modalities of a multimodal model and, with adapters, the matrices of the decoder that are no
-    linear layers, such as the stacked experts of a mixture of experts. Linear layers that an adapter leaves out are
-    the user's choice, as are embeddings. `num_parameters`: those of the model without adapters.
+    linear layers and that no adapter reaches, such as a router. Linear layers that an adapter leaves out are the user's
+    choice, as are embeddings. `num_parameters`: those of the model without adapters.
     """
 
     def share(parameters: list[nn.Parameter]) -> str:
@@ -50,10 +51,11 @@ def describe_untrained_parts(model: PreTrainedModel, num_parameters: int, *, has
     embeddings = {id(parameter) for end in ends for parameter in end.parameters()}
     kinds: dict[tuple[str, str], dict[str, list[nn.Parameter]]] = {}
     for path, module in cast(nn.Module, model.get_decoder()).named_modules():
-        if isinstance(module, nn.Linear | nn.Embedding):
+        if isinstance(module, nn.Linear | nn.Embedding | Conv1D):
             continue
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim >= 2 and not parameter.requires_grad and id(parameter) not in embeddings:
+        own = dict(module.named_parameters(recurse=False))
+        for name, parameter in own.items():
+            if _is_matrix(name, parameter) and not _is_reached(name, own) and id(parameter) not in embeddings:
                 kind = kinds.setdefault((_without_layer(path), type(module).__name__), {})
                 kind.setdefault(name, []).append(parameter)
     for (path, class_name), by_name in kinds.items():
@@ -66,31 +68,47 @@ def describe_reach(model: PreTrainedModel, base: Collection[int]) -> str:
     """Return a line that says how much of the model adapters reach, and which of its layers they leave out.
 
     `base`: the ids of the parameters that the model had before. A weight is reached when its module has a trained
-    parameter, be it the weight itself. Weights of one kind in all layers are one entry, the largest first.
+    parameter for it, be it the weight itself. Weights of one kind in all layers are one entry, the largest first.
     """
     reached, total = 0, 0
     left_out: Counter[str] = Counter()
     seen: set[int] = set()
     for path, module in model.named_modules():
-        own = list(module.named_parameters(recurse=False))
-        is_parametrised = isinstance(module, ParametrizationList)
-        for name, parameter in own:
-            trained = [p for p in module.parameters(recurse=is_parametrised) if p.requires_grad]
-            # A parametrisation may train some rows alone, and then no tensor of its own has the size of the weight.
-            is_adapted = any(not is_parametrised or parameter.shape[0] in p.shape for p in trained)
+        own = dict(module.named_parameters(recurse=False))
+        for name, parameter in own.items():
+            if isinstance(module, ParametrizationList):
+                # It may train some rows alone, and then no tensor of its own has the size of the weight.
+                is_adapted = any(p.requires_grad and parameter.shape[0] in p.shape for p in module.parameters())
+            else:
+                is_adapted = _is_reached(name, own)
             if id(parameter) not in base or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
             total += parameter.numel()
             if is_adapted:
                 reached += parameter.numel()
-            elif parameter.ndim >= 2 and not isinstance(module, nn.Embedding | ParametrizationList):
+            elif _is_matrix(name, parameter) and not isinstance(module, nn.Embedding | ParametrizationList):
                 kind = _without_layer(path) if name == "weight" else f"{_without_layer(path)}.{name}"
                 left_out[kind] += parameter.numel()
     line = f"adapters reach {100 * reached / total:.1f} % of the model's weights"
     names = [f"{name} {100 * size / total:.1f} %" for name, size in left_out.most_common(_MAX_NAMED)]
     more = f" and {len(left_out) - len(names)} more kinds" if len(left_out) > len(names) else ""
     return f"{line}; not {', '.join(names)}{more}" if names else line
+
+
+def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Return whether a parameter is a matrix, or a stack of them; stacked experts have stacked biases too."""
+    return parameter.ndim >= 2 and not name.endswith("bias")
+
+
+def _is_reached(name: str, own: Mapping[str, nn.Parameter]) -> bool:
+    """Return whether one of a module's own parameters is trained, or has trained parameters of an adapter beside it.
+
+    An adapter of one of several parameters begins the names of its own with that parameter's name.
+    """
+    trained = [other for other, parameter in own.items() if parameter.requires_grad]
+    adapted = {one for one in own for other in trained if other.startswith(f"{one}_")}
+    return name in trained or name in adapted or (bool(trained) and not adapted)
 
 
 def _other_modalities(model: PreTrainedModel) -> list[tuple[str, nn.Parameter]]:

@@ -71,8 +71,10 @@ def test_experts_that_are_not_adapted_are_named_and_peft_loads_the_rest(
 
     model = write_model(MIXTURES[name](), tmp_path / "model")
     with caplog.at_level(logging.WARNING, "sftx"):
+        in_deepseek = ["q_b_proj", "o_proj", "shared_experts.down_proj", "layers.0.mlp.down_proj"]
+        targets = in_deepseek if name == "deepseek-v3" else ["q_proj", "o_proj"]
         session = session_of(
-            model, data, train__learning_rate=1e-2, lora__lora_dropout=0.1, lora__allow_low_coverage=True
+            model, data, train__learning_rate=1e-2, lora__lora_dropout=0.1, lora__target_modules=targets
         )
     skeleton = load_spec(str(model)).skeleton
     experts = sum(p.numel() for path, p in skeleton.named_parameters() if path.endswith("experts.gate_up_proj"))
@@ -92,7 +94,12 @@ def test_experts_that_are_not_adapted_are_named_and_peft_loads_the_rest(
 def test_a_model_without_linear_layers_gets_no_adapter(options: dict[str, Any], tmp_path: Path) -> None:
     config = GPT2Config(n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)
     spec = load_spec(str(write_model(config, tmp_path)))
-    with pytest.raises(ConfigError, match=r"GPT2LMHeadModel has no linear layer for lora.*Conv1D"):
+    for block in spec.skeleton.transformer.h:
+        for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
+            block.set_submodule(name, torch.nn.Identity())
+    with pytest.raises(
+        ConfigError, match=r"GPT2LMHeadModel has no layer that this adapter can change \(nn\.Linear, Conv1D"
+    ):
         Lora(**options).sftx_adapter(spec)
 
 

@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from sftx import Adapter, ConfigError, ModelSpec, RunInfo, hookimpl
-from sftx_plugins.adapters.targets import EMBEDDING, Targets, ends_with, find_token_rows, is_within, path_of, read_peft
+from sftx_plugins.adapters.targets import (
+    EMBEDDING,
+    Targets,
+    ends_with,
+    find_token_rows,
+    is_within,
+    path_of,
+    read_peft,
+    weight_at,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,7 +31,7 @@ if TYPE_CHECKING:
     from sftx_plugins.adapters.lora_layers import LayerOptions
 
 _IGNORED = frozenset(
-    {"init_lora_weights", "target_parameters", "megatron_core", "eva_config"}
+    {"init_lora_weights", "target_parameters", "fan_in_fan_out", "megatron_core", "eva_config"}
     | {"qalora_group_size", "runtime_config", "ensure_weight_tying"}
 )
 """The keys of PEFT's LoraConfig that are read elsewhere, or change nothing in what a loaded adapter computes."""
@@ -37,7 +46,15 @@ class Lora(Targets):
     """Trains two low-rank matrices beside each chosen linear layer; the saved adapter can be loaded by PEFT."""
 
     adapts_ends: ClassVar[bool] = True
+    adapts_others: ClassVar[bool] = True
 
+    target_parameters: Annotated[
+        tuple[str, ...],
+        Field(
+            description="Weights of stacked experts that are adapted beside target_modules, such as "
+            "experts.gate_up_proj; all-linear has them all."
+        ),
+    ] = ()
     r: Annotated[Rank, Field(description="Rank of the update.")] = 16
     lora_alpha: Annotated[
         Alpha, Field(description="The update is scaled by lora_alpha / r, or by lora_alpha / sqrt(r) with use_rslora.")
@@ -112,13 +129,15 @@ class Lora(Targets):
         # PEFT's list of tokens is for the embedding alone.
         if isinstance(options.get("trainable_token_indices"), list):
             options["trainable_token_indices"] = {EMBEDDING: options["trainable_token_indices"]}
-        # A parameter that is the weight of a linear layer is adapted like that layer.
+        # A parameter that is the weight of a linear layer is adapted like that layer; others are those of experts.
         parameters: list[str] = config.get("target_parameters") or []
+        linear = [name.removesuffix(".weight") for name in parameters if name.endswith(".weight")]
         targets = config["target_modules"]
-        if parameters and (isinstance(targets, str) or any(not name.endswith(".weight") for name in parameters)):
+        if linear and isinstance(targets, str):
             others.append("target_parameters")
         elif parameters:
-            options["target_modules"] = [*(targets or ()), *(name.removesuffix(".weight") for name in parameters)]
+            options["target_modules"] = targets if isinstance(targets, str) else [*(targets or ()), *linear]
+            options["target_parameters"] = [name for name in parameters if not name.endswith(".weight")]
         return options, others
 
     @hookimpl
@@ -131,6 +150,7 @@ class Lora(Targets):
         token_ids = find_token_rows(spec, self.trainable_token_indices)
         self._check_ranks(model, layers)
         self._check_ends_with_options(model, targets, token_ids)
+        self._check_experts_with_options(model, targets)
         return LoraAdapter(
             spec.name,
             layers,
@@ -195,7 +215,7 @@ class Lora(Targets):
 
         A layer that begins in its weight (PiSSA, OLoRA) cannot have more than its own full rank.
         """
-        ranks = {path: min(model.get_submodule(path).weight.shape) for path in layers}  # type: ignore[arg-type]
+        ranks = {path: min(weight_at(model, path).shape[-2:]) for path in layers}
         full = max(ranks.values())
         if self.r > full:
             raise ConfigError(
@@ -233,6 +253,23 @@ class Lora(Targets):
                 f"target_modules match the embedding {embedding!r}, for which there is neither use_dora nor lora_bias "
                 "nor another init_lora_weights; leave it out, or these options"
             )
+
+    def _check_experts_with_options(self, model: PreTrainedModel, targets: Sequence[str]) -> None:
+        """Raise ConfigError when stacked experts are adapted, and an option cannot hold for them."""
+        experts = [path for path in targets if weight_at(model, path).ndim == 3]
+        if experts and (self.use_dora or self.lora_bias or self.init_lora_weights is not True):
+            raise ConfigError(
+                f"{experts[0]!r} is a weight of stacked experts, for which there is neither use_dora nor lora_bias nor "
+                "another init_lora_weights; leave these options out, or the experts (exclude_modules: "
+                f"{sorted({'.'.join(path.split('.')[-2:]) for path in experts})})"
+            )
+
+    def named_parameters(self, stacked: Sequence[str]) -> list[str]:
+        if unused := [t for t in self.target_parameters if not any(ends_with(path, (t,)) for path in stacked)]:
+            names = ", ".join(sorted({path.rpartition(".")[2] for path in stacked}))
+            has = f"these are {names}" if stacked else "this model has none"
+            raise ConfigError(f"target_parameters {unused} match no weight of stacked experts; {has}")
+        return [path for path in stacked if ends_with(path, self.target_parameters)]
 
     def find_biases(self, model: PreTrainedModel, targets: Sequence[str], saved: Sequence[str]) -> list[str]:
         """Return the names of the biases to train beside the layers. Raises ConfigError when there is none."""

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from sftx import Adapter, LanguageModel
 from sftx_plugins.adapters import peft_files, token_rows
-from sftx_plugins.adapters.lora_layers import LayerOptions, LoraEmbedding, LoraHead, LoraLayer, make_layer
+from sftx_plugins.adapters.lora_experts import LoraExperts, by_module, stacked_weights
+from sftx_plugins.adapters.lora_layers import LayerOptions, LoraConv1D, LoraEmbedding, LoraHead, LoraLayer, make_layer
 
 
 class LoraAdapter(Adapter):
@@ -32,6 +33,7 @@ class LoraAdapter(Adapter):
     ) -> None:
         """Take the model's name, the paths of the modules to adapt, and those of the modules to train in full.
 
+        A path of `targets` may also be that of a weight of stacked experts.
         `token_ids`: tokens whose rows are trained, by the path of the embedding or the head. `biases`: names of
         parameters that are trained too. `peft`: what is in adapter_config.json beside the model and its modules.
         `init_from`: directory of an adapter whose weights are the first ones.
@@ -56,11 +58,15 @@ class LoraAdapter(Adapter):
         self._peft |= peft_files.target_entries(
             list(self._targets),
             [name for name, _ in model.named_modules()],
-            stacked_experts=any(name.endswith(".gate_up_proj") and p.ndim == 3 for name, p in model.named_parameters()),
+            [f"{path}.{name}" for path, module in model.named_modules() for name in stacked_weights(module)],
         )
-        for number, (path, options) in enumerate(self._targets.items()):
+        for number, (path, options) in enumerate(by_module(model, self._targets).items()):
             base = model.get_submodule(path)
-            layer = self.make_layer(path, base, options, lm=lm, number=number)
+            layer: LoraLayer
+            if isinstance(options, dict):
+                layer = LoraExperts(base, options, run_seed=lm.seed, number=number, path=path)
+            else:
+                layer = self.make_layer(path, base, options, lm=lm, number=number)
             layer.install(model, path)
             self._layers[path] = layer
         full = {f"{path}.{key}": p for path in self._saved for key, p in model.get_submodule(path).named_parameters()}
@@ -87,7 +93,7 @@ class LoraAdapter(Adapter):
         """LoRA+ (Hayou et al. 2024, https://arxiv.org/abs/2402.12354) trains B with a higher learning rate than A."""
         path, _, last = name.rpartition(".")
         is_layer = path.removesuffix(".parametrizations.weight.0") in self._layers
-        return self._loraplus_lr_ratio if last == "lora_B" and is_layer else 1.0
+        return self._loraplus_lr_ratio if last.endswith("lora_B") and is_layer else 1.0
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
@@ -150,6 +156,8 @@ class LoraAdapter(Adapter):
         config = {
             **self._peft,
             "base_model_name_or_path": self._base,
+            # PEFT's word for a weight that is stored as [K, O], which it finds out by itself, with a warning.
+            "fan_in_fan_out": any(isinstance(layer, LoraConv1D) for layer in self._layers.values()),
             "ensure_weight_tying": len(self._full) > len(self._originals),
             "inference_mode": True,
             "modules_to_save": self._saved or None,

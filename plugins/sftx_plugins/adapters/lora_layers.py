@@ -14,6 +14,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from transformers.pytorch_utils import Conv1D
 
 from sftx import ConfigError
 from sftx_kernels import (
@@ -198,7 +199,7 @@ class LowRank(LoraLayer):
 class LoraLinear(LowRank, nn.Linear):
     """A linear layer with a low-rank update. Subclasses hold their weight in another form (see `base_weight`)."""
 
-    adapts = nn.Linear
+    adapts: ClassVar[type[nn.Module]] = nn.Linear
 
     def __init__(self, base: nn.Module, options: LayerOptions, *, run_seed: Tensor, number: int) -> None:
         super().__init__(base, options, run_seed=run_seed, number=number)
@@ -264,15 +265,34 @@ class LoraLinear(LowRank, nn.Linear):
         output = torch.addcmul(changed, changed, (self.dora_scale() - 1).to(changed.dtype))
         return output if rest is None else output + rest.to(output.dtype)
 
+    def merged_parameter(self) -> Tensor:
+        """Return the merged weight as the module stores it."""
+        return self.merged_weight(self.weight)
+
     @torch.no_grad()
     def merged(self) -> nn.Module:
         base: Any = self.base[0]
-        base.weight = nn.Parameter(self.merged_weight(self.weight).to(self.weight.dtype), requires_grad=False)
+        base.weight = nn.Parameter(self.merged_parameter().to(self.weight.dtype), requires_grad=False)
         if self.bias is not None:
             base.bias = self.bias
             if self.lora_bias is not None:
                 base.bias.data = (self.bias + self.scaling * self.lora_bias).to(self.bias.dtype)
         return cast(nn.Module, base)
+
+
+class LoraConv1D(LoraLinear):
+    """A low-rank update of transformers' Conv1D (GPT-2), which is a linear layer whose weight is [K, O]."""
+
+    adapts = Conv1D
+
+    def base_weight(self) -> Tensor:
+        return self.weight.T
+
+    def base_forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.T, self.bias)
+
+    def merged_parameter(self) -> Tensor:
+        return self.merged_weight(self.weight.T).T.contiguous()
 
 
 class LoraHead(LowRank):

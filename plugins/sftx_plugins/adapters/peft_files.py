@@ -6,7 +6,7 @@ Names of tensors are `base_model.model.`, the module's path in the model, and PE
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,22 +78,28 @@ def _full_name(name: str) -> str:
     return name if name.startswith("base_model.") else f"{_PREFIX}{name}"
 
 
-def target_entries(targets: Sequence[str], modules: Iterable[str], *, stacked_experts: bool) -> dict[str, Any]:
-    """Return `target_modules` and `target_parameters` for these paths of layers, in a model with these modules."""
-    confused = _NAMES_OF_EXPERTS if stacked_experts else frozenset()
-    as_parameters = [name for name in targets if name.rpartition(".")[2] in confused]
-    named = [name for name in targets if name not in as_parameters]
-    return {
-        "target_modules": _shortest(named, modules),
-        "target_parameters": [f"{name}.weight" for name in as_parameters] or None,
-    }
+def target_entries(targets: Sequence[str], modules: Iterable[str], stacked: Collection[str]) -> dict[str, Any]:
+    """Return `target_modules` and `target_parameters` for these targets: paths of layers, or of experts' weights.
 
-
-def _shortest(targets: Sequence[str], modules: Iterable[str]) -> list[str]:
-    """Return the last names of the targets' paths, or the whole paths if the names would match other modules too.
-
-    PEFT adapts every module whose path ends in a name.
+    `modules`, `stacked`: the paths of all modules of the model, and of all weights of stacked experts.
     """
-    names = sorted({target.rpartition(".")[2] for target in targets})
-    matched = [module for module in modules if module.rpartition(".")[2] in names]
+    confused = _NAMES_OF_EXPERTS if stacked else frozenset()
+    experts = [path for path in targets if path in stacked]
+    as_parameters = [path for path in targets if path not in stacked and path.rpartition(".")[2] in confused]
+    named = [path for path in targets if path not in stacked and path not in as_parameters]
+    parameters = [f"{path}.weight" for path in as_parameters] + _shortest(experts, stacked, num_names=2)
+    return {"target_modules": _shortest(named, modules), "target_parameters": parameters or None}
+
+
+def _shortest(targets: Sequence[str], paths: Iterable[str], *, num_names: int = 1) -> list[str]:
+    """Return the last names of the targets' paths, or the whole paths if the names would match others of `paths` too.
+
+    PEFT adapts everything whose path ends in a name.
+    """
+
+    def ending(path: str) -> str:
+        return ".".join(path.split(".")[-num_names:])
+
+    names = sorted({ending(target) for target in targets})
+    matched = [path for path in paths if ending(path) in names]
     return names if set(matched) == set(targets) else list(targets)

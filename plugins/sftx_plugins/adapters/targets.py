@@ -13,7 +13,7 @@ from pydantic import Field
 from sftx import ConfigError, ModelSpec
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
 ALL_LINEAR: Final = "all-linear"
@@ -28,12 +28,14 @@ class Targets:
 
     adapts_ends: ClassVar[bool] = False
     """Whether the embedding and the output head can be adapted too, when they are named."""
+    adapts_others: ClassVar[bool] = False
+    """Whether transformers' Conv1D and the weights of stacked experts can be adapted too."""
 
     target_modules: Annotated[
         str | tuple[str, ...],
         Field(
-            description="all-linear (all linear layers except the output head), a list of module names, or a regular "
-            "expression for the whole path."
+            description="all-linear (all linear layers except the output head, with lora also the weights of stacked "
+            "experts), a list of names, or a regular expression for the whole path."
         ),
     ] = ALL_LINEAR
     exclude_modules: Annotated[
@@ -85,30 +87,37 @@ class Targets:
         Raises ConfigError if there are none, or one cannot be adapted.
         """
         from torch import nn
+        from transformers.pytorch_utils import Conv1D
+
+        from sftx_plugins.adapters.lora_experts import stacked_weights
 
         head, embedding = path_of(model, model.get_output_embeddings()), path_of(model, model.get_input_embeddings())
         language_model = [path_of(model, model.get_decoder()), head]
-        linear = [
-            name
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and is_within(name, language_model)
-        ]
-        body = [name for name in linear if name != head]
+        modules = [(name, module) for name, module in model.named_modules() if is_within(name, language_model)]
+        layers = nn.Linear | Conv1D if self.adapts_others else nn.Linear
+        linear = [name for name, module in modules if isinstance(module, layers)]
+        stacked = [f"{path}.{name}" for path, module in modules for name in stacked_weights(module)]
+        candidates = linear + (stacked if self.adapts_others else [])
+        body = [name for name in candidates if name != head]
         if not body:
-            has_conv1d = any(type(module).__name__ == "Conv1D" for module in model.modules())
-            what = "Conv1D of transformers, not nn.Linear" if has_conv1d else "no nn.Linear"
+            kinds = "nn.Linear, Conv1D of transformers or stacked experts" if self.adapts_others else "nn.Linear"
             raise ConfigError(
-                f"{type(model).__name__} has no linear layer for lora: its layers are {what}; train the whole model "
-                "instead (leave lora out)"
+                f"{type(model).__name__} has no layer that this adapter can change ({kinds}); train the whole model "
+                "instead (leave the adapter out)"
             )
-        targets = self._named(linear if not self.adapts_ends else [*linear, embedding], body)
+        parameters = self.named_parameters(stacked)
+        targets = self._named(candidates if not self.adapts_ends else [*candidates, embedding], body, parameters)
         if self.target_modules == ALL_LINEAR:
             self._check_coverage(model, body)
         self._check_ends(model, [path for path in (embedding, head) if path in targets])
         return self._in_chosen_layers(self._not_excluded(targets))
 
-    def _named(self, candidates: Sequence[str], body: Sequence[str]) -> list[str]:
-        """Return the candidates that target_modules name."""
+    def named_parameters(self, stacked: Sequence[str]) -> list[str]:
+        """Return those paths of experts' weights that another option than target_modules names."""
+        return []
+
+    def _named(self, candidates: Sequence[str], body: Sequence[str], parameters: Sequence[str]) -> list[str]:
+        """Return the candidates that target_modules name, and these parameters."""
         if self.target_modules == ALL_LINEAR:
             return list(body)
         if isinstance(self.target_modules, str):
@@ -119,6 +128,7 @@ class Targets:
             unused = [t for t in self.target_modules if not any(ends_with(name, (t,)) for name in candidates)]
             if unused and targets:
                 raise ConfigError(f"target_modules {unused} match no linear layer; this model has {_last_names(body)}")
+        targets += [path for path in parameters if path not in targets]
         if not targets:
             option = self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
             raise ConfigError(f"target_modules {option!r} match no linear layer; this model has {_last_names(body)}")
@@ -183,21 +193,20 @@ class Targets:
         return int(match[1]) if match else None
 
     def _check_coverage(self, model: PreTrainedModel, targets: Sequence[str]) -> None:
-        """Raise ConfigError when the linear layers are less than half of the decoder's matrices."""
-        embedding = model.get_input_embeddings().weight
-        sizes = {
-            name: p.numel()
-            for name, p in cast("nn.Module", model.get_decoder()).named_parameters()
-            if p.ndim >= 2 and p is not embedding
-        }
-        reached = sum(p.numel() for path in targets for p in model.get_submodule(path).parameters(recurse=False))
+        """Raise ConfigError when the layers are less than half of the decoder's matrices, embeddings aside."""
+        from torch import nn
+
+        decoder = cast(nn.Module, model.get_decoder())
+        embeddings = {id(p) for m in decoder.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+        sizes = {name: p.numel() for name, p in decoder.named_parameters() if p.ndim >= 2 and id(p) not in embeddings}
+        reached = sum(weight_at(model, path).numel() for path in targets)
         share = reached / max(1, sum(sizes.values()))
         if share >= _LEAST_COVERAGE or self.allow_low_coverage:
             return
         largest = max(sizes, key=lambda name: sizes[name] if not name.endswith(".weight") else 0)
         raise ConfigError(
             f"target_modules all-linear reaches {100 * share:.0f} % of the decoder's weights, since others, such as "
-            f"{largest}, belong to no linear layer; set allow_low_coverage: true to leave these as they are"
+            f"{largest}, belong to no layer that it can adapt; set allow_low_coverage: true to leave these as they are"
         )
 
     def find_saved(self, model: PreTrainedModel) -> list[str]:
@@ -281,6 +290,13 @@ def ends_with(path: str, endings: Iterable[str]) -> bool:
 def is_within(path: str, parents: Iterable[str]) -> bool:
     """Return whether a module's path is one of these, or below one of them."""
     return any(not parent or path == parent or path.startswith(f"{parent}.") for parent in parents)
+
+
+def weight_at(model: nn.Module, path: str) -> Tensor:
+    """Return the weight of the module at this path, or the weight of stacked experts that has this path."""
+    parent, _, name = path.rpartition(".")
+    weight = model.get_submodule(parent)._parameters.get(name)
+    return cast("nn.Linear", model.get_submodule(path)).weight if weight is None else weight
 
 
 def path_of(model: nn.Module, module: nn.Module) -> str:
