@@ -127,8 +127,10 @@ class ModelEvaluation:
                 yield from ((number, (0.0, True)) for number in numbers)
                 return
             batch = batch.to(self.lm.device)
+            with self.lm.ignoring_extras():  # what is asked is text
+                hidden_BTD = self.lm.hidden(batch).hidden_BTD
             out = self.lm.cross_entropy(
-                self.lm.hidden(batch).hidden_BTD,
+                hidden_BTD,
                 batch.labels_BT,
                 num_valid=batch.num_label_tokens,
                 reduction="none",

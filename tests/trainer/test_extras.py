@@ -23,9 +23,11 @@ from ranked import Starter
 from same_end import differences
 from same_run import DDP, FSDP2, of_kind
 from sessions import session_of
-from sftx import ConfigError, Conversation, DataError, Location, PluginError, load_run
+from sftx import ConfigError, Conversation, DataError, Example, Location, PluginError, load_run, pad
 from sftx.cli import main
+from sftx.distributed.process_group import ProcessGroup
 from sftx.model.language_model import CausalLM
+from sftx.trainer.evaluation import ModelEvaluation
 from sftx.trainer.session import Session
 
 PACKAGE = Path(__file__).parents[1] / "packages" / "sftx-features"
@@ -210,6 +212,17 @@ def test_the_reference_of_a_preference_loss_has_no_extras(session: Callable[...,
     batch.extras.clear()
     with torch.no_grad():
         torch.testing.assert_close(reference_BTD, base.hidden(batch).hidden_BTD)
+
+
+@torch.no_grad()
+def test_what_an_evaluator_asks_is_text(session: Callable[..., Session]) -> None:
+    lm = session(train__per_device_train_batch_size=8).lm.eval()
+    evaluation = ModelEvaluation(lm, 0, (), (), None, (), 2, 2, 3, ProcessGroup())
+    ((said, _),) = evaluation.log_likelihoods([([10, 11, 12], [13])])
+    with lm.ignoring_extras():
+        probabilities_V = lm.logits(lm.hidden(pad([Example([10, 11, 12], [0] * 3, "", 0)])).hidden_BTD)[0, -1]  # type: ignore[arg-type]
+    assert said == pytest.approx(probabilities_V.log_softmax(0)[13].item(), rel=1e-5)
+    assert len(evaluation.answer([[10, 11, 12]])) == 1
 
 
 # --- resumed, shared, planned --------------------------------------------------------------------
