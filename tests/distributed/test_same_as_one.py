@@ -73,6 +73,7 @@ MORE_CASES: Final = (
     Case("saved", 2, DDP),
     Case("saved", 2, FSDP2),
     Case("untied", 2, FSDP2),
+    Case("experts", 2, FSDP2 + "--gradient-checkpointing"),
 )
 
 

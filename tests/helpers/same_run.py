@@ -56,15 +56,17 @@ def compare_evaluations(out: Path, alone: Path) -> None:
 
 
 def compare_artefacts(out: Path, alone: Path) -> None:
-    """Compare file names and weights; the tolerance is small against what training changed."""
+    """Compare file names and weights, also a checkpoint's; the tolerance is small against what training changed."""
     names = {path.relative_to(alone) for path in alone.rglob("*") if path.is_file()}
     assert {path.relative_to(out) for path in out.rglob("*") if path.is_file()} == names
-    (weights,) = (name for name in names if name.name.endswith("model.safetensors"))
-    ours, theirs = load_file(out / weights), load_file(alone / weights)
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        assert tensor.dtype == theirs[name].dtype
-        torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=3e-5, msg=lambda m, name=name: f"{name}: {m}")
+    files = [name for name in names if name.name.endswith("model.safetensors")]
+    assert files
+    for weights in files:
+        ours, theirs = load_file(out / weights), load_file(alone / weights)
+        assert ours.keys() == theirs.keys()
+        for name, tensor in ours.items():
+            assert tensor.dtype == theirs[name].dtype
+            torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=3e-5, msg=lambda m, name=name: f"{name}: {m}")
     summary = json.loads((out / "summary.json").read_text())
     assert summary["num_label_tokens"] == json.loads((alone / "summary.json").read_text())["num_label_tokens"]
 
