@@ -12,6 +12,7 @@ from sftx.data.collate import pack, pad
 from sftx.errors import ConfigError, DataError, ModelError, OutputError, PluginError, SftxError, TrainingError
 from sftx.events import Decision, EvalReport, Provider, RunInfo, Sample, StartReport, StepReport, TokenLosses
 from sftx.secret import Secret
+from sftx.trainer.parameter_groups import parameter_groups
 from sftx.types import (
     IGNORE_INDEX,
     Adapter,
@@ -33,16 +34,19 @@ from sftx.types import (
     Metric,
     ModelSpec,
     Observer,
+    OptimizerBuilder,
     Parsed,
     Parser,
     PlainText,
     Record,
     Row,
+    Schedule,
     Segment,
     Step,
     Template,
     Tokens,
     ToolCall,
+    TrainableParam,
     Window,
 )
 
@@ -78,6 +82,7 @@ __all__ = [
     "ModelError",
     "ModelSpec",
     "Observer",
+    "OptimizerBuilder",
     "OutputError",
     "Parsed",
     "Parser",
@@ -88,6 +93,7 @@ __all__ = [
     "Row",
     "RunInfo",
     "Sample",
+    "Schedule",
     "Secret",
     "Segment",
     "SftxError",
@@ -98,6 +104,7 @@ __all__ = [
     "TokenLosses",
     "Tokens",
     "ToolCall",
+    "TrainableParam",
     "TrainingError",
     "Window",
     "hookimpl",
@@ -105,6 +112,7 @@ __all__ = [
     "load_run",
     "pack",
     "pad",
+    "parameter_groups",
     "plan",
     "resume",
     "run",

@@ -34,7 +34,13 @@ from sftx.phases import PhaseTimes, listening, phase
 if TYPE_CHECKING:
     import torch
 
-    from sftx.assembly.stages import EvaluatorStage, LossStage, MetricStage
+    from sftx.assembly.stages import (
+        EvaluatorStage,
+        LossStage,
+        MetricStage,
+        OptimizerStage,
+        ScheduleStage,
+    )
     from sftx.data.dataset import Dataset
     from sftx.data.pipeline import DataPipeline
     from sftx.data.sampler import Sampler
@@ -120,6 +126,7 @@ def _prepared(loaded: LoadedConfig, name: str, *, resume: bool) -> Iterator[_Pre
     with phase("importing", "plugins"):
         assembly = activate(loaded)
     assembly.check_secrets()
+    config = assembly.complete(config)
     process_group = _join_process_group(config)
     with contextlib.ExitStack() as stack:
         stack.callback(process_group.close)
@@ -190,18 +197,23 @@ def _assemble(prepared: _Prepared, times: PhaseTimes) -> Session:
         from sftx.inspection.diagnosis.check_inputs import CheckInputs
         from sftx.inspection.diagnosis.start_checks import log_start_checks
         from sftx.model.generation import read_generation_settings
+        from sftx.trainer import parallel
         from sftx.trainer import precision as precisions
         from sftx.trainer.evaluate import ModelEvaluator
         from sftx.trainer.evidence import shown_rows
         from sftx.trainer.observers import Observers
         from sftx.trainer.run_writer import RunWriter
+        from sftx.trainer.schedule import num_warmup_steps
         from sftx.trainer.session import Session
 
     checkpoints = Checkpoints(directory.file("checkpoints"), config.train.checkpoints_kept)
     with phase("checking", "the files of checkpoints"):
         saved = process_group.run_on_rank0(checkpoints.newest_intact) if directory.resumed else None
     process_group.run_on_rank0(lambda: directory.check_extension(saved))
-    precision = precisions.choose(config.train, process_group.local_rank)
+    optimizer = assembly.optimizer()
+    has_adapters = bool(assembly.providers("sftx_adapter"))
+    parallel.check(config.train, optimizer, has_adapters=has_adapters)
+    precision = precisions.choose(config.train, process_group.local_rank, bf16_weights=optimizer.bf16_weights)
 
     def make_observers(path: Path) -> Observers:
         assembly.run = RunInfo(path, prepared.resolved)
@@ -216,7 +228,7 @@ def _assemble(prepared: _Prepared, times: PhaseTimes) -> Session:
     all_metrics = assembly.metrics()
     evaluators = process_group.all_or_raise(assembly.evaluators)
     loss = assembly.loss()
-    _check_loss(config, loss, process_group.world_size, has_adapters=bool(assembly.providers("sftx_adapter")))
+    _check_loss(config, loss, process_group.world_size, has_adapters=has_adapters)
     # Rank 0 encodes; where the rows are many, the other ranks find them in the cache.
     data = process_group.rank0_first(pipeline.load_train)
     eval_data = process_group.rank0_first(lambda: pipeline.load_eval(questions=bool(all_metrics or evaluators)))
@@ -224,8 +236,11 @@ def _assemble(prepared: _Prepared, times: PhaseTimes) -> Session:
     process_group.run_on_rank0(lambda: check_overlap(data, eval_data, config.data.max_overlap))
     with phase("planning", "steps"):
         sampler = pipeline.sampler(data, config.train)
-    _check_schedule(config.train, sampler.num_steps)
-    trainer = _build_trainer(config, assembly, loss, pipeline, sampler, precision, saved, process_group)
+    schedule = assembly.schedule(num_warmup_steps(config.train, sampler.num_steps), sampler.num_steps)
+    _check_schedule(schedule, config.train, sampler.num_steps)
+    trainer = _build_trainer(
+        config, assembly, loss, optimizer, schedule, pipeline, sampler, precision, saved, process_group
+    )
     lm = trainer.lm
     _check_fit(config, sampler, lm, eval_data)
     if lm.reach is not None:
@@ -327,6 +342,8 @@ def _build_trainer(
     config: RunConfig,
     assembly: Assembly,
     loss: LossStage,
+    optimizer: OptimizerStage,
+    schedule: ScheduleStage,
     pipeline: DataPipeline,
     sampler: Sampler,
     precision: Precision,
@@ -339,7 +356,9 @@ def _build_trainer(
 
     def load() -> Trainer:
         lm = _load_model(config, assembly, pipeline, precision, saved)
-        return Trainer(lm, loss, pipeline.collator, config.train, precision, sampler.num_steps, process_group)
+        return Trainer(
+            lm, loss, pipeline.collator, optimizer, schedule, config.train, precision, sampler.num_steps, process_group
+        )
 
     # With fsdp2 each rank reads the whole model before it keeps its shards: one at a time, so that a host has it in
     # memory once.
@@ -364,12 +383,10 @@ def _load_model(
     from sftx.inspection.diagnosis.start_checks import find_untrained_tokens
     from sftx.model.added_tokens import ids_of, untrained_rows
     from sftx.model.load import load_spec
-    from sftx.trainer import parallel
 
     spec = load_spec(pipeline.model, trust_remote_code=config.trust_remote_code)
     spec = dataclasses.replace(spec, new_token_ids=ids_of(pipeline.added_tokens, pipeline.tokenizer))
     adapters = assembly.adapters(spec)
-    parallel.check(config.train, has_adapters=bool(adapters))
     # With fsdp2 the model moves to the device layer by layer, as shards.
     is_sharded = is_launched() and config.train.distributed == "fsdp2"
     lm = build_model(
@@ -436,22 +453,22 @@ def _check_evaluation(
     return metrics
 
 
-def _check_schedule(config: TrainConfig, num_steps: int) -> None:
+def _check_schedule(schedule: ScheduleStage, config: TrainConfig, num_steps: int) -> None:
     """Raise ConfigError when no step has a learning rate above 0; say how many have none, and warn of mistakes."""
-    from sftx.trainer.schedule import num_decay_steps, num_steps_at_zero, num_warmup_steps
+    from sftx.trainer.schedule import num_steps_at_zero, num_warmup_steps
 
-    warmup, decay = num_warmup_steps(config, num_steps), num_decay_steps(config, num_steps)
-    num_at_zero = num_steps_at_zero(config, num_steps)
+    warmup = num_warmup_steps(config, num_steps)
+    num_at_zero = num_steps_at_zero(schedule, config, num_steps)
     steps = "the only step" if num_steps == 1 else f"all {num_steps} steps"
     if num_steps and num_at_zero == num_steps:
         raise ConfigError(
             f"option 'train.warmup_steps': nothing would be trained, since the learning rate is 0 in {steps} of this "
             f"run, of which {warmup} warm up from 0; leave warm-up out, or train more steps"
+            if warmup
+            else f"{schedule}: nothing would be trained, since the learning rate is 0 in {steps} of this run"
         )
     if num_at_zero:
         log.info("the learning rate is 0 in %d of %d steps (warm-up begins at 0)", num_at_zero, num_steps)
-    if config.lr_scheduler_type == "warmup_stable_decay" and warmup + decay >= num_steps:
-        log.warning("%d steps of warm-up and %d of decay leave no level part of %d", warmup, decay, num_steps)
     if warmup >= num_steps:
         log.warning("%s warm up (warmup_steps %d): the peak rate is never reached", steps, warmup)
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
     from torch import Tensor, nn
+    from torch.optim import Optimizer
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from sftx.events import Decision, EvalReport, StartReport, StepReport
@@ -481,6 +482,62 @@ class Adapter(ABC):
     @abstractmethod
     def merge(self, lm: LanguageModel) -> None:
         """Folds the trained parameters into the model's weights and removes the adapter."""
+
+
+@dataclass(frozen=True)
+class TrainableParam:
+    """A trainable parameter, and what an optimizer must know of its place in the model."""
+
+    name: str
+    parameter: nn.Parameter
+    """With fsdp2 and no adapter a DTensor, of which this process has a shard."""
+    scale: float
+    """The factor on the learning rate."""
+    is_embedding: bool
+    """True for the input embedding: only its rows of the batch's tokens get gradients."""
+    is_head: bool
+
+
+@runtime_checkable
+class OptimizerBuilder(Protocol):
+    """Makes the torch optimizers of a run, and says what memory plan and precision must know of them.
+
+    It may have attributes that are True: `bf16_weights`, it trains a whole model whose weights are bfloat16;
+    `needs_gpu`, its contract can be checked on a GPU only (`build` raises ConfigError for parameters elsewhere).
+    """
+
+    @property
+    def state_bytes(self) -> float:
+        """Bytes of state for each trained parameter; of most parameters, where it treats some differently."""
+
+    @property
+    def elementwise(self) -> bool:
+        """True when each element of a parameter is updated from its own gradient and state alone, so that FSDP's
+        shards of a parameter can be updated one by one."""
+
+    def build(self, params: Sequence[TrainableParam]) -> Sequence[Optimizer]:
+        """Return one optimizer or several, in which each parameter stands once. Raises ConfigError.
+
+        Each parameter group has `scale` beside `lr`, as those of `sftx.parameter_groups` have: before each step its
+        `lr` is set to `scale` times the learning rate of the step. Gradients are clipped already, and `step()` gets no
+        closure. State is in `optimizer.state[parameter]`, as tensors and numbers, by which checkpoints save it.
+        """
+
+
+@runtime_checkable
+class Schedule(Protocol):
+    """The learning rate after warm-up, as a factor of its peak.
+
+    It may have an attribute `warmup_start: float`: the factor with which the linear warm-up begins, as a share of the
+    factor at its end; 0 by default.
+    """
+
+    def factor(self, step: int, num_steps: int) -> float:
+        """Return the factor of the peak learning rate, at least 0: a pure function of its arguments.
+
+        `step` is counted from 0 at the end of warm-up, and may pass `num_steps`, the number of optimizer steps after
+        warm-up, which is at least 1.
+        """
 
 
 @runtime_checkable

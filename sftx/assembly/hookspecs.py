@@ -12,7 +12,20 @@ from typing import TYPE_CHECKING, Final
 import pluggy
 
 from sftx.events import RunInfo
-from sftx.types import Adapter, Collator, Control, Evaluator, Loss, Metric, ModelSpec, Observer, Parser, Template
+from sftx.types import (
+    Adapter,
+    Collator,
+    Control,
+    Evaluator,
+    Loss,
+    Metric,
+    ModelSpec,
+    Observer,
+    OptimizerBuilder,
+    Parser,
+    Schedule,
+    Template,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,6 +70,19 @@ def sftx_loss(run: RunInfo) -> Loss:  # type: ignore[empty-body]
 
 
 @hookspec
+def sftx_optimizer(run: RunInfo) -> OptimizerBuilder:  # type: ignore[empty-body]
+    """Return what makes the optimizer of the trainable parameters. One; `train.optim` names the plugin."""
+
+
+@hookspec
+def sftx_schedule(num_warmup_steps: int, num_training_steps: int, run: RunInfo) -> Schedule:  # type: ignore[empty-body]
+    """Return the learning-rate schedule of a run of so many optimizer steps. One; `train.lr_scheduler_type` names it.
+
+    `num_training_steps` are all steps of the run, of which the first `num_warmup_steps` warm up.
+    """
+
+
+@hookspec
 def sftx_metric(run: RunInfo) -> Metric:  # type: ignore[empty-body]
     """Return a metric that compares a generated answer with the reference. Any number."""
 
@@ -85,6 +111,8 @@ RETURNS: Final[dict[str, type]] = {
     "sftx_collator": Collator,
     "sftx_adapter": Adapter,
     "sftx_loss": Loss,
+    "sftx_optimizer": OptimizerBuilder,
+    "sftx_schedule": Schedule,
     "sftx_metric": Metric,
     "sftx_evaluator": Evaluator,
     "sftx_control": Control,
@@ -92,5 +120,5 @@ RETURNS: Final[dict[str, type]] = {
 }
 """The hooks that return a stage, in the order of the stages of a run, and the type that each must return."""
 
-ONE_PROVIDER: Final = frozenset({"sftx_template", "sftx_collator", "sftx_loss"})
+ONE_PROVIDER: Final = frozenset({"sftx_template", "sftx_collator", "sftx_loss", "sftx_optimizer", "sftx_schedule"})
 """The hooks that at most one plugin of a run may implement."""

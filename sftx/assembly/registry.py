@@ -6,8 +6,10 @@ calls each hook once, when the run needs that stage.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,16 +26,19 @@ from sftx.assembly.stages import (
     EvaluatorStage,
     LossStage,
     MetricStage,
+    OptimizerStage,
     ParserStage,
+    ScheduleStage,
     TemplateStage,
     call,
     make,
     named,
 )
 from sftx.config.default_plugins import DEFAULT_PLUGINS
-from sftx.config.options import RunConfig, as_dict
+from sftx.config.named_plugins import PLUGIN_OPTIONS, PluginOption
+from sftx.config.options import RunConfig, TrainConfig, as_dict
 from sftx.config.unknown_options import UnknownOptionsError
-from sftx.errors import ConfigError, PluginError
+from sftx.errors import ConfigError, PluginError, did_you_mean
 from sftx.events import Provider, RunInfo
 from sftx.secret import Secret
 from sftx.types import ModelSpec, Observer
@@ -72,6 +77,8 @@ def activate(loaded: LoadedConfig) -> Assembly:
     if train.early_stopping_patience is not None and "early-stopping" not in config.plugins:
         options = {"patience": train.early_stopping_patience, "threshold": train.early_stopping_threshold}
         assembly.add(find("early-stopping", installed), options, is_implied=True)
+    for option in PLUGIN_OPTIONS:
+        assembly.choose(option, config, installed)
     for hook, names in DEFAULT_PLUGINS.items():
         if hook in ONE_PROVIDER and assembly.providers(hook):
             continue
@@ -79,6 +86,8 @@ def activate(loaded: LoadedConfig) -> Assembly:
             if name not in config.without and name not in config.plugins:
                 assembly.add(find(name, installed), {})
     assembly.check()
+    for option in PLUGIN_OPTIONS:
+        assembly.check_partial_options(option, config.train, installed)
     assembly.run = RunInfo(Path(config.output_dir or "."), assembly.resolved(config))
     assembly.validate()
     return assembly
@@ -111,6 +120,7 @@ class Assembly:
         self._manager = pluggy.PluginManager(PROJECT)
         self._manager.add_hookspecs(hookspecs)
         self._active: dict[str, Active] = {}
+        self._chosen: dict[str, Any] = {}
         self.run = RunInfo(Path(), {})
         """What hooks are told of the run."""
 
@@ -121,6 +131,58 @@ class Assembly:
         active = Active(info, instance(info, cls, options, self._origins), is_implied)
         self._manager.register(active.plugin, info.name)
         self._active[info.name] = active
+
+    def choose(self, option: PluginOption, config: RunConfig, installed: Sequence[PluginInfo]) -> None:
+        """Add the plugin that the option names, unless one for its hook is there. Raises ConfigError, PluginError.
+
+        A plugin that is named takes the place of the option's default.
+        """
+        value, default = getattr(config.train, option.name), TrainConfig.__dataclass_fields__[option.name].default
+        dotted = f"train.{option.name}"
+        is_given = value != default or self._origins.has(dotted)
+        origin = self._origins.of(dotted) if is_given else ""
+        start = f"{origin}: option {dotted!r}" if origin else f"option {dotted!r}"
+        names = {info.name for info in installed}
+        name = next((name for name in option.plugins(value) if name in names), None)
+        if name is None:
+            known = [*option.built_in, *_others(option, installed)]
+            raise ConfigError(
+                f"{start}: got {json.dumps(value)}, expected {', '.join(map(repr, known))}, or another plugin "
+                f"that implements {option.hook}{did_you_mean(value, known)}"
+            )
+        if providers := self.providers(option.hook):
+            other = providers[0].info
+            if is_given and len(providers) == 1 and other.name != name:
+                raise ConfigError(f"{start}: is {value!r}, and {other} is named too; leave one of them out")
+            self._chosen[option.name] = value if other.name == name else other.name
+            return
+        if name in config.without:
+            raise ConfigError(f"{start}: is {value!r}, which --no-plugin {name} leaves out; name another one")
+        info = find(name, installed, origin=origin)
+        if name not in self._active:
+            # One with options of its own stands in the run file with them.
+            self.add(info, {}, is_implied=not dataclasses.fields(load_class(info)))
+        if not self.providers(option.hook):
+            raise ConfigError(f"{start}: {info} does not implement {option.hook}")
+        self._chosen[option.name] = value
+
+    def check_partial_options(self, option: PluginOption, train: TrainConfig, installed: Sequence[PluginInfo]) -> None:
+        """Raise ConfigError for an option that the chosen plugin does not read, and others of its hook do."""
+        (active,) = self.providers(option.hook)
+        reads = _train_options(active.info, type(active.plugin))
+        for name in option.partial:
+            if getattr(train, name) != TrainConfig.__dataclass_fields__[name].default and name not in reads:
+                origin, value = self._origins.of(f"train.{name}"), self._chosen[option.name]
+                infos = {choice: find(option.plugins(choice)[0], installed) for choice in option.built_in}
+                others = [choice for choice, info in infos.items() if name in _train_options(info, load_class(info))]
+                raise ConfigError(
+                    f"{origin + ': ' if origin else ''}option 'train.{name}': {option.name} {value} has "
+                    f"none; leave it out, or choose {' or '.join(others)}"
+                )
+
+    def complete(self, config: RunConfig) -> RunConfig:
+        """Return the options with the names of the plugins that were chosen in their place."""
+        return dataclasses.replace(config, train=dataclasses.replace(config.train, **self._chosen))
 
     def check(self) -> None:
         """Raise PluginError when two plugins implement a hook that takes one, or none implements a required hook."""
@@ -136,7 +198,7 @@ class Assembly:
     def resolved(self, config: RunConfig) -> dict[str, Any]:
         """Return the run file with every default and every plugin's options written out, as JSON values."""
         plugins = {active.info.name: active.options for active in self.active if not active.is_implied}
-        return as_dict(config) | {"plugins": plugins}
+        return as_dict(self.complete(config)) | {"plugins": plugins}
 
     def validate(self) -> None:
         """Let each plugin refuse the options of the run. Raises ConfigError."""
@@ -194,6 +256,14 @@ class Assembly:
     def adapters(self, spec: ModelSpec) -> dict[str, AdapterStage]:
         return {a.info.name: AdapterStage(str(a.info), made) for a, made in self._call("sftx_adapter", spec=spec)}
 
+    def optimizer(self) -> OptimizerStage:
+        return next(OptimizerStage(str(a.info), made, a.info.name) for a, made in self._call("sftx_optimizer"))
+
+    def schedule(self, num_warmup_steps: int, num_training_steps: int) -> ScheduleStage:
+        """Return the schedule of a run of so many optimizer steps in all."""
+        given = {"num_warmup_steps": num_warmup_steps, "num_training_steps": num_training_steps}
+        return next(ScheduleStage(str(a.info), made) for a, made in self._call("sftx_schedule", **given))
+
     def metrics(self) -> dict[str, MetricStage]:
         return {a.info.name: MetricStage(str(a.info), made, a.info.name) for a, made in self._call("sftx_metric")}
 
@@ -213,3 +283,22 @@ class Assembly:
             with named(str(active.info), hook):
                 made = make(active.plugin, hook, run=self.run, **arguments)
             yield active, made
+
+
+def _others(option: PluginOption, installed: Sequence[PluginInfo]) -> list[str]:
+    """Return the names of other distributions' plugins for the option's hook, which are imported: an error needs it."""
+    names = []
+    for info in installed:
+        with contextlib.suppress(PluginError):
+            if info.package != PROJECT and option.hook in hooks_of(info, load_class(info)):
+                names.append(info.name)
+    return names
+
+
+def _train_options(info: PluginInfo, cls: type) -> Sequence[str]:
+    """Return the options of train that a plugin's class says it reads. Raises PluginError for one that is none."""
+    names: Any = getattr(cls, "train_options", ())
+    known = TrainConfig.__dataclass_fields__
+    if not isinstance(names, list | tuple) or not all(name in known for name in names):
+        raise PluginError(f"{info}: train_options is {names!r:.80}, expected a tuple of names of options of train")
+    return names

@@ -11,6 +11,9 @@ RUN: Final = "run.yaml"
 MANIFEST: Final = "manifest.json"
 SUMMARY: Final = "summary.json"
 
+NO_FP32_COPY: Final = "no fp32 copy of weights"
+"""In the manifest's `dtype` where a full model was trained in bfloat16."""
+
 ADAPTER: Final = "adapter"
 MODEL: Final = "model"
 """Directory of the artefact, by what was trained; `model` is also the stem of sharded weights."""

@@ -19,7 +19,6 @@ from sftx.checkpoint import layout
 from sftx.checkpoint.checkpoint import load_weights
 from sftx.checkpoint.run_directory import RunDirectory
 from sftx.config.loading import load
-from sftx.config.optimizer_table import OPTIMIZERS
 from sftx.config.options import RunConfig
 from sftx.config.run_file import Origins
 from sftx.data.encoder import Encoder
@@ -150,10 +149,8 @@ def load_run(
     is_full = not parts.adapters
     saved_dtype = getattr(spec.config, "dtype", None) or torch.float32
     compute_dtype = dtype or parts.compute_dtype or saved_dtype
-    if is_full and parts.config is not None and not OPTIMIZERS[parts.config.train.optim].bf16_weights:
-        full_dtype = torch.float32  # in which the run kept and evaluated them
-    else:
-        full_dtype = saved_dtype
+    # Those of a run are loaded as it kept and evaluated them.
+    full_dtype = torch.float32 if parts.config is not None and parts.has_fp32_weights else saved_dtype
     lm = build_model(
         spec,
         parts.adapters,
@@ -220,6 +217,8 @@ class _Parts:
     config: RunConfig | None = None
     compute_dtype: torch.dtype | None = None
     collator: Collator | None = None
+    has_fp32_weights: bool = True
+    """Whether the run trained the model in fp32, if it trained all of it."""
 
 
 def _locate(directory: Path) -> tuple[Path, Path | None]:
@@ -263,7 +262,8 @@ def _parts_of_run(weights: Path, run: Path, *, trust_remote_code: bool) -> _Part
         base_tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
         added = add_missing(template.controls, base_tokenizer)
         spec = dataclasses.replace(spec, new_token_ids=ids_of(added, tokenizer))
-    dtype = getattr(torch, str(manifest.get("dtype", "")).partition(" ")[0], None)
+    described = str(manifest.get("dtype", ""))
+    dtype = getattr(torch, described.partition(" ")[0], None)
     adapters, collator = assembly.adapters(spec), None
     if any(hasattr(adapter, "embed") for adapter in adapters.values()):
         if not assembly.providers("sftx_collator"):
@@ -279,6 +279,7 @@ def _parts_of_run(weights: Path, run: Path, *, trust_remote_code: bool) -> _Part
         no_template="was trained without a template",
         config=config,
         compute_dtype=dtype if isinstance(dtype, torch.dtype) else None,
+        has_fp32_weights=layout.NO_FP32_COPY not in described,
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from pydantic import TypeAdapter
 
+from sftx.config.named_plugins import PLUGIN_OPTIONS
 from sftx.config.options import SECTION_CLASSES, RunConfig
 
 _DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
@@ -30,6 +31,10 @@ def run_file_schema(classes: Mapping[str, type]) -> dict[str, Any]:
     for definition in definitions.values():
         if definition.get("type") == "object" and "properties" in definition:
             definition.setdefault("additionalProperties", False)
+    train = definitions[run["properties"]["train"]["$ref"].rpartition("/")[2]]["properties"]
+    for option in PLUGIN_OPTIONS:
+        of_plugins = [name for name, cls in classes.items() if hasattr(cls, option.hook)]
+        train[option.name]["enum"] = list(dict.fromkeys((*option.built_in, *option.aliases, *of_plugins)))
     groups = {section: run["properties"][section] for section in SECTION_CLASSES}
     groups |= {f"plugins.{name}": schemas[name, "validation"] for name in classes}
     # The same options under their dotted names. As patterns they are checked, and no editor proposes them twice.

@@ -14,6 +14,7 @@ from sftx import paths
 from sftx.config import run_file
 from sftx.config.default_plugins import DEFAULT_PLUGINS
 from sftx.config.flatten import flatten
+from sftx.config.named_plugins import PLUGIN_OPTIONS
 from sftx.config.options import SECTION_CLASSES, SECTIONS, RunConfig
 from sftx.config.unknown_options import UnknownOption, UnknownOptionsError, answered, is_harmless, note
 from sftx.config.validation import validate
@@ -93,9 +94,12 @@ def load(
         if not all(map(is_harmless, found)):
             raise UnknownOptionsError(found)
         note(found)
+    # Plugins that are in the run without being named, so that options of theirs may be set.
+    present = {name for defaults in DEFAULT_PLUGINS.values() for name in defaults}
+    present.update(*(option.plugins(getattr(config.train, option.name)) for option in PLUGIN_OPTIONS))
     for name, typed in typed_for.items():
         # An option alone adds no plugin: `--set lora.r=8` must not turn full fine-tuning into LoRA.
-        if name not in named and not any(name in defaults for defaults in DEFAULT_PLUGINS.values()):
+        if name not in named and name not in present:
             advice = did_you_mean(name, named) or f"; add --plugin {name}"
             if advice.startswith("; add") and plugin_class is not None and plugin_class(name) is None:
                 advice = f", and none of that name is installed{did_you_mean(name, SECTIONS)}"

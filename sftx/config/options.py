@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import lru_cache
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeAlias, get_type_hints
+from typing import Annotated, Any, Final, Literal, TypeAlias, get_type_hints
 
 from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter
 
-from sftx.config import optimizer_table
+from sftx.config.named_plugins import LR_SCHEDULER_TYPE, OPTIM
 from sftx.errors import ConfigError
 
 
@@ -151,10 +151,6 @@ Sources = Annotated[
 """One source or several; each is a path or a mapping of the fields of Source."""
 
 Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
-if TYPE_CHECKING:
-    Optimizer: TypeAlias = str
-else:
-    Optimizer = Literal[tuple(optimizer_table.OPTIMIZERS)]
 
 
 def _as_roles(value: Any) -> Any:
@@ -298,14 +294,6 @@ def _resolve_alias(names: Mapping[str, str]) -> Callable[[Any], Any]:
 
 _MICRO_BATCH_SIZE: Final = 8
 
-_ONLY_FOR: Final = {
-    "min_lr_ratio": ("cosine", "linear", "polynomial", "warmup_stable_decay"),
-    "lr_power": ("polynomial",),
-    "lr_decay_steps": ("warmup_stable_decay",),
-    "lr_decay_type": ("warmup_stable_decay",),
-}
-"""Options that only some schedules read, with these schedules."""
-
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -352,9 +340,13 @@ class TrainConfig:
         int, Field(ge=1, le=MAX_ROWS, description="Rows evaluated at once."), OnResume.ROUNDING
     ] = 16
     lr_scheduler_type: Annotated[
-        Literal["cosine", "linear", "constant", "polynomial", "warmup_stable_decay", "minimind"],
-        BeforeValidator(_resolve_alias({"cosine_with_min_lr": "cosine", "constant_with_warmup": "constant"})),
-        Field(description="Learning rate schedule after the warm-up."),
+        str,
+        BeforeValidator(_resolve_alias(LR_SCHEDULER_TYPE.aliases)),
+        Field(
+            min_length=1,
+            description="Learning rate schedule after the warm-up: a plugin, of which those built in are "
+            f"{', '.join(LR_SCHEDULER_TYPE.built_in)}.",
+        ),
     ] = "cosine"
     warmup_steps: Annotated[
         float, Field(ge=0, description="Steps of linear warm-up; a value below 1 is a share of all steps.")
@@ -369,11 +361,13 @@ class TrainConfig:
     ] = "linear"
     lr_power: Annotated[float, Field(gt=0, description="Exponent of the polynomial schedule.")] = 1.0
     optim: Annotated[
-        Optimizer,
-        BeforeValidator(_resolve_alias(optimizer_table.ALIASES)),
+        str,
+        BeforeValidator(_resolve_alias(OPTIM.aliases)),
         Field(
-            description="Optimizer. The 8-bit and paged ones are from bitsandbytes; muon trains the matrices of the "
-            "layers and AdamW the rest; adamw_bf16 keeps weights in bfloat16 and their missing bits as state."
+            min_length=1,
+            description=f"Optimizer: a plugin, of which those built in are {', '.join(OPTIM.built_in)}. The 8-bit and "
+            "paged ones are from bitsandbytes; muon trains the matrices of the layers and AdamW the rest; adamw_bf16 "
+            "keeps weights in bfloat16 and their missing bits as state.",
         ),
     ] = "adamw"
     weight_decay: Annotated[
@@ -495,13 +489,6 @@ class TrainConfig:
             raise ValueError("fsdp_offload has no effect without distributed: fsdp2; set both")
         if self.selective_checkpointing and not self.gradient_checkpointing:
             raise ValueError("selective_checkpointing is a kind of gradient_checkpointing; set both")
-        for name, schedules in _ONLY_FOR.items():
-            default = type(self).__dataclass_fields__[name].default
-            if getattr(self, name) != default and self.lr_scheduler_type not in schedules:
-                raise ValueError(
-                    f"{name} has no effect with lr_scheduler_type {self.lr_scheduler_type}; leave it out, or choose "
-                    f"{' or '.join(schedules)}"
-                )
         if self.early_stopping_threshold and self.early_stopping_patience is None:
             raise ValueError("early_stopping_threshold has no effect without early_stopping_patience; set both")
         if self.eval_steps is None and (self.load_best_model_at_end or self.early_stopping_patience):

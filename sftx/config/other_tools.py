@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from sftx.config.optimizer_table import ALIASES, OPTIMIZERS
+from sftx.config.named_plugins import LR_SCHEDULER_TYPE, OPTIM
 from sftx.config.options import SECTION_CLASSES
 
 Given = Mapping[str, Any]
@@ -360,25 +360,24 @@ def _run_name(value: Any, given: Given) -> Answer:
     return Answer("leave out", why="a run is named after its output directory")
 
 
+_OPTIMIZERS: Final = f"optimizers here are {', '.join(OPTIM.built_in)}, and plugins (docs/hooks/optimizer.md)"
+
+
 def _optimizer(value: Any, _: Given) -> Answer:
     known = {"adamw_hf": "adamw", "adamw_torch_8bit": "adamw_8bit", "adamw_apex_fused": "adamw"}
     name = known.get(str(value), str(value))
-    if name in OPTIMIZERS or name in ALIASES:
-        return Answer("write", {"train.optim": ALIASES.get(name, name)})
-    return Answer("not here", why=f"optimizers here are {', '.join(OPTIMIZERS)}")
-
-
-_SCHEDULES: Final = {
-    **{name: name for name in ("cosine", "linear", "constant", "polynomial", "warmup_stable_decay")},
-    "cosine_with_min_lr": "cosine",
-    "constant_with_warmup": "constant",
-}
+    name = OPTIM.aliases.get(name, name)
+    if name in OPTIM.built_in:
+        return Answer("write", {"train.optim": name})
+    return Answer("not here", why=_OPTIMIZERS)
 
 
 def _schedule(value: Any, _: Given) -> Answer:
-    if isinstance(value, str) and value in _SCHEDULES:
-        return Answer("write", {"train.lr_scheduler_type": _SCHEDULES[value]})
-    return Answer("not here", why=f"schedules here are {', '.join(dict.fromkeys(_SCHEDULES.values()))}")
+    name = LR_SCHEDULER_TYPE.aliases.get(value, value) if isinstance(value, str) else None
+    if name in LR_SCHEDULER_TYPE.built_in:
+        return Answer("write", {"train.lr_scheduler_type": name})
+    built_in = ", ".join(LR_SCHEDULER_TYPE.built_in)
+    return Answer("not here", why=f"schedules here are {built_in}, and plugins (docs/hooks/schedule.md)")
 
 
 def _schedule_options(value: Any, given: Given) -> Answer:
@@ -899,7 +898,7 @@ TABLE: Final[Mapping[str, tuple[Row, ...]]] = {
                 "flash_optimum"
             ),
             (False, _leave_out()),
-            _not_here(f"optimizers here are {', '.join(OPTIMIZERS)}"),
+            _not_here(_OPTIMIZERS),
         ),
         _row("label_smoothing_factor", (0, _leave_out()), _to("plugins.masked-ce.label_smoothing")),
         _row(

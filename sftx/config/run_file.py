@@ -23,6 +23,10 @@ class Origins:
     def set(self, name: str, place: str) -> None:
         self._places[name] = place
 
+    def has(self, name: str) -> bool:
+        """Return whether the option itself was set, and not only a section around it."""
+        return name in self._places
+
     def of(self, name: str) -> str:
         """Return the place of `name`, or of the nearest section around it that has one; else the empty string.
 

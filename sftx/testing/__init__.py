@@ -4,9 +4,9 @@
 check` runs the same suites on an installed plugin. The pytest fixtures `tiny_model`, `tiny_tokenizer` and `plugin_run`
 come with sftx (`pytest_plugin`). Importing this package imports torch.
 
-Each contract is a module of its own: `package`, `parser`, `template`, `collator`, `adapter`, `loss`, `metric`,
-`evaluator`, `control`, `observer`. The package may import all of sftx except `sftx.cli` and `sftx.inspection`;
-only `sftx.cli` imports it.
+Each contract is a module of its own: `package`, `parser`, `template`, `collator`, `adapter`, `loss`, `optimizer`,
+`schedule`, `metric`, `evaluator`, `control`, `observer`. The package may import all of sftx except `sftx.cli` and
+`sftx.inspection`; only `sftx.cli` imports it.
 """
 
 from sftx.events import Result
@@ -18,7 +18,9 @@ from sftx.testing.evaluator import check_evaluator
 from sftx.testing.loss import check_loss
 from sftx.testing.metric import check_metric
 from sftx.testing.observer import check_observer
+from sftx.testing.optimizer import check_optimizer
 from sftx.testing.parser import check_parser
+from sftx.testing.schedule import check_schedule
 from sftx.testing.template import check_template
 
 __all__ = [
@@ -32,6 +34,8 @@ __all__ = [
     "check_loss",
     "check_metric",
     "check_observer",
+    "check_optimizer",
     "check_parser",
+    "check_schedule",
     "check_template",
 ]

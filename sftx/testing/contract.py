@@ -13,13 +13,28 @@ from sftx.assembly.discovery import PluginInfo, hooks_of, instance, load_class
 from sftx.config.run_file import Origins
 from sftx.errors import ConfigError, PluginError, SftxError, one_line
 from sftx.model.load import load_spec
-from sftx.testing import adapter, collator, control, evaluator, loss, metric, observer, package, parser, template
+from sftx.testing import (
+    adapter,
+    collator,
+    control,
+    evaluator,
+    loss,
+    metric,
+    observer,
+    optimizer,
+    package,
+    parser,
+    schedule,
+    template,
+)
 from sftx.testing.clauses import MADE, Finding, Suite
 from sftx.testing.runs import run_tiny
 
 SUITES: Final[Mapping[str, Suite[Any]]] = {
     module.SUITE.hook: module.SUITE
-    for module in (package, parser, template, collator, adapter, loss, metric, evaluator, control, observer)
+    for module in (
+        package, parser, template, collator, adapter, loss, optimizer, schedule, metric, evaluator, control, observer,
+    )
 }
 """The suite of the package, and of each hook in the order of the stages of a run."""
 

@@ -15,6 +15,7 @@ from sftx.assembly.registry import Assembly, activate
 from sftx.assembly.stages import make
 from sftx.config.default_plugins import DEFAULT_PLUGINS, TEMPLATES
 from sftx.config.loading import load
+from sftx.config.named_plugins import OPTIM
 from sftx.config.options import DataConfig
 from sftx.config.run_file import Origins
 from sftx.data.encoder import Encoder
@@ -34,7 +35,9 @@ from sftx.types import (
     Loss,
     Message,
     ModelSpec,
+    OptimizerBuilder,
     Parser,
+    Schedule,
     Template,
 )
 
@@ -112,6 +115,17 @@ class Kit:
     def loss(self) -> Loss:
         loss: Loss = self._stage("sftx_loss", DEFAULT_PLUGINS["sftx_loss"][0])
         return loss
+
+    @cached_property
+    def optimizer(self) -> OptimizerBuilder:
+        optimizer: OptimizerBuilder = self._stage("sftx_optimizer", OPTIM.built_in[0])
+        return optimizer
+
+    def schedule(self, num_training_steps: int) -> Schedule:
+        """Return the schedule of a run of so many steps, without warm-up."""
+        given = {"num_warmup_steps": 0, "num_training_steps": num_training_steps}
+        schedule: Schedule = self._stage("sftx_schedule", "cosine-schedule", **given)
+        return schedule
 
     def _stage(self, hook: str, default: str, **arguments: Any) -> Any:
         plugin = self.plugin if hasattr(self.plugin, hook) else built_in(default)

@@ -9,7 +9,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from sftx.assembly.stages import CollatorStage, LossStage
+from sftx.assembly.stages import CollatorStage, LossStage, OptimizerStage, ScheduleStage
 from sftx.config.options import TrainConfig
 from sftx.data.sampler import EpochSampler
 from sftx.events import RunInfo
@@ -200,7 +200,9 @@ def _train(kit: Kit, run: RunInfo, observer: Observer | None) -> dict[str, Tenso
     config = TrainConfig(max_steps=NUM_STEPS, per_device_train_batch_size=2, learning_rate=1e-2, use_cpu=True)
     collator, loss = CollatorStage("the collator", kit.collator), LossStage("the loss", kit.loss)
     steps = iter(EpochSampler(kit.examples, collator, config))
-    trainer = Trainer(lm, loss, collator, config, choose(config), NUM_STEPS)
+    optimizer = OptimizerStage("the optimizer", kit.optimizer, "optimizer")
+    schedule = ScheduleStage("the schedule", kit.schedule(NUM_STEPS))
+    trainer = Trainer(lm, loss, collator, optimizer, schedule, config, choose(config), NUM_STEPS)
     for name, arguments in events(run):
         if name == "on_step":
             planned = next(steps)

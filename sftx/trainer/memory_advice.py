@@ -7,7 +7,8 @@ from typing import Final
 
 from torch import Tensor
 
-from sftx.config.optimizer_table import leaner_than
+from sftx.assembly.stages import OptimizerStage
+from sftx.config.named_plugins import leaner_than
 from sftx.config.options import TrainConfig
 from sftx.errors import counted
 from sftx.types import Batch
@@ -44,11 +45,11 @@ def _remedy(config: TrainConfig, batch: Batch) -> str:
     return f"lower data.max_length (this row has {longest} tokens): --max-length {max(2, longest // 2)}"
 
 
-def optimizer_advice(config: TrainConfig, parameters: Sequence[Tensor]) -> str:
+def optimizer_advice(optimizer: OptimizerStage, parameters: Sequence[Tensor]) -> str:
     """Return what to change when there is no memory for the optimizer's state, which the first step allocates."""
     num_trained = sum(parameter.numel() for parameter in parameters)
-    leaner = leaner_than(config.optim)
+    leaner = leaner_than(optimizer.state_bytes)
     return (
-        f"the state of optim {config.optim} for {num_trained:,} trained parameters; train fewer, as an adapter does "
+        f"the state of optim {optimizer.name} for {num_trained:,} trained parameters; train fewer, as an adapter does "
         "(--plugin lora)" + (f", or set --optim {leaner}, which needs less state" if leaner else "")
     )

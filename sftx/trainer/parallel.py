@@ -28,8 +28,8 @@ from torch.distributed.fsdp import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from sftx.assembly.stages import LossStage
-from sftx.config.optimizer_table import OPTIMIZERS, names_where
+from sftx.assembly.stages import LossStage, OptimizerStage
+from sftx.config.named_plugins import ELEMENTWISE
 from sftx.config.options import TrainConfig
 from sftx.distributed.process_group import ProcessGroup
 from sftx.errors import ConfigError
@@ -238,22 +238,22 @@ def _trains_other_towers(lm: CausalLM) -> bool:
     return any(p.requires_grad and id(p) not in used for p in lm.parameters())
 
 
-def can_share(config: TrainConfig, *, has_adapters: bool) -> bool:
+def can_share(config: TrainConfig, optimizer: OptimizerStage, *, has_adapters: bool) -> bool:
     """Returns whether fsdp2 supports the options: no fp16, and adapters or an optimizer that updates shards."""
-    return not config.fp16 and (has_adapters or OPTIMIZERS[config.optim].elementwise)
+    return not config.fp16 and (has_adapters or optimizer.elementwise)
 
 
-def check(config: TrainConfig, *, has_adapters: bool) -> None:
+def check(config: TrainConfig, optimizer: OptimizerStage, *, has_adapters: bool) -> None:
     """Raises ConfigError when fsdp2 does not support the options."""
-    if config.distributed != "fsdp2" or can_share(config, has_adapters=has_adapters):
+    if config.distributed != "fsdp2" or can_share(config, optimizer, has_adapters=has_adapters):
         return
     if config.fp16:
         raise ConfigError(
             "option 'train.fp16': fsdp2 does not synchronise its loss scale over the shards; use bf16, or ddp"
         )
     raise ConfigError(
-        f"option 'train.optim': {config.optim} needs whole tensors, and fsdp2 gives each process a shard; "
-        f"take {names_where('elementwise')}, train an adapter (--plugin lora), or use ddp"
+        f"option 'train.optim': {optimizer.name} needs whole tensors, and fsdp2 gives each process a shard; "
+        f"take {', '.join(ELEMENTWISE[:-1])} or {ELEMENTWISE[-1]}, train an adapter (--plugin lora), or use ddp"
     )
 
 

@@ -1,30 +1,22 @@
-"""Lists the trainable parameters of a model and makes parameter groups of them, with learning rate and weight decay."""
+"""Lists the trainable parameters of a model and makes parameter groups of them, with learning rate and weight decay.
+
+Importing this module imports no torch.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from sftx.config.options import TrainConfig
 from sftx.errors import ConfigError, ModelError, PluginError
-from sftx.model.language_model import CausalLM
+from sftx.types import TrainableParam
 
+if TYPE_CHECKING:
+    from torch import nn
 
-@dataclass(frozen=True)
-class TrainableParam:
-    """A trainable parameter, and what an optimizer must know of its place in the model."""
-
-    name: str
-    parameter: nn.Parameter
-    scale: float
-    """The factor on the learning rate."""
-    is_embedding: bool
-    """True for the input embedding: only its rows of the batch's tokens get gradients."""
-    is_head: bool
+    from sftx.config.options import TrainConfig
+    from sftx.model.language_model import CausalLM
 
 
 def trainable_params(lm: CausalLM, config: TrainConfig) -> list[TrainableParam]:
@@ -66,10 +58,10 @@ def _adapter_scale(lm: CausalLM, name: str) -> float:
     return scale
 
 
-def groups(params: Iterable[TrainableParam], weight_decay: float) -> list[dict[str, Any]]:
-    """Return parameter groups as torch.optim takes them, with `scale` beside `weight_decay`.
+def parameter_groups(params: Iterable[TrainableParam], weight_decay: float) -> list[dict[str, Any]]:
+    """Return parameter groups as optimizers of torch take them: `params`, `scale` and `weight_decay`.
 
-    Norm weights and biases, which are the vectors of a transformer, do not decay.
+    Norm weights and biases, which are the vectors of a transformer, have a weight decay of 0.
     """
     by_options: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for param in params:

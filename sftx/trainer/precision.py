@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from sftx.config.optimizer_table import OPTIMIZERS
+from sftx.checkpoint.layout import NO_FP32_COPY
 from sftx.config.options import TrainConfig
 from sftx.errors import ConfigError
 
@@ -19,8 +19,8 @@ class Precision:
     """Holds the device and the dtypes of a run.
 
     In bf16 or fp16, matrix products run in `dtype` under autocast. Trained parameters are fp32, whether adapters or the
-    whole model; the frozen base of adapters is kept in `dtype`. With `low_precision_weights` (the optimizer adamw_bf16)
-    a model that is trained as a whole is kept in `dtype` too.
+    whole model; the frozen base of adapters is kept in `dtype`. With `low_precision_weights` (an optimizer such
+    as adamw_bf16) a model that is trained as a whole is kept in `dtype` too.
     """
 
     device: torch.device
@@ -49,36 +49,37 @@ class Precision:
         name = str(self.dtype).removeprefix("torch.")
         details = [] if self.dtype == torch.float32 else ["autocast"]
         details += ["loss scaled"] if self.dtype == torch.float16 else []
-        details += ["no fp32 copy of weights"] if self.low_precision_weights else []
+        details += [NO_FP32_COPY] if self.low_precision_weights else []
         details += ["products in tf32"] if self.tf32 else []
         return f"{name} ({', '.join(details)})" if details else name
 
 
-def choose(config: TrainConfig, local_rank: int = 0) -> Precision:
+def choose(config: TrainConfig, local_rank: int = 0, *, bf16_weights: bool = False) -> Precision:
     """Chooses device and dtypes, and sets TF32 for the process; `local_rank` is the index of the GPU, if there is one.
+
+    `bf16_weights`: whether the optimizer trains a model whose weights are bfloat16.
 
     Raises ConfigError when the options contradict each other, or when this GPU does not support bf16.
     """
     on_cpu = config.use_cpu or not torch.cuda.is_available()
     device = torch.device("cpu") if on_cpu else torch.device("cuda", local_rank)
-    low_precision_weights = OPTIMIZERS[config.optim].bf16_weights
-    if low_precision_weights and (config.fp16 or config.bf16 is False):
+    if bf16_weights and (config.fp16 or config.bf16 is False):
         conflicting = "fp16" if config.fp16 else "bf16: false"
         raise ConfigError(
             f"option 'train.optim': {config.optim} keeps weights in bfloat16, which {conflicting} excludes; "
             "leave one out"
         )
     supports_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported()
-    if not supports_bf16 and (config.bf16 or low_precision_weights):
+    if not supports_bf16 and (config.bf16 or bf16_weights):
         option = "bf16" if config.bf16 else f"optim: {config.optim}"
         raise ConfigError(f"option 'train.{option}': this GPU does not support bfloat16; leave it out, or set fp16")
-    default_bf16 = low_precision_weights or (device.type == "cuda" and supports_bf16)
+    default_bf16 = bf16_weights or (device.type == "cuda" and supports_bf16)
     bf16 = not config.fp16 and (default_bf16 if config.bf16 is None else config.bf16)
     dtype = torch.float16 if config.fp16 else torch.bfloat16 if bf16 else torch.float32
     tf32 = config.tf32 and device.type == "cuda"
     if device.type == "cuda":
         torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
-    return Precision(device, dtype, tf32, low_precision_weights)
+    return Precision(device, dtype, tf32, bf16_weights)
 
 
 def peak_bytes(device: torch.device) -> int:

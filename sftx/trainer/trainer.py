@@ -20,7 +20,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from sftx.assembly.stages import CollatorStage, LossStage
+from sftx.assembly.stages import CollatorStage, LossStage, OptimizerStage, ScheduleStage
 from sftx.config.options import TrainConfig
 from sftx.data.sampler import PlannedStep, Sampler, split_step
 from sftx.distributed.dtensor import full_tensor
@@ -32,6 +32,7 @@ from sftx.trainer import memory_advice
 from sftx.trainer.layers import prepare_layers
 from sftx.trainer.optimizer import RunOptimizer
 from sftx.trainer.parallel import ParallelStrategy, TrainStep, build_strategy
+from sftx.trainer.parameter_groups import trainable_params
 from sftx.trainer.precision import Precision, peak_bytes
 from sftx.trainer.schedule import learning_rate
 from sftx.types import Batch, LossSum
@@ -59,6 +60,8 @@ class Trainer:
     lm: CausalLM
     loss: LossStage
     collator: CollatorStage
+    builder: OptimizerStage
+    schedule: ScheduleStage
     config: TrainConfig
     precision: Precision
     num_steps: int
@@ -75,7 +78,8 @@ class Trainer:
     def __post_init__(self) -> None:
         prepare_layers(self.lm.model, self.config)
         self.strategy = build_strategy(TrainStep(self.lm, self.loss), self.process_group, self.config, self.precision)
-        self.optimizer = RunOptimizer(self.lm, self.config)  # after sharding: its state is that of the shards
+        # After sharding: its state is that of the shards.
+        self.optimizer = RunOptimizer(trainable_params(self.lm, self.config), self.builder)
         self.parameters = [p for p in self.lm.parameters() if p.requires_grad]
         self.scaler = self.precision.grad_scaler()
         self.lm.train()
@@ -113,7 +117,9 @@ class Trainer:
     def train_step(self, number: int, epoch: float, micro_batches: Sequence[MicroBatch]) -> StepReport:
         """Run one optimizer step, counted from 1. Raises TrainingError when loss or gradient are not finite."""
         start = time.perf_counter()
-        rate = learning_rate(self.config, number - 1, self.num_steps) * math.prod(self.rate_factors.values())
+        rate = learning_rate(self.schedule, self.config, number - 1, self.num_steps) * math.prod(
+            self.rate_factors.values()
+        )
         self.optimizer.set_learning_rate(rate)
         batches = [one.batch for one in micro_batches]
         counted = [one.batch for one in micro_batches if one.is_counted]
@@ -136,7 +142,7 @@ class Trainer:
         reported = self.loss.report_means(means, f"step {number}")
         if self.scaler.is_enabled():
             reported["loss_scale"] = self.scaler.get_scale()
-        with self._explain_out_of_memory(number, lambda: memory_advice.optimizer_advice(self.config, self.parameters)):
+        with self._explain_out_of_memory(number, lambda: memory_advice.optimizer_advice(self.builder, self.parameters)):
             self.optimizer.step()
         self.scaler.update()
         return StepReport(

@@ -97,7 +97,10 @@ def calls_of_a_row() -> list[str]:
     model = load_model(spec, list(adapters.values()), dtype=torch.float32, device=torch.device("cpu"))
     lm = CausalLM(model, pipeline.tokenizer)
     lm.attach(adapters)
-    trainer = Trainer(lm, assembly.loss(), pipeline.collator, config.train, choose(config.train), 1)
+    optimizer, schedule = assembly.optimizer(), assembly.schedule(0, 1)
+    trainer = Trainer(
+        lm, assembly.loss(), pipeline.collator, optimizer, schedule, config.train, choose(config.train), 1
+    )
     record = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
 
     calls: dict[str, None] = {}

@@ -6,11 +6,11 @@ import dataclasses
 import re
 import signal
 from pathlib import Path
-from typing import get_args, get_type_hints
 
 import pytest
 
-from sftx.config.optimizer_table import OPTIMIZERS
+from optimizing import optimizer_stage
+from sftx.config.named_plugins import PLUGIN_OPTIONS, PluginOption
 from sftx.config.options import GenerationConfig, TrainConfig
 from sftx.distributed.signals import Stop
 
@@ -42,17 +42,18 @@ def test_every_option_of_a_table_exists() -> None:
     assert {name for name in column("option") if not name.startswith("--")} <= OPTIONS
 
 
-@pytest.mark.parametrize(("heading", "option"), [("`optim`", "optim"), ("`lr_scheduler_type`", "lr_scheduler_type")])
-def test_every_choice_has_its_line(heading: str, option: str) -> None:
-    assert sorted(column(heading)) == sorted(get_args(get_type_hints(TrainConfig)[option]))
+@pytest.mark.parametrize("option", PLUGIN_OPTIONS, ids=lambda option: option.name)
+def test_every_built_in_plugin_of_an_option_has_its_line(option: PluginOption) -> None:
+    assert sorted(column(f"`{option.name}`")) == sorted(option.built_in)
 
 
-def test_the_memory_of_optimizers_is_that_of_their_table() -> None:
+def test_the_memory_of_optimizers_is_what_they_declare() -> None:
     rows = next(table[1:] for table in tables() if table[0][0] == "`optim`")
     for names, _, num_bytes in rows:
-        for spec in (OPTIMIZERS[name] for name in re.findall(r"`(\w+)`", names)):
-            weight_and_gradient = 2 * (2 if spec.bf16_weights else 4)
-            assert int(num_bytes) == round(weight_and_gradient + spec.state_bytes), spec.name
+        for name in re.findall(r"`(\w+)`", names):
+            optimizer = optimizer_stage(TrainConfig(optim=name))
+            weight_and_gradient = 2 * (2 if optimizer.bf16_weights else 4)
+            assert int(num_bytes) == round(weight_and_gradient + optimizer.state_bytes), name
 
 
 def test_every_metric_and_evaluator_has_its_line() -> None:

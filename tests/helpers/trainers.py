@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from optimizing import optimizer_stage, schedule_stage
 from sftx import Collator, Example, Step
 from sftx.assembly.stages import CollatorStage, LossStage
 from sftx.config.options import TrainConfig
@@ -32,7 +33,8 @@ def trainer_of(
 ) -> Trainer:
     """Builds a trainer with 2 rows per micro-batch. LoRA's B is random, not zero, so that no gradient is zero."""
     config = TrainConfig(per_device_train_batch_size=2, use_cpu=True, **options)
-    chosen, spec = precision.choose(config), load_spec(str(model))
+    optimizer, spec = optimizer_stage(config), load_spec(str(model))
+    chosen = precision.choose(config, bf16_weights=optimizer.bf16_weights)
     adapters = {"lora": Lora(r=4, lora_dropout=dropout).sftx_adapter(spec)} if lora else {}
     dtype = chosen.base_dtype(frozen=lora)
     loaded = load_model(spec, list(adapters.values()), dtype=dtype, device=chosen.device)
@@ -46,7 +48,7 @@ def trainer_of(
     if packed:
         lm.attention_of(collator.collate(rows(2)))
     loss, stage = LossStage("the loss", MaskedCE()), CollatorStage("the collator", collator)
-    return Trainer(lm, loss, stage, config, chosen, 10)
+    return Trainer(lm, loss, stage, optimizer, schedule_stage(config, 10), config, chosen, 10)
 
 
 def rows(count: int, seed: int = 0, longest: int = 40) -> list[Example]:

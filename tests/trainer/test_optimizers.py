@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.optimization import Adafactor
 
+from optimizing import learning_rates, run_optimizer
 from sftx.config.options import TrainConfig
 from sftx.errors import ConfigError, ModelError, PluginError
 from sftx.model.language_model import CausalLM
 from sftx.trainer.optimizer import RunOptimizer
-from sftx.trainer.optimizers import SplitAdamW, _join, _split
-from sftx.trainer.schedule import learning_rate
 from sftx.types import Adapter, ModelSpec
 from sftx_plugins.adapters.lora import Lora
+from sftx_plugins.optimizers.split_adamw import SplitAdamW, _join, _split
 
 KINDS = ["adamw", "adamw_8bit", "adafactor", "lion", "sgd", "muon", "adamw_bf16"]
 NUM_STEPS = 20
@@ -86,9 +86,9 @@ def put_gradients(lm: CausalLM, step: int) -> None:
 
 
 def advance(lm: CausalLM, optimizer: RunOptimizer, config: TrainConfig, steps: range) -> None:
-    for step in steps:
+    for step, rate in zip(steps, learning_rates(config, NUM_STEPS, steps), strict=True):
         optimizer.zero_grad()
-        optimizer.set_learning_rate(learning_rate(config, step, NUM_STEPS))
+        optimizer.set_learning_rate(rate)
         put_gradients(lm, step)
         optimizer.step()
 
@@ -160,14 +160,14 @@ def muon(lm: CausalLM, config: TrainConfig) -> list[torch.optim.Optimizer]:
 def test_the_first_steps_are_those_of_the_library(make: Make) -> None:
     config = config_of(make.__name__)
     ours, theirs = full(), full()
-    optimizer, oracles = RunOptimizer(ours, config), make(theirs, config)
+    optimizer, oracles = run_optimizer(ours, config), make(theirs, config)
     before = weights(ours)
-    for step in range(NUM_STEPS):
+    for step, rate in enumerate(learning_rates(config, NUM_STEPS)):
         advance(ours, optimizer, config, range(step, step + 1))
         put_gradients(theirs, step)
         for oracle in oracles:
             for group in oracle.param_groups:
-                group["lr"] = learning_rate(config, step, NUM_STEPS)
+                group["lr"] = rate
             oracle.step()
         expected = weights(theirs)
         for name, value in weights(ours).items():
@@ -182,13 +182,13 @@ def test_adamw_bf16_is_the_formula_in_double_precision() -> None:
     """With the first moment rounded to bfloat16 between steps, as it is stored; nothing else may be lost."""
     config = config_of("adamw_bf16")
     lm = full("adamw_bf16")
-    optimizer = RunOptimizer(lm, config)
+    optimizer = run_optimizer(lm, config)
     exact = {name: value.double() for name, value in weights(lm).items()}
     first = {name: torch.zeros_like(value) for name, value in exact.items()}
     second = {name: torch.zeros_like(value) for name, value in exact.items()}
-    for step in range(NUM_STEPS):
+    for step, rate in enumerate(learning_rates(config, NUM_STEPS)):
         advance(lm, optimizer, config, range(step, step + 1))
-        rate, count = learning_rate(config, step, NUM_STEPS), step + 1
+        count = step + 1
         for name, p in lm.named_parameters():
             grad = cast(Tensor, p.grad).double()
             moment = BETAS[0] * first[name] + (1 - BETAS[0]) * grad
@@ -243,11 +243,11 @@ def test_a_resumed_optimizer_goes_on_bit_for_bit(kind: str, adapted: bool, tmp_p
 
     config = config_of(kind, embedding_learning_rate=1e-3)
     straight = make()
-    optimizer = RunOptimizer(straight, config)
+    optimizer = run_optimizer(straight, config)
     advance(straight, optimizer, config, range(10))
 
     half = make()
-    stopped = RunOptimizer(half, config)
+    stopped = run_optimizer(half, config)
     advance(half, stopped, config, range(5))
     tensors, values = stopped.state_dict()
     save_file(tensors, tmp_path / "optimizer.safetensors")
@@ -255,7 +255,7 @@ def test_a_resumed_optimizer_goes_on_bit_for_bit(kind: str, adapted: bool, tmp_p
 
     resumed = make()
     resumed.load_state_dict(half.state_dict())
-    again = RunOptimizer(resumed, config)
+    again = run_optimizer(resumed, config)
     again.load_state_dict(
         load_file(tmp_path / "optimizer.safetensors"), json.loads((tmp_path / "optimizer.json").read_text())
     )
@@ -271,12 +271,12 @@ def test_a_resumed_optimizer_goes_on_bit_for_bit(kind: str, adapted: bool, tmp_p
 
 def test_a_state_is_copied_when_it_is_loaded() -> None:
     config, lm = config_of("adamw"), full()
-    optimizer = RunOptimizer(lm, config)
+    optimizer = run_optimizer(lm, config)
     advance(lm, optimizer, config, range(2))
     tensors, values = optimizer.state_dict()
     kept = {key: value.clone() for key, value in tensors.items()}
     other = full()
-    again = RunOptimizer(other, config)
+    again = run_optimizer(other, config)
     again.load_state_dict(kept, values)
     expected = {key: value.clone() for key, value in kept.items()}
     advance(other, again, config, range(2, 4))
@@ -286,13 +286,13 @@ def test_a_state_is_copied_when_it_is_loaded() -> None:
 def test_a_state_of_something_else_is_refused() -> None:
     config = config_of("adamw")
     lm = with_lora()
-    optimizer = RunOptimizer(lm, config)
+    optimizer = run_optimizer(lm, config)
     advance(lm, optimizer, config, range(1))
     tensors, values = optimizer.state_dict()
     first = next(iter(weights(lm)))
 
     def refused(tensors: dict[str, Tensor], values: dict[str, Any], lm: CausalLM, config: TrainConfig) -> str:
-        fresh = RunOptimizer(lm, config)
+        fresh = run_optimizer(lm, config)
         with pytest.raises(ModelError) as caught:
             fresh.load_state_dict(tensors, values)
         assert not any(fresh.state_dict()[0]), "nothing may have been taken"
@@ -322,7 +322,7 @@ def rates(lm: CausalLM, optimizer: RunOptimizer) -> dict[str, tuple[float, float
 @pytest.mark.parametrize("kind", KINDS)
 def test_groups_keep_their_scale_while_the_rate_moves(kind: str) -> None:
     lm, config = full(kind), config_of(kind, embedding_learning_rate=3e-4)
-    optimizer = RunOptimizer(lm, config)
+    optimizer = run_optimizer(lm, config)
     for rate in (1e-3, 5e-4):
         optimizer.set_learning_rate(rate)
         found = rates(lm, optimizer)
@@ -335,7 +335,7 @@ def test_groups_keep_their_scale_while_the_rate_moves(kind: str) -> None:
 
 def test_rows_of_added_tokens_have_the_rate_of_the_embedding() -> None:
     lm = with_lora(new_token_ids=(90, 91))
-    optimizer = RunOptimizer(lm, config_of("muon", embedding_learning_rate=3e-4))
+    optimizer = run_optimizer(lm, config_of("muon", embedding_learning_rate=3e-4))
     optimizer.set_learning_rate(3e-3)
     found = rates(lm, optimizer)
     (rows,) = (name for name in found if "rows_AD" in name)
@@ -348,7 +348,7 @@ def test_rows_of_added_tokens_have_the_rate_of_the_embedding() -> None:
 
 def test_lora_plus_has_the_groups_of_peft() -> None:
     lm = with_lora(loraplus_lr_ratio=16.0)
-    optimizer = RunOptimizer(lm, config_of("adamw"))
+    optimizer = run_optimizer(lm, config_of("adamw"))
     optimizer.set_learning_rate(1e-4)
     ours = {name.removeprefix("model."): value for name, value in rates(lm, optimizer).items()}
     model = get_peft_model(base(tied=True), LoraConfig(r=4, target_modules="all-linear"))
@@ -373,7 +373,7 @@ def test_a_scale_that_is_none_is_refused() -> None:
     for scale in (0.0, -1.0, math.nan, math.inf, None, "2"):
         cast(Any, lm.adapters["lora"]).rate_scale = lambda name, scale=scale: scale
         with pytest.raises(PluginError, match=r"rate_scale of .*lora_A is .*, expected a number above 0"):
-            RunOptimizer(lm, config_of("adamw"))
+            run_optimizer(lm, config_of("adamw"))
 
 
 def test_an_adapter_without_a_scale_has_the_rate_itself() -> None:
@@ -392,7 +392,7 @@ def test_an_adapter_without_a_scale_has_the_rate_itself() -> None:
 )
 def test_what_cannot_be_is_told(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        RunOptimizer(with_lora(), config_of(**options))
+        run_optimizer(with_lora(), config_of(**options))
 
 
 def test_muon_without_a_matrix_is_told() -> None:
@@ -400,17 +400,17 @@ def test_muon_without_a_matrix_is_told() -> None:
     for name, parameter in lm.named_parameters():
         parameter.requires_grad_("norm" in name)
     with pytest.raises(ConfigError, match="muon trains the layers' matrices"):
-        RunOptimizer(lm, config_of("muon"))
+        run_optimizer(lm, config_of("muon"))
 
 
 def test_a_missing_bitsandbytes_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(ConfigError, match="pip install bitsandbytes"):
-        RunOptimizer(with_lora(), config_of("adamw_8bit"))
+        run_optimizer(with_lora(), config_of("adamw_8bit"))
 
 
 def test_a_model_that_is_frozen_is_told() -> None:
     lm = full()
     lm.requires_grad_(False)
     with pytest.raises(ModelError, match="nothing is left to train"):
-        RunOptimizer(lm, config_of("adamw"))
+        run_optimizer(lm, config_of("adamw"))

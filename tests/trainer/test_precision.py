@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from optimizing import optimizer_stage
 from sftx.config.options import TrainConfig
 from sftx.errors import ConfigError, TrainingError
 from sftx.trainer import precision
@@ -33,7 +34,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_options_become_dtypes(options: dict[str, object], frozen: object, trained: object, shown: str) -> None:
-    chosen = precision.choose(TrainConfig(use_cpu=True, **options))  # type: ignore[arg-type]
+    config = TrainConfig(use_cpu=True, **options)  # type: ignore[arg-type]
+    chosen = precision.choose(config, bf16_weights=optimizer_stage(config).bf16_weights)
     assert chosen.base_dtype(frozen=True) == frozen
     assert chosen.base_dtype(frozen=False) == trained
     assert str(chosen) == shown
@@ -42,7 +44,7 @@ def test_options_become_dtypes(options: dict[str, object], frozen: object, train
 @pytest.mark.parametrize("options", [{"fp16": True}, {"bf16": False}])
 def test_weights_in_bfloat16_need_it(options: dict[str, bool]) -> None:
     with pytest.raises(ConfigError, match=r"adamw_bf16 keeps weights in bfloat16, which (fp16|bf16: false) excludes"):
-        precision.choose(TrainConfig(use_cpu=True, optim="adamw_bf16", **options))
+        precision.choose(TrainConfig(use_cpu=True, optim="adamw_bf16", **options), bf16_weights=True)
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from optimizing import learning_rates, schedule_stage
 from sftx.config.options import TrainConfig
-from sftx.trainer.schedule import learning_rate, num_decay_steps, num_warmup_steps
+from sftx.trainer.schedule import num_warmup_steps
 
 PEAK, NUM_STEPS = 3e-3, 30
 
@@ -42,7 +43,7 @@ ORACLES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("options", "name", "arguments"), ORACLES, ids=lambda value: str(value))
-@pytest.mark.parametrize("warmup", [0, 7])
+@pytest.mark.parametrize("warmup", [0, 7, 40])
 def test_rates_are_those_of_transformers(
     options: dict[str, Any], name: str, arguments: dict[str, Any], warmup: int
 ) -> None:
@@ -58,24 +59,24 @@ def test_rates_are_those_of_transformers(
         num_training_steps=NUM_STEPS,
         scheduler_specific_kwargs=arguments,
     )
-    for step in range(NUM_STEPS + 1):
+    for rate in learning_rates(config, NUM_STEPS, range(NUM_STEPS + 1)):
         expected = scheduler.get_last_lr()[0]
         # A rate that is 0 is so but for the rounding of its last multiplication.
-        assert learning_rate(config, step, NUM_STEPS) == pytest.approx(expected, rel=1e-12, abs=1e-15 * PEAK)
+        assert rate == pytest.approx(expected, rel=1e-12, abs=1e-15 * PEAK)
         optimizer.step()
         scheduler.step()
 
 
 def test_minimind_is_the_formula_of_its_trainers() -> None:
     config = TrainConfig(learning_rate=PEAK, lr_scheduler_type="minimind")
-    for step in range(NUM_STEPS):
+    for step, rate in enumerate(learning_rates(config, NUM_STEPS)):
         formula = PEAK / 10 + 0.5 * PEAK * (1 + math.cos(math.pi * step / NUM_STEPS))
-        assert learning_rate(config, step, NUM_STEPS) == pytest.approx(formula, rel=1e-12)
+        assert rate == pytest.approx(formula, rel=1e-12)
 
 
 def test_minimind_warms_up_to_where_its_formula_begins() -> None:
     config = TrainConfig(learning_rate=PEAK, lr_scheduler_type="minimind", warmup_steps=10)
-    rates = [learning_rate(config, step, NUM_STEPS) for step in range(NUM_STEPS)]
+    rates = learning_rates(config, NUM_STEPS)
     assert rates[:11] == pytest.approx([1.1 * PEAK * step / 10 for step in range(11)])
     after = [PEAK / 10 + 0.5 * PEAK * (1 + math.cos(math.pi * step / 20)) for step in range(20)]
     assert rates[10:] == pytest.approx(after, rel=1e-12)
@@ -86,7 +87,7 @@ def test_minimind_warms_up_to_where_its_formula_begins() -> None:
 def test_rates_of_short_runs_are_between_floor_and_peak(options: dict[str, Any], num_steps: int) -> None:
     """Warm-up and decay that are longer than the run, and steps past its end."""
     config = TrainConfig(learning_rate=PEAK, warmup_steps=3, **options)
-    rates = [learning_rate(config, step, num_steps) for step in range(num_steps + 3)]
+    rates = learning_rates(config, num_steps, range(num_steps + 3))
     assert all(0 <= rate <= 1.1 * PEAK for rate in rates)
     falling = rates[num_warmup_steps(config, num_steps) :]
     assert falling == sorted(falling, reverse=True)
@@ -101,7 +102,9 @@ def test_warmup_below_one_is_a_share_of_all_steps() -> None:
 def test_decay_below_one_is_a_share_of_all_steps_and_leaves_warmup_alone() -> None:
     def steps(num_steps: int, decay: float, warmup: float = 0.0) -> int:
         config = TrainConfig(lr_scheduler_type="warmup_stable_decay", lr_decay_steps=decay, warmup_steps=warmup)
-        return num_decay_steps(config, num_steps)
+        schedule: Any = schedule_stage(config, num_steps)
+        num_decay: int = schedule._schedule.num_decay
+        return num_decay
 
     assert steps(30, 0.1) == 3
     assert steps(31, 0.1) == 4

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from optimizing import learning_rates, schedule_stage
 from sessions import session_of
 from sftx import ConfigError, DataError, TrainingError
 from sftx.config.loading import load
 from sftx.config.options import TrainConfig
 from sftx.model import tiny
-from sftx.trainer.schedule import learning_rate, num_steps_at_zero
+from sftx.trainer.schedule import num_steps_at_zero
 from sftx.trainer.session import Session
 from sftx.training import assemble
 from sftx_plugins.adapters import token_rows
@@ -61,8 +62,8 @@ def test_the_number_of_steps_at_rate_0_is_said(data: Path, caplog: pytest.LogCap
 @pytest.mark.parametrize("num_steps", [1, 2, 9])
 def test_steps_at_rate_0_are_counted(options: dict[str, Any], num_steps: int) -> None:
     config = TrainConfig(**options)
-    rates = [learning_rate(config, step, num_steps) for step in range(num_steps)]
-    assert num_steps_at_zero(config, num_steps) == rates.count(0)
+    rates = learning_rates(config, num_steps)
+    assert num_steps_at_zero(schedule_stage(config, num_steps), config, num_steps) == rates.count(0)
 
 
 def test_answers_of_weight_0_are_rows_without_a_trained_token(tmp_path: Path) -> None:

@@ -32,8 +32,9 @@ from torch._subclasses.fake_tensor import (
 from transformers import DynamicCache, PreTrainedModel
 
 from sftx.assembly.registry import Assembly
+from sftx.assembly.stages import OptimizerStage
 from sftx.config.options import TrainConfig
-from sftx.errors import ModelError, one_line
+from sftx.errors import ModelError, PluginError, one_line
 from sftx.inspection.memory_plan.fake_tensors import (
     BLANK,
     FakeStepTracker,
@@ -49,6 +50,7 @@ from sftx.model.load import load_spec
 from sftx.trainer.layers import decoder_layers, prepare_layers
 from sftx.trainer.optimizer import RunOptimizer
 from sftx.trainer.parallel import TrainStep
+from sftx.trainer.parameter_groups import trainable_params
 from sftx.trainer.precision import Precision
 from sftx.types import Batch, Example, ModelSpec
 
@@ -94,13 +96,16 @@ class DryRunner:
     """Makes dry runs of one run for one kind of device; the options may vary. Raises SftxError as the run would."""
 
     assembly: Assembly
+    optimizer: OptimizerStage
     precision: Precision
     model: str
     trust_remote_code: bool = False
     on_gpu: bool = False
     group: Sequence[Example] = (BLANK,)
     """The examples that one record becomes, of which each batch has copies."""
-    _updates: dict[tuple[str, bool], _UpdateMemory] = field(default_factory=dict)
+    declared_state: str = ""
+    """Says so, where the optimizer's state is as the plugin declares it, because its step cannot be followed."""
+    _updates: dict[bool, _UpdateMemory] = field(default_factory=dict)
 
     @cached_property
     def spec(self) -> ModelSpec:
@@ -215,20 +220,35 @@ class DryRunner:
 
     def _update(self, config: TrainConfig) -> _UpdateMemory:
         # With several micro-batches gradients stay allocated between them, since later ones add to the first.
-        key = (config.optim, (config.gradient_accumulation_steps or 1) == 1)
+        key = (config.gradient_accumulation_steps or 1) == 1
         if key not in self._updates:
             with torch.device("meta"):  # adapters are built ten times as fast as from fake tensors
                 lm = self._build(self._copy_skeleton())
             with self._fake_step() as (_, tracker):
                 materialise(lm)
                 tracker.track([*lm.parameters(), *lm.buffers()], "weights")
-                optimizer, trained = RunOptimizer(lm, config), [p for p in lm.parameters() if p.requires_grad]
+                params = trainable_params(lm, config)
+                optimizer, trained = RunOptimizer(params, self.optimizer), [param.parameter for param in params]
                 _allocate_gradients(tracker, trained)
                 tracker.reset_peaks()
                 with tracker.allocating("optimizer"):
                     nn.utils.clip_grad_norm_(trained, config.max_grad_norm or math.inf)
-                    optimizer.step()
-                self._updates[key] = _UpdateMemory(tracker.peak, dict(tracker.current))
+                    allocated = dict(tracker.current)
+                    try:
+                        optimizer.step()
+                        self._updates[key] = _UpdateMemory(tracker.peak, dict(tracker.current))
+                    except PluginError as error:
+                        if error.__cause__ is None:  # a refusal, as in a run
+                            raise
+                        # The step of another optimizer than ours may need values, which fake tensors do not have.
+                        declared, cause = self.optimizer.state_bytes, one_line(error.__cause__, max_chars=80)
+                        self.declared_state = (
+                            f"{declared:g} bytes of optimizer state a parameter, as {self.optimizer} declares: "
+                            f"sftx plan cannot follow its step ({cause})"
+                        )
+                        state = round(declared * sum(p.numel() for p in trained))
+                        after = allocated | {"optimizer": state}
+                        self._updates[key] = _UpdateMemory(after, after)
         return self._updates[key]
 
     def _phase_peaks(

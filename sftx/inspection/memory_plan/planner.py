@@ -15,9 +15,10 @@ from typing import Any, Final
 
 import torch
 
-from sftx.assembly.registry import activate
+from sftx.assembly.registry import Assembly, activate
+from sftx.assembly.stages import OptimizerStage
 from sftx.config.loading import LoadedConfig
-from sftx.config.optimizer_table import leaner_than
+from sftx.config.named_plugins import leaner_than
 from sftx.config.options import RunConfig, TrainConfig
 from sftx.data.sampler import num_micro_batches
 from sftx.errors import SftxError, one_line
@@ -132,28 +133,37 @@ class Planner:
         """The dtypes that the device would choose, on the CPU, where dry runs are made. GPUs have bfloat16."""
         train = self.config.train
         bf16 = True if self.device.is_gpu and train.bf16 is None and not train.fp16 else train.bf16
-        return precisions.choose(dataclasses.replace(train, use_cpu=True, bf16=bf16))
+        options = dataclasses.replace(train, use_cpu=True, bf16=bf16)
+        return precisions.choose(options, bf16_weights=self.optimizer.bf16_weights)
+
+    @cached_property
+    def assembly(self) -> Assembly:
+        return activate(self.loaded)
+
+    @cached_property
+    def optimizer(self) -> OptimizerStage:
+        return self.assembly.optimizer()
 
     @cached_property
     def dry_runner(self) -> DryRunner:
         """Raises ModelError when the model's config.json cannot be found; no other file of the model is needed."""
         if not (Path(self.config.model).expanduser() / "config.json").is_file():
             names.check(self.config.model)
-        assembly = activate(self.loaded)
         return DryRunner(
-            assembly,
+            self.assembly,
+            self.optimizer,
             self.precision,
             names.resolve(self.config.model),
             trust_remote_code=self.config.trust_remote_code,
             on_gpu=self.device.is_gpu,
-            group=first_group(self.config, assembly),
+            group=first_group(self.config, self.assembly),
         )
 
     @property
     def answers(self) -> tuple[int, int] | None:
         """The rows of a batch of answers and the tokens of its prompts; None when no metric needs answers."""
         config = self.config
-        if not config.data.has_eval or not self.dry_runner.assembly.providers("sftx_metric"):
+        if not config.data.has_eval or not self.assembly.providers("sftx_metric"):
             return None
         rows = config.generation.batch_size or config.train.per_device_eval_batch_size
         if self.size is None or not self.size.prompt_lengths:
@@ -197,7 +207,7 @@ class Planner:
         assert self.process_bytes
         accumulates = (train.gradient_accumulation_steps or 1) > 1
         eval_rows = train.per_device_eval_batch_size
-        key = (rows, max_length, accumulates, train.gradient_checkpointing, train.optim, eval_rows)
+        key = (rows, max_length, accumulates, train.gradient_checkpointing, eval_rows)
         if key not in self._snapshots:
             self._snapshots[key] = {
                 "the update": [self.dry_runner.update_peak(train)],
@@ -214,7 +224,7 @@ class Planner:
         if self.size is not None:
             rows = max(1, min(rows, self.size.num_eval_rows))
         answers = self.answers
-        key = (rows, answers, train.optim)
+        key = (rows, answers)
         if key not in self._evaluations:
             runner, length = self.dry_runner, self.config.data.max_length
             evaluated = dataclasses.replace(train, per_device_eval_batch_size=rows)
@@ -271,7 +281,7 @@ def plan_run(
         num_tokens = planner.size.num_input_tokens
     need = planner.estimate()
     if num_processes > 1:
-        parallel.check(loaded.config.train, has_adapters=planner.dry_runner.size.has_adapters)
+        parallel.check(loaded.config.train, planner.optimizer, has_adapters=planner.dry_runner.size.has_adapters)
     fits = largest_batch = largest_length = None
     advice: tuple[str, ...] = ()
     if (limit := device.num_bytes) is not None:
@@ -351,16 +361,16 @@ def _advice(planner: Planner, need: MemoryEstimate, limit: int) -> tuple[str, ..
         changes.append(combined)
     if planner.config.data.has_eval and train.per_device_eval_batch_size > 1:
         changes = [{"per_device_eval_batch_size": 1}, *changes, combined | {"per_device_eval_batch_size": 1}]
-    if trains_all and (leaner := leaner_than(train.optim)):
-        changes += [{"optim": leaner}, combined | {"optim": leaner}]
     fitting = [
         (_as_flags(change), estimate) for change in changes if (estimate := planner.estimate(**change)).total <= limit
     ]
+    if trains_all and (leaner := leaner_than(planner.optimizer.state_bytes)):
+        fitting += _with_optimizer(planner, leaner, [{}, combined], limit)
     half = max(2, need.max_length // 2)
     if len(fitting) < _MAX_ADVICE and (shorter := planner.estimate(max_length=half)).total <= limit:
         fitting.append((f"--max-length {half}", shorter))
     world_sizes = [world_size for world_size in _WORLD_SIZES if rows_per_step % world_size == 0]
-    can_share = parallel.can_share(train, has_adapters=not trains_all)
+    can_share = parallel.can_share(train, planner.optimizer, has_adapters=not trains_all)
     if len(fitting) < _MAX_ADVICE and planner.num_processes == 1 and world_sizes and can_share:
         fixed = {"train_batch_size": rows_per_step}  # without it, every process would add rows to a step
         fitting += _sharded(planner, [fixed, *({**fixed, **change} for change in changes)], world_sizes, limit)
@@ -375,6 +385,26 @@ def _advice(planner: Planner, need: MemoryEstimate, limit: int) -> tuple[str, ..
                     fitting.append((f"--plugin lora {_as_flags(change)}".strip(), estimate))
                     break
     return tuple(f"{what}: {estimate.total / 1e9:.1f} GB, fits" for what, estimate in fitting[:_MAX_ADVICE])
+
+
+def _with_optimizer(
+    planner: Planner, name: str, changes: Sequence[Mapping[str, Any]], limit: int
+) -> list[tuple[str, MemoryEstimate]]:
+    """Return those of the changes with which the run fits when this built-in optimizer takes the place of its own."""
+    given, own = planner.config, planner.optimizer.name
+    plugins = {plugin: options for plugin, options in given.plugins.items() if plugin != own}
+    config = dataclasses.replace(given, plugins=plugins, train=dataclasses.replace(given.train, optim=name))
+    lean = Planner(dataclasses.replace(planner.loaded, config=config), planner.device, planner.num_processes)
+    lean.size, lean.process_bytes = planner.size, planner.process_bytes
+    instead = f" in place of --plugin {own}" if own in given.plugins else ""
+    try:
+        return [
+            (f"--optim {name}{instead} {_as_flags(change)}".strip(), estimate)
+            for change in changes
+            if (estimate := lean.estimate(**change)).total <= limit
+        ]
+    except SftxError:  # an option that only the run's own optimizer reads
+        return []
 
 
 def _sharded(
@@ -474,6 +504,8 @@ def _assumptions(planner: Planner, need: MemoryEstimate) -> tuple[str, ...]:
     lines = [f"every row has {need.max_length} tokens, all of them label tokens"]
     if train.torch_compile:
         lines.append("without torch_compile, whose buffers are not known before it compiles")
+    if planner.dry_runner.declared_state:
+        lines.append(planner.dry_runner.declared_state)
     if planner.device.is_gpu:
         lines.append(
             f"{_GPU_PROCESS_BYTES / 2**30:g} GiB for the CUDA context, libraries' workspaces and fragmentation; "
