@@ -144,6 +144,8 @@ class Assembly:
         start = f"{origin}: option {dotted!r}" if origin else f"option {dotted!r}"
         names = {info.name for info in installed}
         name = next((name for name in option.plugins(value) if name in names), None)
+        if name is None and value in option.built_in:  # the installed metadata are those of an older sftx
+            find(option.plugins(value)[0], installed, origin=origin)
         if name is None:
             known = [*option.built_in, *_others(option, installed)]
             raise ConfigError(

@@ -192,6 +192,9 @@ def _check_combination(classes: Mapping[str, ast.ClassDef]) -> None:
 def _combined(names: Names) -> str:
     """Return the module of a plugin that implements several hooks, each by a class that it inherits from."""
     parts = names.classes
+    summary = f"Is {_enumerated([f'{_article(hook)} {hook}' for hook in parts])} of a run."
+    if len(summary) > _LINE_LENGTH - len('    """"""'):
+        summary = f"Is {len(parts)} stages of a run."
     bases = ", ".join(parts.values())
     first = f"class {names.class_name}({bases}):"
     if len(first) > _LINE_LENGTH:
@@ -213,7 +216,7 @@ def _combined(names: Names) -> str:
             "",
             "@dataclass(frozen=True, eq=False)",
             first,
-            f'    """Is {_enumerated([f"{_article(hook)} {hook}" for hook in parts])} of a run."""',
+            f'    """{summary}"""',
             "",
         ]
     )

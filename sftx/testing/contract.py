@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import torch
+
 from sftx.assembly.discovery import PluginInfo, hooks_of, instance, load_class
 from sftx.config.run_file import Origins
 from sftx.errors import ConfigError, PluginError, SftxError, one_line
@@ -28,6 +30,7 @@ from sftx.testing import (
     template,
 )
 from sftx.testing.clauses import MADE, Finding, Suite
+from sftx.testing.kit import make_stage
 from sftx.testing.runs import run_tiny
 
 SUITES: Final[Mapping[str, Suite[Any]]] = {
@@ -35,7 +38,7 @@ SUITES: Final[Mapping[str, Suite[Any]]] = {
     for module in (
         package, parser, template, collator, adapter, loss, optimizer, schedule, metric, evaluator, control, observer,
     )
-}
+}  # fmt: skip
 """The suite of the package, and of each hook in the order of the stages of a run."""
 
 
@@ -65,9 +68,17 @@ def check_plugin(
         findings += suite.findings(plugin, model=model)
 
     # The run uses lora unless the plugin is an adapter: most runs have one, and some losses need one.
-    names = [info.name] if hasattr(plugin, "sftx_adapter") else ["lora", info.name]
-    settings = {f"{info.name}.{option}": value for option, value in options.items()}
+    builder: Any = None
+    if hasattr(plugin, "sftx_optimizer"):
+        with contextlib.suppress(Exception):  # which a finding tells
+            builder = make_stage(plugin, "sftx_optimizer")
+    trains_all = hasattr(plugin, "sftx_adapter") or getattr(builder, "bf16_weights", False)
+    needs_gpu = bool(getattr(builder, "needs_gpu", False))
+    names = [info.name] if trains_all else ["lora", info.name]
+    settings = {f"{info.name}.{option}": value for option, value in options.items()} | {"train.use_cpu": not needs_gpu}
     rule = "A run with it trains two steps, evaluates and saves, as `sftx run` does."
+    if needs_gpu and not torch.cuda.is_available():
+        return [*findings, Finding("run", "trains", rule, "exempt", "it needs a GPU, and this machine has none")]
     with tempfile.TemporaryDirectory() as directory, contextlib.redirect_stdout(io.StringIO()):
         try:
             run_tiny(names, Path(directory), model=model, settings=settings)

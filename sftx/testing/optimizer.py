@@ -115,9 +115,7 @@ def changed(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[s
 SUITE: Suite[_Case] = Suite("optimizer", _Case)
 
 
-@SUITE.clause(
-    "It builds torch optimizers that have every parameter once, with its scale, and whose state can be saved."
-)
+@SUITE.clause("It builds torch optimizers that have every parameter once, with its scale, and state that can be saved.")
 def builds(case: _Case) -> None:
     def scale(name: str) -> float:
         return 2.0 if "proj" in name else 1.0
@@ -127,8 +125,8 @@ def builds(case: _Case) -> None:
         scales = []
         for params in (case.params(), case.params(scale)):
             groups = [group for optimizer in case.build(params).optimizers for group in optimizer.param_groups]
-            scales.append({id(p): group["scale"] for group in groups for p in group["params"]})
-            scales[-1] = {param.name: scales[-1][id(param.parameter)] for param in params}
+            by_id = {id(p): group["scale"] for group in groups for p in group["params"]}
+            scales.append({param.name: by_id[id(param.parameter)] for param in params})
     except PluginError as error:
         raise ClauseError(f"{error}; sftx.parameter_groups(params, weight_decay) makes the groups") from error
     wrong = [name for name in _SHAPES if scales[1][name] != scales[0][name] * scale(name)]
@@ -150,10 +148,9 @@ def lowers_a_loss(case: _Case) -> None:
     def gradient(number: int, param: TrainableParam) -> Tensor:
         return (param.parameter.detach().float() - targets[param.name]).to(param.parameter.dtype)
 
-    seen = []
+    seen, before = [], loss(case.params()).item()
     for rate in _RATES:
         params = case.params()
-        before = loss(params).item()
         case.advance(case.build(params, weight_decay=0.0), params, range(30), rate=rate, gradient=gradient)
         if (after := loss(params).item()) < 0.999 * before:
             return
@@ -234,7 +231,7 @@ def declares_its_state(case: _Case) -> None:
     tensors, _ = optimizer.state_dict()
     measured = sum(value.nbytes for value in tensors.values()) / sum(param.parameter.numel() for param in params)
     declared = case.stage.state_bytes
-    if abs(measured - declared) > max(1.0, declared / 2):
+    if abs(measured - declared) > max(1.0, declared / 4):
         raise ClauseError(
             f"its state has {measured:.3g} bytes a parameter, and state_bytes is {declared:g}; sftx plan reads it"
         )

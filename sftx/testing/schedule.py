@@ -35,19 +35,16 @@ class _Case:
     def factors(self) -> list[float]:
         """Return the factor of each call. Raises ClauseError for one that a run would refuse."""
         try:
-            return [self.schedule(*run).factor(*arguments) for run, arguments in self.calls()]
+            schedules = {run: self.schedule(*run) for run in _RUNS}
+            return [schedules[run].factor(*arguments) for run, arguments in self.calls()]
         except PluginError as error:
-            raise ClauseError(
-                f"{error}; steps beyond the last, and runs of a single step, need a factor too"
-            ) from error
+            raise ClauseError(f"{error}; steps beyond the last, and a run of one step, need a factor too") from error
 
 
 SUITE: Suite[_Case] = Suite("schedule", _Case)
 
 
-@SUITE.clause(
-    "The factor of every step, also beyond the last and in a run of one step, is a finite number of at least 0."
-)
+@SUITE.clause("The factor of every step, also of one beyond the last, is a finite number of at least 0.")
 def gives_factors(case: _Case) -> None:
     case.factors()
 

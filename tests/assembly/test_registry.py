@@ -67,7 +67,7 @@ def test_an_unnamed_plugin_that_is_broken_is_of_no_concern(install_plugin: Any) 
 
 def test_a_plugin_that_is_not_installed_is_named_with_what_typed_it_and_a_suggestion(tmp_path: Path) -> None:
     assert error_of("lorra") == "--plugin lorra: plugin 'lorra' is not installed; did you mean 'lora'?"
-    assert error_of("zzz").startswith("--plugin zzz: plugin 'zzz' is not installed; installed are alpaca, ")
+    assert error_of("zzz").startswith("--plugin zzz: plugin 'zzz' is not installed; installed are adafactor, adamw, ")
     path = tmp_path / "run.yaml"
     path.write_text("plugins:\n  chatml:\n  lorra: {r: 3}\n", encoding="utf-8")
     with pytest.raises(PluginError) as caught:
@@ -226,6 +226,8 @@ def test_without_names_the_defaults_fill_what_they_can() -> None:
         "sftx_collator": ["padded"],
         "sftx_adapter": [],
         "sftx_loss": ["masked-ce"],
+        "sftx_optimizer": ["adamw"],
+        "sftx_schedule": ["cosine-schedule"],
         "sftx_metric": [],
         "sftx_control": [],
         "sftx_observer": ["progress", "jsonl"],

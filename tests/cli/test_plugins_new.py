@@ -74,7 +74,7 @@ def test_it_prints_the_files_and_the_three_next_commands_and_nothing_else(tmp_pa
 
 def test_usage_is_told_by_click(tmp_path: Path) -> None:
     for arguments, said in (
-        (["mine", "--hook", "optimizer"], "'optimizer' is not one of 'parser', 'template', 'collator'"),
+        (["mine", "--hook", "optimiser"], "'optimiser' is not one of 'parser', 'template', 'collator'"),
         (["mine"], "Missing option '--hook'"),
         (["mine", "--hook", "loss", "--directory", str(tmp_path / "none")], "does not exist"),
     ):
@@ -255,7 +255,7 @@ def test_the_packages_are_typed_and_so_are_the_examples(packages: Path) -> None:
     """They pass mypy with the stricter settings of this project, so that the cache of `make types` is used."""
     assert tomllib.loads((packages / "sftx-my-loss" / "pyproject.toml").read_text())["tool"]["mypy"]["strict"]
     files = sorted(packages.rglob("*.py"))
-    assert len(files) == 2 * len(HOOKS) + 1 + 2 * len(SEVERAL) + 1
+    assert len(files) == 2 * len(HOOKS) + 2 + 2 * len(SEVERAL) + 1
     examples = sorted((REPOSITORY / "examples").glob("*/sftx_*/*.py"))
     assert len(examples) >= 2
     done = subprocess.run(

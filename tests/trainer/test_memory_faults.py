@@ -110,7 +110,8 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from sftx.errors import SftxError
-from tests.helpers.trainers import planned, rows, trainer_of
+sys.path.insert(0, "tests/helpers")
+from trainers import planned, rows, trainer_of
 from sftx.model.load import load_model, load_spec
 
 where, model = sys.argv[1], Path(sys.argv[2])
