@@ -229,6 +229,7 @@ def test_without_names_the_defaults_fill_what_they_can() -> None:
         "sftx_optimizer": ["adamw"],
         "sftx_schedule": ["cosine-schedule"],
         "sftx_metric": [],
+        "sftx_evaluator": [],
         "sftx_control": [],
         "sftx_observer": ["progress", "jsonl"],
     }
