@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from sftx.distributed.process_group import ProcessGroup
 from sftx.testing import check_evaluator
-from sftx.testing.kit import built_in
+from sftx.testing.kit import Kit, built_in
 from sftx.testing.runs import run_tiny
+from sftx.trainer.evaluation import ModelEvaluation
 
 QUESTIONS = [
     ("What is 2 + 3?", ["4", "5", "six or seven"], 1),
@@ -45,18 +47,6 @@ doc_to_target: "{{{{question}}}}"
 metric_list:
   - {{metric: word_perplexity}}
   - {{metric: bits_per_byte}}
-"""
-ANSWER = """
-task: answers
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
-output_type: generate_until
-doc_to_text: "{{{{question}}}}"
-doc_to_target: "{target}"
-generation_kwargs: {{until: ["{until}"], max_gen_toks: 9, do_sample: false}}
-metric_list:
-  - {{metric: exact_match}}
 """
 
 
@@ -111,12 +101,10 @@ def by_hflm(harness: Any, model: Path, tasks: Path, names: list[str], num_fewsho
 def test_scores_are_those_of_the_harness_s_own_model(
     harness: Any, tasks: Path, tmp_path: Path, num_fewshot: int | None
 ) -> None:
-    names = ["colours", "rolling", "answers"]
+    names = ["colours", "rolling"]
     settings = {"lm-eval.tasks": names, "lm-eval.include_path": str(tasks), "train.learning_rate": 1e-2}
     if num_fewshot is not None:
         settings["lm-eval.num_fewshot"] = num_fewshot
-    # What the trained model answers is not known before; the tiny model repeats itself, so the stop text is found.
-    (tasks / "answers.yaml").write_text(ANSWER.format(data=tasks.parent / "data.jsonl", target="", until="e"))
     result = run_tiny(["masked-ce", "lm-eval"], tmp_path / "run", settings=settings)
     after = {name: value for name, value in result.summary["held_out"]["after"].items() if "/" in name}
     expected = by_hflm(harness, result.output_dir / "model", tasks, names, num_fewshot)
@@ -124,6 +112,51 @@ def test_scores_are_those_of_the_harness_s_own_model(
     assert after == pytest.approx(expected, rel=1e-5)
     before = {name: value for name, value in result.summary["held_out"]["before"].items() if "/" in name}
     assert before != pytest.approx(expected, rel=1e-3), "or training would not be seen"
+
+
+@pytest.mark.slow
+def test_answers_and_long_texts_are_those_of_the_harness_s_own_model(harness: Any, tiny_model_dir: Path) -> None:
+    """A context that is longer than the model is cut as the harness cuts it; a rolling one is scored in windows."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    from sftx_plugins.evaluators._lm_eval_model import RunModel
+
+    kit = Kit(object(), tiny_model_dir)
+    lm = kit.language_model().eval()
+    evaluation = ModelEvaluation(
+        lm=lm,
+        step=0,
+        rows=[],
+        examples=[],
+        encoder=kit.encoder,
+        stop_ids=kit.encoder.stop_ids,
+        batch_size=2,
+        generation_batch_size=2,
+        max_new_tokens=4,
+        process_group=ProcessGroup(),
+    )
+    ours, theirs = RunModel(evaluation), HFLM(pretrained=str(tiny_model_dir), device="cpu", dtype="float32")
+    assert ours._max_length == theirs.max_length
+    for model in (ours, theirs):
+        model._max_length = 40
+
+    def requests(kind: str, *given: tuple[Any, ...]) -> list[Any]:
+        return [Instance(kind, {}, arguments, index) for index, arguments in enumerate(given)]
+
+    texts = [question for question, *_ in QUESTIONS]
+    whole = {"until": [], "max_gen_toks": 12}
+    answers = ours.generate_until(requests("generate_until", *((text, whole) for text in texts)))
+    cut = {"until": [answers[0][3:5], "<|im_end|>"], "max_gen_toks": 12}
+    for settings in (whole, cut):
+        asked = requests("generate_until", *((text, dict(settings)) for text in texts))
+        again = requests("generate_until", *((text, dict(settings)) for text in texts))
+        assert ours.generate_until(asked) == theirs.generate_until(again, disable_tqdm=True)
+    pairs = requests("loglikelihood", ("", "Paris"), *((text, " yes") for text in texts), ("a b c " * 30, "ends here"))
+    for one, two in zip(ours.loglikelihood(pairs), theirs.loglikelihood(pairs, disable_tqdm=True), strict=True):
+        assert one == (pytest.approx(two[0], rel=1e-5), two[1])
+    rolled = requests("loglikelihood_rolling", *((text,) for text in texts), ("one two three " * 40,))
+    assert ours.loglikelihood_rolling(rolled) == pytest.approx(theirs.loglikelihood_rolling(rolled), rel=1e-5)
 
 
 @pytest.mark.slow
