@@ -28,6 +28,7 @@ from sftx_plugins.adapters.lora import Lora
 from sftx_plugins.adapters.lora_adapter import LoraAdapter
 from sftx_plugins.adapters.lora_layers import LayerOptions, LoraLinear
 from sftx_plugins.adapters.peft_files import WEIGHTS
+from sftx_plugins.adapters.targets import find_token_rows
 
 
 class Good(LoraAdapter):
@@ -196,6 +197,12 @@ class DrawsAndForgets(Good):
     def _tensors(self) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in super()._tensors().items() if "lora_A" not in name}
 
+    @torch.no_grad()
+    def load(self, directory: Path) -> None:
+        tensors = load_file(directory / WEIGHTS)
+        for name, own in self._tensors().items():
+            own.copy_(tensors[f"base_model.model.{name}"])
+
 
 class Lenient(Good):
     """Loads the tensors under its own names, and checks nothing."""
@@ -302,7 +309,7 @@ class Plugin(Lora):
             spec.name,
             dict.fromkeys(self.find_targets(spec.skeleton), LayerOptions(self.r, self.lora_alpha)),
             self.find_saved(spec.skeleton),
-            spec.new_token_ids,
+            find_token_rows(spec, ()),
             peft=self.peft_config(),
         )
 
