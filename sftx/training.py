@@ -110,8 +110,6 @@ def _prepared(loaded: LoadedConfig, name: str, *, resume: bool) -> Iterator[_Pre
     """
     config = loaded.config
     names.check(config.model, needs_weights=True)
-    sources.check_data_config(config)
-    sources.check_separate(config.data)
     check_environment()
     world_size = env_int("WORLD_SIZE") if is_launched() else 1
     if is_launched():
@@ -126,6 +124,8 @@ def _prepared(loaded: LoadedConfig, name: str, *, resume: bool) -> Iterator[_Pre
     with phase("importing", "plugins"):
         assembly = activate(loaded)
     assembly.check_secrets()
+    sources.check_data_config(config, assembly.row_sources)
+    sources.check_separate(config.data, assembly.row_sources)
     config = assembly.complete(config)
     process_group = _join_process_group(config)
     with contextlib.ExitStack() as stack:
@@ -548,8 +548,8 @@ def _manifest(
             "sha256": fingerprint(pipeline.model),
             "revision": getattr(lm.model.config, "_commit_hash", None),
         },
-        "data": [_describe(source, config.data) for source in config.data.train],
-        "eval_data": [_describe(source, config.data) for source in config.data.eval],
+        "data": [_describe(source, config.data, assembly) for source in config.data.train],
+        "eval_data": [_describe(source, config.data, assembly) for source in config.data.eval],
         "eval_split": _describe_split(data) if config.data.eval_fraction is not None else None,
     }
 
@@ -561,8 +561,9 @@ def _describe_split(data: Dataset) -> dict[str, Any]:
     return {"num_rows": data.ledger.num_rows, "num_held_out": len(held_out), "sha256": digest}
 
 
-def _describe(source: Source, config: DataConfig) -> dict[str, Any]:
+def _describe(source: Source, config: DataConfig, assembly: Assembly) -> dict[str, Any]:
     """Return a source with a hash of its content; of a stream only its ends are hashed, which is read once."""
-    content = sources.glance(source) if config.streaming else sources.fingerprint(source)
+    look = sources.glance if config.streaming else sources.fingerprint
+    content = look(source, assembly.row_sources)
     described = {"path": source.path, "subset": source.subset, "split": source.split, "fingerprint": content}
-    return described | ({"files": files} if (files := sources.file_names(source)) else {})
+    return described | ({"files": files} if (files := sources.file_names(source, assembly.row_sources)) else {})

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,14 +37,19 @@ Record: TypeAlias = Mapping[str, Any]
 # --- from a record to an example ----------------------------------------------------------------
 
 
+LEDGER_KEYS = ("where", "source", "action", "reason", "length", "kept")
+"""The keys of an entry of the ledger beside its row's number, whose key is the unit of the location."""
+
+
 @dataclass(frozen=True)
 class Location:
     """The place of a record in its source, shown in every error and every entry of the ledger."""
 
     path: str
     number: int
-    """Line (jsonl, json) or row, counted from 1."""
+    """Line (jsonl, json) or row, counted from 1; or another number by which the row is found, such as a rowid."""
     unit: str = "line"
+    """What is numbered; it is the number's key in the ledger, and none of `LEDGER_KEYS`."""
 
     def __str__(self) -> str:
         return f"{self.path}:{self.number}" if self.unit == "line" else f"{self.path} {self.unit} {self.number}"
@@ -348,6 +353,40 @@ class LanguageModel(Protocol):
 
 
 # --- what plugins return ------------------------------------------------------------------------
+
+
+@runtime_checkable
+class RowSource(Protocol):
+    """Reads rows from anywhere: `SCHEME:ADDRESS` stands in a run file where the path of a file may stand.
+
+    The order of the rows is the same in every reading and every process, because a resumed run goes on after the rows
+    that it had read. A source opens what it reads in `rows`, and closes it when the iterator ends or is closed.
+
+    It may have a method `num_bytes(address: str) -> int`: the size of the data, by which a run decides whether to
+    encode the rows in several processes and to cache them. For `sftx.testing.check_source` it has a method
+    `example(directory: Path, texts: Sequence[str]) -> str`, which writes a small source into the directory, in place of
+    an earlier one there, and returns its address. It has one row for each text, in this order, that contains the text
+    and that a parser of sftx or of the plugin reads.
+    """
+
+    @property
+    def scheme(self) -> str:
+        """The part of a path before the colon: at least two lower-case letters, digits, `+` or `-`."""
+
+    def check(self, address: str) -> None:
+        """Raise DataError unless the address can be read. It is quick: called before torch is imported."""
+
+    def rows(self, address: str, start: int) -> Iterator[tuple[Location, Record]]:
+        """Yield the rows after the first `start`, each with a place of its own; none when there are no more.
+
+        A row holds JSON values only. Raises DataError, which names the place.
+        """
+
+    def fingerprint(self, address: str) -> str | None:
+        """Return a text that changes whenever the rows do, such as a hash; None when that cannot be known.
+
+        Without one the rows are not cached, and a resumed run cannot tell whether they are still the same.
+        """
 
 
 @runtime_checkable

@@ -23,6 +23,7 @@ from sftx.types import (
     Observer,
     OptimizerBuilder,
     Parser,
+    RowSource,
     Schedule,
     Template,
 )
@@ -42,6 +43,11 @@ def sftx_validate(run: RunInfo) -> None:
 
     It comes beside hooks that return a stage: a plugin that only validates would take part in nothing.
     """
+
+
+@hookspec
+def sftx_source(run: RunInfo) -> RowSource:  # type: ignore[empty-body]
+    """Return a source of rows, which reads the addresses of its scheme. Any number, of different schemes."""
 
 
 @hookspec
@@ -106,6 +112,7 @@ VALIDATE: Final = "sftx_validate"
 """The hook that returns nothing."""
 
 RETURNS: Final[dict[str, type]] = {
+    "sftx_source": RowSource,
     "sftx_parser": Parser,
     "sftx_template": Template,
     "sftx_collator": Collator,

@@ -11,6 +11,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,13 +29,14 @@ from sftx.assembly.stages import (
     MetricStage,
     OptimizerStage,
     ParserStage,
+    RowSourceStage,
     ScheduleStage,
     TemplateStage,
     call,
     make,
     named,
 )
-from sftx.config.default_plugins import DEFAULT_PLUGINS
+from sftx.config.default_plugins import DEFAULT_PLUGINS, SOURCES
 from sftx.config.named_plugins import PLUGIN_OPTIONS, PluginOption
 from sftx.config.options import RunConfig, TrainConfig, as_dict
 from sftx.config.unknown_options import UnknownOptionsError
@@ -79,6 +81,10 @@ def activate(loaded: LoadedConfig) -> Assembly:
         assembly.add(find("early-stopping", installed), options, is_implied=True)
     for option in PLUGIN_OPTIONS:
         assembly.choose(option, config, installed)
+    schemes = {source.scheme for source in (*config.data.train, *config.data.eval)}
+    for name in SOURCES:
+        if name in schemes and name not in config.without and name not in config.plugins:
+            assembly.add(find(name, installed), {})
     for hook, names in DEFAULT_PLUGINS.items():
         if hook in ONE_PROVIDER and assembly.providers(hook):
             continue
@@ -241,6 +247,16 @@ class Assembly:
             for hook in RETURNS
             for a in self.providers(hook)
         )
+
+    @cached_property
+    def row_sources(self) -> dict[str, RowSourceStage]:
+        """The sources by scheme, made once. Raises PluginError when two plugins have the same scheme."""
+        stages: dict[str, RowSourceStage] = {}
+        for a, made in self._call("sftx_source"):
+            stage = RowSourceStage(str(a.info), made)
+            if (other := stages.setdefault(stage.scheme, stage)) is not stage:
+                raise PluginError(f"{other} and {stage} both read {stage.scheme}:...; leave one of them out")
+        return stages
 
     def parsers(self) -> dict[str, ParserStage]:
         return {a.info.name: ParserStage(str(a.info), made) for a, made in self._call("sftx_parser")}

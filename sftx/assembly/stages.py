@@ -10,6 +10,7 @@ import inspect
 import json
 import logging
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields
@@ -17,10 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from sftx.assembly.hookspecs import RETURNS
+from sftx.config.default_plugins import RESERVED_SCHEMES, SCHEME
 from sftx.distributed.process_group import is_lost_peer_error
 from sftx.errors import DataError, PluginError, SftxError, counted, did_you_mean, is_out_of_memory, one_line
 from sftx.events import Decision, EvalReport, StepReport
 from sftx.types import (
+    LEDGER_KEYS,
     Adapter,
     Batch,
     Collator,
@@ -43,6 +46,7 @@ from sftx.types import (
     PlainText,
     Record,
     Row,
+    RowSource,
     Schedule,
     Segment,
     Step,
@@ -158,6 +162,97 @@ class _Stage:
 
 
 # --- data ---------------------------------------------------------------------------------------
+
+
+class RowSourceStage(_Stage):
+    """Reads rows of a scheme, and checks their places and values."""
+
+    def __init__(self, plugin: str, source: RowSource) -> None:
+        super().__init__(plugin)
+        self._source = source
+        self._unknown: set[str] = set()
+        with self._attribute("scheme"):
+            scheme: Any = source.scheme
+        if not (isinstance(scheme, str) and re.fullmatch(SCHEME, scheme)):
+            raise self._refuse(f"scheme is {scheme!r:.40}, expected two or more lower-case letters, such as 'mail'")
+        if scheme in RESERVED_SCHEMES:
+            raise self._refuse(f"scheme is {scheme!r}, which is kept for sftx itself; choose another")
+        self.scheme: str = scheme
+
+    def check(self, address: str) -> None:
+        with self._attribute("check"):
+            self._source.check(address)
+
+    def rows(self, address: str, start: int) -> Iterator[tuple[Location, Record]]:
+        """Yield the rows after the first `start`. Raises PluginError, which names the row, for what is no JSON."""
+        last = ""
+        with self._attribute("rows"):
+            rows = iter(self._source.rows(address, start))
+        while True:
+            with self._attribute(f"reading{last}"):
+                item: Any = next(rows, None)
+            if item is None:
+                return
+            if not (isinstance(item, tuple) and len(item) == 2 and _is_location(item[0])):
+                raise self._refuse(f"rows gave {item!r:.80}{last}, expected a pair of a Location and a row")
+            where, record = item
+            if not isinstance(record, dict):
+                raise self._refuse(f"{where}: the row is of type {type(record).__name__}, expected a dict")
+            if wrong := _find_no_json(record):
+                raise self._refuse(f"{where}: {wrong}, which is no JSON value")
+            yield where, record
+            last = f" after {where}"
+
+    def fingerprint(self, address: str) -> str | None:
+        """Return what changes with the rows. None, when that cannot be known, is said once for each address."""
+        with self._attribute("fingerprint"):
+            value: Any = self._source.fingerprint(address)
+        if value is None and address not in self._unknown:
+            self._unknown.add(address)
+            log.warning(
+                "%s:%s: %s cannot tell whether its rows change: they are not cached, and a resumed run trusts that "
+                "they are the same", self.scheme, address, self,
+            )  # fmt: skip
+        if not (value is None or (isinstance(value, str) and value)):
+            raise self._refuse(f"fingerprint gave {value!r:.60}, expected some text, or None")
+        return value
+
+    def num_bytes(self, address: str) -> int:
+        """Return the size of the data, 0 when the source does not tell it."""
+        num_bytes: Any = getattr(self._source, "num_bytes", None)
+        if num_bytes is None:
+            return 0
+        with self._attribute("num_bytes"):
+            value: Any = num_bytes(address)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise self._refuse(f"num_bytes gave {value!r:.60}, expected a whole number of bytes")
+        return value
+
+    def _explains_itself(self, error: BaseException, what: str) -> bool:
+        return isinstance(error, DataError)
+
+
+def _is_location(where: Any) -> bool:
+    is_one = isinstance(where, Location) and _has_types(where, {"path": str, "number": int, "unit": str})
+    return is_one and abs(where.number) < 2**63 and where.unit not in LEDGER_KEYS
+
+
+def _find_no_json(value: Any, name: str = "the row") -> str:
+    """Return which value is none that JSON has, and where in the row it is; an empty text when all are."""
+    if value is None or isinstance(value, str | bool | int):
+        return ""
+    if isinstance(value, float):
+        return "" if math.isfinite(value) else f"{name} is {value}"
+    try:
+        if type(value) is list:
+            return next(filter(None, (_find_no_json(item, f"{name}[{n}]") for n, item in enumerate(value))), "")
+        if type(value) is dict:
+            if wrong := [key for key in value if not isinstance(key, str)]:
+                return f"{name} has the key {wrong[0]!r:.40}"
+            return next(filter(None, (_find_no_json(item, f"{name}[{key!r:.40}]") for key, item in value.items())), "")
+    except RecursionError:
+        return "the row is nested too deeply"
+    return f"{name} is of type {type(value).__name__}"
 
 
 class ParserStage(_Stage):

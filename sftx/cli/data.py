@@ -41,15 +41,16 @@ def export(file: Path | None, loaded: loading.LoadedConfig, output: str) -> None
     data = loaded.config.data
     if not data.train:
         raise ConfigError("option 'data.train': no data to export; give a file with --data")
-    for source in data.train:
-        sources.check(source)
     sources.check_eval_fraction(data)
     if output != "-":
         _check_output(output)
-    parsers = activate(loaded).parsers()
+    assembly = activate(loaded)
+    for source in data.train:
+        sources.check(source, assembly.row_sources)
+    parsers = assembly.parsers()
     check_formats(data, loaded.origins, parsers)
     ledger = Ledger()
-    lines = export_lines(data.train, data, parsers, ledger)
+    lines = export_lines(data.train, data, parsers, ledger, assembly.row_sources)
     if output == "-":
         if sys.stdout is None:
             raise OutputError("--output -: standard output is closed")

@@ -168,11 +168,11 @@ def _print_findings(plugin: PluginInfo, findings: Sequence[Finding]) -> None:
 @click.option("--all", "every", is_flag=True, help="Include every installed plugin; all of them are imported.")
 def schema(names: tuple[str, ...], every: bool) -> None:
     """Print a JSON schema for editors: run files with the plugins NAME... and the default ones."""
-    from sftx.config.default_plugins import DEFAULT_PLUGINS
+    from sftx.config.default_plugins import DEFAULT_PLUGINS, SOURCES
     from sftx.config.json_schema import run_file_schema
 
     installed = discover()
-    defaults = [name for provided in DEFAULT_PLUGINS.values() for name in provided]
+    defaults = [*(name for provided in DEFAULT_PLUGINS.values() for name in provided), *SOURCES]
     classes: dict[str, type] = {}
     if every:
         click.echo(f"sftx: importing all {len(installed)} installed plugins", err=True)

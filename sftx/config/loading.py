@@ -12,7 +12,7 @@ from typing import Any
 
 from sftx import paths
 from sftx.config import run_file
-from sftx.config.default_plugins import DEFAULT_PLUGINS
+from sftx.config.default_plugins import DEFAULT_PLUGINS, SOURCES
 from sftx.config.flatten import flatten
 from sftx.config.named_plugins import PLUGIN_OPTIONS
 from sftx.config.options import SECTION_CLASSES, SECTIONS, RunConfig
@@ -97,6 +97,8 @@ def load(
     # Plugins that are in the run without being named, so that options of theirs may be set.
     present = {name for defaults in DEFAULT_PLUGINS.values() for name in defaults}
     present.update(*(option.plugins(getattr(config.train, option.name)) for option in PLUGIN_OPTIONS))
+    schemes = {source.scheme for source in (*config.data.train, *config.data.eval)}
+    present.update(name for name in SOURCES if name in schemes)
     for name, typed in typed_for.items():
         # An option alone adds no plugin: `--set lora.r=8` must not turn full fine-tuning into LoRA.
         if name not in named and name not in present:
@@ -140,9 +142,12 @@ def _set_dotted(values: dict[str, Any], name: str, value: Any, origins: run_file
 
 def default_name(run_file: Path | None, config: RunConfig) -> str:
     """Return the name with which the default output directory begins: that of the run file, or of the first data."""
-    source = str(run_file) if run_file is not None else next((source.path for source in config.data.train), "run")
+    first = next(iter(config.data.train), None)
+    source = str(run_file) if run_file is not None else "run" if first is None else first.address
     if source.startswith("sftx:"):
         return "demo"
+    if run_file is None and first is not None and first.scheme is not None:
+        source = source.partition("?")[0]  # what follows may be a whole query
     # Of a pattern such as `data/*.jsonl`, the directory.
     parts = [part for part in Path(source).parts if not re.search(r"[*?[]", part)]
     return Path(*parts).name.split(".")[0] or "run"

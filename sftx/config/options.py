@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from typing import Annotated, Any, Final, Literal, TypeAlias, get_type_hints
 
 from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter
 
+from sftx.config.default_plugins import SCHEME
 from sftx.config.named_plugins import LR_SCHEDULER_TYPE, OPTIM
 from sftx.errors import ConfigError
 
@@ -87,8 +89,8 @@ class Source:
         str,
         Field(
             min_length=1,
-            description="File or directory of rows, pattern such as data/*.jsonl, directory of a saved dataset, or id "
-            "of a hub dataset.",
+            description="File or directory of rows, pattern such as data/*.jsonl, directory of a saved dataset, id of "
+            "a hub dataset, or SCHEME:ADDRESS for a source plugin, such as sqlite:chats.db.",
         ),
     ]
     weight: Annotated[
@@ -124,6 +126,18 @@ class Source:
             description="Character between the fields of these CSV files; by default it is taken from the first line.",
         ),
     ] = None
+
+    @property
+    def scheme(self) -> str | None:
+        """The part before the colon of `SCHEME:ADDRESS`; None for a path, which a file of that very name is as well."""
+        scheme, _, address = self.path.partition(":")
+        is_path = not (address and SCHEME.fullmatch(scheme)) or scheme == "sftx" or os.path.lexists(self.path)
+        return None if is_path else scheme
+
+    @property
+    def address(self) -> str:
+        """The path without its scheme."""
+        return self.path if self.scheme is None else self.path.partition(":")[2]
 
 
 def _as_source(value: Any) -> Any:

@@ -31,6 +31,7 @@ from sftx.data import sources
 from sftx.data.dataset import Dataset, Examples
 from sftx.data.ledger import LINE_ERRORS, Ledger
 from sftx.data.row_encoder import RowEncoder
+from sftx.data.sources import NO_PLUGINS, RowSources
 from sftx.errors import OutputError, one_line
 from sftx.paths import cache_dir
 from sftx.types import HeldOutRow, Message, ToolCall
@@ -55,14 +56,26 @@ class Cache:
     directory: Path
 
     @classmethod
-    def of(cls, source_list: Sequence[Source], encode: RowEncoder, identity: Mapping[str, Any]) -> Cache:
-        """Return the entry of this encoding. `identity` describes the plugins: names, options and source code."""
+    def of(
+        cls,
+        source_list: Sequence[Source],
+        encode: RowEncoder,
+        identity: Mapping[str, Any],
+        row_sources: RowSources = NO_PLUGINS,
+    ) -> Cache | None:
+        """Return the entry of this encoding, None when a source cannot tell whether its rows change.
+
+        `identity` describes the plugins: names, options and source code.
+        """
+        contents = [sources.fingerprint(source, row_sources) for source in source_list]
+        if None in contents:
+            return None
         tokenizer = encode.encoder.tokenizer
         options = {field.name: getattr(encode.config, field.name) for field in dataclasses.fields(encode.config)}
         made_from = {
             "sources": [
-                {**dataclasses.asdict(source), "weight": None, "content": sources.fingerprint(source)}
-                for source in source_list
+                {**dataclasses.asdict(source), "weight": None, "content": content}
+                for source, content in zip(source_list, contents, strict=True)
             ],
             "options": {name: value for name, value in options.items() if name not in _NO_EFFECT_ON_ROWS},
             "questions": encode.questions,

@@ -15,6 +15,7 @@ from sftx.config.options import DataConfig, Source
 from sftx.data import held_out
 from sftx.data.ledger import Ledger
 from sftx.data.parsed_rows import parse_rows
+from sftx.data.sources import NO_PLUGINS, RowSources
 from sftx.errors import DataError
 from sftx.types import Conversation, Location, Message, Parsed, PlainText, Record
 
@@ -22,7 +23,11 @@ DUPLICATE = "the same as an earlier row"
 
 
 def export_lines(
-    train: Sequence[Source], config: DataConfig, parsers: Mapping[str, ParserStage], ledger: Ledger
+    train: Sequence[Source],
+    config: DataConfig,
+    parsers: Mapping[str, ParserStage],
+    ledger: Ledger,
+    row_sources: RowSources = NO_PLUGINS,
 ) -> Iterator[str]:
     """Yield one line of JSON for each row that a run would train on, in order; the others are added to the ledger.
 
@@ -30,8 +35,8 @@ def export_lines(
     written, and for more dropped rows than `config.max_dropped` allows.
     """
     seen: set[bytes] = set()
-    left_out = held_out.choose(train, config, parsers) if config.eval_fraction is not None else ()
-    for parsed_row in parse_rows(train, config, parsers):
+    left_out = held_out.choose(train, config, parsers, row_sources) if config.eval_fraction is not None else ()
+    for parsed_row in parse_rows(train, config, parsers, row_sources):
         row, line = parsed_row.row, ""
         if (parsed_row.source, parsed_row.index) in left_out:
             row.drop(f"data.eval_fraction={config.eval_fraction:g}", action="held out")

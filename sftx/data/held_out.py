@@ -19,6 +19,7 @@ from sftx.assembly.stages import ParserStage
 from sftx.config.options import DataConfig, Source
 from sftx.data import sources
 from sftx.data.parsed_rows import ParsedRow, parse_rows
+from sftx.data.sources import NO_PLUGINS, RowSources
 from sftx.errors import DataError, counted
 from sftx.types import Conversation, Parsed, PlainText
 
@@ -29,7 +30,10 @@ log = logging.getLogger(__name__)
 
 
 def choose(
-    data_sources: Sequence[Source], config: DataConfig, parsers: Mapping[str, ParserStage]
+    data_sources: Sequence[Source],
+    config: DataConfig,
+    parsers: Mapping[str, ParserStage],
+    row_sources: RowSources = NO_PLUGINS,
 ) -> frozenset[tuple[int, int]]:
     """Return the held-out rows: number of the source, and how many of its rows come before the row.
 
@@ -39,7 +43,7 @@ def choose(
     assert config.eval_fraction is not None
     rows: list[tuple[int, int, bytes]] = []
     joined = _Joined()
-    for row in parse_rows(data_sources, config, parsers):
+    for row in parse_rows(data_sources, config, parsers, row_sources):
         if row.parsed:
             content = _digest([_content(one) for one in row.parsed])
             joined.add(content)

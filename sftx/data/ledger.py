@@ -11,7 +11,7 @@ from typing import Any, Final, Literal
 
 from sftx import atomic_files
 from sftx.errors import DataError, counted
-from sftx.types import Location
+from sftx.types import LEDGER_KEYS, Location
 
 LINE_ERRORS: Final = "backslashreplace"
 """How the lines of a ledger are encoded: a path can hold lone surrogates, which this writes as JSON's own escapes."""
@@ -47,7 +47,7 @@ class Entry:
     @classmethod
     def of(cls, values: dict[str, Any]) -> Entry:
         """Return the entry whose `as_dict` is `values`."""
-        unit = "line" if "line" in values else "row"
+        unit = next(name for name in values if name not in LEDGER_KEYS)
         where = Location(values["source"], values[unit], unit)
         return cls(where, values["action"], values["reason"], values["length"], values["kept"])
 

@@ -9,6 +9,7 @@ from sftx.assembly.stages import ParserStage
 from sftx.config.options import DataConfig, Source
 from sftx.data import sources
 from sftx.data.row_encoder import EncodedRow, filtered_by_turns, mark_trained, parse_record, why_nothing_trained
+from sftx.data.sources import NO_PLUGINS, RowSources
 from sftx.errors import DataError, SftxError
 from sftx.types import Parsed, Record
 
@@ -29,7 +30,10 @@ class ParsedRow:
 
 
 def parse_rows(
-    data_sources: Sequence[Source], config: DataConfig, parsers: Mapping[str, ParserStage]
+    data_sources: Sequence[Source],
+    config: DataConfig,
+    parsers: Mapping[str, ParserStage],
+    row_sources: RowSources = NO_PLUGINS,
 ) -> Iterator[ParsedRow]:
     """Yield every row of the sources, in order.
 
@@ -38,7 +42,7 @@ def parse_rows(
     """
     for number, source in enumerate(data_sources):
         filters = source.filters or config.filters
-        for index, (where, record) in enumerate(sources.read(source, encoding=config.encoding)):
+        for index, (where, record) in enumerate(sources.read(source, row_sources, encoding=config.encoding)):
             row = EncodedRow(where)
             parsed: Sequence[Parsed] = ()
             try:

@@ -109,7 +109,7 @@ class DataPipeline:
 
     @cached_property
     def _held_out(self) -> frozenset[tuple[int, int]]:
-        return held_out.choose(self.config.train, self.config, self.encode.parsers)
+        return held_out.choose(self.config.train, self.config, self.encode.parsers, self.assembly.row_sources)
 
     def _load(
         self, data_sources: Sequence[Source], encode: RowEncoder, what: str, part: Part | None, *, check: bool
@@ -117,13 +117,20 @@ class DataPipeline:
         # Besides the options of `data` and the tokenizer, this determines how a row is encoded.
         identity: dict[str, Any] = {}
         packages = set()
-        for hook in ("sftx_parser", "sftx_template"):
+        for hook in ("sftx_source", "sftx_parser", "sftx_template"):
             for active in self.assembly.providers(hook):
                 packages.add(type(active.plugin).__module__.partition(".")[0])
                 identity[f"{hook} {active.info.name}"] = [active.info.value, active.info.version, active.options]
         identity["code"] = {package: code_digest(package) for package in sorted(packages)}
         with phase("encoding", what, unit="rows") as progress:
-            data = preprocess.load_dataset(data_sources, encode, identity=identity, part=part, count=progress.update)
+            data = preprocess.load_dataset(
+                data_sources,
+                encode,
+                identity=identity,
+                part=part,
+                row_sources=self.assembly.row_sources,
+                count=progress.update,
+            )
         if check:
             data.check(encode)
         return data
@@ -131,7 +138,14 @@ class DataPipeline:
     def sampler(self, data: Dataset, config: TrainConfig) -> Sampler:
         """Return the steps of a run on the dataset, or on the stream."""
         if self.config.streaming:
-            stream = Stream(self.config.train, self.encode, config.seed, data.ledger, data.formats)
+            stream = Stream(
+                self.config.train,
+                self.encode,
+                config.seed,
+                data.ledger,
+                data.formats,
+                row_sources=self.assembly.row_sources,
+            )
             return StreamSampler(stream, self.collator, config, self.config.plan_window)
         weights = [source.weight for source in self.config.train]
         examples = data.examples

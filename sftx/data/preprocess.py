@@ -25,6 +25,7 @@ from sftx.data.cache import Cache
 from sftx.data.dataset import Dataset, Writer, digest
 from sftx.data.ledger import Entry
 from sftx.data.row_encoder import EncodedRow, RowEncoder
+from sftx.data.sources import NO_PLUGINS, RowSources
 from sftx.errors import DataError, PluginError, one_line
 from sftx.types import Location, Record
 
@@ -67,28 +68,31 @@ def load_dataset(
     *,
     identity: Mapping[str, Any] | None = None,
     part: Part | None = None,
+    row_sources: RowSources = NO_PLUGINS,
     count: Callable[[int], object] = lambda num_rows: None,
 ) -> Dataset:
     """Read, parse and encode every row of the sources, or of a part of them; `count` is told each number of rows.
 
     `identity` holds everything besides the options and the tokenizer that determines the encoding (plugins, their
-    options and code); with it the dataset may be read from the cache and written to it. Raises DataError, naming file
-    and line, for a row that cannot be read.
+    options and code); with it the dataset may be read from the cache and written to it, unless a source cannot tell
+    whether its rows change. Raises DataError, naming file and line, for a row that cannot be read.
     """
     config = encode.config
-    many = sum(sources.num_bytes(source) for source in data_sources) > MANY_BYTES
+    many = sum(sources.num_bytes(source, row_sources) for source in data_sources) > MANY_BYTES
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     num_proc = config.num_proc or (min(num_cores, _MOST_PROCESSES) if many else 1)
     if identity is not None and part is not None:
         identity = {**identity, "is_held_out": part.is_held_out}
-    if identity is None or not data_sources or not (many if config.cache is None else config.cache):
-        return _encode_all(data_sources, encode, num_proc, Writer(), part, count)
-    cache = Cache.of(data_sources, encode, identity)
+    cache = None
+    if identity is not None and data_sources and (many if config.cache is None else config.cache):
+        cache = Cache.of(data_sources, encode, identity, row_sources)
+    if cache is None or identity is None:
+        return _encode_all(data_sources, encode, num_proc, Writer(), part, row_sources, count)
     data = cache.load()
     if data is None:
         with cache.writing() as directory:
-            data = _encode_all(data_sources, encode, num_proc, Writer(directory), part, count)
-            if Cache.of(data_sources, encode, identity) != cache:
+            data = _encode_all(data_sources, encode, num_proc, Writer(directory), part, row_sources, count)
+            if Cache.of(data_sources, encode, identity, row_sources) != cache:
                 raise DataError(f"{data_sources[0].path}: the data changed while they were read; start again")
             cache.save(data, directory)
         data = cache.load() or data
@@ -101,6 +105,7 @@ def _encode_all(
     num_proc: int,
     writer: Writer,
     part: Part | None,
+    row_sources: RowSources,
     count: Callable[[int], object],
 ) -> Dataset:
     """Encode every row in order; find duplicates, keep the account of rows, and write the examples."""
@@ -108,7 +113,7 @@ def _encode_all(
     filters = [source.filters or encode.config.filters for source in data_sources]
     seen: set[bytes] | None = set() if any(f.duplicates == "drop" for f in filters) else None
     left_out: list[Location] = []
-    chunks = _chunks(data_sources, encode.config.encoding, part, left_out)
+    chunks = _chunks(data_sources, row_sources, encode.config.encoding, part, left_out)
     encoded = (
         (_encode_chunk(encode, chunk) for chunk in chunks)
         if num_proc == 1
@@ -147,10 +152,14 @@ def _encode_all(
 
 
 def _chunks(
-    data_sources: Sequence[Source], encoding: str, part: Part | None, left_out: list[Location]
+    data_sources: Sequence[Source],
+    row_sources: RowSources,
+    encoding: str,
+    part: Part | None,
+    left_out: list[Location],
 ) -> Iterator[Chunk]:
     for number, source in enumerate(data_sources):
-        rows = sources.read(source, encoding=encoding)
+        rows = sources.read(source, row_sources, encoding=encoding)
         if part is not None:
             rows = part.rows(number, rows, left_out)
         while chunk := list(islice(rows, _CHUNK)):

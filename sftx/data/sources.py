@@ -1,8 +1,8 @@
 """Read the records of a source, each with its location.
 
 A source is a file, the files that match a pattern, a directory of files, a directory that `save_to_disk` of `datasets`
-wrote, a directory laid out as a hub dataset (read by `split` or `subset`), or a hub dataset. Whatever it is, it has a
-name (its path), a fingerprint of its content, and records, each with its location.
+wrote, a directory laid out as a hub dataset (read by `split` or `subset`), a hub dataset, or an address that a plugin
+reads. Whatever it is, it has a name (its path), a fingerprint of its content, and records, each with its location.
 """
 
 from __future__ import annotations
@@ -19,16 +19,24 @@ from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final
+from types import MappingProxyType
+from typing import Any, Final, TypeAlias
 
 from sftx import hub_lookup
+from sftx.assembly.discovery import discover
+from sftx.assembly.stages import RowSourceStage
 from sftx.atomic_files import sha256_of_file
+from sftx.config.default_plugins import SOURCES
 from sftx.config.options import DataConfig, RunConfig, Source
 from sftx.data import hub, readers
 from sftx.errors import ConfigError, DataError, did_you_mean, kind_of, one_line
 from sftx.types import Location, Record
 
 log = logging.getLogger(__name__)
+
+RowSources: TypeAlias = Mapping[str, RowSourceStage]
+"""The source plugins of a run, by scheme."""
+NO_PLUGINS: Final[RowSources] = MappingProxyType({})
 
 SHIPPED: Final = "sftx:"
 """A path with this prefix names a file of the package: `sftx:demo/train.jsonl`."""
@@ -46,19 +54,22 @@ _DEEPEST: Final = 100
 _GLANCE_BYTES: Final = 2**20
 
 
-def check_data_config(config: RunConfig) -> None:
+def check_data_config(config: RunConfig, row_sources: RowSources = NO_PLUGINS) -> None:
     """Check the options of `data` without reading rows or importing torch. Raises ConfigError, DataError.
 
     The hub is asked whether it has the datasets that are not here, unless it is switched off.
     """
     if not config.data.train:
         raise ConfigError("option 'data.train': no training data; give a file with --data")
-    for source in (*config.data.train, *config.data.eval):
-        check(source)
-        if _locate(source.path) is None and not hub_lookup.is_offline():
+    all_sources = (*config.data.train, *config.data.eval)
+    for source in all_sources:
+        check(source, row_sources)
+        if source.scheme not in row_sources and _locate(source.path) is None and not hub_lookup.is_offline():
             hub.find_commit(source.path)
+    for scheme in row_sources.keys() - {source.scheme for source in all_sources}:
+        log.warning("%s reads %s:..., and no path of the data begins so", row_sources[scheme], scheme)
     check_eval_fraction(config.data)
-    _warn_of_repeated(config.data.train)
+    _warn_of_repeated(config.data.train, row_sources)
     if not config.data.streaming:
         return
     if config.train.max_steps is None:
@@ -68,12 +79,12 @@ def check_data_config(config: RunConfig) -> None:
         raise ConfigError("option 'data.streaming': filters.duplicates=drop needs all rows; leave one of them out")
 
 
-def _warn_of_repeated(train: Sequence[Source]) -> None:
+def _warn_of_repeated(train: Sequence[Source], row_sources: RowSources) -> None:
     """Log a warning for a file that two sources read in the same way, so that each of its rows counts twice."""
     seen: set[str] = set()
     for source in train:
         how = replace(source, path="", weight=1.0)
-        for place in _places(source):
+        for place in _places(source, row_sources):
             if (key := repr((place, how))) in seen:
                 log.warning(
                     "%s: %s is in two of the sources, so that each of its rows counts twice; to mean it, write %s:2",
@@ -99,11 +110,11 @@ def check_eval_fraction(data: DataConfig) -> None:
         )
 
 
-def check_separate(data: DataConfig) -> None:
-    """Raise ConfigError when a file, or a split of a dataset, is both trained on and held out."""
-    trained = {place for source in data.train for place in _places(source)}
+def check_separate(data: DataConfig, row_sources: RowSources = NO_PLUGINS) -> None:
+    """Raise ConfigError when a file, a split of a dataset, or an address is both trained on and held out."""
+    trained = {place for source in data.train for place in _places(source, row_sources)}
     for source in data.eval:
-        for place in _places(source):
+        for place in _places(source, row_sources):
             if place in trained and data.max_overlap < 1:
                 name = source.path if Path(place[0]).name == Path(source.path).name else f"{source.path} ({place[0]})"
                 raise ConfigError(
@@ -112,8 +123,16 @@ def check_separate(data: DataConfig) -> None:
                 )
 
 
-def check(source: Source) -> None:
+def check(source: Source, row_sources: RowSources = NO_PLUGINS) -> None:
     """Check that the files of a source exist and can be opened, without reading them. Raises DataError, ConfigError."""
+    if (plugin := row_sources.get(source.scheme or "")) is not None:
+        for option in ("subset", "split", "encoding", "delimiter"):
+            if (value := getattr(source, option)) is not None:
+                raise ConfigError(f"{source.path}: is read by {plugin}, which has no {option}; leave {value!r} out")
+        plugin.check(source.address)
+        return
+    if source.scheme is not None and not (glob.glob(source.path) or os.path.lexists(source.scheme)):
+        raise DataError(f"{source.path}: {_say_no_scheme(source.scheme, row_sources)}")
     place = _locate(source.path)
     if place is None:
         for option in ("encoding", "delimiter"):
@@ -138,8 +157,25 @@ def check(source: Source) -> None:
             raise ConfigError(f"{source.path}: is no text, and {option} {value!r} is for text; leave it out")
 
 
+def _say_no_scheme(scheme: str, row_sources: RowSources) -> str:
+    """Return the error of a path that begins with a scheme that no plugin of the run has."""
+    known = sorted({*row_sources, *SOURCES})
+    others = [info.name for info in discover() if not info.value.startswith("sftx_plugins.")]
+    start = f"no such file, and no plugin of this run reads {scheme}:..."
+    if scheme in (*SOURCES, *others):
+        return f"{start}; add --plugin {scheme}"
+    hint = did_you_mean(scheme, known) or f"; known {'is' if len(known) == 1 else 'are'} {', '.join(known)}."
+    installed = ", ".join(others) or "none beside those of sftx"
+    return f"{start}{hint} A source plugin is added with --plugin NAME; installed: {installed}"
+
+
 def read(
-    source: Source, *, encoding: str = "utf-8", streaming: bool = False, start: int = 0
+    source: Source,
+    row_sources: RowSources = NO_PLUGINS,
+    *,
+    encoding: str = "utf-8",
+    streaming: bool = False,
+    start: int = 0,
 ) -> Iterator[tuple[Location, Record]]:
     """Yield the records in order, one at a time. Raises DataError for a source without rows or an unreadable row.
 
@@ -147,10 +183,14 @@ def read(
     has read before, are skipped; a source with fewer records is an error. With `streaming` a hub dataset is not
     downloaded as a whole; other sources ignore it.
     """
-    check(source)
+    check(source, row_sources)
     is_empty = start == 0
     num_rows = None if source.limit is None else max(0, source.limit - start)
-    for where, row in islice(_rows(source, start, source.encoding or encoding, streaming=streaming), num_rows):
+    if (plugin := row_sources.get(source.scheme or "")) is not None:
+        rows: readers.Rows = _rows_of_plugin(plugin, source, start)
+    else:
+        rows = _rows(source, start, source.encoding or encoding, streaming=streaming)
+    for where, row in islice(rows, num_rows):
         is_empty = False
         if not isinstance(row, dict):
             raise DataError(f'{where}: got {kind_of(row)}, expected an object such as {{"messages": [...]}}')
@@ -184,18 +224,21 @@ def column_value(row: Record, column: str, where: Location) -> Any:
     return value
 
 
-def fingerprint(source: Source) -> str:
+def fingerprint(source: Source, row_sources: RowSources = NO_PLUGINS) -> str | None:
     """Return a SHA-256, in hexadecimal, of everything that decides what `read` yields. Raises DataError.
 
     For a single file without further options it is the SHA-256 of its bytes, as `sha256sum` prints it. For a hub
-    dataset it depends on the commit.
+    dataset it depends on the commit. None: the plugin that reads the source cannot tell.
     """
-    check(source)
-    place = _locate(source.path)
+    check(source, row_sources)
     options = {name: getattr(source, name) for name in ("columns", "subset", "split", "limit")}
     # Left out where they are not set, so that fingerprints stay what they were before these options were added.
     options |= {name: value for name in ("encoding", "delimiter") if (value := getattr(source, name)) is not None}
     content: Any
+    if (plugin := row_sources.get(source.scheme or "")) is not None:
+        content = plugin.fingerprint(source.address)
+        return None if content is None else _hash([content, options])
+    place = _locate(source.path)
     if place is None:
         content = hub.hub_fingerprint(source)
     else:
@@ -211,14 +254,20 @@ def fingerprint(source: Source) -> str:
             content.append((name, digest))
         if place.is_file() and not any(options.values()):
             return str(content[0][1])
-    return hashlib.sha256(json.dumps([content, options], sort_keys=True).encode()).hexdigest()
+    return _hash([content, options])
 
 
-def glance(source: Source) -> str:
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def glance(source: Source, row_sources: RowSources = NO_PLUGINS) -> str | None:
     """Return a SHA-256 of the size, the first and the last MiB of every file: a quick substitute of `fingerprint`.
 
-    For a hub dataset, return its commit. Raises DataError.
+    For a hub dataset, return its commit; for an address of a plugin, its fingerprint. Raises DataError.
     """
+    if source.scheme in row_sources:
+        return fingerprint(source, row_sources)
     check(source)
     place = _locate(source.path)
     if place is None:
@@ -234,16 +283,18 @@ def glance(source: Source) -> str:
     return digest.hexdigest()
 
 
-def file_names(source: Source) -> list[str]:
+def file_names(source: Source, row_sources: RowSources = NO_PLUGINS) -> list[str]:
     """Return the files of a directory or a pattern in the order in which they are read; an empty list for others."""
-    place = _locate(source.path)
+    place = None if source.scheme in row_sources else _locate(source.path)
     if place is None or place.is_file() or _is_dataset_directory(place, source):
         return []
     return [path for _, path in _files(place, source.path)]
 
 
-def num_bytes(source: Source) -> int:
+def num_bytes(source: Source, row_sources: RowSources = NO_PLUGINS) -> int:
     """Return the size of the source's files on disk, compressed or not, and 0 for a hub dataset. Raises DataError."""
+    if (plugin := row_sources.get(source.scheme or "")) is not None:
+        return plugin.num_bytes(source.address)
     place = _locate(source.path)
     return 0 if place is None else sum(file.stat().st_size for _, file in _all_files(source, place))
 
@@ -290,8 +341,10 @@ def _expand(path: str) -> Path:
     return _PACKAGE / path.removeprefix(SHIPPED) if path.startswith(SHIPPED) else Path(path).expanduser()
 
 
-def _places(source: Source) -> list[tuple[str, str | None, str | None]]:
-    """Return the files of a source, or the dataset with its subset and split."""
+def _places(source: Source, row_sources: RowSources) -> list[tuple[str, str | None, str | None]]:
+    """Return the files of a source, or the dataset with its subset and split, or the address of a plugin."""
+    if source.scheme in row_sources:
+        return [(source.path, None, None)]
     place = _locate(source.path)
     if place is not None and not _is_dataset_directory(place, source):
         return [(str(file.resolve()), None, None) for file, _ in _files(place, source.path)]
@@ -417,7 +470,20 @@ def _rows(source: Source, start: int, encoding: str, *, streaming: bool) -> read
         for file, path in _files(place, source.path):
             yield from readers.read(readers.RowFile(file, path, encoding, source.delimiter), skip)
     if skip.left:
-        raise DataError(
-            f"{source.path}: holds fewer than the {start} rows that were read of it before the run was resumed: it has "
-            "changed; restore it, or begin a new run"
-        )
+        raise _holds_fewer(source, start)
+
+
+def _rows_of_plugin(plugin: RowSourceStage, source: Source, start: int) -> readers.Rows:
+    is_empty = True
+    for row in plugin.rows(source.address, start):
+        is_empty = False
+        yield row
+    if is_empty and start and next(plugin.rows(source.address, start - 1), None) is None:
+        raise _holds_fewer(source, start)
+
+
+def _holds_fewer(source: Source, start: int) -> DataError:
+    return DataError(
+        f"{source.path}: holds fewer than the {start} rows that were read of it before the run was resumed: it has "
+        "changed; restore it, or begin a new run"
+    )

@@ -15,6 +15,7 @@ from sftx.config.options import Source
 from sftx.data import sources as source_files
 from sftx.data.ledger import Entry, Ledger
 from sftx.data.row_encoder import EncodedRow, RowEncoder, check_rows
+from sftx.data.sources import RowSources
 from sftx.errors import DataError
 from sftx.types import Example, Location, Record
 
@@ -35,9 +36,10 @@ class Stream:
     """Whether any row was a conversation."""
     trains_stop: bool = False
     """Whether any example trained one of the template's stop tokens."""
+    row_sources: RowSources = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._readers = [_Reader(source, self.encode.config.encoding) for source in self.sources]
+        self._readers = [_Reader(source, self.row_sources, self.encode.config.encoding) for source in self.sources]
         self._weights = list(accumulate(source.weight for source in self.sources))
         self._num_drawn = 0
         self._next_group = 0
@@ -76,7 +78,7 @@ class Stream:
                 "the same, or begin a new run"
             )
         self._readers = [
-            _Reader(source, self.encode.config.encoding, **values)
+            _Reader(source, self.row_sources, self.encode.config.encoding, **values)
             for source, values in zip(self.sources, state["readers"], strict=True)
         ]
         self._num_drawn, self._next_group = state["num_drawn"], state["next_group"]
@@ -126,6 +128,7 @@ class _Reader:
     """Reads one source again and again."""
 
     source: Source
+    row_sources: RowSources
     encoding: str
     """The encoding of text files, unless the source names its own."""
     passes: int = 0
@@ -161,7 +164,7 @@ class _Reader:
         return found
 
     def _read(self, start: int = 0) -> Iterator[tuple[Location, Record]]:
-        return source_files.read(self.source, encoding=self.encoding, streaming=True, start=start)
+        return source_files.read(self.source, self.row_sources, encoding=self.encoding, streaming=True, start=start)
 
     def note(self, row: EncodedRow) -> None:
         """Note what came of the row that `next` returned."""

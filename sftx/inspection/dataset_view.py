@@ -72,7 +72,7 @@ class DatasetView:
         """Yield every row of a split as its source has it; among the training rows are those that are held out."""
         part = self.pipeline.part(split) if split == "eval" else None
         for number, source in enumerate(self.sources(split)):
-            rows = sources.read(source, encoding=self.config.data.encoding)
+            rows = sources.read(source, self.pipeline.assembly.row_sources, encoding=self.config.data.encoding)
             if part is not None:
                 rows = part.rows(number, rows, [])
             yield from ((source, where, record) for where, record in rows)
@@ -87,9 +87,9 @@ def view_dataset(loaded: LoadedConfig) -> DatasetView:
     """Load plugins and tokenizer of a run; neither rows nor weights are read yet. Raises SftxError."""
     config = loaded.config
     names.check(config.model)
-    sources.check_data_config(config)
     with phase("importing", "plugins"):
         assembly = activate(loaded)
+    sources.check_data_config(config, assembly.row_sources)
     lenient = dataclasses.replace(config, data=_lenient(config.data))
     with phase("loading", "the tokenizer"):
         return DatasetView(config, build_pipeline(lenient, assembly, loaded.origins))

@@ -26,7 +26,7 @@ import sftx
 from sftx.assembly.discovery import discover
 from sftx.assembly.hookspecs import PROJECT, RETURNS
 from sftx.atomic_files import atomic_directory
-from sftx.config.default_plugins import TEMPLATES
+from sftx.config.default_plugins import RESERVED_SCHEMES, SCHEME, TEMPLATES
 from sftx.errors import ConfigError, OutputError
 
 HOOKS: Final = tuple(hook.removeprefix(f"{PROJECT}_") for hook in RETURNS)
@@ -94,6 +94,8 @@ def _check_name(names: Names) -> None:
         )
     if name in SECTIONS:
         raise ConfigError(f"{name!r} is a section of the run file, so no plugin can have this name; choose another")
+    if "source" in names.hooks and (name in RESERVED_SCHEMES or not SCHEME.fullmatch(name)):
+        raise ConfigError(f"{name!r} cannot be the scheme of a source; choose another name, such as {name}-rows")
     value, _ = run_file.parse(name)
     if value != name:
         raise ConfigError(f"{name!r} is {value} in a run file, not a name; choose another name")

@@ -4,9 +4,9 @@
 check` runs the same suites on an installed plugin. The pytest fixtures `tiny_model`, `tiny_tokenizer` and `plugin_run`
 come with sftx (`pytest_plugin`). Importing this package imports torch.
 
-Each contract is a module of its own: `package`, `parser`, `template`, `collator`, `adapter`, `loss`, `optimizer`,
-`schedule`, `metric`, `evaluator`, `control`, `observer`. The package may import all of sftx except `sftx.cli` and
-`sftx.inspection`; only `sftx.cli` imports it.
+Each contract is a module of its own: `package`, `source`, `parser`, `template`, `collator`, `adapter`, `loss`,
+`optimizer`, `schedule`, `metric`, `evaluator`, `control`, `observer`. The package may import all of sftx except
+`sftx.cli` and `sftx.inspection`; only `sftx.cli` imports it.
 """
 
 from sftx.events import Result
@@ -21,6 +21,7 @@ from sftx.testing.observer import check_observer
 from sftx.testing.optimizer import check_optimizer
 from sftx.testing.parser import check_parser
 from sftx.testing.schedule import check_schedule
+from sftx.testing.source import check_source
 from sftx.testing.template import check_template
 
 __all__ = [
@@ -37,5 +38,6 @@ __all__ = [
     "check_optimizer",
     "check_parser",
     "check_schedule",
+    "check_source",
     "check_template",
 ]

@@ -27,6 +27,7 @@ from sftx.testing import (
     package,
     parser,
     schedule,
+    source,
     template,
 )
 from sftx.testing.clauses import MADE, Finding, Suite
@@ -36,7 +37,8 @@ from sftx.testing.runs import run_tiny
 SUITES: Final[Mapping[str, Suite[Any]]] = {
     module.SUITE.hook: module.SUITE
     for module in (
-        package, parser, template, collator, adapter, loss, optimizer, schedule, metric, evaluator, control, observer,
+        package, source, parser, template, collator, adapter, loss, optimizer, schedule, metric, evaluator, control,
+        observer,
     )
 }  # fmt: skip
 """The suite of the package, and of each hook in the order of the stages of a run."""

@@ -13,6 +13,7 @@ from sftx.config.loading import load
 from sftx.events import Result
 from sftx.model import tiny
 from sftx.testing.kit import CONVERSATIONS, Kit, make_stage
+from sftx.testing.source import TEXTS
 from sftx.training import run
 from sftx.types import Record
 
@@ -27,8 +28,9 @@ def run_tiny(
 ) -> Result:
     """Train two steps with these plugins; the run directory is `directory`/run. Raises SftxError as `sftx run` does.
 
-    `rows` are trained and evaluated on; by default the samples of the named parsers, or a few conversations. ChatML is
-    added when none of the plugins is a template. `settings` maps dotted names such as `lora.r` or `train.max_steps`.
+    `rows` are trained and evaluated on; by default the example of a named source, the samples of the named parsers, or
+    a few conversations. ChatML is added when none of the plugins is a template. `settings` maps dotted names such as
+    `lora.r` or `train.max_steps`.
     """
     settings = {
         "model": str(model or directory / "model"),
@@ -47,9 +49,14 @@ def run_tiny(
     loaded = load(None, add=names, assignments=assignments)
     assembly = activate(loaded)
     templates = assembly.providers("sftx_template")
-    if not templates:
-        loaded = load(None, add=[*names, "chatml"], assignments=assignments)
     directory.mkdir(parents=True, exist_ok=True)
+    sources = [a.plugin for a in assembly.providers("sftx_source") if a.info.name in names and not rows]
+    for source in [source for plugin in sources if hasattr(source := make_stage(plugin, "sftx_source"), "example")]:
+        address = f"{source.scheme}:{source.example(directory, TEXTS)}"
+        assignments += [(name, [address], name) for name in ("data.train", "data.eval")]
+    if not templates:
+        names = [*names, "chatml"]
+    loaded = load(None, add=names, assignments=assignments)
     if model is None:
         shutil.copytree(tiny.model_dir(), directory / "model")
         # Overwrites the tokenizer with one that has the control tokens of the plugin's template.

@@ -147,7 +147,7 @@ def test_a_plugin_that_asks_for_this_sftx_or_says_nothing_of_it_is_taken(install
         ),
         (
             plugin("@sftx.hookimpl\ndef zzz(self):\n    pass"),
-            f"zzz is not a hook of sftx {sftx.__version__}; hooks are sftx_parser, sftx_template, ",
+            f"zzz is not a hook of sftx {sftx.__version__}; hooks are sftx_source, sftx_parser, ",
         ),
         (
             plugin("@sftx.hookimpl\ndef sftx_template(self, tokenizer, vocab):\n    pass"),
@@ -221,6 +221,7 @@ def test_without_names_the_defaults_fill_what_they_can() -> None:
     assembly = activate()
     filled = {hook: [active.info.name for active in assembly.providers(hook)] for hook in RETURNS}
     assert filled == {
+        "sftx_source": [],
         "sftx_parser": ["messages", "prompt-completion", "alpaca", "sharegpt", "hh-rlhf", "tokens", "text"],
         "sftx_template": [],
         "sftx_collator": ["padded"],

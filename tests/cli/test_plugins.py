@@ -267,8 +267,8 @@ def test_the_schema_takes_every_run_file_that_the_project_shows(tmp_path: Path) 
 def test_the_schema_helps_an_editor_with_descriptions_defaults_and_only_these_plugins() -> None:
     made = schema("lora")
     options = made["properties"]["plugins"]["anyOf"][0]["properties"]
-    assert set(options) == {"lora", "padded", "masked-ce", "progress", "jsonl", "messages", "prompt-completion",
-                            "alpaca", "sharegpt", "hh-rlhf", "tokens", "text"}  # fmt: skip
+    assert set(options) == {"lora", "padded", "masked-ce", "progress", "jsonl", "sqlite", "messages",
+                            "prompt-completion", "alpaca", "sharegpt", "hh-rlhf", "tokens", "text"}  # fmt: skip
     lora = made["$defs"][options["lora"]["anyOf"][0]["$ref"].rpartition("/")[2]]
     assert lora["properties"]["r"]["description"] == "Rank of the update."
     assert (lora["properties"]["r"]["default"], lora["properties"]["r"]["minimum"]) == (16, 1)

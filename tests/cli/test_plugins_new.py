@@ -74,7 +74,7 @@ def test_it_prints_the_files_and_the_three_next_commands_and_nothing_else(tmp_pa
 
 def test_usage_is_told_by_click(tmp_path: Path) -> None:
     for arguments, said in (
-        (["mine", "--hook", "optimiser"], "'optimiser' is not one of 'parser', 'template', 'collator'"),
+        (["mine", "--hook", "optimiser"], "'optimiser' is not one of 'source', 'parser', 'template'"),
         (["mine"], "Missing option '--hook'"),
         (["mine", "--hook", "loss", "--directory", str(tmp_path / "none")], "does not exist"),
     ):

@@ -20,6 +20,7 @@ QUESTIONS = Path(__file__).parents[1] / "helpers" / "questions.jsonl"
 REQUIRED: dict[str, dict[str, Any]] = {"multiple-choice": {"path": str(QUESTIONS)}}
 """Options without a default."""
 OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "sqlite": [{"json_columns": ["messages"]}],
     "chatml": [{"default_system": "You are terse."}],
     "sharegpt": [{"role_key": "speaker", "content_key": "said", "roles": {"bot": "assistant"}}],
     "qwen3": [{"thinking": "strip"}, {"thinking": "empty"}],

@@ -99,7 +99,8 @@ class CheckInputs:
         encode, rows = self.view.pipeline.encode, []
         for source in self.view.sources("train"):
             config = encode.config
-            rows_of_source = sources.read(source, encoding=config.encoding, streaming=config.streaming)
+            row_sources = self.view.pipeline.assembly.row_sources
+            rows_of_source = sources.read(source, row_sources, encoding=config.encoding, streaming=config.streaming)
             for where, record in islice(rows_of_source, _SAMPLE_ROWS):
                 try:
                     parsed = parse_record(record, EncodedRow(where), encode.parsers, source, encode.config)

@@ -76,7 +76,7 @@ def first_group(config: RunConfig, assembly: Assembly) -> tuple[Example, ...]:
     for the extras, if the model has a tokenizer; others have none.
     """
     parsers = assembly.parsers()
-    if (parsed := _parse_first(config, parsers)) is None:
+    if (parsed := _parse_first(config, parsers, assembly)) is None:
         owners = [active.info.name for hook in ("sftx_collator", "sftx_loss") for active in assembly.providers(hook)]
         parser = next((parsers[name] for name in owners if name in parsers), None)
         parsed = () if parser is None else parser.parse(parser.samples[0], Location("sample", 1))
@@ -89,11 +89,11 @@ def first_group(config: RunConfig, assembly: Assembly) -> tuple[Example, ...]:
     return tuple(dataclasses.replace(BLANK, extras=one.extras) for one in parsed) or (BLANK,)
 
 
-def _parse_first(config: RunConfig, parsers: Mapping[str, ParserStage]) -> Sequence[Parsed] | None:
+def _parse_first(config: RunConfig, parsers: Mapping[str, ParserStage], assembly: Assembly) -> Sequence[Parsed] | None:
     """Return what the first record of the data is parsed as; None when it cannot be read."""
     try:
         for source in config.data.train:
-            for where, record in sources.read(source, encoding=config.data.encoding):
+            for where, record in sources.read(source, assembly.row_sources, encoding=config.data.encoding):
                 return parse_record(record, EncodedRow(where), parsers, source, config.data)
     except (SftxError, OSError):
         pass  # planning needs no data
