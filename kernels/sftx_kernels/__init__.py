@@ -9,6 +9,7 @@ from sftx_kernels.cross_entropy import IGNORE_INDEX, CrossEntropyOutput, cross_e
 from sftx_kernels.dora import squared_row_norms, updated_row_norms
 from sftx_kernels.dropout import seeded_dropout
 from sftx_kernels.grouped_lora import grouped_lora_linear
+from sftx_kernels.int8 import Int8Weight, quantize_int8
 from sftx_kernels.linear_cross_entropy import (
     LinearCrossEntropyOutput,
     LinearCrossEntropyWorkspace,
@@ -17,21 +18,28 @@ from sftx_kernels.linear_cross_entropy import (
 )
 from sftx_kernels.lora import lora_linear, lora_linears
 from sftx_kernels.nf4 import NF4Weight, dequantize_nf4, quantize_nf4
+from sftx_kernels.quantized import QuantizedLinear, QuantizedWeight, dequantize, quantized_linear
 
 __all__ = [
     "IGNORE_INDEX",
     "CrossEntropyOutput",
+    "Int8Weight",
     "LinearCrossEntropyOutput",
     "LinearCrossEntropyWorkspace",
     "NF4Weight",
+    "QuantizedLinear",
+    "QuantizedWeight",
     "cross_entropy",
+    "dequantize",
     "dequantize_nf4",
     "grouped_lora_linear",
     "linear_cross_entropy",
     "linear_cross_entropy_workspace",
     "lora_linear",
     "lora_linears",
+    "quantize_int8",
     "quantize_nf4",
+    "quantized_linear",
     "seeded_dropout",
     "squared_row_norms",
     "updated_row_norms",

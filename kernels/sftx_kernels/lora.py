@@ -38,12 +38,12 @@ from sftx_kernels.checks import (
 from sftx_kernels.dispatch import decide
 from sftx_kernels.dropout import dropped_mask, keep_scale, threshold_of
 from sftx_kernels.gemm import accumulator, add_product_, add_weight_gradient_, project, project_back, widens
-from sftx_kernels.nf4 import NF4Weight, check_nf4, dequantize_into_
+from sftx_kernels.quantized import QuantizedWeight, check_quantized, dequantize_into_
 
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor | NF4Weight,
+    weight: Tensor | QuantizedWeight,
     lora_A: Tensor,
     lora_B: Tensor,
     *,
@@ -60,7 +60,7 @@ def lora_linear(
 
     Args:
         x, weight, bias: [..., K], [O, K], [O]; of one floating dtype, unless autocast casts them. The weight may be
-            an `NF4Weight` instead, which is dequantised in forward and again in backward and gets no gradient.
+            an `NF4Weight` or `Int8Weight`, which is dequantised in forward and again in backward, and gets no gradient.
         lora_A, lora_B: [R, K], [O, R]; of one floating dtype, which may be another than x's: both paths run in
             the dtype of `x W^T`. So fp32 A and B on a bf16 base are cast to bf16, which gives the numbers
             that autocast gives, and their gradients are summed in fp32. They come back unrounded, but on a CPU with
@@ -88,7 +88,7 @@ def lora_linear(
 
 def lora_linears(
     x: Tensor,
-    weights: Sequence[Tensor | NF4Weight],
+    weights: Sequence[Tensor | QuantizedWeight],
     lora_As: Sequence[Tensor],
     lora_Bs: Sequence[Tensor],
     *,
@@ -101,14 +101,14 @@ def lora_linears(
     """Return `lora_linear` of layers that share x, such as q, k and v: x is read once for all their updates.
 
     The results are those of separate calls with one seed: all layers use one mask. The weights are all tensors or all
-    `NF4Weight`s; ranks and scalings may differ; all layers have a bias, or none has.
+    quantised alike; ranks and scalings may differ; all layers have a bias, or none has.
     """
     scalings = tuple(scaling) if isinstance(scaling, Sequence) else (scaling,) * len(weights)
     _check(x, weights, lora_As, lora_Bs, scalings, biases, dropout_p, seed)
     group = _Group(
         x,
-        tuple(w.codes if isinstance(w, NF4Weight) else w for w in weights),
-        tuple(w.absmax for w in weights if isinstance(w, NF4Weight)),
+        tuple(w if isinstance(w, Tensor) else w.codes for w in weights),
+        tuple(scale for w in weights if not isinstance(w, Tensor) for scale in w.scales),
         tuple(lora_As),
         tuple(lora_Bs),
         tuple(biases or ()),
@@ -133,7 +133,7 @@ def lora_linears(
 
 def _check(
     x: Tensor,
-    weights: Sequence[Tensor | NF4Weight],
+    weights: Sequence[Tensor | QuantizedWeight],
     lora_As: Sequence[Tensor],
     lora_Bs: Sequence[Tensor],
     scalings: Sequence[float],
@@ -152,14 +152,14 @@ def _check(
     for name, values in lists.items():
         if len(values) != num or not num:
             raise error(name, f"one for each of {num} weights" if num else "at least one layer", len(values))
-    if len({isinstance(w, NF4Weight) for w in weights}) > 1:
-        raise error("weights", "all tensors or all NF4Weight", [type(w).__name__ for w in weights])
+    if len({_kind(w) for w in weights}) > 1:
+        raise error("weights", "all tensors, or all quantised alike", list(map(_kind, weights)))
     for i, weight in enumerate(weights):
         if not is_number(scalings[i]):
             raise error("scaling", "a finite number", repr(scalings[i]))
         try:
-            if isinstance(weight, NF4Weight):
-                check_nf4("weight", weight)
+            if not isinstance(weight, Tensor):
+                check_quantized("weight", weight)
                 if weight.codes.device != x.device:
                     raise error("weight", f"device {x.device}", f"device {weight.codes.device}")
                 weight = x.new_empty(()).expand(weight.shape)  # carries only the shape into the checks below
@@ -171,6 +171,12 @@ def _check(
             if num == 1:
                 raise
             raise ValueError(f"layer {i} of {num}: {problem}") from None
+
+
+def _kind(weight: Tensor | QuantizedWeight) -> str:
+    return type(weight).__name__ + (
+        " with nested_absmax" if not isinstance(weight, Tensor) and weight.scales[1:] else ""
+    )
 
 
 def _check_layer(
@@ -209,11 +215,11 @@ class _Spec(NamedTuple):
 
 
 class _Group(NamedTuple):
-    """A _Group holds the tensors of a call, NF4 weights as codes and absmax."""
+    """A _Group holds the tensors of a call, quantised weights as codes and scales."""
 
     x: Tensor
     weights: tuple[Tensor, ...]
-    absmaxes: tuple[Tensor, ...]  # empty for plain weights
+    scales: tuple[Tensor, ...]  # equally many for each weight, those of the first weight first; none for plain weights
     lora_As: tuple[Tensor, ...]
     lora_Bs: tuple[Tensor, ...]
     biases: tuple[Tensor, ...]  # may be empty
@@ -245,7 +251,7 @@ def _with_decided_backend(spec: _Spec, group: _Group) -> _Spec:
     """
     decision = decide("lora_linear", group.x.device, spec.dtype, requested=spec.backend)
     if decision.backend != "torch" and decision.forced:
-        weights = () if group.absmaxes else group.weights
+        weights = () if group.scales else group.weights
         for name, tensors in (("weight", weights), ("lora_A", group.lora_As), ("lora_B", group.lora_Bs)):
             for tensor in tensors:
                 if tensor.stride(1) != 1 and tensor.shape[1] > 1:
@@ -327,8 +333,8 @@ def _backward(
     if group is not inputs:  # cut the padding of the ranks off
         dAs = [None if dA is None else dA[: A.shape[0]].clone() for dA, A in zip(dAs, inputs.lora_As, strict=True)]
         dBs = [None if dB is None else dB[:, : B.shape[1]].clone() for dB, B in zip(dBs, inputs.lora_Bs, strict=True)]
-    no_absmax_grads = [None] * len(group.absmaxes)
-    gradients = [dX, *dWs, *no_absmax_grads, *dAs, *dBs, *(dbs if group.biases else ())]
+    no_scale_grads = [None] * len(group.scales)
+    gradients = [dX, *dWs, *no_scale_grads, *dAs, *dBs, *(dbs if group.biases else ())]
     return [gradient if wanted else None for gradient, wanted in zip(gradients, wants_grad, strict=True)]
 
 
@@ -360,12 +366,13 @@ def _stack(lora_As: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def _weight(group: _Group, i: int, spec: _Spec) -> Tensor:
-    """Return the weight of layer i in the dtype of the products; for NF4 a temporary, freed after its one use."""
-    if not group.absmaxes:
+    """Return the weight of layer i in the dtype of the products; a quantised one is freed after its one use."""
+    if not group.scales:
         return group.weights[i].to(spec.dtype)
     out = torch.empty(group.lora_Bs[i].shape[0], group.x.shape[-1], dtype=spec.dtype, device=group.x.device)
     assert spec.backend is not None
-    dequantize_into_(out, group.weights[i], group.absmaxes[i], spec.backend)
+    num = len(group.scales) // len(group.weights)
+    dequantize_into_(out, group.weights[i], group.scales[num * i : num * (i + 1)], spec.backend)
     return out
 
 
@@ -510,7 +517,7 @@ class _LoraLinears(torch.autograd.Function):
 def _op(
     x: Tensor,
     weights: list[Tensor],
-    absmaxes: list[Tensor],
+    scales: list[Tensor],
     lora_As: list[Tensor],
     lora_Bs: list[Tensor],
     biases: list[Tensor],
@@ -520,13 +527,13 @@ def _op(
     dtype: torch.dtype,
     backend: str | None,
 ) -> list[Tensor]:
-    """Run `_forward` under torch.compile. Weights are plain, or the codes of NF4 weights with their `absmaxes`."""
-    group = _Group(x, *map(tuple, (weights, absmaxes, lora_As, lora_Bs, biases)))
+    """Run `_forward` under torch.compile. Weights are plain, or the codes of quantised ones with their `scales`."""
+    group = _Group(x, *map(tuple, (weights, scales, lora_As, lora_Bs, biases)))
     return _forward(group, seed, _with_decided_backend(_Spec(tuple(scalings), dropout_p, dtype, backend), group))
 
 
 @_op.register_fake
-def _(x, weights, absmaxes, lora_As, lora_Bs, biases, seed, scalings, dropout_p, dtype, backend):  # type: ignore[no-untyped-def]
+def _(x, weights, scales, lora_As, lora_Bs, biases, seed, scalings, dropout_p, dtype, backend):  # type: ignore[no-untyped-def]
     outputs = [x.new_empty(*x.shape[:-1], B.shape[0], dtype=dtype) for B in lora_Bs]
     decided = decide("lora_linear", x.device, dtype, requested=backend).backend
     rank = sum(_aligned_rank(A, decided) for A in lora_As)
@@ -539,7 +546,7 @@ def _backward_op(
     s_MR: Tensor,
     x: Tensor,
     weights: list[Tensor],
-    absmaxes: list[Tensor],
+    scales: list[Tensor],
     lora_As: list[Tensor],
     lora_Bs: list[Tensor],
     biases: list[Tensor],
@@ -551,21 +558,21 @@ def _backward_op(
     wants_grad: list[bool],
 ) -> list[Tensor]:
     """Return the gradients that `wants_grad` asks for, in the order of `_Group.flat`."""
-    group = _Group(x, *map(tuple, (weights, absmaxes, lora_As, lora_Bs, biases)))
+    group = _Group(x, *map(tuple, (weights, scales, lora_As, lora_Bs, biases)))
     spec = _with_decided_backend(_Spec(tuple(scalings), dropout_p, dtype, backend), group)
     gradients = _backward(dys, s_MR, group, seed, spec, wants_grad)
     return [gradient for gradient in gradients if gradient is not None]
 
 
 @_backward_op.register_fake
-def _(dys, s_MR, x, weights, absmaxes, lora_As, lora_Bs, biases, seed, scalings, dropout_p, dtype, backend, wants_grad):  # type: ignore[no-untyped-def]
-    flat = (x, *weights, *absmaxes, *lora_As, *lora_Bs, *biases)
+def _(dys, s_MR, x, weights, scales, lora_As, lora_Bs, biases, seed, scalings, dropout_p, dtype, backend, wants_grad):  # type: ignore[no-untyped-def]
+    flat = (x, *weights, *scales, *lora_As, *lora_Bs, *biases)
     return [tensor.new_empty(tensor.shape) for tensor, wanted in zip(flat, wants_grad, strict=True) if wanted]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, weights, absmaxes, lora_As, lora_Bs, biases, seed, *spec = inputs
-    group = _Group(x, *map(tuple, (weights, absmaxes, lora_As, lora_Bs, biases)))
+    x, weights, scales, lora_As, lora_Bs, biases, seed, *spec = inputs
+    group = _Group(x, *map(tuple, (weights, scales, lora_As, lora_Bs, biases)))
     ctx.spec, ctx.sizes = spec, group.sizes()
     ctx.save_for_backward(output[-1], seed, *group.flat())
 

@@ -16,8 +16,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from devices import BACKENDS, DEVICE, covering
+from sftx_kernels.int8 import quantize_int8
 from sftx_kernels.lora import lora_linear, lora_linears
-from sftx_kernels.nf4 import NF4Weight, dequantize_nf4, quantize_nf4
+from sftx_kernels.nf4 import NF4Weight, quantize_nf4
+from sftx_kernels.quantized import dequantize
 
 SCALING = 0.75
 
@@ -290,7 +292,7 @@ def grouped(layers: list[dict[str, Any]], **options: Any) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.parametrize(
-    ("bias", "dropout_p", "kind"), covering([False, True], [0.0, 0.4], ["plain", "trained", "nf4"])
+    ("bias", "dropout_p", "kind"), covering([False, True], [0.0, 0.4], ["plain", "trained", "nf4", "nf4-double"])
 )
 def test_a_group_equals_its_layers(kind: str, dropout_p: float, bias: bool) -> None:
     layers, x = make_group(torch.float32 if kind == "nf4" else torch.float64, bias)
@@ -332,10 +334,12 @@ def test_gradcheck_of_a_group() -> None:
     assert gradcheck(function, trained)
 
 
-def test_nf4_is_the_layer_of_the_dequantized_weight() -> None:
+@pytest.mark.parametrize("kind", ["nf4", "nf4-double", "int8"])
+def test_a_quantised_weight_is_the_layer_of_the_dequantized_weight(kind: str) -> None:
     layer = make(7, K=64, dtype=torch.bfloat16)
-    quantized = quantize_nf4(layer["weight"])
-    expected = ours({**layer, "weight": dequantize_nf4(quantized, torch.bfloat16)})
+    weight = layer["weight"]
+    quantized = quantize_int8(weight) if kind == "int8" else quantize_nf4(weight, double=kind == "nf4-double")
+    expected = ours({**layer, "weight": dequantize(quantized, torch.bfloat16)})
     given = {name: tensor for name, tensor in layer.items() if name != "weight"}
     actual = differentiate(lora_linear, given, weight=quantized, scaling=SCALING)
     assert all(actual[name].equal(expected[name]) for name in expected)
@@ -344,12 +348,12 @@ def test_nf4_is_the_layer_of_the_dequantized_weight() -> None:
 # ---- torch.compile
 
 
-@pytest.mark.parametrize("kind", ["plain", "nf4"])
+@pytest.mark.parametrize("kind", ["plain", "nf4", "nf4-double"])
 def test_compiles_whole_and_once_for_all_seeds(kind: str) -> None:
     layers, x = make_group(torch.float32)
     trained = [x, *(layer[name] for layer in layers for name in ("lora_A", "lora_B"))]
-    if kind == "nf4":
-        layers = [{**layer, "weight": quantize_nf4(layer["weight"])} for layer in layers]
+    if kind != "plain":
+        layers = [{**layer, "weight": quantize_nf4(layer["weight"], double=kind == "nf4-double")} for layer in layers]
     graphs = 0
 
     def count(graph: Any, _: Any) -> Any:
@@ -375,23 +379,28 @@ def test_compiles_whole_and_once_for_all_seeds(kind: str) -> None:
 
 @pytest.mark.parametrize(
     ("backend", "kind", "dropout_p"),
-    covering(BACKENDS if DEVICE.type == "cpu" else ["torch"], ["plain", "trained", "nf4"], [0.0, 0.4], strength=1),
+    covering(
+        BACKENDS if DEVICE.type == "cpu" else ["torch"],
+        ["plain", "trained", "nf4", "nf4-double"],
+        [0.0, 0.4],
+        strength=1,
+    ),
 )
 def test_op(backend: str, kind: str, dropout_p: float) -> None:
     layers, x = make_group(torch.float32)
     columns = [[layer[name] for layer in layers] for name in ("weight", "lora_A", "lora_B", "bias")]
     weights, lora_As, lora_Bs, biases = columns
-    absmaxes = []
-    if kind == "nf4":
-        quantized = [quantize_nf4(weight) for weight in weights]
-        weights, absmaxes = [q.codes for q in quantized], [q.absmax for q in quantized]
+    scales = []
+    if kind.startswith("nf4"):
+        quantized = [quantize_nf4(weight, double=kind == "nf4-double") for weight in weights]
+        weights, scales = [q.codes for q in quantized], [scale for q in quantized for scale in q.scales]
     elif kind == "trained":
         weights = [weight.requires_grad_() for weight in weights]
     seed = torch.tensor(3) if dropout_p else None
     arguments = (
         x,
         weights,
-        absmaxes,
+        scales,
         lora_As,
         lora_Bs,
         biases,
@@ -407,7 +416,7 @@ def test_op(backend: str, kind: str, dropout_p: float) -> None:
         [t.detach() for t in a] if isinstance(a, list) and a is not arguments[7] else a for a in arguments
     )
     *outputs, s_MR = torch.ops.sftx.lora_linear(x.detach(), *arguments[1:])
-    wanted = [True, *[kind == "trained"] * 3, *[False] * len(absmaxes), *[True] * 6, *[kind == "trained"] * 3]
+    wanted = [True, *[kind == "trained"] * 3, *[False] * len(scales), *[True] * 6, *[kind == "trained"] * 3]
     torch.library.opcheck(torch.ops.sftx.lora_linear_backward, (outputs, s_MR, x.detach(), *arguments[1:], wanted))
 
 
@@ -506,5 +515,13 @@ def test_a_group_says_which_layer_is_wrong() -> None:
 def test_refuses_plain_and_quantized_weights_together() -> None:
     layers, _ = make_group(torch.float32)
     layers[1]["weight"] = quantize_nf4(layers[1]["weight"])
-    with pytest.raises(ValueError, match=r"^weights: expected all tensors or all NF4Weight, got"):
+    with pytest.raises(
+        ValueError, match=r"^weights: expected all tensors, or all quantised alike, got \['Tensor', 'NF4W"
+    ):
+        grouped(layers, scaling=SCALING)
+    weight = torch.zeros(5, 64)
+    layers = [{**layers[0], "weight": quantize_nf4(weight, double=double)} for double in (True, False)]
+    with pytest.raises(
+        ValueError, match=r"^weights: expected all tensors, or all quantised alike, got \['NF4Weight with"
+    ):
         grouped(layers, scaling=SCALING)

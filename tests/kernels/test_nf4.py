@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes import functional
 from torch import Tensor
 
-from sftx_kernels.nf4 import LEVELS, NF4Weight, dequantize_nf4, quantize_nf4
+from sftx_kernels.nf4 import LEVELS, NESTED_BLOCK_SIZE, NF4Weight, dequantize_nf4, nested_levels, quantize_nf4
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -77,6 +78,52 @@ def test_dequantized_is_level_times_absmax(shape: tuple[int, int], dtype: torch.
     assert out.equal(expected)
 
 
+@pytest.mark.parametrize(("dtype", "backend"), RUNS)
+@pytest.mark.parametrize("shape", [(2, 64), (130, 66), (96, 512), (0, 64)])
+def test_double_quantised_absmax_is_level_times_nested_absmax_plus_offset(
+    shape: tuple[int, int], dtype: torch.dtype, backend: str
+) -> None:
+    block_size = 64 if shape[0] * shape[1] % 64 == 0 else 2
+    once, twice = quantize_nf4(make(*shape), block_size), quantize_nf4(make(*shape), block_size, double=True)
+    assert twice.codes.equal(once.codes)
+    assert twice.nested_absmax is not None
+    assert twice.offset is not None
+    blocks_of_absmax = twice.nested_absmax.repeat_interleave(NESTED_BLOCK_SIZE)[: once.absmax.numel()]
+    absmax = nested_levels(twice.codes.device)[twice.absmax.long()] * blocks_of_absmax + twice.offset
+    expected = dequantize_nf4(once._replace(absmax=absmax), dtype, backend=backend)
+    assert dequantize_nf4(twice, dtype, backend=backend).equal(expected)
+    if absmax.numel():  # half of the largest gap between levels, 0.0071, times the largest difference to the mean
+        assert (absmax - once.absmax).abs().max() <= 0.0072 * twice.nested_absmax.max()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_codes_and_absmax_are_those_of_bitsandbytes(dtype: torch.dtype) -> None:
+    """bitsandbytes' 8-bit quantiser of a CPU takes the nearest level from a table for inputs of 16 bits, so a few
+    absmax between two levels get the other one. In fp64 it compares distances, as its CUDA kernels and this one do."""
+    for seed in range(5):
+        weight_OK = (torch.randn(96 + seed, 1024, generator=torch.Generator().manual_seed(seed)) * 0.02).to(dtype)
+        weight_OK[3] = 0
+        codes, state = functional.quantize_4bit(weight_OK, quant_type="nf4")
+        once, twice = quantize_nf4(weight_OK), quantize_nf4(weight_OK, double=True)
+        assert once.codes.equal(codes.flatten())
+        assert once.absmax.equal(state.absmax)
+        _, nested = functional.quantize_4bit(weight_OK, quant_type="nf4", compress_statistics=True)
+        assert twice.offset is not None
+        assert twice.nested_absmax is not None
+        assert twice.offset.equal(nested.offset)
+        assert twice.nested_absmax.equal(nested.state2.absmax)
+        assert nested_levels(torch.device("cpu")).equal(nested.state2.code)
+        levels, difference = nested.state2.code, state.absmax - nested.offset
+        exact, _ = torch.ops.bitsandbytes.quantize_blockwise.default(difference.double(), levels, NESTED_BLOCK_SIZE)
+        assert twice.absmax.equal(exact)
+        theirs = functional.dequantize_4bit(codes, state)
+        assert dequantize_nf4(once, dtype).equal(theirs)
+        same = twice._replace(absmax=nested.absmax)
+        assert dequantize_nf4(same, dtype).equal(functional.dequantize_4bit(codes, nested))
+        assert (twice.absmax != nested.absmax).float().mean() < 0.01
+        assert (twice.absmax.int() - nested.absmax.int()).abs().max() <= 2
+
+
 def test_a_block_of_zeros_stays_zero() -> None:
     weight_OK = make(2, 64)
     weight_OK[1] = 0
@@ -98,7 +145,7 @@ def test_high_nibble_is_the_first_element() -> None:
 
 def test_op_and_compile() -> None:
     quantized = quantize_nf4(make(8, 64))
-    arguments = (quantized.codes, quantized.absmax, [8, 64], torch.float16, "torch")
+    arguments = (quantized.codes, list(quantized.scales), [8, 64], torch.float16, "torch")
     torch.library.opcheck(torch.ops.sftx.dequantize_nf4, arguments)
     expected = dequantize_nf4(quantized, torch.float16)
     compiled = torch.compile(dequantize_nf4, fullgraph=True, backend="aot_eager")
@@ -138,6 +185,11 @@ def test_quantize_refuses(weight: Tensor, block_size: int, message: str) -> None
         ({"absmax": torch.zeros(4).half()}, r"weight.absmax: expected torch.float32 on cpu, got torch.float16"),
         ({"absmax": torch.zeros(3)}, r"weight.absmax: expected one number for each of equal blocks .* shape \[3\]"),
         ({"absmax": torch.zeros(0)}, r"weight.absmax: expected one number for each of equal blocks .* shape \[0\]"),
+        (
+            {"absmax": torch.zeros(4).byte(), "nested_absmax": torch.zeros(2), "offset": torch.tensor(0.0)},
+            r"weight.nested_absmax: expected torch.float32 of shape \[1\] on cpu, got torch.float32 of shape \[2\]",
+        ),
+        ({"offset": torch.tensor(0.0)}, r"weight: expected nested_absmax and offset, or neither, got one of them"),
         ({"codes": torch.zeros(256).byte()[::2]}, r"weight: expected contiguous codes and absmax, got strides \(2,\)"),
     ],
 )

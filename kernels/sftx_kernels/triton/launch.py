@@ -69,10 +69,11 @@ class Launch:
     num_warps: int
     num_stages: int
     work: Work
+    fuses: bool = True  # a multiplication with an addition into one rounding
     uses_dot: bool = False  # the static report then expects tensor-core instructions
 
     def run(self) -> None:
         # enable_fp_fusion (multiply-add in one rounding) is explicit because Triton will change its default.
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": self.fuses}
         if self.grid:
             self.kernel[(self.grid,)](**self.arguments, **self.constants, **options)

@@ -43,7 +43,11 @@ def specialise(arch: str, launch: Launch) -> tuple[Any, Any]:
 
     kernel, backend = launch.kernel, make_backend(_target(arch))
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    requested = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    requested = {
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
+        "enable_fp_fusion": launch.fuses,
+    }
     bound, specialisation, _ = bind(**launch.arguments, **launch.constants, **requested)
     options, signature, constants, attributes = kernel._pack_args(backend, requested, bound, specialisation, requested)
     return ASTSource(kernel, signature, constants, attributes), options
