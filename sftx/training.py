@@ -197,6 +197,7 @@ def _assemble(prepared: _Prepared, times: PhaseTimes) -> Session:
         from sftx.inspection.diagnosis.check_inputs import CheckInputs
         from sftx.inspection.diagnosis.start_checks import log_start_checks
         from sftx.model.generation import read_generation_settings
+        from sftx.model.quantised import num_weights
         from sftx.trainer import parallel
         from sftx.trainer import precision as precisions
         from sftx.trainer.evaluate import ModelEvaluator
@@ -301,7 +302,7 @@ def _assemble(prepared: _Prepared, times: PhaseTimes) -> Session:
             model=config.model,
             device=str(lm.device),
             dtype=str(precision),
-            num_parameters=sum(p.numel() for p in parameters),
+            num_parameters=num_weights(parameters),
             num_trainable=sum(p.numel() for p in parameters if p.requires_grad),
             num_rows=data.ledger.num_rows,
             num_examples=scope.num_examples,

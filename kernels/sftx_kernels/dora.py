@@ -19,26 +19,28 @@ import torch
 from torch import Tensor
 
 from sftx_kernels.gemm import accumulator
-from sftx_kernels.nf4 import NF4Weight, dequantize_nf4
+from sftx_kernels.int8 import Int8Weight
+from sftx_kernels.nf4 import NF4Weight, dense_absmax
+from sftx_kernels.quantized import QuantizedWeight, dequantize
 
 _CHUNK_ELEMENTS: Final = 1 << 22  # of W; 16 MiB in fp32
 _SMALLEST: Final = 1e-6
 
 
 @torch.no_grad()
-def squared_row_norms(weight: Tensor | NF4Weight) -> Tensor:
+def squared_row_norms(weight: Tensor | QuantizedWeight) -> Tensor:
     """Return the squared norm of each row of a weight [O, K], [O] in fp32 or fp64."""
     return torch.cat([chunk_CK.square().sum(1) for chunk_CK in _chunks(weight)])
 
 
 @torch.no_grad()
 def updated_row_norms(
-    weight: Tensor | NF4Weight, squared_norms_O: Tensor, lora_A: Tensor, lora_B: Tensor, *, scaling: float
+    weight: Tensor | QuantizedWeight, squared_norms_O: Tensor, lora_A: Tensor, lora_B: Tensor, *, scaling: float
 ) -> Tensor:
     """Return the norm of each row of W + scaling * B A, [O] in fp32 or fp64, without a gradient.
 
     Args:
-        weight: [O, K], of any floating dtype and strides, or an `NF4Weight`.
+        weight: [O, K], of any floating dtype and strides, or a quantised one.
         squared_norms_O: what `squared_row_norms` returned for the weight.
         lora_A, lora_B: [R, K], [O, R].
     """
@@ -51,18 +53,23 @@ def updated_row_norms(
         return torch.maximum(squares_O, _SMALLEST * squared_norms_O).sqrt()
 
 
-def _chunks(weight: Tensor | NF4Weight) -> Iterator[Tensor]:
+def _chunks(weight: Tensor | QuantizedWeight) -> Iterator[Tensor]:
     """Yield the rows of a weight in fp32 or fp64, a chunk after the other."""
     rows, columns = weight.shape
+    absmax = None if isinstance(weight, Tensor) else dense_absmax(*weight.scales)
     # So that the chunks of an NF4 weight begin with its blocks.
     unit = weight.block_size if isinstance(weight, NF4Weight) else 1
     step = max(1, _CHUNK_ELEMENTS // max(1, columns) // unit) * unit
     for start in range(0, rows, step):
         end = min(rows, start + step)
+        if isinstance(weight, Tensor):
+            yield weight[start:end].to(accumulator(weight.dtype))
+            continue
+        assert absmax is not None
         if isinstance(weight, NF4Weight):
             first, last = start * columns, end * columns
             codes = weight.codes[first // 2 : last // 2]
-            absmax = weight.absmax[first // unit : last // unit]
-            yield dequantize_nf4(NF4Weight(codes, absmax, (end - start, columns)), torch.float32)
+            part: QuantizedWeight = NF4Weight(codes, absmax[first // unit : last // unit], (end - start, columns))
         else:
-            yield weight[start:end].to(accumulator(weight.dtype))
+            part = Int8Weight(weight.codes[start:end], absmax[start:end])
+        yield dequantize(part, torch.float32)

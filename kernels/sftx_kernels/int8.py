@@ -39,11 +39,11 @@ def quantize_int8(weight_OK: Tensor) -> Int8Weight:
     """
     if weight_OK.dim() != 2 or not weight_OK.is_floating_point():
         raise error("weight_OK", "a floating [O, K]", f"{weight_OK.dtype} of shape {list(weight_OK.shape)}")
-    check_finite(weight_OK)
     weight_OK = weight_OK.detach()
     absmax = weight_OK.abs().amax(1).float()
-    scale = 127.0 / torch.where(absmax == 0, 1, absmax)
-    return Int8Weight((weight_OK * scale[:, None]).round().to(torch.int8), absmax)
+    check_finite(absmax)
+    scale = (127.0 / torch.where(absmax == 0, 1, absmax))[:, None]
+    return Int8Weight((weight_OK * scale).round_().to(torch.int8), absmax)
 
 
 def check_int8(name: str, weight: Int8Weight) -> None:

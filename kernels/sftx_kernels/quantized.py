@@ -5,8 +5,9 @@ The dense weight is made for each product and let go of: forward keeps the codes
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -123,17 +124,19 @@ class QuantizedLinear(nn.Module):
     absmax: Tensor
     nested_absmax: Tensor | None
     offset: Tensor | None
+    bias: Tensor | None
 
-    def __init__(self, weight: QuantizedWeight, bias: Tensor | None = None) -> None:
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> None:
+        """`dtype`: that of the weight before it was quantised, for `dequantized`; by default the bias's, or fp32."""
         super().__init__()
+        self.dtype = dtype or (torch.float32 if bias is None else bias.dtype)
         check_quantized("weight", weight)
         self.out_features, self.in_features = weight.shape
         self.codes = nn.Parameter(weight.codes, requires_grad=False)
-        nested = isinstance(weight, NF4Weight) and weight.nested_absmax is not None
-        self.register_buffer("absmax", weight.absmax)
-        self.register_buffer("nested_absmax", weight.nested_absmax if nested else None)
-        self.register_buffer("offset", weight.offset if nested else None)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        names = ("absmax", "nested_absmax", "offset")
+        for name, scale in itertools.zip_longest(names, weight.scales):
+            self.register_buffer(name, scale)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
     @property
     def quantized(self) -> QuantizedWeight:
@@ -147,11 +150,11 @@ class QuantizedLinear(nn.Module):
         return quantized_linear(input, self.quantized, self.bias)
 
     @torch.no_grad()
-    def dequantized(self, dtype: torch.dtype) -> nn.Linear:
-        """Return a plain, frozen linear layer of the same values."""
+    def dequantized(self) -> nn.Linear:
+        """Return a plain, frozen linear layer of the same values, in `dtype`."""
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(dequantize(self.quantized, dtype), requires_grad=False)
-        linear.bias = self.bias
+        linear.weight = nn.Parameter(dequantize(self.quantized, self.dtype), requires_grad=False)
+        linear.register_parameter("bias", cast("nn.Parameter | None", self.bias))
         return linear
 
     def extra_repr(self) -> str:

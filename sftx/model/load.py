@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -14,14 +14,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils import logging as transformers_logging
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sftx.atomic_files import sha256_of_file
 from sftx.errors import ModelError, is_out_of_memory, one_line
 from sftx.model.added_tokens import grow_embeddings
 from sftx.model.generation import load_generation_config
 from sftx.model.library_messages import passed_on
-from sftx.model.names import check_config, local_directory, refuse_quantised
+from sftx.model.names import check_config, local_directory, quantization_of, refuse_quantised
+from sftx.model.quantised import LoadQuantised, ReadQuantised, find_quantised, quantize_of, replace_quantised
 from sftx.phases import Phase, phase
 from sftx.types import Adapter, ModelSpec
 
@@ -92,7 +95,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
 
 
 def load_config(name: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
-    """Loads the configuration. Raises ModelError, also when it is that of quantised weights."""
+    """Loads the configuration. Raises ModelError, also when it is that of weights that are quantised in another way."""
     with _loading(name, "configuration"):
         config: PretrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         check_config(name, config.to_dict())
@@ -128,25 +131,43 @@ def _check_architecture(name: str, config: PretrainedConfig) -> None:
 def load_model(
     spec: ModelSpec, adapters: Sequence[Adapter], *, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
-    """Loads the model with its weights in `dtype` on `device`; adapters may quantise modules. Raises ModelError."""
-    with _explains_out_of_memory(spec, dtype, torch.device("cpu")):
-        for tensor, stored in _stored_dtypes(spec.name):
-            if tensor.endswith("weight") and stored not in _FLOATING:
-                raise refuse_quantised(spec.name, f"its files hold {tensor} as {stored}")
+    """Loads the model with its weights in `dtype` on `device`. Raises ModelError.
+
+    Modules that an adapter quantises are quantised on the device one after the other, each when its weights are read.
+    """
+    config = load_config(spec.name, trust_remote_code=spec.trust_remote_code)
+    stored = quantization_of(config.to_dict())
+    if not stored:
+        with _explains_out_of_memory(spec, dtype, torch.device("cpu")):
+            for tensor, tensor_dtype in _stored_dtypes(spec.name):
+                if tensor.endswith("weight") and tensor_dtype not in _FLOATING:
+                    raise refuse_quantised(spec.name, f"its files hold {tensor} as {tensor_dtype}")
+    options = _quantization_config(spec, adapters, stored, dtype, device)
+    if isinstance(options, ReadQuantised):
+        for part in (config, config.get_text_config()):  # else transformers would ask for bitsandbytes
+            part.__dict__.pop("quantization_config", None)
     with (
         _loading(spec.name, "weights"),
         _explains_out_of_memory(spec, dtype, torch.device("cpu")),
         phase("loading", "weights", unit="tensors") as progress,
         _counted_tensors(progress),
     ):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            spec.name,
-            dtype=dtype,
-            generation_config=load_generation_config(spec.name),
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # the error below names the first of them
-            trust_remote_code=spec.trust_remote_code,
-        )
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                spec.name,
+                config=config if isinstance(options, ReadQuantised) else None,
+                dtype=dtype,
+                generation_config=load_generation_config(spec.name),
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # the error below names the first of them
+                trust_remote_code=spec.trust_remote_code,
+                quantization_config=options,
+            )
+        except Exception:
+            # transformers would report a traceback of what happens while it converts tensors.
+            if isinstance(options, LoadQuantised | ReadQuantised) and options.error is not None:
+                raise options.error from None
+            raise
     model, info = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
     missing, mismatched = sorted(info["missing_keys"]), sorted(info["mismatched_keys"])
     if missing or mismatched:
@@ -168,15 +189,34 @@ def load_model(
     # transformers gives the embedding row of `pad_token_id` no gradient, and often that token also occurs in the text,
     # as the end of a turn for example. Our padding is masked by length and needs no such row.
     cast(Any, model.get_input_embeddings()).padding_idx = None
-    for name, module in list(model.named_modules()):
-        for adapter in adapters:
-            replacement = adapter.quantize(name, module)
-            if replacement is not None:
-                model.set_submodule(name, replacement)
-                break
+    if stored and not isinstance(options, ReadQuantised):  # its weights are dense now
+        replace_quantised(model, quantize_of(adapters))
     with _explains_out_of_memory(spec, dtype, device):
         cast(torch.nn.Module, model).to(device)
     return model
+
+
+def _quantization_config(
+    spec: ModelSpec, adapters: Sequence[Adapter], stored: Mapping[str, Any], dtype: torch.dtype, device: torch.device
+) -> QuantizationConfigMixin | None:
+    """Returns how transformers is to read the weights: what it quantises or dequantises on the way."""
+    quantize = quantize_of(adapters)
+    is_quantising = bool(find_quantised(spec.skeleton, quantize))
+    method = stored.get("quant_method")
+    if method == "bitsandbytes":
+        if not adapters:
+            raise ModelError(
+                f"model {spec.name}: bitsandbytes has quantised its layers, which cannot be trained themselves; train "
+                "an adapter (--plugin lora), or take the original in bf16, fp16 or fp32"
+            )
+        if is_quantising:
+            log.info("model %s: is quantised already; its layers are kept as they are", spec.name)
+        return ReadQuantised(dtype, stored)
+    if method in ("fp8", "mxfp4"):
+        as_stored = {name: value for name, value in stored.items() if name != "key"}
+        dense: QuantizationConfigMixin = AutoQuantizationConfig.from_dict({**as_stored, "dequantize": True})
+        return dense
+    return LoadQuantised(quantize, device) if is_quantising else None
 
 
 @contextmanager

@@ -121,22 +121,37 @@ def _kind_of(path: Path) -> str:
     return f" (it holds weights alone: {weights[0]})" if weights else ""
 
 
-def check_config(name: str, config: Mapping[str, Any]) -> None:
-    """Raises ModelError for the config.json of a model whose weights are quantised."""
+def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns how config.json says that the weights are quantised, with the `key` that says so; {} if they are not."""
     for values in (config, config.get("text_config")):
-        if not isinstance(values, Mapping):
-            continue
-        for key in ("quantization_config", "compression_config"):
-            if quantization := values.get(key):
-                method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
-                raise refuse_quantised(name, f"its config.json has a {key} ({method or 'of an unknown method'})")
+        if isinstance(values, Mapping):
+            for key in ("quantization_config", "compression_config"):
+                if quantization := values.get(key):
+                    return {"key": key, **(quantization if isinstance(quantization, Mapping) else {})}
+    return {}
+
+
+def check_config(name: str, config: Mapping[str, Any]) -> None:
+    """Raises ModelError for the config.json of a model whose weights are quantised so that they cannot be trained on.
+
+    bitsandbytes' NF4 and int8 are trained on as they are; transformers makes FP8 and MXFP4 dense while it reads them.
+    """
+    quantization = quantization_of(config)
+    method = what = quantization.get("quant_method")
+    if method == "bitsandbytes" and not quantization.get("load_in_8bit"):
+        kind, storage = quantization.get("bnb_4bit_quant_type"), quantization.get("bnb_4bit_quant_storage", "uint8")
+        what = f"bitsandbytes {kind} in {storage}, not nf4 in uint8"
+        if (kind, storage) == ("nf4", "uint8"):
+            return
+    if quantization and (what != method or method not in ("bitsandbytes", "fp8", "mxfp4")):
+        raise refuse_quantised(name, f"its config.json has a {quantization['key']} ({what or 'of an unknown method'})")
 
 
 def refuse_quantised(name: str, why: str) -> ModelError:
     """Returns the error for a model whose weights are, or should be, quantised."""
     return ModelError(
-        f"model {name}: {why}, and sftx does not train quantised weights; take the original in bf16, fp16 or fp32 "
-        "(if these weights are not quantised, remove the entry)"
+        f"model {name}: {why}, and sftx does not train on weights quantised so; take the original in bf16, fp16 "
+        "or fp32, with --plugin qlora where memory is short (if these weights are not quantised, remove the entry)"
     )
 
 

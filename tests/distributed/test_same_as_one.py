@@ -18,6 +18,7 @@ from same_run import DDP, FSDP2, compare, of_kind
 RUNS: Final[Mapping[str, str]] = {
     "full": "--plugin rouge --plugin exact-match",
     "lora": "--plugin lora --set lora.r=4 --plugin rouge",
+    "qlora": "--plugin qlora --set qlora.r=4",
     "packed": "--plugin packed --set packed.length=96",
     "stream": "--plugin lora --plugin packed --set packed.length=96 --streaming --plan-window 16",
     "saved": "--plugin lora --set lora.modules_to_save=[embed_tokens,lm_head]",
@@ -53,6 +54,7 @@ CASES: Final = (
     Case("full", 2, FSDP2 + "--compile", compile_quickly),
     Case("full", 2, FSDP2 + "--fsdp-offload"),
     Case("lora", 4, FSDP2),
+    Case("qlora", 2, FSDP2),
     Case("packed", 2, DDP + "--gradient-checkpointing"),
     Case("stream", 4, DDP),
     Case("tokens", 2, FSDP2),
@@ -68,6 +70,7 @@ MORE_CASES: Final = (
     Case("lora", 4, DDP),
     Case("lora", 2, FSDP2 + "--gradient-checkpointing"),
     Case("full", 2, DDP + "--compile --gradient-checkpointing", compile_quickly),
+    Case("qlora", 4, DDP + "--gradient-checkpointing"),
     Case("packed", 4, FSDP2),
     Case("stream", 2, FSDP2),
     Case("saved", 2, DDP),

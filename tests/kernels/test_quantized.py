@@ -60,9 +60,10 @@ def test_is_the_layer_of_the_dequantised_weight(kind: str, dtype: torch.dtype) -
     )
     x.requires_grad_()
     layer = QuantizedLinear(weight, bias)
+    assert layer.dtype == dtype
     y = layer(x)
     (dx,) = torch.autograd.grad(y, x, dy)
-    plain = layer.dequantized(dtype)
+    plain = layer.dequantized()
     expected = plain(x)
     (expected_dx,) = torch.autograd.grad(expected, x, dy)
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}

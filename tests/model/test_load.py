@@ -129,7 +129,7 @@ def test_weights_that_are_quantised_are_refused_without_a_configuration_that_say
     spec, tensors = copied(tiny_model_dir, tmp_path)
     tensors[QUANTISED] = tensors[QUANTISED].to(dtype)
     save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=said + ", and sftx does not train quantised weights"):
+    with pytest.raises(ModelError, match=said + ", and sftx does not train on weights quantised so"):
         load_model(spec, [], dtype=torch.float32, device=torch.device("cpu"))
 
 
@@ -138,7 +138,7 @@ def test_what_quantisation_keeps_beside_weights_is_refused(tiny_model_dir: Path,
     spec, tensors = copied(tiny_model_dir, tmp_path)
     name = QUANTISED.replace("weight", beside)
     save_file(tensors | {name: torch.ones(4)}, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=f"its files hold {name}, and sftx does not train quantised weights"):
+    with pytest.raises(ModelError, match=f"its files hold {name}, and sftx does not train on weights quantised so"):
         load_model(spec, [], dtype=torch.float32, device=torch.device("cpu"))
 
 

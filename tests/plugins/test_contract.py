@@ -36,6 +36,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "lora": [{"lora_dropout": 0.3, "loraplus_lr_ratio": 16}, {"modules_to_save": ["lm_head", "embed_tokens"]}],
     "vera": [{"vera_dropout": 0.3, "r": 8, "save_projection": False}, {"modules_to_save": ["lm_head", "embed_tokens"]}],
     "multiple-choice": [{"path": str(QUESTIONS), "template": True, "limit": 2}],
+    "qlora": [{"load_in_8bit": True}, {"bnb_4bit_use_double_quant": False, "lora_dropout": 0.3}],
     "masked-ce": [{"label_smoothing": 0.1, "z_loss": 1e-3}, {"workspace_mb": 1}],
 }
 """Options with which a plugin is checked besides its defaults."""

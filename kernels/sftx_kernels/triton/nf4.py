@@ -51,7 +51,7 @@ def dequantize_launch(
     `scales` are those of `NF4Weight`; `nested_levels` belong to doubly quantised ones.
     """
     block = 2048  # 16 bytes of codes for each thread
-    absmax, nested_absmax, offset = scales if len(scales) > 1 else (*scales, None, None)
+    absmax, (nested_absmax, offset) = scales[0], scales[1:] or (None, None)
     num_bytes = sum(tensor.numel() * tensor.itemsize for tensor in (codes, *scales, out))
     multiplications = out.numel() if nested_absmax is None else out.numel() + 2 * absmax.numel()
     return Launch(

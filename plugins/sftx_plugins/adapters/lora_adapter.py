@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,12 @@ class LoraAdapter(Adapter):
         """The parameters trained in full, by name."""
         self._originals: dict[str, Tensor] = {}
         """Their values before training. Tied weights are in `_full` under two names and here under one."""
+
+    quantizer: Callable[[str, nn.Module], nn.Module | None] | None = None
+    """What `quantize` returns, by a module's path; the plugin qlora sets it."""
+
+    def quantize(self, name: str, module: nn.Module) -> nn.Module | None:
+        return None if self.quantizer is None else self.quantizer(name, module)
 
     def attach(self, lm: LanguageModel) -> None:
         model = lm.model

@@ -18,9 +18,13 @@ from transformers.pytorch_utils import Conv1D
 
 from sftx import ConfigError
 from sftx_kernels import (
+    Int8Weight,
     NF4Weight,
-    dequantize_nf4,
+    QuantizedLinear,
+    QuantizedWeight,
+    dequantize,
     lora_linear,
+    quantized_linear,
     seeded_dropout,
     squared_row_norms,
     updated_row_norms,
@@ -113,7 +117,7 @@ class LoraLayer(nn.Module):
 
 def check_unchanged(path: str, base: nn.Module) -> None:
     """Raise ConfigError for a module that another adapter has changed already."""
-    added = {name for name, _ in base.named_parameters()} - {"weight", "bias"}
+    added = {name for name, _ in base.named_parameters()} - {"weight", "bias", "codes"}
     if added or isinstance(base, LoraLayer):
         raise ConfigError(f"another adapter of this run has changed {path} already; leave one of the two out")
 
@@ -137,11 +141,11 @@ class LowRank(LoraLayer):
     initial_B: Tensor | None
     """What A and B began as, where the update is the difference to that."""
 
-    def base_weight(self) -> Tensor | NF4Weight:
+    def base_weight(self) -> Tensor | QuantizedWeight:
         """Return the frozen weight, [O, K], as `lora_linear` takes it."""
         return cast(Tensor, self.weight)
 
-    def add_parameters(self, weight: Tensor | NF4Weight, device: torch.device) -> None:
+    def add_parameters(self, weight: Tensor | QuantizedWeight, device: torch.device) -> None:
         """Make A, B and what else the options ask for, in fp32. `weight`: what `base_weight` returns."""
         A_RK, B_OR = initial_factors(self.options, weight, device)
         self.lora_A, self.lora_B = nn.Parameter(A_RK), nn.Parameter(B_OR)
@@ -295,6 +299,42 @@ class LoraConv1D(LoraLinear):
         return self.merged_weight(self.weight.T).T.contiguous()
 
 
+class LoraQuantizedLinear(LoraLinear):
+    """A quantised linear layer with a low-rank update. Merged, it is a plain one in the dtype that was quantised."""
+
+    adapts = QuantizedLinear
+
+    codes: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    offset: Tensor | None
+
+    def base_weight(self) -> QuantizedWeight:
+        if self.codes.dtype == torch.int8:
+            return Int8Weight(self.codes, self.absmax)
+        base = cast(QuantizedLinear, self.base[0])
+        return NF4Weight(
+            self.codes, self.absmax, (base.out_features, base.in_features), self.nested_absmax, self.offset
+        )
+
+    def weight_device(self) -> torch.device:
+        return self.codes.device
+
+    def base_forward(self, x: Tensor) -> Tensor:
+        return quantized_linear(x, self.base_weight(), self.bias)
+
+    @torch.no_grad()
+    def merged(self) -> nn.Module:
+        dtype = cast(QuantizedLinear, self.base[0]).dtype
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        weight_OK = self.merged_weight(dequantize(self.base_weight(), torch.float32))
+        linear.weight = nn.Parameter(weight_OK.to(dtype), requires_grad=False)
+        if self.bias is not None:
+            bias_O = self.bias if self.lora_bias is None else self.bias + self.scaling * self.lora_bias
+            linear.bias = nn.Parameter(bias_O.to(self.bias.dtype), requires_grad=self.bias.requires_grad)
+        return linear
+
+
 class LoraHead(LowRank):
     """A low-rank update of the output head, as a parametrisation of its weight, since the loss reads the weight itself.
 
@@ -380,7 +420,9 @@ class LoraEmbedding(LoraLayer, nn.Embedding):
 
 
 @torch.no_grad()
-def initial_factors(options: LayerOptions, weight: Tensor | NF4Weight, device: torch.device) -> tuple[Tensor, Tensor]:
+def initial_factors(
+    options: LayerOptions, weight: Tensor | QuantizedWeight, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Return the initial A [R, K] and B [O, R] in fp32, as PEFT's `init_lora_weights` has them.
 
     True, "gaussian": A is drawn, B is zero. "orthogonal": both are drawn in orthogonal spaces, so that B A is zero.
@@ -399,7 +441,7 @@ def initial_factors(options: LayerOptions, weight: Tensor | NF4Weight, device: t
         basis_RR, _ = torch.linalg.qr(torch.randn(r, r, device=device))
         A_RK = (torch.randn(K, r // 2, device=device) @ basis_RR[0::2]).T / 10
         return A_RK.contiguous(), (torch.randn(O, r // 2, device=device) @ basis_RR[1::2]) / 10
-    dense_OK = dequantize_nf4(weight, torch.float32) if isinstance(weight, NF4Weight) else weight.float()
+    dense_OK = weight.float() if isinstance(weight, Tensor) else dequantize(weight, torch.float32)
     if init == "olora":
         Q, R = torch.linalg.qr(dense_OK)
         return R[:r].contiguous(), Q[:, :r].contiguous()

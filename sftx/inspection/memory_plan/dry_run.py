@@ -47,6 +47,8 @@ from sftx.inspection.memory_plan.fake_tensors import (
 from sftx.inspection.memory_plan.memory_tracker import MemorySnapshot, MemoryTracker, Phase
 from sftx.model.language_model import CausalLM
 from sftx.model.load import load_spec
+from sftx.model.names import quantization_of
+from sftx.model.quantised import num_weights, quantize_of, replace_quantised, stored_quantize
 from sftx.trainer.layers import decoder_layers, prepare_layers
 from sftx.trainer.optimizer import RunOptimizer
 from sftx.trainer.parallel import TrainStep
@@ -120,7 +122,7 @@ class DryRunner:
             layer_bytes = [_num_bytes([p for p in layer.parameters() if id(p) in sharded]) for layer in layers]
             structures = [_structure(layer) for layer in layers]
             return ModelSize(
-                num_parameters=sum(p.numel() for p in lm.parameters()),
+                num_parameters=num_weights(lm.parameters()),
                 num_trainable=sum(p.numel() for p in trained),
                 num_active=_num_active(lm),
                 trainable_bytes=_num_bytes(trained),
@@ -309,6 +311,13 @@ class DryRunner:
     def _build(self, model: PreTrainedModel) -> CausalLM:
         """Return the model with its adapters, materialised on the default device."""
         adapters = self.assembly.adapters(dataclasses.replace(self.spec, skeleton=model))
+        stored = quantization_of(self.spec.config.to_dict())
+        if stored.get("quant_method") == "bitsandbytes":
+            quantize = stored_quantize(stored)
+        else:
+            quantize = quantize_of(list(adapters.values()))
+        with torch.device("meta"):
+            replace_quantised(model, quantize)
         materialise(model, self.precision.base_dtype(frozen=bool(adapters)))
         lm = CausalLM(model, cast(Any, None))
         lm.attach(adapters)
@@ -381,7 +390,7 @@ def _num_active(lm: CausalLM) -> int:
     chosen = getattr(lm.config, "num_experts_per_tok", None)
     experts = [p for n, p in lm.named_parameters() if p.ndim == 3 and ".experts." in n] if chosen else []
     idle = sum(p.numel() * (1 - min(1, (chosen or 0) / p.shape[0])) for p in experts)
-    return sum(p.numel() for p in lm.parameters()) - round(idle)
+    return num_weights(lm.parameters()) - round(idle)
 
 
 def _num_bytes(parameters: list[nn.Parameter]) -> int:

@@ -108,7 +108,7 @@ def to_fake_batch(mode: FakeTensorMode, batch: Batch) -> Batch:
 def materialise(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     """Replace the parameters and buffers of a skeleton by empty tensors on the default device.
 
-    In fake-tensor mode these have no memory. `dtype` is that of the parameters; None keeps each one's own.
+    In fake-tensor mode these have no memory. `dtype` is that of the floating parameters; None keeps each one's own.
     """
     replaced: dict[int, nn.Parameter] = {}
     for module in model.modules():
@@ -116,7 +116,9 @@ def materialise(model: nn.Module, dtype: torch.dtype | None = None) -> None:
             if parameter is not None:
                 if id(parameter) not in replaced:  # tied parameters stay tied
                     replaced[id(parameter)] = nn.Parameter(
-                        torch.empty(parameter.shape, dtype=dtype or parameter.dtype),
+                        torch.empty(
+                            parameter.shape, dtype=dtype if dtype and parameter.is_floating_point() else parameter.dtype
+                        ),
                         requires_grad=parameter.requires_grad,
                     )
                 module._parameters[name] = replaced[id(parameter)]
