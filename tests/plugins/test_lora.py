@@ -189,3 +189,12 @@ def test_dropout_is_the_same_when_checkpointing_recomputes_it(tiny_model_dir: Pa
     session.trainer.accumulate(batches, denominator(batches), 1)
     other = torch.cat([p.grad.flatten() for p in session.trainer.parameters])
     assert not torch.allclose(other, gradients[True], rtol=1e-2), "another step must draw another mask"
+
+
+def test_the_module_that_is_replaced_keeps_no_weight(tiny_model_dir: Path, data: Path) -> None:
+    """Where fsdp2 shares a weight out, a second reference would keep all of it in memory."""
+    from sftx_plugins.adapters.lora_layers import LoraLinear
+
+    layers = [m for m in session_of(tiny_model_dir, data).lm.modules() if isinstance(m, LoraLinear)]
+    assert layers
+    assert all(layer.base[0].weight is None for layer in layers)

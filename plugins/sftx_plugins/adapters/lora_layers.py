@@ -79,6 +79,7 @@ class LoraLayer(nn.Module):
         nn.Module.__init__(self)  # that of a subclass such as nn.Linear would allocate a weight
         for name, parameter in base._parameters.items():
             self.register_parameter(name, parameter)
+            base._parameters[name] = None  # or the whole weight would stay in memory where fsdp2 shares it out
         for name, buffer in base._buffers.items():
             self.register_buffer(name, buffer, persistent=name not in base._non_persistent_buffers_set)
         self.base = [base]  # in a list, so that it is no submodule, whose tensors would have two names
