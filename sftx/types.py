@@ -495,7 +495,12 @@ class Adapter(ABC):
     """
 
     def quantize(self, name: str, module: nn.Module) -> nn.Module | None:
-        """Return a replacement for the module of that path, whose weights were just read; None keeps it."""
+        """Return a quantised replacement for the module of that path; None keeps it.
+
+        It is asked about each module on the meta device, before weights are read and by `sftx plan`, and once more
+        about those that it replaces, on the run's device, as soon as their weights are read. So the answer depends on
+        path, class and shapes alone. The replacement's parameters require no gradient; its buffers are persistent.
+        """
         return None
 
     @abstractmethod

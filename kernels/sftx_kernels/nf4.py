@@ -178,8 +178,8 @@ def dequantize_nf4_(out: Tensor, codes: Tensor, scales: Sequence[Tensor], backen
     if backend != "torch":
         from sftx_kernels.triton.nf4 import dequantize_launch
 
-        nested = nested_levels(codes.device) if len(scales) > 1 else None
-        dequantize_launch(codes, scales, levels, nested, out).run()
+        nested = (nested_levels(codes.device), NESTED_BLOCK_SIZE) if len(scales) > 1 else ()
+        dequantize_launch(codes, scales, levels, out, *nested).run()
     elif out.numel():
         absmax = dense_absmax(*scales)
         # One lookup gives both values of a byte.

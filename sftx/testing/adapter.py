@@ -23,7 +23,8 @@ from sftx.data.collate import groups_of
 from sftx.errors import SftxError, one_line
 from sftx.model.added_tokens import untrained_rows
 from sftx.model.generation import embed_prompts
-from sftx.model.load import load_spec
+from sftx.model.load import load_model, load_spec
+from sftx.model.quantised import find_quantised
 from sftx.testing.adapter_case import LEARNING_RATE, STEPS, Attached, Case
 from sftx.testing.batches import differences
 from sftx.testing.clauses import ClauseError, ExemptError, Suite, must_not_raise
@@ -285,6 +286,31 @@ def plans_on_meta(case: Case) -> None:
             f"the hook changed {len(changed)} modules or tensors of spec.skeleton (first: {changed[0]}); only read it, "
             "and change the model in attach"
         )
+
+
+@SUITE.clause(
+    "quantize replaces the same modules on the meta device as with weights, by tensors of the same shapes and dtypes "
+    "that require no gradient."
+)
+def quantizes_by_shape(case: Case) -> None:
+    spec = load_spec(str(case.kit.model_dir))
+    plain = load_model(spec, [], dtype=torch.float32, device=torch.device("cpu"))
+    adapter = make_stage(case.kit.plugin, "sftx_adapter", spec=spec)
+    on_meta, with_weights = (find_quantised(model, adapter.quantize) for model in (spec.skeleton, plain))
+    if other := sorted(on_meta.keys() ^ with_weights.keys()):
+        raise ClauseError(
+            f"with weights it replaces {len(with_weights)} modules and on the meta device {len(on_meta)} (first: "
+            f"{other[0]}); decide by path, class and shapes"
+        )
+    for name, module in with_weights.items():
+        sizes, planned = (
+            {key: (t.shape, t.dtype) for key, t in one.state_dict().items()} for one in (module, on_meta[name])
+        )
+        if sizes != planned or any(p.requires_grad for p in module.parameters()):
+            raise ClauseError(
+                f"the replacement of {name} holds {sizes}, on the meta device {planned}; let both have the same, and "
+                "let nothing in it require a gradient"
+            )
 
 
 @SUITE.clause(

@@ -140,6 +140,11 @@ def test_what_stays_dense(model: Path, data: Path) -> None:
     }
 
 
+def test_nothing_to_quantise_is_refused(model: Path, data: Path) -> None:
+    with pytest.raises(ConfigError, match=r"qlora: no linear layer .* is left to quantise; take lora, or name fewer"):
+        qlora_of(model, data, qlora__llm_int8_skip_modules=["layers"])
+
+
 def test_weights_are_counted_and_not_their_bytes(model: Path, data: Path) -> None:
     lora, qlora = session_of(model, data), qlora_of(model, data)
     assert num_weights(qlora.lm.parameters()) == num_weights(lora.lm.parameters())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import re
 import shutil
@@ -24,6 +25,7 @@ from sftx.assembly.discovery import discover, hooks_of, load_class
 from sftx.testing import ContractError
 from sftx.testing.adapter import SUITE, check_adapter
 from sftx.testing.kit import built_in
+from sftx_kernels import QuantizedLinear, quantize_int8
 from sftx_plugins.adapters.lora import Lora
 from sftx_plugins.adapters.lora_adapter import LoraAdapter
 from sftx_plugins.adapters.lora_layers import LayerOptions, LoraLinear
@@ -314,6 +316,20 @@ class Plugin(Lora):
         )
 
 
+class QuantizesWhatHasWeights(Good):
+    def quantize(self, name: str, module: nn.Module) -> nn.Module | None:
+        if not isinstance(module, nn.Linear) or name == "lm_head" or module.weight.is_meta:
+            return None
+        return QuantizedLinear(quantize_int8(module.weight), module.bias)
+
+
+class QuantizesAsItTrains(Good):
+    def quantize(self, name: str, module: nn.Module) -> nn.Module | None:
+        if isinstance(module, nn.LayerNorm) or not name.endswith("norm"):
+            return None
+        return copy.deepcopy(module)
+
+
 class PreparesTheSkeleton(Plugin):
     @hookimpl
     def sftx_adapter(self, spec: ModelSpec) -> Any:
@@ -406,6 +422,8 @@ BAD = [
     (ForgetsAddedTokens, "trains-added-tokens", "has other rows of added tokens"),
     (Mixes, "embeds-each-document-alone", "embed gives samples:1 embeddings that differ by"),
     (Notes, "embeds-each-document-alone", r"embed changed extras\['seen'\] of its batch"),
+    (QuantizesWhatHasWeights, "quantizes-by-shape", r"replaces \d+ modules and on the meta device 0 \(first: model"),
+    (QuantizesAsItTrains, "quantizes-by-shape", "let nothing in it require a gradient"),
     (FillsTheSkeleton, "plans-on-meta", r"modules or tensors of spec.skeleton"),
 ]
 

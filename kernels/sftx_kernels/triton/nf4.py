@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sftx_kernels.nf4 import NESTED_BLOCK_SIZE
 from sftx_kernels.triton.launch import Chip, Launch, Work
 
 
@@ -44,11 +43,16 @@ def _dequantize_kernel(
 
 
 def dequantize_launch(
-    codes: Tensor, scales: Sequence[Tensor], levels: Tensor, nested_levels: Tensor | None, out: Tensor
+    codes: Tensor,
+    scales: Sequence[Tensor],
+    levels: Tensor,
+    out: Tensor,
+    nested_levels: Tensor | None = None,
+    nested_block_size: int = 0,
 ) -> Launch:
     """Launch out = levels[code] * absmax, high nibble first; `out` is contiguous, with two elements for each code.
 
-    `scales` are those of `NF4Weight`; `nested_levels` belong to doubly quantised ones.
+    `scales` are those of `NF4Weight`; the last two arguments belong to doubly quantised ones.
     """
     block = 2048  # 16 bytes of codes for each thread
     absmax, (nested_absmax, offset) = scales[0], scales[1:] or (None, None)
@@ -69,7 +73,7 @@ def dequantize_launch(
         },
         {
             "HALF_BLOCK": codes.numel() // max(1, absmax.numel()),
-            "NESTED_BLOCK": 0 if nested_absmax is None else NESTED_BLOCK_SIZE,
+            "NESTED_BLOCK": nested_block_size,
             "BLOCK": block,
         },
         num_warps=4,
@@ -87,12 +91,16 @@ def shipped(chip: Chip) -> Iterator[tuple[str, Launch]]:
     absmax = torch.empty(num_blocks, device=device)
     nested = (
         torch.empty(num_blocks, dtype=torch.uint8, device=device),
-        torch.empty(num_blocks // NESTED_BLOCK_SIZE, device=device),
+        torch.empty(num_blocks // 256, device=device),
         torch.empty((), device=device),
     )
     levels, nested_levels = torch.empty(16, device=device), torch.empty(256, device=device)
-    for kind, scales in (("dequantize", (absmax,)), ("dequantize-double", nested)):
+    for double in (False, True):
         for dtype in (torch.bfloat16, torch.float32):
             out = torch.empty(shape, dtype=dtype, device=device)
-            launch = dequantize_launch(codes, scales, levels, nested_levels if len(scales) > 1 else None, out)
+            if double:
+                launch = dequantize_launch(codes, nested, levels, out, nested_levels, 256)
+            else:
+                launch = dequantize_launch(codes, (absmax,), levels, out)
+            kind = "dequantize-double" if double else "dequantize"
             yield f"nf4/{kind}/{str(dtype)[6:]}/{shape[0]}x{shape[1]}", launch

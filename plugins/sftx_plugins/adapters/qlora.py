@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 from pydantic import Field
 
-from sftx import Adapter, ModelSpec, hookimpl
+from sftx import Adapter, ConfigError, ModelSpec, hookimpl
 from sftx_plugins.adapters.lora import Lora
 
 if TYPE_CHECKING:
@@ -73,6 +73,11 @@ class QLora(Lora):
                 len(odd), _BLOCK_SIZE, odd[0],
             )  # fmt: skip
             chosen = {path: weight for path, weight in chosen.items() if path not in odd}
+        if not chosen:
+            raise ConfigError(
+                "qlora: no linear layer (nn.Linear) of the decoder is left to quantise; take lora, or name fewer modules "
+                "in llm_int8_skip_modules and modules_to_save"
+            )
         others = sum(p.numel() for p in decoder.parameters() if p.ndim == 3)
         if others > sum(weight.numel() for weight in chosen.values()):
             log.warning("%.1f billion weights of stacked experts stay dense: they are no linear layers", others / 1e9)
