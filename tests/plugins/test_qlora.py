@@ -151,6 +151,8 @@ def test_weights_are_counted_and_not_their_bytes(model: Path, data: Path) -> Non
     assert qlora.start_report.num_parameters == lora.start_report.num_parameters
 
 
-def test_it_refuses_to_run_beside_lora(model: Path, data: Path) -> None:
+def test_it_refuses_to_run_beside_another_adapter(model: Path, data: Path) -> None:
     with pytest.raises(ConfigError, match=r"another adapter of this run has changed .*; leave one of the two out"):
         session_of(model, data, "qlora")
+    with pytest.raises(ConfigError, match=r"q_proj is quantised, and vera adapts plain layers; take lora or qlora"):
+        session_of(model, data, "qlora", adapter="vera")

@@ -75,8 +75,8 @@ class QLora(Lora):
             chosen = {path: weight for path, weight in chosen.items() if path not in odd}
         if not chosen:
             raise ConfigError(
-                "qlora: no linear layer (nn.Linear) of the decoder is left to quantise; take lora, or name fewer modules "
-                "in llm_int8_skip_modules and modules_to_save"
+                "qlora: no linear layer (nn.Linear) of the decoder is left to quantise; take lora, or name fewer "
+                "modules in llm_int8_skip_modules and modules_to_save"
             )
         others = sum(p.numel() for p in decoder.parameters() if p.ndim == 3)
         if others > sum(weight.numel() for weight in chosen.values()):

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sftx import LanguageModel
-from sftx_kernels import seeded_dropout
+from sftx import ConfigError, LanguageModel
+from sftx_kernels import QuantizedLinear, seeded_dropout
 from sftx_plugins.adapters.lora_adapter import LoraAdapter
 from sftx_plugins.adapters.lora_layers import LayerOptions, LoraLayer, check_unchanged
 
@@ -45,9 +45,9 @@ class VeraLinear(LoraLayer, nn.Linear):
         number: int,
     ) -> None:
         super().__init__(base, options, run_seed=run_seed, number=number)
-        self.out_features, self.in_features = base.weight.shape
+        self.out_features, self.in_features = self.weight.shape
         self.shared = shared
-        device = base.weight.device
+        device = self.weight.device
         self.vera_lambda_b = nn.Parameter(torch.zeros(self.out_features, device=device))
         self.vera_lambda_d = nn.Parameter(torch.full((options.r,), d_initial, device=device))
 
@@ -107,6 +107,9 @@ class VeraAdapter(LoraAdapter):
 
     def attach(self, lm: LanguageModel) -> None:
         layers = [lm.model.get_submodule(path) for path in self._targets]
+        for path, layer in zip(self._targets, layers, strict=True):
+            if isinstance(layer, QuantizedLinear):
+                raise ConfigError(f"{path} is quantised, and vera adapts plain layers; take lora or qlora")
         shapes = [layer.weight.shape for layer in layers if isinstance(layer.weight, Tensor)]
         self._shared = Projections(
             self._peft["r"],
