@@ -13,7 +13,7 @@ from sftx.errors import SftxError, did_you_mean
 from sftx.phases import phase
 
 # Listed here so that a wrong name is reported before torch is imported.
-OPERATIONS: Final = ("cross-entropy", "linear-cross-entropy", "lora")
+OPERATIONS: Final = ("cross-entropy", "linear-cross-entropy", "lora", "grouped-lora")
 ARCHS: Final = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES: Final = ("fp32", "bf16", "fp16")
 PROVIDERS: Final = (
@@ -138,7 +138,7 @@ def command(ctx: click.Context, /, static: bool, **options: Any) -> None:
     """Measure the kernels against torch and every installed peer.
 
     Forward, backward and both: median and quantiles, memory, rates against the least work possible, and the error
-    against fp64. OPERATION is cross-entropy, linear-cross-entropy, lora or all.
+    against fp64. OPERATION is cross-entropy, linear-cross-entropy, lora, grouped-lora or all.
     """
     _check_combination(ctx, static=static)
     from sftx_kernels.bench import BenchError

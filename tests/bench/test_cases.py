@@ -18,6 +18,7 @@ from sftx_kernels.bench.lora import SCALING, LoraProblem
 from sftx_kernels.bench.operations import (
     OPERATIONS,
     CrossEntropyShape,
+    GroupedLoraShape,
     LinearCrossEntropyShape,
     LoraShape,
     default_shapes,
@@ -79,6 +80,17 @@ def test_least_work_of_lora_for_one_linear_and_a_group() -> None:
     # A group of two: x is read once, and has one A for each.
     group = work(Case(LoraShape(5, 7, (3, 3), rank=2), "fp32"))
     assert group["forward"] == (2 * (base + down + up), 4 * (x + 2 * (weight + lora + y)))
+
+
+def test_least_work_of_grouped_lora_reads_the_experts_that_have_rows() -> None:
+    # M 3, E 8, K 7, R 2, O 4, in bf16. By rounded shares of 1, 1/2, 1/3, ..., experts 0, 1 and 4 have a row each.
+    shape = GroupedLoraShape(3, 8, 7, 4, rank=2)
+    assert shape.ends() == [1, 2, 2, 2, 3, 3, 3, 3]
+    base, down, up = 2 * 3 * 7 * 4, 2 * 3 * 7 * 2, 2 * 3 * 2 * 4
+    x, y, weight, lora = 3 * 7, 3 * 4, 3 * 4 * 7, 3 * 2 * (7 + 4)
+    found = work(Case(shape, "bf16"))
+    assert found["forward"] == (base + down + up, 2 * (x + weight + lora + y))
+    assert found["backward"] == (base + 2 * down + 2 * up, 2 * (y + weight + lora + x + x + lora))
 
 
 @pytest.mark.parametrize("mask", [0.0, 0.5, 1.0])
@@ -176,7 +188,7 @@ def test_default_shapes_hold_every_operation_and_come_back_from_a_file(tmp_path:
 
 def test_cases_are_every_dtype_and_mask_and_lora_has_no_mask() -> None:
     found = list(expand(default_shapes("cpu"), OPERATIONS, ("fp32", "bf16"), (0.0, 0.5)))
-    assert [sum(case.op == op for case in found) for op in OPERATIONS] == [4, 4, 2]
+    assert [sum(case.op == op for case in found) for op in OPERATIONS] == [4, 4, 2, 2]
     assert {case.dtype for case in found} == {"fp32", "bf16"} <= set(DTYPES)
     assert str(found[1]) == "linear-cross-entropy 1024x1024x32000 frozen, fp32, 50% masked"
     assert str(found[4]) == "lora 2048x576x1536 r16, fp32"
@@ -185,7 +197,7 @@ def test_cases_are_every_dtype_and_mask_and_lora_has_no_mask() -> None:
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ([], 'expected an object with "op", one of cross-entropy, linear-cross-entropy, lora; got []'),
+        ([], 'expected an object with "op", one of cross-entropy, linear-cross-entropy, lora, grouped-lora; got []'),
         ({"op": "gelu"}, 'expected an object with "op", one of'),
         ({"op": "cross-entropy", "rows": 8}, "cross-entropy needs 'vocab'"),
         ({"op": "cross-entropy", "rows": 8, "vocab": 9, "hidden": 1}, "cross-entropy has no 'hidden'; it has rows,"),

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("short")
 def test_every_provider_that_can_run_here_is_right(shape: Shape, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Error in units of the dtype's last place. Compiled ones are traced as ever, but not through a C++ compiler."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    case = Case(shape, dtype, 0.5 if shape.op != "lora" else 0.0)
+    case = Case(shape, dtype, 0.5 if shape.has_labels else 0.0)
     ran = []
     for provider in providers_of(shape.op):
         if provider.absent(case, CPU):
@@ -49,6 +49,7 @@ def test_every_provider_that_can_run_here_is_right(shape: Shape, dtype: str, mon
         assert error < 4 * torch.finfo(case.torch_dtype).eps, f"{provider.name}: {error} in {where}"
     assert {"sftx", "torch-eager", "torch-compile"} <= set(ran)
     assert shape.op != "lora" or {"peft", "frozen-linear"} <= set(ran)
+    assert shape.op != "grouped-lora" or {"added-weights", "frozen-linear"} <= set(ran)
 
 
 def test_who_needs_a_gpu_or_is_not_installed_is_absent_with_the_reason(shapes: Callable[..., Path]) -> None:

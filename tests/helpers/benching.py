@@ -12,7 +12,13 @@ from click.testing import CliRunner, Result
 from sftx.cli import bench as cli
 from sftx_kernels.bench import devices
 from sftx_kernels.bench.cases import Shape
-from sftx_kernels.bench.operations import CrossEntropyShape, LinearCrossEntropyShape, LoraShape, shape_entry
+from sftx_kernels.bench.operations import (
+    CrossEntropyShape,
+    GroupedLoraShape,
+    LinearCrossEntropyShape,
+    LoraShape,
+    shape_entry,
+)
 
 CPU = torch.device("cpu")
 SHAPES: list[Shape] = [
@@ -21,6 +27,7 @@ SHAPES: list[Shape] = [
     LinearCrossEntropyShape(24, 16, 130, trained=True, logits="zipf"),
     LoraShape(24, 32, (16,), rank=4),
     LoraShape(24, 32, (16, 8, 8), rank=4),
+    GroupedLoraShape(24, 5, 32, 16, rank=4),
 ]
 PEAKS = devices.Peaks({"fp32": 1e11, "bf16": 1e11, "fp16": 1e11, "fp64": 1e11}, 1e10, 0, "made up")
 

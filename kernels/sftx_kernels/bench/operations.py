@@ -8,23 +8,30 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from sftx_kernels.bench import BenchError, cross_entropy, files, linear_cross_entropy, lora
+from sftx_kernels.bench import BenchError, cross_entropy, files, grouped_lora, linear_cross_entropy, lora
 from sftx_kernels.bench.cases import Case, Provider, Shape
 from sftx_kernels.bench.cross_entropy import CrossEntropyShape
+from sftx_kernels.bench.grouped_lora import GroupedLoraShape
 from sftx_kernels.bench.linear_cross_entropy import LinearCrossEntropyShape
 from sftx_kernels.bench.lora import LoraShape
 
 SHAPES: Final[Mapping[str, type[Shape]]] = {
-    cls.op: cls for cls in (CrossEntropyShape, LinearCrossEntropyShape, LoraShape)
+    cls.op: cls for cls in (CrossEntropyShape, LinearCrossEntropyShape, LoraShape, GroupedLoraShape)
 }
 OPERATIONS: Final = tuple(SHAPES)
-PROVIDERS: Final[tuple[Provider, ...]] = (*cross_entropy.PROVIDERS, *linear_cross_entropy.PROVIDERS, *lora.PROVIDERS)
+PROVIDERS: Final[tuple[Provider, ...]] = (
+    *cross_entropy.PROVIDERS,
+    *linear_cross_entropy.PROVIDERS,
+    *lora.PROVIDERS,
+    *grouped_lora.PROVIDERS,
+)
 
 # In order of importance: a time budget drops cases from the end.
 _CPU_SHAPES: Final[tuple[Shape, ...]] = (
     LinearCrossEntropyShape(1024, 1024, 32000),
     LoraShape(2048, 576, (1536,)),
     CrossEntropyShape(512, 32000),
+    GroupedLoraShape(2048, 16, 576, 768),
 )
 _GPU_SHAPES: Final[tuple[Shape, ...]] = (
     LinearCrossEntropyShape(8192, 4096, 128256),
@@ -33,6 +40,7 @@ _GPU_SHAPES: Final[tuple[Shape, ...]] = (
     LinearCrossEntropyShape(4096, 4096, 128256, trained=True),
     LoraShape(8192, 4096, (4096,), dropout=0.05),
     LoraShape(8192, 4096, (4096, 1024, 1024)),  # q, k, v of Llama 3 8B
+    GroupedLoraShape(65536, 128, 2048, 1536),  # gate and up of Qwen3-30B-A3B, 8192 tokens
     CrossEntropyShape(4096, 128256),
     LoraShape(8192, 4096, (14336,)),
     LinearCrossEntropyShape(8192, 2048, 32000),
