@@ -818,6 +818,7 @@ TABLE: Final[Mapping[str, tuple[Row, ...]]] = {
         _row("pissa_iter", _leave_out("belongs to pissa_init")),
         _row("pissa_convert", _leave_out("the base keeps its weights, and the saved adapter is a plain LoRA")),
         _row("exclude_modules", _to("plugins.lora.exclude_modules", _names)),
+        _row("target_parameters lora_target_parameters", _to("plugins.lora.target_parameters", _name_list)),
         _row(
             "layers_to_transform peft_layers_to_transform",
             _to("plugins.lora.layers_to_transform", lambda value: value if isinstance(value, list) else [value]),
@@ -847,7 +848,7 @@ TABLE: Final[Mapping[str, tuple[Row, ...]]] = {
                 "loftq_config loftq_bits megatron_config eva_config "
                 "corda_config lora_ga_config velora_config alora_invocation_tokens use_qalora "
                 "monteclora_config layer_replication peft_layer_replication "
-                "target_parameters lora_target_parameters use_bdlora arrow_config kasa_config "
+                "use_bdlora arrow_config kasa_config "
                 "bnb_config_kwargs merge_method relora relora_* jagged_* oft_* module_dropout"
             ),
             (False, _leave_out()),
