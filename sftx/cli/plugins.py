@@ -10,11 +10,12 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from sftx.assembly.discovery import PluginInfo, discover, find, hooks_of, instance, load_class, required_options
+from sftx.assembly.hookspecs import PROJECT
 from sftx.assembly.stages import named
 from sftx.cli import new
 from sftx.errors import ConfigError, PluginError, printable
@@ -22,6 +23,9 @@ from sftx.phases import phase
 
 if TYPE_CHECKING:
     from sftx.testing import Finding
+
+NUM_MADE_UP_RUNS: Final = 14
+"""The number of runs whose events `sftx plugins check` sends to an observer."""
 
 
 @click.group()
@@ -96,9 +100,18 @@ def info(name: str) -> None:
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Check with this model and its tokenizer.  [default: a tiny model]",
 )
+@click.option(
+    "--skip",
+    metavar="HOOK",
+    multiple=True,
+    help="Leave a hook out, such as observer, and the run of two steps. May be given several times.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as a JSON list.")
-def check(name: str, settings: tuple[str, ...], model: Path | None, as_json: bool) -> None:
+def check(name: str, settings: tuple[str, ...], model: Path | None, skip: tuple[str, ...], as_json: bool) -> None:
     """Check the installed plugin NAME against the contract of its package and of its hooks.
+
+    All of its code is run. An observer gets the events of made-up runs: one that posts to a service posts them, unless
+    it is left out with --skip observer.
 
     The exit code is 1 when a clause is broken. The contract is in docs/plugins.md and docs/hooks.
     """
@@ -129,12 +142,21 @@ def check(name: str, settings: tuple[str, ...], model: Path | None, as_json: boo
             if missing := [option for option in required_options(cls) if option not in options]:
                 add = " ".join(f"--set {name}.{option}=..." for option in missing)
                 raise ConfigError(f"{plugin}: {', '.join(missing)} has no default; to check its hooks, add {add}")
+            hooks = [hook.removeprefix(f"{PROJECT}_") for hook in hooks_of(plugin, cls)]
+            if unknown := [hook for hook in skip if hook not in hooks]:
+                raise click.UsageError(f"--skip {unknown[0]}: {plugin} implements {', '.join(hooks)}")
             if options:
                 instance(plugin, cls, options, origins)
+            if "observer" in hooks and "observer" not in skip:
+                click.echo(
+                    f"sftx: {printable(str(plugin))} gets the events of {NUM_MADE_UP_RUNS} made-up runs, and posts "
+                    "them if it posts to a service; leave this out with --skip observer",
+                    err=True,
+                )
         with phase("importing", "torch and transformers"):
             from sftx.testing.contract import check_plugin
 
-        findings = check_plugin(plugin, options, origins, model=model)
+        findings = check_plugin(plugin, options, origins, model=model, skip=skip)
     if as_json:
         import dataclasses
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -45,11 +45,17 @@ SUITES: Final[Mapping[str, Suite[Any]]] = {
 
 
 def check_plugin(
-    info: PluginInfo, options: Mapping[str, Any], origins: Origins, *, model: Path | None = None
+    info: PluginInfo,
+    options: Mapping[str, Any],
+    origins: Origins,
+    *,
+    model: Path | None = None,
+    skip: Collection[str] = (),
 ) -> list[Finding]:
     """Return the findings about an installed plugin: its package, each of its hooks, and a run of two steps.
 
-    Raises ConfigError when `options` are invalid, ModelError when `model` is not a model directory.
+    The hooks in `skip`, such as `observer`, are not checked, and then no run is made either. Raises
+    ConfigError when `options` are invalid, ModelError when `model` is not a model directory.
     """
     findings = SUITES["package"].findings(info)
     if findings[0].status == "failed":
@@ -66,8 +72,12 @@ def check_plugin(
         # A finding of the package says that its own defaults are invalid.
         reason = "not checked, because its own defaults are refused"
         return findings + [Finding(suite.hook, MADE, suite.made, "skipped", reason) for suite in suites]
+    left_out = f"left out with --skip {' --skip '.join(skip)}"
     for suite in suites:
-        findings += suite.findings(plugin, model=model)
+        if suite.hook in skip:
+            findings.append(Finding(suite.hook, MADE, suite.made, "skipped", left_out))
+        else:
+            findings += suite.findings(plugin, model=model)
 
     # The run uses lora unless the plugin is an adapter: most runs have one, and some losses need one.
     builder: Any = None
@@ -81,6 +91,8 @@ def check_plugin(
     rule = "A run with it trains two steps, evaluates and saves, as `sftx run` does."
     if needs_gpu and not torch.cuda.is_available():
         return [*findings, Finding("run", "trains", rule, "exempt", "it needs a GPU, and this machine has none")]
+    if skip:
+        return [*findings, Finding("run", "trains", rule, "skipped", left_out)]
     with tempfile.TemporaryDirectory() as directory, contextlib.redirect_stdout(io.StringIO()):
         try:
             run_tiny(names, Path(directory), model=model, settings=settings)

@@ -190,6 +190,54 @@ def test_check_lists_the_hooks_of_a_plugin_whose_own_defaults_are_refused(instal
     assert metric["message"] == "not checked, because its own defaults are refused"
 
 
+OBSERVER = """
+from dataclasses import dataclass
+from pathlib import Path
+
+import sftx
+
+SEEN = Path(__file__).with_name("seen")
+
+
+class Posts(sftx.Observer):
+    def __init__(self):
+        self.seen = False
+
+    def __getattribute__(self, name):
+        if name.startswith("on_") and not self.seen:
+            self.seen = True
+            with SEEN.open("a") as file:
+                file.write("a run\\n")
+        return super().__getattribute__(name)
+
+
+@dataclass(frozen=True, eq=False)
+class Plugin:
+    @sftx.hookimpl
+    def sftx_observer(self):
+        return Posts()
+"""
+
+
+def test_check_says_first_that_an_observer_gets_the_events_of_made_up_runs(install_plugin: Any, tmp_path: Path) -> None:
+    install_plugin("acme", OBSERVER, {"posts": "Plugin"})
+    seen = tmp_path / "site-packages" / "seen"
+    left_out = plugins("check", "posts", "--skip", "observer", "--json")
+    assert not seen.exists()
+    assert "made-up" not in left_out.stderr
+    skipped = {f["hook"]: f["message"] for f in json.loads(left_out.stdout) if f["status"] == "skipped"}
+    assert skipped == dict.fromkeys(["observer", "run"], "left out with --skip observer")
+    checked = plugins("check", "posts", "--json")
+    assert checked.stderr.startswith(
+        f"sftx: plugin 'posts' (acme 1.0) gets the events of {cli.NUM_MADE_UP_RUNS} made-up runs, and posts them "
+    )
+    assert len(seen.read_text().splitlines()) == cli.NUM_MADE_UP_RUNS
+    assert (
+        "--skip loss: plugin 'posts' (acme 1.0) implements observer"
+        in plugins("check", "posts", "--skip", "loss").stderr
+    )
+
+
 # --- schema -------------------------------------------------------------------------------------
 
 
