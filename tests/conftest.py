@@ -109,7 +109,8 @@ InstallPlugin = Callable[..., None]
 def install_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[InstallPlugin]:
     """Installs distributions for one test: a module and the metadata that pip would write, on the path.
 
-    The module is the distribution's name with underscores; `entries` maps names of plugins to its classes. `metadata`:
+    The module is the distribution's name with underscores; `entries` maps names of plugins to its classes, or those of
+    another `group` of entry points to its objects. `metadata`:
     more lines of it; `files`: what the module carries beside its code, which makes it a package.
     """
     site = tmp_path / "site-packages"
@@ -126,6 +127,7 @@ def install_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
         requires: Sequence[str] = (),
         metadata: Sequence[str] = (),
         files: Sequence[str] = (),
+        group: str = "sftx.plugins",
     ) -> None:
         module = distribution.replace("-", "_")
         modules.append(module)
@@ -142,7 +144,7 @@ def install_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
         lines += [f"Requires-Dist: {requirement}" for requirement in requires]
         (info / "METADATA").write_text("\n".join([*lines, *metadata]) + "\n", encoding="utf-8")
         points = [f"{name} = {module}:{cls}" for name, cls in entries.items()]
-        (info / "entry_points.txt").write_text("\n".join(["[sftx.plugins]", *points]) + "\n", encoding="utf-8")
+        (info / "entry_points.txt").write_text("\n".join([f"[{group}]", *points]) + "\n", encoding="utf-8")
         (info / "RECORD").write_text(f"{module},,\n", encoding="utf-8")
         importlib.invalidate_caches()
 

@@ -1,7 +1,7 @@
-"""This module finds installed plugins, imports those that a run names, and checks them.
+"""This module imports installed plugins that a run names, and commands that a user types, and checks them.
 
-Every plugin is an entry point of the group `sftx.plugins`; the built-in ones are registered in the same way.
-`discover` and `find` read metadata only; `load_class` is the first function that imports code of a plugin.
+Every plugin is an entry point of the group `sftx.plugins`; the built-in ones are registered in the same way. Before
+`load` nothing imports code of a plugin.
 """
 
 from __future__ import annotations
@@ -9,107 +9,46 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
-import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 from sftx.assembly import hookspecs
+from sftx.assembly.entry_points import PLUGINS, PluginInfo, discover, find
 from sftx.assembly.hookspecs import PROJECT, RETURNS, VALIDATE
 from sftx.assembly.stages import arguments_of, named
-from sftx.config.default_plugins import ENTRY_POINTS
-from sftx.errors import PluginError, did_you_mean, one_line
+from sftx.errors import PluginError, did_you_mean, kind_of, one_line
 
 if TYPE_CHECKING:
+    import click
+
     from sftx.config.run_file import Origins
 
-GROUP: Final = ENTRY_POINTS
 
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class PluginInfo:
-    """An entry point of the group `sftx.plugins`, read from metadata without importing the plugin."""
-
-    name: str
-    value: str
-    """`package.module:Class`"""
-    distribution: importlib.metadata.Distribution
-
-    @cached_property
-    def package(self) -> str:
-        """Return the name of the distribution."""
-        return self.distribution.metadata["Name"]
-
-    @property
-    def version(self) -> str:
-        return self.distribution.version
-
-    def __str__(self) -> str:
-        return f"plugin {self.name!r} ({self.package} {self.version})"
-
-
-def discover() -> list[PluginInfo]:
-    """Return every installed plugin, sorted by name.
-
-    Two distributions may use the same name; this is an error only when the name is used (`find`). A distribution whose
-    metadata cannot be read is left out with a warning.
-    """
-    plugins: dict[tuple[str, str, str], PluginInfo] = {}
-    for distribution in importlib.metadata.distributions():
-        try:
-            entries = [entry for entry in distribution.entry_points if entry.group == GROUP]
-            infos = [PluginInfo(entry.name, entry.value, distribution) for entry in entries]
-            keys = [(info.name, info.value, info.package.lower().replace("_", "-")) for info in infos]
-        except Exception as error:
-            place = getattr(distribution, "_path", "a distribution")
-            log.warning("%s: its metadata cannot be read, so its plugins are left out: %s", place, one_line(error))
-            continue
-        for key, info in zip(keys, infos, strict=True):
-            plugins.setdefault(key, info)  # if a distribution is on sys.path twice, Python imports the first one
-    return sorted(plugins.values(), key=lambda info: (info.name, info.package))
-
-
-def find(name: str, installed: Sequence[PluginInfo], *, origin: str = "") -> PluginInfo:
-    """Return the installed plugin called `name`. Raises PluginError when there is none, or more than one.
-
-    `origin` is the option or line of the run file that names the plugin; error messages begin with it.
-    """
-    matches = [info for info in installed if info.name == name]
-    if len(matches) == 1:
-        return matches[0]
-    prefix = f"{origin}: " if origin else ""
-    if matches:
-        owners = " and ".join(f"{info.package} {info.version}" for info in matches)
-        if len({info.package for info in matches}) == 1:  # a distribution defines the name twice, or is installed twice
-            owners = " and ".join(f"{info.value} of {info.package} {info.version}" for info in matches)
-        raise PluginError(f"{prefix}plugin {name!r} is provided by {owners}; uninstall one of them")
-    names = [info.name for info in installed]
-    hint = did_you_mean(name, names) or f"; installed are {', '.join(names)}"
-    raise PluginError(f"{prefix}plugin {name!r} is not installed{hint}")
-
-
-def load_class(info: PluginInfo) -> type:
-    """Return the plugin's class, imported once its version range is known to include this sftx. Raises PluginError."""
-    from sftx.config.options import SECTIONS
-
+def load(info: PluginInfo) -> Any:
+    """Import what an entry point names, once its version range is known to include this sftx. Raises PluginError."""
     _check_sftx_version(info)
-    if info.name in SECTIONS:
-        raise PluginError(f"{info}: the name {info.name!r} is a section of the run file; rename the plugin")
     try:
-        cls = importlib.metadata.EntryPoint(info.name, info.value, GROUP).load()
+        return importlib.metadata.EntryPoint(info.name, info.value, info.group).load()
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # including SystemExit: a plugin must not end the process with exit code 0
         place = f" in {error.filename}" if isinstance(error, SyntaxError) else ""
+        advice = ", or leave the plugin out" if info.group == PLUGINS else ""
         raise PluginError(
             f"{info}: cannot be imported from {info.value!r}: {type(error).__name__}: {one_line(error)}{place}; "
-            f"fix or reinstall {info.package}, or leave the plugin out"
+            f"fix or reinstall {info.package}{advice}"
         ) from error
+
+
+def load_class(info: PluginInfo) -> type:
+    """Return the plugin's class, imported (see `load`) and checked. Raises PluginError."""
+    from sftx.config.options import SECTIONS
+
+    if info.name in SECTIONS:
+        raise PluginError(f"{info}: the name {info.name!r} is a section of the run file; rename the plugin")
+    cls = load(info)
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
         raise PluginError(f"{info}: {info.value!r} is not a dataclass; a plugin is a frozen dataclass of its options")
     if cls.__eq__ is not object.__eq__:
@@ -117,6 +56,16 @@ def load_class(info: PluginInfo) -> type:
             f"{info}: declare it as @dataclass(frozen=True, eq=False); pluggy compares and hashes plugins"
         )
     return cls
+
+
+def load_command(info: PluginInfo) -> click.Command:
+    """Return a command of the command line, imported (see `load`). Raises PluginError for what is no command."""
+    import click
+
+    command = load(info)
+    if not isinstance(command, click.Command):
+        raise PluginError(f"{info}: {info.value!r} is {kind_of(command)}, expected a click command")
+    return command
 
 
 def options_class(name: str) -> type | None:

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 from sftx.assembly import hookspecs
-from sftx.assembly.discovery import PluginInfo, discover, find, hooks_of, instance, load_class, options_of
+from sftx.assembly.discovery import hooks_of, instance, load_class, options_of
+from sftx.assembly.entry_points import PluginInfo, discover, find
 from sftx.assembly.hookspecs import ONE_PROVIDER, PROJECT, RETURNS, VALIDATE
 from sftx.assembly.stages import (
     AdapterStage,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 
-from sftx.assembly.discovery import discover, find
+from sftx.assembly.entry_points import discover, find
 from sftx.assembly.peft_config import INIT_FROM, PEFT_CONFIG, read_peft_config
 from sftx.assembly.registry import Assembly
 from sftx.checkpoint import layout

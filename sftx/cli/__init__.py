@@ -13,18 +13,24 @@ import time
 import traceback
 import warnings
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
+from click.shell_completion import CompletionItem
 
 from sftx import __version__
 from sftx.display import shown_phases
 from sftx.distributed import process_group, signals
 from sftx.distributed.process_group import LostPeerError
 from sftx.distributed.signals import Stop
-from sftx.errors import SftxError, one_line, printable
+from sftx.errors import PluginError, SftxError, one_line, printable
 
-_COMMANDS: Final[Mapping[str, str]] = {
+if TYPE_CHECKING:
+    from sftx.assembly.entry_points import PluginInfo
+
+log = logging.getLogger(__name__)
+
+BUILT_IN: Final[Mapping[str, str]] = {
     "run": "Fine-tune a model.",
     "inspect": "Show what a run would train on, token by token.",
     "chat": "Talk to a trained model.",
@@ -43,28 +49,54 @@ _LAUNCHER_S: Final = 1.0
 
 
 class _Lazy(click.Group):
-    """A group of commands that imports the module of a command when it is invoked, so that `--help` stays quick."""
+    """A group of commands that imports the module of a command when it is invoked, so that `--help` stays quick.
+
+    Installed packages add commands of their own by entry points of the group `sftx.commands`.
+    """
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(_COMMANDS)
+        return [*BUILT_IN, *dict.fromkeys(info.name for info in _installed_commands())]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in _COMMANDS:
+        """Raises PluginError for a command of an installed package that cannot be imported, or of two packages."""
+        installed = _installed_commands(cmd_name)
+        if cmd_name in BUILT_IN:
+            command: click.Command = importlib.import_module(f"sftx.cli.{cmd_name}").command
+            return command
+        if not installed:
             return None
-        command: click.Command = importlib.import_module(f"sftx.cli.{cmd_name}").command
-        return command
+        from sftx.assembly.discovery import load_command
+        from sftx.assembly.entry_points import find
+
+        try:
+            return load_command(find(cmd_name, installed))
+        except PluginError:
+            if ctx.resilient_parsing:  # a shell asks for completions
+                return None
+            raise
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl(list(_COMMANDS.items()))
+            formatter.write_dl(list(BUILT_IN.items()))
+        if rows := [
+            (info.name, f"{info.package}: {info.headers.get('Summary', '')}") for info in _installed_commands()
+        ]:
+            with formatter.section("Commands of installed packages"):
+                formatter.write_dl([(printable(name), printable(text)) for name, text in rows])
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Complete the names of commands without importing them."""
+        helps = {info.name: info.headers.get("Summary", "") for info in _installed_commands()} | dict(BUILT_IN)
+        commands = [CompletionItem(name, help=text) for name, text in helps.items() if name.startswith(incomplete)]
+        return commands + click.Command.shell_complete(self, ctx, incomplete)
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         _replace_unencodable()
+        _configure_logging()
         return super().main(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; every error that a user can cause ends the process with one line and an exit code."""
-        _configure_logging()
         signals.install_handlers()
         try:
             with shown_phases() if process_group.is_rank0() else contextlib.nullcontext():
@@ -90,6 +122,17 @@ class _Lazy(click.Group):
                 raise
             traceback.print_exc()
             sys.exit(process_group.UNEXPECTED)
+
+
+def _installed_commands(name: str | None = None) -> list[PluginInfo]:
+    """Return the commands of installed packages, or those of this name. Warn of those that sftx's own commands hide."""
+    from sftx.assembly.entry_points import COMMANDS, discover
+
+    found = discover(COMMANDS, only=name)
+    for info in found:
+        if info.name in BUILT_IN:
+            log.warning("%s is ignored: sftx has a command of this name", info)
+    return [info for info in found if info.name not in BUILT_IN]
 
 
 def _print_error(error: SftxError | OSError) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import click
 
-from sftx.errors import printable
-from sftx.scaffold import HOOKS, write_package
+from sftx.cli import BUILT_IN
+from sftx.errors import ConfigError, printable
+from sftx.scaffold import COMMAND, HOOKS, write_package
 
 
 @click.command()
@@ -16,10 +17,10 @@ from sftx.scaffold import HOOKS, write_package
 @click.option(
     "--hook",
     "hooks",
-    type=click.Choice(HOOKS),
+    type=click.Choice([*HOOKS, COMMAND]),
     required=True,
     multiple=True,
-    help="The hook that the plugin implements. May be given several times.",
+    help="The hook that the plugin implements. May be given several times. `command`: a command `sftx NAME`.",
 )
 @click.option(
     "--directory",
@@ -33,10 +34,13 @@ def command(name: str, hooks: tuple[str, ...], directory: Path) -> None:
 
     The method marked `# Yours:` decides what the plugin does. With several hooks there is one such method for each.
     """
+    if COMMAND in hooks and name.removeprefix("sftx-") in BUILT_IN:
+        raise ConfigError(f"{name!r} is a command of sftx itself; choose another name")
     package, *files = write_package(name, hooks, directory)
     for file in files:
         click.echo(printable(str(file)))
     click.echo("")
     click.echo(printable(shlex.join(["python", "-m", "pip", "install", "--editable", f"{package}[dev]"])))
     click.echo(printable(shlex.join(["python", "-m", "pytest", str(package)])))
-    click.echo(shlex.join(["sftx", "plugins", "check", package.name.removeprefix("sftx-")]))
+    name = package.name.removeprefix("sftx-")
+    click.echo(shlex.join(["sftx", name, "--help"] if COMMAND in hooks else ["sftx", "plugins", "check", name]))

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from sftx.assembly.discovery import PluginInfo, discover, find, hooks_of, instance, load_class, required_options
+from sftx.assembly.discovery import hooks_of, instance, load_class, load_command, required_options
+from sftx.assembly.entry_points import COMMANDS, PLUGINS, PluginInfo, discover, find
 from sftx.assembly.hookspecs import PROJECT
 from sftx.assembly.stages import named
 from sftx.cli import new
@@ -36,40 +37,49 @@ def command() -> None:
 @command.command("list")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
 def list_plugins(as_json: bool) -> None:
-    """List every installed plugin, without importing any."""
-    plugins = [
-        {"name": info.name, "distribution": info.package, "version": info.version, "class": info.value}
-        for info in discover()
-    ]
+    """List every installed plugin, and the commands of installed packages, without importing any."""
+    found = discover(PLUGINS, COMMANDS)
     if as_json:
-        click.echo(json.dumps(plugins, indent=2))
+        values = [
+            {"name": info.name, "distribution": info.package, "version": info.version}
+            | {"class" if info.group == PLUGINS else "command": info.value}
+            for info in found
+        ]
+        click.echo(json.dumps(values, indent=2))
         return
-    _print_columns([["PLUGIN", "DISTRIBUTION", "CLASS"]] + [
-        [p["name"], f"{p['distribution']} {p['version']}", p["class"]] for p in plugins
-    ])  # fmt: skip
+    rows = {
+        group: [[info.name, f"{info.package} {info.version}", info.value] for info in found if info.group == group]
+        for group in (PLUGINS, COMMANDS)
+    }
+    _print_columns([["PLUGIN", "DISTRIBUTION", "CLASS"], *rows[PLUGINS]])
+    if rows[COMMANDS]:
+        click.echo("")
+        _print_columns([["COMMAND", "DISTRIBUTION", "OBJECT"], *rows[COMMANDS]])
 
 
 @command.command()
 @click.argument("name")
 def info(name: str) -> None:
-    """Show hooks and options of the plugin NAME, which is imported."""
+    """Show hooks and options of the plugin NAME, which is imported; or where the command NAME comes from."""
     from pydantic import TypeAdapter
 
-    plugin = find(name, discover())
-    cls = load_class(plugin)
+    plugin = _find(name, PLUGINS, COMMANDS)
     metadata = plugin.distribution.metadata
     urls = (line.partition(",") for line in metadata.get_all("Project-URL") or ())
     links = {label.strip().lower(): url.strip() for label, _, url in urls}
     docs = [links[label] for label in ("documentation", "docs", "homepage", "repository") if links.get(label)]
-    rows = [
-        ["plugin", plugin.name],
+    about = [
         ["distribution", f"{plugin.package} {plugin.version}"],
         ["license", *(metadata.get_all("License-Expression") or metadata.get_all("License") or ["unknown"])[:1]],
         ["docs", *(docs or ["no link"])[:1]],
-        ["class", plugin.value],
-        ["hooks", ", ".join(hooks_of(plugin, cls))],
     ]
-    _print_columns(rows)
+    if plugin.group == COMMANDS:
+        text = load_command(plugin).get_short_help_str(limit=200)
+        _print_columns([["command", f"sftx {name}"], *about, ["object", plugin.value]])
+        click.echo(printable(f"\n{text}\n\nIts options: sftx {name} --help"))
+        return
+    cls = load_class(plugin)
+    _print_columns([["plugin", name], *about, ["class", plugin.value], ["hooks", ", ".join(hooks_of(plugin, cls))]])
     if cls.__doc__:
         click.echo(printable(f"\n{' '.join(cls.__doc__.split())}"))
     with named(str(plugin), "describing its options"):
@@ -118,15 +128,7 @@ def check(name: str, settings: tuple[str, ...], model: Path | None, skip: tuple[
     from sftx.cli.options import parse_settings
     from sftx.config.run_file import Origins
 
-    try:
-        plugin = find(name, discover())
-    except PluginError as error:
-        package = f"sftx-{name}"
-        if not Path(package).is_dir():
-            raise
-        raise PluginError(
-            f"{error}; to install the package in this directory: python -m pip install --editable {package}"
-        ) from None
+    plugin = _find(name, PLUGINS)
     options: dict[str, Any] = {}
     origins = Origins()
     for dotted, value, typed in parse_settings(settings):
@@ -165,6 +167,24 @@ def check(name: str, settings: tuple[str, ...], model: Path | None, skip: tuple[
         _print_findings(plugin, findings)
     if any(finding.status == "failed" for finding in findings):
         sys.exit(1)
+
+
+def _find(name: str, *groups: str) -> PluginInfo:
+    """Return the plugin, or command, NAME. Raises PluginError, which knows of a package in the current directory."""
+    installed = discover(PLUGINS, COMMANDS)
+    kind = next((info.group for info in installed if info.name == name and info.group in groups), PLUGINS)
+    others = [str(info) for info in installed if info.name == name and info.group not in groups]
+    try:
+        return find(name, [info for info in installed if info.group == kind])
+    except PluginError as error:
+        package = f"sftx-{name}"
+        if others:
+            raise PluginError(f"{others[0]} has no contract to be checked against; see sftx {name} --help") from None
+        if not Path(package).is_dir():
+            raise
+        raise PluginError(
+            f"{error}; to install the package in this directory: python -m pip install --editable {package}"
+        ) from None
 
 
 def _print_findings(plugin: PluginInfo, findings: Sequence[Finding]) -> None:
@@ -235,5 +255,5 @@ def _type(schema: dict[str, Any]) -> str:
 def _print_columns(rows: list[list[str]]) -> None:
     rows = [[printable(" ".join(cell.split())) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    click.echo("\n".join(lines))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from sftx.assembly.discovery import discover, find
+from sftx.assembly.entry_points import discover, find
 from sftx.assembly.registry import Assembly
 from sftx.config.default_plugins import TEMPLATES
 from sftx.config.run_file import Origins

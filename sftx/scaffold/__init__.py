@@ -18,18 +18,21 @@ import string
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
 from packaging.version import Version
 
 import sftx
-from sftx.assembly.discovery import discover
+from sftx.assembly.entry_points import COMMANDS, PLUGINS, discover
 from sftx.assembly.hookspecs import PROJECT, RETURNS
 from sftx.atomic_files import atomic_directory
 from sftx.config.default_plugins import RESERVED_SCHEMES, SCHEME, TEMPLATES
 from sftx.errors import ConfigError, OutputError
 
 HOOKS: Final = tuple(hook.removeprefix(f"{PROJECT}_") for hook in RETURNS)
+COMMAND: Final = "command"
+"""What a package has instead of a plugin that adds a command to `sftx`."""
+Definition: TypeAlias = ast.ClassDef | ast.FunctionDef
 _HERE: Final = Path(__file__).parent
 _LINE_LENGTH: Final = 120  # as in pyproject.toml of a package
 
@@ -64,11 +67,14 @@ class Names:
 def write_package(name: str, hooks: Sequence[str], directory: Path) -> list[Path]:
     """Write the package `sftx-NAME` into `directory`, atomically; return its path and those of its files.
 
-    `name` may begin with `sftx-`; `hooks` are some of HOOKS, all of which its one plugin implements. Raises ConfigError
+    `name` may begin with `sftx-`; `hooks` are some of HOOKS, all of which its one plugin implements, or
+    COMMAND alone. Raises ConfigError
     for an invalid name, and for hooks that one class cannot implement; OutputError when the package exists already or
     cannot be written.
     """
-    names = Names(name.removeprefix(f"{PROJECT}-"), tuple(hook for hook in HOOKS if hook in hooks))
+    names = Names(name.removeprefix(f"{PROJECT}-"), tuple(hook for hook in (*HOOKS, COMMAND) if hook in hooks))
+    if COMMAND in names.hooks and len(names.hooks) > 1:
+        raise ConfigError(f"--hook {COMMAND} makes a package of its own; leave --hook {names.hooks[0]} out")
     _check_name(names)
     files = _files(names)
     target = directory / names.distribution
@@ -99,7 +105,7 @@ def _check_name(names: Names) -> None:
     value, _ = run_file.parse(name)
     if value != name:
         raise ConfigError(f"{name!r} is {value} in a run file, not a name; choose another name")
-    if installed := [str(info) for info in discover() if info.name == name]:
+    if installed := [str(info) for info in discover(PLUGINS, COMMANDS) if info.name == name]:
         raise ConfigError(f"{name!r} is installed already, as {' and '.join(installed)}; choose another name")
     if importlib.util.find_spec(names.module) is not None:
         raise ConfigError(f"{name!r} would be the module {names.module}, which is installed already; choose another")
@@ -130,6 +136,8 @@ def _files(names: Names) -> dict[str, str]:
         "distribution": names.distribution,
         "module": names.module,
         "class_name": names.class_name,
+        "group": COMMANDS if COMMAND in names.hooks else PLUGINS,
+        "object": COMMAND if COMMAND in names.hooks else names.class_name,
         "sftx_range": sftx_range(),
     }
 
@@ -140,14 +148,13 @@ def _files(names: Names) -> dict[str, str]:
     stem = f"tests/test_{names.name.replace('-', '_')}"
     modules: dict[str, str] = {}
     tests: dict[str, str] = {}
-    classes: dict[str, ast.ClassDef] = {}
+    classes: dict[str, Definition] = {}
     for hook, values["class_name"] in names.classes.items():
         sources = sorted((_HERE / "hooks" / hook).glob("*.py.in"))
         own = {path.name.removesuffix(".in"): fill(path) for path in sources}
         is_only = len(names.hooks) == 1
         tests[f"{stem}.py" if is_only else f"{stem}_{hook}.py"] = own.pop("test.py")
-        tree = ast.parse(own["__init__.py"])
-        classes[hook] = next(node for node in tree.body if isinstance(node, ast.ClassDef))
+        classes[hook] = _definition(own["__init__.py"])
         if not is_only:
             own[f"{hook}.py"] = own.pop("__init__.py")
         modules |= own
@@ -156,7 +163,7 @@ def _files(names: Names) -> dict[str, str]:
     if len(names.hooks) > 1:
         modules["__init__.py"] = _combined(names)
     options = [option for cls in classes.values() for option in _options(cls)]
-    values["summary"] = _summary(ast.parse(modules["__init__.py"]))
+    values["summary"] = (ast.get_docstring(_definition(modules["__init__.py"])) or "").partition("\n")[0]
     values["options"] = "\n".join(
         f"| `{name}` | {kind} | `{default}` | {text} |" for name, kind, default, text in options
     )
@@ -167,9 +174,10 @@ def _files(names: Names) -> dict[str, str]:
     plugins[names.name] = ", ".join(f"{name}: {default}" for name, _, default, _ in options)
     values["run_file"] = "\n".join(f"  {plugin}: {{{settings}}}" for plugin, settings in plugins.items())
     package = _HERE / "package"
+    own_readme = _HERE / "hooks" / names.hooks[0] / "README.md.in"
     return {
         "pyproject.toml": fill(package / "pyproject.toml.in"),
-        "README.md": fill(package / "README.md.in"),
+        "README.md": fill(own_readme if own_readme.exists() else package / "README.md.in"),
         ".gitignore": fill(package / "gitignore.in"),
         **{f"{names.module}/{file}": text for file, text in modules.items()},
         f"{names.module}/py.typed": "",
@@ -177,7 +185,7 @@ def _files(names: Names) -> dict[str, str]:
     }
 
 
-def _check_combination(classes: Mapping[str, ast.ClassDef]) -> None:
+def _check_combination(classes: Mapping[str, Definition]) -> None:
     """Raise ConfigError when the classes of two hooks define the same name, so that one class cannot be both."""
     owners: dict[str, str] = {}
     for hook, cls in classes.items():
@@ -224,10 +232,10 @@ def _combined(names: Names) -> str:
     )
 
 
-def _summary(tree: ast.Module) -> str:
-    """Return the first line of the docstring of the module's first class."""
-    cls = next(node for node in tree.body if isinstance(node, ast.ClassDef))
-    return (ast.get_docstring(cls) or "").partition("\n")[0]
+def _definition(module: str) -> Definition:
+    """Return what a module is about: its first decorated class or function, a plugin or a command."""
+    nodes = ast.parse(module).body
+    return next(node for node in nodes if isinstance(node, Definition) and node.decorator_list)
 
 
 def _enumerated(names: Sequence[str]) -> str:
@@ -247,7 +255,7 @@ def sftx_range() -> str:
     return f">={floor},<{version.major}.{version.minor + 1}"
 
 
-def _options(cls: ast.ClassDef) -> Iterator[tuple[str, str, str, str]]:
+def _options(cls: Definition) -> Iterator[tuple[str, str, str, str]]:
     """Yield name, type, default as JSON and help of each `name: Annotated[type, Field(description=help)] = default`."""
     for node in cls.body:
         match node:

@@ -11,7 +11,8 @@ from typing import Any, Final
 
 import torch
 
-from sftx.assembly.discovery import PluginInfo, hooks_of, instance, load_class
+from sftx.assembly.discovery import hooks_of, instance, load_class
+from sftx.assembly.entry_points import PluginInfo
 from sftx.config.run_file import Origins
 from sftx.errors import ConfigError, PluginError, SftxError, one_line
 from sftx.model.load import load_spec

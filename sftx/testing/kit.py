@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sftx.assembly.discovery import discover, find
+from sftx.assembly.entry_points import discover, find
 from sftx.assembly.registry import Assembly, activate
 from sftx.assembly.stages import make
 from sftx.config.default_plugins import DEFAULT_PLUGINS, TEMPLATES

@@ -18,7 +18,8 @@ from packaging.utils import canonicalize_name
 from pydantic import TypeAdapter
 
 import sftx
-from sftx.assembly.discovery import PluginInfo, hooks_of, instance, load_class, required_options
+from sftx.assembly.discovery import hooks_of, instance, load_class, required_options
+from sftx.assembly.entry_points import PluginInfo
 from sftx.config.run_file import Origins
 from sftx.errors import ConfigError, PluginError
 from sftx.testing.clauses import ClauseError, Suite

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sftx.assembly.discovery import PluginInfo
+from sftx.assembly.entry_points import PluginInfo
 from sftx.errors import one_line
 from sftx.events import EvalReport, StartReport, StepReport
 from sftx.types import Observer

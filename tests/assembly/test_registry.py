@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import sftx
-from sftx.assembly import discovery, registry
+from sftx.assembly import discovery, entry_points, registry
 from sftx.assembly.hookspecs import ONE_PROVIDER, RETURNS
 from sftx.config import default_plugins, loading, options
 from sftx.errors import ConfigError, DataError, PluginError, SftxError
@@ -53,7 +53,7 @@ def error_of(*names: str, kind: type[SftxError] = PluginError, **kwargs: Any) ->
 
 def test_discovery_reads_metadata_and_imports_nothing(install_plugin: Any) -> None:
     install_plugin("acme-boom", "raise RuntimeError('imported')", {"boom": "Boom"}, version="2.5")
-    (found,) = [info for info in discovery.discover() if info.name == "boom"]
+    (found,) = [info for info in entry_points.discover() if info.name == "boom"]
     assert (found.package, found.version, found.value) == ("acme-boom", "2.5", "acme_boom:Boom")
     assert str(found) == "plugin 'boom' (acme-boom 2.5)"
     assert "acme_boom" not in sys.modules
@@ -443,7 +443,7 @@ def test_a_hook_gets_only_the_arguments_it_asks_for(install_plugin: Any) -> None
 
 # --- what ships ---------------------------------------------------------------------------------
 
-BUILT_IN = sorted(importlib.metadata.distribution("sftx").entry_points.select(group=discovery.GROUP).names)
+BUILT_IN = sorted(importlib.metadata.distribution("sftx").entry_points.select(group=entry_points.PLUGINS).names)
 
 
 def test_every_stage_of_the_design_has_a_built_in_plugin() -> None:
@@ -457,7 +457,7 @@ def test_every_built_in_entry_point_loads_and_fills_a_hook(name: str) -> None:
 
 
 def _hooks(name: str) -> list[str]:
-    info = discovery.find(name, [info for info in discovery.discover() if info.package == "sftx"])
+    info = entry_points.find(name, [info for info in entry_points.discover() if info.package == "sftx"])
     return discovery.hooks_of(info, discovery.load_class(info))
 
 

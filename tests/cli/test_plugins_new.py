@@ -19,7 +19,7 @@ from click.testing import CliRunner
 
 from environments import make_environment
 from sftx import ConfigError, Location, OutputError, RunInfo, SftxError
-from sftx.assembly.discovery import discover, find
+from sftx.assembly.entry_points import discover, find
 from sftx.cli.new import command
 from sftx.config.loading import load
 from sftx.config.options import SECTIONS
@@ -32,11 +32,12 @@ REPOSITORY = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a directory with a package `sftx-my-HOOK` for each hook, and `sftx-my-several`."""
+    """Return a directory with a package `sftx-my-HOOK` for each hook, `sftx-my-several` and `sftx-my-command`."""
     directory = tmp_path_factory.mktemp("packages")
     for hook in HOOKS:
         write_package(f"my-{hook}", [hook], directory)
     write_package("my-several", SEVERAL, directory)
+    write_package("my-command", ["command"], directory)
     return directory
 
 
@@ -230,6 +231,23 @@ def test_the_command_takes_several_hooks_and_refuses_those_that_no_class_can_hav
     }
 
 
+def test_a_command_is_a_package_of_its_own_and_none_of_sftx_s_own(tmp_path: Path) -> None:
+    for arguments, message in (
+        (["report", "--hook", "command"], "'report' is a command of sftx itself; choose another name"),
+        (
+            ["mine", "--hook", "loss", "--hook", "command"],
+            "--hook command makes a package of its own; leave --hook loss",
+        ),
+    ):
+        error = CliRunner().invoke(command, [*arguments, "--directory", str(tmp_path)]).exception
+        assert isinstance(error, ConfigError)
+        assert str(error).startswith(message)
+    done = CliRunner().invoke(command, ["mine", "--hook", "command", "--directory", str(tmp_path)])
+    assert done.output.splitlines()[-1] == "sftx mine --help"
+    project = tomllib.loads((tmp_path / "sftx-mine" / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["entry-points"] == {"sftx.commands": {"mine": "sftx_mine:command"}}
+
+
 def test_the_text_of_the_packages_is_installed_with_sftx() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
     patterns = project["tool"]["setuptools"]["package-data"]["sftx"]
@@ -242,6 +260,7 @@ def test_the_packages_are_linted_and_formatted(packages: Path, tmp_path: Path) -
     for hook in HOOKS:  # names of other lengths break lines elsewhere
         write_package(f"x{HOOKS.index(hook)}", [hook], tmp_path)
         write_package(f"retrieval-augmented-answers-{hook}", [hook], tmp_path)
+    write_package("retrieval-augmented-answers-command", ["command"], tmp_path)
     write_package("retrieval-augmented-answers", [hook for hook in HOOKS if hook != "metric"], tmp_path)
     rules = ("--extend-select", "SIM,RUF,PT,C4,RET,W,PLE,TID")
     for arguments in (["check", *rules], ["format", "--check"]):
@@ -255,7 +274,7 @@ def test_the_packages_are_typed_and_so_are_the_examples(packages: Path) -> None:
     """They pass mypy with the stricter settings of this project, so that the cache of `make types` is used."""
     assert tomllib.loads((packages / "sftx-my-loss" / "pyproject.toml").read_text())["tool"]["mypy"]["strict"]
     files = sorted(packages.rglob("*.py"))
-    assert len(files) == 2 * len(HOOKS) + 2 + 2 * len(SEVERAL) + 1
+    assert len(files) == 2 * len(HOOKS) + 2 + 2 * len(SEVERAL) + 1 + 2
     examples = sorted((REPOSITORY / "examples").glob("*/sftx_*/*.py"))
     assert len(examples) >= 2
     done = subprocess.run(
@@ -280,9 +299,9 @@ def installed(packages: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
         lines += [f"Requires-Dist: {requirement}" for requirement in project["dependencies"]]
         readme = (package / project["readme"]).read_text(encoding="utf-8")
         (info / "METADATA").write_text("\n".join([*lines, "", readme]), encoding="utf-8")
-        points = project["entry-points"]["sftx.plugins"]
+        ((group, points),) = project["entry-points"].items()
         entries = [f"{name} = {value}" for name, value in points.items()]
-        (info / "entry_points.txt").write_text("\n".join(["[sftx.plugins]", *entries]), encoding="utf-8")
+        (info / "entry_points.txt").write_text("\n".join([f"[{group}]", *entries]), encoding="utf-8")
     return [site, *sorted(packages.iterdir())]
 
 
@@ -311,7 +330,7 @@ def test_the_tests_of_the_new_packages_pass(installed: list[Path], tmp_path: Pat
     assert done.returncode == 0, done.stdout + done.stderr
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed is not None
-    assert int(passed[1]) >= 3 * (len(HOOKS) + len(SEVERAL))
+    assert int(passed[1]) >= 3 * (len(HOOKS) + len(SEVERAL) + 1)
 
 
 # One hook in the fast tests; what differs between hooks is tested above.

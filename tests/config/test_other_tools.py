@@ -14,7 +14,8 @@ import pytest
 
 import assets
 import migrating_page
-from sftx.assembly.discovery import discover, find, load_class
+from sftx.assembly.discovery import load_class
+from sftx.assembly.entry_points import discover, find
 from sftx.config import loading, other_tools, run_file, validation
 from sftx.config.options import SECTIONS
 from sftx.config.other_tools import ANY, TABLE, Answer, answer

@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from sftx.assembly.discovery import discover, find, load_class
+from sftx.assembly.discovery import load_class
+from sftx.assembly.entry_points import discover, find
 from sftx.config.default_plugins import DEFAULT_PLUGINS
 from sftx.config.options import DataConfig, Source
 from sftx.data.encoder import Encoder

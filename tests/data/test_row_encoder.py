@@ -14,13 +14,13 @@ WHERE = Location("x.jsonl", 7)
 
 @pytest.fixture(scope="module")
 def parsers() -> dict[str, Parser]:
-    from sftx.assembly import discovery, registry
+    from sftx.assembly import entry_points, registry
     from sftx.config import default_plugins, loading
 
     loaded = loading.load(None, assignments=[("data.train", ["x.jsonl"], "--data x.jsonl")], remove=["masked-ce"])
     assembly = registry.Assembly(loaded.origins)
     for name in default_plugins.DEFAULT_PLUGINS["sftx_parser"]:
-        assembly.add(discovery.find(name, discovery.discover()), {})
+        assembly.add(entry_points.find(name, entry_points.discover()), {})
     return assembly.parsers()
 
 

@@ -57,7 +57,7 @@ def test_the_memory_of_optimizers_is_what_they_declare() -> None:
 
 
 def test_every_metric_and_evaluator_has_its_line() -> None:
-    from sftx.assembly.discovery import discover
+    from sftx.assembly.entry_points import discover
 
     metrics = {info.name for info in discover() if info.package == "sftx" and "sftx_plugins" in info.value}
     named = set(column("plugin"))

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from sftx.assembly.discovery import PluginInfo, discover, hooks_of, instance, load_class
+from sftx.assembly.discovery import hooks_of, instance, load_class
+from sftx.assembly.entry_points import PluginInfo, discover
 from sftx.config.run_file import Origins
 from sftx.testing.clauses import Finding
 from sftx.testing.contract import SUITES, check_plugin

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from sftx import Conversation, DataError, Location, Message, Parser, PlainText, Tokens, ToolCall
-from sftx.assembly.discovery import discover, find, load_class
+from sftx.assembly.discovery import load_class
+from sftx.assembly.entry_points import discover, find
 from sftx.config.default_plugins import DEFAULT_PLUGINS
 from sftx_plugins.parsers.alpaca import Alpaca
 from sftx_plugins.parsers.hh_rlhf import HHRLHF

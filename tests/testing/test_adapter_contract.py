@@ -21,7 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 from architectures import SHAPE, write_model
 from contracts import assert_every_clause_is_broken, assert_fails, assert_fails_only, whole_suite_cases
 from sftx import Batch, LanguageModel, ModelSpec, hookimpl
-from sftx.assembly.discovery import discover, hooks_of, load_class
+from sftx.assembly.discovery import hooks_of, load_class
+from sftx.assembly.entry_points import discover
 from sftx.testing import ContractError
 from sftx.testing.adapter import SUITE, check_adapter
 from sftx.testing.kit import built_in

@@ -21,7 +21,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from contracts import assert_every_clause_is_broken, assert_fails, assert_fails_only, whole_suite_cases
 from sftx import EvalReport, Observer, RunInfo, StartReport, StepReport, hookimpl
-from sftx.assembly.discovery import discover, hooks_of, load_class
+from sftx.assembly.discovery import hooks_of, load_class
+from sftx.assembly.entry_points import discover
 from sftx.testing import ContractError
 from sftx.testing.kit import built_in
 from sftx.testing.observer import SUITE, check_observer

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sftx.assembly.discovery import discover, find
+from sftx.assembly.entry_points import discover, find
 from sftx.testing.package import SUITE
 
 GOOD = '''"""A metric."""

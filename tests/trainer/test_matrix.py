@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from sftx.assembly.discovery import discover, hooks_of, load_class
+from sftx.assembly.discovery import hooks_of, load_class
+from sftx.assembly.entry_points import discover
 
 FULL = "full fine-tuning"
 
