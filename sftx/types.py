@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor, nn
     from torch.optim import Optimizer
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from sftx.events import Decision, EvalReport, StartReport, StepReport
     from sftx_kernels import LinearCrossEntropyOutput
@@ -698,6 +698,74 @@ class Observer:
 
     def close(self) -> None:
         """Called exactly once, last, also when the run failed."""
+
+
+class ExportSource(Protocol):
+    """The result of a run as an exporter gets it: a model in fp32 on the CPU, and what is needed to prompt it."""
+
+    @property
+    def lm(self) -> LanguageModel:
+        """The model, with its adapters attached until `merge`; nothing requires a gradient."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that the run saved; its `chat_template` is the template of the run in Jinja."""
+
+    @property
+    def template(self) -> Template | None:
+        """The template of the run, None when it was trained on plain text."""
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids of the tokens that end an answer."""
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """The model's generation settings, which stop at `stop_ids` too."""
+
+    @property
+    def base_model(self) -> str:
+        """Directory or hub id of the model under the adapters; the result's own directory for a full model."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the base model's files, in which a result is written unless the user wants another one."""
+
+    def merge(self) -> PreTrainedModel:
+        """Fold the adapters into the weights, in fp32, and return the plain transformers model.
+
+        It changes the model of `lm`. Further calls return the same model.
+        """
+
+    def save_pretrained(
+        self, directory: Path, *, dtype: torch.dtype | None = None, max_shard_size: str = "5GB"
+    ) -> None:
+        """Write the merged model, its tokenizer with the chat template, and its generation settings.
+
+        `directory` exists, and is then a model directory of transformers, from which most other formats can be made.
+        `dtype`: of the weights in the files, by default `self.dtype`.
+        """
+
+
+@runtime_checkable
+class Exporter(Protocol):
+    """Writes the result of a run in another format. `sftx export RUN --to NAME` calls its methods in this order.
+
+    An exporter that can load what it wrote may have a method
+    `load(directory: Path) -> Callable[[Sequence[int], int], list[int]]`: the function that it returns gets the token
+    ids of a prompt and the most tokens to answer with, and returns the greedy answer without its stop token. The
+    contract compares it with the run's own answers, unless the exporter has an attribute `lossy` that is True (it
+    quantises).
+    """
+
+    def check(self, config: PretrainedConfig) -> None:
+        """Raise ConfigError for a model that it cannot write, and list those that it knows. No weight is read yet."""
+
+    def export(self, source: ExportSource, directory: Path) -> None:
+        """Write into an empty directory, which takes its place at the end, once it is complete."""
+
+    def usage(self, directory: Path) -> str:
+        """Return how to load what was written there: a command, or lines of Python, which are shown at the end."""
 
 
 class Control:

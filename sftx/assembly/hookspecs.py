@@ -17,6 +17,7 @@ from sftx.types import (
     Collator,
     Control,
     Evaluator,
+    Exporter,
     Loss,
     Metric,
     ModelSpec,
@@ -108,6 +109,11 @@ def sftx_observer(run: RunInfo) -> Observer:  # type: ignore[empty-body]
     """Return an observer of the run's events. Any number."""
 
 
+@hookspec
+def sftx_exporter(run: RunInfo) -> Exporter:  # type: ignore[empty-body]
+    """Return an exporter of results, which `sftx export` calls; a training run does not. Any number."""
+
+
 VALIDATE: Final = "sftx_validate"
 """The hook that returns nothing."""
 
@@ -124,6 +130,7 @@ RETURNS: Final[dict[str, type]] = {
     "sftx_evaluator": Evaluator,
     "sftx_control": Control,
     "sftx_observer": Observer,
+    "sftx_exporter": Exporter,
 }
 """The hooks that return a stage, in the order of the stages of a run, and the type that each must return."""
 

@@ -26,6 +26,7 @@ from sftx.assembly.stages import (
     CollatorStage,
     ControlStage,
     EvaluatorStage,
+    ExporterStage,
     LossStage,
     MetricStage,
     OptimizerStage,
@@ -98,6 +99,18 @@ def activate(loaded: LoadedConfig) -> Assembly:
     assembly.run = RunInfo(Path(config.output_dir or "."), assembly.resolved(config))
     assembly.validate()
     return assembly
+
+
+def exporter(name: str, options: Mapping[str, Any], origins: Origins, run: RunInfo) -> ExporterStage:
+    """Return the exporter of the installed plugin `name`. Raises PluginError, also when it exports nothing."""
+    assembly = Assembly(origins)
+    assembly.add(find(name, discover(), origin=f"--to {name}"), options)
+    assembly.run = run
+    assembly.validate()
+    exporters = assembly.exporters()
+    if not exporters:
+        raise PluginError(f"--to {name}: {assembly.active[0].info} implements no sftx_exporter")
+    return exporters[name]
 
 
 @dataclass(frozen=True, eq=False)
@@ -291,6 +304,9 @@ class Assembly:
 
     def controls(self) -> dict[str, ControlStage]:
         return {a.info.name: ControlStage(str(a.info), made) for a, made in self._call("sftx_control")}
+
+    def exporters(self) -> dict[str, ExporterStage]:
+        return {a.info.name: ExporterStage(str(a.info), made) for a, made in self._call("sftx_exporter")}
 
     def observers(self) -> list[tuple[PluginInfo, Observer]]:
         """Return the observers without a wrapper: the trainer catches their errors, which stop no run."""

@@ -32,6 +32,8 @@ from sftx.types import (
     Evaluation,
     Evaluator,
     Example,
+    Exporter,
+    ExportSource,
     HeldOutRow,
     LanguageModel,
     Location,
@@ -60,6 +62,7 @@ from sftx.types import (
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
+    from transformers import PretrainedConfig
 
 log = logging.getLogger(__name__)
 
@@ -715,6 +718,41 @@ class ControlStage(_Stage):
         if factor is not None and not (is_number and 0 < factor < math.inf):
             raise self._refuse(f"{what} asked for the rate_factor {factor!r}, expected a number above 0")
         return decision
+
+
+class ExporterStage(_Stage):
+    """Exports the result of a run, and checks that something was written."""
+
+    def __init__(self, plugin: str, exporter: Exporter) -> None:
+        super().__init__(plugin)
+        self._exporter = exporter
+        with self._attribute("reading what it declares"):
+            self.is_lossy = bool(getattr(exporter, "lossy", False))
+            self.can_load = hasattr(exporter, "load")
+
+    def check(self, config: PretrainedConfig) -> None:
+        with self._attribute("check"):
+            self._exporter.check(config)
+
+    def export(self, source: ExportSource, directory: Path) -> None:
+        with self._attribute("export"):
+            self._exporter.export(source, directory)
+        if not any(path.is_file() for path in directory.rglob("*")):
+            raise self._refuse("export wrote no file")
+
+    def usage(self, directory: Path) -> str:
+        with self._attribute("usage"):
+            text: Any = self._exporter.usage(directory)
+        if not isinstance(text, str):
+            raise self._refuse(f"usage returned {type(text).__name__}, expected text")
+        return text
+
+    def load(self, directory: Path) -> Callable[[Sequence[int], int], list[int]]:
+        """Return what answers prompts from the files; only where `can_load`."""
+        exporter: Any = self._exporter
+        with self._attribute("load"):
+            answer: Callable[[Sequence[int], int], list[int]] = exporter.load(directory)
+        return answer
 
 
 class AdapterStage(_Stage, Adapter):

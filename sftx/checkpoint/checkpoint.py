@@ -40,11 +40,13 @@ def write_artefact(
     *,
     consolidated: bool = True,
     dtype: torch.dtype | None = None,
+    max_shard_size: str = "50GB",
 ) -> None:
     """Write the adapters in PEFT's format, or the full model in transformers', and the tokenizer.
 
     Every rank must call it. Of a sharded model rank 0 writes one file, or, when not `consolidated`, each rank its own.
     `dtype`: of the full model's parameters in the files, where it is another one than in the run; adapters keep theirs.
+    `max_shard_size`: of each of its files.
     Raises TrainingError for weights that are not finite, PluginError for an adapter that writes no weights.
     """
     not_finite = [n for n, p in lm.named_parameters() if p.requires_grad and not local_shard(p).isfinite().all()]
@@ -57,7 +59,9 @@ def write_artefact(
         )
         dtype = None
     if not lm.adapters:
-        _write_model(lm, directory, process_group, consolidated=consolidated, dtype=dtype)
+        _write_model(
+            lm, directory, process_group, consolidated=consolidated, dtype=dtype, max_shard_size=max_shard_size
+        )
     process_group.run_on_rank0(lambda: _write_adapters_and_tokenizer(lm, directory))
 
 
@@ -78,7 +82,13 @@ def _exceeds(lm: CausalLM, dtype: torch.dtype, process_group: ProcessGroup) -> b
 
 
 def _write_model(
-    lm: CausalLM, directory: Path, process_group: ProcessGroup, *, consolidated: bool, dtype: torch.dtype | None
+    lm: CausalLM,
+    directory: Path,
+    process_group: ProcessGroup,
+    *,
+    consolidated: bool,
+    dtype: torch.dtype | None,
+    max_shard_size: str,
 ) -> None:
     is_sharded = has_shards(lm.model)
     if is_sharded and not consolidated:
@@ -91,7 +101,9 @@ def _write_model(
         dtypes = {} if dtype is None else dict.fromkeys(_parameters_to_cast(lm.model, dtype), dtype)
         weights = sharded_files.gather(tensors, process_group, owner=lambda name: 0, dtypes=dtypes)
     # transformers writes them under the names of the architecture's files, and tied weights once.
-    process_group.run_on_rank0(lambda: model_files.save_model(lm.model, directory, weights, dtype=dtype))
+    process_group.run_on_rank0(
+        lambda: model_files.save_model(lm.model, directory, weights, dtype=dtype, max_shard_size=max_shard_size)
+    )
 
 
 def _parameters_to_cast(model: PreTrainedModel, dtype: torch.dtype) -> list[str]:

@@ -18,6 +18,9 @@ ADAPTER: Final = "adapter"
 MODEL: Final = "model"
 """Directory of the artefact, by what was trained; `model` is also the stem of sharded weights."""
 
+EXPORT: Final = "export"
+"""Directory of a run's exports, each of which is named after its plugin."""
+
 CHECKPOINTS: Final = "checkpoints"
 OPTIMIZER: Final = "optimizer"
 """Stem of the files with the optimizer's state."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -31,7 +31,7 @@ from sftx.model.load import load_model, load_spec, load_tokenizer
 from sftx.types import Adapter, Collator, Conversation, Example, ModelSpec, Template
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,8 @@ class LoadedRun:
     """Directory or hub id of the model under the adapters; `directory` itself for a full model."""
     compute_dtype: torch.dtype
     """The dtype of matrix products; float32 means no autocast."""
+    saved_dtype: torch.dtype
+    """The dtype of the weights in the files of the base model, or of the full model."""
     config: RunConfig | None
     """Options of the run; None when no run.yaml belongs to the directory."""
     no_template: str = ""
@@ -128,6 +130,7 @@ def load_run(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
+    check: Callable[[PretrainedConfig], None] | None = None,
 ) -> LoadedRun:
     """Load a fine-tuned model from a run directory, one of its checkpoints, or an adapter's or a model's directory.
 
@@ -137,6 +140,7 @@ def load_run(
 
     `device`: by default the first GPU, or the CPU. `dtype`: of weights and matrix products; by default weights are
     kept and multiplied as in the run's evaluations, and for a directory without run.yaml as its config.json says.
+    `check` is called with the model's configuration before weights are read, and may refuse it.
     Raises ModelError, ConfigError, PluginError and OutputError.
     """
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -146,6 +150,8 @@ def load_run(
     else:
         parts = _parts_of_directory(weights, trust_remote_code=trust_remote_code)
     spec, encoder = parts.spec, Encoder(parts.tokenizer, parts.template)
+    if check is not None:
+        check(spec.config)
     is_full = not parts.adapters
     saved_dtype = getattr(spec.config, "dtype", None) or torch.float32
     compute_dtype = dtype or parts.compute_dtype or saved_dtype
@@ -170,6 +176,7 @@ def load_run(
         directory=weights,
         base_model=spec.name,
         compute_dtype=compute_dtype,
+        saved_dtype=saved_dtype,
         config=parts.config,
         no_template=parts.no_template,
         collator=parts.collator,

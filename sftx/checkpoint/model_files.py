@@ -40,10 +40,12 @@ def save_model(
     state_dict: Mapping[str, Tensor] | None = None,
     *,
     dtype: torch.dtype | None = None,
+    max_shard_size: str = "50GB",
 ) -> None:
     """Write a model's files. `state_dict` replaces its weights; `dtype` is that of its parameters, if another one."""
     with _without_progress_bars(), _saveable(model.config):
-        model.save_pretrained(directory, state_dict=None if state_dict is None else dict(state_dict))
+        tensors = None if state_dict is None else dict(state_dict)
+        model.save_pretrained(directory, state_dict=tensors, max_shard_size=max_shard_size)
         if dtype is not None:  # save_pretrained has written the dtype of the parameters on the device
             model.config.dtype = str(dtype).removeprefix("torch.")
             model.config.save_pretrained(directory)

@@ -5,8 +5,8 @@ check` runs the same suites on an installed plugin. The pytest fixtures `tiny_mo
 come with sftx (`pytest_plugin`). Importing this package imports torch.
 
 Each contract is a module of its own: `package`, `source`, `parser`, `template`, `collator`, `adapter`, `loss`,
-`optimizer`, `schedule`, `metric`, `evaluator`, `control`, `observer`. The package may import all of sftx except
-`sftx.cli` and `sftx.inspection`; only `sftx.cli` imports it.
+`optimizer`, `schedule`, `metric`, `evaluator`, `control`, `observer`, `exporter`. The package may import all of sftx
+except `sftx.cli` and `sftx.inspection`; only `sftx.cli` imports it.
 """
 
 from sftx.events import Result
@@ -15,6 +15,7 @@ from sftx.testing.clauses import ContractError, Finding
 from sftx.testing.collator import check_collator
 from sftx.testing.control import check_control
 from sftx.testing.evaluator import check_evaluator
+from sftx.testing.exporter import check_exporter
 from sftx.testing.loss import check_loss
 from sftx.testing.metric import check_metric
 from sftx.testing.observer import check_observer
@@ -32,6 +33,7 @@ __all__ = [
     "check_collator",
     "check_control",
     "check_evaluator",
+    "check_exporter",
     "check_loss",
     "check_metric",
     "check_observer",

@@ -21,6 +21,7 @@ from sftx.testing import (
     collator,
     control,
     evaluator,
+    exporter,
     loss,
     metric,
     observer,
@@ -39,7 +40,7 @@ SUITES: Final[Mapping[str, Suite[Any]]] = {
     module.SUITE.hook: module.SUITE
     for module in (
         package, source, parser, template, collator, adapter, loss, optimizer, schedule, metric, evaluator, control,
-        observer,
+        observer, exporter,
     )
 }  # fmt: skip
 """The suite of the package, and of each hook in the order of the stages of a run."""

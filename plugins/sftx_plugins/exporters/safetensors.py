@@ -1,0 +1,69 @@
+"""The exporter `safetensors`: a model directory that transformers loads, without adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from sftx import Exporter, ExportSource, hookimpl
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True, eq=False)
+class Safetensors:
+    """Writes a model directory for transformers: adapters merged in fp32, the base's dtype, tokenizer and template."""
+
+    dtype: Annotated[
+        Literal["base", "float32", "bfloat16", "float16"],
+        Field(description="Of the weights in the files; base is that of the base model's own files."),
+    ] = "base"
+    max_shard_size: Annotated[
+        str, Field(pattern=r"^\d+(\.\d+)?[KMG]B$", description="Largest file of weights, such as 500MB.")
+    ] = "5GB"
+
+    @hookimpl
+    def sftx_exporter(self) -> Exporter:
+        return self
+
+    @property
+    def lossy(self) -> bool:
+        return self.dtype in ("bfloat16", "float16")
+
+    def check(self, config: PretrainedConfig) -> None:
+        """Every architecture that transformers has loaded, it saves."""
+
+    def export(self, source: ExportSource, directory: Path) -> None:
+        import torch
+
+        dtype = None if self.dtype == "base" else getattr(torch, self.dtype)
+        source.save_pretrained(directory, dtype=dtype, max_shard_size=self.max_shard_size)
+
+    def usage(self, directory: Path) -> str:
+        return (
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+            f'model = AutoModelForCausalLM.from_pretrained("{directory}", dtype="auto")\n'
+            f'tokenizer = AutoTokenizer.from_pretrained("{directory}")'
+        )
+
+    def load(self, directory: Path) -> Callable[[Sequence[int], int], list[int]]:
+        import torch
+        from transformers import AutoModelForCausalLM, GenerationConfig
+
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
+        stop = model.generation_config.eos_token_id
+
+        def answer(prompt: Sequence[int], max_new_tokens: int) -> list[int]:
+            ids_BT = torch.tensor([list(prompt)])
+            greedy = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stop, pad_token_id=0)
+            out_BT = model.generate(ids_BT, attention_mask=torch.ones_like(ids_BT), generation_config=greedy)
+            new: list[int] = out_BT[0, len(prompt) :].tolist()
+            ends = stop if isinstance(stop, list) else [stop]
+            return new[:-1] if new and new[-1] in ends else new
+
+        return answer
