@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from sftx.assembly.discovery import discover, find, load_class
+from sftx.assembly.discovery import load_class
+from sftx.assembly.entry_points import discover, find
 from sftx.config.loading import LoadedConfig
 from sftx.errors import ConfigError, ModelError, one_line
 

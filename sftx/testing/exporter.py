@@ -13,6 +13,7 @@ import torch
 from sftx.assembly.stages import AdapterStage, ExporterStage
 from sftx.checkpoint.export import LoadedSource
 from sftx.checkpoint.load_run import LoadedRun
+from sftx.data.encoder import Encoder
 from sftx.errors import ConfigError, PluginError, one_line
 from sftx.model.generation import generation_defaults
 from sftx.testing.clauses import ClauseError, ExemptError, Suite, must_not_raise
@@ -37,28 +38,39 @@ class _Case:
         return ""
 
     def run(self) -> LoadedRun:
-        """Return the result of a run that has trained a LoRA with added weights that are not zero."""
+        """Return the result of a run whose LoRA changes every answer, and which has two stop tokens.
+
+        The second one is the third token of its first answer, so that an answer ends there.
+        """
         adapter = AdapterStage("lora", make_stage(built_in("lora"), "sftx_adapter", spec=self._kit.spec))
         lm = self._kit.language_model({"lora": adapter})
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for parameter in lm.parameters():
                 if parameter.requires_grad:
-                    parameter.normal_(0, 0.05, generator=generator)
+                    parameter.normal_(0, 0.3, generator=generator)
         lm.requires_grad_(False)
         lm.eval()
-        lm.model.generation_config = generation_defaults(lm, self._kit.encoder.stop_ids)
-        return LoadedRun(
+        encoder = Encoder(self._kit.tokenizer, self._kit.template)
+        lm.model.generation_config = generation_defaults(lm, encoder.stop_ids)
+        run = LoadedRun(
             lm=lm,
             tokenizer=self._kit.tokenizer,
             template=self._kit.template,
-            encoder=self._kit.encoder,
+            encoder=encoder,
             directory=self._kit.model_dir,
             base_model=str(self._kit.model_dir),
             compute_dtype=torch.float32,
             saved_dtype=torch.float32,
             config=None,
         )
+        (answer,) = run.answer(self.prompts(run)[:1], max_new_tokens=3)
+        encoder.stop_ids = tuple(dict.fromkeys([*encoder.stop_ids, *answer[2:]]))
+        lm.model.generation_config = generation_defaults(lm, encoder.stop_ids)
+        return run
+
+    def prompts(self, run: LoadedRun) -> list[list[int]]:
+        return [run.prompt(conversation) for conversation in CONVERSATIONS[:3]]
 
     @contextmanager
     def exported(self, run: LoadedRun) -> Iterator[Path]:
@@ -117,7 +129,7 @@ def answers_as_the_run(case: _Case) -> None:
     if not case.exporter.can_load or case.exporter.is_lossy:
         raise ExemptError("it declares lossy" if case.exporter.is_lossy else "it has no method load")
     run = case.run()
-    prompts = [run.prompt(conversation) for conversation in CONVERSATIONS[:3]]
+    prompts = case.prompts(run)
     expected = run.answer(prompts, max_new_tokens=_MAX_NEW_TOKENS)
     with case.exported(run) as directory, must_not_raise("load, or an answer", "it gets a directory that it wrote"):
         answer = case.exporter.load(directory)

@@ -233,6 +233,7 @@ def test_without_names_the_defaults_fill_what_they_can() -> None:
         "sftx_evaluator": [],
         "sftx_control": [],
         "sftx_observer": ["progress", "jsonl"],
+        "sftx_exporter": [],
     }
 
 
