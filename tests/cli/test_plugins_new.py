@@ -286,6 +286,26 @@ def test_the_packages_are_typed_and_so_are_the_examples(packages: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
+def test_mypy_as_the_page_says_finds_no_error_in_new_packages_beside_a_source_tree_of_sftx(
+    packages: Path, tmp_path: Path
+) -> None:
+    """With the settings of a package, and all of them at once: the first run without a cache takes a minute."""
+    places = [REPOSITORY, REPOSITORY / "kernels", REPOSITORY / "plugins", *sorted(packages.iterdir())]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment["MYPYPATH"] = os.pathsep.join(map(str, places))
+
+    def mypy(*files: Path) -> str:
+        settings = ("--config-file", packages / "sftx-my-loss" / "pyproject.toml", "--cache-dir", tmp_path / "cache")
+        command = [sys.executable, "-m", "mypy", "--no-error-summary", *settings, *files]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path).stdout
+
+    assert mypy(*sorted(packages.rglob("*.py"))) == ""
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text("import sftx\n\n\ndef made() -> sftx.Loss:\n    return 3\n", encoding="utf-8")
+    assert 'Incompatible return value type (got "int", expected "Loss")' in mypy(wrong)
+
+
 @pytest.fixture(scope="module")
 def installed(packages: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Return entries for sys.path that install the packages: a directory of their metadata, and the packages."""
