@@ -53,7 +53,7 @@ def command(run: Path, name: str, into: Path | None, settings: tuple[str, ...], 
     config = as_dict(load(run_file).config) if run_file.exists() else {}
     made = exporter(name, options, origins, RunInfo(run, config))
     with phase("importing", "torch and transformers"):
-        from sftx.checkpoint.export import export_run
+        from sftx.checkpoint.exporting import export_run
 
     export_run(run, target, made, trust_remote_code=trust_remote_code)
     files = [path for path in target.rglob("*") if path.is_file()]

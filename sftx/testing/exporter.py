@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from sftx.assembly.stages import AdapterStage, ExporterStage
-from sftx.checkpoint.export import LoadedSource
+from sftx.checkpoint.exporting import LoadedSource
 from sftx.checkpoint.load_run import LoadedRun
 from sftx.data.encoder import Encoder
 from sftx.errors import ConfigError, PluginError, one_line
