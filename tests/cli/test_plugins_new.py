@@ -261,7 +261,7 @@ def test_the_packages_are_linted_and_formatted(packages: Path, tmp_path: Path) -
         write_package(f"x{HOOKS.index(hook)}", [hook], tmp_path)
         write_package(f"retrieval-augmented-answers-{hook}", [hook], tmp_path)
     write_package("retrieval-augmented-answers-command", ["command"], tmp_path)
-    write_package("retrieval-augmented-answers", [hook for hook in HOOKS if hook != "metric"], tmp_path)
+    write_package("retrieval-augmented-answers", SEVERAL, tmp_path)
     rules = ("--extend-select", "SIM,RUF,PT,C4,RET,W,PLE,TID")
     for arguments in (["check", *rules], ["format", "--check"]):
         done = subprocess.run(
