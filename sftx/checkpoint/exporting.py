@@ -11,6 +11,7 @@ from sftx.atomic_files import atomic_directory
 from sftx.checkpoint import checkpoint
 from sftx.checkpoint.load_run import LoadedRun, load_run
 from sftx.distributed.process_group import ProcessGroup
+from sftx.errors import ConfigError
 from sftx.model import saved_tokenizer
 from sftx.phases import phase
 
@@ -85,6 +86,10 @@ def export_run(directory: Path, target: Path, exporter: ExporterStage, *, trust_
     with phase("loading", "the model"):
         run = load_run(
             directory, device="cpu", dtype=torch.float32, trust_remote_code=trust_remote_code, check=exporter.check
+        )
+    if run.collator is not None:
+        raise ConfigError(
+            f"{directory}: an adapter of this run embeds extras of a row, which it cannot fold into the model's weights"
         )
     with phase("exporting", "the model"), atomic_directory(target) as part:
         exporter.export(LoadedSource(run, trust_remote_code=trust_remote_code), part)

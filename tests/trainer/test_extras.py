@@ -326,6 +326,15 @@ def test_extras_for_a_model_that_reads_none_are_refused(data: Path) -> None:
 
 
 @pytest.mark.usefixtures("plugin")
+def test_a_run_that_embeds_extras_is_not_exported_without_them(data: Path) -> None:
+    run(data, "--plugin features --max-steps 1")
+    done = CliRunner().invoke(main, ["export", str(data / "out"), "--to", "safetensors"])
+    assert done.exit_code == 1
+    assert "an adapter of this run embeds extras of a row, which it cannot fold into" in done.stderr
+    assert not (data / "out" / "export" / "safetensors").exists()
+
+
+@pytest.mark.usefixtures("plugin")
 def test_rows_that_differ_in_their_extras_alone_are_different_rows(data: Path) -> None:
     """All rows of one letter have the same text; only rows with the same numbers as well are duplicates."""
     lines = (data / "train.jsonl").read_text(encoding="utf-8").splitlines()
