@@ -23,7 +23,7 @@ from types import MappingProxyType
 from typing import Any, Final, TypeAlias
 
 from sftx import hub_lookup
-from sftx.assembly.discovery import discover
+from sftx.assembly.entry_points import discover
 from sftx.assembly.stages import RowSourceStage
 from sftx.atomic_files import sha256_of_file
 from sftx.config.default_plugins import SOURCES
