@@ -26,6 +26,12 @@ class Environment:
         """`python -m arguments` in `cwd`; the caller looks at the exit code."""
         return _python_m(self.python, *arguments, cwd=cwd)
 
+    def start(self, *arguments: str | Path, cwd: Path) -> subprocess.Popen[bytes]:
+        """Begin `python -m arguments` in `cwd`, without its output."""
+        command = [str(self.python), "-m", *map(str, arguments)]
+        quiet = subprocess.DEVNULL
+        return subprocess.Popen(command, cwd=cwd, env=_variables(), stdin=quiet, stdout=quiet, stderr=quiet)
+
     def install(self, *what: Path) -> None:
         """Wheels or source trees, without what they require, without a network."""
         options = ("--quiet", "--no-deps", "--no-index", "--no-build-isolation")
@@ -56,7 +62,10 @@ def build_wheel(project: Path, directory: Path) -> Path:
 
 
 def _python_m(python: Path, *arguments: str | Path, cwd: Path) -> CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name not in _NOT_PASSED}
-    environment["PIP_DISABLE_PIP_VERSION_CHECK"] = "1"
     command = [str(python), "-m", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=cwd, env=_variables(), capture_output=True, text=True, check=False)
+
+
+def _variables() -> dict[str, str]:
+    passed = {name: value for name, value in os.environ.items() if name not in _NOT_PASSED}
+    return passed | {"PIP_DISABLE_PIP_VERSION_CHECK": "1"}
