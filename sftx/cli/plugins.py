@@ -8,7 +8,7 @@ import json
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,7 +16,7 @@ import click
 
 from sftx.assembly.discovery import hooks_of, instance, load_class, load_command, required_options
 from sftx.assembly.entry_points import COMMANDS, PLUGINS, PluginInfo, discover, find
-from sftx.assembly.hookspecs import PROJECT
+from sftx.assembly.hookspecs import PROJECT, RETURNS
 from sftx.assembly.stages import named
 from sftx.cli import new
 from sftx.errors import ConfigError, PluginError, printable
@@ -37,7 +37,10 @@ def command() -> None:
 @command.command("list")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
 def list_plugins(as_json: bool) -> None:
-    """List every installed plugin, and the commands of installed packages, without importing any."""
+    """List every installed plugin, and the commands of installed packages, without importing any.
+
+    Built-in plugins are listed by their hook, and those of other packages after them.
+    """
     found = discover(PLUGINS, COMMANDS)
     if as_json:
         values = [
@@ -51,10 +54,25 @@ def list_plugins(as_json: bool) -> None:
         group: [[info.name, f"{info.package} {info.version}", info.value] for info in found if info.group == group]
         for group in (PLUGINS, COMMANDS)
     }
-    _print_columns([["PLUGIN", "DISTRIBUTION", "CLASS"], *rows[PLUGINS]])
+    groups: dict[str, list[list[str]]] = {hook.removeprefix("sftx_"): [] for hook in RETURNS}
+    groups[""] = []
+    for row in rows[PLUGINS]:
+        groups[_kind(row[2], groups)].append(row)
+    table = [["PLUGIN", "DISTRIBUTION", "CLASS"]]
+    for kind, group in groups.items():
+        if group:
+            table += [["", "", ""], [f"# {kind or 'of other packages'}", "", ""], *group]
+    _print_columns(table)
     if rows[COMMANDS]:
         click.echo("")
         _print_columns([["COMMAND", "DISTRIBUTION", "OBJECT"], *rows[COMMANDS]])
+
+
+def _kind(value: str, kinds: Iterable[str]) -> str:
+    """Return the hook of a built-in plugin, by the package that its class is in; the empty string for any other."""
+    first, _, rest = value.partition(".")
+    package = rest.partition(".")[0]
+    return next((kind for kind in kinds if first == "sftx_plugins" and package in (f"{kind}s", f"{kind}es")), "")
 
 
 @command.command()

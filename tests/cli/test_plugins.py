@@ -17,6 +17,7 @@ from click.testing import CliRunner, Result
 
 import sftx
 from sftx import SftxError, paths
+from sftx.assembly.hookspecs import RETURNS
 from sftx.assembly.registry import activate
 from sftx.cli import plugins as cli
 from sftx.config import run_file
@@ -78,6 +79,18 @@ def test_two_hundred_plugins_are_listed_and_none_is_imported(install_plugin: Any
     loaded = load(None, add=["chatml", "lora"], assignments=[("data.train", ["rows.jsonl"], "--data")])
     assert {active.info.name for active in activate(loaded).active} >= {"chatml", "lora", "padded"}
     assert not marker.exists()
+
+
+def test_built_in_plugins_are_listed_by_their_hook_and_others_last(install_plugin: Any) -> None:
+    install_plugin("acme", METRIC, {"careful": "Plugin"})
+    lines = [line.partition(" ")[0] if line[:1] != "#" else line for line in plugins("list").stdout.splitlines()]
+    titles = [line for line in lines if line.startswith("#")]
+    assert titles == [*(f"# {hook.removeprefix('sftx_')}" for hook in RETURNS), "# of other packages"]
+    group = lines[lines.index("# schedule") + 1 : lines.index("# metric") - 1]
+    assert "cosine-schedule" in group
+    assert "minimind-schedule" in group
+    assert "minimind" in lines[: lines.index("# optimizer")]
+    assert lines[-1] == "careful"
 
 
 def test_two_distributions_of_one_name_are_both_listed_and_naming_it_names_both(install_plugin: Any) -> None:
