@@ -463,10 +463,12 @@ def _eval_by_steps(_: Any, given: Given) -> Answer:
 
 # --- the table ------------------------------------------------------------------------------------
 
-_QUANTIZED: Final = "training on a base in 4 or 8 bits (QLoRA) is not there yet"
+_QUANTIZED: Final = (
+    "for a base in 4 or 8 bits name the plugin qlora in place of lora; it has the same options and its own"
+)
 _PREFERENCE: Final = "supervised fine-tuning only; examples/sftx-dpo is a plugin for DPO"
 _ENGINE: Final = "sftx trains; the result is served by any program that reads PEFT's or transformers' files"
-_LORA_ONLY: Final = "the adapters here are lora and vera"
+_LORA_ONLY: Final = "the adapters here are lora, qlora and vera"
 _NO_SUCH_INIT: Final = "A and B begin as true, gaussian, orthogonal, pissa, pissa_niter_N or olora"
 _FULL: Final = "gradients of all parameters, or LoRA's"
 _VISION: Final = "text models only"

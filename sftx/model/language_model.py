@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sftx.errors import ModelError
 from sftx.model import packed_attention
 from sftx.model.embeddings import replacing_embeddings
+from sftx.model.quantised import num_weights
 from sftx.model.trained_parts import describe_reach, describe_untrained_parts, freeze_other_modalities
 from sftx.types import Adapter, Attention, Batch, HiddenOut
 from sftx_kernels import LinearCrossEntropyOutput, linear_cross_entropy
@@ -51,7 +52,7 @@ class CausalLM(nn.Module):
         self.seed = torch.zeros((), dtype=torch.int64)
         self._ignores_extras = False
         self._supports_varlen: bool | None = None  # not known before the first packed batch
-        self._num_base_parameters = sum(p.numel() for p in model.parameters())  # before adapters are attached
+        self._num_base_parameters = num_weights(model.parameters())  # before adapters are attached
         self.reach: str | None = None
         """Says how much of the model adapters reach; None without adapters."""
         self._head = model.get_output_embeddings()

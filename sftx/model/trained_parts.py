@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 from transformers.pytorch_utils import Conv1D
 
+from sftx.model.quantised import num_weights
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -37,7 +39,7 @@ def describe_untrained_parts(model: PreTrainedModel, num_parameters: int, *, has
     """
 
     def share(parameters: list[nn.Parameter]) -> str:
-        return f"{100 * sum(p.numel() for p in parameters) / num_parameters:.1f} %"
+        return f"{100 * num_weights(parameters) / num_parameters:.1f} %"
 
     lines = []
     towers: dict[str, list[nn.Parameter]] = {}
@@ -84,12 +86,12 @@ def describe_reach(model: PreTrainedModel, base: Collection[int]) -> str:
             if id(parameter) not in base or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            total += parameter.numel()
+            total += num_weights([parameter])
             if is_adapted:
-                reached += parameter.numel()
+                reached += num_weights([parameter])
             elif _is_matrix(name, parameter) and not isinstance(module, nn.Embedding | ParametrizationList):
                 kind = _without_layer(path) if name == "weight" else f"{_without_layer(path)}.{name}"
-                left_out[kind] += parameter.numel()
+                left_out[kind] += num_weights([parameter])
     line = f"adapters reach {100 * reached / total:.1f} % of the model's weights"
     names = [f"{name} {100 * size / total:.1f} %" for name, size in left_out.most_common(_MAX_NAMED)]
     more = f" and {len(left_out) - len(names)} more kinds" if len(left_out) > len(names) else ""

@@ -67,6 +67,26 @@ def test_what_lora_trains_is_what_peft_trains(tiny: str) -> None:
     assert need.num_trainable == theirs.get_nb_trainable_parameters()[0]
 
 
+@pytest.mark.parametrize("options", [{}, {"qlora.load_in_8bit": True}, {"qlora.bnb_4bit_use_double_quant": False}])
+def test_weights_of_a_quantised_base_are_those_of_the_loaded_model(tiny: str, options: dict[str, Any]) -> None:
+    import torch
+
+    from sftx.assembly.registry import activate
+    from sftx.model.language_model import CausalLM
+    from sftx.model.load import load_model, load_spec
+
+    plan = planner(tiny, "qlora", **options)
+    adapters = activate(plan.loaded).adapters(spec := load_spec(tiny))
+    model = load_model(spec, list(adapters.values()), dtype=torch.float32, device=torch.device("cpu"))
+    lm = CausalLM(model, None)  # type: ignore[arg-type]
+    lm.attach(adapters)
+    tensors = {t.data_ptr(): t.nbytes for t in [*lm.parameters(), *lm.buffers()] if t.numel()}
+    need, plain = plan.estimate(), planner(tiny, "lora").estimate()
+    assert need.kinds["weights"] == pytest.approx(sum(tensors.values()), rel=0, abs=64)  # scalars, such as the seed
+    assert need.kinds["weights"] < plain.kinds["weights"]
+    assert (need.num_parameters, need.num_trainable) == (plain.num_parameters, plain.num_trainable)
+
+
 @pytest.mark.parametrize("name", configs.CONFIGS)
 def test_public_models_have_as_many_parameters_as_their_makers_say(name: str, tmp_path: Path) -> None:
     from sftx.model.load import load_spec
