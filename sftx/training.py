@@ -387,7 +387,7 @@ def _load_model(
 
     spec = load_spec(pipeline.model, trust_remote_code=config.trust_remote_code)
     spec = dataclasses.replace(spec, new_token_ids=ids_of(pipeline.added_tokens, pipeline.tokenizer))
-    adapters = assembly.adapters(spec)
+    adapters, trainable = assembly.adapters(spec), assembly.trainable(spec)
     # With fsdp2 the model moves to the device layer by layer, as shards.
     is_sharded = is_launched() and config.train.distributed == "fsdp2"
     lm = build_model(
@@ -399,11 +399,14 @@ def _load_model(
         stop_ids=pipeline.encoder.stop_ids,
         saved=saved,
         seed=config.train.seed,
+        trainable=trainable,
     )
-    if spec.new_token_ids and adapters and (untrained := untrained_rows(lm, spec.new_token_ids)):
+    if spec.new_token_ids and (untrained := untrained_rows(lm, spec.new_token_ids)):
+        providers = (a for hook in ("sftx_adapter", "sftx_trainable") for a in assembly.providers(hook))
         raise ConfigError(
-            f"--add-tokens: {' and '.join(map(str, adapters.values()))} would leave the rows of the added tokens "
-            f"untrained in {' and '.join(untrained)}; lora trains them, or leave the adapter out"
+            f"--add-tokens: {' and '.join(str(a.info) for a in providers)} would leave the rows of the added tokens "
+            f"untrained in {' and '.join(untrained)}; lora trains them, as does freeze with embedding and head "
+            "in extra_modules, or leave the plugin out"
         )
     if not lm.head_weight.requires_grad:
         embedding = cast(Any, lm.model.get_input_embeddings())

@@ -794,7 +794,7 @@ class Control:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Facts about the model that an adapter may know before weights are read."""
+    """Facts about the model that a plugin may know before weights are read."""
 
     name: str
     config: PretrainedConfig
@@ -804,3 +804,15 @@ class ModelSpec:
     """Whether Python code that comes with the model may run."""
     new_token_ids: tuple[int, ...] = ()
     """Ids of tokens that were added to the tokenizer, whose embedding rows are to be trained; ascending."""
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """The names of the language model's parameters, as the model has them; of tied weights both names.
+
+        Those of a multimodal model's other towers are not among them: rows are text, which gives them no gradient.
+        """
+        model: Any = self.skeleton
+        parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
+        own = {id(parameter) for part in parts if part is not None for parameter in part.parameters()}
+        named = model.named_parameters(remove_duplicate=False)
+        return tuple(name for name, parameter in named if id(parameter) in own)

@@ -7,6 +7,7 @@ it needs; `run` has the run's options, those of all its plugins among them.
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import TYPE_CHECKING, Final
 
 import pluggy
@@ -72,6 +73,15 @@ def sftx_adapter(spec: ModelSpec, run: RunInfo) -> Adapter:  # type: ignore[empt
 
 
 @hookspec
+def sftx_trainable(spec: ModelSpec, run: RunInfo) -> Set[str]:  # type: ignore[empty-body]
+    """Return the names of the model's own parameters that train. At most one; without it and adapters, all of them.
+
+    The others are frozen, and the result is a full model. The names are some of `spec.parameter_names`; either name of
+    two tied weights stands for both.
+    """
+
+
+@hookspec
 def sftx_loss(run: RunInfo) -> Loss:  # type: ignore[empty-body]
     """Return the loss to minimise. At most one."""
 
@@ -123,6 +133,7 @@ RETURNS: Final[dict[str, type]] = {
     "sftx_template": Template,
     "sftx_collator": Collator,
     "sftx_adapter": Adapter,
+    "sftx_trainable": Set,
     "sftx_loss": Loss,
     "sftx_optimizer": OptimizerBuilder,
     "sftx_schedule": Schedule,
@@ -134,5 +145,7 @@ RETURNS: Final[dict[str, type]] = {
 }
 """The hooks that return a stage, in the order of the stages of a run, and the type that each must return."""
 
-ONE_PROVIDER: Final = frozenset({"sftx_template", "sftx_collator", "sftx_loss", "sftx_optimizer", "sftx_schedule"})
+ONE_PROVIDER: Final = frozenset(
+    {"sftx_template", "sftx_collator", "sftx_trainable", "sftx_loss", "sftx_optimizer", "sftx_schedule"}
+)
 """The hooks that at most one plugin of a run may implement."""

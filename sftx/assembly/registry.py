@@ -35,6 +35,7 @@ from sftx.assembly.stages import (
     ScheduleStage,
     TemplateStage,
     call,
+    check_trainable,
     make,
     named,
 )
@@ -207,7 +208,12 @@ class Assembly:
         return dataclasses.replace(config, train=dataclasses.replace(config.train, **self._chosen))
 
     def check(self) -> None:
-        """Raise PluginError when two plugins implement a hook that takes one, or none implements a required hook."""
+        """Raise PluginError for plugins that exclude one another, and when none implements a required hook."""
+        chosen, adapters = self.providers("sftx_trainable"), self.providers("sftx_adapter")
+        if chosen and adapters:
+            raise PluginError(
+                f"{chosen[0].info} trains weights of the model, and {adapters[0].info} freezes them all; leave one out"
+            )
         for hook in sorted(ONE_PROVIDER):
             providers = self.providers(hook)
             if len(providers) > 1:
@@ -287,6 +293,13 @@ class Assembly:
 
     def adapters(self, spec: ModelSpec) -> dict[str, AdapterStage]:
         return {a.info.name: AdapterStage(str(a.info), made) for a, made in self._call("sftx_adapter", spec=spec)}
+
+    def trainable(self, spec: ModelSpec) -> frozenset[str] | None:
+        """Return the names of the model's parameters that train; None when no plugin chooses some."""
+        for active, names in self._call("sftx_trainable", spec=spec):
+            with named(str(active.info), "sftx_trainable"):
+                return check_trainable(names, spec)
+        return None
 
     def optimizer(self) -> OptimizerStage:
         return next(OptimizerStage(str(a.info), made, a.info.name) for a, made in self._call("sftx_optimizer"))

@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -41,6 +41,7 @@ from sftx.types import (
     LossSum,
     Message,
     Metric,
+    ModelSpec,
     Observer,
     OptimizerBuilder,
     Parsed,
@@ -98,7 +99,7 @@ def make(plugin: object, hook: str, **arguments: Any) -> Any:
     made = call(plugin, hook, **arguments)
     kind = RETURNS[hook]
     missing: list[str] = []
-    if kind in (Adapter, Control, Observer):
+    if kind in (Adapter, Control, Observer, Set):
         is_right = isinstance(made, kind)
     else:  # not isinstance for a protocol: from Python 3.12 on it does not see what __getattr__ delegates
         promised = sorted(name for name in vars(kind) if not name.startswith("_") or name == "__call__")
@@ -822,6 +823,18 @@ class AdapterStage(_Stage, Adapter):
     def _explains_itself(self, error: BaseException, what: str) -> bool:
         is_disk = isinstance(error, OSError) or type(error).__name__ == "SafetensorError"
         return what == "save" and is_disk
+
+
+def check_trainable(names: Set[Any], spec: ModelSpec) -> frozenset[str]:
+    """Return the names that a plugin chose. Raises PluginError unless all are parameters of the language model."""
+    if not names:
+        raise PluginError("sftx_trainable returned no name, so nothing would train")
+    if unknown := sorted(map(str, names - {*spec.parameter_names})):
+        raise PluginError(
+            f"sftx_trainable returned {counted(len(unknown), 'name')} that no parameter of the language model has "
+            f"(first: {unknown[0]!r}); the names are those of spec.parameter_names"
+        )
+    return frozenset(names)
 
 
 # --- evaluation ---------------------------------------------------------------------------------

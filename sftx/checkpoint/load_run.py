@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -193,11 +193,13 @@ def build_model(
     stop_ids: Sequence[int],
     saved: Path | None = None,
     seed: int | None = None,
+    trainable: Set[str] | None = None,
 ) -> CausalLM:
     """Load the model of `spec`, attach the adapters, and let its generation settings stop at `stop_ids`.
 
     `saved`: an artefact or a checkpoint whose weights replace those of the full model, or of the adapters. `seed`: for
-    the initial weights of adapters. Raises ModelError.
+    the initial weights of adapters. `trainable`: the parameters that train, by name (`CausalLM.attach`). Raises
+    ModelError.
     """
     if saved is not None and not adapters:
         spec = dataclasses.replace(spec, name=str(saved))
@@ -205,7 +207,7 @@ def build_model(
     lm = CausalLM(model, tokenizer)
     if seed is not None:
         torch.manual_seed(seed)
-    lm.attach(adapters)
+    lm.attach(adapters, trainable)
     lm.model.generation_config = generation_defaults(lm, stop_ids)
     if saved is not None and adapters:
         load_weights(lm, saved, trust_remote_code=spec.trust_remote_code)

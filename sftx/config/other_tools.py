@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -440,6 +441,33 @@ def _adapter_options(value: Any, given: Given) -> Answer:
     return Answer("write", options, f"not carried over: {', '.join(lost)}" if lost else "")
 
 
+def _of_freeze(option: str, convert: Callable[[Any], Any] = lambda value: value) -> Rule:
+    """An option of LLaMA-Factory's partial fine-tuning, which it reads for that alone."""
+
+    def make(value: Any, given: Given) -> Answer:
+        if given.get("finetuning_type", "freeze") != "freeze":
+            return Answer("leave out", why="without finetuning_type: freeze it has no effect")
+        return Answer("write", {f"plugins.freeze.{option}": convert(value)})
+
+    return _made(make, f"plugins.freeze.{option}")
+
+
+def _unfrozen(value: Any, _: Given) -> Answer:
+    """Axolotl's regular expressions match from the start of a parameter's name, and may end before its end."""
+    patterns = [value] if isinstance(value, str) else list(value)
+    if ranges := [pattern for pattern in patterns if re.search(r"\[\d*:\d*\]$", pattern)]:
+        return Answer("not here", why=f"{ranges[0]} trains some rows of a parameter; freeze trains whole parameters")
+    whole = [
+        pattern
+        if re.fullmatch(r"\^[^|]*\$", pattern)
+        else f"^(?:{pattern}).*"
+        if "|" in pattern
+        else f"^{pattern.lstrip('^')}.*"
+        for pattern in patterns
+    ]
+    return Answer("write", {"plugins.freeze.trainable_layers": 0, "plugins.freeze.extra_modules": whole})
+
+
 def _special_tokens(value: Any, _: Given) -> Answer:
     usual = {"pad_token", "eos_token", "bos_token", "unk_token"}
     if isinstance(value, dict) and set(value) <= usual:
@@ -767,7 +795,8 @@ TABLE: Final[Mapping[str, tuple[Row, ...]]] = {
         _row(
             "finetuning_type adapter peft_type",
             ("lora", _plugin("lora")),
-            ("full", _leave_out("everything is trained when no adapter is named")),
+            ("full", _plugin("full", why="without an adapter everything is trained anyway")),
+            ("freeze", _plugin("freeze")),
             ("qlora", _not_here(_QUANTIZED)),
             _not_here(_LORA_ONLY),
         ),
@@ -857,11 +886,21 @@ TABLE: Final[Mapping[str, tuple[Row, ...]]] = {
             _not_here(_LORA_ONLY),
         ),
         _row(
-            (
-                "freeze_trainable_layers freeze_trainable_modules freeze_extra_modules use_llama_pro "
-                "unfrozen_parameters lisa_*"
+            "unfrozen_parameters",
+            _made(
+                _unfrozen,
+                "plugins.freeze.trainable_layers: 0",
+                "plugins.freeze.extra_modules",
+                why="regular expressions of names, without ranges of rows",
             ),
-            _not_here("LoRA, or everything, is trained"),
+        ),
+        _row("freeze_trainable_layers", _of_freeze("trainable_layers")),
+        _row("freeze_trainable_modules", ("all", _leave_out()), _of_freeze("trainable_modules", _names)),
+        _row("freeze_extra_modules", _of_freeze("extra_modules", _name_list)),
+        _row(
+            "use_llama_pro lisa_*",
+            (False, _leave_out()),
+            _not_here("LoRA, chosen layers (freeze), or everything trains"),
         ),
     ),
     "Steps, rates and optimizers": (

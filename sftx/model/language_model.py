@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from functools import partial
 from typing import Any, Final, Literal, cast
 
@@ -22,7 +22,12 @@ from sftx.errors import ModelError
 from sftx.model import packed_attention
 from sftx.model.embeddings import replacing_embeddings
 from sftx.model.quantised import num_weights
-from sftx.model.trained_parts import describe_reach, describe_untrained_parts, freeze_other_modalities
+from sftx.model.trained_parts import (
+    describe_reach,
+    describe_trained,
+    describe_untrained_parts,
+    freeze_other_modalities,
+)
 from sftx.types import Adapter, Attention, Batch, HiddenOut
 from sftx_kernels import LinearCrossEntropyOutput, linear_cross_entropy
 
@@ -54,7 +59,7 @@ class CausalLM(nn.Module):
         self._supports_varlen: bool | None = None  # not known before the first packed batch
         self._num_base_parameters = num_weights(model.parameters())  # before adapters are attached
         self.reach: str | None = None
-        """Says how much of the model adapters reach; None without adapters."""
+        """Says how much of the model trains, or adapters reach; None when no plugin says what trains."""
         self._head = model.get_output_embeddings()
         if not isinstance(self._head, nn.Module) or not hasattr(self._head, "weight"):
             raise ModelError(f"{type(model).__name__} has no output head; sftx trains causal language models")
@@ -94,13 +99,17 @@ class CausalLM(nn.Module):
         """Returns whether the model's configuration adds the load-balancing loss of a mixture of experts."""
         return bool(getattr(self.config, "output_router_logits", False))
 
-    def attach(self, adapters: Mapping[str, Adapter]) -> None:
+    def attach(self, adapters: Mapping[str, Adapter], trainable: Set[str] | None = None) -> None:
         """Freezes the model and attaches the adapters in their order. Without adapters the whole model is trained.
 
+        `trainable`: the names of the parameters that are trained, instead of all; tied weights train by either name.
         Of a multimodal model, only the language model trains, unless an adapter embeds extras.
         """
-        if adapters:
+        if adapters or trainable is not None:
             self.requires_grad_(False)
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            if trainable is not None and name in trainable:
+                parameter.requires_grad_(True)
         base = {id(parameter) for parameter in self.model.parameters()}
         for name, adapter in adapters.items():
             adapter.attach(self)
@@ -109,6 +118,8 @@ class CausalLM(nn.Module):
             freeze_other_modalities(self.model)
         if adapters:
             self.reach = describe_reach(self.model, base)
+        elif trainable is not None:
+            self.reach = describe_trained(self.model)
 
     def untrained_parts(self) -> list[str]:
         """Returns a line for each kind of weights that could be taken for trained, and is left as it is."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -111,6 +112,43 @@ def _is_reached(name: str, own: Mapping[str, nn.Parameter]) -> bool:
     trained = [other for other, parameter in own.items() if parameter.requires_grad]
     adapted = {one for one in own for other in trained if other.startswith(f"{one}_")}
     return name in trained or name in adapted or (bool(trained) and not adapted)
+
+
+def describe_trained(model: PreTrainedModel) -> str:
+    """Return a line that says which of the model's own weights train, and how much of it that is.
+
+    Layers are named together where the same of their parts train; tied weights are named together, as one tensor.
+    """
+    parts: dict[str, dict[str, bool]] = {}  # whether each parameter trains, by what follows its layer's number
+    outside: dict[int, list[str]] = {}  # the names of each parameter that trains
+    num_all = num_trained = 0
+    seen: set[int] = set()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if match := re.match(r"(.*?\.\d+)\.(.*)", name):
+            parts.setdefault(match[1], {})[match[2]] = parameter.requires_grad
+        elif parameter.requires_grad:
+            short = name.removesuffix(".weight").removeprefix(f"{model.base_model_prefix}.")
+            outside.setdefault(id(parameter), []).append(short)
+        if id(parameter) not in seen:
+            seen.add(id(parameter))
+            num_all += parameter.numel()
+            num_trained += parameter.numel() * parameter.requires_grad
+    layers: dict[str, list[int]] = {}
+    for path, trains in parts.items():
+        names = dict.fromkeys(name.partition(".")[0] for name, does in trains.items() if does)
+        if names:
+            what = "" if all(trains.values()) else f"{', '.join(names)} of "
+            place, _, number = path.removeprefix(f"{model.base_model_prefix}.").rpartition(".")
+            layers.setdefault(f"{what}{place}", []).append(int(number))
+    entries = [*(f"{what} {_ranges(numbers)}" for what, numbers in layers.items()), *map(" = ".join, outside.values())]
+    return f"{100 * num_trained / num_all:.1f} % of the model's weights train: {'; '.join(entries)}"
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Return "0-3, 5" for [0, 1, 2, 3, 5]."""
+    starts = [number for number in numbers if number - 1 not in numbers]
+    ends = [number for number in numbers if number + 1 not in numbers]
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
 
 
 def _other_modalities(model: PreTrainedModel) -> list[tuple[str, nn.Parameter]]:

@@ -167,9 +167,9 @@ def _files(names: Names) -> dict[str, str]:
     values["options"] = "\n".join(
         f"| `{name}` | {kind} | `{default}` | {text} |" for name, kind, default, text in options
     )
-    # The plugins of a run file: a template and an adapter, unless the new plugin is one, and the new plugin.
+    # The plugins of a run file: a template and what says what trains, unless the new plugin does, and the new plugin.
     plugins = {TEMPLATES[0]: ""} if "template" not in names.hooks else {}
-    if "adapter" not in names.hooks:
+    if not {"adapter", "trainable"} & {*names.hooks}:
         plugins["lora"] = ""
     plugins[names.name] = ", ".join(f"{name}: {default}" for name, _, default, _ in options)
     values["run_file"] = "\n".join(f"  {plugin}: {{{settings}}}" for plugin, settings in plugins.items())

@@ -4,9 +4,9 @@
 check` runs the same suites on an installed plugin. The pytest fixtures `tiny_model`, `tiny_tokenizer` and `plugin_run`
 come with sftx (`pytest_plugin`). Importing this package imports torch.
 
-Each contract is a module of its own: `package`, `source`, `parser`, `template`, `collator`, `adapter`, `loss`,
-`optimizer`, `schedule`, `metric`, `evaluator`, `control`, `observer`, `exporter`. The package may import all of sftx
-except `sftx.cli` and `sftx.inspection`; only `sftx.cli` imports it.
+Each contract is a module of its own: `package`, `source`, `parser`, `template`, `collator`, `adapter`, `trainable`,
+`loss`, `optimizer`, `schedule`, `metric`, `evaluator`, `control`, `observer`, `exporter`. The package may import all of
+sftx except `sftx.cli` and `sftx.inspection`; only `sftx.cli` imports it.
 """
 
 from sftx.events import Result
@@ -24,6 +24,7 @@ from sftx.testing.parser import check_parser
 from sftx.testing.schedule import check_schedule
 from sftx.testing.source import check_source
 from sftx.testing.template import check_template
+from sftx.testing.trainable import check_trainable
 
 __all__ = [
     "ContractError",
@@ -42,4 +43,5 @@ __all__ = [
     "check_schedule",
     "check_source",
     "check_template",
+    "check_trainable",
 ]

@@ -276,11 +276,11 @@ def plans_on_meta(case: Case) -> None:
     with tempfile.TemporaryDirectory(prefix="sftx-adapter-") as directory:
         shutil.copy(case.kit.model_dir / "config.json", directory)
         spec = load_spec(directory)
-        before = _layout(spec.skeleton)
+        before = layout_of(spec.skeleton)
         advice = "weights are available in quantize and attach, not before"
         with must_not_raise("with a configuration and no weights the hook", advice):
             make_stage(case.kit.plugin, "sftx_adapter", spec=spec)
-        after = _layout(spec.skeleton)
+        after = layout_of(spec.skeleton)
     if changed := sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name)):
         raise ClauseError(
             f"the hook changed {len(changed)} modules or tensors of spec.skeleton (first: {changed[0]}); only read it, "
@@ -434,7 +434,7 @@ def _leaves(loss: Tensor) -> list[Tensor]:
     return leaves
 
 
-def _layout(model: nn.Module) -> dict[str, tuple[object, ...]]:
+def layout_of(model: nn.Module) -> dict[str, tuple[object, ...]]:
     """Return the class of each module, and shape, device and requires_grad of each tensor."""
     modules: dict[str, tuple[object, ...]] = {
         f"module {name}": (type(module),) for name, module in model.named_modules()

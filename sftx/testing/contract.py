@@ -31,6 +31,7 @@ from sftx.testing import (
     schedule,
     source,
     template,
+    trainable,
 )
 from sftx.testing.clauses import MADE, Finding, Suite
 from sftx.testing.kit import make_stage
@@ -39,8 +40,8 @@ from sftx.testing.runs import run_tiny
 SUITES: Final[Mapping[str, Suite[Any]]] = {
     module.SUITE.hook: module.SUITE
     for module in (
-        package, source, parser, template, collator, adapter, loss, optimizer, schedule, metric, evaluator, control,
-        observer, exporter,
+        package, source, parser, template, collator, adapter, trainable, loss, optimizer, schedule, metric,
+        evaluator, control, observer, exporter,
     )
 }  # fmt: skip
 """The suite of the package, and of each hook in the order of the stages of a run."""
@@ -81,14 +82,15 @@ def check_plugin(
         else:
             findings += suite.findings(plugin, model=model)
 
-    # The run uses lora unless the plugin is an adapter: most runs have one, and some losses need one.
+    # The run uses lora unless the plugin says what trains: most runs have one, and some losses need one.
     builder: Any = None
     if hasattr(plugin, "sftx_optimizer"):
         with contextlib.suppress(Exception):  # which a finding tells
             builder = make_stage(plugin, "sftx_optimizer")
-    trains_all = hasattr(plugin, "sftx_adapter") or getattr(builder, "bf16_weights", False)
+    says = any(hasattr(plugin, hook) for hook in ("sftx_adapter", "sftx_trainable"))
+    trains_all = getattr(builder, "bf16_weights", False)
     needs_gpu = bool(getattr(builder, "needs_gpu", False))
-    names = [info.name] if trains_all else ["lora", info.name]
+    names = [info.name] if says or trains_all else ["lora", info.name]
     settings = {f"{info.name}.{option}": value for option, value in options.items()} | {"train.use_cpu": not needs_gpu}
     rule = "A run with it trains two steps, evaluates and saves, as `sftx run` does."
     if needs_gpu and not torch.cuda.is_available():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from copy import deepcopy
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -169,15 +169,19 @@ class Kit:
         return examples, held_out
 
     def language_model(
-        self, adapters: Mapping[str, Adapter] | None = None, *, dtype: torch.dtype = torch.float32
+        self,
+        adapters: Mapping[str, Adapter] | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        trainable: Set[str] | None = None,
     ) -> CausalLM:
-        """Load the model again and attach these adapters; without any, all parameters are trained."""
+        """Load the model again and attach these adapters; without any, `trainable` parameters train, or all."""
         adapters = adapters or {}
         model = load_model(self.spec, list(adapters.values()), dtype=dtype, device=torch.device("cpu"))
         lm = CausalLM(model, self.tokenizer)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
-            lm.attach(adapters)
+            lm.attach(adapters, trainable)
         return lm
 
 

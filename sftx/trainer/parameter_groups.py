@@ -42,7 +42,7 @@ def trainable_params(lm: CausalLM, config: TrainConfig) -> list[TrainableParam]:
     if config.embedding_learning_rate is not None and not any(p.is_embedding or p.is_head for p in params):
         raise ConfigError(
             "option 'train.embedding_learning_rate': neither the embedding nor the head trains in this run; leave it "
-            "out, or train them (with lora: modules_to_save)"
+            "out, or train them (with lora: modules_to_save, with freeze: extra_modules)"
         )
     return params
 

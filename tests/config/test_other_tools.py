@@ -106,6 +106,7 @@ SAMPLES: dict[str, Any] = {
     "metric_for_best_model": "loss", "label_smoothing_factor": 0.1, "wandb_mode": "offline", "bf16": True, "tf32": True,
     "fp16": True, "gradient_checkpointing": True, "embedding_lr": 1e-3, "loraplus_lr_embedding": 1e-3, "lr": 1e-3,
     "cosine_min_lr_ratio": 0.5, "lora_dropout": 0.5, "early_stopping_steps": 2, "add_special_tokens": "<a>",
+    "unfrozen_parameters": ["^lm_head"],
 }  # fmt: skip
 """A value for a row whose values are neither whole numbers nor text, by the row's first name."""
 
@@ -234,6 +235,20 @@ def test_what_is_written_exists_here_and_has_a_type_that_fits() -> None:
         ("peft_config", {"name": "lora", "r": 4, "use_qalora": True}, {}, "write", {"plugins.lora.r": 4}),
         ("mix_strategy", "interleave_once", {}, "not here", {}),
         ("mix_strategy", "concat", {}, "write", {"data.mix_strategy": "concat"}),
+        ("finetuning_type", "full", {}, "write", {"plugins.full": {}}),
+        ("finetuning_type", "freeze", {}, "write", {"plugins.freeze": {}}),
+        ("freeze_trainable_layers", -2, {"finetuning_type": "freeze"}, "write",
+         {"plugins.freeze.trainable_layers": -2}),
+        ("freeze_trainable_layers", 2, {"finetuning_type": "lora"}, "leave out", {}),
+        ("freeze_trainable_modules", "all", {}, "leave out", {}),
+        ("freeze_trainable_modules", "mlp,self_attn", {}, "write",
+         {"plugins.freeze.trainable_modules": ["mlp", "self_attn"]}),
+        ("freeze_extra_modules", "norm", {}, "write", {"plugins.freeze.extra_modules": ["norm"]}),
+        ("unfrozen_parameters", ["^lm_head.weight$", "model.layers.2[0-9]+.mlp", "^a|b"], {}, "write",
+         {"plugins.freeze.trainable_layers": 0,
+          "plugins.freeze.extra_modules": ["^lm_head.weight$", "^model.layers.2[0-9]+.mlp.*", "^(?:^a|b).*"]}),
+        ("unfrozen_parameters", ["^model.embed_tokens.weight$[:32000]"], {}, "not here", {}),
+        ("unfrozen_parameters", [], {}, "leave out", {}),
         ("bias", "none", {}, "leave out", {}),
         ("bias", "all", {}, "write", {"plugins.lora.bias": "all"}),
         ("learning_rate", 1e-4, {}, "write", {"train.learning_rate": 1e-4}),

@@ -13,7 +13,7 @@ from sftx.data.dataset import Dataset
 from sftx.data.encoder import Encoder
 from sftx.data.ledger import Entry
 from sftx.data.row_encoder import EncodedRow, mark_trained, parse_record
-from sftx.errors import DataError
+from sftx.errors import DataError, SftxError
 from sftx.inspection.dataset_view import DatasetView
 from sftx.inspection.diagnosis.mojibake import find_mojibake
 from sftx.types import Conversation, Location, ModelSpec, Parsed, PlainText
@@ -118,6 +118,17 @@ class CheckInputs:
     def adapters(self) -> list[str]:
         """Return the names of the adapter plugins; without one, all weights are trained."""
         return [active.info.name for active in self.view.pipeline.assembly.providers("sftx_adapter")]
+
+    def freezes_ends(self) -> bool:
+        """Return whether a plugin has chosen what trains, and embedding or head are not among it."""
+        try:
+            trainable = self.view.pipeline.assembly.trainable(self.spec)
+        except SftxError:  # another check reports it
+            return False
+        model: Any = self.spec.skeleton
+        ends = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+        names = model.named_parameters(remove_duplicate=False)
+        return trainable is not None and bool(ends - {id(parameter) for name, parameter in names if name in trainable})
 
     def token_repr(self, token_id: int) -> str:
         return repr(str(self.tokenizer.decode([token_id], clean_up_tokenization_spaces=False)))

@@ -77,7 +77,7 @@ def untrained_tokens(inputs: CheckInputs) -> Iterator[Finding]:
     """Find control tokens that the model was never trained on, and whose rows an adapter leaves as they are."""
     adapters = inputs.view.pipeline.assembly.providers("sftx_adapter")
     trains_rows = any(a.options.get("modules_to_save") or a.options.get("trainable_token_indices") for a in adapters)
-    if not adapters or trains_rows or inputs.view.config.add_tokens:
+    if not (adapters or inputs.freezes_ends()) or trains_rows or inputs.view.config.add_tokens:
         return
     directory = Path(inputs.view.pipeline.model)
     embedding_VD = _saved_tensor(directory, _EMBEDDING_NAMES)
@@ -178,7 +178,7 @@ def base_model(inputs: CheckInputs) -> Iterator[Finding]:
 def _trains_embeddings(inputs: CheckInputs, tokens: Sequence[str]) -> tuple[bool, str]:
     """Return whether the run trains the tokens' rows in embedding and head, and what else to do if it does not."""
     adapters = inputs.adapters()
-    if not adapters:
+    if not adapters and not inputs.freezes_ends():
         return True, ""
     model = inputs.spec.skeleton
     parts = (model.get_input_embeddings(), model.get_output_embeddings())
@@ -194,7 +194,8 @@ def _trains_embeddings(inputs: CheckInputs, tokens: Sequence[str]) -> tuple[bool
     if all(any(f".{name}".endswith(f".{ending}") for ending in endings) for name in names):
         return True, ""
     short = ", ".join(name.rpartition(".")[2] for name in names)
-    return False, f"; or train their embeddings: --set 'lora.modules_to_save=[{short}]'" * ("lora" in adapters)
+    option = "lora.modules_to_save" if "lora" in adapters else "freeze.extra_modules" if not adapters else ""
+    return False, f"; or train their embeddings: --set '{option}=[{short}]'" if option else ""
 
 
 def untrained_weights(inputs: CheckInputs) -> Iterator[Finding]:
@@ -204,10 +205,12 @@ def untrained_weights(inputs: CheckInputs) -> Iterator[Finding]:
     from sftx.model.language_model import CausalLM
 
     adapters = inputs.adapters()
-    if not adapters and inputs.model_config.get_text_config() is inputs.model_config:
+    assembly = inputs.view.pipeline.assembly
+    chooses = bool(adapters or assembly.providers("sftx_trainable"))
+    if not chooses and inputs.model_config.get_text_config() is inputs.model_config:
         return
     try:
-        made = inputs.view.pipeline.assembly.adapters(inputs.spec)
+        made, trainable = assembly.adapters(inputs.spec), assembly.trainable(inputs.spec)
     except ConfigError as error:
         yield Finding(
             "error", "untrained-weights", str(error), "choose what this model allows, or leave the plugin out"
@@ -215,7 +218,7 @@ def untrained_weights(inputs: CheckInputs) -> Iterator[Finding]:
         return
     lm = CausalLM(inputs.spec.skeleton, inputs.tokenizer)
     with torch.device("meta"):
-        lm.attach(made)
+        lm.attach(made, trainable)
     for line in lm.untrained_parts():
         is_adapter = line.startswith("not adapted")
         yield Finding(

@@ -77,8 +77,10 @@ class ModelSize(NamedTuple):
     """Bytes that FSDP2 shards outside the decoder's layers: embedding, head and final norm."""
     sharded_layer_bytes: int
     """Bytes that FSDP2 shards of the largest layer. What adapters train is not sharded."""
-    embedding_bytes: int
-    """Bytes of the input embedding, whose gradient is the last to be computed, tied or not."""
+    trained_outside_bytes: int
+    """Those of the bytes outside of the layers that train."""
+    trained_embedding_bytes: int
+    """Those of the input embedding that train: its gradient is the last to be computed, tied or not."""
     max_positions: int | None
     """The model's maximum length in tokens, if its configuration has one."""
     num_layers: int
@@ -114,13 +116,20 @@ class DryRunner:
         return load_spec(self.model, trust_remote_code=self.trust_remote_code)
 
     @cached_property
+    def _trainable(self) -> frozenset[str] | None:
+        return self.assembly.trainable(self.spec)
+
+    @cached_property
     def size(self) -> ModelSize:
         with torch.device("meta"):
             lm = self._build(self._copy_skeleton())
             trained, layers = [p for p in lm.parameters() if p.requires_grad], decoder_layers(lm.model)
             sharded = {id(p) for p in lm.parameters() if not (p.requires_grad and lm.adapters)}
             layer_bytes = [_num_bytes([p for p in layer.parameters() if id(p) in sharded]) for layer in layers]
-            structures = [_structure(layer) for layer in layers]
+            structures = [(_structure(layer), [p.requires_grad for p in layer.parameters()]) for layer in layers]
+            in_layers = {id(p) for layer in layers for p in layer.parameters()}
+            embedding = {id(p) for p in lm.model.get_input_embeddings().parameters()}
+            trained_outside = [p for p in trained if id(p) in sharded - in_layers]
             return ModelSize(
                 num_parameters=num_weights(lm.parameters()),
                 num_trainable=sum(p.numel() for p in trained),
@@ -128,7 +137,8 @@ class DryRunner:
                 trainable_bytes=_num_bytes(trained),
                 sharded_outside_bytes=_num_bytes([p for p in lm.parameters() if id(p) in sharded]) - sum(layer_bytes),
                 sharded_layer_bytes=max(layer_bytes, default=0),
-                embedding_bytes=_num_bytes(list(lm.model.get_input_embeddings().parameters())),
+                trained_outside_bytes=_num_bytes(trained_outside),
+                trained_embedding_bytes=_num_bytes([p for p in trained_outside if id(p) in embedding]),
                 max_positions=getattr(lm.config, "max_position_embeddings", None),
                 num_layers=len(layers),
                 has_equal_layers=_layer_list(lm.model) is not None and all(s == structures[0] for s in structures),
@@ -320,7 +330,7 @@ class DryRunner:
             replace_quantised(model, quantize)
         materialise(model, self.precision.base_dtype(frozen=bool(adapters)))
         lm = CausalLM(model, cast(Any, None))
-        lm.attach(adapters)
+        lm.attach(adapters, self._trainable)
         return lm
 
 

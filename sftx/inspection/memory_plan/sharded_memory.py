@@ -65,7 +65,7 @@ def fsdp2_memory(
     for peak in snapshots["forward and backward"]:
         gradients = peak["gradients"]
         # The head's gradients come first; they stay unsharded until those of its group, the embedding's, are complete.
-        unsharded = 0 if has_adapters else min(gradients, outside - size.embedding_bytes)
+        unsharded = min(gradients, size.trained_outside_bytes - size.trained_embedding_bytes)
         yield "forward and backward", process_memory(peak, unsharded + local(gradients - unsharded), gathered)
     for peak in snapshots.get("the evaluation", ()):
         yield "the evaluation", process_memory(peak, local(peak["gradients"]), gathered)
@@ -73,5 +73,5 @@ def fsdp2_memory(
         # Each process answers questions of its own, with all parameters.
         yield "the answers", process_memory(peak, local(peak["gradients"]), peak["weights"] - replicated)
     smallest = min(snapshots["forward and backward"], key=lambda peak: sum(peak.values()))
-    ends = process_memory(smallest, local(size.trainable_bytes), (2 if has_adapters else 3) * outside)
+    ends = process_memory(smallest, local(size.trainable_bytes), 2 * outside + size.trained_outside_bytes)
     yield "gathering", ends | {"activations": 0, "head": 0}
