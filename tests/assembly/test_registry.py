@@ -226,6 +226,7 @@ def test_without_names_the_defaults_fill_what_they_can() -> None:
         "sftx_template": [],
         "sftx_collator": ["padded"],
         "sftx_adapter": [],
+        "sftx_trainable": [],
         "sftx_loss": ["masked-ce"],
         "sftx_optimizer": ["adamw"],
         "sftx_schedule": ["cosine-schedule"],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,18 @@ ROWS_PER_STEP = 4
 
 
 def trainer_of(
-    model: Path, *, packed: bool = False, lora: bool = True, dropout: float = 0.0, **options: Any
+    model: Path,
+    *,
+    packed: bool = False,
+    lora: bool = True,
+    dropout: float = 0.0,
+    trainable: Set[str] | None = None,
+    **options: Any,
 ) -> Trainer:
-    """Builds a trainer with 2 rows per micro-batch. LoRA's B is random, not zero, so that no gradient is zero."""
+    """Builds a trainer with 2 rows per micro-batch. LoRA's B is random, not zero, so that no gradient is zero.
+
+    `trainable`: without LoRA, the parameters that train; by default all.
+    """
     config = TrainConfig(per_device_train_batch_size=2, use_cpu=True, **options)
     optimizer, spec = optimizer_stage(config), load_spec(str(model))
     chosen = precision.choose(config, bf16_weights=optimizer.bf16_weights)
@@ -40,7 +49,7 @@ def trainer_of(
     loaded = load_model(spec, list(adapters.values()), dtype=dtype, device=chosen.device)
     lm = CausalLM(loaded, AutoTokenizer.from_pretrained(model))
     torch.manual_seed(1)
-    lm.attach(adapters)
+    lm.attach(adapters, trainable)
     for name, parameter in lm.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)

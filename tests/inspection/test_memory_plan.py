@@ -87,6 +87,24 @@ def test_weights_of_a_quantised_base_are_those_of_the_loaded_model(tiny: str, op
     assert (need.num_parameters, need.num_trainable) == (plain.num_parameters, plain.num_trainable)
 
 
+def test_gradients_and_state_are_those_of_the_layers_that_train(tmp_path: Path) -> None:
+    directory = configs.write(configs.SMOLLM2 | {"num_hidden_layers": 6}, tmp_path)
+    whole, named, part = (
+        planner(directory, *plugins, **options).dry_runner
+        for plugins, options in (((), {}), (("full",), {}), (("freeze",), {"freeze.trainable_layers": -2}))
+    )
+    assert named.size._replace(untrained_parts=()) == whole.size._replace(untrained_parts=())
+    two_layers = 2 * (whole.size.num_parameters - whole.size.trained_outside_bytes // 4) // 6
+    assert (part.size.num_trainable, part.size.num_parameters) == (two_layers, whole.size.num_parameters)
+    assert (part.size.trainable_bytes, part.size.trained_outside_bytes) == (4 * two_layers, 0)
+    assert not part.size.has_equal_layers, "a dry run of few layers would train all of these"
+    train = TrainConfig()
+    update, update_of_all = part.update_peak(train), whole.update_peak(train)
+    assert update["weights"] == update_of_all["weights"]
+    assert update["gradients"] == 4 * two_layers
+    assert 2 * 4 * two_layers <= update["optimizer"] < 2.5 * 4 * two_layers
+
+
 @pytest.mark.parametrize("name", configs.CONFIGS)
 def test_public_models_have_as_many_parameters_as_their_makers_say(name: str, tmp_path: Path) -> None:
     from sftx.model.load import load_spec
@@ -95,7 +113,7 @@ def test_public_models_have_as_many_parameters_as_their_makers_say(name: str, tm
     assert spec.skeleton.num_parameters() == configs.NUM_PARAMETERS[name]
 
 
-@pytest.mark.parametrize("plugins", [(), slow(("lora",)), slow(("packed",)), ("lora", "packed")])
+@pytest.mark.parametrize("plugins", [(), slow(("lora",)), slow(("packed",)), ("lora", "packed"), ("freeze",)])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_dry_run_counts_what_a_real_step_allocates(tiny: str, plugins: tuple[str, ...], checkpointing: bool) -> None:
     """The same tracker is active around a real step, whose tensors have memory and values."""
@@ -114,7 +132,7 @@ def test_a_dry_run_counts_what_a_real_step_allocates(tiny: str, plugins: tuple[s
     adapters = assembly.adapters(spec)
     model = load_model(spec, list(adapters.values()), dtype=torch.float32, device=torch.device("cpu"))
     lm = CausalLM(model, None)  # type: ignore[arg-type]
-    lm.attach(adapters)
+    lm.attach(adapters, assembly.trainable(spec))
     prepare_layers(model, train)
     lm.train()
     batch, tracker = make_batch(assembly.collator(512), 8, 512), StepTracker()

@@ -152,33 +152,18 @@ def test_either_name_of_tied_weights_trains_both_and_it_is_said(spec: ModelSpec,
     )
 
 
-def test_the_losses_are_those_of_a_plain_loop_over_the_same_parameters(tied: Path, tmp_path: Path) -> None:
+def test_the_losses_are_those_of_a_plain_loop_over_the_same_parameters(tied: Path, spec: ModelSpec) -> None:
     """Six steps of torch's AdamW on transformers' model, with requires_grad set by hand."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    from sftx.assembly.stages import CollatorStage, LossStage
-    from sftx.config.options import TrainConfig
-    from sftx.model.language_model import CausalLM
-    from sftx.model.load import load_model, load_spec
-    from sftx.trainer import precision
-    from sftx.trainer.trainer import Trainer
-    from sftx_plugins.collators.padded import Padded
-    from sftx_plugins.losses.masked_ce import MaskedCE
-    from trainers import ROWS_PER_STEP, planned, rows
+    from trainers import ROWS_PER_STEP, planned, rows, trainer_of
 
-    config = TrainConfig(
-        per_device_train_batch_size=2, use_cpu=True, learning_rate=1e-2, lr_scheduler_type="constant",
-        weight_decay=0.1, gradient_checkpointing=True,
+    chosen = Freeze(trainable_layers=2, extra_modules=("norm",)).sftx_trainable(spec)
+    trainer = trainer_of(
+        tied, lora=False, trainable=chosen, learning_rate=1e-2, lr_scheduler_type="constant", weight_decay=0.1,
+        gradient_checkpointing=True,
     )  # fmt: skip
-    spec = load_spec(str(tied))
-    lm = CausalLM(load_model(spec, [], dtype=torch.float32, device=torch.device("cpu")), None)  # type: ignore[arg-type]
-    lm.attach({}, Freeze(trainable_layers=2, extra_modules=("norm",)).sftx_trainable(spec))
-    trainer = Trainer(
-        lm, LossStage("the loss", MaskedCE()), CollatorStage("the collator", Padded()), config,
-        precision.choose(config), 10,
-    )  # fmt: skip
-
     oracle = AutoModelForCausalLM.from_pretrained(tied, dtype=torch.float32).requires_grad_(False)
     for module in (oracle.model.layers[2], oracle.model.layers[3], oracle.model.norm):
         module.requires_grad_(True)
@@ -205,7 +190,7 @@ def test_the_losses_are_those_of_a_plain_loop_over_the_same_parameters(tied: Pat
         theirs.append((sums / count).item())
     assert ours == pytest.approx(theirs, abs=1e-5, rel=0)
     assert ours[-1] < ours[0] - 0.1, "nothing was learnt, so equal losses would prove little"
-    for (name, mine), other in zip(lm.model.named_parameters(), oracle.parameters(), strict=True):
+    for (name, mine), other in zip(trainer.lm.model.named_parameters(), oracle.parameters(), strict=True):
         assert mine.requires_grad == other.requires_grad, name
         if not other.requires_grad:
             assert torch.equal(mine, other), name
@@ -304,29 +289,3 @@ def test_added_tokens_need_embedding_and_head(tied: Path, tmp_path: Path) -> Non
         run_tiny(["llama3", "freeze"], tmp_path / "refused", model=tied, settings=settings)
     settings["freeze.extra_modules"] = ["lm_head"]
     run_tiny(["llama3", "freeze"], tmp_path / "trained", model=tied, settings=settings)
-
-
-def test_the_plan_counts_gradients_and_state_of_what_trains(tied: Path) -> None:
-    from sftx.assembly.registry import activate
-    from sftx.config.loading import load
-    from sftx.config.options import TrainConfig
-    from sftx.inspection.memory_plan.dry_run import DryRunner
-    from sftx.trainer import precision
-
-    config = TrainConfig(use_cpu=True).resolve_batch_size(1)
-    runners = {}
-    for name, settings in {"freeze": {"freeze.trainable_layers": 1}, "full": {}, "": {}}.items():
-        assignments = [(option, value, "") for option, value in {"data.train": ["x"], **settings}.items()]
-        loaded = load(None, add=["chatml", *([name] if name else [])], assignments=assignments)
-        runners[name] = DryRunner(activate(loaded), precision.choose(config), str(tied))
-    sizes = {name: runner.size for name, runner in runners.items()}
-    assert sizes["full"]._replace(untrained_parts=()) == sizes[""]._replace(untrained_parts=())
-    frozen, full = sizes["freeze"], sizes["full"]
-    layer = (full.num_parameters - full.trained_outside_bytes // 4) // NUM_LAYERS
-    assert (frozen.num_trainable, frozen.num_parameters) == (layer, full.num_parameters)
-    assert frozen.trainable_bytes == 4 * layer
-    assert not frozen.has_equal_layers
-    update = runners["freeze"].update_peak(config)
-    assert update["gradients"] == 4 * layer
-    assert 2 * 4 * layer <= update["optimizer"] < 3 * 4 * layer
-    assert update["weights"] == runners["full"].update_peak(config)["weights"]
