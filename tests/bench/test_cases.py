@@ -10,13 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sftx_kernels import IGNORE_INDEX
+from sftx_kernels import IGNORE_INDEX, dequantize_nf4
 from sftx_kernels.bench import BenchError
 from sftx_kernels.bench.cases import DTYPES, Case, make_problem
 from sftx_kernels.bench.cross_entropy import UPSTREAM, LossProblem
 from sftx_kernels.bench.lora import SCALING, LoraProblem
 from sftx_kernels.bench.operations import (
     OPERATIONS,
+    PROVIDERS,
     CrossEntropyShape,
     GroupedLoraShape,
     LinearCrossEntropyShape,
@@ -80,6 +81,21 @@ def test_least_work_of_lora_for_one_linear_and_a_group() -> None:
     # A group of two: x is read once, and has one A for each.
     group = work(Case(LoraShape(5, 7, (3, 3), rank=2), "fp32"))
     assert group["forward"] == (2 * (base + down + up), 4 * (x + 2 * (weight + lora + y)))
+
+
+def test_a_weight_in_four_bits_is_half_a_byte_with_quantised_scales_and_the_same_for_every_provider() -> None:
+    plain, quantised = (work(Case(LoraShape(5, 128, (64,), rank=2, nf4=nf4), "bf16")) for nf4 in (False, True))
+    codes, absmax, nested = 128 * 64 // 2, 128 * 64 // 64, 4 * 128 * 64 // (64 * 256)
+    assert plain["forward"][1] - quantised["forward"][1] == 2 * 128 * 64 - codes - absmax - nested
+    problem = make_problem(Case(LoraShape(5, 128, (64,), rank=2, nf4=True), "bf16"), CPU)
+    assert isinstance(problem, LoraProblem)
+    assert problem.quantized is not None
+    assert dequantize_nf4(problem.quantized[0], torch.bfloat16).equal(problem.weights[0])
+    sftx, floor = (
+        provider for provider in PROVIDERS if provider.name in ("sftx", "torch-eager") and provider.op == "lora"
+    )
+    one, other = (provider.prepare(problem).forward() for provider in (sftx, floor))
+    torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
 
 
 def test_least_work_of_grouped_lora_reads_the_experts_that_have_rows() -> None:

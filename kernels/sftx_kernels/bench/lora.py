@@ -29,6 +29,8 @@ from sftx_kernels.bench.cases import (
     own_provider,
 )
 from sftx_kernels.lora import lora_linear, lora_linears
+from sftx_kernels.nf4 import NF4Weight, quantize_nf4
+from sftx_kernels.quantized import dequantize
 from sftx_kernels.triton.launch import Work
 
 SCALING = 2.0
@@ -46,11 +48,12 @@ class LoraShape(Shape):
     out_features: tuple[int, ...]  # several: linears that share x, as q, k and v do
     rank: int = 16
     dropout: float = 0.0
+    nf4: bool = False  # sftx gets the weights in four bits with quantised scales, the others the same weights dense
 
     def __str__(self) -> str:
         outs = "+".join(map(str, self.out_features))
         dropout = f" p{self.dropout:g}" if self.dropout else ""
-        return f"{self.rows}x{self.in_features}x{outs} r{self.rank}{dropout}"
+        return f"{self.rows}x{self.in_features}x{outs} r{self.rank}{dropout}{' nf4' * self.nf4}"
 
     def least(self, num_valid: int, itemsize: int) -> dict[Pass, Work]:
         """Count in forward x W^T, S = x A^T, S B^T; in backward dY W, dS = dY B, dS A, dA = dS^T x, dB = dY^T S.
@@ -59,23 +62,28 @@ class LoraShape(Shape):
         """
         M, K, R, outs, num = self.rows, self.in_features, self.rank, sum(self.out_features), len(self.out_features)
         base, down, up = 2 * M * K * outs, 2 * M * K * R * num, 2 * M * R * outs
-        x, y, weight, lora = M * K, M * outs, outs * K, (num * K + outs) * R
-        forward = Work(base + down + up, (x + weight + lora + y) * itemsize)
-        backward = Work(base + 2 * down + 2 * up, (y + weight + lora + x + x + lora) * itemsize)
+        x, y, lora = M * K, M * outs, (num * K + outs) * R
+        weight = round(outs * K * (1 / 2 + 1 / 64 + 4 / (64 * 256))) if self.nf4 else outs * K * itemsize
+        forward = Work(base + down + up, (x + lora + y) * itemsize + weight)
+        backward = Work(base + 2 * down + 2 * up, (y + lora + x + x + lora) * itemsize + weight)
         both = Work(forward.flops + backward.flops, forward.num_bytes + backward.num_bytes)
         return {"forward": forward, "backward": backward, "both": both}
 
     def make_problem(self, case: Case, device: torch.device) -> Problem:
         M, K, R, outs = self.rows, self.in_features, self.rank, self.out_features
         normal = Random(case, device).normal
+        x_MK = normal(M, K)
+        weights = [normal(size, K, std=K**-0.5) for size in outs]
+        quantized = [quantize_nf4(weight_OK, double=True) for weight_OK in weights] if self.nf4 else None
         return LoraProblem(
             case,
-            normal(M, K),
-            [normal(size, K, std=K**-0.5) for size in outs],
+            x_MK,
+            weights if quantized is None else [dequantize(weight, x_MK.dtype) for weight in quantized],
             [normal(R, K, std=K**-0.5) for _ in outs],
             [normal(size, R, std=R**-0.5) for size in outs],
             [normal(M, size) for size in outs],
             self.dropout,
+            quantized,
         )
 
 
@@ -90,6 +98,7 @@ class LoraProblem:
     lora_Bs: list[Tensor]  # [O, R]
     upstreams: list[Tensor]  # [M, O]
     dropout: float
+    quantized: list[NF4Weight] | None = None  # `weights` in four bits
     seed: Tensor = field(default_factory=lambda: torch.tensor(7))  # 0-d int64, on the host
 
     def upstream(self, outputs: Sequence[Tensor]) -> list[Tensor]:
@@ -140,21 +149,24 @@ class _Leaves(NamedTuple):
         return names | {f"d_B{number}": B for number, B in enumerate(self.lora_Bs)}
 
 
-def _prepared_separately(problem: LoraProblem, linear: Callable[..., Tensor]) -> Prepared:
+def _prepared_separately(
+    problem: LoraProblem, linear: Callable[..., Tensor], weights: Sequence[Tensor | NF4Weight] | None = None
+) -> Prepared:
     """Prepare a function of (x, weight, A, B), called for each linear."""
     leaves = _Leaves.of(problem)
-    triples = list(zip(problem.weights, leaves.lora_As, leaves.lora_Bs, strict=True))
+    triples = list(zip(weights or problem.weights, leaves.lora_As, leaves.lora_Bs, strict=True))
     return Prepared(lambda: tuple(linear(leaves.x_MK, *triple) for triple in triples), leaves.named())
 
 
 def _sftx(*, grouped: bool = True, backend: str | None = None) -> Callable[[LoraProblem], Prepared]:
     def prepare(problem: LoraProblem) -> Prepared:
         options: Any = {"scaling": SCALING, "dropout_p": problem.dropout, "seed": problem.seed, "backend": backend}
-        if not grouped or len(problem.weights) == 1:
-            return _prepared_separately(problem, lambda *tensors: lora_linear(*tensors, **options))
+        weights: Sequence[Tensor | NF4Weight] = problem.quantized or problem.weights
+        if not grouped or len(weights) == 1:
+            return _prepared_separately(problem, lambda *tensors: lora_linear(*tensors, **options), weights)
         leaves = _Leaves.of(problem)
         x_MK, lora_As, lora_Bs = leaves
-        return Prepared(lambda: lora_linears(x_MK, problem.weights, lora_As, lora_Bs, **options), leaves.named())
+        return Prepared(lambda: lora_linears(x_MK, weights, lora_As, lora_Bs, **options), leaves.named())
 
     return prepare
 

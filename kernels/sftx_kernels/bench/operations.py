@@ -43,6 +43,7 @@ _GPU_SHAPES: Final[tuple[Shape, ...]] = (
     GroupedLoraShape(65536, 128, 2048, 1536),  # gate and up of Qwen3-30B-A3B, 8192 tokens
     CrossEntropyShape(4096, 128256),
     LoraShape(8192, 4096, (14336,)),
+    LoraShape(8192, 4096, (14336,), nf4=True),
     LinearCrossEntropyShape(8192, 2048, 32000),
     LinearCrossEntropyShape(8192, 4096, 128256, logits="zipf"),
 )
@@ -127,6 +128,7 @@ _COUNT: Final = "a count >= 1 and < 2**63"
 _FIELD_CHECKS: Final[Mapping[str, tuple[str, Callable[[Any], bool]]]] = {
     "logits": ('"random" or "zipf"', lambda value: value in ("random", "zipf")),
     "trained": ("true or false", lambda value: isinstance(value, bool)),
+    "nf4": ("true or false", lambda value: isinstance(value, bool)),
     "dropout": (
         "a number in [0, 1)",
         lambda value: isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1,
