@@ -263,6 +263,25 @@ def test_values_are_translated(name: str, value: Any, given: Any, kind: str, wri
     assert made.kind != "not here" or made.why
 
 
+def test_axolotls_patterns_choose_the_parameters_that_they_choose_there() -> None:
+    """Axolotl trains a parameter when re.match finds one of its patterns at the beginning of the name."""
+    from sftx.model import tiny
+    from sftx.model.load import load_spec
+    from sftx_plugins.trainable.freeze import Freeze
+
+    spec = load_spec(str(tiny.model_dir()))
+    for patterns in (
+        ["^lm_head.weight$", "^model.embed_tokens.weight$"], ["model.layers.[1-9]+.mlp.up"], ["^model.embed|norm|lm_h"],
+        ["model.(norm|layers.0.self_attn.q)", "lm_head"],
+    ):  # fmt: skip
+        made = answer("unfrozen_parameters", patterns, {})
+        assert made is not None
+        options = {target.removeprefix("plugins.freeze."): value for target, value in made.write.items()}
+        theirs = {name for name in spec.parameter_names if any(re.match(pattern, name) for pattern in patterns)}
+        assert theirs
+        assert Freeze(**options).sftx_trainable(spec) == theirs, patterns
+
+
 def test_any_value_is_answered() -> None:
     """A run file may hold anything, also what its own tool would refuse."""
     anything: list[Any] = [None, True, -1, 0.0, 1e300, 10**30, "", "ä,b", "none", [], [None, [1]], ["a", {}], {}]

@@ -236,6 +236,19 @@ def test_weights_that_are_not_adapted_are_named(findings: Find, tmp_path: Path) 
     assert of("untrained-weights", findings(GOOD, model=experts)) == []
 
 
+def test_what_freeze_leaves_untrained_is_known(findings: Find, make_model: Callable[..., Path]) -> None:
+    """With the embedding frozen, a base model's rows of control tokens stay as they are; freeze can train them."""
+    of_freeze: dict[str, Any] = {"model": make_model(called="tiny-0.1B-Base"), "plugins": ["chatml", "freeze"]}
+    ((severity, _),) = of("base-model", findings(GOOD, **of_freeze))
+    assert severity == "warning"
+    of_freeze["settings"] = {"freeze.extra_modules": ["embed_tokens", "lm_head"]}
+    ((severity, _),) = of("base-model", findings(GOOD, **of_freeze))
+    assert severity == "note"
+    of_freeze["settings"] = {"freeze.trainable_layers": 99}
+    ((severity, text),) = of("untrained-weights", findings(GOOD, **of_freeze))
+    assert (severity, "has 2 layers" in text) == ("error", True)
+
+
 def test_rows_past_the_models_length_are_found(findings: Find, make_model: Callable[..., Path]) -> None:
     ((severity, seen),) = of("positions", findings(GOOD, model=make_model(max_position_embeddings=16)))
     assert severity == "warning"

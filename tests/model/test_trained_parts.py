@@ -29,6 +29,7 @@ from sftx.model.load import load_spec
 from sftx.trainer.session import Session
 from sftx.training import assemble
 from sftx_plugins.adapters.lora import Lora
+from sftx_plugins.trainable.freeze import Freeze
 from trainers import planned
 
 
@@ -139,6 +140,17 @@ def test_adapters_reach_the_language_model_of_a_multimodal_one(
     torch.testing.assert_close(logits(session.lm.model), logits(theirs), rtol=1e-5, atol=1e-5)
     with pytest.raises(ConfigError, match=r"'multi_modal_projector' matches no module of the language model"):
         session_of(model, data, lora__modules_to_save=["multi_modal_projector"])
+
+
+def test_freeze_trains_layers_of_the_language_model_of_a_multimodal_one(tmp_path: Path) -> None:
+    spec = load_spec(str(write_model(gemma3(), tmp_path)))
+    chosen = Freeze(trainable_layers=1, extra_modules=("norm|lm_head",)).sftx_trainable(spec)
+    assert {name.partition(".layers.")[0] for name in chosen} == {
+        "model.language_model", "model.language_model.norm.weight", "lm_head.weight"
+    }  # fmt: skip
+    assert {name.split(".")[3] for name in chosen if ".layers." in name} == {"1"}
+    with pytest.raises(ConfigError, match=r"'vision_tower' matches no parameter of the language model"):
+        Freeze(extra_modules=("vision_tower",)).sftx_trainable(spec)
 
 
 def test_a_multimodal_model_keeps_its_processor(data: Path, tmp_path: Path) -> None:
