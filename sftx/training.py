@@ -211,9 +211,9 @@ def _assemble(prepared: _Prepared, times: PhaseTimes) -> Session:
     with phase("checking", "the files of checkpoints"):
         saved = process_group.run_on_rank0(checkpoints.newest_intact) if directory.resumed else None
     process_group.run_on_rank0(lambda: directory.check_extension(saved))
-    optimizer = assembly.optimizer()
+    optimizer = process_group.all_or_raise(assembly.optimizer)
     has_adapters = bool(assembly.providers("sftx_adapter"))
-    parallel.check(config.train, optimizer, has_adapters=has_adapters)
+    process_group.all_or_raise(lambda: parallel.check(config.train, optimizer, has_adapters=has_adapters))
     precision = precisions.choose(config.train, process_group.local_rank, bf16_weights=optimizer.bf16_weights)
 
     def make_observers(path: Path) -> Observers:

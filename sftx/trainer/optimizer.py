@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sftx.assembly.stages import OptimizerStage, group_options
 from sftx.checkpoint import optimizer_state
-from sftx.errors import ModelError
+from sftx.errors import ModelError, PluginError
 from sftx.types import TrainableParam
 
 
@@ -39,7 +39,11 @@ class RunOptimizer:
         for optimizer in self.optimizers:
             self._builder.step(optimizer)
         if not self._is_checked:
-            self._builder.check_state(self.optimizers, self._params, before)
+            try:
+                self._builder.check_state(self.optimizers, self._params, before)
+            except PluginError as error:
+                error.is_shared = True  # every rank has the same state
+                raise
             self._is_checked = True
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
