@@ -322,7 +322,9 @@ def test_one_option_is_answered_in_one_line(text: str, message: str) -> None:
 def test_the_options_of_sections_plugins_and_command_line_are_in_one_error() -> None:
     from sftx.assembly.discovery import options_class
 
-    text = "data: {train: rows.jsonl, lr: 1}\nplugins:\n  lora: {lora_r: 8, bias: none}\n  packed: {size: 3}\n"
+    text = (
+        "data: {train: rows.jsonl, lr: 1}\nplugins:\n  lora: {lora_r: 8, fan_in_fan_out: false}\n  packed: {size: 3}\n"
+    )
     typed = (("per_gpu_train_batch_size", 2, "--per_gpu_train_batch_size 2"), ("deepspeed", "x", "--set deepspeed=x"))
     lines = load_error(text, *typed, plugin_class=options_class)
     assert lines == [
@@ -332,7 +334,7 @@ def test_the_options_of_sections_plugins_and_command_line_are_in_one_error() -> 
         "  --set deepspeed=x: write --distributed fsdp2 (shards of every layer, with sftx run --nproc N)",
         "  run.yaml:3: plugins.lora.lora_r: write plugins.lora.r: 8",
         "  run.yaml:4: plugins.packed.size: there is nothing like it",
-        "  these may stay, as they ask for nothing here: bias",
+        "  these may stay, as they ask for nothing here: fan_in_fan_out",
     ]
 
 

@@ -1,4 +1,5 @@
-"""Built-in templates, collators and adapters train together, two steps each, in every pair of two of them."""
+"""Built-in templates, collators and adapters train together, two steps each: every template and adapter with every
+collator."""
 
 from __future__ import annotations
 
@@ -18,20 +19,19 @@ def built_in(hook: str) -> list[str]:
 
 
 def combinations() -> list[object]:
-    """Each template with each collator. Adapters alternate, so that each template and each collator meets them all.
+    """Each template with each collator. Adapters take turns, so that each collator meets them all.
 
     That every template trains with the default collator is also what the tests of plugins' contracts show.
     """
     adapters = [FULL, *built_in("sftx_adapter")]
-    collators = built_in("sftx_collator")
-    assert len(adapters) == len(collators) == 2, "with more of them, alternating no longer makes every pair"
-    return [
-        pytest.param(
-            template, collator, adapters[(t + c) % 2], marks=[pytest.mark.slow] if collator == "padded" else []
-        )
+    chosen = [
+        (template, collator, adapters[(t + c) % len(adapters)])
         for t, template in enumerate(built_in("sftx_template"))
-        for c, collator in enumerate(collators)
+        for c, collator in enumerate(built_in("sftx_collator"))
     ]
+    pairs = {(collator, adapter) for _, collator, adapter in chosen}
+    assert len(pairs) == len(adapters) * len(built_in("sftx_collator"))
+    return [pytest.param(*names, marks=[pytest.mark.slow] if "padded" in names else []) for names in chosen]
 
 
 @pytest.mark.parametrize(("template", "collator", "adapter"), combinations())

@@ -24,7 +24,7 @@ class Vera(Targets):
     ] = 256
     vera_dropout: Annotated[float, Field(ge=0, lt=1, description="Dropout probability of the update's inputs.")] = 0.0
     d_initial: Annotated[float, Field(description="Value with which each vector d begins.")] = 0.1
-    projection_prng_key: Annotated[int, Field(ge=0, description="Seed of the shared matrices.")] = 0
+    projection_prng_key: Annotated[int, Field(ge=0, lt=2**63, description="Seed of the shared matrices.")] = 0
     save_projection: Annotated[
         bool, Field(description="Save the shared matrices too, rather than draw them from the seed when loading.")
     ] = True

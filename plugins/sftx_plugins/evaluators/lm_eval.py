@@ -20,9 +20,12 @@ class LmEval:
         str | None, Field(min_length=1, description="Directory with YAML files of further tasks.")
     ] = None
     num_fewshot: Annotated[
-        int | None, Field(ge=0, description="Solved examples before each question; by default the task's own number.")
+        int | None,
+        Field(ge=0, le=10**6, description="Solved examples before each question; by default the task's own number."),
     ] = None
-    limit: Annotated[int | None, Field(ge=1, description="Only the first rows of each task; by default all.")] = None
+    limit: Annotated[
+        int | None, Field(ge=1, le=10**9, description="Only the first rows of each task; by default all.")
+    ] = None
     apply_chat_template: Annotated[
         bool, Field(description="Ask with the chat template of the tokenizer, which is that of the run.")
     ] = False

@@ -45,9 +45,9 @@ class MultipleChoice:
     template: Annotated[
         bool, Field(description="Ask with the run's template, the question as the user's turn, instead of `prompt`.")
     ] = False
-    limit: Annotated[int | None, Field(ge=1, description="Only the first questions of the file; by default all.")] = (
-        None
-    )
+    limit: Annotated[
+        int | None, Field(ge=1, le=10**9, description="Only the first questions of the file; by default all.")
+    ] = None
 
     @hookimpl
     def sftx_validate(self, run: RunInfo) -> None:

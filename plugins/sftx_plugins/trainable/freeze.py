@@ -24,8 +24,10 @@ class Freeze:
     trainable_layers: Annotated[
         int,
         Field(
+            ge=-(10**6),
+            le=10**6,
             description="How many of the last layers of the decoder train; -3 for the first three; 0 for none, when "
-            "extra_modules say what trains."
+            "extra_modules say what trains.",
         ),
     ] = 2
     trainable_modules: Annotated[
