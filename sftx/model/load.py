@@ -189,6 +189,11 @@ def load_model(
     # transformers gives the embedding row of `pad_token_id` no gradient, and often that token also occurs in the text,
     # as the end of a turn for example. Our padding is masked by length and needs no such row.
     cast(Any, model.get_input_embeddings()).padding_idx = None
+    if isinstance(options, LoadQuantised | ReadQuantised) and device.type == "cpu":
+        # What stays dense may be a view of its file, which would keep all of the file's pages in memory.
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.clone()
     if stored and not isinstance(options, ReadQuantised):  # its weights are dense now
         replace_quantised(model, quantize_of(adapters))
     with _explains_out_of_memory(spec, dtype, device):
