@@ -17,6 +17,10 @@ class SftxError(Exception):
     is_shared: bool = False
     """True when every rank knows of the error, so that rank 0 prints it for all."""
 
+    def __str__(self) -> str:
+        """Return the message, in which no secret is shown."""
+        return redacted(super().__str__())
+
 
 class ConfigError(SftxError):
     """The run file or the command line has a value that is not allowed."""
@@ -96,10 +100,28 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     return False
 
 
+_SECRETS: Final[set[str]] = set()
+_LEAST_SECRET: Final = 4
+"""Characters of a secret that messages hide: a shorter one is in too many words."""
+
+
+def hide(secret: str) -> None:
+    """Let no message of this process that is logged or printed have this text in it."""
+    if len(secret) >= _LEAST_SECRET:
+        _SECRETS.add(secret)
+
+
+def redacted(text: str) -> str:
+    """Return the text with `***` in place of each secret."""
+    for secret in _SECRETS:
+        text = text.replace(secret, "***")
+    return text
+
+
 def one_line(error: BaseException, *, max_chars: int = 300) -> str:
     """Return the message of any exception as one line of at most `max_chars` characters."""
     try:
-        text = " ".join(str(error).split())
+        text = " ".join(redacted(str(error)).split())
     except Exception:
         text = "its message cannot be read"
     text = text or type(error).__name__
@@ -107,5 +129,8 @@ def one_line(error: BaseException, *, max_chars: int = 300) -> str:
 
 
 def printable(text: str) -> str:
-    """Replace characters that control a terminal, which file names, rows and messages of libraries may contain."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
+    """Replace characters that control a terminal, which file names, rows and messages of libraries may contain.
+
+    Secrets are replaced too.
+    """
+    return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in redacted(text))

@@ -63,6 +63,8 @@ class StartReport:
     """Rows that one process computes at once."""
     gradient_accumulation_steps: int = 1
     """Micro-batches of a process in a step."""
+    reach: str = ""
+    """How much of the model's weights train, or adapters reach, and which kinds are left out; empty if all train."""
     resumed_step: int | None = None
     """The step after which an interrupted run goes on; what it reported of later steps is void. None: a new run."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any, Final
 
-from sftx.errors import ConfigError
+from sftx.errors import ConfigError, hide
 
 if TYPE_CHECKING:
     from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
@@ -23,7 +23,8 @@ MASK: Final = "***"
 class Secret:
     """A secret option of a plugin. `env:NAME` names an environment variable; any other text is the secret itself.
 
-    Everything that is written or printed has `env:NAME`, or `***` in place of the text. Only `reveal` gives it away.
+    Everything that is written or printed has `env:NAME`, or `***` in place of the text; so do errors and logs that are
+    printed, also those of the plugin itself, once the secret is known. Only `reveal` gives it away.
     Two secrets are equal when they are written alike.
     """
 
@@ -37,10 +38,12 @@ class Secret:
         if self._text == MASK:
             raise ConfigError(f"the secret was masked when the run file was written; give it again, best as {ENV}NAME")
         if not self._text.startswith(ENV):
+            hide(self._text)
             return self._text
         name = self._text.removeprefix(ENV)
         if not (value := os.environ.get(name, "").strip()):
             raise ConfigError(f"the environment variable {name!r} is not set; export it, or name another one")
+        hide(value)
         return value
 
     def __str__(self) -> str:
@@ -62,7 +65,9 @@ class Secret:
         def read(value: Any) -> Secret:
             if isinstance(value, Secret):
                 return value
-            if not isinstance(value, str) or not value:
+            if not str(value).startswith(ENV):
+                hide(str(value))  # before any error about this plugin's options can quote it
+            if not isinstance(value, str) or not value.removeprefix(ENV):
                 raise PydanticCustomError(SECRET_TYPE, "text, in quotes where it looks like a number, or env:NAME")
             return cls(value)
 

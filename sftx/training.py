@@ -244,8 +244,6 @@ def _assemble(prepared: _Prepared, times: PhaseTimes) -> Session:
     )
     lm = trainer.lm
     _check_fit(config, sampler, lm, eval_data)
-    if lm.reach is not None:
-        log.info("%s: %s", config.model, lm.reach)
     for line in lm.untrained_parts():
         log.warning("%s: %s", config.model, line)
 
@@ -304,6 +302,7 @@ def _assemble(prepared: _Prepared, times: PhaseTimes) -> Session:
             dtype=str(precision),
             num_parameters=num_weights(parameters),
             num_trainable=sum(p.numel() for p in parameters if p.requires_grad),
+            reach=lm.reach or "",
             num_rows=data.ledger.num_rows,
             num_examples=scope.num_examples,
             num_label_tokens=scope.num_label_tokens,

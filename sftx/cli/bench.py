@@ -18,7 +18,7 @@ ARCHS: Final = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES: Final = ("fp32", "bf16", "fp16")
 PROVIDERS: Final = (
     "sftx", "sftx-inplace", "sftx-low-memory", "sftx-separate", "sftx-torch",
-    "torch-eager", "torch-eager-upcast", "torch-compile", "torch-fused", "frozen-linear",
+    "torch-eager", "torch-eager-upcast", "torch-compile", "torch-fused", "frozen-linear", "added-weights",
     "liger-kernel", "cut-cross-entropy", "quack", "quack-inplace", "peft", "unsloth",
 )  # fmt: skip
 

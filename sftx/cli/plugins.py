@@ -72,7 +72,7 @@ def _kind(value: str, kinds: Iterable[str]) -> str:
     """Return the hook of a built-in plugin, by the package that its class is in; the empty string for any other."""
     first, _, rest = value.partition(".")
     package = rest.partition(".")[0]
-    return next((kind for kind in kinds if first == "sftx_plugins" and package in (f"{kind}s", f"{kind}es")), "")
+    return next((kind for kind in kinds if first == "sftx_plugins" and package in (kind, f"{kind}s", f"{kind}es")), "")
 
 
 @command.command()

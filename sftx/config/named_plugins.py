@@ -45,7 +45,7 @@ OPTIM: Final = PluginOption(
         "paged_adamw_32bit": "paged_adamw",
         "lion_32bit": "lion",
     },
-    partial=("momentum",),
+    partial=("momentum", "adam_beta1", "adam_beta2", "adam_epsilon"),
 )  # fmt: skip
 LR_SCHEDULER_TYPE: Final = PluginOption(
     name="lr_scheduler_type",

@@ -27,6 +27,7 @@ from sftx.errors import (
     ConfigError,
     DataError,
     OutputError,
+    PluginError,
     SftxError,
     TrainingError,
     did_you_mean,
@@ -134,8 +135,11 @@ class Session:
             raise self._stopped(stop) from None
         except BaseException as error:
             is_data = isinstance(error, DataError) or getattr(error, "kind", "") == DataError.__name__
-            if is_data and self.state.step > 0 and self._saved_step != self.state.step:
-                self.save()  # a stream whose source is gone: the steps that are done are as good as before
+            # One rank alone may have met the error of a plugin, and cannot save without the others.
+            is_plugin = isinstance(error, PluginError) and self.process_group.world_size == 1
+            if (is_data or is_plugin) and self.state.step > 0 and self._saved_step != self.state.step:
+                self.save()  # the steps that are done are as good as before
+                log.info("saved %s; --resume goes on from it when the cause is mended", self.trainer.last_saved)
             if self.process_group.is_rank0:
                 self.writer.remove_empty_run(self.state)
             raise

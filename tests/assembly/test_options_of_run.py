@@ -131,3 +131,38 @@ def test_a_secret_shows_itself_to_nobody() -> None:
     assert secret.reveal() == "hunter-2"
     assert secret == sftx.Secret("another")  # as they are written
     assert secret != sftx.Secret("env:A")
+
+
+LEAKY = ACME.replace(
+    "seen = []", "def on_step(self, report):\n        raise ValueError(f'posting with {self.token} failed')\n"
+).replace("self.seen.append((token, run))", "self.token = token")
+
+
+def test_no_error_of_a_plugin_shows_its_secret(
+    install_plugin: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    install_plugin("acme", LEAKY, {"acme": "Acme"})
+    monkeypatch.setenv("ACME_TOKEN", "correct-horse")
+    run_tiny(["acme", "lora"], tmp_path)
+    assert "failed and is switched off: ValueError: posting with *** failed" in caplog.text
+    assert "correct-horse" not in caplog.text
+
+
+def test_wrong_options_beside_a_secret_are_refused_without_it(install_plugin: Any, tmp_path: Path) -> None:
+    install_plugin("acme", ACME, {"acme": "Acme"})
+    with pytest.raises(ConfigError) as caught:
+        sftx.run(
+            data=[{"prompt": "a", "completion": "b"}],
+            model="sftx:tiny",
+            plugins={"chatml": {}, "acme": {"token": "battery-staple", "were": 1}},
+            output_dir=str(tmp_path / "run"),
+        )
+    assert "option 'were' does not exist" in str(caught.value)
+    assert "battery-staple" not in str(caught.value)
+    code = (
+        f"import sys; sys.path[:] = {sys.path!r}; from sftx.cli import main\n"
+        "main(['run', '--data', 'sftx:demo/train.jsonl', '--plugin', 'acme', '--set', 'acme.token=987654321'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "option 'token': got a value that is not shown" in done.stderr
+    assert "987654321" not in done.stderr

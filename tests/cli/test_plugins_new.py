@@ -270,6 +270,7 @@ def test_the_packages_are_linted_and_formatted(packages: Path, tmp_path: Path) -
         assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_the_packages_are_typed_and_so_are_the_examples(packages: Path) -> None:
     """They pass mypy with the stricter settings of this project, so that the cache of `make types` is used."""
     assert tomllib.loads((packages / "sftx-my-loss" / "pyproject.toml").read_text())["tool"]["mypy"]["strict"]
@@ -336,6 +337,7 @@ def test_a_new_package_keeps_the_contract_of_a_package(
     assert [finding for finding in findings if finding.status != "ok"] == []
 
 
+@pytest.mark.slow
 def test_the_tests_of_the_new_packages_pass(installed: list[Path], tmp_path: Path) -> None:
     """They check the contract of each hook, and train for two steps with each plugin; all in one process."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([*map(str, installed), *sys.path])}

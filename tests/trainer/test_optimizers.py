@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.optimization import Adafactor
 
-from optimizing import learning_rates, run_optimizer
+from optimizing import assembled, learning_rates, run_optimizer
+from sftx.assembly.discovery import load_class
+from sftx.assembly.entry_points import discover, find
 from sftx.config.options import TrainConfig
 from sftx.errors import ConfigError, ModelError, PluginError
 from sftx.model.language_model import CausalLM
@@ -36,17 +38,33 @@ BETAS, EPSILON = (0.9, 0.97), 1e-6
 
 
 def config_of(optim: str, **options: Any) -> TrainConfig:
+    of_some = {"adam_beta1": BETAS[0], "adam_beta2": BETAS[1], "adam_epsilon": EPSILON, "momentum": 0.8}
+    reads = getattr(load_class(find(optim, discover())), "train_options", ())
     values: dict[str, Any] = {
         "optim": optim,
         "learning_rate": 3e-3,
         "weight_decay": 0.1,
         "warmup_steps": 4,
-        "adam_beta1": BETAS[0],
-        "adam_beta2": BETAS[1],
-        "adam_epsilon": EPSILON,
-        "momentum": 0.8 if optim in ("sgd", "muon") else None,
+        **{name: value for name, value in of_some.items() if name in reads},
     }
     return TrainConfig(**values | options)
+
+
+@pytest.mark.parametrize(
+    ("optim", "option", "others"),
+    [
+        ("sgd", {"adam_beta1": 0.8}, "adamw or"),
+        ("adafactor", {"adam_beta2": 0.8}, "adamw or"),
+        ("lion", {"adam_epsilon": 1e-6}, "adamw or"),
+        ("adamw", {"momentum": 0.9}, "sgd or muon"),
+    ],
+)
+def test_an_option_that_the_optimizer_does_not_read_is_refused(optim: str, option: dict[str, Any], others: str) -> None:
+    (name,) = option
+    with pytest.raises(
+        ConfigError, match=f"option 'train.{name}': optim {optim} has none; leave it out, or .*{others}"
+    ):
+        assembled(TrainConfig(optim=optim, **option))
 
 
 def base(*, tied: bool = False) -> LlamaForCausalLM:

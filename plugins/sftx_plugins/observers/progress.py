@@ -97,6 +97,7 @@ def _derived_table(report: StartReport, output_dir: Path) -> Table:
     for name, value in (
         ("model", f"{report.model} on {report.device}, {report.dtype}"),
         ("parameters", f"{report.num_parameters:,}, trainable {report.num_trainable:,} ({trainable:.2%})"),
+        *([("reach", report.reach)] if report.reach else []),
         ("rows", f"{report.num_rows:,} ({formats}), held out {report.num_eval_rows:,}"),
         ("tokens", f"{report.num_input_tokens:,} {scope}, label tokens {report.num_label_tokens:,} ({labels:.1%})"),
         ("steps", f"{report.num_steps:,}, {report.tokens_per_step:.0f} label tokens per step"),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sftx import ConfigError, OptimizerBuilder, RunInfo, TrainableParam, hookimpl, parameter_groups
-from sftx_plugins.optimizers.options import adam_options
+from sftx_plugins.optimizers.options import ADAM_OPTIONS, adam_options
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, eq=False)
 class AdamWBf16:
     """AdamW for weights in bfloat16; the bits of each fp32 weight that bfloat16 lacks are optimizer state."""
+
+    train_options: ClassVar = ADAM_OPTIONS
 
     @hookimpl
     def sftx_optimizer(self, run: RunInfo) -> OptimizerBuilder:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sftx import ConfigError, OptimizerBuilder, RunInfo, TrainableParam, hookimpl, parameter_groups
-from sftx_plugins.optimizers.options import adam_options
+from sftx_plugins.optimizers.options import ADAM_OPTIONS, adam_options
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, eq=False)
 class AdamW8bit:
     """bitsandbytes' AdamW with 8-bit state; that of the embedding stays in 32 bits."""
+
+    train_options: ClassVar = ADAM_OPTIONS
 
     @hookimpl
     def sftx_optimizer(self, run: RunInfo) -> OptimizerBuilder:
@@ -30,6 +32,8 @@ class AdamW8bit:
 class PagedAdamW:
     """bitsandbytes' AdamW with state that is paged to host memory; needs a GPU."""
 
+    train_options: ClassVar = ADAM_OPTIONS
+
     @hookimpl
     def sftx_optimizer(self, run: RunInfo) -> OptimizerBuilder:
         return _Builder(run.config["train"], "paged_adamw", is_paged=True)
@@ -38,6 +42,8 @@ class PagedAdamW:
 @dataclass(frozen=True, eq=False)
 class PagedAdamW8bit:
     """bitsandbytes' AdamW with 8-bit state that is paged to host memory; needs a GPU."""
+
+    train_options: ClassVar = ADAM_OPTIONS
 
     @hookimpl
     def sftx_optimizer(self, run: RunInfo) -> OptimizerBuilder:

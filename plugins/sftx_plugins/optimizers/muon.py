@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Muon:
     """torch's Muon for the matrices of the layers, with the momentum of train (0.95); AdamW for the rest."""
 
-    train_options: ClassVar = ("momentum",)
+    train_options: ClassVar = ("momentum", "adam_beta1", "adam_beta2", "adam_epsilon")
 
     @hookimpl
     def sftx_optimizer(self, run: RunInfo) -> OptimizerBuilder:

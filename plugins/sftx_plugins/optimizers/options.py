@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
+
+ADAM_OPTIONS: Final = ("adam_beta1", "adam_beta2", "adam_epsilon")
+"""The options of train that AdamW reads, in any of its forms."""
 
 
 def betas(train: Mapping[str, Any], *, default_beta2: float) -> tuple[float, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -19,6 +19,8 @@ __all__ = ["CautiousAdamW"]
 @dataclass(frozen=True, eq=False)
 class CautiousAdamW:
     """AdamW without the elements of an update whose sign is not that of the gradient."""
+
+    train_options: ClassVar = ("adam_beta1", "adam_beta2", "adam_epsilon")
 
     least: Annotated[float, Field(gt=0, le=1, description="Least share of elements that an update is scaled by.")] = 0.1
 
