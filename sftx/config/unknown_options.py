@@ -81,7 +81,8 @@ class UnknownOption:
         by_name = {name.rpartition(".")[2]: name for name in own} | {name: name for name in self.known}
         beside = difflib.get_close_matches(self.leaf, self.known, n=1)
         close = difflib.get_close_matches(self.leaf, {**dict.fromkeys(beside), **by_name}, n=1, cutoff=0.7) or beside
-        theirs = difflib.get_close_matches(self.leaf, other_tools.names(), n=1, cutoff=0.85)
+        is_a_plugins = self.name.startswith("plugins.") and bool(beside)
+        theirs = [] if is_a_plugins else difflib.get_close_matches(self.leaf, other_tools.names(), n=1, cutoff=0.85)
         if theirs and close:
             close = difflib.get_close_matches(self.leaf, [*close, *theirs], n=1)
         close = close or theirs
@@ -161,8 +162,15 @@ def answered(unknown: Iterable[UnknownOption], given: Mapping[str, Any]) -> list
         if made is None and option.leaf in plugins and "." not in option.name:
             options = option.value if isinstance(option.value, dict) else {}
             made = other_tools.Answer("write", {f"plugins.{option.leaf}": options}, "plugins stand under `plugins:`")
+        is_plugins = option.name.startswith("plugins.")
+        if is_plugins and made is not None and made.kind == "not here" and _near(option.leaf, option.known):
+            made = None  # a slip in the name of the plugin's own option is likelier than an option of another tool
         answers.append(replace(option, answer=made))
     return answers
+
+
+def _near(name: str, known: Sequence[str]) -> bool:
+    return bool(difflib.get_close_matches(name, known, n=1))
 
 
 def _plugin_names() -> set[str]:

@@ -341,6 +341,16 @@ def test_the_options_of_sections_plugins_and_command_line_are_in_one_error() -> 
     ]
 
 
+def test_a_slip_in_a_plugins_own_option_is_no_option_of_another_tool() -> None:
+    from sftx.config.unknown_options import UnknownOption, answered
+
+    option = UnknownOption("plugins.adan.beta", 0.9, "--set adan.beta=0.9", ("betas", "eps"))
+    (found,) = answered([option], {})
+    assert found.advice() == "did you mean 'betas'?"
+    (found,) = answered([UnknownOption("beta", 0.1, "--beta 0.1", ())], {})
+    assert found.advice().startswith("leave it out: supervised fine-tuning only")
+
+
 def test_the_options_of_several_plugins_are_in_one_error() -> None:
     result = sftx("run", "--plugin", "lora", "--plugin", "packed", "--set", "lora.rank=8", "--set", "packed.lenght=3",
                   "--data", "rows.jsonl")  # fmt: skip
