@@ -118,9 +118,15 @@ class _Lazy(click.Group):
                 if process_group.is_rank0():
                     click.echo(f"sftx: {printable(str(error)) or 'interrupted'}", err=True)
             sys.exit(error.exit_code if isinstance(error, Stop) else 130)
-        except Exception:
+        except Exception as error:
             if not process_group.is_launched():
-                raise
+                name = ctx.invoked_subcommand
+                owner = None if name is None else next(iter(_installed_commands(name)), None)
+                if owner is None or ctx.params.get("debug"):
+                    raise
+                problem = f"{type(error).__name__}: {one_line(error)}"
+                _print_error(PluginError(f"{owner}: failed: {problem}; sftx --debug {name} shows where"))
+                sys.exit(1)
             traceback.print_exc()
             sys.exit(process_group.UNEXPECTED)
 

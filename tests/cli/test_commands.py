@@ -83,7 +83,10 @@ def test_errors_of_a_command_are_those_of_a_built_in_one(install: Any) -> None:
     assert (wrong.exit_code, wrong.stderr) == (1, "sftx: error: the flag is wrong\n")
     assert isinstance(sftx("--debug", "greet", "--fail", "config").exception, Exception)
     assert sftx("greet", "--no").exit_code == 2
-    assert isinstance(sftx("greet", "--fail", "other").exception, ValueError)
+    failed = sftx("greet", "--fail", "other")
+    said = "sftx: error: command 'greet' (acme 1.0): failed: ValueError: oh; sftx --debug greet shows where\n"
+    assert (failed.exit_code, failed.stderr) == (1, said)
+    assert isinstance(sftx("--debug", "greet", "--fail", "other").exception, ValueError)
 
 
 def test_a_command_of_sftx_cannot_be_replaced(install: Any) -> None:
