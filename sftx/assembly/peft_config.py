@@ -27,7 +27,7 @@ INIT_FROM: Final = "init_from"
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """What adapter_config.json says."""
+    """The content of adapter_config.json as far as a run needs it."""
 
     plugin: str
     options: Mapping[str, Any]

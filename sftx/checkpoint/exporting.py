@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class LoadedSource:
-    """What an exporter gets of a loaded run: implements `sftx.ExportSource`."""
+    """The loaded run as an exporter gets it: implements `sftx.ExportSource`."""
 
     def __init__(self, run: LoadedRun, *, trust_remote_code: bool = False) -> None:
         self._run = run

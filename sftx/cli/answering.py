@@ -1,4 +1,4 @@
-"""What the commands share that answer with a trained model: which model, and how its tokens are chosen."""
+"""The argument and options of all commands that answer: which model, and how its tokens are chosen."""
 
 from __future__ import annotations
 

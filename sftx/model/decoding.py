@@ -39,7 +39,7 @@ FinishReason: TypeAlias = Literal["", "stop", "length", "cancelled"]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the tokens of an answer are chosen. The names are those of transformers' GenerationConfig."""
+    """The rule by which the tokens of an answer are chosen. The names are those of transformers' GenerationConfig."""
 
     max_new_tokens: int
     temperature: float = 0.0

@@ -40,7 +40,7 @@ _ERROR_TYPES: Final = {400: "invalid_request_error", 401: "authentication_error"
 
 @dataclass(frozen=True)
 class Limits:
-    """What one client may ask for, so that it cannot take the server from the others."""
+    """The most that one client may ask for, so that it cannot take the server from the others."""
 
     body_bytes: int = 4 * 2**20
     max_new_tokens: int = 4096
@@ -419,7 +419,7 @@ def _error_response(error: HTTPError) -> Response:
 
 
 class _Frame:
-    """What surrounds the text of an answer."""
+    """The JSON around the text of an answer."""
 
     def __init__(self, model: str, prefix: str, kind: str) -> None:
         self._fields = {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}

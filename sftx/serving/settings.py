@@ -1,14 +1,14 @@
-"""How a model answers when nobody says otherwise: by its own generation settings, as transformers' `generate` does."""
+"""Chooses how a model answers: by its own generation settings, as transformers does, unless options say otherwise."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from transformers import GenerationConfig
 
 from sftx.model.decoding import Sampling
 
-DEFAULT_MAX_NEW_TOKENS = 512
+DEFAULT_MAX_NEW_TOKENS: Final = 512
 
 
 def sampling_of(config: GenerationConfig, **chosen: Any) -> Sampling:

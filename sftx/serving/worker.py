@@ -43,7 +43,7 @@ class Job:
 
 @dataclass
 class Counters:
-    """What the server has done since its start, for `/metrics`."""
+    """Counts of what the server has done since its start, for `/metrics`."""
 
     prompt_tokens: int = 0
     answer_tokens: int = 0

@@ -79,7 +79,7 @@ class ModelEvaluator:
 
     @property
     def has_work(self) -> bool:
-        """Whether there is anything to evaluate: held-out rows, or evaluators."""
+        """Return whether there is anything to evaluate: held-out rows, or evaluators."""
         return bool(len(self._examples) or self._evaluators)
 
     def __call__(self, lm: CausalLM, step: int) -> EvalReport:

@@ -1,4 +1,4 @@
-"""What an evaluation asks of the model: answers and log-likelihoods, in batches that the processes of a run share.
+"""Computes answers and log-likelihoods for an evaluation, in batches that the processes of a run share.
 
 Dimensions: B rows, T tokens.
 """

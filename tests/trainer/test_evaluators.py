@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import sftx
 from sftx import Conversation, Message, PluginError
@@ -307,3 +308,48 @@ def test_an_evaluator_sees_the_held_out_rows(run: Callable[..., Any]) -> None:
     sftx_odd.SEEN.clear()
     run("out", {"odd": {}}, max_steps=1, eval_data=ROWS[:2], max_overlap=1.0)
     assert sftx_odd.SEEN == [[("messages", ["user"])] * 2] * 2
+
+
+NAN = """
+import os
+from dataclasses import dataclass
+from sftx import hookimpl
+
+
+@dataclass(frozen=True, eq=False)
+class Nan:
+    @hookimpl
+    def sftx_evaluator(self, run):
+        return self
+
+    def evaluate(self, evaluation):
+        return {"score": float("nan") if evaluation.step == 3 and "NAN_SCORE" in os.environ else 1.0}
+"""
+
+
+def test_a_score_that_ends_a_run_keeps_the_steps_that_are_done(
+    tmp_path: Path, install_plugin: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_plugin("sftx-nan", NAN, {"nan": "Nan"})
+    monkeypatch.chdir(tmp_path)
+
+    def train(output_dir: str) -> Any:
+        return sftx.run(
+            data=[{"prompt": f"say {n}", "completion": str(n)} for n in range(8)],
+            plugins={"chatml": {}, "lora": {}, "nan": {}},
+            model="sftx:tiny",
+            max_steps=4,
+            train_batch_size=2,
+            eval_steps=1,
+            use_cpu=True,
+            output_dir=output_dir,
+        )
+
+    monkeypatch.setenv("NAN_SCORE", "1")
+    with pytest.raises(PluginError, match="the score 'score' of the model is nan, expected a finite number"):
+        train("run")
+    assert (tmp_path / "run" / "checkpoints" / "step-3").is_dir()
+    monkeypatch.delenv("NAN_SCORE")
+    resumed, whole = sftx.resume("run"), train("whole")
+    weights = [load_file(run.output_dir / "adapter" / "adapter_model.safetensors") for run in (resumed, whole)]
+    assert all(weights[0][name].equal(tensor) for name, tensor in weights[1].items())

@@ -36,7 +36,7 @@ _SEED_STEP = 5700357409661598953
 
 @dataclass(frozen=True)
 class LayerOptions:
-    """What sets one LoRA layer of an adapter apart."""
+    """The options of one LoRA layer, which may differ between the layers of an adapter."""
 
     r: int
     lora_alpha: float
@@ -52,7 +52,7 @@ class LayerOptions:
 
     @property
     def begins_in_the_weight(self) -> bool:
-        """Whether the update begins as a part of the weight, which is then taken off it (PiSSA, OLoRA)."""
+        """Return whether the update begins as a part of the weight, which is then taken off it (PiSSA, OLoRA)."""
         return isinstance(self.init_lora_weights, str) and self.init_lora_weights.startswith(("pissa", "olora"))
 
 

@@ -63,7 +63,7 @@ class SQLite:
 
 @dataclass(frozen=True)
 class _Selection:
-    """What is read of a database."""
+    """The part of a database that is read."""
 
     sql: str
     path: str
