@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -747,15 +747,44 @@ class ExportSource(Protocol):
         """
 
 
+Rounding: TypeAlias = Literal["none", "half", "8-bit", "4-bit"]
+"""How far an exporter rounds weights: not beyond the dtype of the base; to float16 or bfloat16; to so many bits."""
+
+
+class ExportedModel(Protocol):
+    """What an exporter has loaded back from a directory that it wrote, by a reader that is not its writer.
+
+    It may have a method `encode(text: str) -> list[int]`: the token ids of a text that begins a document. They are
+    compared where a run has no template.
+    """
+
+    @property
+    def reader(self) -> str:
+        """What reads the directory, with its version, such as "transformers 5.24.0"."""
+
+    @property
+    def stop_ids(self) -> Collection[int]:
+        """Ids of the tokens that end an answer, by what stands in the directory."""
+
+    def prompt(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Return the token ids of a conversation by the directory's own template and tokenizer, up to the answer.
+
+        `messages` and `tools` are in OpenAI's form, but that the arguments of a call are an object, as templates of
+        transformers expect them. `tools` may be empty.
+        """
+
+    def logits(self, token_ids: Sequence[int]) -> Tensor:
+        """Return fp32 logits [T, V] on the CPU, of one forward over the T tokens. V may be padded."""
+
+
 @runtime_checkable
 class Exporter(Protocol):
     """Writes the result of a run in another format. `sftx export RUN --to NAME` calls its methods in this order.
 
-    An exporter that can load what it wrote may have a method
-    `load(directory: Path) -> Callable[[Sequence[int], int], list[int]]`: the function that it returns gets the token
-    ids of a prompt and the most tokens to answer with, and returns the greedy answer without its stop token. The
-    contract compares it with the run's own answers, unless the exporter has an attribute `lossy` that is True (it
-    quantises).
+    An exporter that can load what it wrote has a method `load(directory: Path) -> ExportedModel`. An export is then
+    compared with the run before it takes its place: prompts, stop tokens, and the tokens that it chooses along the
+    run's own answers. An attribute `rounding` (`Rounding`, "none" where there is none) says how far weights are
+    rounded, which decides how near the answers must be.
     """
 
     def check(self, config: PretrainedConfig) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, get_args
 
 from sftx.assembly.hookspecs import RETURNS
 from sftx.config.default_plugins import RESERVED_SCHEMES, SCHEME
@@ -32,6 +32,7 @@ from sftx.types import (
     Evaluation,
     Evaluator,
     Example,
+    ExportedModel,
     Exporter,
     ExportSource,
     HeldOutRow,
@@ -48,6 +49,7 @@ from sftx.types import (
     Parser,
     PlainText,
     Record,
+    Rounding,
     Row,
     RowSource,
     Schedule,
@@ -728,8 +730,12 @@ class ExporterStage(_Stage):
         super().__init__(plugin)
         self._exporter = exporter
         with self._attribute("reading what it declares"):
-            self.is_lossy = bool(getattr(exporter, "lossy", False))
+            self.rounding: Rounding = getattr(exporter, "rounding", "none")
             self.can_load = hasattr(exporter, "load")
+        if self.rounding not in get_args(Rounding):
+            raise self._refuse(
+                f"its rounding is {self.rounding!r:.60}, expected one of {', '.join(get_args(Rounding))}"
+            )
 
     def check(self, config: PretrainedConfig) -> None:
         with self._attribute("check"):
@@ -748,12 +754,47 @@ class ExporterStage(_Stage):
             raise self._refuse(f"usage returned {type(text).__name__}, expected text")
         return text
 
-    def load(self, directory: Path) -> Callable[[Sequence[int], int], list[int]]:
-        """Return what answers prompts from the files; only where `can_load`."""
+    def load(self, directory: Path) -> ExportedStage:
+        """Load what was written there; only where `can_load`."""
         exporter: Any = self._exporter
         with self._attribute("load"):
-            answer: Callable[[Sequence[int], int], list[int]] = exporter.load(directory)
-        return answer
+            return ExportedStage(self._plugin, exporter.load(directory))
+
+
+class ExportedStage(_Stage):
+    """Answers from the files of an export, and checks the types of what is compared."""
+
+    def __init__(self, plugin: str, exported: ExportedModel) -> None:
+        super().__init__(plugin)
+        self._exported = exported
+        if lacking := [name for name in ("reader", "stop_ids", "prompt", "logits") if not hasattr(exported, name)]:
+            raise self._refuse(f"load returned {type(exported).__name__}, which has no {' and no '.join(lacking)}")
+        with self._attribute("the reader's name"):
+            self.reader = str(exported.reader)
+        with self._attribute("stop_ids"):
+            self.stop_ids = frozenset(int(token_id) for token_id in exported.stop_ids)
+        self.can_encode = hasattr(exported, "encode")
+
+    def prompt(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[int]:
+        with self._attribute("prompt"):
+            return [int(token_id) for token_id in self._exported.prompt(messages, tools)]
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text; only where `can_encode`."""
+        exported: Any = self._exported
+        with self._attribute("encode"):
+            return [int(token_id) for token_id in exported.encode(text)]
+
+    def logits(self, token_ids: Sequence[int]) -> Tensor:
+        with self._attribute("logits"):
+            logits_TV = self._exported.logits(token_ids)
+        shape, dtype = tuple(getattr(logits_TV, "shape", ())), str(getattr(logits_TV, "dtype", None))
+        if len(shape) != 2 or shape[0] != len(token_ids) or dtype != "torch.float32":
+            got = f"{dtype} {list(shape)}" if shape else type(logits_TV).__name__
+            raise self._refuse(
+                f"logits of {len(token_ids)} tokens are {got}, expected torch.float32 [{len(token_ids)}, V]"
+            )
+        return logits_TV
 
 
 class AdapterStage(_Stage, Adapter):

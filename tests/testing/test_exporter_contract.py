@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from contracts import assert_every_clause_is_broken, assert_fails, assert_fails_only, assert_passes, whole_suite_cases
-from sftx import ConfigError, ExportSource, hookimpl
+from sftx import ConfigError, ExportedModel, ExportSource, hookimpl
 from sftx.testing.exporter import SUITE
 from sftx.testing.kit import built_in
 
@@ -34,10 +34,10 @@ class Directory:
     def usage(self, directory: Path) -> Any:
         return f"serve {directory}"
 
-    def load(self, directory: Path) -> Callable[[Sequence[int], int], list[int]]:
-        load: Any = built_in("safetensors")
-        answer: Callable[[Sequence[int], int], list[int]] = load.load(directory)
-        return answer
+    def load(self, directory: Path) -> ExportedModel:
+        reads: Any = built_in("safetensors")
+        exported: ExportedModel = reads.load(directory)
+        return exported
 
 
 class KnowsOthers(Directory):
@@ -46,7 +46,7 @@ class KnowsOthers(Directory):
 
 
 class Rounds(Directory):
-    lossy = True
+    rounding = "8-bit"
 
     def export(self, source: ExportSource, directory: Path) -> None:
         import torch
@@ -103,12 +103,25 @@ class ForgetsTheAdapter(Directory):
         from transformers import AutoModelForCausalLM
 
         source.save_pretrained(directory)
-        AutoModelForCausalLM.from_pretrained(source.base_model).save_pretrained(directory)
+        base = AutoModelForCausalLM.from_pretrained(source.base_model)
+        base.generation_config = source.generation_config
+        base.save_pretrained(directory)
 
 
 class StopsAtTheFirstAlone(Directory):
     def export(self, source: ExportSource, directory: Path) -> None:
         source.generation_config.eos_token_id = source.stop_ids[0]
+        super().export(source, directory)
+
+
+class NamesNoReader(Directory):
+    def load(self, directory: Path) -> Any:
+        return SimpleNamespace(stop_ids=[0], prompt=None, logits=None)
+
+
+class ForgetsTheTemplate(Directory):
+    def export(self, source: ExportSource, directory: Path) -> None:
+        source.tokenizer.chat_template = "{{ messages[0].content }}"
         super().export(source, directory)
 
 
@@ -128,7 +141,9 @@ BAD = [
     (SaysNothing, "says-how-to-load", "name the directory"),
     (SaysNone, "says-how-to-load", "usage returned NoneType, expected text"),
     (ForgetsTheAdapter, "answers-as-the-run", "write the merged model"),
-    (StopsAtTheFirstAlone, "answers-as-the-run", "and all stop tokens"),
+    (StopsAtTheFirstAlone, "answers-as-the-run", "write all stop tokens"),
+    (ForgetsTheTemplate, "answers-as-the-run", "write template and tokenizer"),
+    (NamesNoReader, "answers-as-the-run", "load returned SimpleNamespace, which has no reader"),
     (Draws, "leaves-the-process", "export changed Python's random numbers"),
 ]
 

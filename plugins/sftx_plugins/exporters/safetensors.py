@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from sftx import Exporter, ExportSource, hookimpl
+from sftx import ExportedModel, Exporter, ExportSource, Rounding, hookimpl
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -32,8 +31,8 @@ class Safetensors:
         return self
 
     @property
-    def lossy(self) -> bool:
-        return self.dtype in ("bfloat16", "float16")
+    def rounding(self) -> Rounding:
+        return "half" if self.dtype in ("bfloat16", "float16") else "none"
 
     def check(self, config: PretrainedConfig) -> None:
         """Every architecture that transformers has loaded, it saves."""
@@ -51,19 +50,7 @@ class Safetensors:
             f'tokenizer = AutoTokenizer.from_pretrained("{directory}")'
         )
 
-    def load(self, directory: Path) -> Callable[[Sequence[int], int], list[int]]:
-        import torch
-        from transformers import AutoModelForCausalLM, GenerationConfig
+    def load(self, directory: Path) -> ExportedModel:
+        from sftx_plugins.exporters.transformers_reader import TransformersReader
 
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
-        stop = model.generation_config.eos_token_id
-
-        def answer(prompt: Sequence[int], max_new_tokens: int) -> list[int]:
-            ids_BT = torch.tensor([list(prompt)])
-            greedy = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stop, pad_token_id=0)
-            out_BT = model.generate(ids_BT, attention_mask=torch.ones_like(ids_BT), generation_config=greedy)
-            new: list[int] = out_BT[0, len(prompt) :].tolist()
-            ends = stop if isinstance(stop, list) else [stop]
-            return new[:-1] if new and new[-1] in ends else new
-
-        return answer
+        return TransformersReader(directory)
