@@ -28,6 +28,7 @@ from sftx.model.added_tokens import add_missing, ids_of
 from sftx.model.generation import embed_prompts, generate_greedy, generation_defaults
 from sftx.model.language_model import CausalLM
 from sftx.model.load import load_model, load_spec, load_tokenizer
+from sftx.model.shared_bases import SharedBases
 from sftx.types import Adapter, Collator, Conversation, Example, ModelSpec, Template
 
 if TYPE_CHECKING:
@@ -131,6 +132,7 @@ def load_run(
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
     check: Callable[[PretrainedConfig], None] | None = None,
+    bases: SharedBases | None = None,
 ) -> LoadedRun:
     """Load a fine-tuned model from a run directory, one of its checkpoints, or an adapter's or a model's directory.
 
@@ -140,7 +142,8 @@ def load_run(
 
     `device`: by default the first GPU, or the CPU. `dtype`: of weights and matrix products; by default weights are
     kept and multiplied as in the run's evaluations, and for a directory without run.yaml as its config.json says.
-    `check` is called with the model's configuration before weights are read, and may refuse it.
+    `check` is called with the model's configuration before weights are read, and may refuse it. `bases`: models that
+    are loaded with the same ones share the weights of their base in memory.
     Raises ModelError, ConfigError, PluginError and OutputError.
     """
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -165,6 +168,7 @@ def load_run(
         device=chosen,
         stop_ids=encoder.stop_ids,
         saved=weights,
+        bases=bases,
     )
     lm.requires_grad_(False)
     lm.eval()
@@ -194,20 +198,26 @@ def build_model(
     saved: Path | None = None,
     seed: int | None = None,
     trainable: Set[str] | None = None,
+    bases: SharedBases | None = None,
 ) -> CausalLM:
     """Load the model of `spec`, attach the adapters, and let its generation settings stop at `stop_ids`.
 
     `saved`: an artefact or a checkpoint whose weights replace those of the full model, or of the adapters. `seed`: for
-    the initial weights of adapters. `trainable`: the parameters that train, by name (`CausalLM.attach`). Raises
-    ModelError.
+    the initial weights of adapters. `trainable`: the parameters that train, by name (`CausalLM.attach`). `bases`: those
+    whose weights are shared. Raises ModelError.
     """
     if saved is not None and not adapters:
         spec = dataclasses.replace(spec, name=str(saved))
-    model = load_model(spec, list(adapters.values()), dtype=dtype, device=device)
+    load = load_model if bases is None else bases.load
+    model = load(spec, list(adapters.values()), dtype=dtype, device=device)
     lm = CausalLM(model, tokenizer)
     if seed is not None:
         torch.manual_seed(seed)
     lm.attach(adapters, trainable)
+    if bases is not None and adapters:
+        for parameter in lm.parameters():
+            if parameter.requires_grad:  # one of the base's own, perhaps, which only this adapter has trained
+                parameter.data = parameter.data.clone()
     lm.model.generation_config = generation_defaults(lm, stop_ids)
     if saved is not None and adapters:
         load_weights(lm, saved, trust_remote_code=spec.trust_remote_code)

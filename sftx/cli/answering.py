@@ -15,6 +15,7 @@ from sftx.phases import phase
 if TYPE_CHECKING:
     from sftx.checkpoint.load_run import LoadedRun
     from sftx.model.decoding import Sampling
+    from sftx.model.shared_bases import SharedBases
 
 model_argument = click.argument("model", metavar="MODEL")
 
@@ -58,13 +59,30 @@ def loaded_model(
     return loaded, sampling_of(loaded.generation_config, **chosen)
 
 
-def load_model(model: str, *, device: str | None, trust_remote_code: bool) -> LoadedRun:
-    """Load MODEL: a run directory, an adapter, a model directory or a hub id. Raises ConfigError, ModelError."""
+def check_model(model: str) -> None:
+    """Raise ConfigError or ModelError for a MODEL that is not there, before torch is imported."""
     from sftx.model import names
 
-    directory = Path(model).expanduser()
-    if not directory.is_dir():
+    if not Path(model).expanduser().is_dir():
         names.check(model, needs_weights=True)
+
+
+def load_model(
+    model: str,
+    *,
+    device: str | None,
+    trust_remote_code: bool,
+    dtype: str | None = None,
+    bases: SharedBases | None = None,
+) -> LoadedRun:
+    """Load MODEL: a run directory, an adapter, a model directory or a hub id. Raises ConfigError, ModelError.
+
+    `dtype` and `bases` are those of `load_run`.
+    """
+    from sftx.model import names
+
+    check_model(model)
+    directory = Path(model).expanduser()
     with phase("importing", "torch and transformers"):
         import torch
 
@@ -81,4 +99,10 @@ def load_model(model: str, *, device: str | None, trust_remote_code: bool) -> Lo
     with phase("loading", "the model"):
         if not directory.is_dir():
             directory = Path(names.resolve(model))
-        return load_run(directory, device=device, trust_remote_code=trust_remote_code)
+        return load_run(
+            directory,
+            device=device,
+            dtype=None if dtype is None else getattr(torch, dtype),
+            trust_remote_code=trust_remote_code,
+            bases=bases,
+        )

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import click
 
-from sftx.cli.answering import load_model
-from sftx.errors import ConfigError
+from sftx.cli.answering import check_model, load_model
+from sftx.errors import ConfigError, printable
+from sftx.phases import phase
 
 _KEY = "SFTX_API_KEY"
 
@@ -20,7 +21,7 @@ _KEY = "SFTX_API_KEY"
 @click.option("--port", metavar="N", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any.")
 @click.option(
     "--max-rows", metavar="N", type=click.IntRange(1, 4096), default=16, show_default=True,
-    help="Answers that are computed together.",
+    help="Answers that are computed together, of each model.",
 )  # fmt: skip
 @click.option(
     "--max-waiting", metavar="N", type=click.IntRange(0, 10**6), default=256, show_default=True,
@@ -38,6 +39,10 @@ _KEY = "SFTX_API_KEY"
     "--timeout", metavar="S", type=click.FloatRange(min=0, min_open=True), default=600, show_default=True,
     help="Seconds for one answer, waiting included.",
 )  # fmt: skip
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Of weights and products of all models.  [default: of each, as it was trained]",
+)  # fmt: skip
 @click.option("--device", metavar="NAME", help="Such as cpu or cuda:1.  [default: the first GPU, or cpu]")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
 def command(
@@ -50,10 +55,13 @@ def command(
     max_new_tokens: int,
     max_body_bytes: int,
     timeout: float,
+    dtype: str | None,
     device: str | None,
     trust_remote_code: bool,
 ) -> None:
     """Serve each MODEL (as in `sftx chat`) by its name, or as NAME=MODEL, over OpenAI's HTTP interface.
+
+    Adapters of one base share its weights in memory, and the base itself does when it is a MODEL too.
 
     /v1/chat/completions, /v1/completions, /v1/models, /health and /metrics. With the environment variable SFTX_API_KEY
     clients must send that key.
@@ -63,8 +71,14 @@ def command(
     named = dict(_named(model) for model in models)
     if len(named) < len(models):
         raise ConfigError("two models have one name; name them, as in: sftx serve first=runs/a second=runs/b")
+    for model in named.values():
+        check_model(model)
+    with phase("importing", "torch and transformers"):
+        from sftx.model.shared_bases import SharedBases
+    bases = SharedBases()
     loaded = {
-        name: load_model(model, device=device, trust_remote_code=trust_remote_code) for name, model in named.items()
+        name: load_model(model, device=device, trust_remote_code=trust_remote_code, dtype=dtype, bases=bases)
+        for name, model in named.items()
     }
     import uvicorn
 
@@ -82,6 +96,9 @@ def command(
     worker.start()
     port = listening.getsockname()[1]
     click.echo(f"serving {', '.join(loaded)} on http://{host}:{port}/v1", err=True)
+    for base, sharing in bases.users if len(loaded) > 1 else ():
+        names = [name for name, run in loaded.items() if run.lm.model in sharing]
+        click.echo(printable(f"loaded once for {', '.join(names)}: {base}"), err=True)
     try:
         uvicorn.Server(config).run(sockets=[listening])
     except KeyboardInterrupt:  # a signal, which uvicorn raises again when the answers in progress have ended
