@@ -386,7 +386,7 @@ def _load_model(
 
     spec = load_spec(pipeline.model, trust_remote_code=config.trust_remote_code)
     spec = dataclasses.replace(spec, new_token_ids=ids_of(pipeline.added_tokens, pipeline.tokenizer))
-    adapters, trainable = assembly.adapters(spec), assembly.trainable(spec)
+    adapters, trainable = assembly.adapters(spec, saved), assembly.trainable(spec)
     # With fsdp2 the model moves to the device layer by layer, as shards.
     is_sharded = is_launched() and config.train.distributed == "fsdp2"
     lm = build_model(

@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 PEFT_CONFIG: Final = "adapter_config.json"
 INIT_FROM: Final = "init_from"
 """The option of an adapter plugin that names the directory of an adapter to begin with."""
+BASE_ADAPTERS: Final = "base_adapters"
+"""The option of an adapter plugin that names the directories of adapters below it, which its own files hold too."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,8 @@ def go_on_from_adapter(loaded: LoadedConfig) -> LoadedConfig:
     """Return the run with an adapter to begin with, where `model` names that or a run's result, or `init_from` does.
 
     `model` becomes the adapter's base. The adapter plugin gets the options of that adapter; giving others is a
-    ConfigError. Any other run is returned as it is, also one whose model is an adapter and that has no adapter plugin:
-    `names.check` says what is missing. Raises ModelError.
+    ConfigError. The paths of adapters below it become absolute. Any other run is returned as it is, also one whose
+    model is an adapter and that has no adapter plugin: `names.check` says what is missing. Raises ModelError.
     """
     config, directory = loaded.config, Path(loaded.config.model).expanduser()
     if (directory / "run.yaml").is_file() and (directory / "model").is_dir():
@@ -78,14 +80,18 @@ def go_on_from_adapter(loaded: LoadedConfig) -> LoadedConfig:
     if plugin is None:
         return loaded
     given = dict(config.plugins[plugin] or {})
-    if (directory / "run.yaml").is_file():
-        directory = directory / "adapter"
+    if isinstance(below := given.get(BASE_ADAPTERS), list | tuple) and all(isinstance(name, str) for name in below):
+        given[BASE_ADAPTERS] = [str(_adapter_in(Path(name).expanduser()).absolute()) for name in below]
+        loaded = _with_options(loaded, plugin, given)
+        config = loaded.config
+    directory = _adapter_in(directory)
     is_adapter = (directory / PEFT_CONFIG).is_file() and not (directory / "config.json").is_file()
     if not is_adapter:
         if not isinstance(named := given.get(INIT_FROM), str):
             return loaded
-        directory = Path(named).expanduser()
-        directory = directory / "adapter" if (directory / "run.yaml").is_file() else directory
+        directory = _adapter_in(Path(named).expanduser())
+        if not directory.is_dir():
+            return loaded  # a run that goes on from a checkpoint does not need it
     saved = read_peft_config(directory / PEFT_CONFIG, plugin)
     for name, value in saved.options.items():
         if name in given and json.loads(json.dumps(given[name])) != json.loads(json.dumps(value)):
@@ -96,8 +102,38 @@ def go_on_from_adapter(loaded: LoadedConfig) -> LoadedConfig:
     options = {**saved.options, **given, INIT_FROM: str(directory.absolute())}
     model = saved.base if is_adapter else config.model
     log.info("training goes on from the adapter %s of %s", directory, model)
-    plugins = {name: options if name == plugin else values for name, values in config.plugins.items()}
-    return dataclasses.replace(loaded, config=dataclasses.replace(config, model=model, plugins=plugins))
+    return _with_options(loaded, plugin, options, model=model)
+
+
+def as_saved(plugin: Any, directory: Path) -> Any:
+    """Return an adapter plugin with the options under which it loads what it has saved in a directory.
+
+    What it began with is in its files, as are the adapters below it.
+    """
+    changes: dict[str, Any] = {}
+    if getattr(plugin, INIT_FROM, None) is not None:
+        changes[INIT_FROM] = None
+    if getattr(plugin, BASE_ADAPTERS, ()):
+        changes[BASE_ADAPTERS] = (str(directory.absolute()),)
+    return dataclasses.replace(plugin, **changes) if changes else plugin
+
+
+def adapter_directory(artefact: Path, name: str, *, num_adapters: int) -> Path:
+    """Return where an adapter's files are: in the artefact itself, or in a directory each when there are several."""
+    return artefact if num_adapters == 1 else artefact / name
+
+
+def _adapter_in(directory: Path) -> Path:
+    """Return where the adapter is in the directory of a run; any other directory as it is."""
+    return directory / "adapter" if (directory / "run.yaml").is_file() else directory
+
+
+def _with_options(
+    loaded: LoadedConfig, plugin: str, options: dict[str, Any], *, model: str | None = None
+) -> LoadedConfig:
+    plugins = {name: options if name == plugin else values for name, values in loaded.config.plugins.items()}
+    config = dataclasses.replace(loaded.config, model=model or loaded.config.model, plugins=plugins)
+    return dataclasses.replace(loaded, config=config)
 
 
 def _adapter_plugin(named: Mapping[str, Any]) -> str | None:

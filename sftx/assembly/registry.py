@@ -21,6 +21,7 @@ from sftx.assembly import hookspecs
 from sftx.assembly.discovery import hooks_of, instance, load_class, options_of
 from sftx.assembly.entry_points import PluginInfo, discover, find
 from sftx.assembly.hookspecs import ONE_PROVIDER, PROJECT, RETURNS, VALIDATE
+from sftx.assembly.peft_config import adapter_directory, as_saved
 from sftx.assembly.stages import (
     AdapterStage,
     CollatorStage,
@@ -291,8 +292,20 @@ class Assembly:
     def loss(self) -> LossStage:
         return next(LossStage(str(a.info), made) for a, made in self._call("sftx_loss"))
 
-    def adapters(self, spec: ModelSpec) -> dict[str, AdapterStage]:
-        return {a.info.name: AdapterStage(str(a.info), made) for a, made in self._call("sftx_adapter", spec=spec)}
+    def adapters(self, spec: ModelSpec, saved: Path | None = None) -> dict[str, AdapterStage]:
+        """Return the adapters of a model by the names of their plugins.
+
+        `saved`: an artefact or a checkpoint from which they are loaded afterwards.
+        """
+        providers, stages = self.providers("sftx_adapter"), {}
+        for active in providers:
+            plugin, name = active.plugin, active.info.name
+            if saved is not None:
+                plugin = as_saved(plugin, adapter_directory(saved, name, num_adapters=len(providers)))
+            with named(str(active.info), "sftx_adapter"):
+                made = make(plugin, "sftx_adapter", run=self.run, spec=spec)
+            stages[name] = AdapterStage(str(active.info), made)
+        return stages
 
     def trainable(self, spec: ModelSpec) -> frozenset[str] | None:
         """Return the names of the model's parameters that train; None when no plugin chooses some."""

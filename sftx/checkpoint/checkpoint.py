@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sftx import atomic_files
+from sftx.assembly.peft_config import adapter_directory
 from sftx.checkpoint import layout, model_card, model_files, sharded_files
 from sftx.distributed.dtensor import has_shards, is_sharded, local_shard, shard_like
 from sftx.distributed.process_group import ProcessGroup
@@ -115,7 +116,7 @@ def _parameters_to_cast(model: PreTrainedModel, dtype: torch.dtype) -> list[str]
 
 def _write_adapters_and_tokenizer(lm: CausalLM, directory: Path) -> None:
     for name, adapter in lm.adapters.items():
-        place = _adapter_directory(lm, name, directory)
+        place = adapter_directory(directory, name, num_adapters=len(lm.adapters))
         place.mkdir(exist_ok=True)
         adapter.save(place)
         if not any(place.glob("*.safetensors")):
@@ -129,16 +130,11 @@ def _write_adapters_and_tokenizer(lm: CausalLM, directory: Path) -> None:
         model_files.copy_processor(lm.model, directory)
 
 
-def _adapter_directory(lm: CausalLM, name: str, directory: Path) -> Path:
-    """Return where an adapter's files are: in the artefact itself, or in a directory each when there are several."""
-    return directory if len(lm.adapters) == 1 else directory / name
-
-
 @torch.no_grad()
 def load_weights(lm: CausalLM, directory: Path, *, trust_remote_code: bool) -> None:
     """Load an artefact's or a checkpoint's weights into the model, or into its adapters. Raises ModelError."""
     for name, adapter in lm.adapters.items():
-        adapter.load(_adapter_directory(lm, name, directory))
+        adapter.load(adapter_directory(directory, name, num_adapters=len(lm.adapters)))
     if not lm.adapters:
         spec = ModelSpec(str(directory), lm.model.config, lm.model, trust_remote_code)
         # On the CPU: the device holds the model already, and the optimizer's state.

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from sftx.assembly.entry_points import discover, find
-from sftx.assembly.peft_config import INIT_FROM, PEFT_CONFIG, read_peft_config
+from sftx.assembly.peft_config import PEFT_CONFIG, read_peft_config
 from sftx.assembly.registry import Assembly
 from sftx.checkpoint import layout
 from sftx.checkpoint.checkpoint import load_weights
@@ -270,8 +270,7 @@ def _parts_of_run(weights: Path, run: Path, *, trust_remote_code: bool) -> _Part
     for name, options in config.plugins.items():
         # Other plugins of the run, such as a tracker, need not be installed here.
         if name not in stages or stages[name] & {"template", "adapter"}:
-            kept = {key: value for key, value in options.items() if key != INIT_FROM}  # it is not what it began with
-            assembly.add(find(name, installed, origin=str(run / layout.RUN)), kept)
+            assembly.add(find(name, installed, origin=str(run / layout.RUN)), options)
     has_adapters = bool(assembly.providers("sftx_adapter"))
     base = _resolve_base(config.model, f"model in {run / layout.RUN}") if has_adapters else str(weights)
     tokenizer = _load_tokenizer(weights, base, trust_remote_code=trust_remote_code)
@@ -283,7 +282,7 @@ def _parts_of_run(weights: Path, run: Path, *, trust_remote_code: bool) -> _Part
         spec = dataclasses.replace(spec, new_token_ids=ids_of(added, tokenizer))
     described = str(manifest.get("dtype", ""))
     dtype = getattr(torch, described.partition(" ")[0], None)
-    adapters, collator = assembly.adapters(spec), None
+    adapters, collator = assembly.adapters(spec, weights), None
     if any(hasattr(adapter, "embed") for adapter in adapters.values()):
         if not assembly.providers("sftx_collator"):
             (name,) = (name for name, of in stages.items() if "collator" in of)

@@ -134,6 +134,14 @@ def _pissa(value: Any, given: Given) -> Answer:
     return Answer("write", {"plugins.lora.init_lora_weights": init})
 
 
+def _adapters(value: Any, given: Given) -> Answer:
+    """LLaMA-Factory merges all adapters but the last, which it trains on; or all of them, below a new one."""
+    names = _name_list(value)
+    below = names if given.get("create_new_adapter") else names[:-1]
+    options = {"plugins.lora.base_adapters": below} if below else {}
+    return Answer("write", options if below == names else {"plugins.lora.init_from": names[-1], **options})
+
+
 _DATASETS: Final = (
     "dataset",
     "train_dataset",
@@ -870,10 +878,17 @@ TABLE: Final[Mapping[str, tuple[Row, ...]]] = {
             _leave_out(),
         ),
         _row(
-            "adapter_name_or_path lora_model_dir create_new_adapter adapter_folder",
-            (False, _leave_out()),
-            _not_here("a run does not begin from an adapter; merge it into the model first, or --resume its run"),
+            "adapter_name_or_path",
+            _made(
+                _adapters,
+                "plugins.lora.init_from",
+                "plugins.lora.base_adapters",
+                why="the last of several trains on, those before it stay as they are",
+            ),
         ),
+        _row("create_new_adapter", _leave_out("belongs to adapter_name_or_path")),
+        _row("lora_model_dir", _to("plugins.lora.init_from")),
+        _row("adapter_folder", (False, _leave_out()), _not_here("lora.init_from takes the whole path")),
         _row(
             (
                 "loftq_config loftq_bits megatron_config eva_config "

@@ -106,7 +106,7 @@ SAMPLES: dict[str, Any] = {
     "metric_for_best_model": "loss", "label_smoothing_factor": 0.1, "wandb_mode": "offline", "bf16": True, "tf32": True,
     "fp16": True, "gradient_checkpointing": True, "embedding_lr": 1e-3, "loraplus_lr_embedding": 1e-3, "lr": 1e-3,
     "cosine_min_lr_ratio": 0.5, "lora_dropout": 0.5, "early_stopping_steps": 2, "add_special_tokens": "<a>",
-    "unfrozen_parameters": ["^lm_head"],
+    "unfrozen_parameters": ["^lm_head"], "adapter_name_or_path": "first,second",
 }  # fmt: skip
 """A value for a row whose values are neither whole numbers nor text, by the row's first name."""
 
@@ -178,6 +178,15 @@ def test_what_is_written_exists_here_and_has_a_type_that_fits() -> None:
         ("target_modules", ["q_proj"], {}, "write", {"plugins.lora.target_modules": ["q_proj"]}),
         ("seq_length", 8, {}, "write", {"data.max_length": 8}),
         ("lora_rank", 8, {}, "write", {"plugins.lora.r": 8, "plugins.lora.lora_alpha": 16}),
+        ("adapter_name_or_path", "a", {}, "write", {"plugins.lora.init_from": "a"}),
+        (
+            "adapter_name_or_path", "a,b,c", {}, "write",
+            {"plugins.lora.init_from": "c", "plugins.lora.base_adapters": ["a", "b"]},
+        ),
+        (
+            "adapter_name_or_path", "a,b", {"create_new_adapter": True}, "write",
+            {"plugins.lora.base_adapters": ["a", "b"]},
+        ),
         ("lora_rank", 8, {"lora_alpha": 32}, "write", {"plugins.lora.r": 8}),
         ("lora_r", 8, {}, "write", {"plugins.lora.r": 8}),
         ("use_rslora", True, {}, "write", {"plugins.lora.use_rslora": True}),

@@ -5,10 +5,13 @@ This module holds the options; `targets` chooses the modules, `lora_adapter` and
 
 from __future__ import annotations
 
+import json
+import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -28,7 +31,10 @@ from sftx_plugins.adapters.targets import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from sftx_plugins.adapters.lora_adapter import BaseAdapter
     from sftx_plugins.adapters.lora_layers import LayerOptions
+
+log = logging.getLogger(__name__)
 
 _IGNORED = frozenset(
     {"init_lora_weights", "target_parameters", "fan_in_fan_out", "megatron_core", "eva_config"}
@@ -101,12 +107,25 @@ class Lora(Targets):
         ),
     ] = ()
 
+    base_adapters: Annotated[
+        tuple[str, ...],
+        Field(
+            description="Directories of LoRA adapters, ours or PEFT's, that stand below the one that trains and stay "
+            "as they are. What is saved holds them too."
+        ),
+    ] = ()
+
     @hookimpl
     def sftx_validate(self, run: RunInfo) -> None:
         if self.init_lora_weights == "orthogonal" and (
             odd := [r for r in (self.r, *self.rank_pattern.values()) if r % 2]
         ):
             raise ConfigError(f"init_lora_weights: orthogonal needs an even rank, got {odd[0]}")
+        if self.base_adapters and self.use_dora:
+            raise ConfigError(
+                "base_adapters: goes not with use_dora, whose norms are those of one weight; merge the adapters into "
+                "the model (sftx export), or leave use_dora out"
+            )
         if self.lora_bias and (self.use_dora or self.init_lora_weights is not True):
             raise ConfigError("lora_bias: goes neither with use_dora nor with init_lora_weights; leave one of them out")
         for option, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
@@ -151,6 +170,7 @@ class Lora(Targets):
         self._check_ranks(model, layers)
         self._check_ends_with_options(model, targets, token_ids)
         self._check_experts_with_options(model, targets)
+        below = [self._read_base(Path(directory), spec, saved) for directory in self.base_adapters]
         return LoraAdapter(
             spec.name,
             layers,
@@ -160,7 +180,53 @@ class Lora(Targets):
             peft=self.peft_config(),
             loraplus_lr_ratio=self.loraplus_lr_ratio,
             init_from=self.init_from,
+            base_adapters=below,
         )
+
+    def _read_base(self, directory: Path, spec: ModelSpec, saved: Sequence[str]) -> BaseAdapter:
+        """Return an adapter of `base_adapters`. Raises ConfigError for one that cannot stand below another."""
+        from sftx_plugins.adapters.lora_adapter import BaseAdapter
+
+        path = directory.expanduser() / "adapter_config.json"
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+            options, others = Lora.options_of_peft(config)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ConfigError(
+                f"base_adapters: {path} cannot be read as an adapter's configuration ({error}); put it back, or name "
+                "another directory"
+            ) from error
+        plain = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices")
+        others += [name for name in plain if options.get(name)]
+        others += ["bias"] if options.get("bias", "none") != "none" else []
+        advice = "merge it into its base model (sftx export) and give the result as the model"
+        if others or config.get("peft_type") != "LORA":
+            what = ", ".join(others) or f"peft_type {config.get('peft_type')}"
+            raise ConfigError(f"base_adapters: {directory} has {what}, which cannot stand below another one; {advice}")
+        options["init_lora_weights"] = True
+        targets, _ = Lora(**options).find(spec.skeleton)
+        model = spec.skeleton
+        if path_of(model, model.get_input_embeddings()) in targets:
+            raise ConfigError(
+                f"base_adapters: {directory} adapts the embedding, which cannot stand below another one; {advice}"
+            )
+        if inside := [target for target in targets if is_within(target, saved)]:
+            raise ConfigError(
+                f"modules_to_save {list(self.modules_to_save)} train {inside[0]} in full, which {directory} of "
+                f"base_adapters adapts; leave it out, or {advice}"
+            )
+        for option in ("rank_pattern", "alpha_pattern"):  # a dry run's model may have fewer layers
+            patterns = options.get(option, {}).items()
+            options[option] = {key: value for key, value in patterns if any(_matches(key, path) for path in targets)}
+        layers = Lora(**options).layer_options(targets)
+        if self.lora_dropout and any(weight_at(model, target).ndim == 3 for target in targets):
+            raise ConfigError(
+                f"lora_dropout: drops inputs of stacked experts, which {directory} of base_adapters adapts too; set "
+                f"it to 0, or {advice}"
+            )
+        if (base := config.get("base_model_name_or_path")) != spec.name:
+            log.warning("base_adapters: %s was trained on %s, and this run trains on %s", directory, base, spec.name)
+        return BaseAdapter(path.parent, layers)
 
     def layer_options(self, targets: Sequence[str]) -> dict[str, LayerOptions]:
         """Return the options of each layer, by its path. Raises ConfigError for a pattern that matches none."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, cast
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sftx import ConfigError
 from sftx_kernels import grouped_lora_linear
-from sftx_plugins.adapters.lora_layers import LayerOptions, LoraLayer
+from sftx_plugins.adapters.lora_layers import LayerOptions, LoraLayer, check_fits
 
 
 def stacked_weights(module: nn.Module) -> tuple[str, ...]:
@@ -30,6 +30,12 @@ def stacked_weights(module: nn.Module) -> tuple[str, ...]:
     names = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
     weights = [module._parameters.get(name) for name in names]
     return names if all(w is not None and w.ndim == 3 and w.is_floating_point() for w in weights) else ()
+
+
+def peft_prefixes(experts: nn.Module, names: Collection[str]) -> dict[str, str]:
+    """Return what precedes the names of each weight's tensors in PEFT, which wraps the module once for each weight."""
+    in_order = [name for name in experts._parameters if name in names]
+    return {name: "base_layer." * depth for depth, name in enumerate(reversed(in_order))}
 
 
 def by_module(
@@ -86,6 +92,9 @@ class LoraExperts(LoraLayer):
             self.add_module(name, module)
         vars(self).update({name: value for name, value in vars(base).items() if name not in vars(self)})
         self.updates = {name: options[name] for name in names if name in options}
+        """The options of each weight's update, by the weight's name."""
+        self.trained = set(self.updates)
+        """The weights whose own update trains; all others have one that is frozen, or none."""
         for name, own in self.updates.items():
             weight = getattr(self, name)
             E, O, K = (weight.transpose(1, 2) if self.is_transposed else weight).shape  # noqa: E741
@@ -100,7 +109,7 @@ class LoraExperts(LoraLayer):
 
         hidden_states: [T, H]. top_k_index: [T, C] int64, the experts of each token. top_k_weights: [T, C].
         """
-        if not self.enabled:
+        if not any(map(self._parts, self.updates)):
             return cast(Tensor, super().forward(hidden_states, top_k_index, top_k_weights))
         num_tokens, num_chosen = top_k_index.shape
         expert_M, order_M = top_k_index.reshape(-1).sort(stable=True)
@@ -121,7 +130,7 @@ class LoraExperts(LoraLayer):
         """Multiply rows that are sorted by expert with the weight of this name; `number` sets its dropout apart."""
         weight: Tensor = getattr(self, name)
         bias_EO: Tensor | None = getattr(self, f"{name}_bias") if self.has_bias else None
-        if name in self.updates:
+        if self._parts(name):
             own = self.updates[name]
             A_ERK, B_EOR = self._matrices(name)
             scaling, dropout_p = own.scaling, own.lora_dropout if self.training else 0.0
@@ -144,31 +153,78 @@ class LoraExperts(LoraLayer):
             bias=bias_EO,
         )
 
-    def _matrices(self, name: str) -> tuple[Tensor, Tensor]:
-        """Return A [E, R, K] and B [E, O, R] of a weight."""
-        return getattr(self, f"{name}_lora_A"), getattr(self, f"{name}_lora_B")
+    def _parts(self, name: str) -> list[tuple[Tensor, Tensor]]:
+        """Return A [E, R, K] and B [E, O, R] of each update of a weight that is added now, first of its own."""
+        parts = []
+        if name in self.updates and (self.enabled or name not in self.trained):
+            parts.append((getattr(self, f"{name}_lora_A"), getattr(self, f"{name}_lora_B")))
+        below_A = getattr(self, f"{name}_below_A", None)
+        return parts if below_A is None else [*parts, (below_A, getattr(self, f"{name}_below_B"))]
 
-    def _peft_names(self) -> dict[str, str]:
-        """Return what precedes PEFT's names of each weight's tensors: PEFT wraps the module once for each weight."""
-        in_order = [name for name in self._parameters if name in self.updates]
-        return {name: "base_layer." * depth for depth, name in enumerate(reversed(in_order))}
+    def _matrices(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return A [E, R, K] and B [E, O, R] of all that is added to a weight, which is something."""
+        parts = self._parts(name)
+        if len(parts) == 1:
+            return parts[0]
+        As, Bs = zip(*parts, strict=True)
+        return torch.cat(As, 1), torch.cat(Bs, 2)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return copies in PEFT's layout: A [E R, K], expert by expert, and B [O, R E], rank by rank."""
         tensors = {}
-        for name, prefix in self._peft_names().items():
+        for name, prefix in peft_prefixes(self, self.updates).items():
             A_ERK, B_EOR = self._matrices(name)
             tensors[f"{prefix}lora_A.weight"] = A_ERK.flatten(0, 1)
             tensors[f"{prefix}lora_B.weight"] = B_EOR.permute(1, 2, 0).flatten(1)
         return tensors
 
+    def _from_peft(self, name: str, prefix: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return A [E, R, K] and B [E, O, R] of what PEFT saves for a weight. Raises ValueError for other shapes."""
+        weight: Tensor = getattr(self, name)
+        E, O, K = (weight.transpose(1, 2) if self.is_transposed else weight).shape  # noqa: E741
+        A_MK, B_OM = tensors[f"{prefix}lora_A.weight"], tensors[f"{prefix}lora_B.weight"]
+        check_fits(A_MK, (B_OM.shape[-1], K))
+        check_fits(B_OM, (O, A_MK.shape[0] // E * E))
+        A_ERK, B_EOR = A_MK.view(E, -1, K), B_OM.view(O, -1, E).permute(2, 0, 1).contiguous()
+        return A_ERK.to(weight.device, torch.float32), B_EOR.to(weight.device, torch.float32)
+
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        for name, prefix in self._peft_names().items():
-            A_ERK, B_EOR = self._matrices(name)
-            E, O, R = B_EOR.shape  # noqa: E741
-            A_ERK.copy_(tensors[f"{prefix}lora_A.weight"].view_as(A_ERK))
-            B_EOR.copy_(tensors[f"{prefix}lora_B.weight"].view(O, R, E).permute(2, 0, 1))
+        for name, prefix in peft_prefixes(self, self.updates).items():
+            A_ERK, B_EOR = self._from_peft(name, prefix, tensors)
+            own_A, own_B = getattr(self, f"{name}_lora_A"), getattr(self, f"{name}_lora_B")
+            r = own_A.shape[1]
+            own_A.copy_(A_ERK[:, :r])
+            own_B.copy_(B_EOR[:, :, :r])
+            self._set_below(name, A_ERK[:, r:], B_EOR[:, :, r:])
+
+    def _set_below(self, name: str, A_ERK: Tensor, B_EOR: Tensor) -> None:
+        for end, matrices in (("A", A_ERK), ("B", B_EOR)):
+            below = matrices.contiguous() if A_ERK.shape[1] else None
+            self.register_buffer(f"{name}_below_{end}", below, persistent=False)
+
+    @torch.no_grad()
+    def add_below(self, tensors: Mapping[str, Tensor], options: LayerOptions | Mapping[str, LayerOptions]) -> None:
+        assert isinstance(options, Mapping)
+        for name, prefix in peft_prefixes(self, options).items():
+            A_ERK, B_EOR = self._from_peft(name, prefix, tensors)
+            if name not in self.updates:
+                self.updates[name] = options[name]
+                self.register_buffer(f"{name}_lora_A", A_ERK, persistent=False)
+                self.register_buffer(f"{name}_lora_B", B_EOR, persistent=False)
+                continue
+            B_EOR.mul_(options[name].scaling / self.updates[name].scaling)
+            if getattr(self, f"{name}_below_A", None) is not None:
+                A_ERK = torch.cat([getattr(self, f"{name}_below_A"), A_ERK], 1)
+                B_EOR = torch.cat([getattr(self, f"{name}_below_B"), B_EOR], 2)
+            self._set_below(name, A_ERK, B_EOR)
+
+    def freeze_update(self) -> None:
+        super().freeze_update()
+        self.trained.clear()
+
+    def ranks(self) -> dict[str, tuple[int, float]]:
+        return {name: (self._matrices(name)[0].shape[1], own.scaling) for name, own in self.updates.items()}
 
     @torch.no_grad()
     def merged(self) -> nn.Module:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -67,7 +67,7 @@ class LoraLayer(nn.Module):
     kinds: ClassVar[list[type[LoraLayer]]] = []
     """The classes of layers, most special kind of module first."""
     enabled: bool
-    """Whether the update is added; False inside `Adapter.disabled`."""
+    """Whether the trained update is added; False inside `Adapter.disabled`."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -83,6 +83,7 @@ class LoraLayer(nn.Module):
         for name, buffer in base._buffers.items():
             self.register_buffer(name, buffer, persistent=name not in base._non_persistent_buffers_set)
         self.base = [base]  # in a list, so that it is no submodule, whose tensors would have two names
+        self.base_names = frozenset(self._parameters)
         self.enabled = True
         self.options = options
         self.scaling = options.scaling
@@ -96,6 +97,24 @@ class LoraLayer(nn.Module):
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
         """Return what is saved, by PEFT's names relative to the layer's path, such as `lora_A.weight`."""
+
+    def add_below(self, tensors: Mapping[str, Tensor], options: LayerOptions | Mapping[str, LayerOptions]) -> None:
+        """Add the update of another adapter, as it is saved, which stays as it is. `options`: those that it has there.
+
+        Raises ValueError when it does not fit.
+        """
+        raise NotImplementedError
+
+    def ranks(self) -> dict[str, tuple[int, float]]:
+        """Return the rank and the scaling of what is saved, by the weight's name, which is empty in a linear layer."""
+        return {"": (self.options.r, self.scaling)}
+
+    def freeze_update(self) -> None:
+        """Turn the parameters of the update into buffers, which do not train and are not shared out."""
+        for name in [name for name in self._parameters if name not in self.base_names]:
+            parameter = self._parameters.pop(name)
+            if parameter is not None:
+                self.register_buffer(name, parameter.data, persistent=False)
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -141,6 +160,9 @@ class LowRank(LoraLayer):
     initial_A: Tensor | None
     initial_B: Tensor | None
     """What A and B began as, where the update is the difference to that."""
+    below_A: Tensor | None
+    below_B: Tensor | None
+    """The updates of adapters that stand below this one and do not train, as one update of this layer's scaling."""
 
     def base_weight(self) -> Tensor | QuantizedWeight:
         """Return the frozen weight, [O, K], as `lora_linear` takes it."""
@@ -153,17 +175,28 @@ class LowRank(LoraLayer):
         in_weight = self.options.begins_in_the_weight
         self.register_buffer("initial_A", A_RK.clone() if in_weight else None, persistent=False)
         self.register_buffer("initial_B", B_OR.clone() if in_weight else None, persistent=False)
+        self.register_buffer("below_A", None, persistent=False)
+        self.register_buffer("below_B", None, persistent=False)
         self.lora_bias = nn.Parameter(torch.zeros(B_OR.shape[0], device=device)) if self.options.lora_bias else None
         self.lora_magnitude_vector: nn.Parameter | None = None
         if self.options.use_dora:
             self.register_buffer("squared_norms", squared_row_norms(weight).to(device), persistent=False)
             self.lora_magnitude_vector = nn.Parameter(cast(Tensor, self.squared_norms).sqrt())
 
+    def frozen_factors(self) -> tuple[Tensor, Tensor] | None:
+        """Return A [R, K] and B [O, R] of what is added to the weight and does not train, None if there is nothing."""
+        parts = []
+        if self.initial_A is not None and self.initial_B is not None and self.enabled:
+            parts.append((self.initial_A, -self.initial_B))
+        if self.below_A is not None and self.below_B is not None:
+            parts.append((self.below_A, self.below_B))
+        return _concatenated(parts) if parts else None
+
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Return A [R, K] and B [O, R] of the whole update, whose rank is twice `r` if it is a difference."""
-        if self.initial_A is None or self.initial_B is None:
-            return self.lora_A, self.lora_B
-        return torch.cat([self.lora_A, self.initial_A]), torch.cat([self.lora_B, -self.initial_B], 1)
+        """Return A [R, K] and B [O, R] of all that is added to the weight, one below another: first what trains."""
+        frozen = self.frozen_factors()
+        trained = (self.lora_A, self.lora_B)
+        return trained if frozen is None else _concatenated([trained, frozen])
 
     def dora_scale(self) -> Tensor:
         """Return magnitude / ||W + s B A|| of each row, [O]; the norm has no gradient."""
@@ -184,14 +217,35 @@ class LowRank(LoraLayer):
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        super().load(tensors)
+        A_RK, B_OR = tensors["lora_A.weight"], tensors["lora_B.weight"]
+        check_fits(A_RK, (None, self.lora_A.shape[1]))
+        check_fits(B_OR, (self.lora_B.shape[0], A_RK.shape[0]))
+        r = self.lora_A.shape[0]
+        self.lora_A.copy_(A_RK[:r])
+        self.lora_B.copy_(B_OR[:, :r])
         if self.initial_A is not None and self.initial_B is not None:
-            r = self.options.r
-            A_RK, B_OR = tensors["lora_A.weight"], tensors["lora_B.weight"]
-            self.lora_A.copy_(A_RK[:r])
-            self.initial_A.copy_(A_RK[r:])
-            self.lora_B.copy_(B_OR[:, :r])
-            self.initial_B.copy_(-B_OR[:, r:])
+            self.initial_A.copy_(A_RK[r : 2 * r])
+            self.initial_B.copy_(-B_OR[:, r : 2 * r])
+            r *= 2
+        below = A_RK[r:], B_OR[:, r:]
+        self.below_A, self.below_B = (part.to(self.lora_A) for part in below) if len(A_RK) > r else (None, None)
+        for name, own in self.tensors().items():
+            if name not in ("lora_A.weight", "lora_B.weight"):
+                own.copy_(tensors[name])
+
+    @torch.no_grad()
+    def add_below(self, tensors: Mapping[str, Tensor], options: LayerOptions | Mapping[str, LayerOptions]) -> None:
+        assert isinstance(options, LayerOptions)
+        added = tensors["lora_A.weight"].to(self.lora_A), tensors["lora_B.weight"].to(self.lora_B)
+        check_fits(added[0], (None, self.lora_A.shape[1]))
+        check_fits(added[1], (self.lora_B.shape[0], added[0].shape[0]))
+        added = added[0], added[1] * (options.scaling / self.scaling)
+        if self.below_A is not None and self.below_B is not None:
+            added = _concatenated([(self.below_A, self.below_B), added])
+        self.below_A, self.below_B = added
+
+    def ranks(self) -> dict[str, tuple[int, float]]:
+        return {"": (self.factors()[0].shape[0], self.scaling)}
 
     @torch.no_grad()
     def merged_weight(self, weight_OK: Tensor) -> Tensor:
@@ -223,14 +277,16 @@ class LoraLinear(LowRank, nn.Linear):
         return nn.functional.linear(x, self.weight, self.bias)
 
     def forward(self, input: Tensor) -> Tensor:
+        is_plain = self.initial_A is None and self.below_A is None
+        frozen = None if is_plain else self.frozen_factors()
         if not self.enabled:
-            return self.base_forward(input)
+            return self._plus(self.base_forward(input), input, frozen)
         dropout_p = self.options.lora_dropout if self.training else 0.0
         if self.lora_magnitude_vector is not None:
             return self._dora_forward(input, dropout_p)
-        # PiSSA's frozen part belongs to the weight, which dropout leaves alone.
-        is_split = dropout_p > 0 and self.initial_A is not None
-        A_RK, B_OR = (self.lora_A, self.lora_B) if is_split or self.initial_A is None else self.factors()
+        # What is frozen belongs to the weight, which dropout leaves alone.
+        is_split = dropout_p > 0 and frozen is not None
+        A_RK, B_OR = (self.lora_A, self.lora_B) if is_plain or is_split else self.factors()
         bias_O: Tensor | None = self.bias
         if bias_O is not None and self.lora_bias is not None:
             bias_O = bias_O + (self.scaling * self.lora_bias).to(bias_O.dtype)
@@ -244,14 +300,14 @@ class LoraLinear(LowRank, nn.Linear):
             seed=self.dropout_seed() if dropout_p else None,
             bias=bias_O,
         )
-        return output - self._initial_part(input, output.dtype) if is_split else output
+        return self._plus(output, input, frozen) if is_split else output
 
-    def _initial_part(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return what PiSSA takes off the weight, applied to x."""
-        assert self.initial_A is not None
-        assert self.initial_B is not None
-        s_MR = nn.functional.linear(x.to(dtype), self.initial_A.to(dtype))
-        return nn.functional.linear(s_MR, self.scaling * self.initial_B.to(dtype))
+    def _plus(self, output: Tensor, x: Tensor, frozen: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Return the output with the update of these factors, if there are any, applied to x."""
+        if frozen is None:
+            return output
+        A_RK, B_OR = (factor.to(output.dtype) for factor in frozen)
+        return output + nn.functional.linear(nn.functional.linear(x.to(output.dtype), A_RK), self.scaling * B_OR)
 
     def _dora_forward(self, x: Tensor, dropout_p: float) -> Tensor:
         """Return x W^T + bias + (g - 1) drop(x) W^T + g s drop(x) A^T B^T, where g is magnitude / norm, as PEFT does.
@@ -263,9 +319,7 @@ class LoraLinear(LowRank, nn.Linear):
         rest: Tensor | None = self.bias
         if dropout_p:
             undropped = x - dropped
-            rest = self.base_forward(undropped)
-            if self.initial_A is not None:
-                rest = rest - self._initial_part(undropped, rest.dtype)
+            rest = self._plus(self.base_forward(undropped), undropped, self.frozen_factors())
         # With g - 1, which is small, bf16 rounds the change of the magnitude and not the magnitude.
         output = torch.addcmul(changed, changed, (self.dora_scale() - 1).to(changed.dtype))
         return output if rest is None else output + rest.to(output.dtype)
@@ -345,7 +399,7 @@ class LoraHead(LowRank):
     def __init__(self, base: nn.Module, options: LayerOptions, *, run_seed: Tensor, number: int) -> None:
         nn.Module.__init__(self)
         self.enabled, self.options, self.scaling = True, options, options.scaling
-        self.base = [base]
+        self.base, self.base_names = [base], frozenset()
         self.add_parameters(self.base_weight(), cast(Tensor, base.weight).device)
 
     def base_weight(self) -> Tensor:
@@ -355,12 +409,13 @@ class LoraHead(LowRank):
         return cast(Tensor, head.weight)
 
     def forward(self, weight_VD: Tensor) -> Tensor:
-        if not self.enabled:
+        factors = self.factors() if self.enabled else self.frozen_factors()
+        if factors is None:
             return weight_VD
-        A_RD, B_VR = self.factors()
+        A_RD, B_VR = factors
         with torch.autocast(weight_VD.device.type, enabled=False):
             updated_VD = weight_VD + (self.scaling * (B_VR @ A_RD)).to(weight_VD.dtype)
-            if self.lora_magnitude_vector is None:
+            if self.lora_magnitude_vector is None or not self.enabled:
                 return updated_VD
             return torch.addcmul(updated_VD, updated_VD, (self.dora_scale() - 1).to(updated_VD.dtype)[:, None])
 
@@ -418,6 +473,19 @@ class LoraEmbedding(LoraLayer, nn.Embedding):
         weight_VD = self.weight + self.scaling * (self.lora_embedding_B @ self.lora_embedding_A).T
         base.weight = nn.Parameter(weight_VD.to(self.weight.dtype), requires_grad=False)
         return base
+
+
+def _concatenated(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Return A [R, K] and B [O, R] of the sum of several updates, of which each has its A and its B."""
+    As, Bs = zip(*parts, strict=True)
+    return torch.cat(As), torch.cat(Bs, 1)
+
+
+def check_fits(tensor: Tensor, shape: Sequence[int | None]) -> None:
+    """Raise ValueError unless the tensor has this shape; None stands for any size."""
+    if len(shape) != tensor.ndim or any(size not in (None, own) for size, own in zip(shape, tensor.shape, strict=True)):
+        expected = ["any" if size is None else size for size in shape]
+        raise ValueError(f"has the shape {list(tensor.shape)}, expected {expected}")
 
 
 @torch.no_grad()

@@ -47,29 +47,46 @@ def write(directory: Path, tensors: Mapping[str, Tensor], config: Mapping[str, A
     (directory / CONFIG).write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
 
 
-def read(directory: Path, own: Mapping[str, Tensor], bases: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a file's tensors, which must have the names and shapes of `own`; names are PEFT's without their prefix.
+def read(
+    directory: Path,
+    names: Collection[str],
+    shapes: Mapping[str, torch.Size],
+    bases: Mapping[str, Tensor],
+    *,
+    values: bool = True,
+) -> dict[str, Tensor]:
+    """Return a file's tensors, which must have these names and shapes; names are PEFT's without their prefix.
 
-    `bases`: weights of the model that PEFT writes beside an adapted embedding or head; they must be the same here.
-    Raises ModelError for a tensor that is missing, too many, or of another shape.
+    `shapes`: of those tensors whose shape is known. `bases`: weights of the model that PEFT writes beside an adapted
+    embedding or head; they must be the same here. `values`: read them; a dry run, whose tensors have none and whose
+    model may have fewer layers, takes the shapes alone.
+    Raises ModelError for a file that cannot be read, a tensor that is missing, too many, or of another shape.
     """
     path = directory / WEIGHTS
-    with safe_open(path, framework="pt") as file:
+    if not path.is_file():
+        raise ModelError(f"{path}: no such file; put the adapter's directory back, or name another one")
+    # Opened for torch, a file becomes a storage, which a dry run cannot have.
+    with safe_open(path, framework="pt" if values else "np") as file:
         found = {name.removeprefix(_PREFIX): name for name in file.keys()}  # noqa: SIM118
         for name in found.keys() & bases.keys():
-            if not torch.equal(file.get_tensor(found.pop(name)), bases[name].cpu()):
+            key = found.pop(name)
+            if values and not torch.equal(file.get_tensor(key), bases[name].cpu()):
                 raise ModelError(f"{path}: {name} is another weight than this model's; load the model it was made for")
-        if found.keys() != own.keys():
-            missing, extra = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())
+        if not values:
+            found = {name: found[name] for name in names if name in found}
+        if found.keys() != {*names}:
+            missing, extra = sorted({*names} - found.keys()), sorted(found.keys() - {*names})
             raise ModelError(
                 f"{path}: {len(missing)} tensors of this adapter are missing and {len(extra)} are not part of it "
                 f"(first: {(missing + extra)[0]}); the file was made with other target_modules or for another model"
             )
-        tensors = {name: file.get_tensor(key) for name, key in found.items()}
+        if values:
+            tensors = {name: file.get_tensor(key) for name, key in found.items()}
+        else:
+            tensors = {name: torch.empty(file.get_slice(key).get_shape()) for name, key in found.items()}
     for name, tensor in tensors.items():
-        if tensor.shape != own[name].shape:
-            got = list(tensor.shape)
-            raise ModelError(f"{path}: {name} has the shape {got}, expected {list(own[name].shape)}")
+        if name in shapes and tensor.shape != shapes[name]:
+            raise ModelError(f"{path}: {name} has the shape {list(tensor.shape)}, expected {list(shapes[name])}")
     return tensors
 
 

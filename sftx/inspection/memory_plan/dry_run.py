@@ -11,6 +11,7 @@ of 80 layers takes no longer than one of 5. The optimizer's update runs with all
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import math
@@ -34,7 +35,7 @@ from transformers import DynamicCache, PreTrainedModel
 from sftx.assembly.registry import Assembly
 from sftx.assembly.stages import OptimizerStage
 from sftx.config.options import TrainConfig
-from sftx.errors import ModelError, PluginError, one_line
+from sftx.errors import ConfigError, ModelError, PluginError, one_line
 from sftx.inspection.memory_plan.fake_tensors import (
     BLANK,
     FakeStepTracker,
@@ -219,10 +220,11 @@ class DryRunner:
         self, config: TrainConfig, measure: Callable[[int | None], dict[Phase, MemorySnapshot]]
     ) -> list[MemorySnapshot]:
         """Return the peaks with all layers, from those with few where all are alike, and with the optimizer's state."""
-        num_layers = self.size.num_layers
+        num_layers, peaks = self.size.num_layers, None
         if self.size.has_equal_layers and num_layers > _FEW_LAYERS + 1:
-            peaks = _extrapolate(measure(_FEW_LAYERS), measure(_FEW_LAYERS + 1), num_layers)
-        else:
+            with contextlib.suppress(ConfigError):  # options may name a later layer
+                peaks = _extrapolate(measure(_FEW_LAYERS), measure(_FEW_LAYERS + 1), num_layers)
+        if peaks is None:
             peaks = list(measure(None).values())
         state = self._update(config).after["optimizer"]
         return [peak | {"optimizer": peak["optimizer"] + state} for peak in peaks]
@@ -382,6 +384,7 @@ def _structure(layer: nn.Module) -> list[Any]:
             type(module),
             [(key, value) for key, value in vars(module).items() if is_compared(key, value)],
             [(key, p.shape, p.dtype, p.requires_grad) for key, p in module.named_parameters(recurse=False)],
+            [(key, buffer.shape, buffer.dtype) for key, buffer in module.named_buffers(recurse=False)],
         )
         for name, module in layer.named_modules()
     ]
