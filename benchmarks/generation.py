@@ -1,10 +1,12 @@
-"""Compare batched generation with generation of one row at a time, on the demo's held-out rows.
+"""Compare the engine that answers with transformers' `generate`, on the demo's held-out rows.
 
-The embedded model answers in fp32: all rows in batches of `--batch-size`, and `--single` evenly spaced rows one at a
-time. The two alternate, so that other load of the machine slows both. The speedup is the ratio of seconds a row, by
-wall time and by CPU time of the process (which, with one thread, does not include other processes). Both must give the
-same answer to a row. The result is written to benchmarks/results/cpu/generation.json, or to --out. The exit code is 1
-for a speedup of less than five, or when an answer differs.
+The embedded model answers the same prompts greedily both ways, in this process, in turn, so that other load of the
+machine slows both; which is first alternates. For each dtype and batch size there are two kinds of answers: `full`, of
+`--new-tokens` tokens each, where both do the same work, and `stopped`, which end where the model ends them, so that
+rows of a batch end one by one. The ratio is that of CPU times of the process (with one thread, without that of other
+processes), generate's to the engine's. Answers must be the same: in fp32 all of them, in bf16 up to the first token
+whose two largest logits are nearer to one another than bf16's rounding. The result is written to
+benchmarks/results/cpu/generation.json, or to --out. The exit code is 1 when an answer differs.
 """
 
 from __future__ import annotations
@@ -13,12 +15,15 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, Final
 
 import torch
+from torch import Tensor
+from transformers import GenerationConfig
 
 from sftx.assembly.registry import activate
 from sftx.config import loading
@@ -29,50 +34,56 @@ from sftx.model.load import load_model, load_spec
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "benchmarks" / "results" / "cpu" / "generation.json"
-MIN_SPEEDUP = 5.0
+TIE: Final = {torch.float32: 0.0, torch.bfloat16: 2.0**-7}
+"""By dtype: logits that differ by no more than this share of the largest are equal but for rounding."""
 
 
-@dataclass
-class TimedGeneration:
-    """Generates answers and keeps them with the time they took."""
+def engine_answers(
+    lm: CausalLM, prompts: Sequence[Sequence[int]], new_tokens: int, stop_ids: Sequence[int]
+) -> list[list[int]]:
+    given = generate_greedy(lm, prompts, max_new_tokens=new_tokens, stop_ids=stop_ids, batch_size=len(prompts))
+    return [ids for _, ids in sorted(given)]
 
-    lm: CausalLM
-    stop_ids: Sequence[int]
-    max_new_tokens: int
-    wall_s: float = 0.0
-    cpu_s: float = 0.0
-    answers: dict[int, list[int]] = field(default_factory=dict)
 
-    def answer(self, prompts: Sequence[Sequence[int]], rows: Sequence[int], batch_size: int) -> None:
-        """Generate the answers to the prompts of these rows."""
-        wall, cpu = time.perf_counter(), time.process_time()
-        answers = list(
-            generate_greedy(
-                self.lm,
-                [prompts[row] for row in rows],
-                max_new_tokens=self.max_new_tokens,
-                stop_ids=self.stop_ids,
-                batch_size=batch_size,
-            )
-        )
-        self.wall_s += time.perf_counter() - wall
-        self.cpu_s += time.process_time() - cpu
-        self.answers.update((rows[index], answer) for index, answer in answers)
+def transformers_answers(
+    lm: CausalLM, prompts: Sequence[Sequence[int]], new_tokens: int, stop_ids: Sequence[int]
+) -> list[list[int]]:
+    """Return the answers of the model's own `generate` to the same batch, padded at the left."""
+    length = max(map(len, prompts))
+    ids_BT = torch.zeros(len(prompts), length, dtype=torch.int64)
+    mask_BT = torch.zeros_like(ids_BT)
+    for row, prompt in enumerate(prompts):
+        ids_BT[row, length - len(prompt) :] = torch.tensor(prompt)
+        mask_BT[row, length - len(prompt) :] = 1
+    settings = GenerationConfig(
+        max_new_tokens=new_tokens, do_sample=False, eos_token_id=list(stop_ids) or None, pad_token_id=0
+    )
+    model: Any = lm.model
+    own, model.generation_config = model.generation_config, settings
+    with torch.no_grad():
+        out: Tensor = model.generate(ids_BT, attention_mask=mask_BT)
+    model.generation_config = own
+    answers = out[:, length:].tolist()
+    return [ids[: next((at for at, token in enumerate(ids) if token in stop_ids), len(ids))] for ids in answers]
 
-    def summary(self) -> dict[str, float]:
-        num = len(self.answers)
-        return {
-            "rows": num,
-            "wall_s_per_row": self.wall_s / num,
-            "cpu_s_per_row": self.cpu_s / num,
-            "tokens_per_answer": sum(map(len, self.answers.values())) / num,
-        }
+
+@torch.no_grad()
+def is_tie(lm: CausalLM, prompt: Sequence[int], ours: list[int], theirs: list[int]) -> bool:
+    """Return whether the first token in which two answers differ is one of two that are equal but for rounding."""
+    first = next((at for at, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), None)
+    if first is None:
+        return False  # one is shorter: a stop token against another one
+    logits_V = lm.model(input_ids=torch.tensor([[*prompt, *ours[:first]]])).logits[0, -1].float()
+    gap = float((logits_V[ours[first]] - logits_V[theirs[first]]).abs())
+    return gap <= TIE[lm.head_weight.dtype] * float(logits_V.abs().max())
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch-size", type=int, help="by default the demo's")
-    parser.add_argument("--single", type=int, default=20, help="rows answered one at a time")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--new-tokens", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=4, help="batches that each is timed on")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args()
@@ -81,43 +92,68 @@ def main() -> int:
     loaded = loading.load(None, add=["chatml", "exact-match"])  # the embedded run file
     prepared = build_pipeline(loaded.config, activate(loaded), loaded.origins)
     prompts = [question.prompt_ids for question in prepared.load_eval(questions=True).questions]
-    config = loaded.config
-    batch_size = arguments.batch_size or config.generation.batch_size or config.train.per_device_eval_batch_size
-    model = load_model(load_spec(prepared.model), [], dtype=torch.float32, device=torch.device("cpu"))
-    lm = CausalLM(model, prepared.tokenizer)
-    batched, single = (
-        TimedGeneration(lm, prepared.encoder.stop_ids, config.generation.max_new_tokens) for _ in ("batched", "single")
-    )
-    list(generate_greedy(lm, prompts[:1], max_new_tokens=2, stop_ids=(), batch_size=1))  # warm-up
-
-    by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-    batches = [by_length[at : at + batch_size] for at in range(0, len(by_length), batch_size)]
-    sample = [n * len(prompts) // arguments.single for n in range(arguments.single)]
-    for turn, rows in enumerate(batches):
-        single.answer(prompts, sample[turn :: len(batches)], 1)
-        batched.answer(prompts, rows, batch_size)
-        print(f"{turn + 1} of {len(batches)}", batched.summary(), single.summary(), flush=True)
-
-    different = [row for row, answer in single.answers.items() if answer != batched.answers[row]]
-    single_summary, batched_summary = single.summary(), batched.summary()
-    result = {
+    spec, ways = load_spec(prepared.model), (engine_answers, transformers_answers)
+    results = []
+    for name in arguments.dtypes:
+        model = load_model(spec, [], dtype=getattr(torch, name), device=torch.device("cpu"))
+        lm = CausalLM(model, prepared.tokenizer).eval()
+        for way in ways:
+            way(lm, prompts[:1], 2, ())  # warm-up
+        for batch_size in arguments.batch_sizes:
+            for kind, stop_ids in (("full", ()), ("stopped", prepared.encoder.stop_ids)):
+                batches = [
+                    [prompts[(n * batch_size + row) * 7 % len(prompts)] for row in range(batch_size)]
+                    for n in range(arguments.rounds)
+                ]
+                result = compare(lm, batches, arguments.new_tokens, stop_ids, ways)
+                results.append({"dtype": name, "batch_size": batch_size, "answers": kind, **result})
+                print(json.dumps(results[-1]), flush=True)
+    report = {
         "cores": os.cpu_count(),
         "machine": platform.processor() or platform.machine(),
         "threads": arguments.threads,
+        "torch": torch.__version__,
         "load_average": os.getloadavg(),
-        "batch_size": batch_size,
-        "max_new_tokens": config.generation.max_new_tokens,
-        "prompt_tokens": sum(map(len, prompts)) / len(prompts),
-        "batched": batched_summary,
-        "single": single_summary,
-        "different_answers": len(different),
-        "times_faster_wall": single_summary["wall_s_per_row"] / batched_summary["wall_s_per_row"],
-        "times_faster_cpu": single_summary["cpu_s_per_row"] / batched_summary["cpu_s_per_row"],
+        "new_tokens": arguments.new_tokens,
+        "results": results,
     }
-    print(json.dumps(result, indent=2))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    return 0 if not different and min(result["times_faster_wall"], result["times_faster_cpu"]) >= MIN_SPEEDUP else 1
+    arguments.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return int(any(result["different"] for result in results))
+
+
+def compare(
+    lm: CausalLM,
+    batches: Sequence[Sequence[Sequence[int]]],
+    new_tokens: int,
+    stop_ids: Sequence[int],
+    ways: Sequence[Callable[..., list[list[int]]]],
+) -> dict[str, Any]:
+    """Time both ways on each batch in turn, and compare their answers."""
+    ratios, seconds, num_tokens, ties, different = [], [0.0, 0.0], 0, 0, 0
+    for turn, batch in enumerate(batches):
+        taken, answers = [0.0, 0.0], [list[list[int]](), list[list[int]]()]
+        for at in (0, 1) if turn % 2 else (1, 0):
+            begin = time.process_time()
+            answers[at] = ways[at](lm, batch, new_tokens, stop_ids)
+            taken[at] = time.process_time() - begin
+        ratios.append(taken[1] / taken[0])
+        seconds = [total + one for total, one in zip(seconds, taken, strict=True)]
+        num_tokens += sum(map(len, answers[0]))
+        for prompt, ours, theirs in zip(batch, *answers, strict=True):
+            if ours != theirs:
+                tie = is_tie(lm, prompt, ours, theirs)
+                ties, different = ties + tie, different + (not tie)
+    return {
+        "engine_tokens_per_cpu_s": round(num_tokens / seconds[0], 1),
+        "generate_tokens_per_cpu_s": round(num_tokens / seconds[1], 1),
+        "times_as_fast": round(seconds[1] / seconds[0], 3),
+        "times_as_fast_by_batch": [round(ratio, 3) for ratio in ratios],
+        "median_times_as_fast": round(statistics.median(ratios), 3),
+        "num_answers": sum(map(len, batches)),
+        "ties": ties,
+        "different": different,
+    }
 
 
 if __name__ == "__main__":

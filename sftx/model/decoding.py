@@ -26,13 +26,21 @@ from torch.nn.utils import parametrize
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from sftx.errors import ConfigError
+from sftx.model.embeddings import replacing_embeddings
 
 if TYPE_CHECKING:
+    from sftx.model.text_stream import TextStream
     from sftx.types import LanguageModel
 
 _GROWTH: Final = 1.5
 _LEAST_ROOM: Final = 64
-"""Columns that a cache grows by at least."""
+"""Columns that a cache grows by at least, if its rows may become that long."""
+_ROWS_ALONG: Final = 8
+"""One of so many rows may be complete and stay in its batch."""
+_FEW_TOKENS: Final = 512
+"""So many of the most likely tokens are sorted first when `top_p` is to be reached: a vocabulary takes ten times as
+long.
+"""
 
 FinishReason: TypeAlias = Literal["", "stop", "length", "cancelled"]
 
@@ -73,6 +81,8 @@ class Request:
 
     prompt_ids: Sequence[int]
     sampling: Sampling
+    text: TextStream | None = None
+    """The text of the answer, which the engine extends token by token; the answer ends at a stop text of it."""
     answer_ids: list[int] = field(default_factory=list)
     """Tokens so far, without the stop token that ended the answer."""
     log_probabilities: list[float] = field(default_factory=list)
@@ -88,9 +98,19 @@ class Decoder:
     """
 
     def __init__(
-        self, lm: LanguageModel, *, stop_ids: Iterable[int], max_rows: int, with_log_probabilities: bool = False
+        self,
+        lm: LanguageModel,
+        *,
+        stop_ids: Iterable[int],
+        max_rows: int,
+        with_log_probabilities: bool = False,
+        embed: Callable[[Sequence[Request]], Sequence[Tensor]] | None = None,
     ) -> None:
+        """`embed` returns the embeddings of the prompts of requests, [T, D] each (`embed_prompts`), for adapters that
+        embed extras. What is generated after them is text.
+        """
         self._lm = lm
+        self._embed = embed
         self._stop_ids = frozenset(stop_ids)
         self._max_rows = max_rows
         self._with_log_probabilities = with_log_probabilities
@@ -150,30 +170,33 @@ class Decoder:
         """Answer requests and yield each when it is complete. The longest prompts come first.
 
         So a batch that does not fit into memory fails at once. `check_stop` is called before every token, and may
-        raise to end the generation.
+        raise to end the generation. The weights must not change before the last answer: those that a parametrisation
+        computes are computed once.
         """
         for request in sorted(requests, key=lambda one: -len(one.prompt_ids)):
             self.submit(request)
-        check_stop()
-        while moved := self.step():
-            for request in moved:
-                if request.finish_reason:
-                    yield request
+        with parametrize.cached():
             check_stop()
+            while moved := self.step():
+                for request in moved:
+                    if request.finish_reason:
+                        yield request
+                check_stop()
 
     # --- rows -----------------------------------------------------------------------------------
 
     def _with_rows_left(self, batch: _Batch | None) -> _Batch | None:
-        """Return the batch without the rows that are complete; None when none is left."""
+        """Return the batch without rows that are complete, but for a few; None when no other is left."""
         if batch is None:
             return None
         left = [row for row, request in enumerate(batch.requests) if not request.finish_reason]
         if not left:
-            if len(batch.requests) == 1 and batch.can_join:
+            if len(batch.requests) == 1 and batch.can_join and self._embed is None:
                 request = batch.requests[0]
                 self._kept = ([*request.prompt_ids, *request.answer_ids][: batch.length], batch)
             return None
-        if len(left) < len(batch.requests) and batch.can_join:
+        # To keep rows is to copy their keys and values: a few complete ones are computed along until they are many.
+        if len(batch.requests) - len(left) >= max(1, len(batch.requests) // _ROWS_ALONG) and batch.can_join:
             batch.keep(left)
         return batch
 
@@ -196,12 +219,16 @@ class Decoder:
             ids_BT[row, start:] = torch.tensor(request.prompt_ids)
             mask_BT[row, start:] = 1
         batch = _Batch(self._lm, requests)
-        return batch, batch.forward(self._lm, ids_BT, mask_BT)
+        replaced: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if self._embed is not None:
+            replaced = replacing_embeddings(self._lm.model, functools.partial(_put_right, self._embed(requests)))
+        with replaced:
+            return batch, batch.forward(self._lm, ids_BT, mask_BT)
 
     def _choose(self, hidden_BD: Tensor, requests: Sequence[Request]) -> list[Request]:
         """Append a token to each answer that is not complete, or complete it; return these requests."""
         moved = []
-        logits_BV = _logits(self._lm, hidden_BD)
+        logits_BV = next_token_logits(self._lm, hidden_BD)
         greedy_B = logits_BV.argmax(-1).tolist()
         normalisers = logits_BV.logsumexp(-1) if self._with_log_probabilities else None
         for row, request in enumerate(requests):
@@ -215,14 +242,28 @@ class Decoder:
                 request.log_probabilities.append(float(logits_BV[row, token] - normalisers[row]))
             if token in self._stop_ids:
                 request.finish_reason = "stop"
-                continue
-            request.answer_ids.append(token)
-            if len(request.answer_ids) == sampling.max_new_tokens:
-                request.finish_reason = "length"
+            else:
+                request.answer_ids.append(token)
+                if request.text is not None:
+                    request.text.add(token)
+                if request.text is not None and request.text.is_stopped:
+                    request.finish_reason = "stop"
+                elif len(request.answer_ids) == sampling.max_new_tokens:
+                    request.finish_reason = "length"
+            if request.finish_reason and request.text is not None:
+                request.text.finish()
         return moved
 
 
-def _logits(lm: LanguageModel, hidden_BD: Tensor) -> Tensor:
+def _put_right(rows: Sequence[Tensor], embeds_BTD: Tensor) -> Tensor:
+    """Return embeddings that are padded at the left, with these rows, [T, D] each, in place of their own."""
+    embeds_BTD = embeds_BTD.clone()
+    for b, row_TD in enumerate(rows):
+        embeds_BTD[b, embeds_BTD.shape[1] - len(row_TD) :] = row_TD
+    return embeds_BTD
+
+
+def next_token_logits(lm: LanguageModel, hidden_BD: Tensor) -> Tensor:
     """Return the logits [B, V] in fp32, with the architecture's scale and soft cap."""
     logits_BV = F.linear(hidden_BD, lm.head_weight, lm.head_bias).float()
     if lm.logit_scale != 1:
@@ -245,15 +286,25 @@ def _draw(logits_V: Tensor, request: Request) -> int:
         logits_V = logits_V.index_copy(0, seen, penalised)
     if sampling.temperature == 0:
         return int(logits_V.argmax())
-    probabilities, order = torch.sort(torch.softmax(logits_V / sampling.temperature, -1), descending=True, stable=True)
-    if sampling.top_k:
-        probabilities = probabilities[: sampling.top_k] / probabilities[: sampling.top_k].sum()
+    probabilities, order = _candidates(logits_V / sampling.temperature, sampling)
     below = probabilities.cumsum(0) - probabilities  # the most likely token is always kept
     kept = (below < sampling.top_p) & (probabilities >= sampling.min_p * probabilities[0])
     cumulative = torch.where(kept, probabilities, 0).double().cumsum(0)
     share = _uniform(sampling.seed, len(request.answer_ids))
     place = int(torch.searchsorted(cumulative, share * cumulative[-1], right=True))
     return int(order[min(place, int(kept.sum()) - 1)])
+
+
+def _candidates(logits_V: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Return probabilities of the most likely tokens in descending order, and these tokens: all that may be drawn."""
+    if sampling.top_k:
+        logits, order = logits_V.topk(min(sampling.top_k, len(logits_V)))
+        return torch.softmax(logits, -1), order
+    probabilities_V = torch.softmax(logits_V, -1)
+    probabilities, order = probabilities_V.topk(min(_FEW_TOKENS, len(logits_V)))
+    if probabilities.sum() > sampling.top_p or probabilities[-1] < sampling.min_p * probabilities[0]:
+        return probabilities, order
+    return cast("tuple[Tensor, Tensor]", tuple(probabilities_V.sort(descending=True, stable=True)))
 
 
 def _uniform(seed: int, number: int) -> float:
@@ -272,30 +323,32 @@ class _GrowingLayer(DynamicLayer):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._room: tuple[Tensor, Tensor] | None = None
+        self.num_columns = 0
+        """Tokens that there is room for after the next `update`, if they are enough."""
+        self._room: dict[str, Tensor] = {}
+        """Keys and values with the room after them."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         start = self.get_seq_length()
-        end = start + key_states.shape[-2]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if self._room is None or end > self._room[0].shape[-2]:
-            room = max(end + _LEAST_ROOM, int(_GROWTH * start))
-            self._room = (_with_room(key_states, room), _with_room(value_states, room))
-            if start:
-                self._room[0][..., :start, :] = cast(Tensor, self.keys)
-                self._room[1][..., :start, :] = cast(Tensor, self.values)
-        for whole, new in zip(self._room, (key_states, value_states), strict=True):
-            whole[..., start:end, :] = new
-        self.keys, self.values = (whole[..., :end, :] for whole in self._room)
+        self.keys = self._appended("keys", self.keys, key_states, start)
+        self.values = self._appended("values", self.values, value_states, start)
         return self.keys, self.values
 
+    def _appended(self, name: str, old: Tensor | None, new: Tensor, start: int) -> Tensor:
+        """Write new columns after the first `start` ones; return them together, without the room."""
+        end, room = start + new.shape[-2], self._room.get(name)
+        if room is None or end > room.shape[-2]:
+            room = new.new_empty(*new.shape[:-2], max(end, self.num_columns), new.shape[-1])
+            if start:
+                room.narrow(-2, 0, start).copy_(cast(Tensor, old))
+            self._room[name] = room
+        room.narrow(-2, start, end - start).copy_(new)
+        return room.narrow(-2, 0, end)
+
     def replace(self, keys: Tensor, values: Tensor) -> None:
-        self.keys, self.values, self._room = keys, values, None
-
-
-def _with_room(like: Tensor, length: int) -> Tensor:
-    return like.new_empty(*like.shape[:-2], length, like.shape[-1])
+        self.keys, self.values, self._room = keys, values, {}
 
 
 class _Batch:
@@ -312,6 +365,9 @@ class _Batch:
         # A layer with a sliding window keeps all tokens as well: its mask hides those outside of the window.
         self._cache: Any = Cache(layers=[_GrowingLayer() for _ in layers] if self.can_join else layers)
         self._mask_BT = torch.zeros(len(requests), 0, dtype=torch.int64, device=lm.device)
+        self._is_padded = False
+        self._num_columns = 0
+        """Tokens that the layers have room for."""
 
     @property
     def length(self) -> int:
@@ -329,16 +385,21 @@ class _Batch:
         ids_BT = ids_BT.to(lm.device)
         new_BT = torch.ones_like(ids_BT) if mask_BT is None else mask_BT.to(lm.device)
         self._mask_BT = torch.cat([self._mask_BT, new_BT], 1)
+        if mask_BT is not None:
+            self._find_padding()
         positions_BT = (self._mask_BT.cumsum(1) - 1).clamp_(min=0)[:, -ids_BT.shape[1] :]
-        is_padded = not bool(self._mask_BT.all())
+        # While prompts are read, whose activations are many, there is room for the prompts alone.
+        if self.can_join and self.length > self._num_columns and ids_BT.shape[1] == 1:
+            self._make_room()
         decoder: Any = lm.model.get_decoder()
         out = decoder(
             input_ids=ids_BT,
-            attention_mask=self._mask_BT if is_padded else None,
+            attention_mask=self._mask_BT if self._is_padded else None,
             position_ids=positions_BT,
             use_cache=True,
             **{_cache_argument(decoder.__class__): self._cache},
         )
+        # As a slice with gaps it would be multiplied with B copies of a frozen head.
         return cast(Tensor, out.last_hidden_state)[:, -1].contiguous()
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -349,11 +410,13 @@ class _Batch:
         self._mask_BT = mask_BT[:, first:]
         chosen = torch.tensor(rows, device=self._mask_BT.device)
         self._change(lambda tensor: tensor.index_select(0, chosen)[..., first:, :])
+        self._find_padding()
 
     def shorten(self, length: int) -> None:
         """Keep the first columns alone."""
         self._mask_BT = self._mask_BT[:, :length]
         self._change(lambda tensor: tensor[..., :length, :])
+        self._find_padding()
 
     def joined(self, other: _Batch) -> _Batch:
         """Return this batch with the rows of another one; the shorter of both is padded at the left."""
@@ -367,9 +430,22 @@ class _Batch:
         for ours, theirs in zip(self._cache.layers, other._cache.layers, strict=True):
             if theirs.is_initialized:
                 ours.replace(torch.cat([ours.keys, theirs.keys]), torch.cat([ours.values, theirs.values]))
+        self._num_columns = 0
+        self._find_padding()
         return self
 
+    def _find_padding(self) -> None:
+        self._is_padded = not bool(self._mask_BT.all())
+
+    def _make_room(self) -> None:
+        """Let the layers allocate for more tokens than there are, and for no more than the answers may have."""
+        most = max(one.sampling.max_new_tokens - len(one.answer_ids) for one in self.requests) - 1
+        self._num_columns = min(max(self.length + _LEAST_ROOM, int(_GROWTH * self.length)), self.length + max(0, most))
+        for layer in self._cache.layers:
+            layer.num_columns = self._num_columns
+
     def _change(self, change: Callable[[Tensor], Tensor]) -> None:
+        self._num_columns = 0
         for layer in self._cache.layers:
             if layer.is_initialized:
                 layer.replace(change(layer.keys), change(layer.values))
@@ -383,9 +459,11 @@ def _cache_argument(decoder: Any) -> str:
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
+    if not model.training:  # every module would be visited for each token
+        yield
+        return
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        model.train()

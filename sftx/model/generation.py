@@ -1,6 +1,6 @@
-"""Greedy generation of answers to prompts, in left-padded batches with the model's own key-value cache.
+"""Greedy answers to prompts, and the generation settings that a model comes with and is saved with.
 
-Dimensions: B rows, T tokens.
+Dimensions: B rows, T tokens, D hidden.
 """
 
 from __future__ import annotations
@@ -10,18 +10,16 @@ import itertools
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any, Final, cast
 
-import torch
 from torch import Tensor
-from torch.nn.utils import parametrize
-from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig
 from transformers.utils.hub import cached_file
 
 from sftx.errors import PluginError, one_line
-from sftx.model.embeddings import replacing_embeddings
+from sftx.model.decoding import Decoder, Request, Sampling
 from sftx.model.library_messages import quiet
+from sftx.model.text_stream import TextStream
 
 if TYPE_CHECKING:
     from sftx.model.language_model import CausalLM
@@ -44,70 +42,28 @@ def generate_greedy(
     check_stop: Callable[[], None] = lambda: None,
     embed: Callable[[Sequence[int]], Sequence[Tensor]] | None = None,
 ) -> Iterator[tuple[int, list[int]]]:
-    """Yields (index of the prompt, token ids of its answer without the stop token), batch by batch.
+    """Yields (index of the prompt, token ids of its answer without the stop token), each when it is complete.
 
-    Every token is the most likely one. The model's own generation settings do not apply: a repetition penalty, for
-    example, would also count the padding. Prompts of similar length share a batch. The longest come first, so that a
-    batch that does not fit into memory fails at once. An answer ends where it has one of the texts `stop`, too.
-    `check_stop` is called before every batch and every token; it may raise to end the generation.
+    Every token is the most likely one, whatever the model's own generation settings are. At most `batch_size` rows are
+    computed together; the longest prompts come first. An answer ends where it has one of the texts `stop`, too.
+    `check_stop` is called before every token; it may raise to end the generation.
 
     `embed` returns the embeddings of the prompts with these indices, [T, D] each (`embed_prompts`), for adapters that
     embed extras. What is generated after them is text.
     """
-    settings = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=list(stop_ids) or None,
-        pad_token_id=0,  # any id will do: padding is masked, and cut off after the first stop token
+    requests = [
+        Request(prompt, Sampling(max_new_tokens), TextStream(lm.tokenizer, stop) if stop else None)
+        for prompt in prompts
+    ]
+    index_of = {request: index for index, request in enumerate(requests)}
+    decoder = Decoder(
+        lm,
+        stop_ids=stop_ids,
+        max_rows=batch_size,
+        embed=None if embed is None else lambda asked: embed([index_of[request] for request in asked]),
     )
-    # transformers would compute the router's loss for each new token, over a mask of all tokens, and fail.
-    has_router_loss = hasattr(lm.model.config.get_text_config(), "output_router_logits")
-    no_router_loss = {"output_router_logits": False} if has_router_loss else {}
-    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-    for start in range(0, len(order), batch_size):
-        check_stop()
-        indices = order[start : start + batch_size]
-        ids_BT, mask_BT = _pad_left([prompts[index] for index in indices])
-        replaced: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-        if embed is not None:
-            with torch.no_grad(), _evaluating_with(lm.model, settings):
-                replaced = replacing_embeddings(lm.model, partial(_put_right, embed(indices)))
-        stopping = StoppingCriteriaList([_CheckStop(check_stop)])
-        if stop:
-            stopping.append(_StopAtText(lm, ids_BT.shape[1], stop))
-        # The rows of added tokens are written into the embedding and the head once, not for every token.
-        with torch.no_grad(), parametrize.cached(), _evaluating_with(lm.model, settings), replaced:
-            out_BT = cast(Any, lm.model).generate(
-                input_ids=ids_BT.to(lm.device),
-                attention_mask=mask_BT.to(lm.device),
-                stopping_criteria=stopping,
-                synced_gpus=False,  # every process has all parameters here and generates on its own
-                **no_router_loss,
-            )
-        for index, ids in zip(indices, out_BT[:, ids_BT.shape[1] :].tolist(), strict=True):
-            end = next((position for position, token in enumerate(ids) if token in stop_ids), len(ids))
-            yield index, ids[:end]
-
-
-@contextlib.contextmanager
-def _evaluating_with(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
-    """Switches dropout off, and replaces the generation config, which transformers reads every unset value from.
-
-    transformers gives the head the last position of each row, a slice with gaps. A frozen weight is not multiplied
-    with it as one matrix: it is expanded to a batch of B weights, which a CPU copies in bf16 (9 times the time of the
-    first token, and B times the memory of the head). Without gaps it is one matrix product.
-    """
-    training, own_settings = model.training, model.generation_config
-    head = cast(torch.nn.Module, model.get_output_embeddings())
-    hook = head.register_forward_pre_hook(lambda _, inputs: tuple(part.contiguous() for part in inputs))
-    model.eval()
-    model.generation_config = settings
-    try:
-        yield
-    finally:
-        hook.remove()
-        model.generation_config = own_settings
-        model.train(training)
+    for request in decoder.run(requests, check_stop=check_stop):
+        yield index_of[request], request.answer_ids
 
 
 def embed_prompts(
@@ -135,53 +91,6 @@ def embed_prompts(
                 f"{len(example.token_ids)} tokens; collate must keep them, and row_ids be in the order of the documents"
             )
     return cast("list[Tensor]", rows)
-
-
-def _put_right(rows: Sequence[Tensor], embeds_BTD: Tensor) -> Tensor:
-    """Returns embeddings that are padded at the left, with these rows, [T, D] each, in place of their own."""
-    embeds_BTD = embeds_BTD.clone()
-    for b, row_TD in enumerate(rows):
-        embeds_BTD[b, embeds_BTD.shape[1] - len(row_TD) :] = row_TD
-    return embeds_BTD
-
-
-class _CheckStop(StoppingCriteria):
-    """Calls `check_stop` before every token; it never stops a row by itself."""
-
-    def __init__(self, check_stop: Callable[[], None]) -> None:
-        self._check_stop = check_stop
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        self._check_stop()
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-
-
-class _StopAtText(StoppingCriteria):
-    """Stops a row whose answer has one of the texts."""
-
-    def __init__(self, lm: LanguageModel, prompt_length: int, texts: Sequence[str]) -> None:
-        self._tokenizer = lm.tokenizer
-        self._prompt_length = prompt_length
-        self._texts = texts
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        answers = self._tokenizer.batch_decode(input_ids[:, self._prompt_length :], skip_special_tokens=True)
-        has_text = [any(text in answer for text in self._texts) for answer in answers]
-        return torch.tensor(has_text, device=input_ids.device)
-
-
-def _pad_left(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Returns the padded ids and the attention mask, both int64 [B, T].
-
-    `tokenizer.pad` raises for a tokenizer without a padding token, which none is needed for here.
-    """
-    length = max(map(len, prompts))
-    ids_BT = torch.zeros(len(prompts), length, dtype=torch.int64)
-    mask_BT = torch.zeros_like(ids_BT)
-    for b, prompt in enumerate(prompts):
-        ids_BT[b, length - len(prompt) :] = torch.tensor(prompt)
-        mask_BT[b, length - len(prompt) :] = 1
-    return ids_BT, mask_BT
 
 
 def load_generation_config(name: str) -> GenerationConfig | None:

@@ -1,4 +1,4 @@
-"""A trained model that answers: how it samples, streamed text, chats, a server. May import all but `sftx.testing`.
+"""A trained model that answers: how it samples, chats, a server. May import all but `sftx.testing`.
 
 `sftx chat` and `sftx serve` are its commands. It imports nothing of training itself.
 """

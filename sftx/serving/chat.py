@@ -10,7 +10,7 @@ from typing import Any
 from sftx.checkpoint.load_run import LoadedRun
 from sftx.errors import ConfigError
 from sftx.model.decoding import Decoder, Request, Sampling
-from sftx.serving.text_stream import TextStream
+from sftx.model.text_stream import TextStream
 from sftx.types import Conversation, Message
 
 

@@ -29,8 +29,8 @@ from sftx.checkpoint.load_run import LoadedRun
 from sftx.config.run_file import Origins
 from sftx.errors import ConfigError, DataError, one_line
 from sftx.model.decoding import Request, Sampling
+from sftx.model.text_stream import TextStream
 from sftx.serving.settings import sampling_of
-from sftx.serving.text_stream import TextStream
 from sftx.serving.worker import Job, Reason, Worker
 from sftx.types import Conversation, Location
 

@@ -13,7 +13,7 @@ from typing import Final, Literal, TypeAlias
 from sftx.checkpoint.load_run import LoadedRun
 from sftx.errors import is_out_of_memory, one_line
 from sftx.model.decoding import Decoder, Request
-from sftx.serving.text_stream import TextStream
+from sftx.model.text_stream import TextStream
 
 log = logging.getLogger(__name__)
 

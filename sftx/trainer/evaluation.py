@@ -111,7 +111,9 @@ class ModelEvaluation:
         ):
             lengths = [len(prompt) for prompt in prompts]
             arguments = [*map(list, prompts), most, stop]
-            return self._divided("answering", "prompts", lengths, self.generation_batch_size, answered, arguments)
+            # A process that is alone lets other rows join as soon as some are complete; several keep in step.
+            at_once = len(prompts) if self.process_group.world_size == 1 else self.generation_batch_size
+            return self._divided("answering", "prompts", lengths, max(1, at_once), answered, arguments)
 
     def log_likelihoods(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, bool]]:
         examples = []
@@ -174,8 +176,10 @@ class ModelEvaluation:
                 self.check_stop()
                 together = batches[start : start + group.world_size]
                 for batch in together[group.rank :][:1]:
-                    results.update(compute(batch))
-                progress.update(sum(map(len, together)))
+                    for number, result in compute(batch):
+                        results[number] = result
+                        progress.update()
+                progress.update(sum(len(batch) for rank, batch in enumerate(together) if rank != group.rank))
         gathered = {number: result for one in group.all_gather(results) for number, result in one.items()}
         return [gathered[number] for number in range(len(lengths))]
 

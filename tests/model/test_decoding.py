@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoTokenizer,
     GenerationConfig,
     MinPLogitsWarper,
     TemperatureLogitsWarper,
@@ -19,8 +21,10 @@ from transformers import (
 )
 
 from sftx.errors import ConfigError
+from sftx.model import decoding
 from sftx.model.decoding import Decoder, Request, Sampling
 from sftx.model.language_model import CausalLM
+from sftx.model.text_stream import TextStream
 
 SMALL: dict[str, Any] = {
     "vocab_size": 64,
@@ -140,6 +144,39 @@ def test_drawn_tokens_have_the_probabilities_of_the_model(lm: CausalLM) -> None:
     for token, probability in zip(kept, expected[kept].tolist(), strict=True):
         spread = (probability * (1 - probability) / 3000) ** 0.5
         assert abs(counts[token] / 3000 - probability) < 5 * spread
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"top_p": 0.9}, {"min_p": 0.02}, {"top_p": 0.999, "min_p": 1e-4}, {"top_k": 40, "top_p": 0.5}]
+)
+def test_few_tokens_are_sorted_where_no_other_can_be_drawn(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(4000)
+
+    def drawn() -> list[int]:
+        chosen = [Sampling(9, temperature=0.9, seed=seed, **settings) for seed in range(80)]
+        return [decoding._draw(logits, Request([1], sampling)) for sampling in chosen]
+
+    few = drawn()
+    monkeypatch.setattr(decoding, "_FEW_TOKENS", 4000)
+    assert few == drawn()
+
+
+def test_an_answer_ends_at_a_stop_text_and_its_row_makes_room(tiny_model_dir: Path) -> None:
+    lm = CausalLM(AutoModelForCausalLM.from_pretrained(tiny_model_dir), AutoTokenizer.from_pretrained(tiny_model_dir))
+    asked = prompts(4, 9, 6)
+    free = [Request(prompt, Sampling(12), TextStream(lm.tokenizer)) for prompt in asked]
+    list(Decoder(lm, stop_ids=(), max_rows=2).run(free))
+    texts = [request.text.text for request in free if request.text]
+    assert texts == [lm.tokenizer.decode(request.answer_ids, skip_special_tokens=True) for request in free]
+    stop = texts[0][4:7]
+    stopped = [Request(prompt, Sampling(12), TextStream(lm.tokenizer, [stop])) for prompt in asked]
+    list(Decoder(lm, stop_ids=(), max_rows=2).run(stopped))
+    assert [request.text.text for request in stopped if request.text] == [text.partition(stop)[0] for text in texts]
+    assert stopped[0].finish_reason == "stop"
+    assert len(stopped[0].answer_ids) < 12
 
 
 def test_log_probabilities_are_those_of_the_model(lm: CausalLM) -> None:

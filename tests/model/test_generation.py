@@ -109,7 +109,7 @@ def test_settings_of_the_model_do_not_make_answers_depend_on_padding(tiny_model_
     assert odd.model.generation_config.repetition_penalty == 5, "what the artefact will say is as it was"
 
 
-def test_answers_come_batch_by_batch_and_stop_where_asked(tiny_model_dir: Path) -> None:
+def test_answers_come_when_they_are_complete_and_stop_where_asked(tiny_model_dir: Path) -> None:
     lm = load(tiny_model_dir)
     lm.train()
     settings = lm.model.generation_config
@@ -124,7 +124,7 @@ def test_answers_come_batch_by_batch_and_stop_where_asked(tiny_model_dir: Path) 
     def stop_in_the_second() -> None:
         nonlocal calls
         calls += 1
-        if calls == 6:  # 1 before the first batch and 3 tokens of it; 1 before the second, and its first token
+        if calls == 5:  # before each of three tokens, and of the first one of the next rows
             raise KeyboardInterrupt
 
     got = []

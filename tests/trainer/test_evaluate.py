@@ -16,6 +16,7 @@ from sftx.assembly.stages import LossStage, MetricStage
 from sftx.config.options import GenerationConfig
 from sftx.errors import OutputError, PluginError, TrainingError
 from sftx.events import Sample
+from sftx.model.decoding import Decoder
 from sftx.trainer.evaluate import ModelEvaluator, write_predictions
 from sftx.trainer.parallel import ParallelStrategy, TrainStep
 from sftx.trainer.session import Session
@@ -128,19 +129,21 @@ def exact(prediction: str, reference: str) -> float:
 
 def test_rows_are_answered_in_batches_of_their_own_size(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    generate = session.lm.model.generate
+    decoder = session.lm.model.get_decoder()
+    forward = decoder.forward
 
     def spied(**given: Any) -> Any:
-        sizes.append(len(given["input_ids"]))
-        return generate(**given)
+        if given.get("use_cache"):
+            sizes.append(len(given["input_ids"]))
+        return forward(**given)
 
-    monkeypatch.setattr(session.lm.model, "generate", spied)
+    monkeypatch.setattr(decoder, "forward", spied)
     by_default = evaluator(session, 8, metrics=stages({"exact": exact}))(session.lm, 0)
-    assert sizes == [8, 8, 7]
+    assert sizes == [8, 8, 8, 8, 8, 8, 7, 7, 7], "each row has three tokens"
     sizes.clear()
     generation = GenerationConfig(max_new_tokens=3, batch_size=20, max_rows=21)
     report = evaluator(session, 8, metrics=stages({"exact": exact}), generation=generation)(session.lm, 0)
-    assert sizes == [20, 1]
+    assert sizes == [20, 20, 20, 1, 1, 1]
     known = {sample.row_id: sample for sample in by_default.samples}
     assert all(known[sample.row_id] == sample for sample in report.samples)
     assert [sample.row_id for sample in by_default.samples] == [q.row_id for q in session.eval_data.questions]
@@ -190,7 +193,7 @@ def test_a_stop_is_asked_for_between_batches_and_tokens(session: Session, calls:
             r"step 3: to evaluate 8 rows at once, cpu has .*; lower per_device_eval_batch_size to 4 \(now 8\)",
         ),
         ("hidden", 1, "step 3: to evaluate 1 row at once, cpu has not enough memory; lower data.max_length"),
-        ("generate", 8, r"step 3: to answer 5 rows at once, cpu has .*; lower generation.batch_size to 2 \(now 5\)"),
+        ("step", 8, r"step 3: to answer 5 rows at once, cpu has .*; lower generation.batch_size to 2 \(now 5\)"),
     ],
 )
 @pytest.mark.parametrize(
@@ -202,7 +205,7 @@ def test_memory_that_runs_out_says_what_to_lower(
     def fail(*args: Any, **given: Any) -> None:
         raise error
 
-    monkeypatch.setattr(session.lm if where == "hidden" else session.lm.model, where, fail)
+    monkeypatch.setattr(session.lm if where == "hidden" else Decoder, where, fail)
     given = {"metrics": {"exact": exact}, "generation": GenerationConfig(max_new_tokens=3, batch_size=5)}
     with pytest.raises(TrainingError, match=message):
         evaluator(session, batch_size, **given)(session.lm, 3)

@@ -141,20 +141,19 @@ def test_a_conversation_is_encoded_as_it_is_trained() -> None:
 def test_an_answer_ends_at_the_texts_that_stop_it(monkeypatch: pytest.MonkeyPatch) -> None:
     prompts: list[Any] = ["Say", [5, 6, 7], Conversation((Message("user", "Hi"),))]
     whole = evaluation().generate(prompts, max_new_tokens=12)
-    lengths: list[int] = []
-    generate = Kits.lm.model.generate
-
-    def spied(**given: Any) -> Any:
-        out = generate(**given)
-        lengths.append(out.shape[1] - given["input_ids"].shape[1])
-        return out
-
-    monkeypatch.setattr(Kits.lm.model, "generate", spied)
     stop = whole[0][2:4]
     assert len(stop) == 2
+    decoder, lengths = Kits.lm.model.get_decoder(), list[int]()
+    forward = decoder.forward
+
+    def spied(**given: Any) -> Any:
+        lengths.append(given["input_ids"].shape[1])
+        return forward(**given)
+
+    monkeypatch.setattr(decoder, "forward", spied)
     cut = evaluation(1).generate(prompts, max_new_tokens=12, stop=[stop])
     assert cut == [text.partition(stop)[0] for text in whole]
-    assert sum(lengths) < 12 * len(prompts)
+    assert len(prompts) < len(lengths) < 12 * len(prompts)
 
 
 class Two(ProcessGroup):

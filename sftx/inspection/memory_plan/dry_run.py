@@ -46,6 +46,7 @@ from sftx.inspection.memory_plan.fake_tensors import (
     track_phases,
 )
 from sftx.inspection.memory_plan.memory_tracker import MemorySnapshot, MemoryTracker, Phase
+from sftx.model.decoding import next_token_logits
 from sftx.model.language_model import CausalLM
 from sftx.model.load import load_spec
 from sftx.model.names import quantization_of
@@ -179,17 +180,19 @@ class DryRunner:
         """Return the peak of each phase of reading the prompts into the cache, and of writing the last new token."""
 
         def answer(lm: CausalLM, mode: FakeTensorMode, tracker: MemoryTracker) -> None:
-            model = cast(Any, lm.model)
-            cache = DynamicCache(config=model.config.get_text_config())
+            decoder = cast(Any, lm.model).get_decoder()
+            cache = DynamicCache(config=lm.model.config.get_text_config())
             tracker.reset_peaks()
             mask_BT = torch.ones(rows, prompt_length + max_new_tokens - 1, dtype=torch.int64)
             prompt_BT, prompt_mask_BT = torch.zeros_like(mask_BT[:, :prompt_length]), mask_BT[:, :prompt_length]
-            model(prompt_BT, attention_mask=prompt_mask_BT, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            out = decoder(prompt_BT, attention_mask=prompt_mask_BT, past_key_values=cache, use_cache=True)
+            next_token_logits(lm, out.last_hidden_state[:, -1].contiguous())
+            del out
             tracker.enter_phase(Phase("start", 1))
             if max_new_tokens > 2:
                 _grow(cache, max_new_tokens - 2)  # as after all new tokens but one
-            out = model(prompt_BT[:, :1], attention_mask=mask_BT, past_key_values=cache, use_cache=True)
-            out.logits[:, -1].to(torch.float32, copy=True)  # as transformers' generate copies them
+            out = decoder(prompt_BT[:, :1], attention_mask=mask_BT, past_key_values=cache, use_cache=True)
+            next_token_logits(lm, out.last_hidden_state[:, -1].contiguous())
 
         return self._without_gradients(config, answer)
 

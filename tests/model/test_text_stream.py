@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sftx.model import tiny
-from sftx.serving.text_stream import TextStream
+from sftx.model.text_stream import TextStream
 
 ASSETS = Path(__file__).parents[2] / ".assets" / "tokenizers"
 TEXTS = [
