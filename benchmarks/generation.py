@@ -68,14 +68,13 @@ def transformers_answers(
 
 
 @torch.no_grad()
-def is_tie(lm: CausalLM, prompt: Sequence[int], ours: list[int], theirs: list[int]) -> bool:
+def is_tie(lm: CausalLM, prompt: Sequence[int], answers: Sequence[Sequence[int]], stop_ids: Sequence[int]) -> bool:
     """Return whether the first token in which two answers differ is one of two that are equal but for rounding."""
-    first = next((at for at, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), None)
-    if first is None:
-        return False  # one is shorter: a stop token against another one
-    logits_V = lm.model(input_ids=torch.tensor([[*prompt, *ours[:first]]])).logits[0, -1].float()
-    gap = float((logits_V[ours[first]] - logits_V[theirs[first]]).abs())
-    return gap <= TIE[lm.head_weight.dtype] * float(logits_V.abs().max())
+    pairs = enumerate(zip(*answers, strict=False))
+    first = next((at for at, pair in pairs if pair[0] != pair[1]), min(map(len, answers)))
+    logits_V = lm.model(input_ids=torch.tensor([[*prompt, *answers[0][:first]]])).logits[0, -1].float()
+    chosen = [logits_V[answer[first]] if first < len(answer) else logits_V[list(stop_ids)].max() for answer in answers]
+    return bool((chosen[0] - chosen[1]).abs() <= TIE[lm.head_weight.dtype] * logits_V.abs().max())
 
 
 def main() -> int:
@@ -142,7 +141,7 @@ def compare(
         num_tokens += sum(map(len, answers[0]))
         for prompt, ours, theirs in zip(batch, *answers, strict=True):
             if ours != theirs:
-                tie = is_tie(lm, prompt, ours, theirs)
+                tie = is_tie(lm, prompt, (ours, theirs), stop_ids)
                 ties, different = ties + tie, different + (not tie)
     return {
         "engine_tokens_per_cpu_s": round(num_tokens / seconds[0], 1),

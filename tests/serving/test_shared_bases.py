@@ -18,7 +18,7 @@ from sftx.model import tiny
 from sftx.model.decoding import Decoder, Request, Sampling
 from sftx.model.load import load_spec
 from sftx.model.shared_bases import SharedBases
-from sftx.serving.text_stream import TextStream
+from sftx.model.text_stream import TextStream
 from sftx.serving.worker import Job, Worker
 from sftx.testing.kit import Kit
 from sftx.testing.runs import run_tiny
