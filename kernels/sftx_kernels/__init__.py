@@ -8,6 +8,7 @@ imports torch and, where kernels run, triton; it imports neither sftx nor the pl
 from sftx_kernels.cross_entropy import IGNORE_INDEX, CrossEntropyOutput, cross_entropy
 from sftx_kernels.dora import squared_row_norms, updated_row_norms
 from sftx_kernels.dropout import seeded_dropout
+from sftx_kernels.gemm import cpu_multiplies
 from sftx_kernels.grouped_lora import grouped_lora_linear
 from sftx_kernels.int8 import Int8Weight, quantize_int8
 from sftx_kernels.linear_cross_entropy import (
@@ -29,6 +30,7 @@ __all__ = [
     "NF4Weight",
     "QuantizedLinear",
     "QuantizedWeight",
+    "cpu_multiplies",
     "cross_entropy",
     "dequantize",
     "dequantize_nf4",

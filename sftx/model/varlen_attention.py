@@ -1,28 +1,32 @@
-"""Causal attention within the documents of a packed row: one document at a time on a CPU, by torch's kernel on a GPU.
+"""Causal attention within the documents of a packed row: in blocks of queries on a CPU, by torch's kernel on a GPU.
 
-On a CPU aten's flash attention is called for each document, inside a custom operation of torch: reading `cu_seqlens` in
-a plain function would break every compiled graph.
+On a CPU a block of queries is multiplied with the keys that it may see, and no others. Scores and their softmax are
+fp32, also under autocast; the other products are in the dtype of the values where the CPU has instructions for it.
+Backward computes the probabilities again.
 
-Dimensions: T tokens, H query heads, K key and value heads (H a multiple of K), D head dimension. `cu_seqlens` is int32,
-[documents + 1]. A window is the number of tokens that a token attends to, itself included.
+It is a custom operation of torch: reading `cu_seqlens` in a plain function would break every compiled graph.
+
+Dimensions: T tokens, H query heads, K key and value heads, G = H / K query heads of a key head, D head dimension,
+Q queries of a block, N keys that they see. `cu_seqlens` is int32, [documents + 1]. A window is the number of tokens
+that a token attends to, itself included.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Final, cast
 
 import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
+from sftx_kernels import cpu_multiplies
+
 # Older versions of torch's kernel need one key head for each query head. Checked here, outside of compiled graphs.
 _HAS_GQA: Final = "enable_gqa" in inspect.signature(varlen_attn).parameters
-
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def attend(
@@ -40,8 +44,7 @@ def attend(
     query_THD, key_TKD = query_THD.to(value_TKD.dtype), key_TKD.to(value_TKD.dtype)
     if query_THD.is_cuda:
         return attend_on_gpu(query_THD, key_TKD, value_TKD, cu_seqlens, max_length, scale=scale, window=window)
-    out_THD: Tensor = attend_on_cpu(query_THD, key_TKD, value_TKD, cu_seqlens, scale, window)[0]
-    return out_THD
+    return cast(Tensor, attend_on_cpu(query_THD, key_TKD, value_TKD, cu_seqlens, scale, window))
 
 
 # --- CPU ----------------------------------------------------------------------------------------
@@ -50,26 +53,25 @@ def attend(
 @torch.library.custom_op("sftx::document_attention", mutates_args=(), device_types="cpu")
 def attend_on_cpu(
     query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, cu_seqlens: Tensor, scale: float, window: int | None
-) -> tuple[Tensor, Tensor]:
-    """Returns the attention, [T, H, D], and the logsumexp of the scores, fp32 [H, T], which the backward pass needs."""
+) -> Tensor:
+    """Returns the attention, [T, H, D]."""
     out_THD = query_THD.new_empty(query_THD.shape)
-    lse_HT = query_THD.new_empty(query_THD.shape[1], query_THD.shape[0], dtype=torch.float32)
-    grouped = _grouped_view(query_THD, key_TKD)
-    query, key, value, out = grouped(query_THD), grouped(key_TKD), grouped(value_TKD), grouped(out_THD)
-    lse = lse_HT.unflatten(0, query.shape[:2])
-    for span, is_causal, mask in _documents(cu_seqlens, window, query.dtype):
-        out[:, :, span], lse[:, :, span] = _flash(
-            query[:, :, span], key[:, :, span], value[:, :, span], 0.0, is_causal, attn_mask=mask, scale=scale
-        )
-    return out_THD, lse_HT
+    products = _Products(query_THD, key_TKD, scale)
+    with torch.autocast("cpu", enabled=False):
+        for start, end in itertools.pairwise(cu_seqlens.tolist()):
+            key_KTD, value_KTD = products.wide(key_TKD[start:end]), products.narrow(value_TKD[start:end])
+            for queries, keys, mask_QN in _blocks(end - start, window, products.block_size):
+                query_KRD = products.rows(query_THD[start:end], queries)
+                probabilities_KRN = products.probabilities(query_KRD, key_KTD[:, keys], mask_QN).to(value_KTD.dtype)
+                products.write(out_THD[start:end], queries, torch.bmm(probabilities_KRN, value_KTD[:, keys]))
+    return out_THD
 
 
 @attend_on_cpu.register_fake
 def _(
     query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, cu_seqlens: Tensor, scale: float, window: int | None
-) -> tuple[Tensor, Tensor]:
-    lse_HT = query_THD.new_empty(query_THD.shape[1], query_THD.shape[0], dtype=torch.float32)
-    return query_THD.new_empty(query_THD.shape), lse_HT
+) -> Tensor:
+    return query_THD.new_empty(query_THD.shape)
 
 
 @torch.library.custom_op("sftx::document_attention_backward", mutates_args=(), device_types="cpu")
@@ -78,30 +80,33 @@ def attend_on_cpu_backward(
     query_THD: Tensor,
     key_TKD: Tensor,
     value_TKD: Tensor,
-    out_THD: Tensor,
-    lse_HT: Tensor,
     cu_seqlens: Tensor,
     scale: float,
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of query, key and value, in their shapes and dtypes."""
-    dtype = query_THD.dtype
-    # Computed in fp32 for every dtype: aten's backward in bf16 takes 3.5 times as long (95 ms against 27 ms for 1,800
-    # tokens in 7 documents, 9 heads of 64) and is less accurate.
-    grouped = _grouped_view(query_THD, key_TKD)
-    grad, query, key, value, out = (grouped(x.float()) for x in (grad_THD, query_THD, key_TKD, value_TKD, out_THD))
-    lse = lse_HT.unflatten(0, query.shape[:2])
-    grads = [torch.empty(x.shape, dtype=torch.float32) for x in (query_THD, key_TKD, value_TKD)]
-    grad_query = grouped(grads[0])
-    grad_key, grad_value = (x.transpose(0, 1) for x in grads[1:])
-    for span, is_causal, mask in _documents(cu_seqlens, window, torch.float32):
-        inputs = [x[:, :, span] for x in (grad, query, key, value, out, lse)]
-        grad_query[:, :, span], for_key, for_value = _flash_backward(
-            *inputs, 0.0, is_causal, attn_mask=mask, scale=scale
-        )
-        grad_key[:, span], grad_value[:, span] = for_key.sum(1), for_value.sum(1)
-    query_grad, key_grad, value_grad = (x.to(dtype) for x in grads)
-    return query_grad, key_grad, value_grad
+    grad_query_THD, grad_key_TKD, grad_value_TKD = (x.new_empty(x.shape) for x in (query_THD, key_TKD, value_TKD))
+    products = _Products(query_THD, key_TKD, scale)
+    with torch.autocast("cpu", enabled=False):
+        for start, end in itertools.pairwise(cu_seqlens.tolist()):
+            document = slice(start, end)
+            wide_key_KTD = products.wide(key_TKD[document])
+            key_KTD, value_KTD = wide_key_KTD.to(products.dtype), products.narrow(value_TKD[document])
+            # Several blocks add to one key, in fp32 at least.
+            grad_key_KTD, grad_value_KTD = torch.zeros_like(wide_key_KTD), torch.zeros_like(wide_key_KTD)
+            for queries, keys, mask_QN in _blocks(end - start, window, products.block_size):
+                query_KRD, grad_KRD = (products.rows(x[document], queries) for x in (query_THD, grad_THD))
+                probabilities_KRN = products.probabilities(query_KRD, wide_key_KTD[:, keys], mask_QN)
+                grad_value_KTD[:, keys] += torch.bmm(probabilities_KRN.to(key_KTD.dtype).transpose(1, 2), grad_KRD)
+                grad_KRN = torch.bmm(grad_KRD, value_KTD[:, keys].transpose(1, 2)).to(probabilities_KRN.dtype)
+                # scale p (g - sum(g p))
+                scores_KRN = torch._softmax_backward_data(grad_KRN, probabilities_KRN, -1, grad_KRN.dtype)
+                scores_KRN = scores_KRN.mul_(scale).to(key_KTD.dtype)
+                products.write(grad_query_THD[document], queries, torch.bmm(scores_KRN, key_KTD[:, keys]))
+                grad_key_KTD[:, keys] += torch.bmm(scores_KRN.transpose(1, 2), query_KRD)
+            grad_key_TKD[document] = grad_key_KTD.transpose(0, 1)
+            grad_value_TKD[document] = grad_value_KTD.transpose(0, 1)
+    return grad_query_THD, grad_key_TKD, grad_value_TKD
 
 
 @attend_on_cpu_backward.register_fake
@@ -110,8 +115,6 @@ def _(
     query_THD: Tensor,
     key_TKD: Tensor,
     value_TKD: Tensor,
-    out_THD: Tensor,
-    lse_HT: Tensor,
     cu_seqlens: Tensor,
     scale: float,
     window: int | None,
@@ -120,13 +123,12 @@ def _(
     return query_grad, key_grad, value_grad
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     query_THD, key_TKD, value_TKD, cu_seqlens, ctx.scale, ctx.window = inputs
-    ctx.save_for_backward(query_THD, key_TKD, value_TKD, *output, cu_seqlens)
-    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(query_THD, key_TKD, value_TKD, cu_seqlens)
 
 
-def _backward(ctx: Any, grad_THD: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_THD: Tensor) -> tuple[Tensor | None, ...]:
     grads = attend_on_cpu_backward(grad_THD, *ctx.saved_tensors, ctx.scale, ctx.window)
     return *grads, None, None, None
 
@@ -134,34 +136,73 @@ def _backward(ctx: Any, grad_THD: Tensor, _: Tensor | None) -> tuple[Tensor | No
 attend_on_cpu.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _grouped_view(query_THD: Tensor, key_TKD: Tensor) -> Callable[[Tensor], Tensor]:
-    """Returns a function that views any of these tensors as [K, H/K, T, D], for grouped-query attention without a copy.
+class _Products:
+    """The dtypes and shapes of the matrix products.
 
-    Keys and values are expanded (stride 0) over the query heads of their group.
+    The G query heads of a key head are rows of one matrix, R = Q * G of a block, so that grouped-query attention copies
+    no key. Copies are of a block or a document: they stay in the cache.
     """
-    num_groups, group_size = key_TKD.shape[1], query_THD.shape[1] // key_TKD.shape[1]
 
-    def view(x: Tensor) -> Tensor:
-        heads_per_group = x.shape[1] // num_groups
-        grouped: Tensor = x.unflatten(1, (num_groups, heads_per_group)).permute(1, 2, 0, 3)
-        return grouped.expand(-1, group_size, -1, -1)
+    def __init__(self, query_THD: Tensor, key_TKD: Tensor, scale: float) -> None:
+        self._num_key_heads, self._scale = key_TKD.shape[1], scale
+        self._wide_dtype = torch.promote_types(query_THD.dtype, torch.float32)
+        is_native = cpu_multiplies(query_THD.dtype)
+        self.dtype = query_THD.dtype if is_native else self._wide_dtype
+        """Of all products but that of queries and keys, which is at least fp32."""
+        self.block_size = 128 if is_native and query_THD.dtype != self._wide_dtype else 64
+        """Queries of a block. With more of them more scores above the diagonal are computed in vain."""
 
-    return view
+    def wide(self, x_TKD: Tensor) -> Tensor:
+        """Returns a matrix for each key head, [K, T, D], in fp32 at least."""
+        return x_TKD.transpose(0, 1).to(self._wide_dtype, memory_format=torch.contiguous_format)
+
+    def narrow(self, x_TKD: Tensor) -> Tensor:
+        """Returns a matrix for each key head, [K, T, D], in `dtype`."""
+        return x_TKD.transpose(0, 1).to(self.dtype, memory_format=torch.contiguous_format)
+
+    def rows(self, x_THD: Tensor, queries: slice) -> Tensor:
+        """Returns a matrix of these queries for each key head, [K, R, D], in `dtype`."""
+        x_KQGD = x_THD[queries].unflatten(1, (self._num_key_heads, -1)).transpose(0, 1)
+        x_KRD: Tensor = x_KQGD.reshape(self._num_key_heads, -1, x_THD.shape[2])
+        return x_KRD.to(self.dtype)
+
+    def write(self, x_THD: Tensor, queries: slice, rows_KRD: Tensor) -> None:
+        """Writes such matrices to their place."""
+        x_KQGD = x_THD[queries].unflatten(1, (self._num_key_heads, -1)).transpose(0, 1)
+        x_KQGD.copy_(rows_KRD.view(x_KQGD.shape))
+
+    def probabilities(self, query_KRD: Tensor, key_KND: Tensor, mask_QN: Tensor) -> Tensor:
+        """Returns the softmax of the queries over the keys, [K, R, N], fp32 at least.
+
+        `mask_QN` is for the last of these keys; those before them are visible to all of the queries.
+        """
+        scores_KRN = torch.bmm(query_KRD.to(self._wide_dtype) * self._scale, key_KND.transpose(1, 2))
+        num_queries, num_masked = mask_QN.shape
+        scores_KRN.unflatten(1, (num_queries, -1))[..., -num_masked:].add_(mask_QN[:, None])
+        return torch.softmax(scores_KRN, -1)
 
 
-def _documents(
-    cu_seqlens: Tensor, window: int | None, dtype: torch.dtype
-) -> Iterator[tuple[slice, bool, Tensor | None]]:
-    """Yields each document's slice of T, whether plain causal attention is right for it, and otherwise its mask."""
-    for start, end in itertools.pairwise(cu_seqlens.tolist()):
-        length = end - start
-        if length == 0:
-            continue
-        if window is None or length <= window:
-            yield slice(start, end), True, None
+def _blocks(length: int, window: int | None, block_size: int) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Yields the queries of each block of a document, the keys that any of them sees, and the mask of the last of these
+    keys.
+    """
+    for first in range(0, length, block_size):
+        last = min(first + block_size, length)
+        if window is None or last <= window:
+            yield slice(first, last), slice(0, last), _mask(last - first, last - first, None)
         else:
-            visible = torch.ones(length, length, dtype=torch.bool).tril().triu(1 - window)
-            yield slice(start, end), False, torch.zeros(length, length, dtype=dtype).masked_fill(~visible, -torch.inf)
+            oldest = max(0, first - window + 1)
+            yield slice(first, last), slice(oldest, last), _mask(last - first, last - oldest, window)
+
+
+@functools.lru_cache(maxsize=256)
+def _mask(num_queries: int, num_keys: int, window: int | None) -> Tensor:
+    """Returns 0 where a query sees a key and -inf elsewhere, fp32 [Q, N]. The last query is at the last key."""
+    behind = num_keys - num_queries
+    visible_QN = torch.ones(num_queries, num_keys, dtype=torch.bool).tril(behind)
+    if window is not None:
+        visible_QN = visible_QN.triu(behind - window + 1)
+    return torch.zeros(num_queries, num_keys).masked_fill(~visible_QN, -torch.inf)
 
 
 # --- GPU ----------------------------------------------------------------------------------------

@@ -238,15 +238,15 @@ def by_definition(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor,
 def test_attention_and_its_gradients_are_those_of_the_definition(
     dtype: torch.dtype, tolerance: float, H: int, K: int, window: int | None
 ) -> None:
-    *inputs, cu_seqlens = tensors((7, 1, 30, 2), H, K, dtype)
-    weights = torch.randn(40, H, 8, dtype=dtype)
+    *inputs, cu_seqlens = tensors((7, 1, 150, 2), H, K, dtype)
+    weights = torch.randn(160, H, 8, dtype=dtype)
     results = []
     for attend in (varlen_attention.attend, by_definition):
         leaves = [x.detach().clone().requires_grad_() for x in inputs]
         if attend is by_definition:
             out = by_definition(*leaves, cu_seqlens, window)  # type: ignore[misc]
         else:
-            out = varlen_attention.attend(*leaves, cu_seqlens, 30, scale=0.3, window=window)  # type: ignore[misc]
+            out = varlen_attention.attend(*leaves, cu_seqlens, 150, scale=0.3, window=window)  # type: ignore[misc]
         results.append([out, *torch.autograd.grad(out, leaves, weights.to(out.dtype))])
     for ours, right in zip(*results, strict=True):
         assert ours.dtype == dtype
