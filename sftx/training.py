@@ -255,7 +255,7 @@ def _assemble(prepared: _Prepared, times: PhaseTimes) -> Session:
     with phase("checking", "data and model"):
         process_group.run_on_rank0(check_start)
     with phase("hashing", "model and data"):
-        manifest = _manifest(config, assembly, pipeline, data, lm, precision, process_group)
+        manifest = _manifest(config, assembly, pipeline, data, eval_data, lm, precision, process_group)
     if directory.resumed:
         process_group.run_on_rank0(lambda: directory.check_inputs(manifest))
     parameters = {id(p): p for p in lm.parameters()}.values()
@@ -519,6 +519,7 @@ def _manifest(
     assembly: Assembly,
     pipeline: DataPipeline,
     data: Dataset,
+    eval_data: Dataset,
     lm: CausalLM,
     precision: Precision,
     process_group: ProcessGroup,
@@ -529,6 +530,7 @@ def _manifest(
     from sftx import __version__
     from sftx.model.load import fingerprint
 
+    num_held_out = sum(entry.action == "held out" for entry in data.ledger.entries)
     versions: dict[str, str | None] = {}
     for library in _LIBRARIES:
         try:
@@ -553,6 +555,7 @@ def _manifest(
         },
         "data": [_describe(source, config.data, assembly) for source in config.data.train],
         "eval_data": [_describe(source, config.data, assembly) for source in config.data.eval],
+        "num_rows": {"training": data.ledger.num_rows - num_held_out, "held-out": eval_data.ledger.num_rows},
         "eval_split": _describe_split(data) if config.data.eval_fraction is not None else None,
     }
 

@@ -781,10 +781,10 @@ class ExportedModel(Protocol):
 class Exporter(Protocol):
     """Writes the result of a run in another format. `sftx export RUN --to NAME` calls its methods in this order.
 
-    An exporter that can load what it wrote has a method `load(directory: Path) -> ExportedModel`. An export is then
-    compared with the run before it takes its place: prompts, stop tokens, and the tokens that it chooses along the
-    run's own answers. An attribute `rounding` (`Rounding`, "none" where there is none) says how far weights are
-    rounded, which decides how near the answers must be.
+    An exporter that can load what it wrote has a method `load(directory: Path) -> ExportedModel`, which may also ask
+    for `trust_remote_code: bool`. An export is then compared with the run before it takes its place: prompts, stop
+    tokens, and the tokens that it chooses along the run's own answers. An attribute `rounding` (`Rounding`, "none"
+    where there is none) says how far weights are rounded, which decides how near the answers must be.
     """
 
     def check(self, config: PretrainedConfig) -> None:

@@ -754,11 +754,13 @@ class ExporterStage(_Stage):
             raise self._refuse(f"usage returned {type(text).__name__}, expected text")
         return text
 
-    def load(self, directory: Path) -> ExportedStage:
-        """Load what was written there; only where `can_load`."""
+    def load(self, directory: Path, *, trust_remote_code: bool = False) -> ExportedStage:
+        """Load what was written there; only where `can_load`. `trust_remote_code` is for a `load` that asks for it."""
         exporter: Any = self._exporter
+        options = {"trust_remote_code": trust_remote_code} if "trust_remote_code" in arguments_of(exporter.load) else {}
         with self._attribute("load"):
-            return ExportedStage(self._plugin, exporter.load(directory))
+            exported = exporter.load(directory, **options)
+        return ExportedStage(self._plugin, exported)
 
 
 class ExportedStage(_Stage):

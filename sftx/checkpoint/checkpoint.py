@@ -54,7 +54,7 @@ def write_artefact(
     num, first = max(process_group.all_gather((len(not_finite), not_finite[0] if not_finite else "")))
     if num:
         raise TrainingError(f"{num} trained tensors are not finite (first: {first}); nothing was saved")
-    if dtype is not None and _exceeds(lm, dtype, process_group):
+    if dtype is not None and exceeds(lm, dtype, process_group):
         log.warning(
             "a weight is too large for %s: the model is saved as it was trained", str(dtype).removeprefix("torch.")
         )
@@ -76,7 +76,7 @@ def num_bytes(lm: CausalLM, dtype: torch.dtype | None) -> int:
 
 
 @torch.no_grad()
-def _exceeds(lm: CausalLM, dtype: torch.dtype, process_group: ProcessGroup) -> bool:
+def exceeds(lm: CausalLM, dtype: torch.dtype, process_group: ProcessGroup) -> bool:
     """Return whether a parameter has a value that is infinite in `dtype`."""
     largest = max(float(local_shard(p).abs().max()) for p in lm.parameters() if local_shard(p).numel())
     return process_group.all_reduce_max(largest) > torch.finfo(dtype).max
@@ -125,7 +125,7 @@ def _write_adapters_and_tokenizer(lm: CausalLM, directory: Path) -> None:
     if (directory / model_card.PEFT_CONFIG).exists() and lm.model.generation_config is not None:
         # What loads an adapter takes the base model's settings; those that stop at the end of an answer lie beside it.
         lm.model.generation_config.save_pretrained(directory)
-        model_card.write(directory, lm.tokenizer_entries.get("eos_token", lm.tokenizer.eos_token))
+        model_card.write_adapter(directory, lm.tokenizer_entries.get("eos_token", lm.tokenizer.eos_token))
     if not lm.adapters:
         model_files.copy_processor(lm.model, directory)
 

@@ -20,6 +20,8 @@ MODEL: Final = "model"
 
 EXPORT: Final = "export"
 """Directory of a run's exports, each of which is named after its plugin."""
+MERGED: Final = "merged"
+"""Directory of the merged model, by `sftx merge`."""
 
 CHECKPOINTS: Final = "checkpoints"
 OPTIMIZER: Final = "optimizer"

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import numpy as np
 import torch
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
+
+ORIGINAL: Final = "original"
+"""Names the base without quantisation, where a run has quantised it."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,7 @@ def load_run(
     trust_remote_code: bool = False,
     check: Callable[[PretrainedConfig], None] | None = None,
     bases: SharedBases | None = None,
+    base: str | None = None,
 ) -> LoadedRun:
     """Load a fine-tuned model from a run directory, one of its checkpoints, or an adapter's or a model's directory.
 
@@ -143,15 +147,19 @@ def load_run(
     `device`: by default the first GPU, or the CPU. `dtype`: of weights and matrix products; by default weights are
     kept and multiplied as in the run's evaluations, and for a directory without run.yaml as its config.json says.
     `check` is called with the model's configuration before weights are read, and may refuse it. `bases`: models that
-    are loaded with the same ones share the weights of their base in memory.
+    are loaded with the same ones share the weights of their base in memory. `base`: another model under the adapters,
+    none of whose layers are quantised: a directory or hub id, or "original" for the one that the run has quantised
+    while it loaded it.
     Raises ModelError, ConfigError, PluginError and OutputError.
     """
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     weights, run = _locate(Path(directory).expanduser())
     if run is not None:
-        parts = _parts_of_run(weights, run, trust_remote_code=trust_remote_code)
+        parts = _parts_of_run(weights, run, base, trust_remote_code=trust_remote_code)
     else:
-        parts = _parts_of_directory(weights, trust_remote_code=trust_remote_code)
+        parts = _parts_of_directory(weights, base, trust_remote_code=trust_remote_code)
+    if base is not None and not parts.adapters:
+        raise ConfigError(f"--base {base}: {weights} is a full model, which has no base; leave it out")
     spec, encoder = parts.spec, Encoder(parts.tokenizer, parts.template)
     if check is not None:
         check(spec.config)
@@ -169,6 +177,7 @@ def load_run(
         stop_ids=encoder.stop_ids,
         saved=weights,
         bases=bases,
+        quantise=base is None,
     )
     lm.requires_grad_(False)
     lm.eval()
@@ -199,17 +208,18 @@ def build_model(
     seed: int | None = None,
     trainable: Set[str] | None = None,
     bases: SharedBases | None = None,
+    quantise: bool = True,
 ) -> CausalLM:
     """Load the model of `spec`, attach the adapters, and let its generation settings stop at `stop_ids`.
 
     `saved`: an artefact or a checkpoint whose weights replace those of the full model, or of the adapters. `seed`: for
     the initial weights of adapters. `trainable`: the parameters that train, by name (`CausalLM.attach`). `bases`: those
-    whose weights are shared. Raises ModelError.
+    whose weights are shared. `quantise`: layers as the adapters ask for it. Raises ModelError.
     """
     if saved is not None and not adapters:
         spec = dataclasses.replace(spec, name=str(saved))
     load = load_model if bases is None else bases.load
-    model = load(spec, list(adapters.values()), dtype=dtype, device=device)
+    model = load(spec, list(adapters.values()) if quantise else [], dtype=dtype, device=device)
     lm = CausalLM(model, tokenizer)
     if seed is not None:
         torch.manual_seed(seed)
@@ -240,6 +250,11 @@ class _Parts:
     """Whether the run trained the model in fp32, if it trained all of it."""
 
 
+def run_directory_of(weights: Path) -> Path | None:
+    """Return the run directory to which an artefact or a checkpoint belongs, None when there is none."""
+    return _locate(weights)[1]
+
+
 def _locate(directory: Path) -> tuple[Path, Path | None]:
     """Return the directory that holds the weights, and the run directory it belongs to, if any."""
     if not directory.is_dir():
@@ -259,7 +274,7 @@ def _locate(directory: Path) -> tuple[Path, Path | None]:
     return directory, None
 
 
-def _parts_of_run(weights: Path, run: Path, *, trust_remote_code: bool) -> _Parts:
+def _parts_of_run(weights: Path, run: Path, other_base: str | None, *, trust_remote_code: bool) -> _Parts:
     loaded = load(run / layout.RUN)
     config = loaded.config
     manifest = RunDirectory(run).read_json(layout.MANIFEST) or {}
@@ -272,7 +287,7 @@ def _parts_of_run(weights: Path, run: Path, *, trust_remote_code: bool) -> _Part
         if name not in stages or stages[name] & {"template", "adapter"}:
             assembly.add(find(name, installed, origin=str(run / layout.RUN)), options)
     has_adapters = bool(assembly.providers("sftx_adapter"))
-    base = _resolve_base(config.model, f"model in {run / layout.RUN}") if has_adapters else str(weights)
+    base = _resolve_base(config.model, f"model in {run / layout.RUN}", other_base) if has_adapters else str(weights)
     tokenizer = _load_tokenizer(weights, base, trust_remote_code=trust_remote_code)
     template = assembly.template(tokenizer)
     spec = load_spec(base, trust_remote_code=trust_remote_code)
@@ -301,12 +316,12 @@ def _parts_of_run(weights: Path, run: Path, *, trust_remote_code: bool) -> _Part
     )
 
 
-def _parts_of_directory(weights: Path, *, trust_remote_code: bool) -> _Parts:
+def _parts_of_directory(weights: Path, other_base: str | None, *, trust_remote_code: bool) -> _Parts:
     assembly, installed = Assembly(Origins()), discover()
     token_ids: tuple[int, ...] = ()
     if (weights / PEFT_CONFIG).exists():
         peft = read_peft_config(weights / PEFT_CONFIG)
-        base = _resolve_base(peft.base, f"base_model_name_or_path in {weights / PEFT_CONFIG}")
+        base = _resolve_base(peft.base, f"base_model_name_or_path in {weights / PEFT_CONFIG}", other_base)
         assembly.add(find(peft.plugin, installed), peft.options)
         token_ids = peft.token_ids
     else:
@@ -327,12 +342,20 @@ def _parts_of_directory(weights: Path, *, trust_remote_code: bool) -> _Parts:
     return _Parts(spec, assembly.adapters(spec), tokenizer, template, no_template)
 
 
-def _resolve_base(name: str, place: str) -> str:
+def _resolve_base(name: str, place: str, other: str | None) -> str:
     """Return the directory or hub id of an adapter's base model. Raises ModelError that says where it was named."""
+    if other not in (None, ORIGINAL):
+        try:
+            names.check(other)
+        except ModelError as error:
+            raise ModelError(f"--base: {error}") from error
+        return names.resolve(other)
     try:
         names.check(name)
     except ModelError as error:
-        raise ModelError(f"{error}; put the base model there, or correct {place}") from error
+        raise ModelError(
+            f"{error}; the base of this adapter: put it back, name it with --base, or correct {place}"
+        ) from error
     return names.resolve(name)
 
 

@@ -35,6 +35,7 @@ BUILT_IN: Final[Mapping[str, str]] = {
     "inspect": "Show what a run would train on, token by token.",
     "chat": "Talk to a trained model.",
     "serve": "Serve trained models over OpenAI's HTTP interface.",
+    "merge": "Fold the adapters of a run into its base model.",
     "export": "Write a trained model in another format.",
     "report": "Write a report on one run, or compare several.",
     "doctor": "Check the data and options of a run before it trains.",

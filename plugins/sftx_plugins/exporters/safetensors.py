@@ -50,7 +50,7 @@ class Safetensors:
             f'tokenizer = AutoTokenizer.from_pretrained("{directory}")'
         )
 
-    def load(self, directory: Path) -> ExportedModel:
+    def load(self, directory: Path, *, trust_remote_code: bool = False) -> ExportedModel:
         from sftx_plugins.exporters.transformers_reader import TransformersReader
 
-        return TransformersReader(directory)
+        return TransformersReader(directory, trust_remote_code=trust_remote_code)
