@@ -18,6 +18,8 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -34,8 +36,10 @@ from sftx.serving.settings import sampling_of
 from sftx.serving.worker import Job, Reason, Worker
 from sftx.types import Conversation, Location
 
-_ERROR_TYPES: Final = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error",
-                       408: "timeout_error", 413: "invalid_request_error", 503: "overloaded_error"}  # fmt: skip
+_ERROR_TYPES: Final = {
+    400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 405: "invalid_request_error",
+    408: "timeout_error", 413: "invalid_request_error", 503: "overloaded_error",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -142,7 +146,8 @@ class Server:
                 Route("/v1/models", self._guarded(self._models), methods=["GET"]),
                 Route("/health", self._health, methods=["GET"]),
                 Route("/metrics", self._metrics, methods=["GET"]),
-            ]
+            ],
+            exception_handlers={HTTPException: _no_such_page},
         )
 
     # --- requests -------------------------------------------------------------------------------
@@ -156,6 +161,8 @@ class Server:
                 response: Response = await handle(request)
             except HTTPError as error:
                 response = _error_response(error)
+            except ClientDisconnect:
+                response = _error_response(HTTPError(499, "the client has closed the connection"))
             self._statuses[response.status_code] = self._statuses.get(response.status_code, 0) + 1
             return response
 
@@ -265,6 +272,8 @@ class Server:
             _cancel(answers)
             if not reading.done():
                 reading.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await reading
         choices = [frame.choice(number, answer, loaded) for number, answer in enumerate(answers)]
         return JSONResponse({**frame.head(), "choices": choices, "usage": _usage(answers)})
 
@@ -413,6 +422,12 @@ def _error(error: HTTPError) -> dict[str, Any]:
 def _error_response(error: HTTPError) -> Response:
     headers = {"Retry-After": "5"} if error.status == 503 else {}
     return JSONResponse({"error": _error(error)}, error.status, headers=headers)
+
+
+async def _no_such_page(request: HTTPRequest, error: Exception) -> Response:
+    """Answer a path or a method that there is not, in the form of the other errors."""
+    assert isinstance(error, HTTPException)
+    return _error_response(HTTPError(error.status_code, f"{request.method} {request.url.path}: {error.detail}"))
 
 
 # --- the shapes of answers ----------------------------------------------------------------------

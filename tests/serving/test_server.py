@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import concurrent.futures
-import gc
 import http.client
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,7 +13,6 @@ from typing import Any
 
 import httpx
 import openai
-import psutil
 import pytest
 import uvicorn
 
@@ -224,43 +217,3 @@ def test_metrics_are_in_the_form_of_prometheus(url: str) -> None:
     samples = [line for line in text.splitlines() if not line.startswith("#")]
     assert all(float(line.rpartition(" ")[2]) >= 0 for line in samples)
     assert any(line.startswith('sftx_requests_total{status="200"} ') for line in samples)
-
-
-@pytest.mark.slow
-def test_no_memory_is_left_behind_by_2000_requests(url: str, client: openai.OpenAI) -> None:
-    def ask(number: int) -> None:
-        client.chat.completions.create(model="mine", messages=asked(f"number {number}"), max_tokens=2)
-
-    process = psutil.Process()
-    with concurrent.futures.ThreadPoolExecutor(32) as pool:
-        list(pool.map(ask, range(500)))
-        gc.collect()
-        before = process.memory_info().rss
-        list(pool.map(ask, range(2000)))
-    gc.collect()
-    assert process.memory_info().rss - before < 30e6
-
-
-@pytest.mark.slow
-def test_sigterm_lets_running_answers_end(run_dir: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "sftx", "serve", f"mine={run_dir}", "--port", str(port)]
-    environment = {name: value for name, value in os.environ.items() if name != "SFTX_API_KEY"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-    assert process.stderr is not None
-    try:
-        while "serving mine on" not in (line := process.stderr.readline()):
-            assert line or process.poll() is None
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="any", max_retries=0)
-        stream = client.chat.completions.create(model="mine", messages=asked("Hello!"), max_tokens=150, stream=True)
-        next(iter(stream))
-        process.send_signal(signal.SIGTERM)
-        reasons = [chunk.choices[0].finish_reason for chunk in stream]
-        assert reasons[-1] in ("stop", "length")
-        assert process.wait(60) == 0
-        assert process.stderr.read().strip() == "stopped"
-    finally:
-        process.kill()
-        process.stderr.close()
