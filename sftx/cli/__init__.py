@@ -37,6 +37,7 @@ BUILT_IN: Final[Mapping[str, str]] = {
     "serve": "Serve trained models over OpenAI's HTTP interface.",
     "merge": "Fold the adapters of a run into its base model.",
     "export": "Write a trained model in another format.",
+    "push": "Upload a trained model to the Hugging Face hub.",
     "report": "Write a report on one run, or compare several.",
     "doctor": "Check the data and options of a run before it trains.",
     "data": "Convert the data of a run.",
