@@ -737,6 +737,11 @@ class ExportSource(Protocol):
         It changes the model of `lm`. Further calls return the same model.
         """
 
+    def save_adapter(self, directory: Path) -> None:
+        """Write the adapter as the run has it, in PEFT's files where it is one of PEFT's, with tokenizer, chat template
+        and generation settings. Raises ConfigError when there is none, or `merge` has folded it in, or several.
+        """
+
     def save_pretrained(
         self, directory: Path, *, dtype: torch.dtype | None = None, max_shard_size: str = "5GB"
     ) -> None:

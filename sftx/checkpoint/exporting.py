@@ -79,20 +79,36 @@ class LoadedSource:
         _declare_untied(lm.model)
         return lm.model
 
+    def save_adapter(self, directory: Path) -> None:
+        if len(self._run.lm.adapters) != 1:
+            raise ConfigError(
+                f"{self._run.directory}: has {len(self._run.lm.adapters)} adapters, where one is expected"
+            )
+        self._settle_tokenizer()
+        checkpoint.write_artefact(self._run.lm, directory, ProcessGroup())
+
     def save_pretrained(
         self, directory: Path, *, dtype: torch.dtype | None = None, max_shard_size: str = "5GB"
     ) -> None:
-        model, lm, dtype = self.merge(), self._run.lm, dtype or self.dtype
+        self.merge()
+        lm, dtype = self._run.lm, dtype or self.dtype
         if checkpoint.exceeds(lm, dtype, ProcessGroup()):
             raise ConfigError(
                 f"{self._run.directory}: a weight is too large for {str(dtype).removeprefix('torch.')}, in which it is "
                 "infinite; take bfloat16, which has the range of float32 (--dtype bfloat16)"
             )
-        saved = saved_tokenizer.save_and_read_back(
-            self.tokenizer, self.stop_ids, model.config.model_type, trust_remote_code=self._trust_remote_code
-        )
-        lm.tokenizer_entries = saved.entries
+        self._settle_tokenizer()
         checkpoint.write_artefact(lm, directory, ProcessGroup(), dtype=dtype, max_shard_size=max_shard_size)
+
+    def _settle_tokenizer(self) -> None:
+        """Let the tokenizer's files hold what makes it read back as it is."""
+        saved = saved_tokenizer.save_and_read_back(
+            self.tokenizer,
+            self.stop_ids,
+            self._run.lm.model.config.model_type,
+            trust_remote_code=self._trust_remote_code,
+        )
+        self._run.lm.tokenizer_entries = saved.entries
 
 
 def _declare_untied(model: PreTrainedModel) -> None:

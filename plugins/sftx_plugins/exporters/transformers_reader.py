@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,3 +48,18 @@ class TransformersReader:
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         logits_TV: Tensor = self._model(torch.tensor([list(token_ids)]), use_cache=False).logits[0]
         return logits_TV
+
+
+class PeftReader(TransformersReader):
+    """Reads an adapter's directory through PEFT, on the base that it names."""
+
+    def __init__(self, directory: Path, **options: Any) -> None:
+        import peft
+
+        self.reader = f"peft {peft.__version__}"
+        config: Any = peft.PeftConfig.from_pretrained(str(directory))
+        base = AutoModelForCausalLM.from_pretrained(config.base_model_name_or_path, dtype=torch.float32, **options)
+        self._tokenizer = AutoTokenizer.from_pretrained(directory, **options)
+        model: Any = peft.PeftModel.from_pretrained(base, str(directory)).eval()
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+        self._model = model
