@@ -11,7 +11,7 @@ STAMP := .venv/.setup-done
 # Not compiled ahead: most of what these packages hold is never imported.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile
 
-.PHONY: setup assets demo test test-all check lint types torture endurance gpu clean help
+.PHONY: setup assets demo test test-all check lint types torture endurance bench-runs gpu clean help
 
 help:
 	@echo "make setup   create .venv and install torch, the project and the embedded model"
@@ -22,6 +22,7 @@ help:
 	@echo "make check   ruff, mypy and the tests of the first tier"
 	@echo "make torture N=50   kill runs at N random instants, go on, and compare the ends"
 	@echo "make endurance      train for an hour and see whether memory grows"
+	@echo "make bench-runs  whole runs beside those of TRL, into benchmarks/results/cpu"
 	@echo "make gpu     the kernels on a GPU: tests and bench, into benchmarks/results/<device>"
 
 setup: $(STAMP)
@@ -65,6 +66,10 @@ torture: setup
 
 endurance: setup
 	$(BIN)/python benchmarks/endurance.py
+
+bench-runs: setup
+	$(BIN)/python benchmarks/runs --dtype float32
+	$(BIN)/python benchmarks/runs --dtype bfloat16
 
 # Without setup: the kernels need torch and Triton alone, and measure whichever peers import.
 gpu:

@@ -155,15 +155,10 @@ def _kind(collator: Any, examples: Sequence[Any], rows: int, num: int) -> Kind:
 
 def _steps(collator: Any, examples: Sequence[Any], rows: int) -> list[Any]:
     """Plan an epoch in which each step is one micro-batch."""
-    steps, _ = collator.plan(
-        [len(example.token_ids) for example in examples],
-        [example.group for example in examples],
-        seed=0,
-        epoch=0,
-        window=0,
-        examples_per_step=rows,
-        final=True,
-    )
+    from sftx import Window
+
+    lengths, groups = zip(*((len(example.token_ids), example.group) for example in examples), strict=True)
+    steps, _ = collator.plan(Window(lengths, groups, rows_per_step=rows))
     return list(steps)
 
 

@@ -1,0 +1,39 @@
+"""The benchmarks run: what nobody runs for weeks breaks when the code below it changes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (ROOT / ".assets" / "llamafactory").is_dir(), reason="make assets fetches the demo sets"),
+]
+
+
+def run(*arguments: str) -> str:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, check=True, text=True, stdout=subprocess.PIPE).stdout
+
+
+def test_packed_and_padded_rows_are_compared() -> None:
+    assert "packed / grouped" in run("benchmarks/packing.py", "--quick")
+
+
+def test_whole_runs_are_compared(tmp_path: Path) -> None:
+    """The loss of both ways to batch must be one, or the comparison ends with an error."""
+    names = ["sftx packed", "sftx padded"]
+    out = tmp_path / "runs.json"
+    run("benchmarks/runs", "--rows", "24", "--repeats", "1", "--threads", "1", "--out", str(out), "--trainers", *names)
+    report = json.loads(out.read_text(encoding="utf-8"))
+    assert list(report["trainers"]) == names
+    assert report["absent"] == []
+    assert all(figures["tokens_per_second"] > 0 for figures in report["trainers"].values())
