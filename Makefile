@@ -11,7 +11,7 @@ STAMP := .venv/.setup-done
 # Not compiled ahead: most of what these packages hold is never imported.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile
 
-.PHONY: setup assets demo test test-all check lint types torture endurance bench-runs gpu clean help
+.PHONY: setup assets demo test test-all check lint types torture endurance bench-runs answers gpu clean help
 
 help:
 	@echo "make setup   create .venv and install torch, the project and the embedded model"
@@ -23,6 +23,7 @@ help:
 	@echo "make torture N=50   kill runs at N random instants, go on, and compare the ends"
 	@echo "make endurance      train for an hour and see whether memory grows"
 	@echo "make bench-runs  whole runs beside those of TRL, into benchmarks/results/cpu"
+	@echo "make answers RUN=runs/demo   score a run by every way in which it can be asked"
 	@echo "make gpu     the kernels on a GPU: tests and bench, into benchmarks/results/<device>"
 
 setup: $(STAMP)
@@ -70,6 +71,9 @@ endurance: setup
 bench-runs: setup
 	$(BIN)/python benchmarks/runs --dtype float32
 	$(BIN)/python benchmarks/runs --dtype bfloat16
+
+answers: setup
+	$(BIN)/python benchmarks/answers.py $(or $(RUN),runs/demo)
 
 # Without setup: the kernels need torch and Triton alone, and measure whichever peers import.
 gpu:
