@@ -72,9 +72,9 @@ def write_adapter(directory: Path, stop: str | None) -> None:
     base = str(config.get("base_model_name_or_path"))
     body = _ADAPTER.format(name=names.describe(base), stop=f"Answers end with `{stop}`. " if stop else "")
     kind = str(config.get("peft_type", "peft")).lower()
-    _write(
-        directory, _front_matter(base, "peft", _license(base), relation="adapter", tags=[kind, "transformers"]), body
-    )
+    # As adapter_config.json names it: where that is a directory, `sftx push` puts an id in its place.
+    named, tags = names.hub_id(base) or base, [kind, "transformers"]
+    _write(directory, _front_matter(named, "peft", _license(base), relation="adapter", tags=tags), body)
 
 
 @dataclass(frozen=True)
@@ -154,10 +154,11 @@ def write_export(directory: Path, origin: Origin, usage: str, checked: str) -> N
         library = "transformers"
     elif ".gguf" in files:
         library, relation = "gguf", "quantized"
-    matter = _front_matter(origin.base, library, origin.license, relation=relation, datasets=origin.datasets)
+    hub_id = names.hub_id(origin.base)  # the hub takes no other name of a base model
+    matter = _front_matter(hub_id, library, origin.license, relation=relation, datasets=origin.datasets)
     fence = "python" if "import " in usage else ""
     parts = [
-        f"# A model trained from {names.describe(origin.base)}",
+        f"# A model trained from {names.describe(origin.base) if hub_id else f'`{Path(origin.base).name}`'}",
         f"```{fence}\n{usage.strip()}\n```",
     ]
     if origin.stops:
@@ -187,7 +188,7 @@ def _write(directory: Path, front_matter: Mapping[str, Any], body: str) -> None:
 
 
 def _front_matter(
-    base: str,
+    base: str | None,
     library: str | None,
     license_: str | None,
     *,
@@ -195,16 +196,15 @@ def _front_matter(
     tags: Sequence[str] = (),
     datasets: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Return the head of a card. The hub takes a base model by its id alone: a directory is named in the text only."""
-    hub_id = names.hub_id(base)
+    """Return the head of a card."""
     matter = {
-        "base_model": hub_id,
-        "base_model_relation": relation if hub_id else None,
+        "base_model": base,
+        "base_model_relation": relation if base else None,
         "library_name": library,
         "pipeline_tag": "text-generation",
         "license": license_,
         "datasets": list(datasets) or None,
-        "tags": [*([f"base_model:{relation}:{hub_id}"] if hub_id else []), *tags, "sftx"],
+        "tags": [*([f"base_model:{relation}:{base}"] if base else []), *tags, "sftx"],
     }
     return {key: value for key, value in matter.items() if value is not None}
 

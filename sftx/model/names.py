@@ -75,7 +75,7 @@ def _check_directory(name: str, path: Path) -> None:
         if (path / "adapter").is_dir():
             raise refuse(
                 "is the directory of a run whose result is an adapter; add --plugin lora to train that on, or train on "
-                f"merged weights: sftx export {path} --to safetensors"
+                f"merged weights: sftx merge {path}"
             )
         raise refuse("is the directory of a run that has no result yet; finish it with sftx run --resume")
     if (path / "adapter_config.json").is_file():

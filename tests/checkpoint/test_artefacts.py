@@ -68,11 +68,7 @@ def test_the_lines_in_an_adapters_readme_answer_and_stop(
     adapter = adapted / "adapter"
     readme = (adapter / "README.md").read_text(encoding="utf-8")
     card = yaml.safe_load(readme.split("---\n")[1])
-    assert (card.get("base_model"), card["library_name"]) == (
-        None,
-        "peft",
-    )  # the hub knows no directory of this machine
-    assert f"# An adapter of {base}" in readme
+    assert (card["base_model"], card["library_name"]) == (str(base), "peft")
     load, merge, pipe = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     shutil.copytree(adapter, tmp_path / "adapter")  # the lines write `merged` beside it
     monkeypatch.chdir(tmp_path / "adapter")
