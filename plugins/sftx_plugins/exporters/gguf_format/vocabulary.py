@@ -214,7 +214,7 @@ def _write_special(
         ends, (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id), strict=False
     ):
         add(number)
-    begins = _begins_with_bos(tokenizer)
+    begins = begins_with_bos(tokenizer)
     if tokenizer.bos_token_id is not None:
         writer.add_bos_token_id(tokenizer.bos_token_id)
     writer.add_add_bos_token(begins)
@@ -227,7 +227,7 @@ def _write_special(
         writer.add_chat_template(tokenizer.chat_template)
 
 
-def _begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+def begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Return whether text begins with bos: prompts as the chat template writes them, else what the tokenizer adds.
 
     llama.cpp puts it before each prompt, and takes away the one that the template writes.
