@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 _ROUNDINGS: Final[dict[str, Rounding]] = {
-    "f32": "none", "f16": "half", "bf16": "half", "q8_0": "8-bit", "q4_k_m": "4-bit",
+    "f32": "half", "f16": "half", "bf16": "half", "q8_0": "8-bit", "q4_k_m": "4-bit",
 }  # fmt: skip
+"""llama.cpp looks GELU up in a table of fp16 whatever the dtype of the weights is."""
 
 
 @dataclass(frozen=True, eq=False)
