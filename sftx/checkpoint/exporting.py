@@ -19,6 +19,7 @@ from sftx.distributed.process_group import ProcessGroup
 from sftx.errors import ConfigError, ModelError, one_line
 from sftx.model import saved_tokenizer
 from sftx.model.library_messages import passed_on
+from sftx.model.load import load_config
 from sftx.model.names import quantization_of
 from sftx.phases import phase
 from sftx.types import Rounding
@@ -174,11 +175,18 @@ def export_run(
     tokenizer, stop_ids = run.tokenizer, run.stop_ids
     origin = model_card.describe_origin(run_directory_of(run.directory), run.base_model, tokenizer, stop_ids)
     is_quantised = any(p.dtype in _CODES for p in run.lm.model.parameters())
+    config = load_config(run.base_model, trust_remote_code=trust_remote_code)
+    is_stored = is_quantised and bool(quantization_of(config.to_dict()))
     if is_quantised and base is None:
         log.info(
             "the base is quantised: the adapter is merged into its dequantised weights, those that it was trained on; "
             "--base %s merges into a base of 16 bits",
-            "DIR|HUB_ID" if quantization_of(run.lm.model.config.to_dict()) else ORIGINAL,
+            "DIR|HUB_ID" if is_stored else ORIGINAL,
+        )
+    if base == ORIGINAL and is_stored:
+        raise ConfigError(
+            f"--base {ORIGINAL}: {run.base_model} is stored quantised; name the model that it was made of: --base "
+            "DIR|HUB_ID"
         )
     if base == ORIGINAL and not is_quantised:
         raise ConfigError(f"--base {ORIGINAL}: {directory} was trained on a base that is not quantised; leave it out")
@@ -203,7 +211,7 @@ def export_run(
                 verification = verify(kind, answers, exported, tokenizer, stop_ids, rounding)
                 del exported
         if verification is not None:
-            checked = f"Compared with the run that it comes from, along the run's own greedy answers: {verification}."
+            checked = f"Compared with the run that it comes from, {verification}."
         else:
             why = "the exporter cannot load what it writes" if verify_rows is not None else "--no-verify left it out"
             checked = f"It was not compared with the run that it comes from: {why}."

@@ -83,12 +83,12 @@ class Verification:
     """Mean of KL(run || export) over the tokens, in nats."""
 
     def __str__(self) -> str:
-        same = "all chosen" if self.num_agreeing == self.num_tokens else f"{self.num_agreeing:,} chosen"
-        ties = f" ({counted(len(self.ties), 'tie')} of rounding)" if self.ties else ""
+        same = "all" if self.num_agreeing == self.num_tokens else f"{self.num_agreeing:,} of"
+        ties = f"; {counted(len(self.ties), 'tie')} of rounding" if self.ties else ""
         return (
-            f"{counted(self.num_questions, 'question')} ({self.kind}) read by {self.reader}: prompts and stop tokens "
-            f"are the run's; of {counted(self.num_tokens, 'token')} {same} as by the run{ties}; the largest difference "
-            f"of a logit is {self.largest_difference:.1e}, the mean KL divergence {self.divergence:.1e}"
+            f"read by {self.reader}: the run's prompts and stop tokens, and {same} {counted(self.num_tokens, 'token')} "
+            f"of its {counted(self.num_questions, 'answer')} ({self.kind}{ties}); largest difference of a logit "
+            f"{self.largest_difference:.1e}, mean KL divergence {self.divergence:.1e}"
         )
 
 

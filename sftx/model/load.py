@@ -24,7 +24,14 @@ from sftx.model.added_tokens import grow_embeddings
 from sftx.model.generation import load_generation_config
 from sftx.model.library_messages import passed_on
 from sftx.model.names import check_config, local_directory, quantization_of, refuse_quantised
-from sftx.model.quantised import LoadQuantised, ReadQuantised, find_quantised, quantize_of, replace_quantised
+from sftx.model.quantised import (
+    LoadQuantised,
+    ReadQuantised,
+    find_quantised,
+    forget_reading,
+    quantize_of,
+    replace_quantised,
+)
 from sftx.phases import Phase, phase
 from sftx.types import Adapter, ModelSpec
 
@@ -194,6 +201,8 @@ def load_model(
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.clone()
+    if isinstance(options, ReadQuantised):
+        forget_reading(model)
     if stored and not isinstance(options, ReadQuantised):  # its weights are dense now
         replace_quantised(model, quantize_of(adapters))
     with _explains_out_of_memory(spec, dtype, device):

@@ -14,6 +14,7 @@ from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
@@ -195,6 +196,13 @@ class _Quantise(ConversionOps):
             assert replacement is not None
             _mark_initialized(replacement)
             model.set_submodule(path, replacement)
+
+
+def forget_reading(model: PreTrainedModel) -> None:
+    """Let transformers save a model whose quantised layers it has read, once they are dense: it would store them so."""
+    conversions = getattr(model, "_weight_conversions", None) or []
+    kept = [one for one in conversions if not any(isinstance(op, _Read) for op in getattr(one, "operations", ()))]
+    model._weight_conversions = kept  # type: ignore[assignment]
 
 
 class _Read(ConversionOps):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from huggingface_hub import ModelCard
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from sftx import ConfigError, PluginError, load_run
 from sftx.assembly.stages import ExportedStage
@@ -24,6 +24,7 @@ from sftx.checkpoint.verification import MAX_NEW_TOKENS, Verification, ask, veri
 from sftx.cli import main
 from sftx.data.encoder import Encoder
 from sftx.model import tiny
+from sftx.testing.kit import Kit
 from sftx.testing.runs import run_tiny
 from sftx_plugins.exporters.transformers_reader import TransformersReader
 
@@ -48,9 +49,9 @@ def sftx(*arguments: str | Path) -> Result:
     return CliRunner().invoke(main, list(map(str, arguments)))
 
 
-def trained(directory: Path, names: Sequence[str] = ("lora",), **settings: Any) -> Path:
+def trained(directory: Path, names: Sequence[str] = ("lora",), model: Path | None = None, **settings: Any) -> Path:
     options = {"train.learning_rate": 0.05, "train.warmup_steps": 0, **settings}
-    return run_tiny(names, directory, settings=options).output_dir
+    return run_tiny(names, directory, model=model, settings=options).output_dir
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def test_a_merged_model_is_a_directory_of_transformers(lora_run: Path, tmp_path:
     done = sftx("merge", lora_run, "--into", tmp_path / "out", "--dtype", "bfloat16", "--max-shard-size", "20KB")
     assert done.exit_code == 0, done.output
     assert f"wrote {tmp_path / 'out'}: " in done.stdout
-    assert "(held-out rows) read by transformers" in done.stdout
+    assert "verified: read by transformers" in done.stdout
     assert (tmp_path / "out" / "model.safetensors.index.json").exists()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert model.dtype == torch.bfloat16
@@ -103,7 +104,7 @@ def test_a_base_that_has_moved_is_said_in_one_sentence_and_can_be_named(tmp_path
     assert "the base of this adapter: put it back, name it with --base, or correct model in" in done.stderr
     done = sftx("merge", run, "--base", moved)
     assert done.exit_code == 0, done.output
-    assert "all chosen as by the run" in done.stdout
+    assert "verified: read by transformers" in done.stdout
     assert "--base" in sftx("merge", run, "--base", tmp_path / "none", "--into", tmp_path / "x").stderr
 
 
@@ -114,7 +115,7 @@ def test_a_quantised_base_is_merged_into_as_it_was_trained_or_into_the_original(
     assert "merged into its dequantised weights" in done.stderr
     assert "--base original" in done.stderr
     near, far = (
-        float(re.search(r"difference of a logit is (\S+),", text)[1])  # type: ignore[index]
+        float(re.search(r"difference of a logit (\S+),", text)[1])  # type: ignore[index]
         for text in (done.stdout, sftx("merge", run, "--base", "original", "--into", tmp_path / "far").stdout)
     )
     assert near < 1e-4 < far
@@ -122,6 +123,24 @@ def test_a_quantised_base_is_merged_into_as_it_was_trained_or_into_the_original(
     original = AutoModelForCausalLM.from_pretrained(tmp_path / "far").state_dict()
     name = "model.layers.0.input_layernorm.weight"
     assert torch.equal(base[name], original[name])
+
+
+def test_a_base_that_is_stored_quantised_is_merged_dequantised_or_into_the_model_that_it_was_made_of(
+    tmp_path: Path,
+) -> None:
+    options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    AutoModelForCausalLM.from_pretrained(tiny.model_dir(), quantization_config=options).save_pretrained(tmp_path / "q")
+    Kit(None).tokenizer.save_pretrained(tmp_path / "q")
+    run = trained(tmp_path / "run", model=tmp_path / "q")
+    refused = sftx("merge", run, "--base", "original")
+    assert "is stored quantised; name the model that it was made of: --base DIR|HUB_ID" in refused.stderr
+    done = sftx("merge", run)
+    assert done.exit_code == 0, done.output
+    assert "--base DIR|HUB_ID merges into a base of 16 bits" in done.stderr
+    assert "quantization_config" not in json.loads((run / "merged" / "config.json").read_text())
+    other = sftx("merge", run, "--base", tiny.model_dir(), "--into", tmp_path / "other")
+    near, far = (float(re.findall(r"difference of a logit (\S+),", text)[0]) for text in (done.stdout, other.stdout))
+    assert near < 1e-4 < far
 
 
 def test_original_is_refused_for_a_base_that_is_not_quantised(lora_run: Path, tmp_path: Path) -> None:
@@ -223,7 +242,7 @@ def test_a_run_on_plain_text_is_compared_by_continuing_text(tmp_path: Path) -> N
 def test_a_bare_model_is_compared_by_sample_questions(tmp_path: Path) -> None:
     done = sftx("merge", tiny.model_dir(), "--into", tmp_path / "out", "--verify-rows", "2")
     assert done.exit_code == 0, done.output
-    assert "verified: 2 questions (sample questions)" in done.stdout
+    assert "tokens of its 2 answers (sample questions)" in done.stdout
 
 
 # --- the model card -----------------------------------------------------------------------------------
@@ -246,7 +265,7 @@ def test_the_card_has_what_the_record_of_the_run_has(lora_run: Path, tmp_path: P
     assert 'AutoModelForCausalLM.from_pretrained("out", dtype="auto")' in text
     assert "Answers end with `<|im_end|>`." in text
     assert re.search(
-        r"own greedy answers: 6 questions \(held-out rows\) read by transformers .* mean KL divergence \d\.\de.\d\d\.",
+        r"it comes from, read by transformers .* its 6 answers \(held-out rows\); .* mean KL divergence \d\.\de.\d\d\.",
         text,
     )
 

@@ -70,7 +70,7 @@ def test_a_right_export_passes_and_says_how_near_it_is(exported: Exported) -> No
     assert result.num_tokens == result.num_agreeing == sum(len(answer.token_ids) for answer in exported.answers)
     assert 0 <= result.divergence < 1e-8
     assert 0 < result.largest_difference < 1e-5
-    assert "all chosen as by the run" in str(result)
+    assert f"and all {result.num_tokens} tokens of its 3 answers (held-out rows); " in str(result)
 
 
 # --- planted faults -------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ def test_a_tie_of_rounding_is_reported_and_is_no_fault() -> None:
     other_AV[1] = torch.tensor([1, 8.94, 8.96, 1])
     result = compared(other_AV, "half")
     assert (result.num_tokens, result.num_agreeing, len(result.ties)) == (3, 2, 1)
-    assert "2 chosen as by the run (1 tie of rounding)" in str(result)
+    assert "and 2 of 3 tokens of its 1 answer (held-out rows; 1 tie of rounding); " in str(result)
     with pytest.raises(PluginError):
         compared(other_AV, "none")
 
