@@ -19,7 +19,14 @@ from sftx_kernels.linear_cross_entropy import (
 )
 from sftx_kernels.lora import lora_linear, lora_linears
 from sftx_kernels.nf4 import NF4Weight, dequantize_nf4, quantize_nf4
-from sftx_kernels.quantized import QuantizedLinear, QuantizedWeight, dequantize, quantized_linear
+from sftx_kernels.quantized import (
+    QuantizedLinear,
+    QuantizedStack,
+    QuantizedWeight,
+    dequantize,
+    quantize_stack,
+    quantized_linear,
+)
 
 __all__ = [
     "IGNORE_INDEX",
@@ -29,6 +36,7 @@ __all__ = [
     "LinearCrossEntropyWorkspace",
     "NF4Weight",
     "QuantizedLinear",
+    "QuantizedStack",
     "QuantizedWeight",
     "cpu_multiplies",
     "cross_entropy",
@@ -41,6 +49,7 @@ __all__ = [
     "lora_linears",
     "quantize_int8",
     "quantize_nf4",
+    "quantize_stack",
     "quantized_linear",
     "seeded_dropout",
     "squared_row_norms",

@@ -36,11 +36,12 @@ from sftx_kernels.checks import (
 )
 from sftx_kernels.dropout import dropped_mask, keep_scale, threshold_of
 from sftx_kernels.gemm import accumulator, add_product_, add_weight_gradient_, project_back
+from sftx_kernels.quantized import QuantizedStack, check_quantized, dequantize
 
 
 def grouped_lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedStack,
     lora_A: Tensor,
     lora_B: Tensor,
     offsets: Tensor,
@@ -57,7 +58,8 @@ def grouped_lora_linear(
 
     Args:
         x, weight, bias: [M, K], [E, O, K] (if `transposed`, [E, K, O]), [E, O]; of one floating dtype, unless autocast
-            casts them. M may be 0.
+            casts them. M may be 0. A quantised weight is dequantised matrix by matrix, in forward and again in
+            backward, and gets no gradient.
         lora_A, lora_B: [E, R, K], [E, O, R]; of one floating dtype, which may be another than x's, as in `lora_linear`.
             Their gradients are summed in fp32, and come back unrounded but from torch's grouped products, which
             round them to bf16 as autocast would. R may be 0: there is no update then.
@@ -72,20 +74,24 @@ def grouped_lora_linear(
         ValueError: names the argument, what was expected and what was got.
     """
     _check(x, weight, lora_A, lora_B, offsets, scaling, transposed, dropout_p, seed, bias)
-    tensors = _Tensors(x, weight, lora_A, lora_B, offsets, bias)
     spec = _Spec(float(scaling), transposed, dropout_p, gemm_dtype(x))
+    if isinstance(weight, Tensor):
+        tensors = _Tensors(x, weight, lora_A, lora_B, offsets, bias)
+    else:
+        tensors = _Tensors(x, weight.codes, lora_A, lora_B, offsets, bias, list(weight.scales))
+        spec = spec._replace(shape=list(weight.shape))
     seed = seed if dropout_p else None
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return cast(Tensor, _op(*tensors, seed, *spec)[0])
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return cast(Tensor, _GroupedLoraLinear.apply(spec, seed, *tensors))  # type: ignore[no-untyped-call]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors[:6]):
+        return cast(Tensor, _GroupedLoraLinear.apply(spec, seed, *tensors[:6], *tensors.scales))  # type: ignore[no-untyped-call]
     with torch.no_grad():
         return _forward(tensors, seed, spec)[0]
 
 
 def _check(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedStack,
     lora_A: Tensor,
     lora_B: Tensor,
     offsets: Tensor,
@@ -99,6 +105,11 @@ def _check(
     num_rows, K = x.shape
     if K == 0:
         raise error("x", "at least one column", f"shape {list(x.shape)}")
+    if not isinstance(weight, Tensor):
+        if weight.codes.device != x.device:
+            raise error("weight", f"device {x.device}", f"device {weight.codes.device}")
+        check_quantized("weight", weight.matrix(0))
+        weight = x.new_empty(()).expand(weight.shape)  # carries only the shape into the checks below
     check_tensor("weight", weight, ("E", K, "O") if transposed else ("E", "O", K), x, x.dtype)
     E, O = weight.shape[0], weight.shape[2 if transposed else 1]  # noqa: E741
     if E == 0:
@@ -129,10 +140,11 @@ class _Spec(NamedTuple):
     transposed: bool
     dropout_p: float
     dtype: torch.dtype  # of the products
+    shape: list[int] = []  # noqa: RUF012  # of a quantised weight
 
 
 class _Tensors(NamedTuple):
-    """A _Tensors holds the tensors of a call but the seed."""
+    """A _Tensors holds the tensors of a call but the seed; of a quantised weight the codes, and its scales."""
 
     x: Tensor
     weight: Tensor
@@ -140,10 +152,37 @@ class _Tensors(NamedTuple):
     lora_B: Tensor
     offsets: Tensor
     bias: Tensor | None
+    scales: list[Tensor] = []  # noqa: RUF012
 
-    def weight_EOK(self, spec: _Spec) -> Tensor:
-        weight = self.weight.to(spec.dtype)
+    def weight_EOK(self, spec: _Spec) -> _Stack:
+        weight: _Stack
+        if self.scales:
+            E, O, K = spec.shape  # noqa: E741
+            weight = _DequantizedStack(QuantizedStack(self.weight, tuple(self.scales), (E, O, K)), spec.dtype)
+        else:
+            weight = self.weight.to(spec.dtype)
         return weight.transpose(1, 2) if spec.transposed else weight
+
+
+class _DequantizedStack:
+    """A _DequantizedStack is a quantised stack of matrices of which each is dequantised when it is asked for."""
+
+    def __init__(self, stack: QuantizedStack, dtype: torch.dtype, *, is_transposed: bool = False) -> None:
+        E, O, K = stack.shape  # noqa: E741
+        self.shape = (E, K, O) if is_transposed else (E, O, K)
+        self._arguments = stack, dtype
+        self._is_transposed = is_transposed
+
+    def transpose(self, _one: int, _two: int) -> _DequantizedStack:
+        return _DequantizedStack(*self._arguments, is_transposed=not self._is_transposed)
+
+    def __getitem__(self, index: int) -> Tensor:
+        stack, dtype = self._arguments
+        dense = dequantize(stack.matrix(index), dtype)
+        return dense.T if self._is_transposed else dense
+
+
+_Stack = Tensor | _DequantizedStack
 
 
 # ---- forward and backward, without autograd
@@ -151,7 +190,7 @@ class _Tensors(NamedTuple):
 
 def _forward(tensors: _Tensors, seed: Tensor | None, spec: _Spec) -> tuple[Tensor, Tensor]:
     """Return y [M, O], and S [M, R], which backward needs."""
-    x, _, lora_A, lora_B, offsets, bias = tensors
+    x, _, lora_A, lora_B, offsets, bias, _ = tensors
     threshold = threshold_of(spec.dropout_p)
     with without_autocast(x.device.type):
         x_MK, weight_EOK = x.to(spec.dtype), tensors.weight_EOK(spec)
@@ -170,7 +209,7 @@ def _backward(
     dy: Tensor, s_MR: Tensor, tensors: _Tensors, seed: Tensor | None, spec: _Spec, wants_grad: Sequence[bool]
 ) -> list[Tensor | None]:
     """Return the gradient of each of `tensors` that `wants_grad` asks for, None for the others."""
-    x, weight, lora_A, lora_B, offsets, bias = tensors
+    x, weight, lora_A, lora_B, offsets, bias, _ = tensors
     x_wanted, weight_wanted, A_wanted, B_wanted, _, bias_wanted = wants_grad
     threshold = threshold_of(spec.dropout_p)
     alpha = spec.scaling * keep_scale(threshold)
@@ -214,7 +253,7 @@ def _drop(x_MK: Tensor, threshold: int, seed: Tensor | None) -> Tensor:
 class _Products(Protocol):
     """A _Products multiplies each group's rows with the group's matrix. All operands have one dtype."""
 
-    def times(self, a_MI: Tensor, matrix_EIJ: Tensor) -> Tensor:
+    def times(self, a_MI: Tensor, matrix_EIJ: _Stack) -> Tensor:
         """Return a_e matrix_e of each group, [M, J]."""
         ...
 
@@ -235,7 +274,7 @@ class _LoopedProducts:
         self._num_groups = len(ends)
         self._groups = [(e, slice(a, b)) for e, (a, b) in enumerate(zip([0, *ends], ends, strict=False)) if a < b]
 
-    def times(self, a_MI: Tensor, matrix_EIJ: Tensor) -> Tensor:
+    def times(self, a_MI: Tensor, matrix_EIJ: _Stack) -> Tensor:
         out_MJ = a_MI.new_empty(a_MI.shape[0], matrix_EIJ.shape[2])
         for e, rows in self._groups:
             project_back(a_MI[rows], matrix_EIJ[e], out=out_MJ[rows])
@@ -265,7 +304,8 @@ class _GroupedProducts:
     def __init__(self, offsets_E: Tensor) -> None:
         self._ends_E = offsets_E.to(torch.int32)
 
-    def times(self, a_MI: Tensor, matrix_EIJ: Tensor) -> Tensor:
+    def times(self, a_MI: Tensor, matrix_EIJ: _Stack) -> Tensor:
+        assert isinstance(matrix_EIJ, Tensor)
         num_columns = matrix_EIJ.shape[2]
         if not (a_MI.numel() and num_columns):  # no rows, or an inner or outer dimension of 0
             return a_MI.new_zeros(a_MI.shape[0], num_columns)
@@ -291,17 +331,18 @@ def _aligned(tensor: Tensor, dim: int) -> Tensor:
     return F.pad(tensor, [0, 0] * (tensor.dim() - 1 - dim) + [0, more]) if more else tensor
 
 
-def _products(x_MK: Tensor, weight_EOK: Tensor, offsets: Tensor) -> _Products:
+def _products(x_MK: Tensor, weight_EOK: _Stack, offsets: Tensor) -> _Products:
     return _GroupedProducts(offsets) if _takes_grouped_mm(x_MK, weight_EOK) else _LoopedProducts(offsets)
 
 
-def _takes_grouped_mm(x_MK: Tensor, weight_EOK: Tensor) -> bool:
+def _takes_grouped_mm(x_MK: Tensor, weight_EOK: _Stack) -> bool:
     """Return True where torch has a kernel for grouped products, and the weight would not be copied to align it.
 
     In other dtypes and on older GPUs torch's function is a loop as well (read in 2.13).
     """
     return (
-        x_MK.is_cuda
+        isinstance(weight_EOK, Tensor)
+        and x_MK.is_cuda
         and x_MK.dtype == torch.bfloat16
         and not torch.version.hip
         and torch.cuda.get_device_capability(x_MK.device)[0] >= 9
@@ -313,12 +354,18 @@ def _takes_grouped_mm(x_MK: Tensor, weight_EOK: Tensor) -> bool:
 # ---- autograd
 
 
+def _tensors(flat: Sequence[Any]) -> _Tensors:
+    """Return the fields of a `_Tensors` that are followed by the scales."""
+    x, weight, lora_A, lora_B, offsets, bias, *scales = flat
+    return _Tensors(x, weight, lora_A, lora_B, offsets, bias, scales)
+
+
 class _GroupedLoraLinear(torch.autograd.Function):
     """_GroupedLoraLinear is the operation in eager mode, on the fields of a `_Tensors`."""
 
     @staticmethod
     def forward(ctx: Any, spec: _Spec, seed: Tensor | None, *fields: Any) -> Tensor:
-        y_MO, s_MR = _forward(_Tensors(*fields), seed, spec)
+        y_MO, s_MR = _forward(_tensors(fields), seed, spec)
         ctx.spec = spec
         ctx.save_for_backward(s_MR, seed, *fields)
         return y_MO
@@ -327,7 +374,9 @@ class _GroupedLoraLinear(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, dy: Tensor) -> Any:
         s_MR, seed, *fields = ctx.saved_tensors
-        return None, None, *_backward(dy, s_MR, _Tensors(*fields), seed, ctx.spec, ctx.needs_input_grad[2:])
+        tensors = _tensors(fields)
+        gradients = _backward(dy, s_MR, tensors, seed, ctx.spec, ctx.needs_input_grad[2:8])
+        return None, None, *gradients, *[None] * len(tensors.scales)
 
 
 @torch.library.custom_op("sftx::grouped_lora_linear", mutates_args=())
@@ -338,19 +387,21 @@ def _op(
     lora_B: Tensor,
     offsets: Tensor,
     bias: Tensor | None,
+    scales: list[Tensor],
     seed: Tensor | None,
     scaling: float,
     transposed: bool,
     dropout_p: float,
     dtype: torch.dtype,
+    shape: list[int],
 ) -> tuple[Tensor, Tensor]:
     """Run `_forward` where the compiler or a dispatch mode looks on."""
-    tensors = _Tensors(x, weight, lora_A, lora_B, offsets, bias)
-    return _forward(tensors, seed, _Spec(scaling, transposed, dropout_p, dtype))
+    tensors = _Tensors(x, weight, lora_A, lora_B, offsets, bias, scales)
+    return _forward(tensors, seed, _Spec(scaling, transposed, dropout_p, dtype, shape))
 
 
 @_op.register_fake
-def _(x, weight, lora_A, lora_B, offsets, bias, seed, scaling, transposed, dropout_p, dtype):  # type: ignore[no-untyped-def]
+def _(x, weight, lora_A, lora_B, offsets, bias, scales, seed, scaling, transposed, dropout_p, dtype, shape):  # type: ignore[no-untyped-def]
     rows = x.shape[0]
     return x.new_empty(rows, lora_B.shape[1], dtype=dtype), x.new_empty(rows, lora_A.shape[1], dtype=dtype)
 
@@ -365,37 +416,41 @@ def _backward_op(
     lora_B: Tensor,
     offsets: Tensor,
     bias: Tensor | None,
+    scales: list[Tensor],
     seed: Tensor | None,
     scaling: float,
     transposed: bool,
     dropout_p: float,
     dtype: torch.dtype,
+    shape: list[int],
     wants_grad: list[bool],
 ) -> list[Tensor]:
     """Return the gradients that `wants_grad` asks for, in the order of `_Tensors`."""
-    tensors = _Tensors(x, weight, lora_A, lora_B, offsets, bias)
-    spec = _Spec(scaling, transposed, dropout_p, dtype)
+    tensors = _Tensors(x, weight, lora_A, lora_B, offsets, bias, scales)
+    spec = _Spec(scaling, transposed, dropout_p, dtype, shape)
     return [gradient for gradient in _backward(dy, s_MR, tensors, seed, spec, wants_grad) if gradient is not None]
 
 
 @_backward_op.register_fake
-def _(dy, s_MR, x, weight, lora_A, lora_B, offsets, bias, seed, scaling, transposed, dropout_p, dtype, wants_grad):  # type: ignore[no-untyped-def]
-    fields = (x, weight, lora_A, lora_B, offsets, bias)
+def _(dy, s_MR, *arguments):  # type: ignore[no-untyped-def]
+    fields, wants_grad = arguments[:6], arguments[-1]
     return [tensor.new_empty(tensor.shape) for tensor, wanted in zip(fields, wants_grad, strict=True) if wanted]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *fields, seed, scaling, transposed, dropout_p, dtype = inputs
-    ctx.spec = _Spec(scaling, transposed, dropout_p, dtype)
-    ctx.save_for_backward(output[1], seed, *fields)
+    *fields, scales, seed, scaling, transposed, dropout_p, dtype, shape = inputs
+    ctx.spec = _Spec(scaling, transposed, dropout_p, dtype, shape)
+    ctx.save_for_backward(output[1], seed, *fields, *scales)
 
 
 @differentiable_once
 def _differentiate(ctx: Any, dy: Tensor, _ds: Tensor) -> Any:
     s_MR, seed, *fields = ctx.saved_tensors
-    wants_grad = list(ctx.needs_input_grad[:6])
-    gradients = iter(_backward_op(dy, s_MR, *fields, seed, *ctx.spec, wants_grad))
-    return *(next(gradients) if wanted else None for wanted in wants_grad), None, None, None, None, None
+    wants_grad, scales = list(ctx.needs_input_grad[:6]), list(fields[6:])
+    gradients = iter(_backward_op(dy, s_MR, *fields[:6], scales, seed, *ctx.spec, wants_grad))
+    of_fields = [next(gradients) if wanted else None for wanted in wants_grad]
+    # An empty list is taken for one of tensors.
+    return *of_fields, [None] * len(scales), None, None, None, None, None, None if ctx.spec.shape else []
 
 
 _op.register_autograd(_differentiate, setup_context=_setup_context)

@@ -6,8 +6,8 @@ The dense weight is made for each product and let go of: forward keeps the codes
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,26 @@ from sftx_kernels.int8 import Int8Weight, check_int8, dequantize_int8_
 from sftx_kernels.nf4 import NF4Weight, check_nf4, dequantize_nf4, dequantize_nf4_
 
 QuantizedWeight = NF4Weight | Int8Weight
+
+
+class QuantizedStack(NamedTuple):
+    """A QuantizedStack holds quantised matrices of one shape, such as those of a layer's experts, each by itself."""
+
+    codes: Tensor  # [E, ...], those of each matrix
+    scales: tuple[Tensor, ...]  # [E, ...] each
+    shape: tuple[int, int, int]
+
+    def matrix(self, index: int) -> QuantizedWeight:
+        return _weight(self.shape[1:], self.codes[index], [scale[index] for scale in self.scales])
+
+
+def quantize_stack(weight_EOK: Tensor, quantize: Callable[[Tensor], QuantizedWeight]) -> QuantizedStack:
+    """Return the matrices of a weight, quantised by this function one after the other. Raises what it raises."""
+    matrices = [quantize(weight_OK) for weight_OK in weight_EOK]
+    scales = zip(*(matrix.scales for matrix in matrices), strict=True)
+    codes = torch.stack([matrix.codes for matrix in matrices])
+    num_matrices, num_rows, num_columns = weight_EOK.shape
+    return QuantizedStack(codes, tuple(map(torch.stack, scales)), (num_matrices, num_rows, num_columns))
 
 
 def check_quantized(name: str, weight: QuantizedWeight) -> None:
@@ -150,10 +170,14 @@ class QuantizedLinear(nn.Module):
         return quantized_linear(input, self.quantized, self.bias)
 
     @torch.no_grad()
-    def dequantized(self) -> nn.Linear:
-        """Return a plain, frozen linear layer of the same values, in `dtype`."""
+    def dequantized(self) -> nn.Module:
+        """Return a plain, frozen layer of the same values, in `dtype`."""
+        return self.dense(dequantize(self.quantized, self.dtype))
+
+    def dense(self, weight_OK: Tensor) -> nn.Module:
+        """Return the plain module that this one took the place of, with the weight [O, K]. Subclasses return others."""
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(dequantize(self.quantized, self.dtype), requires_grad=False)
+        linear.weight = nn.Parameter(weight_OK, requires_grad=False)
         linear.register_parameter("bias", cast("nn.Parameter | None", self.bias))
         return linear
 

@@ -196,6 +196,8 @@ class _Quantise(ConversionOps):
             assert replacement is not None
             _mark_initialized(replacement)
             model.set_submodule(path, replacement)
+            # GPT-2's blocks initialise the weights of their parts, which these have no more.
+            model.get_submodule(path.rpartition(".")[0])._is_hf_initialized = True  # type: ignore[assignment]
 
 
 def forget_reading(model: PreTrainedModel) -> None:

@@ -5,6 +5,7 @@ Torch's grouped products run on CPUs too, so that the implementation for GPUs is
 Shape suffixes: M rows, E groups, K in, O out, R rank.
 """
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,10 +16,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from devices import DEVICE, covering
-from sftx_kernels import grouped_lora
+from sftx_kernels import Int8Weight, dequantize, grouped_lora, quantize_int8, quantize_nf4, quantize_stack
 from sftx_kernels.grouped_lora import grouped_lora_linear
 
 SCALING = 0.75
@@ -69,7 +71,7 @@ def formula(
 def differentiate(function: Any, leaves: dict[str, Any], **options: Any) -> dict[str, Tensor]:
     y = function(**leaves, **options)
     upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    names = [name for name, t in leaves.items() if t is not None and t.requires_grad]
+    names = [name for name, t in leaves.items() if isinstance(t, Tensor) and t.requires_grad]
     grads = torch.autograd.grad(y, [leaves[name] for name in names], upstream.to(DEVICE, y.dtype))
     return {"y": y.detach(), **dict(zip(names, grads, strict=True))}
 
@@ -311,3 +313,45 @@ def test_refuses(change: dict[str, Any], message: str) -> None:
     grouped_lora_linear(**good)
     with pytest.raises(ValueError, match=f"^{message}"):
         grouped_lora_linear(**{**good, **change})
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("how", ["nf4", "nf4 twice", "int8"])
+def test_a_quantised_weight_computes_what_the_dequantised_one_does(how: str, transposed: bool) -> None:
+    """Each matrix has the codes that it has by itself, also under the compiler's view of the operation."""
+    leaves = make(K=64, out=32, dtype=torch.float32, transposed=transposed)
+    quantize: Any = quantize_int8 if how == "int8" else lambda w: quantize_nf4(w, double=how == "nf4 twice")
+    stack = quantize_stack(leaves["weight"], quantize)
+    alone = [quantize(matrix) for matrix in leaves["weight"]]
+    for index, matrix in enumerate(alone):
+        found = stack.matrix(index)
+        assert torch.equal(found.codes, matrix.codes)
+        assert all(map(torch.equal, found.scales, matrix.scales))
+        assert isinstance(found, Int8Weight) == (how == "int8")
+    dense = torch.stack([dequantize(matrix, torch.float32) for matrix in alone])
+    assert (dense - leaves["weight"]).abs().max() > 1e-4
+    expected = differentiate(grouped_lora_linear, leaves | {"weight": dense}, transposed=transposed, scaling=SCALING)
+    for scope in (contextlib.nullcontext, lambda: _Watching()):
+        with scope():
+            found = differentiate(
+                grouped_lora_linear, leaves | {"weight": stack}, transposed=transposed, scaling=SCALING
+            )
+        assert found.keys() == expected.keys()
+        for name, tensor in found.items():
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-6)
+
+
+def test_a_quantised_weight_is_not_kept_dense() -> None:
+    leaves = make((40, 24), K=64, out=64, dtype=torch.float32)
+    stack = quantize_stack(leaves["weight"], quantize_nf4)
+    kept: list[Tensor] = []
+    with saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        grouped_lora_linear(**leaves | {"weight": stack}, scaling=SCALING)
+    assert sum(tensor.nbytes for tensor in kept) < leaves["weight"].nbytes
+
+
+class _Watching(TorchDispatchMode):
+    """Looks on, as the compiler and selective checkpointing do."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))

@@ -141,7 +141,7 @@ def test_what_stays_dense(model: Path, data: Path) -> None:
 
 
 def test_nothing_to_quantise_is_refused(model: Path, data: Path) -> None:
-    with pytest.raises(ConfigError, match=r"qlora: no linear layer .* is left to quantise; take lora, or name fewer"):
+    with pytest.raises(ConfigError, match=r"qlora: no layer .* is left to quantise; take lora, or name fewer"):
         qlora_of(model, data, qlora__llm_int8_skip_modules=["layers"])
 
 

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from sftx import Adapter, LanguageModel, ModelError
+from sftx_kernels import QuantizedLinear
 from sftx_plugins.adapters import peft_files, token_rows
-from sftx_plugins.adapters.lora_experts import LoraExperts, by_module, peft_prefixes, stacked_weights
-from sftx_plugins.adapters.lora_layers import LayerOptions, LoraConv1D, LoraEmbedding, LoraHead, LoraLayer, make_layer
+from sftx_plugins.adapters.lora_experts import LoraExperts, QuantizedExperts, by_module, peft_prefixes, stacked_weights
+from sftx_plugins.adapters.lora_layers import LayerOptions, LoraEmbedding, LoraHead, LoraLayer, make_layer
 
 _MATRICES = ("lora_A.weight", "lora_B.weight")
 """How the names of tensors end whose shapes have the rank."""
@@ -199,6 +200,9 @@ class LoraAdapter(Adapter):
     def merge(self, lm: LanguageModel) -> None:
         for path, layer in self._layers.items():
             layer.merge(lm.model, path)
+        quantised = [(n, m) for n, m in lm.model.named_modules() if isinstance(m, QuantizedLinear | QuantizedExperts)]
+        for path, module in quantised:  # layers that no update has made dense
+            lm.model.set_submodule(path, module.dequantized())
         token_rows.merge(lm.model)
         for name, original in self._originals.items():
             self._full[name].data = self._full[name].data.to(original.dtype)
@@ -225,7 +229,7 @@ class LoraAdapter(Adapter):
             **self._peft,
             "base_model_name_or_path": self._base,
             # PEFT's word for a weight that is stored as [K, O], which it finds out by itself, with a warning.
-            "fan_in_fan_out": any(isinstance(layer, LoraConv1D) for layer in self._layers.values()),
+            "fan_in_fan_out": any(layer.fan_in_fan_out for layer in self._layers.values()),
             "ensure_weight_tying": len(self._full) > len(self._originals),
             "inference_mode": True,
             "modules_to_save": self._saved or None,

@@ -66,6 +66,8 @@ class LoraLayer(nn.Module):
     """The class of modules that this class of layers can replace."""
     kinds: ClassVar[list[type[LoraLayer]]] = []
     """The classes of layers, most special kind of module first."""
+    fan_in_fan_out: ClassVar[bool] = False
+    """Whether the model's module has a weight [K, O], in PEFT's words."""
     enabled: bool
     """Whether the trained update is added; False inside `Adapter.disabled`."""
 
@@ -343,6 +345,7 @@ class LoraConv1D(LoraLinear):
     """A low-rank update of transformers' Conv1D (GPT-2), which is a linear layer whose weight is [K, O]."""
 
     adapts = Conv1D
+    fan_in_fan_out = True
 
     def base_weight(self) -> Tensor:
         return self.weight.T
@@ -380,14 +383,30 @@ class LoraQuantizedLinear(LoraLinear):
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
-        dtype = cast(QuantizedLinear, self.base[0]).dtype
-        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        weight_OK = self.merged_weight(dequantize(self.base_weight(), torch.float32))
-        linear.weight = nn.Parameter(weight_OK.to(dtype), requires_grad=False)
-        if self.bias is not None:
-            bias_O = self.bias if self.lora_bias is None else self.bias + self.scaling * self.lora_bias
-            linear.bias = nn.Parameter(bias_O.to(self.bias.dtype), requires_grad=self.bias.requires_grad)
-        return linear
+        base = cast(QuantizedLinear, self.base[0])
+        base.register_parameter("bias", self.bias)
+        plain: Any = base.dense(self.merged_weight(dequantize(self.base_weight(), torch.float32)).to(base.dtype))
+        if self.lora_bias is not None:
+            plain.bias.data = (self.bias + self.scaling * self.lora_bias).to(self.bias.dtype)
+        return cast(nn.Module, plain)
+
+
+class QuantizedConv1D(QuantizedLinear):
+    """A quantised Conv1D of transformers, whose weight is quantised as [O, K], as bitsandbytes does."""
+
+    def dense(self, weight_OK: Tensor) -> nn.Module:
+        plain: Any = Conv1D(0, 0)
+        plain.nf, plain.nx = weight_OK.shape
+        plain.weight = nn.Parameter(weight_OK.T.contiguous(), requires_grad=False)
+        plain.register_parameter("bias", self.bias)
+        return cast(nn.Module, plain)
+
+
+class LoraQuantizedConv1D(LoraQuantizedLinear):
+    """A quantised Conv1D with a low-rank update."""
+
+    adapts = QuantizedConv1D
+    fan_in_fan_out = True
 
 
 class LoraHead(LowRank):

@@ -404,8 +404,10 @@ def _grow(cache: DynamicCache, num_tokens: int) -> None:
 
 def _num_active(lm: CausalLM) -> int:
     chosen = getattr(lm.config, "num_experts_per_tok", None)
-    experts = [p for n, p in lm.named_parameters() if p.ndim == 3 and ".experts." in n] if chosen else []
-    idle = sum(p.numel() * (1 - min(1, (chosen or 0) / p.shape[0])) for p in experts)
+    stacked = [(n, p) for n, p in lm.named_parameters() if ".experts." in n] if chosen else []
+    # Quantised, a stack of experts is one of codes; a linear layer's have this name.
+    experts = [p for n, p in stacked if p.ndim == 3 or (p.ndim == 2 and p.dtype == torch.uint8 and "codes" not in n)]
+    idle = sum(num_weights([p]) * (1 - min(1, (chosen or 0) / p.shape[0])) for p in experts)
     return num_weights(lm.parameters()) - round(idle)
 
 
