@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import io
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -173,13 +174,14 @@ class TransformersGgufReader:
 
 @contextmanager
 def _advice() -> Iterator[None]:
-    """Says what to do where transformers cannot read a file. Raises ConfigError."""
+    """Says what to do where transformers cannot read a file, and hides its bars. Raises ConfigError."""
     try:
-        yield
+        with redirect_stderr(io.StringIO()):  # the bar of its reader asks for no setting
+            yield
     except Exception as error:  # transformers and tokenizers have no common base class
         raise ConfigError(
             f"the export cannot be read back by transformers: {' '.join(str(error).split())[:200]}; llama.cpp reads it "
-            "once it is installed, pip install llama-cpp-python"
+            "once it is installed, pip install 'sftx[llama-cpp]'; --no-verify leaves it unread"
         ) from error
 
 
