@@ -40,7 +40,7 @@ FAMILIES: Final[dict[str, Callable[[], Any]]] = {
     "phi-3": lambda: transformers.Phi3Config(**SHAPE),
     "phi-3-longrope": lambda: _scaled(transformers.Phi3Config, "longrope", 1024, **_LONG),
     "starcoder2": lambda: transformers.Starcoder2Config(**SHAPE, sliding_window=None),
-    "stablelm": lambda: transformers.StableLmConfig(**SHAPE, use_qkv_bias=True),
+    "stablelm": lambda: transformers.StableLmConfig(**SHAPE, use_qkv_bias=True, tie_word_embeddings=True),
     "gpt2": lambda: transformers.GPT2Config(
         n_embd=64, n_layer=3, n_head=4, n_positions=256, bos_token_id=0, eos_token_id=0
     ),

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import assets
 from architectures import write_model
-from gguf_families import FAMILIES, LLAMA_CPP_ONLY, SHAPE
+from gguf_families import FAMILIES, LLAMA_CPP_ONLY, SHAPE, WIDE
 from sftx import ConfigError, load_run
 from sftx.checkpoint.exporting import LoadedSource
 from sftx.cli import main
@@ -227,6 +227,19 @@ def test_a_window_that_llama_cpp_leaves_out_bounds_the_context(tmp_path: Path) -
     model = transformers.MistralForCausalLM(config)
     file.write(source_of(model, make_tokenizer()), tmp_path / "a.gguf", "f16")
     assert metadata(tmp_path / "a.gguf")["llama.context_length"] == 100
+
+
+def test_the_language_model_of_a_multimodal_model_is_written(tmp_path: Path) -> None:
+    text = {**WIDE, "vocab_size": 512, "query_pre_attn_scalar": 32}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14})
+    model = transformers.Gemma3ForConditionalGeneration(config).eval()
+    redraw(model.parameters())
+    Gguf().check(config)
+    file.write(source_of(model, make_tokenizer()), tmp_path / "a.gguf", "f32")
+    with torch.no_grad():
+        expected = model(input_ids=tokens()).logits[0]
+    assert error(TransformersGgufReader(tmp_path / "a.gguf"), expected) <= 1e-5
 
 
 # --- tokenizers ---------------------------------------------------------------------------------------
