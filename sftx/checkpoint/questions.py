@@ -57,7 +57,8 @@ def find_questions(run: LoadedRun, limit: int) -> tuple[str, list[Question]]:
     """Return what kind of questions these are, and at most `limit` of them.
 
     A row whose prompt the run's own chat template renders otherwise than in training is left out: a text that spells a
-    control token, or white space at a border of segments. Raises DataError when that is so for every row.
+    control token, or white space at a border of segments. Raises DataError when that is so for every row, and when no
+    question can be asked.
     """
     reason = ""
     directory = run_directory_of(run.directory)
@@ -77,6 +78,8 @@ def find_questions(run: LoadedRun, limit: int) -> tuple[str, list[Question]]:
         for text in _SAMPLES
     ]
     samples = list(_questions(run, ((f"sample {n}", parsed) for n, parsed in enumerate(asked, 1))))
+    if not samples:
+        raise DataError(f"{run.directory}: its template accepts no question; leave the comparison out with --no-verify")
     return "sample questions", _choose(run, samples, limit)
 
 

@@ -233,8 +233,9 @@ class _Found:
         own_AV = answer.logits_AV
         self.is_finite = self.is_finite and bool(logits_AV.isfinite().all())
         self.largest = max(self.largest, float((logits_AV - own_AV).abs().max()))
-        own_log_AV = own_AV.log_softmax(-1)
-        self.divergence += float((own_log_AV.exp() * (own_log_AV - logits_AV.log_softmax(-1))).sum())
+        # In fp64: rounding in fp32 would be as large as what is compared, where the vocabulary is.
+        own_log_AV, log_AV = own_AV.double().log_softmax(-1), logits_AV.double().log_softmax(-1)
+        self.divergence += float((own_log_AV.exp() * (own_log_AV - log_AV)).sum())
         for n, (token, other) in enumerate(zip(answer.token_ids, logits_AV.argmax(-1).tolist(), strict=True)):
             self.num_tokens += 1
             if token == other:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 
 from sftx.config.run_file import Origins
 from sftx.errors import ConfigError, OutputError, printable
 from sftx.phases import phase
+
+_MOST_TIES: Final = 5
 
 _COMMON = (
     click.argument("run", metavar="RUN", type=click.Path(path_type=Path)),
@@ -112,4 +114,6 @@ def write(
         click.echo(printable(f"not verified: {why}"))
     else:
         click.echo(printable(f"verified: {verified}"))
+        for tie in verified.ties[:_MOST_TIES]:
+            click.echo(printable(f"  a tie of rounding: {tie}"))
     click.echo("\n".join(printable(line) for line in made.usage(target).splitlines()))

@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from sftx import ConfigError, PluginError, load_run
+from sftx import ConfigError, DataError, PluginError, load_run
 from sftx.assembly.stages import ExportedStage
 from sftx.checkpoint.exporting import LoadedSource
 from sftx.checkpoint.questions import find_questions
@@ -243,6 +243,12 @@ def test_a_bare_model_is_compared_by_sample_questions(tmp_path: Path) -> None:
     done = sftx("merge", tiny.model_dir(), "--into", tmp_path / "out", "--verify-rows", "2")
     assert done.exit_code == 0, done.output
     assert "tokens of its 2 answers (sample questions)" in done.stdout
+
+
+def test_without_any_question_the_advice_is_to_leave_it_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sftx.checkpoint.questions._SAMPLES", ())
+    with pytest.raises(DataError, match="its template accepts no question; leave the comparison out with --no-verify"):
+        find_questions(load_run(tiny.model_dir(), device="cpu"), 2)
 
 
 # --- the model card -----------------------------------------------------------------------------------
