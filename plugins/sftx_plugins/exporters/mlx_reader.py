@@ -1,0 +1,45 @@
+"""Reads a model directory through mlx-lm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class MlxReader:
+    """Implements `sftx.ExportedModel`: computes on mlx's device, in the dtype of the files."""
+
+    reader = f"mlx-lm {mlx_lm.__version__}"
+
+    def __init__(self, directory: Path, *, trust_remote_code: bool = False) -> None:
+        options = {"trust_remote_code": trust_remote_code}
+        self._model, self._tokenizer = mlx_lm.load(str(directory), tokenizer_config=options, **options)
+
+    @property
+    def stop_ids(self) -> set[int]:
+        return set(self._tokenizer.eos_token_ids)
+
+    def prompt(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[int]:
+        ids: Any = self._tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tools=[dict(tool) for tool in tools] or None,
+            add_generation_prompt=True,
+            return_dict=False,
+        )
+        return list(ids)
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text))
+
+    def logits(self, token_ids: Sequence[int]) -> Tensor:
+        logits_TV = self._model(mx.array([list(token_ids)]))[0].astype(mx.float32)
+        return torch.from_numpy(np.array(logits_TV))
