@@ -98,7 +98,7 @@ def load_model(
             ) from error
     with phase("loading", "the model"):
         if not directory.is_dir():
-            directory = Path(names.resolve(model))
+            directory = names.files_of(model)
         return load_run(
             directory,
             device=device,

