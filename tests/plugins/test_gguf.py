@@ -29,11 +29,14 @@ from gguf_families import FAMILIES, LLAMA_CPP_ONLY, SHAPE, WIDE
 from sftx import ConfigError, load_run
 from sftx.checkpoint.exporting import LoadedSource
 from sftx.cli import main
+from sftx.data.encoder import Encoder
 from sftx.model.tiny import make_tokenizer
 from sftx.testing.runs import run_tiny
 from sftx_plugins.exporters.gguf import Gguf
 from sftx_plugins.exporters.gguf_format import architectures, file, vocabulary
 from sftx_plugins.exporters.gguf_format.readers import LlamaCppReader, TransformersGgufReader
+from sftx_plugins.templates.phi import Phi
+from templating import chat, template_of, tokenizer_with
 
 NEEDS_LLAMA_CPP = pytest.mark.skipif(
     importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed; CONTRIBUTING says how"
@@ -245,9 +248,10 @@ def test_the_language_model_of_a_multimodal_model_is_written(tmp_path: Path) -> 
 # --- tokenizers ---------------------------------------------------------------------------------------
 
 
-def write_vocabulary(tokenizer: Any, path: Path) -> None:
+def write_vocabulary(tokenizer: Any, path: Path, base: str = "a") -> None:
     """Write a file without weights, which both readers take for its tokenizer."""
     writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name(vocabulary.model_name(base, tokenizer))
     architectures.write_metadata(writer, architectures.of(transformers.LlamaConfig())[0], transformers.LlamaConfig())
     vocabulary.write(writer, tokenizer, num_tokens=max(tokenizer.get_vocab().values()) + 1, stop_ids=(), more=())
     writer.write_header_to_file()
@@ -342,15 +346,56 @@ def test_llama_cpp_makes_the_same_tokens_of_the_file(tokenizer: Callable[[], Any
 def test_real_tokenizers_keep_their_tokens(name: str, tokenizer_dir: Path, tmp_path: Path) -> None:
     """DeepSeek's control tokens hold letters that transformers' reader takes for bytes; llama.cpp reads them.
 
-    Where a text of llama2 begins with a space, llama.cpp puts another one before it, and transformers does not.
+    Where a text of llama2 begins with a space, llama.cpp puts another one before it, and its own tokenizer does not.
     """
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir if name == "smollm2" else assets.path("tokenizers", name))
     write_vocabulary(tokenizer, tmp_path / "a.gguf")
+    texts = [text for text in TEXTS if name != "llama2" or not text.startswith(" ")]
     if name != "deepseek_v3":
-        assert_same_tokens(tokenizer, TransformersGgufReader(tmp_path / "a.gguf"))
+        assert_same_tokens(tokenizer, TransformersGgufReader(tmp_path / "a.gguf"), texts)
     if importlib.util.find_spec("llama_cpp") is not None:
-        texts = [text for text in TEXTS if name != "llama2" or not text.startswith(" ")]
         assert_same_tokens(tokenizer, LlamaCppReader(tmp_path / "a.gguf"), texts)
+
+
+CONVERSATION = [("user", "What is 2 + 3?"), ("assistant", "Five: 5."), ("user", "And 333 in Русский?\nHm  two spaces")]
+
+
+def assert_same_prompts(name: str, tokenizer: Any, reader: Callable[[Path], Any], path: Path, base: str = "a") -> None:
+    """Compare the prompts of a file with those that a run with this template trains on."""
+    template = template_of(name, tokenizer)
+    tokenizer.chat_template = template.chat_template
+    write_vocabulary(tokenizer, path, base)
+    encoder, written = Encoder(tokenizer, template), reader(path)
+    for turns in (CONVERSATION[:1], CONVERSATION, [("system", "Be brief."), *CONVERSATION]):
+        messages = [{"role": role, "content": content} for role, content in turns]
+        assert written.prompt(messages, ()) == encoder.prompt(chat(*turns))
+
+
+@pytest.mark.slow
+@NEEDS_LLAMA_CPP
+@pytest.mark.parametrize(
+    ("name", "tokenizer"),
+    [
+        ("qwen3", "qwen3"), ("llama3", "llama3_1"), ("gemma3", "gemma3"), ("deepseek3", "deepseek_v3"),
+        ("mistral", "mistral_nemo"), ("mistral", "llama2"), ("llama2", "llama2"), ("vicuna", "llama2"),
+        ("alpaca-template", "llama2"), ("zephyr", "llama2"), ("ma-rlhf", "llama2"),
+    ],
+)  # fmt: skip
+def test_llama_cpp_makes_the_prompts_of_the_run(name: str, tokenizer: str, tmp_path: Path) -> None:
+    assert_same_prompts(name, tokenizer_with(tokenizer, ()), LlamaCppReader, tmp_path / "a.gguf")
+
+
+@pytest.mark.parametrize("base", ["my-model", pytest.param("Phi-3-mini", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rstrip", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "reader", [TransformersGgufReader, pytest.param(LlamaCppReader, marks=[pytest.mark.slow, NEEDS_LLAMA_CPP])]
+)
+def test_control_tokens_swallow_white_space_as_the_tokenizer_says(
+    base: str, *, rstrip: bool, reader: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    """llama.cpp goes by the model's name."""
+    tokenizer = tokenizer_with("llama2", sorted(Phi.controls), rstrip=rstrip)
+    assert_same_prompts("phi", tokenizer, reader, tmp_path / "a.gguf", base)
 
 
 # --- the command --------------------------------------------------------------------------------------

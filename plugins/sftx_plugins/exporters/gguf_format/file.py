@@ -61,7 +61,7 @@ def _write(source: ExportSource, file: Path, dtype: str) -> None:
     architecture, config = architectures.of(model.config)
     writer = gguf.GGUFWriter(file, architecture.name)
     writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(Path(source.base_model).name)
+    writer.add_name(vocabulary.model_name(Path(source.base_model).name, source.tokenizer))
     writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[dtype]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     architectures.write_metadata(writer, architecture, config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import io
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from functools import cached_property
@@ -110,7 +111,8 @@ class TransformersGgufReader:
 
             self._metadata, self._tensors = read_gguf_metadata(str(file))
             self._tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        _split_as_the_file_says(self._tokenizer.backend_tokenizer, self._metadata)
+        backend = self._tokenizer.backend_tokenizer
+        self._tokenizer._tokenizer = _split_as_the_file_says(backend, self._metadata)
 
     @property
     def reader(self) -> str:
@@ -239,14 +241,23 @@ _SCALING: Final = {
 """Keys of scaled rotary positions below `rope.scaling.`, and what transformers calls them."""
 
 
-def _split_as_the_file_says(backend: Any, metadata: Mapping[str, Any]) -> None:
-    from tokenizers import normalizers, pre_tokenizers
+def _split_as_the_file_says(backend: Any, metadata: Mapping[str, Any]) -> Any:
+    """Return a tokenizer that splits text as llama.cpp does for this file."""
+    from tokenizers import Tokenizer, normalizers
 
     if metadata["tokenizer.ggml.model"] == "gpt2":
         split = vocabulary.pre_tokenizer(metadata["tokenizer.ggml.pre"])
         if split is not None:
             backend.pre_tokenizer = split
     else:
-        backend.normalizer = normalizers.Sequence([])
-        scheme = "always" if metadata["tokenizer.ggml.add_space_prefix"] else "never"
-        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+        spaces = normalizers.Replace(" ", "▁")
+        prefixed = normalizers.Sequence([normalizers.Prepend("▁"), spaces])
+        backend.normalizer = prefixed if metadata["tokenizer.ggml.add_space_prefix"] else spaces
+        backend.pre_tokenizer = None
+    if not vocabulary.PHI_3.search(metadata.get("general.name", "")):
+        return backend
+    state = json.loads(backend.to_str())
+    kept = (metadata.get("tokenizer.ggml.bos_token_id"), metadata.get("tokenizer.ggml.unknown_token_id"))
+    for token in state["added_tokens"]:
+        token["rstrip"] = token["id"] not in kept and token["content"] != "<|endoftext|>"
+    return Tokenizer.from_str(json.dumps(state))

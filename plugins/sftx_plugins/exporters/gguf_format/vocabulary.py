@@ -54,6 +54,7 @@ PRE_TOKENIZERS: Final[dict[tuple[tuple[str, ...], bool], str]] = {
 }
 """llama.cpp's names of what splits the text of byte-level tokenizers, by its expressions and `ignore_merges`."""
 
+PHI_3: Final = re.compile(r"phi-?3", re.IGNORECASE)
 _BYTE: Final = re.compile(r"<0x[0-9A-F]{2}>")
 _PREFIX: Final = "▁"
 
@@ -111,6 +112,17 @@ def write(
     writer.add_token_list([tokens[number] for number in range(num_tokens)])
     writer.add_token_types([types[number] for number in range(num_tokens)])
     _write_special(writer, tokenizer, stop_ids, more)
+
+
+def model_name(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the name that the file gives its model: that of the base, but where llama.cpp would read more into it.
+
+    Control tokens swallow the white space after them, as those of Phi-3 do, if the name holds phi-3 or phi3.
+    """
+    swallow = any(token.special and token.rstrip for token in tokenizer.added_tokens_decoder.values())
+    if swallow == (PHI_3.search(name) is not None):
+        return name
+    return f"{name}-phi-3" if swallow else PHI_3.sub("phi_3", name)
 
 
 def pre_tokenizer(name: str) -> PreTokenizer | None:
