@@ -364,6 +364,9 @@ class _Batch:
         self.can_join = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
         # A layer with a sliding window keeps all tokens as well: its mask hides those outside of the window.
         self._cache: Any = Cache(layers=[_GrowingLayer() for _ in layers] if self.can_join else layers)
+        if not cast(Any, lm.model)._supports_default_dynamic_cache():
+            self._cache, self.can_join = None, False  # the model makes a cache of its own
+        self._has_attention = self._cache is None or any(isinstance(layer, DynamicLayer) for layer in layers)
         self._mask_BT = torch.zeros(len(requests), 0, dtype=torch.int64, device=lm.device)
         self._is_padded = False
         self._num_columns = 0
@@ -391,14 +394,18 @@ class _Batch:
         # While prompts are read, whose activations are many, there is room for the prompts alone.
         if self.can_join and self.length > self._num_columns and ids_BT.shape[1] == 1:
             self._make_room()
+        # A state in which padding had no part needs no mask afterwards.
+        is_masked = self._is_padded and (self._has_attention or mask_BT is not None)
         decoder: Any = lm.model.get_decoder()
         out = decoder(
             input_ids=ids_BT,
-            attention_mask=self._mask_BT if self._is_padded else None,
+            attention_mask=self._mask_BT if is_masked else None,
             position_ids=positions_BT,
             use_cache=True,
             **{_cache_argument(decoder.__class__): self._cache},
         )
+        if self._cache is None:
+            self._cache = out[_cache_argument(decoder.__class__)]
         # As a slice with gaps it would be multiplied with B copies of a frozen head.
         return cast(Tensor, out.last_hidden_state)[:, -1].contiguous()
 
@@ -454,7 +461,8 @@ class _Batch:
 @functools.cache
 def _cache_argument(decoder: Any) -> str:
     """Return the name of the decoder's argument for keys and values, which transformers has changed."""
-    return "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"
+    names = inspect.signature(decoder.forward).parameters
+    return next((name for name in ("cache", "past_key_values", "state") if name in names), "past_key_values")
 
 
 @contextlib.contextmanager

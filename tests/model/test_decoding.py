@@ -49,6 +49,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"moe_intermediate_size": 16, "n_group": 1, "topk_group": 1},
     "gpt_oss": SMALL | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4},
     "cohere": SMALL | {"logit_scale": 0.3},
+    "mamba": {"vocab_size": 64, "hidden_size": 32, "state_size": 4, "num_hidden_layers": 2},
+    "minimax": SMALL | {"num_local_experts": 4, "num_experts_per_tok": 2, "block_size": 4},
     "qwen3_next": SMALL
     | {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
     | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
