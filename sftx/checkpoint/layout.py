@@ -44,6 +44,17 @@ def checkpoint_path(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step-{step}"
 
 
+def run_of(directory: Path) -> Path | None:
+    """Return the run directory that a directory is, or whose result or checkpoint it is; None for any other."""
+    if (directory / RUN).exists():
+        return directory
+    absolute = directory.absolute()
+    if absolute.name in (ADAPTER, MODEL) and (absolute.parent / RUN).exists():
+        return absolute.parent
+    is_checkpoint = absolute.parent.name == CHECKPOINTS and (absolute.parent.parent / RUN).exists()
+    return absolute.parent.parent if is_checkpoint else None
+
+
 def find_checkpoints(checkpoints: Path) -> dict[int, Path]:
     """Return the checkpoints in a directory by their optimizer step, oldest first; none when it does not exist."""
     entries = checkpoints.iterdir() if checkpoints.is_dir() else ()

@@ -121,6 +121,21 @@ class LoadedRun:
             )
         return [by_index[index] for index in range(len(prompts))]
 
+    def merge_adapters(self) -> bool:
+        """Fold the adapters into the weights, so that answers take the time of the base's; return whether it was done.
+
+        It is done where the tokens of answers stay the same: for weights and products in fp32. In bf16 the weights
+        would be rounded once more. Afterwards the model has no adapters.
+        """
+        tensors = [*self.lm.model.parameters(), *self.lm.model.buffers()]
+        is_fp32 = all(tensor.dtype in (torch.float32, torch.int64, torch.bool) for tensor in tensors)
+        if self.compute_dtype != torch.float32 or not is_fp32 or self.collator is not None or not self.lm.adapters:
+            return False
+        for adapter in self.lm.adapters.values():
+            adapter.merge(self.lm)
+        self.lm.adapters.clear()
+        return True
+
     def autocast(self) -> torch.autocast:
         """Return the context in which the model computes as in an evaluation of its run."""
         is_narrow = self.compute_dtype != torch.float32
@@ -259,19 +274,15 @@ def _locate(directory: Path) -> tuple[Path, Path | None]:
     """Return the directory that holds the weights, and the run directory it belongs to, if any."""
     if not directory.is_dir():
         raise ModelError(f"{directory}: no such directory; name a run, one of its checkpoints, an adapter or a model")
-    if (directory / layout.RUN).exists():
-        for name in (layout.ADAPTER, layout.MODEL):
-            if (directory / name).is_dir():
-                return directory / name, directory
-        checkpoints = list(layout.find_checkpoints(directory / layout.CHECKPOINTS).values())
-        hint = f", or load its last checkpoint, {checkpoints[-1]}" if checkpoints else ""
-        raise ModelError(f"{directory}: this run has no result yet; finish it with sftx run --resume{hint}")
-    parent = directory.absolute().parent
-    if directory.absolute().name in (layout.ADAPTER, layout.MODEL) and (parent / layout.RUN).exists():
-        return directory, parent
-    if parent.name == layout.CHECKPOINTS and (parent.parent / layout.RUN).exists():
-        return directory, parent.parent
-    return directory, None
+    run = layout.run_of(directory)
+    if run != directory:
+        return directory, run
+    for name in (layout.ADAPTER, layout.MODEL):
+        if (directory / name).is_dir():
+            return directory / name, directory
+    checkpoints = list(layout.find_checkpoints(directory / layout.CHECKPOINTS).values())
+    hint = f", or load its last checkpoint, {checkpoints[-1]}" if checkpoints else ""
+    raise ModelError(f"{directory}: this run has no result yet; finish it with sftx run --resume{hint}")
 
 
 def _parts_of_run(weights: Path, run: Path, other_base: str | None, *, trust_remote_code: bool) -> _Parts:

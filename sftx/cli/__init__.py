@@ -34,6 +34,8 @@ BUILT_IN: Final[Mapping[str, str]] = {
     "run": "Fine-tune a model.",
     "inspect": "Show what a run would train on, token by token.",
     "chat": "Talk to a trained model.",
+    "generate": "Let a trained model answer the rows of a file.",
+    "evaluate": "Compute loss and scores of a trained model.",
     "serve": "Serve trained models over OpenAI's HTTP interface.",
     "merge": "Fold the adapters of a run into its base model.",
     "export": "Write a trained model in another format.",

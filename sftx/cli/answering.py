@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -49,13 +50,47 @@ def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return functools.reduce(lambda wrapped, option: option(wrapped), reversed(options), function)
 
 
+def row_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of how rows are read and scored, of commands that use the plugins of a run."""
+    options = (
+        click.option(
+            "--plugin", "plugins", metavar="NAME", multiple=True, help="Add a plugin, such as a metric or a parser."
+        ),
+        click.option("--no-plugin", "without", metavar="NAME", multiple=True, help="Leave out a plugin of the run."),
+        click.option(
+            "--set", "settings", metavar="NAME=VALUE", multiple=True, help="Set an option: exact-match.as_json=true."
+        ),
+        click.option("--format", "format", metavar="NAME", help="Parser plugin that reads every row."),
+    )
+    return functools.reduce(lambda wrapped, option: option(wrapped), reversed(options), function)
+
+
+def row_settings(
+    format: str | None, settings: tuple[str, ...], chosen: Mapping[str, Any] = MappingProxyType({})
+) -> list[tuple[str, Any, str]]:
+    """Return the options that are given, as a run file takes them; `chosen`: others by their dotted names."""
+    from sftx.cli.options import parse_settings
+    from sftx.config.options import flag
+
+    given = [
+        (name, value, flag(name)) for name, value in {"data.format": format, **chosen}.items() if value is not None
+    ]
+    return [*given, *parse_settings(settings)]
+
+
 def loaded_model(
-    model: str, *, device: str | None, trust_remote_code: bool, **chosen: Any
+    model: str, *, device: str | None, trust_remote_code: bool, merge: bool = True, **chosen: Any
 ) -> tuple[LoadedRun, Sampling]:
-    """Load MODEL, and return how its tokens are chosen. Raises ConfigError, ModelError."""
+    """Load MODEL, and return how its tokens are chosen. Raises ConfigError, ModelError.
+
+    `merge`: fold its adapters into the weights where that changes no answer (`LoadedRun.merge_adapters`).
+    """
     loaded = load_model(model, device=device, trust_remote_code=trust_remote_code)
     from sftx.serving.settings import sampling_of
 
+    if merge:
+        with phase("loading", "the adapters into the weights"):
+            loaded.merge_adapters()
     return loaded, sampling_of(loaded.generation_config, **chosen)
 
 

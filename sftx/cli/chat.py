@@ -42,7 +42,7 @@ def command(*, model: str, system: str, compare_base: bool, stop: tuple[str, ...
     if compare_base and not is_terminal:
         raise ConfigError("option '--compare-base': shows two columns on a terminal, and the input is none")
     message = "" if is_terminal else _read_all()
-    loaded, sampling = loaded_model(model, **options)
+    loaded, sampling = loaded_model(model, merge=not compare_base, **options)
     from sftx.serving.chat import Chat
 
     if compare_base and not loaded.lm.adapters:

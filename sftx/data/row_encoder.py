@@ -122,7 +122,7 @@ class RowEncoder:
                 for n, example in enumerate(row.examples)
             ]
         if self.questions:
-            row.questions += _questions(marked, row, self.encoder)
+            row.questions += questions_of(marked, row, self.encoder)
         return row
 
     def _encode_unit(self, unit: Parsed, row: EncodedRow, filters: Filters, known: KnownTexts) -> None:
@@ -309,7 +309,8 @@ def _reason_nothing_trained(parsed: Sequence[Parsed]) -> str:
     return NO_TURN if turns and not any(turn.role == "assistant" for turn in turns) else NOTHING_TRAINED
 
 
-def _questions(parsed: Sequence[Parsed], row: EncodedRow, encoder: Encoder) -> Iterator[HeldOutRow]:
+def questions_of(parsed: Sequence[Parsed], row: EncodedRow, encoder: Encoder) -> Iterator[HeldOutRow]:
+    """Yield the question of a parsed record whose turns are marked, if it ends with an assistant's turn."""
     for one in parsed[:1]:  # of a preference pair, the preferred answer
         if isinstance(one, Conversation) and one.messages and one.messages[-1].role == "assistant":
             *before, answer = one.messages

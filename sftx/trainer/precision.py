@@ -76,10 +76,14 @@ def choose(config: TrainConfig, local_rank: int = 0, *, bf16_weights: bool = Fal
     default_bf16 = bf16_weights or (device.type == "cuda" and supports_bf16)
     bf16 = not config.fp16 and (default_bf16 if config.bf16 is None else config.bf16)
     dtype = torch.float16 if config.fp16 else torch.bfloat16 if bf16 else torch.float32
-    tf32 = config.tf32 and device.type == "cuda"
+    set_tf32(device, enabled=config.tf32)
+    return Precision(device, dtype, config.tf32 and device.type == "cuda", bf16_weights)
+
+
+def set_tf32(device: torch.device, *, enabled: bool) -> None:
+    """Sets whether a GPU multiplies fp32 matrices in TF32, for the process."""
     if device.type == "cuda":
-        torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
-    return Precision(device, dtype, tf32, bf16_weights)
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if enabled else "ieee"
 
 
 def peak_bytes(device: torch.device) -> int:
