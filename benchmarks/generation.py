@@ -2,7 +2,7 @@
 
 The embedded model answers the same prompts greedily both ways, in this process, in turn, so that other load of the
 machine slows both; which is first alternates. For each dtype and batch size there are two kinds of answers: `full`, of
-`--new-tokens` tokens each, where both do the same work, and `stopped`, which end where the model ends them, so that
+`--new-tokens` tokens each, where both do the same work, and `stopped`, which end with their first sentence too, so that
 rows of a batch end one by one. The ratio is that of CPU times of the process (with one thread, without that of other
 processes), generate's to the engine's. Answers must be the same: in fp32 all of them, in bf16 up to the first token
 whose two largest logits are nearer to one another than bf16's rounding. The result is written to
@@ -92,6 +92,8 @@ def main() -> int:
     prepared = build_pipeline(loaded.config, activate(loaded), loaded.origins)
     prompts = [question.prompt_ids for question in prepared.load_eval(questions=True).questions]
     spec, ways = load_spec(prepared.model), (engine_answers, transformers_answers)
+    ends = [token_id for token, token_id in prepared.tokenizer.get_vocab().items() if token in (".", "?", "!", ":")]
+    kinds = {"full": (), "stopped": (*prepared.encoder.stop_ids, *ends)}
     results = []
     for name in arguments.dtypes:
         model = load_model(spec, [], dtype=getattr(torch, name), device=torch.device("cpu"))
@@ -99,7 +101,7 @@ def main() -> int:
         for way in ways:
             way(lm, prompts[:1], 2, ())  # warm-up
         for batch_size in arguments.batch_sizes:
-            for kind, stop_ids in (("full", ()), ("stopped", prepared.encoder.stop_ids)):
+            for kind, stop_ids in kinds.items():
                 batches = [
                     [prompts[(n * batch_size + row) * 7 % len(prompts)] for row in range(batch_size)]
                     for n in range(arguments.rounds)

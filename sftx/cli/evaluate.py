@@ -63,7 +63,7 @@ def command(
     loaded = load_model(model, device=device, trust_remote_code=trust_remote_code)
     if compare_base and not loaded.lm.adapters:
         raise ConfigError(f"option '--compare-base': {model} has no adapter, so that there is no base model to compare")
-    from sftx.serving.evaluate import RunEvaluator
+    from sftx.serving.run_evaluator import RunEvaluator
 
     evaluator = RunEvaluator(loaded, of_run)
     for line in evaluator.data.ledger.summary():

@@ -1,4 +1,4 @@
-"""A trained model that answers: how it samples, chats, a server. May import all but `sftx.testing`.
+"""A trained model that answers and is evaluated: how it samples, chats, files of answers, a server.
 
-`sftx chat` and `sftx serve` are its commands. It imports nothing of training itself.
+`sftx chat`, `generate`, `evaluate` and `serve` are its commands. May import all but `sftx.testing`.
 """

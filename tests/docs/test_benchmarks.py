@@ -37,3 +37,15 @@ def test_whole_runs_are_compared(tmp_path: Path) -> None:
     assert list(report["trainers"]) == names
     assert report["absent"] == []
     assert all(figures["tokens_per_second"] > 0 for figures in report["trainers"].values())
+
+
+def test_the_engine_is_compared_with_generate(tmp_path: Path) -> None:
+    """Answers must be the same both ways, or the exit code is 1."""
+    out = tmp_path / "generation.json"
+    short = ["--rounds", "1", "--batch-sizes", "1", "3", "--dtypes", "float32", "--new-tokens", "3"]
+    run("benchmarks/generation.py", *short, "--out", str(out))
+    results = json.loads(out.read_text(encoding="utf-8"))["results"]
+    assert [(one["batch_size"], one["answers"]) for one in results] == [
+        (size, kind) for size in (1, 3) for kind in ("full", "stopped")
+    ]
+    assert all(one["times_as_fast"] > 0 for one in results)
