@@ -327,6 +327,13 @@ def test_a_tokenizer_of_which_llama_cpp_would_make_other_tokens_is_refused(
         write_vocabulary(a_tokenizer(change), tmp_path / "a.gguf")
 
 
+def test_two_tokens_of_one_text_are_refused(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["[PAD515]"])
+    with pytest.raises(ConfigError, match=r"two of its tokens are '\[PAD515\]'"):
+        file.write(source_of(small(), tokenizer), tmp_path / "a.gguf", "f16")
+
+
 @pytest.mark.parametrize("tokenizer", [make_tokenizer, sentencepiece])
 def test_transformers_makes_the_same_tokens_of_the_file(tokenizer: Callable[[], Any], tmp_path: Path) -> None:
     write_vocabulary(tokenizer(), tmp_path / "a.gguf")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -90,6 +91,9 @@ def write(
     for number in range(num_tokens):
         if number not in tokens:
             tokens[number], types[number] = f"[PAD{number}]", TokenType.UNUSED
+    if len(set(tokens.values())) < num_tokens:  # llama.cpp would abort the process that loads it
+        twice = next(text for text, times in Counter(tokens.values()).items() if times > 1)
+        raise _refused(tokenizer, f"two of its tokens are {twice!r}")
     if is_byte_level:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(_pre_tokenizer(tokenizer, state, steps))
