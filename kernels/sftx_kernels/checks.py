@@ -72,7 +72,8 @@ def check_dropout(dropout_p: object, seed: object) -> None:
 
 
 def is_number(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    # The compiler may take a float for a symbol, of which it cannot ask this.
+    return isinstance(value, int | float) and (torch.compiler.is_compiling() or math.isfinite(value))
 
 
 def check_count(name: str, value: object, low: int, high: float = math.inf) -> None:

@@ -57,6 +57,7 @@ class CausalLM(nn.Module):
         self.seed = torch.zeros((), dtype=torch.int64)
         self._ignores_extras = False
         self._supports_varlen: bool | None = None  # not known before the first packed batch
+        self._supports_mask = True
         self._num_base_parameters = num_weights(model.parameters())  # before adapters are attached
         self.reach: str | None = None
         """Says how much of the model trains, or adapters reach; None when no plugin says what trains."""
@@ -194,15 +195,20 @@ class CausalLM(nn.Module):
         return cast(Tensor, model.router_aux_loss_coef * loss.float())
 
     def attention_of(self, batch: Batch) -> Attention:
-        """Returns the attention used for a packed batch: `batch.attention`, or `mask` if varlen is not supported."""
+        """Returns the attention used for a packed batch: `batch.attention`, or one that this model supports instead."""
+        own_mask: Attention = "mask" if self._supports_mask else "mask4d"
         if batch.attention != "varlen":
-            return batch.attention
+            return own_mask if batch.attention == "mask" else batch.attention
         if self._supports_varlen is None:
             reason = packed_attention.use_varlen(self.model.get_decoder())
             self._supports_varlen = True
             if reason is not None:
                 self.give_up_varlen(reason)
-        return "varlen" if self._supports_varlen else "mask"
+        return "varlen" if self._supports_varlen else own_mask
+
+    def give_up_mask(self) -> None:
+        """Makes all later packed batches use a mask built here instead of transformers' own."""
+        self._supports_mask = False
 
     def give_up_varlen(self, reason: str) -> None:
         """Makes all later packed batches that ask for varlen use transformers' own mask, and logs why."""

@@ -3,8 +3,8 @@
 There are three ways (`Batch.attention`). `varlen`: attention within `cu_seqlens`, by a function of ours that is
 registered with transformers and that every layer calls with `cu_seqlens`, as for its own flash attention. `mask`:
 transformers' own mask, which it builds from position ids that restart at each document; exact whatever the architecture
-does with its masks. `mask4d`: a mask built here, which transformers uses as it is, without the architecture's sliding
-windows.
+does with its masks. `mask4d`: a mask built here for each type of layer, which transformers uses as it is; also where an
+architecture makes its masks without the position ids, as gpt-oss does.
 
 Dimensions: B rows, T tokens, H query heads, K key and value heads, D head dimension.
 """
@@ -134,16 +134,18 @@ def decoder_arguments(
         # An empty mask in place of an unused one of T x T. A layer that did use it would fail, and not see too much.
         arguments["attention_mask"] = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=cu_seqlens.device)
     elif attention == "mask4d":
-        windows = [window for window in (*layer_windows(config), chunk) if window is not None]
-        if windows and min(windows) < batch.max_seqlen:
+        if chunk is not None and chunk < batch.max_seqlen:
             raise ModelError(
-                f"attention mask4d: {config.model_type} has layers that see {min(windows)} tokens, and a document has "
-                f"{batch.max_seqlen}; transformers takes a ready-made mask as it is and the window would be lost; use "
-                "attention varlen or mask"
+                f"attention mask4d: {config.model_type} attends in chunks of {chunk} tokens, and a document has "
+                f"{batch.max_seqlen}; use attention varlen or mask"
             )
         positions_T = torch.arange(num_tokens, device=cu_seqlens.device)
         documents_BT = torch.searchsorted(cu_seqlens, positions_T, right=True)[None]
-        arguments["attention_mask"] = block_mask(documents_BT, dtype)
+        windows = layer_windows(config)
+        types: list[str] = getattr(config, "layer_types", None) or ["all"] * len(windows)
+        masks = {kind: block_mask(documents_BT, dtype, window) for kind, window in zip(types, windows, strict=True)}
+        # A model whose layers are of several types takes the mask of each by its name.
+        arguments["attention_mask"] = masks if len(masks) > 1 else next(iter(masks.values()))
     elif chunk is not None and chunk < num_tokens and not hasattr(masking_utils, "remap_positions_for_packed_sequence"):
         raise ModelError(
             f"attention mask: {config.model_type} attends in chunks of {chunk} tokens, which this transformers counts "
@@ -153,15 +155,17 @@ def decoder_arguments(
     return arguments
 
 
-def block_mask(documents_BT: Tensor, dtype: torch.dtype) -> Tensor:
+def block_mask(documents_BT: Tensor, dtype: torch.dtype, window: int | None = None) -> Tensor:
     """Builds a block-diagonal causal mask, [B, 1, T, T] of `dtype`, as LLaMA-Factory's prepare_4d_attention_mask does.
 
     `documents_BT` is the number of each token's document, counted from 1; 0 is padding. The mask is 0 where a token may
-    attend to another: to itself and the tokens before it in its document. Elsewhere, and for all padding, it is the
-    smallest number of `dtype`.
+    attend to another: to itself and the tokens before it in its document, of `window` tokens at most. Elsewhere, and
+    for all padding, it is the smallest number of `dtype`.
     """
     query_BT1, key_B1T = documents_BT[:, :, None], documents_BT[:, None, :]
     visible_BTT = ((query_BT1 == key_B1T) & (query_BT1 != 0)).tril()
+    if window is not None:
+        visible_BTT = visible_BTT.triu(1 - window)
     mask_BTT = torch.zeros(visible_BTT.shape, dtype=dtype, device=documents_BT.device)
     return mask_BTT.masked_fill(~visible_BTT, torch.finfo(dtype).min)[:, None]
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, Final, cast
 
+import torch
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 from transformers.pytorch_utils import Conv1D
@@ -63,7 +64,14 @@ def describe_untrained_parts(model: PreTrainedModel, num_parameters: int, *, has
                 kind.setdefault(name, []).append(parameter)
     for (path, class_name), by_name in kinds.items():
         shares = ", ".join(f"{path}.{name} {share(parameters)}" for name, parameters in by_name.items())
-        lines.append(f"not adapted: {shares} of the model's weights, which are parameters of {class_name}")
+        parameters = [parameter for parameters in by_name.values() for parameter in parameters]
+        is_stack = all(map(_is_stack, parameters))
+        names = [f"{path}.{name}" for name in by_name] if is_stack else [path]
+        option = f"{'target_parameters' if is_stack else 'modules_to_save'}: [{', '.join(names)}]"
+        line = f"not adapted: {shares} of the model's weights, which are parameters of {class_name}"
+        lines.append(
+            f"{line}; {'target' if is_stack else 'train'} {'it' if len(by_name) == 1 else 'them'} with {option}"
+        )
     return lines
 
 
@@ -74,7 +82,7 @@ def describe_reach(model: PreTrainedModel, base: Collection[int]) -> str:
     parameter for it, be it the weight itself. Weights of one kind in all layers are one entry, the largest first.
     """
     reached, total = 0, 0
-    left_out: Counter[str] = Counter()
+    left_out: dict[str, Counter[str]] = {}  # by the option of lora that would reach it
     seen: set[int] = set()
     for path, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
@@ -91,17 +99,27 @@ def describe_reach(model: PreTrainedModel, base: Collection[int]) -> str:
             if is_adapted:
                 reached += num_weights([parameter])
             elif _is_matrix(name, parameter) and not isinstance(module, nn.Embedding | ParametrizationList):
-                kind = _without_layer(path) if name == "weight" else f"{_without_layer(path)}.{name}"
-                left_out[kind] += num_weights([parameter])
+                kind = _without_layer(path) if name in ("weight", "codes") else f"{_without_layer(path)}.{name}"
+                is_linear = isinstance(module, nn.Linear | Conv1D) or name == "codes"
+                option = "target_modules" if is_linear else "target_parameters" if _is_stack(parameter) else ""
+                left_out.setdefault(option or "modules_to_save", Counter())[kind] += num_weights([parameter])
     line = f"adapters reach {100 * reached / total:.1f} % of the model's weights"
-    names = [f"{name} {100 * size / total:.1f} %" for name, size in left_out.most_common(_MAX_NAMED)]
-    more = f" and {len(left_out) - len(names)} more kinds" if len(left_out) > len(names) else ""
-    return f"{line}; not {', '.join(names)}{more}" if names else line
+    parts = []
+    for option, kinds in left_out.items():
+        names = [f"{name} {100 * size / total:.1f} %" for name, size in kinds.most_common(_MAX_NAMED)]
+        more = f" and {len(kinds) - len(names)} more kinds" if len(kinds) > len(names) else ""
+        parts.append(f"{', '.join(names)}{more} (name {'it' if len(kinds) == 1 else 'them'} in {option})")
+    return f"{line}; not {', '.join(parts)}" if parts else line
 
 
 def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
     """Return whether a parameter is a matrix, or a stack of them; stacked experts have stacked biases too."""
-    return parameter.ndim >= 2 and not name.endswith("bias")
+    return (parameter.ndim >= 2 or name == "codes") and not name.endswith("bias")
+
+
+def _is_stack(parameter: nn.Parameter) -> bool:
+    """Return whether a parameter is a stack of matrices, or the codes of one."""
+    return parameter.ndim == 3 or (parameter.ndim == 2 and parameter.dtype == torch.uint8)
 
 
 def _is_reached(name: str, own: Mapping[str, nn.Parameter]) -> bool:

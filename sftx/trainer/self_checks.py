@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 from collections.abc import Iterable, Sequence
 from typing import Final
 
@@ -24,11 +25,13 @@ from sftx.types import Batch, Collator, Example
 
 _PIECE_TOKENS: Final = 24
 
+log = logging.getLogger(__name__)
+
 
 def check_packing(lm: CausalLM, collator: Collator, examples: Sequence[Example]) -> None:
     """Raise ModelError when documents of a packed row attend to one another; nothing is checked without packing.
 
-    When only varlen attention leaks, the model continues with transformers' own mask.
+    When only varlen attention leaks, the model continues with transformers' own mask, or with one built here.
     """
     groups = [_first_group(examples), _first_group(reversed(examples))]
     if collator.collate(groups[0]).cu_seqlens is None:
@@ -43,6 +46,13 @@ def check_packing(lm: CausalLM, collator: Collator, examples: Sequence[Example])
             if leak is not None and lm.attention_of(batch) == "varlen":
                 lm.give_up_varlen(leak)
                 leak = _leak(lm, batch)
+            if leak is not None and lm.attention_of(batch) == "mask":
+                lm.give_up_mask()
+                if _leak(lm, batch) is None:
+                    log.warning(
+                        "%s: packed with attention 'mask4d', as with its own mask %s", type(lm.model).__name__, leak
+                    )
+                    leak = None
     finally:
         lm.train(training)
     if leak is not None:

@@ -25,6 +25,10 @@ RUNS: Final[Mapping[str, str]] = {
     "tokens": "--plugin lora --plugin llama3 --add-tokens",
     "untied": "--model {untied}",
     "experts": "--model {experts} --plugin lora",
+    "quantised-experts": "--model {experts} --plugin qlora --set qlora.r=4 --plugin packed --set packed.length=96",
+    "dora": "--plugin lora --set lora.r=4 --set lora.use_dora=true",
+    "pissa": "--plugin lora --set lora.r=4 --set lora.init_lora_weights=pissa",
+    "vera": "--plugin vera --set vera.r=8",
 }
 """The arguments of each run, which is compared with the same run in one process."""
 
@@ -77,6 +81,7 @@ MORE_CASES: Final = (
     Case("saved", 2, FSDP2),
     Case("untied", 2, FSDP2),
     Case("experts", 2, FSDP2 + "--gradient-checkpointing"),
+    *(Case(run, 2, how) for run in ("quantised-experts", "dora", "pissa", "vera") for how in (DDP, FSDP2)),
 )
 
 

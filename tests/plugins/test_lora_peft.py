@@ -388,3 +388,4 @@ def test_a_run_says_how_much_of_the_model_is_reached(models: Callable[[str], Pat
     share = 100 * (queries + weights["lm_head.weight"].numel()) / total
     assert lm.reach.startswith(f"adapters reach {share:.1f} % of the model's weights; not ")
     assert f"mlp.up_proj {100 * ups / total:.1f} %" in lm.reach
+    assert lm.reach.endswith(" (name them in target_modules)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,13 @@ def test_what_stays_dense(model: Path, data: Path) -> None:
         "v_proj",
         "o_proj",
     }
+
+
+def test_what_is_quantised_and_not_adapted_is_named_with_the_option_that_reaches_it(model: Path, data: Path) -> None:
+    reach = qlora_of(model, data, qlora__target_modules=["q_proj"]).start_report.reach
+    shares = dict(re.findall(r"([\w.]+) ([\d.]+) %", reach))
+    assert {"mlp.up_proj", "mlp.down_proj", "self_attn.k_proj", "lm_head"} <= shares.keys()
+    assert reach.endswith("(name them in target_modules)")
 
 
 def test_nothing_to_quantise_is_refused(model: Path, data: Path) -> None:
