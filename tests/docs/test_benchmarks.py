@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from sftx.testing.runs import run_tiny
+
 ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = [
@@ -49,3 +51,11 @@ def test_the_engine_is_compared_with_generate(tmp_path: Path) -> None:
         (size, kind) for size in (1, 3) for kind in ("full", "stopped")
     ]
     assert all(one["times_as_fast"] > 0 for one in results)
+
+
+def test_ways_to_ask_a_run_are_compared(tmp_path: Path) -> None:
+    directory = run_tiny(["lora"], tmp_path).output_dir
+    ways = ("--way", "chat", "--way", "merged", "--rows", "2", "--new-tokens", "4")
+    said = run("benchmarks/answers.py", str(directory), *ways)
+    assert "| chat | 0.000 | 2 of 2 |" in said
+    assert "| transformers, merged | 0.000 | 2 of 2 |" in said
