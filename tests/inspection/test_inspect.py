@@ -485,3 +485,16 @@ def test_without_colours_every_trained_turn_stands_between_signs(make_view: Call
     assert done.exit_code == 0, done.output
     turns = done.output.partition("rows.jsonl:1")[2].partition("«trained»")[0]
     assert turns.count("«") == turns.count("»") > 1
+
+
+def test_what_adapters_reach_is_said(make_view: Callable[..., Any]) -> None:
+    from sftx.inspection.coverage import coverage_lines
+    from sftx.inspection.token_report.explained_rows import RowSelection, inspect_rows
+
+    rows = [{"prompt": "say one", "completion": "one"}]
+    report = inspect_rows(make_view(rows, plugins=["chatml", "lora"]), "train", RowSelection())
+    assert report.coverage[0].startswith("adapters reach ")
+    assert coverage_lines(make_view(rows)) == ()
+    (stops,) = coverage_lines(make_view(rows, plugins=["chatml", "lora"], settings={"plugins.lora.r": 4096}))
+    assert stops.startswith("the run stops: ")
+    assert "r=4096" in stops

@@ -15,6 +15,7 @@ from sftx.data.ledger import Entry
 from sftx.data.pipeline import Split
 from sftx.data.row_encoder import EncodedRow, parse_record
 from sftx.errors import DataError
+from sftx.inspection.coverage import coverage_lines
 from sftx.inspection.dataset_statistics import DatasetStatistics, dataset_statistics
 from sftx.inspection.dataset_view import DatasetView, is_unreadable
 from sftx.inspection.token_report.explained_tokens import ExplainedToken, explain_row
@@ -68,6 +69,8 @@ class TokenReport:
     rows: tuple[ExplainedRow, ...]
     chosen: str
     """A description of the rows that are shown."""
+    coverage: tuple[str, ...] = ()
+    """How much of the model's weights adapters reach, and what they leave as it is."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ def inspect_rows(view: DatasetView, split: Split, selection: RowSelection) -> To
         chosen = descriptions[selection.show]
     if not selection.rows and selection.max_rows == 0:
         chosen = ""
-    return TokenReport(dataset_statistics(view, split), tuple(rows), chosen)
+    return TokenReport(dataset_statistics(view, split), tuple(rows), chosen, coverage_lines(view))
 
 
 def sample_rows(view: DatasetView, split: Split, max_rows: int) -> TokenReport:

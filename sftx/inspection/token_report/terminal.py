@@ -41,6 +41,8 @@ def print_report(report: TokenReport, console: Console, *, ids: bool) -> None:
     figures = report.figures
     for name, value in summary(figures):
         print_labelled(console, Text(name, "bold"), value)
+    for number, line in enumerate(report.coverage):
+        print_labelled(console, Text("" if number else "weights", "bold"), line)
     for change in figures.changes[:_MAX_REASONS]:
         text = f"{counted(change.count, 'row')}: {_shorten(change.reason)} (first: {change.first})"
         print_labelled(console, Text(change.action, Style(color="yellow", bold=True)), text)
