@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 _GROWTH: Final = 1.5
 _LEAST_ROOM: Final = 64
 """Columns that a cache grows by at least, if its rows may become that long."""
-_ROWS_ALONG: Final = 8
-"""One of so many rows may be complete and stay in its batch."""
 _FEW_TOKENS: Final = 512
 """So many of the most likely tokens are sorted first when `top_p` is to be reached: a vocabulary takes ten times as
 long.
@@ -195,8 +193,11 @@ class Decoder:
                 request = batch.requests[0]
                 self._kept = ([*request.prompt_ids, *request.answer_ids][: batch.length], batch)
             return None
-        # To keep rows is to copy their keys and values: a few complete ones are computed along until they are many.
-        if len(batch.requests) - len(left) >= max(1, len(batch.requests) // _ROWS_ALONG) and batch.can_join:
+        num_complete, num_rows = len(batch.requests) - len(left), len(batch.requests)
+        # A few complete rows are computed along: to keep the others is to copy their keys and values, and a CPU takes
+        # as long to multiply two rows, or three, with a matrix as to multiply eight.
+        many = 1 if self._waiting else max(1, num_rows // 8, min(4, num_rows * 3 // 4))
+        if num_complete >= many and batch.can_join:
             batch.keep(left)
         return batch
 
