@@ -83,6 +83,8 @@ def _generate(
     of_run = plugins_of(model, rows=rows if stdin is None else [str(stdin)], **plugins)
     data = of_run.config.data.eval
     of_run.check(data)
+    if file is not None:
+        file.check_apart(data)
     with phase("reading", "rows"):
         from sftx.serving.answers_file import parsed_rows
 
@@ -96,10 +98,9 @@ def _generate(
     with phase("encoding", "rows", unit="rows") as progress:
         asked = [asked_of(one, row, loaded) for row, one in progress.counted(parsed)]
     described = identity(answerer, data, of_run, is_stdin=stdin is not None)
-    lines = [] if file is None else file.begin(described, overwrite=overwrite)
+    stream, lines = (sys.stdout, []) if file is None else file.begin(described, overwrite=overwrite)
     if lines:
         click.echo(f"{out}: {counted(len(lines), 'row')} of {len(asked)} written before", err=True)
-    stream = sys.stdout if file is None else file.append()
     with phase("answering", "rows", total=len(asked), unit="rows", done=len(lines)) as progress:
         for line in progress.counted(answerer.lines(asked, len(lines))):
             try:

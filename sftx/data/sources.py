@@ -291,6 +291,16 @@ def file_names(source: Source, row_sources: RowSources = NO_PLUGINS) -> list[str
     return [path for _, path in _files(place, source.path)]
 
 
+def holds(source: Source, path: Path) -> bool:
+    """Return whether a file, which need not exist yet, is or would be one that the source is read from."""
+    if source.scheme is not None or (place := _locate(source.path)) is None:
+        return False
+    path = path.resolve()
+    if place.is_dir():
+        return path.is_relative_to(place.resolve())
+    return path.match(str(place.absolute())) or any(path == file.resolve() for file, _ in _files(place, source.path))
+
+
 def num_bytes(source: Source, row_sources: RowSources = NO_PLUGINS) -> int:
     """Return the size of the source's files on disk, compressed or not, and 0 for a hub dataset. Raises DataError."""
     if (plugin := row_sources.get(source.scheme or "")) is not None:

@@ -22,7 +22,7 @@ from sftx.config.options import Source
 from sftx.data import sources
 from sftx.data.export import to_record
 from sftx.data.row_encoder import EncodedRow, questions_of
-from sftx.errors import ConfigError, counted, is_out_of_memory
+from sftx.errors import ConfigError, DataError, counted, is_out_of_memory, one_line
 from sftx.model.decoding import Decoder, Request, Sampling
 from sftx.model.generation import embed_prompts
 from sftx.model.text_stream import TextStream
@@ -50,7 +50,14 @@ class Asked:
 
 
 def asked_of(parsed: Parsed, row: EncodedRow, loaded: LoadedRun) -> Asked:
-    """Return what a row asks; the last turn of the assistant is its answer. Raises DataError."""
+    """Return what a row asks; the last turn of the assistant is its answer. Raises ConfigError without a template."""
+    try:
+        return _asked_of(parsed, row, loaded)
+    except DataError as error:
+        return Asked(str(row.where), [], {"id": str(row.where)}, error=one_line(error))
+
+
+def _asked_of(parsed: Parsed, row: EncodedRow, loaded: LoadedRun) -> Asked:
     row_id = str(row.where)
     if isinstance(parsed, PlainText):
         return Asked(row_id, loaded.encoder.text(parsed.text), {"id": row_id, "prompt": parsed.text})

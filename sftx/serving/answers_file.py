@@ -5,8 +5,11 @@ Imports no torch.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TextIO
@@ -15,9 +18,11 @@ from sftx import atomic_files
 from sftx.config.options import Source
 from sftx.data import sources
 from sftx.data.row_encoder import EncodedRow, mark_trained, parse_record
-from sftx.errors import DataError, OutputError, SftxError, one_line
+from sftx.errors import DataError, OutputError, SftxError, kind_of, one_line
 from sftx.serving.run_plugins import RunPlugins
 from sftx.types import Parsed, Record
+
+log = logging.getLogger(__name__)
 
 _CHANGES_NOTHING: Final = frozenset({"batch_size"})
 """Options that change answers by rounding at most."""
@@ -58,8 +63,10 @@ def parsed_rows(rows: Sequence[Source], plugins: RunPlugins, stdin: Path | None)
 def _with_messages(record: Record, source: Source) -> Record:
     """Return a record that has a prompt and nothing else that is known as one of messages."""
     prompt = record.get("prompt")
-    if source.columns or "completion" in record or "messages" in record or not isinstance(prompt, str | list):
+    if source.columns or "completion" in record or "messages" in record or "prompt" not in record:
         return record
+    if not isinstance(prompt, str | list):
+        raise DataError(f"its prompt is {kind_of(prompt)}, expected a text or a list of messages")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     return {"messages": messages} | ({"tools": record["tools"]} if "tools" in record else {})
 
@@ -75,24 +82,67 @@ class AnswersFile:
         """Raise OutputError for a file that was not begun here, or a place where none can be written."""
         if self.path.suffix not in (".jsonl", ".ndjson"):
             raise OutputError(f"--out {self.path}: JSON lines are written; name a file that ends in .jsonl or .ndjson")
-        if self.path.is_dir() or not self.path.parent.is_dir():
-            raise OutputError(f"--out {self.path}: {'is a directory' if self.path.is_dir() else 'has no directory'}")
+        if self.path.is_dir():
+            raise OutputError(f"--out {self.path}: is a directory; name a file in it")
+        if not self.path.parent.is_dir():
+            raise OutputError(f"--out {self.path}: there is no directory {self.path.parent}; make it first")
+        for path in (self.path if self.path.exists() else self.path.parent, self.path.parent):
+            if not os.access(path, os.W_OK):
+                raise OutputError(f"--out {self.path}: {path} may not be written to; choose another place")
         if self.path.exists() and not overwrite and not self.summary_path.exists():
             raise OutputError(
                 f"--out {self.path}: exists already, and {self.summary_path.name}, with which it would be gone on "
                 "with, does not; choose another name, or give --overwrite"
             )
 
-    def begin(self, options: Mapping[str, Any], *, overwrite: bool) -> list[dict[str, Any]]:
-        """Return the lines that are there already. Raises OutputError where they were written with other options."""
-        if self.path.exists() and not overwrite:
-            self._check_same(options)
-            lines = self._whole_lines()
-        else:
-            self.path.unlink(missing_ok=True)
-            lines = []
-        atomic_files.write_json(self.summary_path, {"options": options, "is_complete": False})
-        return lines
+    def check_apart(self, rows: Sequence[Source]) -> None:
+        """Raise OutputError where the answers, or their summary, would be written to what the rows are read from."""
+        for source in rows:
+            for path in (self.path, self.summary_path):
+                if sources.holds(source, path):
+                    raise OutputError(
+                        f"--out {self.path}: {path} is or would be among the rows of --data {source.path}; choose "
+                        "another place"
+                    )
+
+    def begin(self, options: Mapping[str, Any], *, overwrite: bool) -> tuple[TextIO, list[dict[str, Any]]]:
+        """Return the file to append to, and the lines that are there already.
+
+        It is this process's own until it is closed. Raises OutputError where the lines were written with other options.
+        """
+        is_new = not self.path.exists()
+        try:
+            file = self.path.open("a", encoding="utf-8", newline="\n")
+        except OSError as error:
+            raise OutputError(f"--out {self.path}: cannot be written: {one_line(error)}") from error
+        try:
+            self._lock(file)
+            lines: list[dict[str, Any]] = []
+            if overwrite:
+                file.truncate(0)
+            elif file.tell():
+                self._check_same(options)
+                lines = self._whole_lines()
+            atomic_files.write_json(self.summary_path, {"options": options, "is_complete": False})
+        except BaseException:
+            file.close()
+            if is_new:
+                self.path.unlink()
+            raise
+        return file, lines
+
+    def _lock(self, file: TextIO) -> None:
+        with contextlib.suppress(ImportError):  # Windows has no such module
+            import fcntl
+
+            try:
+                fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise OutputError(
+                    f"--out {self.path}: another process is writing it; wait for its end, or choose another name"
+                ) from None
+            except OSError as error:  # a file system without locks
+                log.info("%s: cannot be locked: %s; let one process write it", self.path, one_line(error))
 
     def _check_same(self, options: Mapping[str, Any]) -> None:
         try:
@@ -123,12 +173,6 @@ class AnswersFile:
             with self.path.open("r+b") as file:
                 file.truncate(len(whole))
         return lines
-
-    def append(self) -> TextIO:
-        try:
-            return self.path.open("a", encoding="utf-8", newline="\n")
-        except OSError as error:
-            raise OutputError(f"--out {self.path}: cannot be written: {one_line(error)}") from error
 
     def finish(self, options: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
         atomic_files.write_json(self.summary_path, {"options": options, "is_complete": True, **summary})

@@ -17,6 +17,8 @@ from click.testing import CliRunner, Result
 
 from sftx.checkpoint.load_run import LoadedRun, load_run
 from sftx.cli import main
+from sftx.errors import OutputError
+from sftx.serving.answers_file import AnswersFile, write_line
 from sftx.testing.runs import run_tiny
 from sftx.types import Conversation, Message
 
@@ -187,7 +189,7 @@ def test_rows_and_answers_may_come_and_go_through_pipes(run_dir: Path, loaded: L
         (["--data", "-", "--out", "{dir}/a.jsonl"], "", "--data -: the input is empty"),
         (["--data", "-", "--out", "{dir}/a.jsonl"], '{"quest": 1}', "-:1: "),
         (["--data", "-", "--out", "{dir}/a.txt"], "", "name a file that ends in .jsonl"),
-        (["--data", "-", "--out", "{dir}/none/a.jsonl"], "", "has no directory"),
+        (["--data", "-", "--out", "{dir}/none/a.jsonl"], "", "there is no directory"),
         (["--data", "-", "--data", "x.jsonl", "--out", "-"], "", "leave the other files out"),
     ],
 )
@@ -199,3 +201,41 @@ def test_what_cannot_be_is_said_before_the_model_is_read(
     assert result.exit_code == 1
     assert message in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_answers_never_take_the_place_of_their_rows(run_dir: Path, data: Path, tmp_path: Path) -> None:
+    before = data.read_bytes()
+    (tmp_path / "link.jsonl").symlink_to(data)
+    for rows, out in ((data, data), (data, "link.jsonl"), (tmp_path, "new.jsonl"), (tmp_path / "*.jsonl", "new.jsonl")):
+        refused = generate(run_dir, "--data", rows, "--out", tmp_path / out, "--overwrite")
+        assert refused.exit_code == 1
+        assert f"is or would be among the rows of --data {rows}; choose another place" in refused.stderr
+    assert data.read_bytes() == before
+
+
+def test_one_process_writes_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    file, lines = AnswersFile(path).begin({"seed": 1}, overwrite=False)
+    with file:
+        assert not lines
+        write_line(file, {"answer": "first"})
+        for overwrite in (False, True):
+            with pytest.raises(OutputError, match="another process is writing it"):
+                AnswersFile(path).begin({"seed": 1}, overwrite=overwrite)
+    file, lines = AnswersFile(path).begin({"seed": 1}, overwrite=False)
+    file.close()
+    assert lines == [{"answer": "first"}]
+
+
+def test_rows_that_cannot_be_answered(run_dir: Path, tmp_path: Path) -> None:
+    data, out = tmp_path / "rows.jsonl", tmp_path / "answers.jsonl"
+    data.write_text('{"prompt": "\\ud800"}\n{"prompt": "Hello!"}\n')
+    result = generate(run_dir, "--data", data, "--out", out)
+    assert result.exit_code == 0, result.output
+    first, second = lines_of(out)
+    assert first == {"id": f"{data}:1", "error": "text holds a lone surrogate, which no tokenizer can read"}
+    assert "answer" in second
+    data.write_text('{"prompt": 5}\n')
+    result = generate(run_dir, "--data", data, "--out", "-")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "rows.jsonl:1: its prompt is a number, expected a text or a list of messages" in result.stderr
