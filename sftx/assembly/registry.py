@@ -64,7 +64,7 @@ def activate(loaded: LoadedConfig) -> Assembly:
     config, origins = loaded.config, loaded.origins
     installed = discover()
     for name in config.without:
-        find(name, installed, origin=origins.of("without") or f"--no-plugin {name}")
+        find(name, installed, origin=origins.of(f"without.{name}") or f"--no-plugin {name}")
     assembly = Assembly(origins)
     wrong: list[UnknownOptionsError] = []
     for name, options in config.plugins.items():

@@ -54,7 +54,9 @@ def load(
         _set_dotted(values, name, values.pop(name), origins)
     typed_for = {name: f"--plugin {name or repr(name)}" for name in add}
     for name in add:
-        plugins.setdefault(name, {})
+        if name not in plugins:
+            plugins[name] = {}
+            origins.set(f"plugins.{name}", typed_for[name])
     # The list `plugins:` of Axolotl has names of classes. An empty value would ask for nothing, to be there does not.
     theirs = [
         UnknownOption(name, plugins.pop(name) or True, typed_for.get(name) or origins.of("plugins"), tuple(plugins))
@@ -80,6 +82,7 @@ def load(
         if name in typed_for:
             raise ConfigError(f"--no-plugin {name}: contradicts {typed_for[name]}; leave one of them out")
         plugins.pop(name, None)
+        origins.set(f"without.{name}", f"--no-plugin {name}")
     if isinstance(without := values.setdefault("without", []), list):
         values["without"] = [*without, *(name for name in dict.fromkeys(remove) if name not in without)]
     try:

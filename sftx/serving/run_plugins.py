@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 _STAGES: Final = frozenset({"source", "parser", "collator", "loss", "metric", "evaluator"})
 """What is taken over from a run. Template and adapters come with its model; other plugins need not be installed."""
 
+_TRAIN_OPTIONS: Final = ("per_device_eval_batch_size", "tf32")
+"""What an evaluation takes of the options of training."""
+
 
 @dataclass(frozen=True)
 class RunPlugins:
@@ -94,10 +97,25 @@ def plugins_of(
         for name, options in loaded.config.plugins.items()
         if name in add or stages.get(name, _STAGES) & _STAGES
     }
+    typed = {name: f"--plugin {name}" for name in add}
+    typed |= {name: f"--no-plugin {name}" for name in remove if not stages.get(name, _STAGES) & _STAGES}
+    for dotted, _, option in assignments:
+        first, _, rest = dotted.removeprefix("plugins.").partition(".")
+        if first in loaded.config.plugins:
+            typed[first] = option
+        elif first == "train" and rest not in _TRAIN_OPTIONS:
+            raise ConfigError(f"{option}: is an option of training, and nothing is trained here; leave it out")
     before = loaded.config.train
-    train = TrainConfig(per_device_eval_batch_size=before.per_device_eval_batch_size, tf32=before.tf32)
+    train = TrainConfig(**{name: getattr(before, name) for name in _TRAIN_OPTIONS})
     config = dataclasses.replace(loaded.config, plugins=plugins, train=train, without=tuple(remove))
-    return RunPlugins(config, loaded.origins, activate(LoadedConfig(config, loaded.origins)))
+    assembly = activate(LoadedConfig(config, loaded.origins))
+    active = {one.info.name for stage in _STAGES for one in assembly.providers(f"sftx_{stage}")}
+    for name in typed.keys() - active:
+        raise ConfigError(
+            f"{typed[name]}: {name} neither reads nor scores rows; leave it out: template and adapters are those of "
+            "the model"
+        )
+    return RunPlugins(config, loaded.origins, assembly)
 
 
 def _stages_of(run: Path | None) -> Mapping[str, frozenset[str]]:

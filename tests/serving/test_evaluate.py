@@ -85,7 +85,12 @@ def test_other_rows_metrics_and_evaluators_may_be_named(run_dir: Path, tmp_path:
     [
         (["{model}"], "has no held-out rows of its own; give some with --eval-data"),
         (["{run}", "--eval-data", "missing.jsonl"], "missing.jsonl: no such file"),
-        (["{run}", "--plugin", "exact-mtach"], "exact-match"),
+        (["{run}", "--plugin", "exact-mtach"], "--plugin exact-mtach: plugin 'exact-mtach' is not installed"),
+        (["{run}", "--no-plugin", "exact-mtach"], "--no-plugin exact-mtach: plugin 'exact-mtach' is not installed"),
+        (["{run}", "--plugin", "chatml"], "--plugin chatml: chatml neither reads nor scores rows; leave it out"),
+        (["{run}", "--no-plugin", "lora"], "--no-plugin lora: lora neither reads nor scores rows"),
+        (["{run}", "--set", "lora.r=4"], "--set lora.r=4: lora neither reads nor scores rows"),
+        (["{run}", "--set", "train.max_steps=4"], "--set train.max_steps=4: is an option of training"),
         (["{model}", "--eval-data", "{run}/rows.jsonl", "--compare-base"], "has no adapter"),
     ],
 )
