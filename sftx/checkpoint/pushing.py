@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import yaml
+from safetensors import SafetensorError, safe_open
 
 from sftx.checkpoint import layout
 from sftx.errors import ConfigError, OutputError, hide, one_line
@@ -76,6 +77,14 @@ def _check_complete(directory: Path, files: dict[str, Path | bytes]) -> None:
         )
     if weights is not None and not fnmatch.filter(names, weights):
         raise OutputError(f"{directory}: has no weights ({weights}); it is not complete")
+    for name in fnmatch.filter(files, "*.safetensors"):
+        try:
+            with safe_open(directory / name, framework="np"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise OutputError(
+                f"{directory / name}: is damaged, or not complete: {one_line(error)}; write it again"
+            ) from error
     for index in fnmatch.filter(files, "*.safetensors.index.json"):
         shards = set(_read_json(files[index]).get("weight_map", {}).values())
         if missing := sorted(shards - names):

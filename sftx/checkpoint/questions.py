@@ -10,6 +10,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
+from jinja2 import TemplateError, TemplateSyntaxError
+
 from sftx.assembly.entry_points import discover, find
 from sftx.assembly.registry import Assembly
 from sftx.checkpoint import layout
@@ -19,7 +21,7 @@ from sftx.config.loading import load
 from sftx.data.export import to_record
 from sftx.data.ledger import Ledger
 from sftx.data.parsed_rows import parse_rows
-from sftx.errors import DataError, SftxError, one_line
+from sftx.errors import DataError, ModelError, SftxError, one_line
 from sftx.types import Conversation, Message, Parsed, PlainText, Tokens
 
 log = logging.getLogger(__name__)
@@ -102,7 +104,15 @@ def _by_chat_template(run: LoadedRun, question: Question) -> list[int] | None:
         return None
     asked: Any = [dict(message) for message in question.messages]
     tools: Any = [dict(tool) for tool in question.tools] or None
-    ids: Any = run.tokenizer.apply_chat_template(asked, tools=tools, add_generation_prompt=True, return_dict=False)
+    try:
+        ids: Any = run.tokenizer.apply_chat_template(asked, tools=tools, add_generation_prompt=True, return_dict=False)
+    except TemplateSyntaxError as error:
+        raise ModelError(
+            f"{run.directory}: its chat template is no valid Jinja: {one_line(error)}; put its files back, or export a "
+            "checkpoint of the run"
+        ) from error
+    except TemplateError:  # it refuses what the run's template takes
+        return []
     return list(ids)
 
 

@@ -89,6 +89,12 @@ def _wrong_file(name: str, part: str) -> str | None:
             return f"its {file.name} cannot be read: {one_line(error)}"
     if part == "tokenizer" and not any(any(directory.glob(pattern)) for pattern in _TOKENIZER_FILES):
         return "has no tokenizer.json; copy the tokenizer's files of the base model beside it"
+    for file in sorted(directory.glob("*.safetensors")) if part == "weights" else ():
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            return f"its {file.name} is damaged, or was not copied to its end ({one_line(error)}); copy it again"
     return None
 
 

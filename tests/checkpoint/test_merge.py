@@ -288,3 +288,22 @@ def test_the_card_names_a_base_of_the_hub_and_its_license(lora_run: Path, tmp_pa
     card = ModelCard.load(copy / "merged" / "README.md")
     assert card.data.license == "mit"
     assert "The base model's is mit." in card.text
+
+
+def test_damaged_files_are_named(lora_run: Path, tmp_path: Path) -> None:
+    run, model = tmp_path / "run", tmp_path / "model"
+    shutil.copytree(lora_run, run)
+    assert sftx("merge", run, "--into", model, "--no-verify").exit_code == 0
+    for place, name, content, message in (
+        (run / "adapter", "chat_template.jinja", b"{% if", "its chat template is no valid Jinja: unexpected"),
+        (run / "adapter", "adapter_model.safetensors", None, "is damaged, or was not copied to its end"),
+        (model, "model.safetensors", None, "its model.safetensors is damaged, or was not copied to its end"),
+    ):
+        file = place / name
+        file.write_bytes(file.read_bytes()[:3000] if content is None else content)
+        result = sftx("merge", place, "--into", tmp_path / "merged")
+        assert (result.exit_code, isinstance(result.exception, SystemExit)) == (1, True)
+        assert message in result.stderr
+        assert not (tmp_path / "merged").exists()
+    refused = sftx("push", model, "me/model", "--dry-run")
+    assert f"{model / 'model.safetensors'}: is damaged, or not complete" in refused.stderr

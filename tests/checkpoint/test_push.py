@@ -19,6 +19,8 @@ from click.testing import CliRunner
 from sftx.cli import main
 
 TOKEN = "hf_secretsecretsecret"
+WEIGHTS, EARLIER_WEIGHTS = "\x02" + 7 * "\0" + "{}", "\x07" + 7 * "\0" + "{     }"
+"""Files of no tensors: the length of the header, and the header."""
 
 
 class Hub(ThreadingHTTPServer):
@@ -113,14 +115,14 @@ def run_dir(tmp_path: Path) -> Path:
     for name, content in {
         "run.yaml": "model: x\n",
         "adapter/adapter_config.json": json.dumps({"base_model_name_or_path": str(tmp_path / "base"), "r": 4}),
-        "adapter/adapter_model.safetensors": "weights",
+        "adapter/adapter_model.safetensors": WEIGHTS,
         "adapter/README.md": f"---\nbase_model: {tmp_path / 'base'}\ntags:\n- lora\n---\n# Of {tmp_path / 'base'}\n",
         "adapter/tokenizer.json": "{}",
         "checkpoints/step-2/optimizer.safetensors": "state",
         "checkpoints/step-2/run_state.json": "{}",
         "checkpoints/step-2/trainer_state.json": "{}",
         "checkpoints/step-2/adapter_config.json": json.dumps({"base_model_name_or_path": "me/base"}),
-        "checkpoints/step-2/adapter_model.safetensors": "earlier weights",
+        "checkpoints/step-2/adapter_model.safetensors": EARLIER_WEIGHTS,
         "checkpoints/step-2/.tokenizer.json.part": "{",
     }.items():
         (run / name).parent.mkdir(parents=True, exist_ok=True)
@@ -144,7 +146,7 @@ def test_the_result_of_a_run_arrives(hub: Hub, run_dir: Path, tmp_path: Path) ->
     assert f"uploaded 4 files, 0.0 MB to {hub.url}/me/model" in said.splitlines()
     assert hub.created == [{"name": "model", "organization": "me"}]
     assert hub.files.keys() == {"adapter_config.json", "adapter_model.safetensors", "README.md", "tokenizer.json"}
-    assert hub.files["adapter_model.safetensors"] == b"weights"
+    assert hub.files["adapter_model.safetensors"] == WEIGHTS.encode()
     assert json.loads(hub.files["adapter_config.json"]) == {"base_model_name_or_path": "them/base", "r": 4}
     assert hub.files["README.md"].decode().startswith("---\nbase_model: them/base\n")
     assert str(tmp_path).encode() not in b"".join(hub.files.values())
@@ -213,7 +215,7 @@ def test_what_is_not_complete_is_refused(run_dir: Path, tmp_path: Path) -> None:
     (model / "config.json").write_text("{}")
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
-    (model / "model-1.safetensors").write_text("one")
+    (model / "model-1.safetensors").write_text(WEIGHTS)
     assert "model-2.safetensors is missing" in refusal(model)
-    (model / "model-2.safetensors").write_text("two")
+    (model / "model-2.safetensors").write_text(WEIGHTS)
     assert invoked(model, "me/model", "--dry-run")[0] == 0

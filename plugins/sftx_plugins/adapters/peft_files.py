@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -66,7 +66,14 @@ def read(
     if not path.is_file():
         raise ModelError(f"{path}: no such file; put the adapter's directory back, or name another one")
     # Opened for torch, a file becomes a storage, which a dry run cannot have.
-    with safe_open(path, framework="pt" if values else "np") as file:
+    try:
+        opened = safe_open(path, framework="pt" if values else "np")
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"{path}: is damaged, or was not copied to its end ({error}); copy it again, or take another "
+            "checkpoint of the run"
+        ) from error
+    with opened as file:
         found = {name.removeprefix(_PREFIX): name for name in file.keys()}  # noqa: SIM118
         for name in found.keys() & bases.keys():
             key = found.pop(name)
