@@ -105,14 +105,27 @@ def activate(loaded: LoadedConfig) -> Assembly:
 
 def exporter(name: str, options: Mapping[str, Any], origins: Origins, run: RunInfo) -> ExporterStage:
     """Return the exporter of the installed plugin `name`. Raises PluginError, also when it exports nothing."""
-    assembly = Assembly(origins)
-    assembly.add(find(name, discover(), origin=f"--to {name}"), options)
+    assembly, installed = Assembly(origins), discover()
+    if all(info.name != name for info in installed):
+        known = _exporters(installed)
+        raise PluginError(
+            f"--to {name or repr(name)}: no plugin of this name is installed"
+            + (did_you_mean(name, known) or f"; exporters are {', '.join(known)}")
+        )
+    assembly.add(find(name, installed, origin=f"--to {name}"), options)
     assembly.run = run
     assembly.validate()
     exporters = assembly.exporters()
     if not exporters:
-        raise PluginError(f"--to {name}: {assembly.active[0].info} implements no sftx_exporter")
+        known = _exporters(installed)
+        raise PluginError(f"--to {name}: {assembly.active[0].info} is no exporter; exporters are {', '.join(known)}")
     return exporters[name]
+
+
+def _exporters(installed: Sequence[PluginInfo]) -> list[str]:
+    """Return the names of the exporters, for an error. Of sftx's own plugins none is imported: some need torch."""
+    own = [info.name for info in installed if info.value.startswith("sftx_plugins.exporters.")]
+    return sorted([*own, *_others("sftx_exporter", installed)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,7 +182,7 @@ class Assembly:
         if name is None and value in option.built_in:  # the installed metadata are those of an older sftx
             find(option.plugins(value)[0], installed, origin=origin)
         if name is None:
-            known = [*option.built_in, *_others(option, installed)]
+            known = [*option.built_in, *_others(option.hook, installed)]
             raise ConfigError(
                 f"{start}: got {json.dumps(value)}, expected {', '.join(map(repr, known))}, or another plugin "
                 f"that implements {option.hook}{did_you_mean(value, known)}"
@@ -346,12 +359,12 @@ class Assembly:
             yield active, made
 
 
-def _others(option: PluginOption, installed: Sequence[PluginInfo]) -> list[str]:
-    """Return the names of other distributions' plugins for the option's hook, which are imported: an error needs it."""
+def _others(hook: str, installed: Sequence[PluginInfo]) -> list[str]:
+    """Return the names of other distributions' plugins for the hook, which are imported: an error needs it."""
     names = []
     for info in installed:
         with contextlib.suppress(PluginError):
-            if info.package != PROJECT and option.hook in hooks_of(info, load_class(info)):
+            if info.package != PROJECT and hook in hooks_of(info, load_class(info)):
                 names.append(info.name)
     return names
 

@@ -12,7 +12,7 @@ import torch
 
 from sftx.atomic_files import atomic_directory
 from sftx.checkpoint import checkpoint, model_card
-from sftx.checkpoint.load_run import ORIGINAL, LoadedRun, load_run, run_directory_of
+from sftx.checkpoint.load_run import LoadedRun, load_run, run_directory_of
 from sftx.checkpoint.questions import find_questions
 from sftx.checkpoint.verification import Answer, Verification, ask, verify
 from sftx.distributed.process_group import ProcessGroup
@@ -20,7 +20,7 @@ from sftx.errors import ConfigError, ModelError, one_line
 from sftx.model import saved_tokenizer
 from sftx.model.library_messages import passed_on
 from sftx.model.load import load_config
-from sftx.model.names import quantization_of
+from sftx.model.names import ORIGINAL, quantization_of
 from sftx.phases import phase
 from sftx.types import Rounding
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from sftx.errors import ModelError
+
 RUN: Final = "run.yaml"
 MANIFEST: Final = "manifest.json"
 SUMMARY: Final = "summary.json"
@@ -53,6 +55,24 @@ def run_of(directory: Path) -> Path | None:
         return absolute.parent
     is_checkpoint = absolute.parent.name == CHECKPOINTS and (absolute.parent.parent / RUN).exists()
     return absolute.parent.parent if is_checkpoint else None
+
+
+def locate(directory: Path) -> tuple[Path, Path | None]:
+    """Return the directory that holds the weights, and the run directory it belongs to, if any.
+
+    Raises ModelError when there is no such directory, and for a run without a result.
+    """
+    if not directory.is_dir():
+        raise ModelError(f"{directory}: no such directory; name a run, one of its checkpoints, an adapter or a model")
+    run = run_of(directory)
+    if run != directory:
+        return directory, run
+    for name in (ADAPTER, MODEL):
+        if (directory / name).is_dir():
+            return directory / name, directory
+    checkpoints = list(find_checkpoints(directory / CHECKPOINTS).values())
+    hint = f", or load its last checkpoint, {checkpoints[-1]}" if checkpoints else ""
+    raise ModelError(f"{directory}: this run has no result yet; finish it with sftx run --resume{hint}")
 
 
 def find_checkpoints(checkpoints: Path) -> dict[int, Path]:

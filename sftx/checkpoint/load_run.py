@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -35,9 +35,6 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
-
-ORIGINAL: Final = "original"
-"""Names the base without quantisation, where a run has quantised it."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +165,7 @@ def load_run(
     Raises ModelError, ConfigError, PluginError and OutputError.
     """
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    weights, run = _locate(Path(directory).expanduser())
+    weights, run = layout.locate(Path(directory).expanduser())
     if run is not None:
         parts = _parts_of_run(weights, run, base, trust_remote_code=trust_remote_code)
     else:
@@ -267,22 +264,7 @@ class _Parts:
 
 def run_directory_of(weights: Path) -> Path | None:
     """Return the run directory to which an artefact or a checkpoint belongs, None when there is none."""
-    return _locate(weights)[1]
-
-
-def _locate(directory: Path) -> tuple[Path, Path | None]:
-    """Return the directory that holds the weights, and the run directory it belongs to, if any."""
-    if not directory.is_dir():
-        raise ModelError(f"{directory}: no such directory; name a run, one of its checkpoints, an adapter or a model")
-    run = layout.run_of(directory)
-    if run != directory:
-        return directory, run
-    for name in (layout.ADAPTER, layout.MODEL):
-        if (directory / name).is_dir():
-            return directory / name, directory
-    checkpoints = list(layout.find_checkpoints(directory / layout.CHECKPOINTS).values())
-    hint = f", or load its last checkpoint, {checkpoints[-1]}" if checkpoints else ""
-    raise ModelError(f"{directory}: this run has no result yet; finish it with sftx run --resume{hint}")
+    return layout.locate(weights)[1]
 
 
 def _parts_of_run(weights: Path, run: Path, other_base: str | None, *, trust_remote_code: bool) -> _Parts:
@@ -355,11 +337,8 @@ def _parts_of_directory(weights: Path, other_base: str | None, *, trust_remote_c
 
 def _resolve_base(name: str, place: str, other: str | None) -> str:
     """Return the directory or hub id of an adapter's base model. Raises ModelError that says where it was named."""
-    if other not in (None, ORIGINAL):
-        try:
-            names.check(other)
-        except ModelError as error:
-            raise ModelError(f"--base: {error}") from error
+    if other not in (None, names.ORIGINAL):
+        names.check_base(other)
         return names.resolve(other)
     try:
         names.check(name)

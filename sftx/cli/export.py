@@ -87,18 +87,29 @@ def write(
     trust_remote_code: bool,
 ) -> None:
     """Export RUN with the plugin `name` and say what was written; a place that was not given is one in the run."""
+    from sftx.assembly.peft_config import PEFT_CONFIG
     from sftx.assembly.registry import exporter
     from sftx.checkpoint import layout
     from sftx.config.loading import load
     from sftx.config.options import as_dict
     from sftx.events import RunInfo
+    from sftx.model import names
 
+    weights, of_run = layout.locate(run)
+    if of_run is None and not (weights / PEFT_CONFIG).exists():
+        names.check(str(weights), needs_weights=True)
+    if base not in (None, names.ORIGINAL):
+        names.check_base(base)
     run_file = run / layout.RUN
     if not is_given and not run_file.exists():
         raise ConfigError(f"{run}: is no run directory; say with --into where the export is to be written")
     target = place if is_given else run / place
     if os.path.lexists(target) and (target.is_symlink() or not target.is_dir() or any(target.iterdir())):
         raise OutputError(f"{target} exists already; move it away, or choose another place with --into")
+    parent = next(parent for parent in target.absolute().parents if os.path.lexists(parent))
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        problem = "may not be written to" if parent.is_dir() else "is no directory"
+        raise OutputError(f"{target}: cannot be written, since {parent} {problem}; choose another place with --into")
     config = as_dict(load(run_file).config) if run_file.exists() else {}
     made = exporter(name, options, origins, RunInfo(run, config))
     with phase("importing", "torch and transformers"):

@@ -68,7 +68,7 @@ def command(
     """
     if missing := [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]:
         raise ConfigError(f"sftx serve needs {' and '.join(missing)}; pip install 'sftx[serve]'")
-    named = dict(_named(model) for model in models)
+    named = dict(map(_named, models))
     if len(named) < len(models):
         raise ConfigError("two models have one name; name them, as in: sftx serve first=runs/a second=runs/b")
     for model in named.values():
@@ -111,5 +111,7 @@ def _named(model: str) -> tuple[str, str]:
     """Return the name under which a model is served, and the model."""
     name, equals, path = model.partition("=")
     if equals and not Path(model).exists():
+        if not (name and path):
+            raise ConfigError(f"{model}: is not of the form NAME=MODEL, such as first=runs/a")
         return name, path
     return Path(model).name if Path(model).is_dir() else model, model

@@ -22,6 +22,8 @@ from sftx.paths import cache_dir
 
 TINY_MODEL: Final = "sftx:tiny"
 """A model of two layers with random weights, created on the fly: for trying things out in seconds."""
+ORIGINAL: Final = "original"
+"""Names the base of an adapter without quantisation, where its run has quantised it."""
 HUB_ID: Final = "HuggingFaceTB/SmolLM2-135M-Instruct"
 LICENSE: Final = "apache-2.0"
 """That of the embedded model, as its GGUF file says."""
@@ -66,6 +68,14 @@ def check(name: str, *, needs_weights: bool = False) -> None:
         raise ModelError(f"model {name}: is a file; {hint}, or a GGUF file")
     else:
         _check_hub(name)
+
+
+def check_base(name: str) -> None:
+    """Raises ModelError, as `check`, for what was given in place of an adapter's base."""
+    try:
+        check(name)
+    except ModelError as error:
+        raise ModelError(f"--base: {error}") from error
 
 
 def _check_directory(name: str, path: Path) -> None:

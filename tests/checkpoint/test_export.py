@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -130,16 +131,27 @@ def test_it_is_written_in_the_dtype_of_the_base_in_shards(lora_run: Path, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["RUN", "--to", "lora"], "--to lora: plugin 'lora' (sftx 0.1.0) implements no sftx_exporter"),
-        (["RUN", "--to", "gguff"], "--to gguff: plugin 'gguff' is not installed"),
+        (["RUN", "--to", "lora"], "--to lora: plugin 'lora' (sftx 0.1.0) is no exporter; exporters are gguf, mlx, "),
+        (["RUN", "--to", "gguff"], "no plugin of this name is installed; did you mean 'gguf'?"),
+        (["RUN", "--to", "other"], "no plugin of this name is installed; exporters are gguf, mlx, ollama, safetensors"),
         (["RUN", "--to", "safetensors", "--set", "lora.r=3"], "lora.r=3: is not an option of the exporter"),
         (["RUN", "--to", "safetensors", "--set", "safetensors.dtype=int8"], "option 'dtype': got \"int8\", expected"),
         (["RUN", "--to", "safetensors", "--into", "RUN"], "exists already; move it away, or choose another place"),
         (["RUN/adapter", "--to", "safetensors"], "is no run directory; say with --into where"),
+        (["RUN/missing", "--to", "safetensors"], "missing: no such directory; name a run"),
+        (["RUN/checkpoints", "--to", "safetensors", "--into", "RUN/x"], "checkpoints: has no config.json"),
+        (["RUN", "--to", "safetensors", "--into", "RUN/run.yaml/x"], "run.yaml is no directory; choose another place"),
+        (["RUN", "--to", "safetensors", "--base", "./gone"], "--base: model ./gone: no such directory"),
+        (["RUN", "--to", "safetensors", "--set", "safetensors.max_shard_size=0GB"], "expected a size such as 500MB"),
     ],
 )
-def test_what_cannot_be_exported_is_refused_in_one_line(lora_run: Path, arguments: list[str], message: str) -> None:
-    done = export(*(argument.replace("RUN", str(lora_run)) for argument in arguments))
+def test_what_cannot_be_exported_is_refused_in_one_line(
+    lora_run: Path, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it before torch is imported, which takes seconds."""
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "sftx.checkpoint.exporting", None)
+        done = export(*(argument.replace("RUN", str(lora_run)) for argument in arguments))
     assert done.exit_code == 1
     assert message in done.stderr
     assert done.stderr.count("\n") == 1

@@ -6,8 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from sftx import ModelError, hub_lookup
+from sftx.cli import main
 from sftx.cli.answering import load_model
 from sftx.model import names, tiny
 from sftx.testing.kit import Kit
@@ -33,3 +35,11 @@ def test_a_model_of_the_hub_is_loaded_from_its_download(tmp_path: Path, monkeypa
             names.files_of("me/other")
     finally:
         hub_lookup._ask.cache_clear()
+
+
+@pytest.mark.parametrize("model", ["=runs/a", "a="])
+def test_a_served_model_has_a_name_and_a_place(model: str) -> None:
+    result = CliRunner().invoke(main, ["serve", model])
+    assert (result.exit_code, result.stderr) == (
+        1, f"sftx: error: {model}: is not of the form NAME=MODEL, such as first=runs/a\n",
+    )  # fmt: skip

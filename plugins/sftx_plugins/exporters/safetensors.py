@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from sftx import ExportedModel, Exporter, ExportSource, Rounding, hookimpl
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+_SIZE: Final = r"^(?=.*[1-9])\d+(\.\d+)?[KMG]B$"
+
+
+def _is_size(text: str) -> str:
+    if not re.fullmatch(_SIZE, text):
+        raise ValueError("a size such as 500MB or 5GB")
+    return text
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +32,9 @@ class Safetensors:
         Field(description="Of the weights in the files; base is that of the base model's own files."),
     ] = "base"
     max_shard_size: Annotated[
-        str, Field(pattern=r"^\d+(\.\d+)?[KMG]B$", description="Largest file of weights, such as 500MB.")
+        str,
+        AfterValidator(_is_size),
+        Field(json_schema_extra={"pattern": _SIZE}, description="Largest file of weights, such as 500MB."),
     ] = "5GB"
 
     @hookimpl
