@@ -89,7 +89,14 @@ def _wrong_file(name: str, part: str) -> str | None:
             return f"its {file.name} cannot be read: {one_line(error)}"
     if part == "tokenizer" and not any(any(directory.glob(pattern)) for pattern in _TOKENIZER_FILES):
         return "has no tokenizer.json; copy the tokenizer's files of the base model beside it"
-    for file in sorted(directory.glob("*.safetensors")) if part == "weights" else ():
+    if part != "weights":
+        return None
+    for index in directory.glob("*.safetensors.index.json"):
+        named = json.loads(index.read_bytes()).get("weight_map")
+        names = set(map(str, named.values())) if isinstance(named, dict) else ()
+        if missing := sorted(name for name in names if not (directory / name).is_file()):
+            return f"its {missing[0]} is missing, which {index.name} names; copy it too"
+    for file in sorted(directory.glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt"):
                 pass

@@ -305,5 +305,11 @@ def test_damaged_files_are_named(lora_run: Path, tmp_path: Path) -> None:
         assert (result.exit_code, isinstance(result.exception, SystemExit)) == (1, True)
         assert message in result.stderr
         assert not (tmp_path / "merged").exists()
+    index = {"weight_map": {"lm_head.weight": "model-00001-of-00001.safetensors"}}
+    (model / "model.safetensors").rename(model / "other.safetensors")
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    said = sftx("merge", model, "--into", tmp_path / "merged").stderr
+    assert "its model-00001-of-00001.safetensors is missing, which model.safetensors.index.json names" in said
+    (model / "other.safetensors").rename(model / "model.safetensors")
     refused = sftx("push", model, "me/model", "--dry-run")
     assert f"{model / 'model.safetensors'}: is damaged, or not complete" in refused.stderr
