@@ -172,7 +172,8 @@ def load_run(
         parts = _parts_of_directory(weights, base, trust_remote_code=trust_remote_code)
     if base is not None and not parts.adapters:
         raise ConfigError(f"--base {base}: {weights} is a full model, which has no base; leave it out")
-    spec, encoder = parts.spec, Encoder(parts.tokenizer, parts.template)
+    spec = parts.spec
+    encoder = Encoder(parts.tokenizer, parts.template, no_template=parts.no_template)
     if check is not None:
         check(spec.config)
     is_full = not parts.adapters

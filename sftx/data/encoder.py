@@ -82,13 +82,15 @@ class Encoder:
     `stop_ids` are the ids of the template's stop tokens (without a template: the tokenizer's eos).
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template | None) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template | None, *, no_template: str = "") -> None:
+        """`no_template`: why a trained model, which can be given none any more, has no template. Raises ModelError."""
         from tokenizers import Tokenizer
 
         if not tokenizer.is_fast:
             raise ModelError(f"the tokenizer of {tokenizer.name_or_path} has no tokenizer.json; convert it first")
         self.tokenizer = tokenizer
         self.template = template
+        self._no_template = no_template
         self._control_ids = check_controls(template, tokenizer) if template is not None else {}
         self._reserved = {*self._control_ids.values(), *tokenizer.all_special_ids}
         # Special tokens, and those that the template declares without their being special (Qwen3's <tool_call>), must
@@ -116,7 +118,7 @@ class Encoder:
         """
         if isinstance(parsed, Conversation):
             if self.template is None:
-                raise DataError(f"a conversation needs a template, and the run has none{self.advice()}")
+                raise DataError(self._without_template())
             return self.encode_segments(self.template.render(parsed), known=known)
         if isinstance(parsed, PlainText):
             ids = [*self.text(parsed.text), *self._end]
@@ -141,7 +143,7 @@ class Encoder:
         Raises DataError when the run has no template.
         """
         if self.template is None:
-            raise DataError(f"a conversation needs a template, and the run has none{self.advice()}")
+            raise DataError(self._without_template())
         return self.encode_segments(self.template.generation_prompt(conversation))[0]
 
     def encode_segments(
@@ -204,6 +206,11 @@ class Encoder:
     def is_control(self, token_id: int) -> bool:
         """Return whether no plain text can give this id."""
         return token_id in self._reserved
+
+    def _without_template(self) -> str:
+        if self._no_template:
+            return f"a conversation needs a template, and the model has none ({self._no_template}); give plain text"
+        return f"a conversation needs a template, and the run has none{self.advice()}"
 
     def advice(self) -> str:
         """Return the end of an error: which built-in templates this tokenizer's vocabulary allows."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +93,15 @@ def test_other_rows_metrics_and_evaluators_may_be_named(run_dir: Path, tmp_path:
         (["{run}", "--set", "lora.r=4"], "--set lora.r=4: lora neither reads nor scores rows"),
         (["{run}", "--set", "train.max_steps=4"], "--set train.max_steps=4: is an option of training"),
         (["{model}", "--eval-data", "{run}/rows.jsonl", "--compare-base"], "has no adapter"),
+        (["{plain}", "--eval-data", "{run}/rows.jsonl"], "the model has none (its tokenizer has no chat template)"),
     ],
 )
 def test_what_cannot_be_is_said_in_one_line(run_dir: Path, arguments: list[str], message: str) -> None:
     (run_dir / "rows.jsonl").write_text('{"prompt": "cat", "completion": "meow"}\n')
-    names = {"run": str(run_dir), "model": str(run_dir.parent / "model")}
+    plain = run_dir.parent / "plain"
+    shutil.copytree(run_dir.parent / "model", plain, dirs_exist_ok=True)
+    (plain / "chat_template.jinja").unlink(missing_ok=True)
+    names = {"run": str(run_dir), "model": str(run_dir.parent / "model"), "plain": str(plain)}
     result = CliRunner().invoke(main, ["evaluate", *(argument.format(**names) for argument in arguments)])
     assert result.exit_code != 0
     [line] = [line for line in result.stderr.splitlines() if line.startswith("sftx: error")]
