@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterable
@@ -19,6 +20,7 @@ import assets
 from gguf_families import SHAPE
 from sftx import ConfigError
 from sftx.model.tiny import make_tokenizer
+from sftx_plugins.exporters.gguf import Gguf
 from sftx_plugins.exporters.go_template import markup_of
 from sftx_plugins.exporters.ollama import Ollama
 from templating import template_of, tokenizer_of
@@ -182,3 +184,12 @@ def test_a_template_that_refuses_a_system_text_says_so_in_the_modelfile(tmp_path
     text = (tmp_path / "Modelfile").read_text()
     assert "# The template has no place for a system text, and leaves it out.\n" in text
     assert "{{ .System }}" not in text
+
+
+def test_the_command_that_is_shown_quotes_its_file(tmp_path: Path) -> None:
+    directory = tmp_path / "my exports"
+    directory.mkdir()
+    shown = Ollama().usage(directory)
+    assert shlex.split(shown)[:5] == ["ollama", "create", "my-model", "--file", str(directory / "Modelfile")]
+    (directory / "model-f16.gguf").touch()
+    assert shlex.split(Gguf().usage(directory))[:3] == ["llama-cli", "--model", str(directory / "model-f16.gguf")]

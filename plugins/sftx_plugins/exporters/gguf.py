@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, Literal
@@ -58,7 +59,7 @@ class Gguf:
         file.write(source, self._file(directory), self.dtype)
 
     def usage(self, directory: Path) -> str:
-        file = self._file(directory)
+        file = shlex.quote(str(self._file(directory)))
         return f"llama-cli --model {file} --conversation --jinja"
 
     def load(self, directory: Path) -> ExportedModel:

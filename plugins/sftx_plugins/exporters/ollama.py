@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,8 @@ class Ollama(Gguf):
         (directory / "Modelfile").write_text(modelfile, encoding="utf-8")
 
     def usage(self, directory: Path) -> str:
-        return f"ollama create my-model --file {directory / 'Modelfile'} && ollama run my-model"
+        file = shlex.quote(str(directory / "Modelfile"))
+        return f"ollama create my-model --file {file} && ollama run my-model"
 
     def _modelfile(self, source: ExportSource, file: Path) -> str:
         from sftx_plugins.exporters.gguf_format.vocabulary import begins_with_bos
