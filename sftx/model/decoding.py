@@ -120,7 +120,7 @@ class Decoder:
 
     def submit(self, request: Request) -> None:
         """Let a request wait for a row. Raises ConfigError for a prompt without tokens."""
-        if not request.prompt_ids:
+        if len(request.prompt_ids) == 0:  # an array of numpy is neither true nor false
             raise ConfigError("the prompt has no tokens, so that there is nothing to continue")
         self._waiting.append(request)
 
