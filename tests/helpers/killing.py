@@ -79,8 +79,9 @@ CASES = (
         "best",
         _COMMON
         + "--plugin lora --set lora.lora_dropout=0.2 --plugin exact-match --metric-for-best-model loss "
-        + "--load-best-model-at-end --early-stopping-patience 2 --save-total-limit 1 --learning-rate 0.2 "
-        + "--save-steps 3 --eval-steps 2",
+        + "--load-best-model-at-end --early-stopping-patience 2 --save-total-limit 1 "
+        # So that step 4 is the best by 0.02, far beyond rounding, and the run stops at step 8.
+        + "--learning-rate 0.05 --lr-scheduler-type constant --save-steps 3 --eval-steps 2",
     ),
 )
 

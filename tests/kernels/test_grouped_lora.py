@@ -266,7 +266,8 @@ def test_op(transposed: bool, trained: bool, R: int, products: str) -> None:
     leaves = make(R=R, dtype=torch.float32, transposed=transposed)
     leaves["weight"].requires_grad_(trained)
     fields = [leaves[name] for name in ("x", "weight", "lora_A", "lora_B", "offsets", "bias")]
-    rest = (torch.tensor(3), 0.5, transposed, 0.2, torch.float32)
+    no_scales: list[torch.Tensor] = []  # the weight is not quantised
+    rest = (no_scales, torch.tensor(3), 0.5, transposed, 0.2, torch.float32, list(leaves["weight"].shape))
     torch.library.opcheck(torch.ops.sftx.grouped_lora_linear, (*fields, *rest))
     # What the compiler would not notice before inductor: the sizes and strides of the gradients.
     fields = [field.detach() for field in fields]

@@ -338,7 +338,7 @@ def test_any_strides_of_x_and_an_expanded_gradient() -> None:
     gradients = torch.autograd.grad(y.sum(), [strided, A])
     plain = x.clone().requires_grad_()
     z = lora_linear(plain, W, A, B, scaling=SCALING, dropout_p=0.3, seed=torch.tensor(1), backend="triton")
-    assert z.equal(y.view(12, 10))
+    torch.testing.assert_close(z, y.view(12, 10))  # torch's product may add up other strides in another order
     expected = torch.autograd.grad(z, [plain, A], torch.ones_like(z))
     torch.testing.assert_close(gradients[0].reshape(12, 9), expected[0])
     torch.testing.assert_close(gradients[1], expected[1])
