@@ -21,8 +21,9 @@ class MlxReader:
     reader = f"mlx-lm {mlx_lm.__version__}"
 
     def __init__(self, directory: Path, *, trust_remote_code: bool = False) -> None:
-        options = {"trust_remote_code": trust_remote_code}
-        self._model, self._tokenizer = mlx_lm.load(str(directory), tokenizer_config=options, **options)
+        options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+        loaded: Any = mlx_lm.load(str(directory), tokenizer_config=options, **options)
+        self._model, self._tokenizer = loaded
 
     @property
     def stop_ids(self) -> set[int]:
