@@ -757,7 +757,7 @@ Rounding: TypeAlias = Literal["none", "half", "8-bit", "4-bit"]
 
 
 class ExportedModel(Protocol):
-    """What an exporter has loaded back from a directory that it wrote, by a reader that is not its writer.
+    """A model that an exporter has loaded back from a directory that it wrote, by a reader that is not its writer.
 
     It may have a method `encode(text: str) -> list[int]`: the token ids of a text that begins a document. They are
     compared where a run has no template.
@@ -765,7 +765,7 @@ class ExportedModel(Protocol):
 
     @property
     def reader(self) -> str:
-        """What reads the directory, with its version, such as "transformers 5.24.0"."""
+        """Return the name of what reads the directory, with its version, such as "transformers 5.24.0"."""
 
     @property
     def stop_ids(self) -> Collection[int]:

@@ -79,7 +79,7 @@ def write_adapter(directory: Path, stop: str | None) -> None:
 
 @dataclass(frozen=True)
 class Origin:
-    """What the card of an export says of where it comes from."""
+    """An Origin holds what the card of an export says of the run that it comes from."""
 
     base: str
     """Directory or hub id of the base model, as the run names it."""

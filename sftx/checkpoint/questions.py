@@ -44,7 +44,7 @@ _SAMPLES: Final = (
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of a run and of its export."""
+    """A Question is asked of a run and of its export."""
 
     name: str
     """Place of its row, or `sample 1`."""

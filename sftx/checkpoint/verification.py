@@ -65,7 +65,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Verification:
-    """What was compared, and how near the export is."""
+    """A Verification says what was compared, and how near the export is."""
 
     reader: str
     kind: str
@@ -216,7 +216,7 @@ def _check_prompt(question: Question, exported: ExportedStage, tokenizer: PreTra
 
 
 class _Found:
-    """What the comparison of several answers has found so far."""
+    """Adds up what the comparison of several answers finds."""
 
     def __init__(self) -> None:
         self.num_tokens = self.num_agreeing = 0

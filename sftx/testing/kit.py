@@ -146,7 +146,7 @@ class Kit:
 
     @property
     def held_out_rows(self) -> list[HeldOutRow]:
-        """Those of the same samples that are conversations, as metrics and evaluators get them."""
+        """Return the same samples, those that are conversations, as metrics and evaluators get them."""
         return self._encoded[1]
 
     @cached_property

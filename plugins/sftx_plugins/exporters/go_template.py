@@ -26,7 +26,7 @@ _ROUNDS: Final = (
 
 @dataclass(frozen=True)
 class Markup:
-    """What a chat template writes around the texts of a conversation."""
+    """A Markup holds what a chat template writes around the texts of a conversation."""
 
     start: str
     """Before the first question, where there is no system text."""

@@ -11,6 +11,8 @@ import mlx_lm
 import numpy as np
 import torch
 
+from sftx_plugins.exporters.transformers_reader import prompt_of
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -30,13 +32,7 @@ class MlxReader:
         return set(self._tokenizer.eos_token_ids)
 
     def prompt(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[int]:
-        ids: Any = self._tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            tools=[dict(tool) for tool in tools] or None,
-            add_generation_prompt=True,
-            return_dict=False,
-        )
-        return list(ids)
+        return prompt_of(self._tokenizer, messages, tools)
 
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text))

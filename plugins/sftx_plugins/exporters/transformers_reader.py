@@ -14,6 +14,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def prompt_of(tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Return the token ids of a conversation by a tokenizer's chat template, with the generation prompt."""
+    ids: Any = tokenizer.apply_chat_template(
+        [dict(message) for message in messages],
+        tools=[dict(tool) for tool in tools] or None,
+        add_generation_prompt=True,
+        return_dict=False,
+    )
+    return list(ids)
+
+
 class TransformersReader:
     """Implements `sftx.ExportedModel`: computes in fp32 with the weights as they are in the files.
 
@@ -32,13 +43,7 @@ class TransformersReader:
         return set(ids if isinstance(ids, list) else [] if ids is None else [ids])
 
     def prompt(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[int]:
-        ids: Any = self._tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            tools=[dict(tool) for tool in tools] or None,
-            add_generation_prompt=True,
-            return_dict=False,
-        )
-        return list(ids)
+        return prompt_of(self._tokenizer, messages, tools)
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer(text).input_ids
