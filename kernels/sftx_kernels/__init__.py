@@ -27,6 +27,9 @@ from sftx_kernels.quantized import (
     quantize_stack,
     quantized_linear,
 )
+from sftx_kernels.rms_norm import rms_norm
+from sftx_kernels.rotary import rotary
+from sftx_kernels.swiglu import swiglu
 
 __all__ = [
     "IGNORE_INDEX",
@@ -51,7 +54,10 @@ __all__ = [
     "quantize_nf4",
     "quantize_stack",
     "quantized_linear",
+    "rms_norm",
+    "rotary",
     "seeded_dropout",
     "squared_row_norms",
+    "swiglu",
     "updated_row_norms",
 ]

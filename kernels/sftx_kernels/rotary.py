@@ -1,0 +1,156 @@
+"""`rotary` turns queries and keys by their positions (Su et al., arXiv:2104.09864), in the layout of transformers.
+
+A head's first R dimensions are pairs (x_i, x_(i + R/2)), i < R/2, which are rotated by the angle of their position:
+
+    y_i = x_i cos_i - x_(i + R/2) sin_i        y_(i + R/2) = x_(i + R/2) cos_i + x_i sin_i
+
+Backward is the rotation by the opposite angle, so nothing but cos and sin is kept. All arithmetic is fp32 (fp64 for
+fp64), and the result is rounded once.
+
+In eager mode the operation is a torch.autograd.Function; under torch.compile it is the custom op `sftx::rotary`, as
+`lora` explains.
+
+Shape suffixes: B rows, H heads of queries or keys, T tokens, C tokens of a chunk, D dimensions of a head, R of them
+rotated.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from sftx_kernels.checks import check_tensor, differentiable_once, error
+from sftx_kernels.chunks import chunk_rows, row_chunks
+from sftx_kernels.dispatch import decide
+from sftx_kernels.gemm import accumulator
+
+
+def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
+    """Return q and k rotated, as `apply_rotary_pos_emb` of transformers does; the formula is at the top of this module.
+
+    It differs from transformers in two ways. That rounds both products and their sum to the dtype of q, this rounds
+    once. And with bf16 q and fp32 cos, as under autocast, that returns fp32, this the dtype of q. Differentiable once
+    in q and k; cos and sin get no gradient.
+
+    Args:
+        q: [B, H, T, D], floating; any strides, such as those of a transposed [B, T, H, D].
+        k: [B, H', T, D], of q's dtype.
+        cos, sin: [B or 1, T, R], floating, R even and at most D; of the dimensions from R on nothing changes. The two
+            halves of R are alike, as transformers' rotary embeddings make them: only the first is read.
+        backend: for `dispatch.decide`: "torch" or "triton".
+
+    Returns:
+        q and k rotated, in their dtype, with the strides of `torch.empty_like(q)` and `torch.empty_like(k)`.
+
+    Raises:
+        ValueError: names the argument, what was expected and what was got.
+    """
+    _check(q, k, cos, sin)
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():  # see lora_linears
+        rotated: tuple[Tensor, Tensor] = _op(q, k, cos, sin, False, backend)
+    elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+        rotated = _Rotary.apply(q, k, cos, sin, backend)  # type: ignore[no-untyped-call]
+    else:
+        rotated = _rotate(q, k, cos, sin, False, backend)
+    return rotated
+
+
+def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    check_tensor("q", q, ("B", "H", "T", "D"), q, None)
+    B, _, T, D = q.shape
+    check_tensor("k", k, (B, "H'", T, D), q, None)
+    if k.dtype != q.dtype:
+        raise error("k", f"dtype {q.dtype}, as q", f"dtype {k.dtype}")
+    check_tensor("cos", cos, ("B or 1", T, "R"), q, None)
+    R = cos.shape[2]
+    if cos.shape[0] not in (1, B) or R % 2 or not 0 < R <= D:
+        raise error("cos", f"shape [{B} or 1, {T}, R], R even and in [2, {D}]", f"shape {list(cos.shape)}")
+    check_tensor("sin", sin, tuple(cos.shape), q, None)
+    if sin.dtype != cos.dtype:
+        raise error("sin", f"dtype {cos.dtype}, as cos", f"dtype {sin.dtype}")
+
+
+def _rotate(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    """Return q and k rotated, or rotated back; with the backend that `decide` chooses."""
+    q_out, k_out = torch.empty_like(q), torch.empty_like(k)
+    decide("rotary", q.device, q.dtype, requested=backend)
+    _rotate_with_torch(((q, q_out), (k, k_out)), cos, sin, inverse)
+    return q_out, k_out
+
+
+def _rotate_with_torch(pairs: Any, cos: Tensor, sin: Tensor, inverse: bool) -> None:
+    """Fill the second tensor of each pair with the first rotated."""
+    (q, _), (k, _) = pairs
+    B, H, T, D = q.shape
+    wide, half = accumulator(q.dtype), cos.shape[2] // 2
+    R = 2 * half
+    heads = max(H, k.shape[1])
+    width = B * heads * R
+    step = chunk_rows(T, width, q.device)
+    buffers_SX = q.new_empty(2, step * width, dtype=wide)
+    angles_SBCR = cos.new_empty(2, cos.shape[0], step, 1, R, dtype=wide)
+    for chunk in row_chunks(T, width, q.device):
+        length = chunk.stop - chunk.start
+        cos_BC1R, sin_BC1R = angles_SBCR[:, :, :length]
+        cos_BC1R.unflatten(-1, (2, half)).copy_(cos[:, chunk, None, None, :half])
+        signed_BC12h = sin_BC1R.unflatten(-1, (2, half)).copy_(sin[:, chunk, None, None, :half])
+        signed_BC12h[..., 1 if inverse else 0, :].neg_()
+        for x, out in pairs:
+            x_BCHD, out_BCHD = x.transpose(1, 2)[:, chunk], out.transpose(1, 2)[:, chunk]
+            shape = (B, length, x.shape[1], R)
+            x_BCHR = x_BCHD[..., :R]
+            turned, swapped = (part[: x_BCHR.numel()].view(shape) for part in buffers_SX)
+            swapped[..., :half].copy_(x_BCHR[..., half:])
+            swapped[..., half:].copy_(x_BCHR[..., :half])
+            if x.dtype == wide:
+                torch.mul(x_BCHR, cos_BC1R, out=turned)
+            else:
+                turned.copy_(x_BCHR).mul_(cos_BC1R)
+            out_BCHD[..., :R].copy_(turned.addcmul_(swapped, sin_BC1R))
+            if R < D:
+                out_BCHD[..., R:].copy_(x_BCHD[..., R:])
+
+
+# ---- autograd
+
+
+class _Rotary(torch.autograd.Function):
+    """_Rotary is the operation in eager mode."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backend: str | None) -> Any:
+        _setup_context(ctx, (q, k, cos, sin, False, backend), None)
+        return _rotate(q, k, cos, sin, False, backend)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, dq: Tensor, dk: Tensor) -> Any:
+        return *_rotate(dq, dk, *ctx.saved_tensors, True, ctx.backend), None, None, None
+
+
+@torch.library.custom_op("sftx::rotary", mutates_args=())
+def _op(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool, backend: str | None) -> tuple[Tensor, Tensor]:
+    return _rotate(q, k, cos, sin, inverse, backend)
+
+
+@_op.register_fake
+def _(q, k, cos, sin, inverse, backend):  # type: ignore[no-untyped-def]
+    return torch.empty_like(q), torch.empty_like(k)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _, _, cos, sin, ctx.inverse, ctx.backend = inputs
+    ctx.save_for_backward(cos, sin)
+
+
+@differentiable_once
+def _differentiate(ctx: Any, dq: Tensor, dk: Tensor) -> Any:
+    return *_op(dq, dk, *ctx.saved_tensors, not ctx.inverse, ctx.backend), None, None, None, None
+
+
+_op.register_autograd(_differentiate, setup_context=_setup_context)
