@@ -264,15 +264,21 @@ class Batch:
     processes, added up. Empty for a loss without that method."""
 
     def to(self, device: torch.device) -> Batch:
-        """Return the same batch with every tensor on `device`."""
+        """Return the same batch with every tensor on `device`.
+
+        What goes to a GPU is pinned first: a copy from other memory of the host may wait for all that the GPU does.
+        """
         from torch import Tensor
 
+        def move(tensor: Tensor) -> Tensor:
+            if device.type == "cuda" and tensor.device.type == "cpu":
+                tensor = tensor.pin_memory()
+            return tensor.to(device, non_blocking=True)
+
         moved: dict[str, Any] = {
-            f.name: value.to(device, non_blocking=True)
-            for f in dataclasses.fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
+            f.name: move(value) for f in dataclasses.fields(self) if isinstance(value := getattr(self, f.name), Tensor)
         }
-        moved["extras"] = {name: value.to(device, non_blocking=True) for name, value in self.extras.items()}
+        moved["extras"] = {name: move(value) for name, value in self.extras.items()}
         return dataclasses.replace(self, **moved)
 
 

@@ -124,7 +124,7 @@ class DryRunner:
     @cached_property
     def size(self) -> ModelSize:
         with torch.device("meta"):
-            lm = self._build(self._copy_skeleton())
+            lm = self.build(self.copy_skeleton())
             trained, layers = [p for p in lm.parameters() if p.requires_grad], decoder_layers(lm.model)
             sharded = {id(p) for p in lm.parameters() if not (p.requires_grad and lm.adapters)}
             layer_bytes = [_num_bytes([p for p in layer.parameters() if id(p) in sharded]) for layer in layers]
@@ -202,9 +202,9 @@ class DryRunner:
         """Return the peaks of `work` in evaluation mode, while the last step's gradients and optimizer state remain."""
 
         def measure(num_layers: int | None) -> dict[Phase, MemorySnapshot]:
-            skeleton = self._copy_skeleton(num_layers)
+            skeleton = self.copy_skeleton(num_layers)
             with self._fake_step() as (mode, tracker):
-                lm = self._build(skeleton).eval()
+                lm = self.build(skeleton).eval()
                 tracker.track([*lm.parameters(), *lm.buffers()], "weights")
                 track_phases(tracker, decoder_layers(lm.model))
                 with (
@@ -240,7 +240,7 @@ class DryRunner:
         key = (config.gradient_accumulation_steps or 1) == 1
         if key not in self._updates:
             with torch.device("meta"):  # adapters are built ten times as fast as from fake tensors
-                lm = self._build(self._copy_skeleton())
+                lm = self.build(self.copy_skeleton())
             with self._fake_step() as (_, tracker):
                 materialise(lm)
                 tracker.track([*lm.parameters(), *lm.buffers()], "weights")
@@ -273,9 +273,9 @@ class DryRunner:
     ) -> dict[Phase, MemorySnapshot]:
         """Return the peak of each phase of forward and backward with so many layers, or with all."""
         batch = self._make_batch(rows, max_length)
-        skeleton = self._copy_skeleton(num_layers)
+        skeleton = self.copy_skeleton(num_layers)
         with self._fake_step() as (mode, tracker):
-            lm = self._build(skeleton)
+            lm = self.build(skeleton)
             tracker.track([*lm.parameters(), *lm.buffers()], "weights")
             trained = [p for p in lm.parameters() if p.requires_grad]
             prepare_layers(lm.model, config)
@@ -316,15 +316,16 @@ class DryRunner:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode, tracker, gpu_products(self.on_gpu):
             yield mode, tracker
 
-    def _copy_skeleton(self, num_layers: int | None = None) -> PreTrainedModel:
+    def copy_skeleton(self, num_layers: int | None = None) -> PreTrainedModel:
+        """Return a copy of the model without weights, with its first layers alone if a number is given."""
         model = copy.deepcopy(self.spec.skeleton)
         if num_layers is not None:
             del cast(nn.ModuleList, _layer_list(model))[num_layers:]
             cast(Any, model.config).get_text_config().num_hidden_layers = num_layers
         return model
 
-    def _build(self, model: PreTrainedModel) -> CausalLM:
-        """Return the model with its adapters, materialised on the default device."""
+    def build(self, model: PreTrainedModel, device: torch.device | None = None) -> CausalLM:
+        """Return the model with its adapters, materialised on the device, by default the default device."""
         adapters = self.assembly.adapters(dataclasses.replace(self.spec, skeleton=model))
         stored = quantization_of(self.spec.config.to_dict())
         if stored.get("quant_method") == "bitsandbytes":
@@ -333,7 +334,8 @@ class DryRunner:
             quantize = quantize_of(list(adapters.values()))
         with torch.device("meta"):
             replace_quantised(model, quantize)
-        materialise(model, self.precision.base_dtype(frozen=bool(adapters)))
+        with device or contextlib.nullcontext():
+            materialise(model, self.precision.base_dtype(frozen=bool(adapters)))
         lm = CausalLM(model, cast(Any, None))
         lm.attach(adapters, self._trainable)
         return lm

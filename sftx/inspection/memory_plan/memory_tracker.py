@@ -101,9 +101,13 @@ class MemoryTracker(TorchDispatchMode):
         self.peaks, self._peak_totals = {}, {}
         self._update_peak()
 
+    def size_of(self, tensor: Tensor) -> int:
+        """Return the bytes that a tensor's storage counts for."""
+        return tensor.untyped_storage().nbytes()
+
     def _add(self, tensor: Tensor, kind: Kind) -> None:
         storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
+        key, size = storage._cdata, self.size_of(tensor)
         self._storages[key] = (size, kind, weakref.ref(storage, partial(self._remove, key)))
         self._change(kind, size)
 
