@@ -39,6 +39,8 @@ _OF_EXAMPLES: Final[dict[str, np.dtype[Any]]] = {
 }
 _DTYPES: Final = _OF_TOKENS | _OF_EXAMPLES
 
+_WRITTEN_TOGETHER: Final = 500  # examples, for each of which a call of numpy takes longer than its bytes
+
 Columns: TypeAlias = dict[str, NDArray[Any]]
 
 
@@ -195,6 +197,8 @@ class Writer:
         self._sinks: dict[str, Any] = {
             name: BytesIO() if directory is None else (directory / f"{name}.bin").open("wb") for name in _DTYPES
         }
+        self._pending: dict[str, list[Any]] = {name: [] for name in _DTYPES}
+        """Values of the last examples, which are written together."""
         self._places: dict[tuple[str, str], int] = {}
         self._extras: dict[int, Mapping[str, Any]] = {}
         self._largest_id = 0
@@ -207,38 +211,47 @@ class Writer:
         """Append the examples of one row; `source` is the number of the source that it came from."""
         place = (row.where.path, row.where.unit)
         file = self._places.setdefault(place, len(self._places))
+        pending = self._pending
         for n, example in enumerate(row.examples):
             length, weights = len(example.token_ids), example.weights
-            values: dict[str, Any] = {
-                "token_ids": example.token_ids,
-                "loss_mask": example.loss_mask,
-                "lengths": length,
-                "num_label_tokens": example.num_label_tokens,
-                "groups": self._next_group + example.group,
-                "sources": source,
-                "files": file,
-                "numbers": row.where.number,
-                "parts": n + 1 if len(row.examples) > 1 else 0,
-            }
+            pending["token_ids"].append(example.token_ids)
+            pending["loss_mask"].append(example.loss_mask)
+            pending["lengths"].append(length)
+            pending["num_label_tokens"].append(example.num_label_tokens)
+            pending["groups"].append(self._next_group + example.group)
+            pending["sources"].append(source)
+            pending["files"].append(file)
+            pending["numbers"].append(row.where.number)
+            pending["parts"].append(n + 1 if len(row.examples) > 1 else 0)
             if weights is not None and not self._has_weights:  # the examples before it have weights of 1 from now on
                 self._has_weights = True
-                values["weights"] = np.concatenate([np.ones(self._num_tokens), weights])
-            elif self._has_weights:
-                values["weights"] = np.ones(length) if weights is None else weights
-            try:
-                for name, value in values.items():
-                    self._sinks[name].write(np.ascontiguousarray(value, _DTYPES[name]).tobytes())
-            except OSError as error:
-                raise OutputError(f"{self._directory}: cannot be written: {one_line(error)}") from error
+                pending["weights"].append(np.ones(self._num_tokens))
+            if self._has_weights:
+                pending["weights"].append(np.ones(length) if weights is None else weights)
             self._num_tokens += length
-            self._largest_id = max(self._largest_id, int(example.token_ids.max()))
             if example.extras:
                 self._extras[self.num_examples] = example.extras
             self.num_examples += 1
         self._next_group += row.num_groups
+        if len(pending["lengths"]) >= _WRITTEN_TOGETHER:
+            self._write()
+
+    def _write(self) -> None:
+        """Write what is pending. Raises OutputError."""
+        try:
+            for name, values in self._pending.items():
+                if values:
+                    column = np.concatenate(values) if name in _OF_TOKENS else np.array(values)
+                    if name == "token_ids":
+                        self._largest_id = max(self._largest_id, int(column.max()))
+                    self._sinks[name].write(np.ascontiguousarray(column, _DTYPES[name]).tobytes())
+                values.clear()
+        except OSError as error:
+            raise OutputError(f"{self._directory}: cannot be written: {one_line(error)}") from error
 
     def finish(self) -> Examples:
-        """Return the examples, memory-mapped when they were written to files."""
+        """Return the examples, memory-mapped when they were written to files. Raises OutputError."""
+        self._write()
         if self._directory is None:
             columns = {name: np.frombuffer(self._sinks[name].getbuffer(), dtype) for name, dtype in _DTYPES.items()}
             return Examples(columns, list(self._places), self._extras, self._largest_id)

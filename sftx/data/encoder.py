@@ -11,21 +11,23 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from sftx.assembly.entry_points import discover, find
 from sftx.assembly.registry import Assembly
 from sftx.config.default_plugins import TEMPLATES
 from sftx.config.run_file import Origins
 from sftx.errors import ConfigError, DataError, ModelError, PluginError, counted
-from sftx.types import Conversation, Parsed, PlainText, Segment, Template
+from sftx.types import Conversation, Parsed, PlainText, Segment, Template, Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-KnownTexts: TypeAlias = dict[tuple[str, bool], list[int]]
-"""Ids of texts that were encoded before, each with whether it continues other plain text."""
+PlainPart: TypeAlias = tuple[str, bool]
+"""Plain text that is encoded as one, and whether it continues other plain text."""
+KnownTexts: TypeAlias = dict[PlainPart, list[int]]
+"""Ids of texts that were encoded before."""
 
 
 def check_controls(template: Template, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
@@ -52,6 +54,16 @@ def check_controls(template: Template, tokenizer: PreTrainedTokenizerBase) -> di
     if stray:
         raise PluginError(f"the template's stop tokens {', '.join(stray)} are not among its controls")
     return {token: vocabulary[token] for token in template.controls}
+
+
+class Part(NamedTuple):
+    """What is encoded together and agrees in its labels: tokens whose ids are known already, or plain text."""
+
+    content: list[int] | PlainPart
+    trainable: bool = True
+    weight: float = 1.0
+    segments: tuple[Segment, ...] = ()
+    """Those that it was rendered as."""
 
 
 @dataclass(frozen=True)
@@ -111,27 +123,91 @@ class Encoder:
         # The tokenizer's own first token, put before pre-training text; a template writes its own.
         self._beginning = [i for i in tokenizer("")["input_ids"] if i == tokenizer.bos_token_id and i not in self._end]
 
-    def encode(self, parsed: Parsed, *, known: KnownTexts | None = None) -> tuple[list[int], list[bool], list[float]]:
-        """Return token ids, loss mask and loss weights of a parsed record. Raises DataError.
+    def encode(self, parsed: Parsed) -> tuple[list[int], list[bool], list[float]]:
+        """Return token ids, loss mask and loss weights of a parsed record. Raises DataError, PluginError."""
+        return self.joined(self.parts(parsed), {})
 
-        `known` collects the ids of texts, so that conversations that share turns encode each of them once.
+    def parts(self, parsed: Parsed | Iterable[Segment]) -> list[Part]:
+        """Return what is encoded together of a parsed record, or of rendered segments. Raises DataError, PluginError.
+
+        Neighbouring plain segments that agree in their labels are one text.
         """
+        if isinstance(parsed, PlainText):
+            return [Part(self._beginning), Part((parsed.text, False)), Part([*self._end])]
+        if isinstance(parsed, Tokens):
+            self._check_tokens(parsed)
+            labelled = zip(parsed.token_ids, parsed.loss_mask, strict=True)
+            return [
+                Part([token for token, _ in run], trained) for trained, run in groupby(labelled, key=lambda one: one[1])
+            ]
         if isinstance(parsed, Conversation):
             if self.template is None:
                 raise DataError(self._without_template())
-            return self.encode_segments(self.template.render(parsed), known=known)
-        if isinstance(parsed, PlainText):
-            ids = [*self.text(parsed.text), *self._end]
-            return ids, [True] * len(ids), [1.0] * len(ids)
-        num, size = len(parsed.token_ids), len(self.tokenizer)
-        if num != len(parsed.loss_mask):
+            parsed = self.template.render(parsed)
+        parts = []
+        continues = False
+        for (control, trainable, weight), run in groupby(
+            parsed, key=lambda s: (s.control, s.trainable, s.weight if s.trainable else 1.0)
+        ):
+            segments = tuple(run)
+            if control:
+                for segment in segments:
+                    if segment.text not in self._control_ids:
+                        raise PluginError(
+                            f"the template wrote the control text {segment.text!r}, which is not in its controls"
+                        )
+                parts.append(Part([self._control_ids[one.text] for one in segments], trainable, weight, segments))
+                continues = False
+            else:
+                text = "".join([segment.text for segment in segments])
+                parts.append(Part((text, continues), trainable, weight, segments))
+                continues = continues or text != ""
+        return parts
+
+    def _check_tokens(self, tokens: Tokens) -> None:
+        num, size = len(tokens.token_ids), len(self.tokenizer)
+        if num != len(tokens.loss_mask):
             raise DataError(
-                f"{counted(num, 'token id')} and {counted(len(parsed.loss_mask), 'value')} of the loss mask; "
+                f"{counted(num, 'token id')} and {counted(len(tokens.loss_mask), 'value')} of the loss mask; "
                 "give one each"
             )
-        if not all(0 <= token < size for token in parsed.token_ids):
+        if not all(0 <= token < size for token in tokens.token_ids):
             raise DataError(f"a token id is outside of the tokenizer's 0..{size - 1}")
-        return list(parsed.token_ids), list(parsed.loss_mask), [1.0] * num
+
+    def joined(self, parts: Iterable[Part], known: KnownTexts) -> tuple[list[int], list[bool], list[float]]:
+        """Return token ids, loss mask and loss weights of all parts, one after the other. Raises DataError.
+
+        `known` has ids of texts, such as those that `learn` has added, and collects those of the others.
+        """
+        token_ids: list[int] = []
+        loss_mask: list[bool] = []
+        weights: list[float] = []
+        for content, trainable, weight, _ in parts:
+            if isinstance(content, tuple):
+                ids = known.get(content)
+                if ids is None:
+                    ids = known[content] = self.plain(content[0], continues=content[1])
+            else:
+                ids = content
+            token_ids += ids
+            loss_mask += [trainable] * len(ids)
+            weights += [weight] * len(ids)
+        return token_ids, loss_mask, weights
+
+    def learn(self, parts: Iterable[Part], known: KnownTexts) -> None:
+        """Add the ids of all texts of the parts to `known`, by one call of each tokenizer.
+
+        A text that cannot be encoded is left out: the error belongs to its row, and is raised when that is encoded.
+        """
+        texts = {part.content: None for part in parts if isinstance(part.content, tuple)}
+        for tokenizer, is_continuing in ((self._plain, False), (self._continuing, True)):
+            new = [text for text in texts if text[1] == is_continuing and text not in known]
+            try:
+                encodings = tokenizer.encode_batch_fast([text for text, _ in new], add_special_tokens=False)
+            except (TypeError, UnicodeEncodeError):  # one of them is not UTF-8
+                continue
+            ids = (encoding.ids for encoding in encodings)
+            known |= {text: found for text, found in zip(new, ids, strict=True) if self._reserved.isdisjoint(found)}
 
     def text(self, text: str) -> list[int]:
         """Return the ids of a text that begins a document, after the tokenizer's own first token if it has one."""
@@ -146,41 +222,15 @@ class Encoder:
             raise DataError(self._without_template())
         return self.encode_segments(self.template.generation_prompt(conversation))[0]
 
-    def encode_segments(
-        self, segments: Iterable[Segment], *, known: KnownTexts | None = None
-    ) -> tuple[list[int], list[bool], list[float]]:
-        """Return token ids, loss mask and loss weights of rendered segments."""
-        token_ids: list[int] = []
-        loss_mask: list[bool] = []
-        weights: list[float] = []
-        for run in self.runs(segments, known=known):
-            num = len(run.token_ids)
-            token_ids += run.token_ids
-            loss_mask += [run.trainable] * num
-            weights += [run.weight if run.trainable else 1.0] * num
-        return token_ids, loss_mask, weights
+    def encode_segments(self, segments: Iterable[Segment]) -> tuple[list[int], list[bool], list[float]]:
+        """Return token ids, loss mask and loss weights of rendered segments. Raises PluginError, DataError."""
+        return self.joined(self.parts(segments), {})
 
-    def runs(self, segments: Iterable[Segment], *, known: KnownTexts | None = None) -> Iterator[EncodedRun]:
-        """Encode neighbouring plain segments that agree in their labels as one text. Raises PluginError, DataError."""
-        known = {} if known is None else known
-        continues = False
-        for (control, _, _), run in groupby(
-            segments, key=lambda s: (s.control, s.trainable, s.weight if s.trainable else 1.0)
-        ):
-            joined = tuple(run)
-            texts = [segment.text for segment in joined]
-            if control:
-                for text in texts:
-                    if text not in self._control_ids:
-                        raise PluginError(f"the template wrote the control text {text!r}, which is not in its controls")
-                ids = [self._control_ids[text] for text in texts]
-            else:
-                key = ("".join(texts), continues)
-                if key not in known:
-                    known[key] = self.plain(key[0], continues=continues)
-                ids = known[key]
-            was_plain, continues = continues, not control and (continues or any(texts))
-            yield EncodedRun(joined, ids, was_plain and not control)
+    def runs(self, segments: Iterable[Segment]) -> Iterator[EncodedRun]:
+        """Yield the parts of rendered segments with their ids. Raises PluginError, DataError."""
+        for part in self.parts(segments):
+            continues = isinstance(part.content, tuple) and part.content[1]
+            yield EncodedRun(part.segments, self.joined([part], {})[0], continues)
 
     def plain(self, text: str, *, continues: bool = False) -> list[int]:
         """Return the ids of a user's text; `continues`: it comes right after other plain text.

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Final, TypeAlias
 
+from sftx.collector import collector_paused
 from sftx.config.options import Source
 from sftx.data import sources
 from sftx.data.cache import Cache
@@ -168,7 +169,8 @@ def _chunks(
 
 def _encode_chunk(encode: RowEncoder, chunk: Chunk) -> tuple[int, list[EncodedRow]]:
     number, source, rows = chunk
-    return number, [encode(where, record, source) for where, record in rows]
+    with collector_paused():
+        return number, encode.rows(rows, source)
 
 
 _worker_encoder: RowEncoder
@@ -176,6 +178,7 @@ _worker_encoder: RowEncoder
 
 def _start_worker(pickled: bytes) -> None:
     global _worker_encoder
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the processes keep all cores busy without more threads
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     _worker_encoder = pickle.loads(pickled)
 

@@ -12,14 +12,14 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal, Protocol
+from typing import Any, Final, Literal, Protocol
 
 import numpy as np
 
 from sftx.assembly.stages import ParserStage
 from sftx.config.options import DataConfig, Filters, Source
 from sftx.data import sources, truncate
-from sftx.data.encoder import Encoder, KnownTexts
+from sftx.data.encoder import Encoder, KnownTexts, Part
 from sftx.data.ledger import Entry, Ledger
 from sftx.errors import DataError, SftxError
 from sftx.types import Conversation, Example, HeldOutRow, Location, Message, Parsed, PlainText, Record, Tokens
@@ -77,43 +77,71 @@ class RowEncoder:
 
     def __call__(self, where: Location, record: Record, source: Source) -> EncodedRow:
         """Parse and encode a record. Raises DataError, naming `where`, unless `invalid_rows` drops such rows."""
-        row = EncodedRow(where)
-        try:
-            parsed = parse_record(record, row, self.parsers, source, self.config)
-            return self.encode(parsed, row, source.filters)
-        except SftxError as error:
-            if isinstance(error, DataError) and self.config.invalid_rows == "drop":
-                row.drop(str(error).removeprefix(f"{where}: "))
-                return row
-            if str(where) not in str(error):
-                error.args = (f"{where}: {error}",)
-            raise
+        (row,) = self.rows([(where, record)], source)
+        return row
+
+    def rows(self, rows: Sequence[tuple[Location, Record]], source: Source) -> list[EncodedRow]:
+        """Parse and encode records as one alone is. The tokenizer is given all texts of all of them at once."""
+        filters = source.filters or self.config.filters
+        rendered = [_Rendered(EncodedRow(where)) for where, _ in rows]
+        for one, (_, record) in zip(rendered, rows, strict=True):
+            try:
+                self._render(parse_record(record, one.row, self.parsers, source, self.config), one, filters)
+            except SftxError as error:  # raised below, after those of the rows before it
+                one.error = error
+        known: KnownTexts = {}
+        self.encoder.learn((part for one in rendered for _, parts in one.units for part in parts), known)
+        for row, one in ((one.row, one) for one in rendered):
+            try:
+                self._encode(one, filters, known)
+            except SftxError as error:
+                if isinstance(error, DataError) and self.config.invalid_rows == "drop":
+                    row.drop(str(error).removeprefix(f"{row.where}: "))
+                    continue
+                if str(row.where) not in str(error):
+                    error.args = (f"{row.where}: {error}",)
+                raise
+        return [one.row for one in rendered]
 
     def encode(self, parsed: Sequence[Parsed], row: EncodedRow, filters: Filters | None = None) -> EncodedRow:
         """Add the examples of a parsed record to `row`; where it has none, its entries say why."""
-        filters = filters or self.config.filters
+        rendered, filters = _Rendered(row), filters or self.config.filters
+        self._render(parsed, rendered, filters)
+        self._encode(rendered, filters, {})
+        return row
+
+    def _render(self, parsed: Sequence[Parsed], rendered: _Rendered, filters: Filters) -> None:
+        """Decide which turns are trained, and render what becomes one example each, unless a filter drops the row."""
+        row = rendered.row
         has_filter = filters.min_turns or filters.max_turns is not None
         if has_filter and (reason := filtered_by_turns(parsed, filters)):
             row.drop(reason, action="filtered")
-            return row
-        marked = [mark_trained(one, self.config) for one in parsed]
+            return
+        marked = rendered.marked = [mark_trained(one, self.config) for one in parsed]
         template = self.encoder.template
         units: Sequence[Parsed] = marked
         if template is not None and template.rewrites_history:
             units = [unit for one in marked for unit in split_units(one, self.encoder)]
         if not units:  # no result of the parser, or a template that makes one example of each trained turn, and none is
             row.drop(_reason_nothing_trained(marked))
-            return row
-        row.is_group = len(parsed) > 1
-        row.has_turns = any(isinstance(one, Conversation) for one in parsed)
-        known: KnownTexts = {}
-        for unit in units:
-            self._encode_unit(unit, row, filters, known)
+        rendered.units = [(unit, self.encoder.parts(unit)) for unit in units]
+
+    def _encode(self, rendered: _Rendered, filters: Filters, known: KnownTexts) -> None:
+        """Add the examples of a rendered record to its row. `known` has ids of texts. Raises SftxError."""
+        row, marked = rendered.row, rendered.marked
+        if rendered.error is not None:
+            raise rendered.error
+        if not rendered.units:
+            return
+        row.is_group = len(marked) > 1
+        row.has_turns = any(isinstance(one, Conversation) for one in marked)
+        for unit, parts in rendered.units:
+            self._encode_unit(unit, parts, row, filters, known)
             if not row.examples:
-                return row
-        if row.is_group and len(row.examples) != len(parsed):
+                return
+        if row.is_group and len(row.examples) != len(marked):
             raise DataError(
-                f"{row.where}: its {len(parsed)} parts belong together, and {len(row.examples)} examples came of them; "
+                f"{row.where}: its {len(marked)} parts belong together, and {len(row.examples)} examples came of them; "
                 "choose another data.long_rows, or a template that does not rewrite history"
             )
         if len(row.examples) > 1:
@@ -123,15 +151,15 @@ class RowEncoder:
             ]
         if self.questions:
             row.questions += questions_of(marked, row, self.encoder)
-        return row
 
-    def _encode_unit(self, unit: Parsed, row: EncodedRow, filters: Filters, known: KnownTexts) -> None:
-        """Add the examples of one unit to `row`, or drop the whole row. `known` has ids of texts of the row."""
+    def _encode_unit(
+        self, unit: Parsed, parts: Sequence[Part], row: EncodedRow, filters: Filters, known: KnownTexts
+    ) -> None:
+        """Add the examples of one unit to `row`, or drop the whole row. `known` has ids of texts."""
         config = self.config
-        encode = functools.partial(self.labelled, known=known)
-        labelled = encode(unit)
+        labelled = self.labelled(unit, known=known, parts=parts)
         length = len(labelled[0])
-        if not any(labelled[1][1:]):
+        if True not in labelled[1][1:]:
             row.drop(_reason_nothing_trained([unit]), length=length)
             return
         if is_empty(unit, config):
@@ -141,10 +169,11 @@ class RowEncoder:
             bound = "min_length" if length < filters.min_length else "max_length"
             row.drop(f"filters.{bound}={getattr(filters, bound)}", length=length, action="filtered")
             return
-        pieces = [np.arange(length)]
+        pieces: list[Any] = [slice(None)]
         if length > config.max_length and not self.wrapped:
             if config.long_rows == "error":
                 raise DataError(f"{row.where}: {length} tokens, more than data.max_length={config.max_length}")
+            encode = functools.partial(self.labelled, known=known)
             _, labelled, pieces = truncate.fit(unit, labelled, config, self.encoder.is_control, encode)
             if not pieces:
                 is_filled = config.long_rows != "drop" and f"its prompt alone fills max_length={config.max_length}"
@@ -154,10 +183,10 @@ class RowEncoder:
             reason = f"longer than max_length={config.max_length}"
             row.entries.append(Entry(row.where, action, reason, length, sum(map(len, pieces))))
         token_ids, loss_mask = np.asarray(labelled[0], np.int32), np.asarray(labelled[1], np.bool_)
-        weights = np.asarray(labelled[2], np.float32)
-        is_weighted = any(weight != 1 for weight in labelled[2])
+        is_weighted = labelled[2].count(1.0) < len(labelled[2])
+        weights = np.asarray(labelled[2], np.float32) if is_weighted else None
         for kept in pieces:
-            kept_weights = weights[kept] if is_weighted and (weights[kept] != 1).any() else None
+            kept_weights = weights[kept] if weights is not None and (weights[kept] != 1).any() else None
             row.examples.append(Example(token_ids[kept], loss_mask[kept], str(row.where), 0, kept_weights, unit.extras))
 
     def trains_stop(self, row: EncodedRow) -> bool:
@@ -165,18 +194,37 @@ class RowEncoder:
         stop = self.encoder.stop_ids
         return any(np.isin(example.token_ids[example.loss_mask], stop).any() for example in row.examples)
 
-    def labelled(self, unit: Parsed, *, known: KnownTexts | None = None) -> truncate.LabelledTokens:
-        """Encode a unit, and apply the options that decide about single tokens to its loss mask."""
-        token_ids, loss_mask, weights = self.encoder.encode(unit, known=known)
-        ends = [False] * len(token_ids)
+    def labelled(
+        self, unit: Parsed, *, known: KnownTexts | None = None, parts: Sequence[Part] | None = None
+    ) -> truncate.LabelledTokens:
+        """Encode a unit, and apply the options that decide about single tokens to its loss mask.
+
+        `known` collects the ids of texts, so that conversations that share turns encode each of them once. `parts` are
+        those of the unit, where the caller has them.
+        """
+        encoder = self.encoder
+        parts = encoder.parts(unit) if parts is None else parts
+        token_ids, loss_mask, weights = encoder.joined(parts, {} if known is None else known)
+        trained = [True] * len(token_ids) if self.config.train_on_prompt else loss_mask
         if not self.config.train_turn_end and isinstance(unit, Conversation):
-            stop, is_ended = set(self.encoder.stop_ids), False
+            stop, is_ended, trained = set(encoder.stop_ids), False, [*trained]
             for at, token in enumerate(token_ids):
                 # From the stop token to the end of what is trained: the newline after it as well.
-                ends[at] = is_ended = loss_mask[at] and (is_ended or token in stop)
-        everything = self.config.train_on_prompt
-        trained = [(on or everything) and not end for on, end in zip(loss_mask, ends, strict=True)]
+                is_ended = loss_mask[at] and (is_ended or token in stop)
+                trained[at] = trained[at] and not is_ended
         return token_ids, trained, weights
+
+
+@dataclass
+class _Rendered:
+    """A record on its way to examples: parsed and rendered, so that its texts are known, and not encoded yet."""
+
+    row: EncodedRow
+    marked: Sequence[Parsed] = ()
+    """What the parser made of it, with turns marked as trained or not."""
+    units: Sequence[tuple[Parsed, Sequence[Part]]] = ()
+    """What becomes one example each, with what it is rendered as. Empty for a row that is left out."""
+    error: SftxError | None = None
 
 
 def parse_record(
@@ -253,6 +301,8 @@ def mark_trained(parsed: Parsed, config: DataConfig) -> Parsed:
     if config.train_turns == "last":
         last = max((n for n, on in enumerate(trained) if on), default=-1)
         trained = [n == last for n in range(len(trained))]
+    if config.system is None and all(message.trained == on for message, on in zip(messages, trained, strict=True)):
+        return parsed
     return dataclasses.replace(
         parsed,
         messages=tuple(

@@ -105,7 +105,7 @@ def calls_of_a_row() -> list[str]:
 
     calls: dict[str, None] = {}
     with followed(calls):
-        row = pipeline.encode(Location("rows.jsonl", 1), record, Source("rows.jsonl"))
+        (row,) = pipeline.encode.rows([(Location("rows.jsonl", 1), record)], Source("rows.jsonl"))
         writer = Writer()
         writer.add(row, 0)
     sampler = EpochSampler(writer.finish(), pipeline.collator, config.train)

@@ -86,8 +86,18 @@ def messages(
     `tags` maps the words for roles to roles. The first of `role_keys` and of `content_keys` that an object has is read.
     """
     result = []
+    role_and_text = {role_keys[0], content_keys[0]}
     for number, turn in enumerate(_values.list_of(value, name, where)):
         at = f"{name}[{number}]"
+        if (
+            isinstance(turn, dict) and turn.keys() == role_and_text
+        ):  # as most turns are, which takes a third of the time
+            tag, text = turn[role_keys[0]], turn[content_keys[0]]
+            if isinstance(tag, str) and isinstance(text, str) and (role := tags.get(tag, CALL)) != CALL:
+                result.append(
+                    answer(text, f"{at}.{content_keys[0]}", where) if role == "assistant" else Message(role, text)
+                )
+                continue
         if not isinstance(turn, dict):
             raise DataError(
                 f"{where}: {at} is {_values.kind(turn)}, expected an object with {role_keys[0]} and {content_keys[0]}"

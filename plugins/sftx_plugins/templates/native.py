@@ -10,7 +10,7 @@ import copy
 import json
 import re
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import entry_points
@@ -34,13 +34,12 @@ class Turn:
     trained: bool = False
     weight: float = 1.0
 
-    def markup(self, text: str, *, trained: bool = True) -> Iterator[Segment]:
-        """Yield the template's own text, each control token as a segment of its own.
+    def markup(self, text: str, *, trained: bool = True) -> Iterable[Segment]:
+        """Return the template's own text, each control token as a segment of its own.
 
         `trained=False` marks text that the model is given, such as the role; other markup is trained if the turn is.
         """
-        for part in _split_controls(text, self.controls):
-            yield Segment(part, trained and self.trained, part in self.controls, self.weight, self.role)
+        return _markup(text, self.controls, trained and self.trained, self.weight, self.role)
 
     def content(self, text: str) -> Iterator[Segment]:
         """Yield text of the row, trained if the turn is. It stays plain text even if it spells a control token."""
@@ -58,11 +57,13 @@ class Turn:
             yield from self.markup("\n</think>\n\n")
 
 
-@lru_cache(maxsize=1024)
-def _split_controls(text: str, controls: frozenset[str]) -> tuple[str, ...]:
+@lru_cache(maxsize=1024)  # the same few segments stand around every turn
+def _markup(text: str, controls: frozenset[str], trained: bool, weight: float, role: str) -> tuple[Segment, ...]:
     longest_first = sorted(controls, key=len, reverse=True)
     pattern = "|".join(map(re.escape, longest_first)) or "(?!)"
-    return tuple(part for part in re.split(f"({pattern})", text) if part)
+    return tuple(
+        Segment(part, trained, part in controls, weight, role) for part in re.split(f"({pattern})", text) if part
+    )
 
 
 class NativeTemplate:
