@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from sftx_kernels.checks import check_tensor, differentiable_once, error
-from sftx_kernels.chunks import chunk_rows, row_chunks
+from sftx_kernels.chunks import chunk_rows
 from sftx_kernels.dispatch import decide
 from sftx_kernels.gemm import accumulator
 
@@ -79,41 +79,35 @@ def _rotate(
     """Return q and k rotated, or rotated back; with the backend that `decide` chooses."""
     q_out, k_out = torch.empty_like(q), torch.empty_like(k)
     decide("rotary", q.device, q.dtype, requested=backend)
-    _rotate_with_torch(((q, q_out), (k, k_out)), cos, sin, inverse)
+    half = cos.shape[2] // 2
+    cos_BTr, sin_BTr = (angle[..., :half].to(accumulator(q.dtype)) for angle in (cos, sin))
+    cos_BTR = torch.cat((cos_BTr, cos_BTr), -1)
+    sin_BTR = torch.cat((sin_BTr, -sin_BTr) if inverse else (-sin_BTr, sin_BTr), -1)
+    for x, out in ((q, q_out), (k, k_out)):
+        _rotate_with_torch(x, out, cos_BTR, sin_BTR)
     return q_out, k_out
 
 
-def _rotate_with_torch(pairs: Any, cos: Tensor, sin: Tensor, inverse: bool) -> None:
-    """Fill the second tensor of each pair with the first rotated."""
-    (q, _), (k, _) = pairs
-    B, H, T, D = q.shape
-    wide, half = accumulator(q.dtype), cos.shape[2] // 2
-    R = 2 * half
-    heads = max(H, k.shape[1])
-    width = B * heads * R
-    step = chunk_rows(T, width, q.device)
-    buffers_SX = q.new_empty(2, step * width, dtype=wide)
-    angles_SBCR = cos.new_empty(2, cos.shape[0], step, 1, R, dtype=wide)
-    for chunk in row_chunks(T, width, q.device):
-        length = chunk.stop - chunk.start
-        cos_BC1R, sin_BC1R = angles_SBCR[:, :, :length]
-        cos_BC1R.unflatten(-1, (2, half)).copy_(cos[:, chunk, None, None, :half])
-        signed_BC12h = sin_BC1R.unflatten(-1, (2, half)).copy_(sin[:, chunk, None, None, :half])
-        signed_BC12h[..., 1 if inverse else 0, :].neg_()
-        for x, out in pairs:
-            x_BCHD, out_BCHD = x.transpose(1, 2)[:, chunk], out.transpose(1, 2)[:, chunk]
-            shape = (B, length, x.shape[1], R)
-            x_BCHR = x_BCHD[..., :R]
-            turned, swapped = (part[: x_BCHR.numel()].view(shape) for part in buffers_SX)
-            swapped[..., :half].copy_(x_BCHR[..., half:])
-            swapped[..., half:].copy_(x_BCHR[..., :half])
-            if x.dtype == wide:
-                torch.mul(x_BCHR, cos_BC1R, out=turned)
-            else:
-                turned.copy_(x_BCHR).mul_(cos_BC1R)
-            out_BCHD[..., :R].copy_(turned.addcmul_(swapped, sin_BC1R))
-            if R < D:
-                out_BCHD[..., R:].copy_(x_BCHD[..., R:])
+def _rotate_with_torch(x: Tensor, out: Tensor, cos_BTR: Tensor, sin_BTR: Tensor) -> None:
+    """Compute out = x * cos + swapped(x) * sin, where swapped exchanges the halves and sin has their signs."""
+    B, H, T, _ = x.shape
+    R = cos_BTR.shape[2]
+    x_BTHD, out_BTHD = x.transpose(1, 2), out.transpose(1, 2)
+    if x.shape[3] > R:
+        out_BTHD[..., R:].copy_(x_BTHD[..., R:])
+        x_BTHD, out_BTHD = x_BTHD[..., :R], out_BTHD[..., :R]
+    # Chunks of twice the size: their operations are many and small, and 2**18 elements were faster than 2**17.
+    step = 2 * chunk_rows(T, B * H * R, x.device)
+    turned_BCHR, swapped_BCHR = x.new_empty(2, B, min(step, T), H, R, dtype=cos_BTR.dtype)
+    for start in range(0, T, step):
+        chunk = slice(start, start + step)
+        x_BCHR = x_BTHD[:, chunk]
+        length = x_BCHR.shape[1]
+        turned, swapped = turned_BCHR[:, :length], swapped_BCHR[:, :length]
+        swapped[..., : R // 2].copy_(x_BCHR[..., R // 2 :])
+        swapped[..., R // 2 :].copy_(x_BCHR[..., : R // 2])
+        turned.copy_(x_BCHR).mul_(cos_BTR[:, chunk, None]).addcmul_(swapped, sin_BTR[:, chunk, None])
+        out_BTHD[:, chunk].copy_(turned)
 
 
 # ---- autograd
@@ -130,7 +124,8 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, dq: Tensor, dk: Tensor) -> Any:
-        return *_rotate(dq, dk, *ctx.saved_tensors, True, ctx.backend), None, None, None
+        cos, sin = ctx.saved_tensors
+        return *_rotate(dq, dk, cos, sin, True, ctx.backend), None, None, None
 
 
 @torch.library.custom_op("sftx::rotary", mutates_args=())

@@ -90,7 +90,8 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _forward_with_torch(gate_ND: Tensor, up_ND: Tensor, y_ND: Tensor, activation: str) -> None:
-    for chunk in row_chunks(*gate_ND.shape, gate_ND.device):
+    num_rows, D = gate_ND.shape
+    for chunk in row_chunks(num_rows, D, gate_ND.device):
         _activate(gate_ND[chunk], activation, y_ND[chunk]).mul_(up_ND[chunk])
 
 
