@@ -114,8 +114,16 @@ def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, spec: _Spec) ->
     residual_ND = None if residual is None else residual.reshape(-1, D)
     y, *totals, rstd_N = outputs = _empty(x, residual, spec)
     total_ND = totals[0].view(-1, D) if totals else None
-    decide("rms_norm", x.device, x.dtype, requested=spec.backend)
-    _forward_with_torch(x_ND, residual_ND, weight, y.view(-1, D), total_ND, rstd_N, spec)
+    if decide("rms_norm", x.device, x.dtype, requested=spec.backend).backend == "torch":
+        _forward_with_torch(x_ND, residual_ND, weight, y.view(-1, D), total_ND, rstd_N, spec)
+    else:
+        from sftx_kernels.triton.rms_norm import forward_launch
+
+        contiguous_ND = None if residual_ND is None else residual_ND.contiguous()
+        forward_launch(
+            x_ND.contiguous(), contiguous_ND, weight.contiguous(), y.view(-1, D), total_ND, rstd_N,
+            eps=spec.eps, weight_offset=spec.weight_offset, cast_before_weight=spec.cast_before_weight,
+        ).run()  # fmt: skip
     return outputs
 
 
@@ -138,12 +146,21 @@ def _backward(
         return d_total, torch.zeros_like(weight) if wants_weight else None
     D = total.shape[-1]
     dx = total.new_empty(total.shape)
-    dw_D = weight.new_zeros(D, dtype=rstd_N.dtype) if wants_weight else None
+    dy_ND, total_ND, dx_ND = dy.reshape(-1, D), total.reshape(-1, D), dx.view(-1, D)
     d_total_ND = None if d_total is None else d_total.reshape(-1, D)
-    decide("rms_norm", dx.device, dx.dtype, requested=spec.backend)
-    _backward_with_torch(
-        dy.reshape(-1, D), d_total_ND, total.reshape(-1, D), rstd_N, weight, dx.view(-1, D), dw_D, spec
-    )
+    if decide("rms_norm", dx.device, dx.dtype, requested=spec.backend).backend == "torch":
+        dw_D = weight.new_zeros(D, dtype=rstd_N.dtype) if wants_weight else None
+        _backward_with_torch(dy_ND, d_total_ND, total_ND, rstd_N, weight, dx_ND, dw_D, spec)
+    else:
+        from sftx_kernels.triton.launch import chip_of
+        from sftx_kernels.triton.rms_norm import backward_launch
+
+        launch, dw_PD = backward_launch(
+            dy_ND.contiguous(), None if d_total_ND is None else d_total_ND.contiguous(), total_ND.contiguous(), rstd_N,
+            weight.contiguous(), dx_ND, chip_of(dx.device), weight_offset=spec.weight_offset, wants_weight=wants_weight,
+        )  # fmt: skip
+        launch.run()
+        dw_D = None if dw_PD is None else dw_PD.sum(0)
     return dx, None if dw_D is None else dw_D.to(weight.dtype)
 
 

@@ -77,8 +77,17 @@ def _rotate(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool, backend: str | None
 ) -> tuple[Tensor, Tensor]:
     """Return q and k rotated, or rotated back; with the backend that `decide` chooses."""
+    if decide("rotary", q.device, q.dtype, requested=backend).backend != "torch":
+        from sftx_kernels.triton.rotary import launch
+
+        # the kernel reads and writes heads whose last dimension has stride 1
+        q, k, cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, cos, sin))
+        sin = sin if sin.stride() == cos.stride() else sin.contiguous()
+        cos = cos if sin.stride() == cos.stride() else cos.contiguous()
+        q_out, k_out = torch.empty_like(q), torch.empty_like(k)
+        launch(q, k, cos, sin, q_out, k_out, inverse=inverse).run()
+        return q_out, k_out
     q_out, k_out = torch.empty_like(q), torch.empty_like(k)
-    decide("rotary", q.device, q.dtype, requested=backend)
     half = cos.shape[2] // 2
     cos_BTr, sin_BTr = (angle[..., :half].to(accumulator(q.dtype)) for angle in (cos, sin))
     cos_BTR = torch.cat((cos_BTr, cos_BTr), -1)

@@ -68,22 +68,38 @@ def swiglu(
 
 def _forward(gate: Tensor, up: Tensor, activation: str, backend: str | None) -> Tensor:
     y = gate.new_empty(gate.shape)
-    decide("swiglu", gate.device, gate.dtype, requested=backend)
-    _forward_with_torch(_rows(gate), _rows(up), _rows(y), activation)
+    gate_ND, up_ND, y_ND = _rows(gate), _rows(up), _rows(y)
+    if decide("swiglu", gate.device, gate.dtype, requested=backend).backend == "torch":
+        _forward_with_torch(gate_ND, up_ND, y_ND, activation)
+    else:
+        from sftx_kernels.triton.swiglu import forward_launch
+
+        forward_launch(_dense(gate_ND), _dense(up_ND), y_ND, gelu=activation == "gelu_tanh").run()
     return y
 
 
 def _backward(dy: Tensor, gate: Tensor, up: Tensor, activation: str, backend: str | None) -> tuple[Tensor, Tensor]:
     """Return the gradients of gate and up."""
     d_gate, d_up = gate.new_empty(gate.shape), gate.new_empty(gate.shape)
-    decide("swiglu", gate.device, gate.dtype, requested=backend)
-    _backward_with_torch(_rows(dy), _rows(gate), _rows(up), _rows(d_gate), _rows(d_up), activation)
+    dy_ND, gate_ND, up_ND, d_gate_ND, d_up_ND = map(_rows, (dy, gate, up, d_gate, d_up))
+    if decide("swiglu", gate.device, gate.dtype, requested=backend).backend == "torch":
+        _backward_with_torch(dy_ND, gate_ND, up_ND, d_gate_ND, d_up_ND, activation)
+    else:
+        from sftx_kernels.triton.swiglu import backward_launch
+
+        dy_ND, gate_ND, up_ND = map(_dense, (dy_ND, gate_ND, up_ND))
+        backward_launch(dy_ND, gate_ND, up_ND, d_gate_ND, d_up_ND, gelu=activation == "gelu_tanh").run()
     return d_gate, d_up
 
 
 def _rows(x: Tensor) -> Tensor:
     """Return [N, D]: a view, but of a tensor whose rows do not lie at equal distances."""
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def _dense(x: Tensor) -> Tensor:
+    """Return a tensor whose stride along the last dimension is 1, as the Triton kernels need it."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 # ---- plain torch

@@ -13,7 +13,9 @@ from sftx.errors import SftxError, did_you_mean
 from sftx.phases import phase
 
 # Listed here so that a wrong name is reported before torch is imported.
-OPERATIONS: Final = ("cross-entropy", "linear-cross-entropy", "lora", "grouped-lora")
+OPERATIONS: Final = (
+    "cross-entropy", "linear-cross-entropy", "lora", "grouped-lora", "rms-norm", "swiglu", "rotary"
+)  # fmt: skip
 ARCHS: Final = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES: Final = ("fp32", "bf16", "fp16")
 PROVIDERS: Final = (
@@ -98,6 +100,8 @@ _DIRECTORY = _Target(file_okay=False, path_type=Path)
     '{"op": "cross-entropy", "rows": 8192, "vocab": 32000}\n'
     '{"op": "linear-cross-entropy", "rows": 8192, "hidden": 4096, "vocab": 128256, "trained": false}\n'
     '{"op": "lora", "rows": 8192, "in_features": 4096, "out_features": [4096, 1024, 1024], "rank": 16, "dropout": 0}\n'
+    '{"op": "rms-norm", "rows": 8192, "width": 4096}, and the same of "swiglu"\n'
+    '{"op": "rotary", "rows": 8192, "heads": 32, "kv_heads": 8, "head_dim": 128}\n'
     '\nThe first two may also have "logits": "zipf", for a softmax that follows Zipf\'s law.'
 )
 @click.argument("operation", metavar="[OPERATION]", type=click.Choice([*OPERATIONS, "all"]), default="all")

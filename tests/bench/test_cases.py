@@ -22,6 +22,9 @@ from sftx_kernels.bench.operations import (
     GroupedLoraShape,
     LinearCrossEntropyShape,
     LoraShape,
+    RmsNormShape,
+    RotaryShape,
+    SwigluShape,
     default_shapes,
     expand,
     read_shapes,
@@ -107,6 +110,16 @@ def test_least_work_of_grouped_lora_reads_the_experts_that_have_rows() -> None:
     found = work(Case(shape, "bf16"))
     assert found["forward"] == (base + down + up, 2 * (x + weight + lora + y))
     assert found["backward"] == (base + 2 * down + 2 * up, 2 * (y + weight + lora + x + x + lora))
+
+
+def test_least_work_of_what_multiplies_no_matrices_is_each_input_read_and_each_output_written() -> None:
+    """5 rows in bf16; 7 columns, or 3 heads of 8 with one of keys. An fp32 number a row, and half of cos and sin."""
+    norm = work(Case(RmsNormShape(5, 7), "bf16"))
+    assert norm["forward"] == (7 * 35, 4 * 70 + 14 + 20)
+    assert norm["backward"] == (10 * 35, 4 * 70 + 14 + 20)
+    assert norm["both"] == (17 * 35, 2 * (4 * 70 + 14 + 20))
+    assert work(Case(SwigluShape(5, 7), "bf16"))["both"] == (18 * 35, 8 * 70)
+    assert work(Case(RotaryShape(5, 3, 1, 8), "bf16"))["forward"] == (3 * 160, 2 * 320 + 2 * 5 * 4 * 2)
 
 
 @pytest.mark.parametrize("mask", [0.0, 0.5, 1.0])
@@ -204,7 +217,7 @@ def test_default_shapes_hold_every_operation_and_come_back_from_a_file(tmp_path:
 
 def test_cases_are_every_dtype_and_mask_and_lora_has_no_mask() -> None:
     found = list(expand(default_shapes("cpu"), OPERATIONS, ("fp32", "bf16"), (0.0, 0.5)))
-    assert [sum(case.op == op for case in found) for op in OPERATIONS] == [4, 4, 2, 2]
+    assert [sum(case.op == op for case in found) for op in OPERATIONS] == [4, 4, 2, 2, 2, 2, 2]
     assert {case.dtype for case in found} == {"fp32", "bf16"} <= set(DTYPES)
     assert str(found[1]) == "linear-cross-entropy 1024x1024x32000 frozen, fp32, 50% masked"
     assert str(found[4]) == "lora 2048x576x1536 r16, fp32"
@@ -213,7 +226,11 @@ def test_cases_are_every_dtype_and_mask_and_lora_has_no_mask() -> None:
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ([], 'expected an object with "op", one of cross-entropy, linear-cross-entropy, lora, grouped-lora; got []'),
+        (
+            [],
+            'expected an object with "op", one of cross-entropy, linear-cross-entropy, lora, grouped-lora, '
+            "rms-norm, swiglu, rotary; got []",
+        ),
         ({"op": "gelu"}, 'expected an object with "op", one of'),
         ({"op": "cross-entropy", "rows": 8}, "cross-entropy needs 'vocab'"),
         ({"op": "cross-entropy", "rows": 8, "vocab": 9, "hidden": 1}, "cross-entropy has no 'hidden'; it has rows,"),

@@ -363,6 +363,13 @@ def _compiled_python(script: str) -> str:
         ("lora/shrink/bfloat16/M=8192/K=4096/R=16", 1073741824, 2 * (33554432 + 65536 + 131072)),
         # keep * (dS A): 2 M K R; dS, A and dX in bf16
         ("lora/outer/bfloat16/M=8192/K=4096/R=16/dropout", 1073741824, 2 * (33554432 + 65536 + 131072)),
+        # x, the residual and both outputs, 8192 x 4096 in bf16; the weight, and an fp32 number a row
+        ("rms_norm/forward/bfloat16/D=4096/rows=8192/residual", 7 * 33554432, 8 * 33554432 + 8192 + 32768),
+        ("rms_norm/backward/bfloat16/D=4096/rows=8192/residual", 10 * 33554432, 8 * 33554432 + 8192 + 32768),
+        # gate, up, dy and the gradients of both
+        ("swiglu/backward/bfloat16/D=14336/rows=8192/silu", 12 * 117440512, 10 * 117440512),
+        # q and k of 2 x 4096 tokens read and written; cos and sin of 4096 tokens, 64 of each
+        ("rotary/bfloat16/heads=32+8/D=128", 3 * 41943040, 4 * 41943040 + 2 * 4096 * 64 * 2),
         # a multiplication each; half a byte of code, an fp32 scale for 64 of them, and bf16 written
         ("nf4/dequantize/bfloat16/14336x4096", 58720256, 29360128 + 4 * 917504 + 117440512),
     ],

@@ -17,6 +17,9 @@ from sftx_kernels.bench.operations import (
     GroupedLoraShape,
     LinearCrossEntropyShape,
     LoraShape,
+    RmsNormShape,
+    RotaryShape,
+    SwigluShape,
     shape_entry,
 )
 
@@ -28,6 +31,9 @@ SHAPES: list[Shape] = [
     LoraShape(24, 32, (16,), rank=4),
     LoraShape(24, 32, (16, 8, 8), rank=4),
     GroupedLoraShape(24, 5, 32, 16, rank=4),
+    RmsNormShape(24, 40),
+    SwigluShape(24, 40),
+    RotaryShape(24, 3, 1, 8),
 ]
 PEAKS = devices.Peaks({"fp32": 1e11, "bf16": 1e11, "fp16": 1e11, "fp64": 1e11}, 1e10, 0, "made up")
 

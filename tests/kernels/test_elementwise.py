@@ -18,13 +18,19 @@ from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from devices import DEVICE, error
+from devices import BACKENDS, DEVICE, error
+from devices import DTYPES as KERNEL_DTYPES
 from sftx_kernels import rms_norm, rotary, swiglu
 
 EPS = 1e-5
 GEMMA = {"weight_offset": 1.0, "cast_before_weight": False}
-BACKENDS = ["torch"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+IMPLEMENTATIONS = [
+    pytest.param(backend, dtype, id=f"{backend}-{str(dtype)[6:]}")
+    for backend in BACKENDS
+    for dtype in DTYPES
+    if backend == "torch" or dtype in KERNEL_DTYPES
+]
 Operation = Callable[..., Any]
 
 
@@ -91,8 +97,7 @@ def test_norms_of_transformers(module: type[nn.Module], dtype: torch.dtype) -> N
     torch.testing.assert_close(y, expected, rtol=torch.finfo(dtype).eps * 2, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("backend", "dtype"), IMPLEMENTATIONS)
 @pytest.mark.parametrize("options", [{}, GEMMA], ids=["llama", "gemma"])
 @pytest.mark.parametrize("has_residual", [False, True], ids=["", "residual"])
 def test_norm(backend: str, dtype: torch.dtype, options: dict[str, Any], has_residual: bool) -> None:
@@ -154,9 +159,9 @@ def formula_of_swiglu(gate: Tensor, up: Tensor, activation: str = "silu") -> Ten
     return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("backend", "dtype"), IMPLEMENTATIONS)
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # of Triton's interpreter: 1 / (1 + inf) is 0
 def test_swiglu(backend: str, dtype: torch.dtype, activation: Any) -> None:
     for shape in [(3, 5, 7), (37, 130), (1, 1), (1030,)]:
         gate, up = normal(*shape, dtype=dtype, std=4.0), normal(*shape, dtype=dtype, seed=1)
@@ -194,11 +199,10 @@ def formula_of_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[T
     return torch.cat((rotated[0], q[..., R:]), -1), torch.cat((rotated[1], k[..., R:]), -1)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("backend", "dtype"), IMPLEMENTATIONS)
 @pytest.mark.parametrize("is_transposed", [False, True], ids=["", "transposed"])
 def test_rotary(backend: str, dtype: torch.dtype, is_transposed: bool) -> None:
-    for B, H, H2, T, D, R in [(2, 3, 1, 5, 8, 8), (1, 4, 4, 130, 64, 64), (3, 5, 2, 7, 24, 10), (1, 1, 1, 1, 2, 2)]:
+    for B, H, H2, T, D, R in [(2, 3, 1, 5, 8, 8), (1, 4, 4, 6, 64, 64), (2, 5, 2, 3, 24, 10), (1, 1, 1, 1, 2, 2)]:
         heads = [(B, T, n, D) if is_transposed else (B, n, T, D) for n in (H, H2)]
         q, k, *upstreams = (normal(*heads[seed % 2], dtype=dtype, seed=seed) for seed in range(4))
         for rows in {1, B}:

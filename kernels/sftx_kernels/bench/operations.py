@@ -8,15 +8,37 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from sftx_kernels.bench import BenchError, cross_entropy, files, grouped_lora, linear_cross_entropy, lora
+from sftx_kernels.bench import (
+    BenchError,
+    cross_entropy,
+    files,
+    grouped_lora,
+    linear_cross_entropy,
+    lora,
+    rms_norm,
+    rotary,
+    swiglu,
+)
 from sftx_kernels.bench.cases import Case, Provider, Shape
 from sftx_kernels.bench.cross_entropy import CrossEntropyShape
 from sftx_kernels.bench.grouped_lora import GroupedLoraShape
 from sftx_kernels.bench.linear_cross_entropy import LinearCrossEntropyShape
 from sftx_kernels.bench.lora import LoraShape
+from sftx_kernels.bench.rms_norm import RmsNormShape
+from sftx_kernels.bench.rotary import RotaryShape
+from sftx_kernels.bench.swiglu import SwigluShape
 
 SHAPES: Final[Mapping[str, type[Shape]]] = {
-    cls.op: cls for cls in (CrossEntropyShape, LinearCrossEntropyShape, LoraShape, GroupedLoraShape)
+    cls.op: cls
+    for cls in (
+        CrossEntropyShape,
+        LinearCrossEntropyShape,
+        LoraShape,
+        GroupedLoraShape,
+        RmsNormShape,
+        SwigluShape,
+        RotaryShape,
+    )
 }
 OPERATIONS: Final = tuple(SHAPES)
 PROVIDERS: Final[tuple[Provider, ...]] = (
@@ -24,6 +46,9 @@ PROVIDERS: Final[tuple[Provider, ...]] = (
     *linear_cross_entropy.PROVIDERS,
     *lora.PROVIDERS,
     *grouped_lora.PROVIDERS,
+    *rms_norm.PROVIDERS,
+    *swiglu.PROVIDERS,
+    *rotary.PROVIDERS,
 )
 
 # In order of importance: a time budget drops cases from the end.
@@ -32,6 +57,9 @@ _CPU_SHAPES: Final[tuple[Shape, ...]] = (
     LoraShape(2048, 576, (1536,)),
     CrossEntropyShape(512, 32000),
     GroupedLoraShape(2048, 16, 576, 768),
+    RmsNormShape(2048, 576),  # these three of SmolLM2-135M
+    SwigluShape(2048, 1536),
+    RotaryShape(2048, 9, 3, 64),
 )
 _GPU_SHAPES: Final[tuple[Shape, ...]] = (
     LinearCrossEntropyShape(8192, 4096, 128256),
@@ -42,10 +70,16 @@ _GPU_SHAPES: Final[tuple[Shape, ...]] = (
     LoraShape(8192, 4096, (4096, 1024, 1024)),  # q, k, v of Llama 3 8B
     GroupedLoraShape(65536, 128, 2048, 1536),  # gate and up of Qwen3-30B-A3B, 8192 tokens
     CrossEntropyShape(4096, 128256),
+    RmsNormShape(8192, 4096),  # this and the next two of Llama 3 8B
+    SwigluShape(8192, 14336),
+    RotaryShape(8192, 32, 8, 128),
     LoraShape(8192, 4096, (14336,)),
     LoraShape(8192, 4096, (14336,), nf4=True),
     LinearCrossEntropyShape(8192, 2048, 32000),
     LinearCrossEntropyShape(8192, 4096, 128256, logits="zipf"),
+    RmsNormShape(2048, 8192),
+    RmsNormShape(8192, 2048),
+    SwigluShape(2048, 8192),
 )
 
 
