@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.adamw import adamw
 
 
 class SplitAdamW(Optimizer):
@@ -33,27 +34,29 @@ class SplitAdamW(Optimizer):
                     self._update(group, parameter, self.state[parameter])
 
     def _update(self, group: dict[str, Any], parameter: Tensor, state: dict[str, Any]) -> None:
-        """Kingma & Ba 2015 (https://arxiv.org/abs/1412.6980, algorithm 1) in fp32, with decoupled weight decay."""
+        """Let torch's fused AdamW, which passes over memory once, update the fp32 weight and moments."""
         if not state:
             state["step"] = 0
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
             state["low_bits"] = torch.zeros_like(parameter, dtype=torch.int16)
+        assert parameter.grad is not None
+        weight, first = _join(parameter, state["low_bits"]), state["exp_avg"].float()
+        done = torch.full((), state["step"], dtype=torch.float32, device=parameter.device)
+        beta1, beta2 = group["betas"]
+        adamw(
+            [weight], [parameter.grad.float()], [first], [state["exp_avg_sq"]], [], [done],
+            fused=True, amsgrad=False, maximize=False, beta1=beta1, beta2=beta2, lr=group["lr"],
+            weight_decay=group["weight_decay"], eps=group["eps"],
+        )  # fmt: skip
         state["step"] += 1
-        (beta1, beta2), rate = group["betas"], group["lr"]
-        grad, second = parameter.grad.float(), state["exp_avg_sq"]  # type: ignore[union-attr]
-        first = state["exp_avg"].float().lerp_(grad, 1 - beta1)
         state["exp_avg"].copy_(first)
-        second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        scale = second.div(1 - beta2 ** state["step"]).sqrt_().add_(group["eps"])
-        weight = _join(parameter, state["low_bits"]).mul_(1 - rate * group["weight_decay"])
-        weight.addcdiv_(first, scale, value=-rate / (1 - beta1 ** state["step"]))
         _split(weight, parameter, state["low_bits"])
 
 
 def _join(high: Tensor, low_bits: Tensor) -> Tensor:
     """Return the fp32 numbers of bfloat16 numbers and the bits that these lack."""
-    return ((high.view(torch.int16).int() << 16) + low_bits).view(torch.float32)
+    return torch.add(low_bits, high.view(torch.int16).int(), alpha=1 << 16).view(torch.float32)
 
 
 def _split(number: Tensor, high: Tensor, low_bits: Tensor) -> None:
@@ -62,6 +65,6 @@ def _split(number: Tensor, high: Tensor, low_bits: Tensor) -> None:
     Ties are rounded away from zero, so that the remainder fits 16 bits.
     """
     bits = number.view(torch.int32)
-    rounded = (bits + 0x8000) >> 16
+    rounded = (bits + 0x8000).bitwise_right_shift_(16)
     high.view(torch.int16).copy_(rounded)
-    low_bits.copy_(bits - (rounded << 16))
+    low_bits.copy_(torch.sub(bits, rounded, alpha=1 << 16))
