@@ -3,7 +3,7 @@
 FakeTensorMode knows shapes, dtypes and devices of all tensors. What it lacks without CUDA is supplied here, and nothing
 of sftx is replaced but the launch of a Triton kernel and the properties of the chip that it asks the driver for:
 
-- torch's no-op device guard, which torch itself installs for fake tensors where it is built for CUDA, and not elsewhere;
+- a no-op device guard, which torch itself installs for fake tensors where it is built for CUDA, and not elsewhere;
 - the answers of `torch.cuda` to questions about the device, and streams that do nothing, those of `torch.cpu`;
 - the choice of a kernel by `scaled_dot_product_attention`, which is made in code that only a CUDA build has;
 - the names of CUDA's kernels that take the place of a composition of others in backward.
@@ -24,7 +24,8 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from transformers import masking_utils
 
@@ -66,6 +67,7 @@ def fake_gpu(on_launch: Callable[[launch.Launch], None]) -> Iterator[FakeTensorM
     ]
     replaced += [(module, "chip_of", lambda _: CHIP) for module in (launch, sftx_kernels.triton.lora)]
     replaced += [(launch.Launch, "run", lambda launched: on_launch(launched))]
+    replaced += [(_foreach_utils, "_foreach_supported_types", [*_foreach_utils._foreach_supported_types, FakeTensor])]
     # To transformers a fake tensor means that a graph is traced, and it takes other ways then.
     replaced += [(masking_utils, "is_tracing", lambda *_: False)]
     replaced += [(torch.nn.functional, "scaled_dot_product_attention", _attention)]
@@ -85,7 +87,7 @@ def fake_gpu(on_launch: Callable[[launch.Launch], None]) -> Iterator[FakeTensorM
 
 @contextlib.contextmanager
 def _cuda_in_c10() -> Iterator[None]:
-    """Give CUDA the guard of the meta device, which does nothing, and names of kernels, where torch has none of these."""
+    """Give CUDA the guard of the meta device, which does nothing, and names of kernels, where torch has none."""
     libraries = (Path(torch.__file__).parent / "lib").glob("*c10.*")
     registry = (ctypes.c_void_p * (_META + 1)).in_dll(
         ctypes.CDLL(str(next(libraries))), "_ZN3c104impl26device_guard_impl_registryE"

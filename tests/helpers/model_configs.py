@@ -18,11 +18,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
     | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
     | {"num_attention_heads": 64, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "tie_word_embeddings": False},
 }
+CONFIGS["qwen3-30b-a3b"] = {"model_type": "qwen3_moe", "vocab_size": 151936, "max_position_embeddings": 40960} | {
+    **{"hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768, "num_hidden_layers": 48},
+    **{"num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "rms_norm_eps": 1e-6},
+    **{"num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True, "tie_word_embeddings": False},
+}
 SMOLLM2 = {"model_type": "llama", "vocab_size": 49152, "max_position_embeddings": 8192} | {
     **{"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "tie_word_embeddings": True},
     **{"num_attention_heads": 9, "num_key_value_heads": 3, "rms_norm_eps": 1e-5, "rope_theta": 100000},
 }
 NUM_PARAMETERS = {"llama-3-8b": 8_030_261_248, "qwen2.5-7b": 7_615_616_512, "llama-3-70b": 70_553_706_496}
+NUM_PARAMETERS["qwen3-30b-a3b"] = 30_532_122_624
 """As their makers count them."""
 
 

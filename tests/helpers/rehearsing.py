@@ -1,4 +1,4 @@
-"""Rehearse the optimizer step of a run on a fake GPU: its own trainer, plugins and kernels, on tensors without values."""
+"""Rehearse the step of a run on a fake GPU: its own trainer, plugins and kernels, on tensors without values."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def _ranks(world_size: int) -> Iterator[ProcessGroup]:
     torch.distributed.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
     mesh = DeviceMesh.from_group(cast(Any, torch.distributed.group.WORLD), "cuda")
     try:
-        with mock.patch.object(DeviceMesh, "from_group", lambda *_: mesh):  # its ranks are values, which are not fake
+        with mock.patch.object(DeviceMesh, "from_group", return_value=mesh):  # its ranks are values, and not fake
             yield _Ranks(world_size)
     finally:
         torch.distributed.destroy_process_group()

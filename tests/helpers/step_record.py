@@ -110,6 +110,10 @@ _LOOKUPS: Final = {_aten.embedding, _aten.index_select, _aten.gather, _aten.inde
 """These read of their first argument what they return."""
 _OVERWRITE: Final = {_aten.copy_, _aten.fill_, _aten.zero_, _aten.normal_, _aten.uniform_, _aten.random_}
 """These do not read what they write to."""
+_LIKE: Final = {
+    _aten.zeros_like, _aten.ones_like, _aten.full_like, _aten.new_zeros, _aten.new_ones, _aten.new_full,
+}  # fmt: skip
+"""These take the shape of their argument, and not what is in it."""
 _ALLOCATE: Final = {
     _aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided, _aten.set_,
 }  # fmt: skip
@@ -188,9 +192,12 @@ def _results(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[
     """Return the arguments that an operation writes to."""
     if not func._schema.is_mutable:
         return []
+    places = enumerate(func._schema.arguments)
+    if func.overloadpacket.__name__.startswith("_fused_"):  # gradients are written to only where a loss is scaled
+        places = ((place, argument) for place, argument in places if argument.name != "grads")
     written = [
         args[place] if place < len(args) else kwargs.get(argument.name)
-        for place, argument in enumerate(func._schema.arguments)
+        for place, argument in places
         if argument.alias_info is not None and argument.alias_info.is_write
     ]
     return _tensors(written)
@@ -308,6 +315,8 @@ class StepRecord(MemoryTracker):
         if packet in _OVERWRITE or "out" in kwargs:
             is_read = [t for t in is_read if all(t is not result for result in mutated)]
         sizes = [(self._number(t), touched_bytes(t), False) for t in is_read]
+        if packet in _LIKE:
+            sizes = []
         if packet in _LOOKUPS:
             sizes[0] = (sizes[0][0], sum(map(touched_bytes, outputs)), False)
         sizes += [(self._number(t), touched_bytes(t), True) for t in results]
@@ -343,9 +352,9 @@ class StepRecord(MemoryTracker):
         if tensor.device.type == "cuda" and (frame is None or frame is not self._tolist):
             self.waits.append(f"the value of a tensor: {_site()}")
         self._tolist = frame
-        return (
-            False if tensor.dtype == torch.bool else 1.0 if tensor.is_floating_point() else 1
-        )  # as if no check failed
+        if tensor.dtype == torch.bool:  # as if no check had found anything
+            return False
+        return 1.0 if tensor.is_floating_point() else 1
 
     def _check_waits(self, packet: Any, args: Sequence[Any], tensors: Sequence[Tensor]) -> Tensor | None:
         """Record that the host waits for the values of a tensor on the GPU; return a mask that selects elements."""

@@ -1,4 +1,4 @@
-"""The step of a run on a GPU, rehearsed on fake tensors: where it computes, in which dtype, and what the host waits for.
+"""The step of a run on a GPU, rehearsed on fake tensors: where it computes, in which dtype, what the host waits for.
 
 The numbers of kernel launches are those of today. A change that lowers one lowers it here; none may rise.
 """
@@ -143,7 +143,7 @@ def test_a_tensor_that_stays_on_the_host_stops_the_step() -> None:
 def test_a_step_is_counted_as_by_hand() -> None:
     """A layer's products, and the memory of its weights, from the shapes alone."""
     record = rehearse(LLAMA, Setup(("packed",), lengths=(64,)))
-    T, D, F, H, K = 64, 64, 128, 64, 32  # noqa: N806
+    T, D, F, H, K = 64, 64, 128, 64, 32
     weights = D * H + 2 * D * K + H * D + 3 * D * F
     ops = [op for op in record.ops if op.phase.name == "forward" and op.phase.layer == 1]
     assert sum(op.flops for op in ops) == 2 * T * weights + 4 * T * T * H // 2
