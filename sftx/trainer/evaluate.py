@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import torch
@@ -212,14 +213,32 @@ def _prompt_example(question: HeldOutRow, group: int) -> Example:
     return Example(token_ids, np.zeros(len(token_ids), np.bool_), question.row_id, group, extras=question.extras)
 
 
+_MOST_PADDING: Final = 0.05
+"""Share of padding from which a batch ends, if it has enough rows."""
+_ENOUGH_ROWS: Final = 8
+
+
 def _batches(examples: Examples, batch_size: int) -> list[NDArray[np.int64]]:
-    """Return batches of indices of examples of similar length; a group is never split and counts as one row."""
+    """Return batches of indices of examples of similar length; a group is never split and counts as one row.
+
+    A batch has `batch_size` rows, or fewer where more would be padding: 100 rows in order of their length are a fifth
+    padding at the ends of the distribution, and a processor multiplies eight rows of a sentence as fast as a hundred.
+    """
     groups = examples.groups
     _, first, group = np.unique(groups, return_index=True, return_inverse=True)
     longest = np.maximum.reduceat(examples.lengths, first) if len(first) else first
     order = np.lexsort((group, longest[group]))
     begins = np.flatnonzero(np.diff(groups[order], prepend=-1))
-    return np.split(order, begins[batch_size::batch_size])
+    ends = np.append(begins[1:], len(order))
+    ordered = np.append(0, np.cumsum(examples.lengths[order]))
+    at, cuts = 0, []
+    for number in range(1, len(begins)):
+        padded = (ends[number] - begins[at]) * longest[group[order[begins[number]]]]
+        is_padded = ordered[ends[number]] - ordered[begins[at]] < (1 - _MOST_PADDING) * padded
+        if number - at == batch_size or (is_padded and number - at >= _ENOUGH_ROWS):
+            at = number
+            cuts.append(begins[number])
+    return np.split(order, cuts)
 
 
 def score(
