@@ -275,6 +275,17 @@ def test_chunks_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("name", CALLS)
+def test_autocast_changes_nothing(name: str) -> None:
+    operation, leaves = CALLS[name]
+    outputs = operation(*leaves)
+    upstreams = [normal(*y.shape, seed=9) for y in ([outputs] if isinstance(outputs, Tensor) else outputs)]
+    expected = differentiate(operation, leaves, upstreams)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        actual = differentiate(operation, leaves, upstreams)
+    assert all(map(torch.equal, actual, expected))
+
+
+@pytest.mark.parametrize("name", CALLS)
 def test_under_torch_compile(name: str) -> None:
     """One graph, the numbers of eager mode, and no gradient where none is wanted."""
     operation, leaves = CALLS[name]
