@@ -65,8 +65,8 @@ def rms_norm(
         ValueError: names the argument, what was expected and what was got.
     """
     _check(x, weight, eps, residual, weight_offset, dtype)
-    total_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     if dtype is None:
+        total_dtype = _total_dtype(x, residual)
         dtype = torch.promote_types(total_dtype, weight.dtype) if cast_before_weight else total_dtype
     spec = _Spec(float(eps), float(weight_offset), bool(cast_before_weight), dtype, backend)
     inputs = (x, residual, weight)
@@ -77,6 +77,10 @@ def rms_norm(
     else:
         y, *totals = _forward(*inputs, spec)[:-1]
     return y if residual is None else (y, totals[0])
+
+
+def _total_dtype(x: Tensor, residual: Tensor | None) -> torch.dtype:
+    return x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
 
 
 def _check(
@@ -114,7 +118,7 @@ def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, spec: _Spec) ->
     residual_ND = None if residual is None else residual.reshape(-1, D)
     y, *totals, rstd_N = outputs = _empty(x, residual, spec)
     total_ND = totals[0].view(-1, D) if totals else None
-    if decide("rms_norm", x.device, x.dtype, requested=spec.backend).backend == "torch":
+    if decide("rms_norm", x.device, _total_dtype(x, residual), requested=spec.backend).backend == "torch":
         _forward_with_torch(x_ND, residual_ND, weight, y.view(-1, D), total_ND, rstd_N, spec)
     else:
         from sftx_kernels.triton.rms_norm import forward_launch
@@ -129,11 +133,10 @@ def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, spec: _Spec) ->
 
 def _empty(x: Tensor, residual: Tensor | None, spec: _Spec) -> list[Tensor]:
     """Return the outputs of `_forward`, not yet filled."""
+    total_dtype = _total_dtype(x, residual)
     y = x.new_empty(x.shape, dtype=spec.dtype)
-    rstd_N = x.new_empty(x.numel() // x.shape[-1], dtype=accumulator(x.dtype))
-    if residual is None:
-        return [y, rstd_N]
-    return [y, x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype)), rstd_N]
+    rstd_N = x.new_empty(x.numel() // x.shape[-1], dtype=accumulator(total_dtype))
+    return [y, rstd_N] if residual is None else [y, x.new_empty(x.shape, dtype=total_dtype), rstd_N]
 
 
 def _backward(

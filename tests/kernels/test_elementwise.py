@@ -132,6 +132,8 @@ def test_norm_of_mixed_dtypes(backend: str) -> None:
             formula_of_norm, leaves, [normal(9, 40, seed=3), normal(9, 40, seed=4)],
         )  # fmt: skip
     x, weight = normal(9, 40), normal(40)
+    _, total = rms_norm(x, weight, EPS, residual=normal(9, 40, dtype=torch.float64, seed=1))
+    assert total.dtype == torch.float64  # for which there is no kernel
     y = rms_norm(x, weight, EPS, dtype=torch.float16, backend=backend)
     assert y.dtype == torch.float16
     torch.testing.assert_close(y, rms_norm(x, weight, EPS, backend=backend).half())
