@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from sftx.assembly.registry import Assembly, activate
+from sftx.background import in_background
 from sftx.checkpoint import run_directory
 from sftx.checkpoint.run_directory import RunDirectory
+from sftx.collector import collector_paused
 from sftx.config.loading import LoadedConfig
 from sftx.config.options import DataConfig, RunConfig, Source, TrainConfig
 from sftx.data import sources
@@ -189,7 +191,7 @@ def _assemble(prepared: _Prepared, times: PhaseTimes) -> Session:
     directory = prepared.directory
 
     # From here on torch and transformers are needed: seconds of imports, after everything that is quick to check.
-    with phase("importing", "torch and transformers"):
+    with phase("importing", "torch and transformers"), collector_paused():
         from sftx.checkpoint.checkpoint import Checkpoints
         from sftx.data.held_out import check_overlap
         from sftx.data.pipeline import build_pipeline
@@ -197,6 +199,7 @@ def _assemble(prepared: _Prepared, times: PhaseTimes) -> Session:
         from sftx.inspection.diagnosis.check_inputs import CheckInputs
         from sftx.inspection.diagnosis.start_checks import log_start_checks
         from sftx.model.generation import read_generation_settings
+        from sftx.model.load import fingerprint
         from sftx.model.quantised import num_weights
         from sftx.trainer import parallel
         from sftx.trainer import precision as precisions
@@ -226,6 +229,7 @@ def _assemble(prepared: _Prepared, times: PhaseTimes) -> Session:
     controls = process_group.all_or_raise(lambda: assembly.controls() if process_group.is_rank0 else {})
     with phase("loading", "the tokenizer"):
         pipeline = process_group.rank0_first(lambda: build_pipeline(config, assembly, prepared.loaded.origins))
+    weights_hash = in_background(lambda: fingerprint(pipeline.model))  # reads all of them, and computes beside the rest
     all_metrics = assembly.metrics()
     evaluators = process_group.all_or_raise(assembly.evaluators)
     loss = assembly.loss()
@@ -255,7 +259,9 @@ def _assemble(prepared: _Prepared, times: PhaseTimes) -> Session:
     with phase("checking", "data and model"):
         process_group.run_on_rank0(check_start)
     with phase("hashing", "model and data"):
-        manifest = _manifest(config, assembly, pipeline, data, eval_data, lm, precision, process_group)
+        manifest = _manifest(
+            config, assembly, pipeline, data, eval_data, lm, precision, process_group, weights_hash=weights_hash()
+        )
     if directory.resumed:
         process_group.run_on_rank0(lambda: directory.check_inputs(manifest))
     parameters = {id(p): p for p in lm.parameters()}.values()
@@ -523,12 +529,13 @@ def _manifest(
     lm: CausalLM,
     precision: Precision,
     process_group: ProcessGroup,
+    *,
+    weights_hash: str | None,
 ) -> dict[str, Any]:
     """Return versions, device and plugins, and hashes of the model and the data."""
     import torch
 
     from sftx import __version__
-    from sftx.model.load import fingerprint
 
     num_held_out = sum(entry.action == "held out" for entry in data.ledger.entries)
     versions: dict[str, str | None] = {}
@@ -550,7 +557,7 @@ def _manifest(
         "model": {
             "name": config.model,
             "files": pipeline.model,
-            "sha256": fingerprint(pipeline.model),
+            "sha256": weights_hash,
             "revision": getattr(lm.model.config, "_commit_hash", None),
         },
         "data": [_describe(source, config.data, assembly) for source in config.data.train],

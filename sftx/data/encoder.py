@@ -113,10 +113,10 @@ class Encoder:
         ]
         state["post_processor"] = state["truncation"] = state["padding"] = None
         self._plain = Tokenizer.from_str(json.dumps(state))
-        for part in ("normalizer", "pre_tokenizer"):
-            state[part] = _without_prefix(state[part])
         # Text that continues other text gets no space of its own in front, unlike SentencePiece's first text.
-        self._continuing = Tokenizer.from_str(json.dumps(state))
+        changed = {part: _without_prefix(state[part]) for part in ("normalizer", "pre_tokenizer")}
+        is_same = changed.items() <= state.items()  # as it is for most tokenizers by bytes
+        self._continuing = self._plain if is_same else Tokenizer.from_str(json.dumps(state | changed))
         eos = tokenizer.eos_token_id
         self._end = (eos,) if isinstance(eos, int) else ()
         self.stop_ids = self._end if template is None else tuple(self._control_ids[token] for token in template.stop)

@@ -15,7 +15,7 @@ import sftx
 ROOT = Path(sftx.__file__).parents[1]
 ROOTS = {"sftx": ROOT, "sftx_kernels": ROOT / "kernels", "sftx_plugins": ROOT / "plugins"}
 LAYERS = (
-    ("collector", "errors", "events", "paths", "phases"),
+    ("background", "collector", "errors", "events", "paths", "phases"),
     ("types", "atomic_files", "hub_lookup", "display", "demo", "secret"),
     ("config",),
     ("distributed",),
