@@ -42,7 +42,7 @@ SETUPS: Final = {
     "full, bf16 weights": Setup(("packed",), {"train.optim": "adamw_bf16"}, lengths=DOCUMENTS),
 }
 CASES: Final = [(model, name) for model in ("llama-3-8b", "qwen2.5-7b") for name in SETUPS]
-CASES += [("qwen3-30b-a3b", "LoRA, packed")]
+CASES += [("qwen3-30b-a3b", name) for name in ("LoRA, packed", "full")]
 CASES += [("llama-3-70b", name) for name in ("LoRA, checkpointing", "full, checkpointing")]
 LARGEST: Final = 10
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sftx.errors import ModelError
-from sftx.model import packed_attention
+from sftx.model import experts, packed_attention
 from sftx.model.embeddings import replacing_embeddings
 from sftx.model.quantised import num_weights
 from sftx.model.trained_parts import (
@@ -46,6 +46,7 @@ class CausalLM(nn.Module):
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__()
+        experts.use_autocast(model)
         self.model = model
         self.tokenizer = tokenizer
         self.tokenizer_entries: dict[str, Any] = {}

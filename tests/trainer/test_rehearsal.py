@@ -35,6 +35,7 @@ CASES = {
     "lora with dropout": (LLAMA, Setup(options={"lora.lora_dropout": 0.1}), 74, 138),
     "qlora": (LLAMA, Setup(("qlora", "packed")), 74, 138),
     "experts": (MIXTURE, Setup(), 105, 176),
+    "experts, full": (MIXTURE, Setup(("packed",)), 87, 147),
     "full": (LLAMA, Setup(("packed",)), 49, 102),
     "full in bf16": (LLAMA, Setup(("packed",), {"train.optim": "adamw_bf16"}), 39, 86),
     "checkpointing": (LLAMA, Setup(options=CHECKPOINTING), 67, 197),
