@@ -169,7 +169,6 @@ class LogitRows:
     entropy_N: Tensor | None
     correct_N: Tensor | None  # bool; present exactly if entropy_N is
     grad_NV: Tensor | None  # dtype of the logits; may be the logits themselves
-    scratch: bool = False  # the logits may be overwritten, also without a gradient
 
 
 def fill(rows: LogitRows, formula: Formula, decision: Decision) -> None:
@@ -332,9 +331,9 @@ class _InPlace(torch.autograd.Function):
 
 # ---- the plain-torch implementation
 
-# Rows are processed in slices, so that the fp32 copy of bf16 logits stays small. On CPU 1 MB of fp32 was as fast as any
-# size from 128 kB to 32 MB (256 x 32000 on 2 cores: 8 ms in fp32, 12 ms in bf16).
-_SLICE_ELEMENTS_CPU, _SLICE_ELEMENTS = 1 << 18, 1 << 24
+# Rows are processed in slices, so that their fp32 probabilities stay in a cache. On one and on two cores of an EPYC 4 MB
+# took 15 and 9 ms (256 x 49152, bf16); 1 MB, which leaves too few rows to share among threads, 13 and 14 ms.
+_SLICE_ELEMENTS_CPU, _SLICE_ELEMENTS = 1 << 20, 1 << 24
 
 
 def _fill_with_torch(rows: LogitRows, formula: Formula) -> None:
@@ -348,71 +347,79 @@ def _fill_with_torch(rows: LogitRows, formula: Formula) -> None:
             if output is not None:
                 output.index_fill_(0, ignored, 0)
         num_rows = valid_M.shape[0]
-    step = max(1, (_SLICE_ELEMENTS_CPU if rows.logits_NV.is_cpu else _SLICE_ELEMENTS) // V)
+    step = slice_rows(rows.logits_NV.device.type, num_rows, V)
+    buffer_SV = rows.logits_NV.new_empty(step, V, dtype=accumulator(rows.logits_NV.dtype))
     for start in range(0, num_rows, step):
         chosen = slice(start, start + step) if valid_M is None else valid_M[start : start + step]
-        _fill_slice(rows, chosen, formula)
+        _fill_slice(rows, chosen, formula, buffer_SV[: num_rows - start])
 
 
-def _fill_slice(rows: LogitRows, chosen: slice | Tensor, formula: Formula) -> None:
-    """Fill the outputs of the `chosen` rows. Softmax and loss use z - max(z): a small loss keeps its digits beside
-    large logits."""
-    logits_SV, labels_S = rows.logits_NV[chosen], rows.labels_N[chosen]
-    wide = accumulator(logits_SV.dtype)
-    in_place = isinstance(chosen, slice) and (rows.scratch or rows.grad_NV is rows.logits_NV)
-    z_SV = logits_SV.to(wide, copy=not in_place)
+def slice_rows(device_type: str, num_rows: int, vocab_size: int) -> int:
+    """Return how many of these rows plain torch computes at once."""
+    num_elements = _SLICE_ELEMENTS_CPU if device_type == "cpu" else _SLICE_ELEMENTS
+    return max(1, min(num_rows, num_elements // vocab_size))
+
+
+def _fill_slice(rows: LogitRows, chosen: slice | Tensor, formula: Formula, p_SV: Tensor) -> None:
+    """Fill the outputs of the `chosen` rows, and `p_SV` with their probabilities."""
+    z_SV, labels_S = rows.logits_NV[chosen], rows.labels_N[chosen]
     softcap_slope_SV = None
     if formula.logit_scale != 1.0:
-        z_SV.mul_(formula.logit_scale)
+        z_SV = z_SV.to(p_SV.dtype) * formula.logit_scale
     if formula.softcap is not None:
-        z_SV.div_(formula.softcap).tanh_()
+        z_SV = (z_SV.to(p_SV.dtype) / formula.softcap).tanh_()
         softcap_slope_SV = z_SV.square().neg_().add_(1) if rows.grad_NV is not None else None
         z_SV.mul_(formula.softcap)
     if rows.loss_N is None:
-        lse_S, total_S = rows.lse_N[chosen], z_SV.new_ones(())
-        z_SV.sub_(lse_S[:, None]).exp_()
+        lse_S = rows.lse_N[chosen]
+        torch.sub(z_SV, lse_S[:, None], out=p_SV).exp_()
     else:
-        lse_S, total_S = _write_loss_(z_SV, labels_S, chosen, rows, formula)
+        torch.softmax(z_SV, 1, dtype=p_SV.dtype, out=p_SV)
+        lse_S = _write_loss(z_SV, p_SV, labels_S, chosen, rows, formula)
     if rows.grad_NV is None:
         return
     factor_S = torch.full_like(lse_S, formula.logit_scale)
     if rows.token_weights_N is not None:
         factor_S *= rows.token_weights_N[chosen]
-    smoothing_share, lse_slope_S = formula.label_smoothing / z_SV.shape[1], 2 * formula.z_loss * lse_S
+    smoothing_share, lse_slope_S = formula.label_smoothing / p_SV.shape[1], 2 * formula.z_loss * lse_S
     # At the label, numbers close to 1 cancel, so its gradient is computed separately, the small part added last.
-    p_S = z_SV.gather(1, labels_S[:, None]).squeeze(1) / total_S
+    p_S = p_SV.gather(1, labels_S[:, None]).squeeze(1)
     label_grad_S = factor_S * ((p_S - smoothing_share) - (1 - formula.label_smoothing) + lse_slope_S * p_S)
-    z_SV.mul_((factor_S * (1 + lse_slope_S) / total_S)[:, None])
-    if smoothing_share:
-        z_SV.sub_((factor_S * smoothing_share)[:, None])
-    z_SV.scatter_(1, labels_S[:, None], label_grad_S[:, None])
-    if softcap_slope_SV is not None:
-        z_SV.mul_(softcap_slope_SV)
-    if not (in_place and z_SV.dtype == logits_SV.dtype):
-        rows.grad_NV[chosen] = z_SV.to(logits_SV.dtype)
+    slope_S = factor_S * (1 + lse_slope_S)
+    if smoothing_share or softcap_slope_SV is not None or isinstance(chosen, Tensor):
+        p_SV.mul_(slope_S[:, None])
+        if smoothing_share:
+            p_SV.sub_((factor_S * smoothing_share)[:, None])
+        p_SV.scatter_(1, labels_S[:, None], label_grad_S[:, None])
+        if softcap_slope_SV is not None:
+            p_SV.mul_(softcap_slope_SV)
+        rows.grad_NV[chosen] = p_SV.to(rows.grad_NV.dtype)
+    else:  # one pass
+        grad_SV = torch.mul(p_SV, slope_S[:, None], out=rows.grad_NV[chosen])
+        grad_SV.scatter_(1, labels_S[:, None], label_grad_S[:, None].to(grad_SV.dtype))
 
 
-def _write_loss_(
-    z_SV: Tensor, labels_S: Tensor, chosen: slice | Tensor, rows: LogitRows, formula: Formula
-) -> tuple[Tensor, Tensor]:
-    """Write loss and statistics, turn z into exp(z - max) in place, and return (lse_S, sum of exp(z - max))."""
+def _write_loss(
+    z_SV: Tensor, p_SV: Tensor, labels_S: Tensor, chosen: slice | Tensor, rows: LogitRows, formula: Formula
+) -> Tensor:
+    """Write loss and statistics of rows with the logits z and the probabilities p, and return lse_S.
+
+    The loss uses z - max(z): a small loss keeps its digits beside large logits.
+    """
     assert rows.loss_N is not None
     smoothing = formula.label_smoothing
-    if rows.correct_N is not None:
-        rows.correct_N[chosen] = z_SV.argmax(1) == labels_S
-    top_S = z_SV.amax(1)
-    z_SV.sub_(top_S[:, None])
-    loss_S = z_SV.gather(1, labels_S[:, None]).squeeze(1).mul_(smoothing - 1)
-    if smoothing:
-        loss_S.sub_(z_SV.mean(1), alpha=smoothing)
-    total_S = z_SV.exp_().sum(1)
-    log_total_S = total_S.log()
+    top_S = z_SV.amax(1).to(p_SV.dtype)
+    log_total_S = p_SV.amax(1).log().neg_()  # of sum(exp(z - max)), whose largest summand is 1
     lse_S = log_total_S + top_S
+    label_S = z_SV.gather(1, labels_S[:, None]).squeeze(1).to(p_SV.dtype)
+    loss_S = (label_S - top_S).mul_(smoothing - 1)
+    if smoothing:
+        loss_S.sub_(z_SV.mean(1, dtype=p_SV.dtype) - top_S, alpha=smoothing)
     loss_S.add_(log_total_S).add_(lse_S.square(), alpha=formula.z_loss)
     if rows.token_weights_N is not None:
         loss_S.mul_(rows.token_weights_N[chosen])
     rows.loss_N[chosen], rows.lse_N[chosen] = loss_S, lse_S
-    if rows.entropy_N is not None:
-        # entr(e) = -e log e, which is 0 at e = 0, and log e = z - max
-        rows.entropy_N[chosen] = log_total_S + torch.special.entr(z_SV).sum(1) / total_S
-    return lse_S, total_S
+    if rows.entropy_N is not None and rows.correct_N is not None:
+        rows.correct_N[chosen] = z_SV.argmax(1) == labels_S
+        rows.entropy_N[chosen] = torch.special.entr(p_SV).sum(1)  # -p log p, which is 0 at p = 0
+    return lse_S

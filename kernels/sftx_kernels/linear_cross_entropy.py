@@ -21,6 +21,7 @@ from sftx_kernels.cross_entropy import (
     check_loss_options,
     check_token_weights,
     fill,
+    slice_rows,
 )
 from sftx_kernels.dispatch import decide
 from sftx_kernels.gemm import accumulator, add_weight_gradient_, multiplies_natively, project, project_back
@@ -138,7 +139,7 @@ class LinearCrossEntropyWorkspace(NamedTuple):
     """A workspace describes the temporaries of one forward pass of `linear_cross_entropy`."""
 
     chunk_rows: int  # rows whose logits exist at once
-    num_bytes: int  # of a chunk's logits and hidden states, and of the weight's copy where it is cast
+    num_bytes: int  # of a chunk's logits, probabilities and hidden states, and of the weight's copy where it is cast
 
 
 def linear_cross_entropy_workspace(
@@ -156,7 +157,8 @@ def linear_cross_entropy_workspace(
     """Return the chunk that `linear_cross_entropy` would use, and the memory that it needs besides inputs and outputs.
 
     The answer is arithmetic: no tensor is made, and the device need not exist in this process. Not counted are the
-    returned losses and gradients, the fp32 slices of the plain-torch softmax, and bias and token weights.
+    returned losses and gradients, the plain-torch softmax of a slice of a chunk on a GPU, soft cap, bias and token
+    weights.
 
     Args:
         num_tokens: rows whose label is not `ignore_index` (M).
@@ -173,7 +175,10 @@ def linear_cross_entropy_workspace(
     num_elements = chunk_rows * (vocab_size + hidden_size)
     if weight_dtype is not None and weight_dtype != dtype:
         num_elements += vocab_size * hidden_size
-    return LinearCrossEntropyWorkspace(chunk_rows, num_elements * dtype.itemsize)
+    num_bytes = num_elements * dtype.itemsize
+    if device_type == "cpu":
+        num_bytes += slice_rows(device_type, chunk_rows, vocab_size) * vocab_size * accumulator(dtype).itemsize
+    return LinearCrossEntropyWorkspace(chunk_rows, num_bytes)
 
 
 def _default_chunk_rows(
@@ -347,7 +352,6 @@ def _forward(inputs: _Inputs, options: _Options) -> _Outputs:
                 entropy_N=outputs.entropy_M[chunk] if options.stats else None,
                 correct_N=outputs.correct_M[chunk] if options.stats else None,
                 grad_NV=logits_CV if options.hidden_grad or weight_grad or bias_grad else None,
-                scratch=True,
             )
             fill(rows, formula, decision)
             if options.hidden_grad:

@@ -445,7 +445,10 @@ def test_no_tensor_is_larger_than_one_chunk_of_logits(trained: bool, dtype: torc
 
 
 @pytest.mark.parametrize("options", [{}, {"logit_scale": 0.5, "label_smoothing": 0.1, "z_loss": 0.1}], ids=str)
-def test_peak_is_one_chunk_of_logits_and_the_gradients(options: dict[str, float]) -> None:
+def test_peak_is_one_chunk_of_logits_and_the_gradients(
+    options: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["sftx_kernels.cross_entropy"], "_SLICE_ELEMENTS_CPU", 20_000)  # one of 8 rows
     case = Case(64, 8, 20_000, dtype=torch.float32, ignored=0.0, bias=False, weighted=False)
     leaves = case.leaves(trained=False)
     chunk_bytes, grad_bytes = 8 * 20_000 * 4, 64 * 8 * 4
@@ -456,11 +459,13 @@ def test_peak_is_one_chunk_of_logits_and_the_gradients(options: dict[str, float]
             output.loss.backward()
 
     step()
-    assert chunk_bytes <= peak_bytes(step) <= chunk_bytes * 1.02 + 3 * grad_bytes
-    # The soft cap's slope and the entropy's terms are each another buffer, of one slice of a chunk.
-    assert peak_bytes(lambda: step(softcap=2.0, stats=True)) <= chunk_bytes * 3.02 + 3 * grad_bytes
+    # Of one slice: the probabilities and, if they are scaled, the logits.
+    slices = chunk_bytes / 8 * (2 if options else 1)
+    assert chunk_bytes <= peak_bytes(step) <= chunk_bytes * 1.02 + slices + 3 * grad_bytes
+    # The soft cap's slope and the entropy's terms are each another slice, and so are the logits that are capped.
+    assert peak_bytes(lambda: step(softcap=2.0, stats=True)) <= chunk_bytes * (1.02 + 4 / 8) + 3 * grad_bytes
     with torch.no_grad():
-        assert peak_bytes(step) <= chunk_bytes * 1.02
+        assert peak_bytes(step) <= chunk_bytes * 1.02 + slices
 
 
 def test_peak_with_a_trained_head_holds_one_accumulator() -> None:
@@ -560,12 +565,12 @@ def test_workspace_is_what_a_call_uses(bf16_units: None) -> None:
     """Chunk and bytes by hand, the chunks of real calls, and the allocator's peak of a forward pass."""
     fp32, bf16 = torch.float32, torch.bfloat16
     workspace = functools.partial(linear_cross_entropy_workspace, 6000, 3, 5)
-    assert workspace(dtype=fp32, device_type="cpu") == (256, 256 * 8 * 4)
+    assert workspace(dtype=fp32, device_type="cpu") == (256, 256 * (8 + 5) * 4)
     assert workspace(dtype=bf16, device_type="cuda") == (2048, 2048 * 8 * 2)
     assert workspace(dtype=bf16, device_type="cuda", head_trains=True) == (4096, 4096 * 8 * 2)
     assert workspace(dtype=bf16, device_type="cuda", weight_dtype=fp32, chunk_rows=7) == (7, (7 * 8 + 15) * 2)
     assert workspace(dtype=bf16, device_type="cuda", workspace_bytes=1000) == (100, 100 * 8 * 2)
-    assert linear_cross_entropy_workspace(9, 3, 5, dtype=fp32, device_type="cpu") == (9, 9 * 8 * 4)
+    assert linear_cross_entropy_workspace(9, 3, 5, dtype=fp32, device_type="cpu") == (9, 9 * (8 + 5) * 4)
 
     case = Case(600, 8, 20_000, dtype=torch.float32, ignored=0.0, bias=False, weighted=False)
     for options in ({}, {"chunk_rows": 50}, {"workspace_bytes": 70 * 20_000 * 4}):
