@@ -331,7 +331,7 @@ class _InPlace(torch.autograd.Function):
 
 # ---- the plain-torch implementation
 
-# Rows are processed in slices, so that their fp32 probabilities stay in a cache. On one and on two cores of an EPYC 4 MB
+# Rows are processed in slices, whose fp32 probabilities stay in a cache. On one and on two cores of an EPYC 4 MB
 # took 15 and 9 ms (256 x 49152, bf16); 1 MB, which leaves too few rows to share among threads, 13 and 14 ms.
 _SLICE_ELEMENTS_CPU, _SLICE_ELEMENTS = 1 << 20, 1 << 24
 
