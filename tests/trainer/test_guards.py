@@ -107,7 +107,7 @@ def test_damaged_weights_are_one_error(tiny_model_dir: Path, data: Path, tmp_pat
     broken = copy_of(tiny_model_dir, tmp_path / "broken")
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ModelError, match="broken: its model.safetensors is damaged"):
+    with pytest.raises(ModelError, match=r"broken: its model\.safetensors is damaged"):
         session_of(broken, data)
 
 
