@@ -17,7 +17,7 @@ from sftx import Adapter, LanguageModel, ModelError
 from sftx_kernels import QuantizedLinear
 from sftx_plugins.adapters import peft_files, token_rows
 from sftx_plugins.adapters.lora_experts import LoraExperts, QuantizedExperts, by_module, peft_prefixes, stacked_weights
-from sftx_plugins.adapters.lora_layers import LayerOptions, LoraEmbedding, LoraHead, LoraLayer, make_layer
+from sftx_plugins.adapters.lora_layers import LayerOptions, LoraEmbedding, LoraHead, LoraLayer, make_layer, share_inputs
 
 _MATRICES = ("lora_A.weight", "lora_B.weight")
 """How the names of tensors end whose shapes have the rank."""
@@ -90,6 +90,7 @@ class LoraAdapter(Adapter):
         )
         for path, options in by_module(model, self._targets).items():
             self._add_layer(path, options, lm)
+        share_inputs(self._layers)
         full = {f"{path}.{key}": p for path in self._saved for key, p in model.get_submodule(path).named_parameters()}
         for name, parameter in (full | {name: model.get_parameter(name) for name in self._biases}).items():
             # Tied weights are one parameter under two names and stay one.

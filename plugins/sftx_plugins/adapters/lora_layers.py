@@ -24,11 +24,14 @@ from sftx_kernels import (
     QuantizedWeight,
     dequantize,
     lora_linear,
+    lora_linears,
     quantized_linear,
     seeded_dropout,
     squared_row_norms,
     updated_row_norms,
 )
+from sftx_plugins.adapters import shared_input
+from sftx_plugins.adapters.shared_input import SharedInput
 
 # The dropout seeds of consecutive layers are this far apart: 2^63 divided by the golden ratio, made odd.
 _SEED_STEP = 5700357409661598953
@@ -264,6 +267,8 @@ class LoraLinear(LowRank, nn.Linear):
 
     def __init__(self, base: nn.Module, options: LayerOptions, *, run_seed: Tensor, number: int) -> None:
         super().__init__(base, options, run_seed=run_seed, number=number)
+        self.shared_input: SharedInput | None = None
+        """Computes this layer together with others of the same input."""
         self._is_dense = type(self).base_weight is LowRank.base_weight
         weight = self.base_weight()
         self.out_features, self.in_features = weight.shape
@@ -279,6 +284,10 @@ class LoraLinear(LowRank, nn.Linear):
         return nn.functional.linear(x, self.weight, self.bias)
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.shared_input is not None and self.enabled and not torch.compiler.is_compiling():
+            shared = self.shared_input.output_of(self, input, LoraLinear._together)
+            if shared is not None:
+                return shared
         is_plain = self.initial_A is None and self.below_A is None
         frozen = None if is_plain else self.frozen_factors()
         if not self.enabled:
@@ -289,9 +298,6 @@ class LoraLinear(LowRank, nn.Linear):
         # What is frozen belongs to the weight, which dropout leaves alone.
         is_split = dropout_p > 0 and frozen is not None
         A_RK, B_OR = (self.lora_A, self.lora_B) if is_plain or is_split else self.factors()
-        bias_O: Tensor | None = self.bias
-        if bias_O is not None and self.lora_bias is not None:
-            bias_O = bias_O + (self.scaling * self.lora_bias).to(bias_O.dtype)
         output = lora_linear(
             input,
             self.weight if self._is_dense else self.base_weight(),
@@ -300,9 +306,30 @@ class LoraLinear(LowRank, nn.Linear):
             scaling=self.scaling,
             dropout_p=dropout_p,
             seed=self.dropout_seed() if dropout_p else None,
-            bias=bias_O,
+            bias=self._whole_bias(),
         )
         return self._plus(output, input, frozen) if is_split else output
+
+    def _whole_bias(self) -> Tensor | None:
+        """Return the bias with its update, [O], if there is one."""
+        bias_O: Tensor | None = self.bias
+        if bias_O is None or self.lora_bias is None:
+            return bias_O
+        return bias_O + (self.scaling * self.lora_bias).to(bias_O.dtype)
+
+    @staticmethod
+    def _together(layers: Sequence[LoraLinear], x: Tensor) -> Sequence[Tensor]:
+        """Return the outputs of layers that share their input, in one operation."""
+        factors = [layer.factors() for layer in layers]
+        biases = [bias for bias in (layer._whole_bias() for layer in layers) if bias is not None]
+        return lora_linears(
+            x,
+            [layer.base_weight() for layer in layers],
+            [A_RK for A_RK, _ in factors],
+            [B_OR for _, B_OR in factors],
+            scaling=[layer.scaling for layer in layers],
+            biases=biases or None,
+        )
 
     def _plus(self, output: Tensor, x: Tensor, frozen: tuple[Tensor, Tensor] | None) -> Tensor:
         """Return the output with the update of these factors, if there are any, applied to x."""
@@ -339,6 +366,18 @@ class LoraLinear(LowRank, nn.Linear):
             if self.lora_bias is not None:
                 base.bias.data = (self.bias + self.scaling * self.lora_bias).to(self.bias.dtype)
         return cast(nn.Module, base)
+
+
+def share_inputs(layers: Mapping[str, LoraLayer]) -> None:
+    """Let those of these layers that read one tensor be computed in one operation; they are given by their paths."""
+    for group in shared_input.groups(layers):
+        linear = [layer for layer in group if isinstance(layer, LoraLinear) and layer.lora_magnitude_vector is None]
+        kinds = {(type(layer), layer.bias is None) for layer in linear}
+        # With dropout, each layer has a mask of its own.
+        if len(linear) == len(group) and len(kinds) == 1 and not any(one.options.lora_dropout for one in linear):
+            shared = SharedInput(linear)
+            for layer in linear:
+                layer.shared_input = shared
 
 
 class LoraConv1D(LoraLinear):
