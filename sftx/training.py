@@ -305,7 +305,7 @@ def _assemble(prepared: _Prepared, times: PhaseTimes) -> Session:
             providers=assembly.table(),
             model=config.model,
             device=str(lm.device),
-            dtype=str(precision),
+            dtype=", ".join(filter(None, (str(precision), precision.reason))),
             num_parameters=num_weights(parameters),
             num_trainable=sum(p.numel() for p in parameters if p.requires_grad),
             reach=lm.reach or "",

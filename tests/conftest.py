@@ -30,6 +30,7 @@ atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_CACHE"] = _CACHE
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["SFTX_BF16"] = "0"  # the same numbers whatever the processor
 os.environ |= {"WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
 os.environ |= {f"WANDB_{kind}_DIR": _CACHE for kind in ("CACHE", "DATA", "CONFIG")}
 # Where there is no GPU, Triton's interpreter runs the kernels on CPU tensors; triton reads this when it is imported.

@@ -399,7 +399,11 @@ class TrainConfig:
         float, Field(ge=0, description="Largest global gradient norm, to which gradients are clipped; 0 does not clip.")
     ] = 1.0
     bf16: Annotated[
-        bool | None, Field(description="Compute in bfloat16; by default on a GPU that supports it, not on a CPU.")
+        bool | None,
+        Field(
+            description="Compute in bfloat16; by default on a GPU or CPU that has instructions for it (false, or "
+            "SFTX_BF16=0 in the environment, is float32 there)."
+        ),
     ] = None
     fp16: Annotated[bool, Field(description="Compute in float16, with dynamic loss scaling.")] = False
     tf32: Annotated[

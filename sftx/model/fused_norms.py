@@ -33,7 +33,8 @@ def use_fused_norms(model: nn.Module) -> int:
     """Changes the forward of the model's RMSNorm modules, and returns the number of these modules."""
     count = 0
     for module in model.modules():
-        formula = _formula(type(module)) if "RMSNorm" in type(module).__name__ else None
+        kind: Any = type(module)
+        formula = _formula(kind) if "RMSNorm" in kind.__name__ else None
         if formula is not None and "forward" not in vars(module):
             module.forward = types.MethodType(functools.partial(_forward, formula=formula), module)
             count += 1
@@ -52,7 +53,7 @@ def _forward(self: nn.Module, hidden_states: Tensor, *, formula: _Formula) -> Te
 
 
 @functools.cache
-def _formula(kind: type[Any]) -> _Formula | None:
+def _formula(kind: Any) -> _Formula | None:
     """Returns the formula of a class of modules, None if it is none of those that `rms_norm` knows."""
     if len(inspect.signature(kind.forward).parameters) != 2:  # such as those that also take a gate
         return None

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import platform
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import torch
 
 from sftx.checkpoint.layout import NO_FP32_COPY
 from sftx.config.options import TrainConfig
 from sftx.errors import ConfigError
+from sftx_kernels import cpu_multiplies
+
+_DEFAULT: Final = "SFTX_BF16"
+"""The environment variable that, set to 0, makes float32 the default of a CPU that has instructions for bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +35,8 @@ class Precision:
     dtype: torch.dtype
     tf32: bool = False
     low_precision_weights: bool = False
+    reason: str = ""
+    """Why this dtype was chosen, where no option says so."""
 
     def base_dtype(self, *, frozen: bool) -> torch.dtype:
         """Returns the dtype in which the model is loaded; `frozen` when only adapters are trained."""
@@ -73,11 +83,28 @@ def choose(config: TrainConfig, local_rank: int = 0, *, bf16_weights: bool = Fal
     if not supports_bf16 and (config.bf16 or bf16_weights):
         option = "bf16" if config.bf16 else f"optim: {config.optim}"
         raise ConfigError(f"option 'train.{option}': this GPU does not support bfloat16; leave it out, or set fp16")
-    default_bf16 = bf16_weights or (device.type == "cuda" and supports_bf16)
-    bf16 = not config.fp16 and (default_bf16 if config.bf16 is None else config.bf16)
+    by_itself = config.bf16 is None and not config.fp16 and not bf16_weights
+    is_fast = supports_bf16 if device.type == "cuda" else _cpu_has_bf16() and os.environ.get(_DEFAULT) != "0"
+    bf16 = is_fast if by_itself else bf16_weights or bool(config.bf16)
     dtype = torch.float16 if config.fp16 else torch.bfloat16 if bf16 else torch.float32
     set_tf32(device, enabled=config.tf32)
-    return Precision(device, dtype, config.tf32 and device.type == "cuda", bf16_weights)
+    reason = ""
+    if by_itself and device.type == "cpu":
+        reason = "which this CPU has instructions for" if bf16 else _reason_against_bf16()
+    return Precision(device, dtype, config.tf32 and device.type == "cuda", bf16_weights, reason)
+
+
+@functools.cache
+def _cpu_has_bf16() -> bool:
+    """Return whether this CPU has instructions for products in bfloat16: AMX, AVX-512 BF16, or Arm's BF16."""
+    if platform.machine().lower() in ("aarch64", "arm64"):
+        information = Path("/proc/cpuinfo")
+        return information.exists() and bool(re.search(r"^Features.*\bbf16\b", information.read_text(), re.MULTILINE))
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and cpu_multiplies(torch.bfloat16)
+
+
+def _reason_against_bf16() -> str:
+    return f"as {_DEFAULT}=0 asks for" if _cpu_has_bf16() else "as this CPU has no instructions for bfloat16"
 
 
 def set_tf32(device: torch.device, *, enabled: bool) -> None:

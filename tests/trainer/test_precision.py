@@ -41,6 +41,35 @@ def test_options_become_dtypes(options: dict[str, object], frozen: object, train
     assert str(chosen) == shown
 
 
+@pytest.mark.parametrize(
+    ("has_bf16", "asks", "dtype", "reason"),
+    [
+        (True, None, torch.bfloat16, "which this CPU has instructions for"),
+        (True, "0", torch.float32, "as SFTX_BF16=0 asks for"),
+        (False, None, torch.float32, "as this CPU has no instructions for bfloat16"),
+    ],
+)
+def test_the_default_follows_what_the_processor_multiplies_fast(
+    has_bf16: bool, asks: str | None, dtype: torch.dtype, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "_cpu_has_bf16", lambda: has_bf16)
+    monkeypatch.delenv("SFTX_BF16")
+    if asks is not None:
+        monkeypatch.setenv("SFTX_BF16", asks)
+    chosen = precision.choose(TrainConfig(use_cpu=True))
+    assert (chosen.dtype, chosen.reason) == (dtype, reason)
+    options = [({"bf16": True}, torch.bfloat16), ({"bf16": False}, torch.float32), ({"fp16": True}, torch.float16)]
+    for option, asked in options:
+        chosen = precision.choose(TrainConfig(use_cpu=True, **option))
+        assert (chosen.dtype, chosen.reason) == (asked, "")
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="reads the flags of the processor")
+def test_instructions_are_those_that_the_system_names() -> None:
+    flags = Path("/proc/cpuinfo").read_text()
+    assert precision._cpu_has_bf16() == any(name in flags for name in ("avx512_bf16", "amx_bf16", " bf16"))
+
+
 @pytest.mark.parametrize("options", [{"fp16": True}, {"bf16": False}])
 def test_weights_in_bfloat16_need_it(options: dict[str, bool]) -> None:
     with pytest.raises(ConfigError, match=r"adamw_bf16 keeps weights in bfloat16, which (fp16|bf16: false) excludes"):
