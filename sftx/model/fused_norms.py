@@ -9,8 +9,9 @@ from __future__ import annotations
 import functools
 import inspect
 import types
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -36,20 +37,25 @@ def use_fused_norms(model: nn.Module) -> int:
         kind: Any = type(module)
         formula = _formula(kind) if "RMSNorm" in kind.__name__ else None
         if formula is not None and "forward" not in vars(module):
-            module.forward = types.MethodType(functools.partial(_forward, formula=formula), module)
+            module.forward = types.MethodType(_forward_by(formula), module)
             count += 1
     return count
 
 
-def _forward(self: nn.Module, hidden_states: Tensor, *, formula: _Formula) -> Tensor:
-    normed: Tensor = rms_norm(
-        hidden_states,
-        cast(Tensor, self.weight),
-        getattr(self, formula.eps_name),
-        weight_offset=formula.weight_offset,
-        cast_before_weight=formula.cast_before_weight,
-    )
-    return normed
+def _forward_by(formula: _Formula) -> Callable[[Any, Tensor], Tensor]:
+    """Returns a forward method for modules with this formula."""
+
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        normed: Tensor = rms_norm(
+            hidden_states,
+            self.weight,
+            getattr(self, formula.eps_name),
+            weight_offset=formula.weight_offset,
+            cast_before_weight=formula.cast_before_weight,
+        )
+        return normed
+
+    return forward
 
 
 @functools.cache
@@ -73,6 +79,6 @@ def _formula(kind: Any) -> _Formula | None:
             return None
         for offset in (0.0, 1.0):
             formula = _Formula(names[0], offset, not is_rounded_last)
-            if torch.allclose(_forward(module, x_ND, formula=formula), expected_ND, rtol=1e-5, atol=1e-6):
+            if torch.allclose(_forward_by(formula)(module, x_ND), expected_ND, rtol=1e-5, atol=1e-6):
                 return formula
     return None

@@ -298,15 +298,16 @@ class LoraLinear(LowRank, nn.Linear):
         # What is frozen belongs to the weight, which dropout leaves alone.
         is_split = dropout_p > 0 and frozen is not None
         A_RK, B_OR = (self.lora_A, self.lora_B) if is_plain or is_split else self.factors()
-        output = lora_linear(
+        bias_O = self._whole_bias()
+        (output,) = lora_linears(
             input,
-            self.weight if self._is_dense else self.base_weight(),
-            A_RK,
-            B_OR,
+            (self.weight if self._is_dense else self.base_weight(),),
+            (A_RK,),
+            (B_OR,),
             scaling=self.scaling,
             dropout_p=dropout_p,
             seed=self.dropout_seed() if dropout_p else None,
-            bias=self._whole_bias(),
+            biases=None if bias_O is None else (bias_O,),
         )
         return self._plus(output, input, frozen) if is_split else output
 
