@@ -86,7 +86,7 @@ def _scale(case: Mapping[str, Any], strategy: str) -> dict[str, Any]:
             if strategy == "ddp":
                 hidden_behind = compute["backward"] * (case["num_layers"] - 1)
                 exposed = max(0.0, 2 * sent(4 * size.num_trainable, n) - hidden_behind)
-                gather = scatter = 0.0
+                gather, scatter = 0.0, 2 * sent(4 * size.num_trainable, n) / case["num_layers"]
             else:
                 per_layer = max(0.0, gather - compute["forward"]) + max(0.0, gather + scatter - compute["backward"])
                 ends = sent(outside, n) + gather + (sent(outside, n) + scatter if trains_all else 0.0)

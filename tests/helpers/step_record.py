@@ -226,8 +226,9 @@ class StepRecord(MemoryTracker):
         """A number of each storage by its address, which a later storage may have again."""
         self._counter = itertools.count()
         self._filled: set[int] = set()
-        """The storages that something was written to, by number, and so for those in pinned memory of the host."""
+        """The storages that something was written to, by number."""
         self._pinned: set[int] = set()
+        """Those in pinned memory of the host."""
         self._tolist: FrameType | None = None
 
     @classmethod
@@ -311,12 +312,9 @@ class StepRecord(MemoryTracker):
             return
         if packet in (_aten._to_copy, _aten.copy_):
             self._check_copy(args, kwargs, results[0])
-        is_read = [t for t in tensors if t.device.type == "cuda"]
-        if packet in _OVERWRITE or "out" in kwargs:
-            is_read = [t for t in is_read if all(t is not result for result in mutated)]
-        sizes = [(self._number(t), touched_bytes(t), False) for t in is_read]
-        if packet in _LIKE:
-            sizes = []
+        first = 1 if packet in _OVERWRITE or packet in _LIKE else 0
+        is_read = _tensors((args[first:], {name: value for name, value in kwargs.items() if name != "out"}))
+        sizes = [(self._number(t), touched_bytes(t), False) for t in is_read if t.device.type == "cuda"]
         if packet in _LOOKUPS:
             sizes[0] = (sizes[0][0], sum(map(touched_bytes, outputs)), False)
         sizes += [(self._number(t), touched_bytes(t), True) for t in results]
