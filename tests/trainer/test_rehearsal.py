@@ -29,20 +29,20 @@ SELECTIVE = {**CHECKPOINTING, "train.selective_checkpointing": True}
 FSDP2 = {"train.distributed": "fsdp2"}
 
 CASES = {
-    "lora, packed": (LLAMA, Setup(), 67, 131),
-    "lora, padded": (LLAMA, Setup(("lora",)), 71, 124),
-    "lora, padding_free": (LLAMA, Setup(("lora",), {"padded.padding_free": True}), 67, 131),
-    "lora with dropout": (LLAMA, Setup(options={"lora.lora_dropout": 0.1}), 74, 138),
-    "qlora": (LLAMA, Setup(("qlora", "packed")), 74, 138),
-    "experts": (MIXTURE, Setup(), 105, 176),
-    "experts, full": (MIXTURE, Setup(("packed",)), 87, 147),
-    "full": (LLAMA, Setup(("packed",)), 49, 102),
-    "full in bf16": (LLAMA, Setup(("packed",), {"train.optim": "adamw_bf16"}), 39, 86),
-    "checkpointing": (LLAMA, Setup(options=CHECKPOINTING), 67, 197),
-    "selective checkpointing": (LLAMA, Setup(options=SELECTIVE), 67, 167),
-    "lora, fsdp2": (LLAMA, Setup(options=FSDP2, num_processes=8), 67, 132),
-    "full, fsdp2": (LLAMA, Setup(("packed",), FSDP2, num_processes=8), 42, 99),
-    "compiled": (LLAMA, Setup(options={"train.torch_compile": True}), 67, 138),
+    "lora, packed": (LLAMA, Setup(), 52, 104),
+    "lora, padded": (LLAMA, Setup(("lora",)), 56, 97),
+    "lora, padding_free": (LLAMA, Setup(("lora",), {"padded.padding_free": True}), 52, 104),
+    "lora with dropout": (LLAMA, Setup(options={"lora.lora_dropout": 0.1}), 60, 114),
+    "qlora": (LLAMA, Setup(("qlora", "packed")), 59, 111),
+    "experts": (MIXTURE, Setup(), 76, 125),
+    "experts, full": (MIXTURE, Setup(("packed",)), 63, 97),
+    "full": (LLAMA, Setup(("packed",)), 39, 80),
+    "full in bf16": (LLAMA, Setup(("packed",), {"train.optim": "adamw_bf16"}), 25, 62),
+    "checkpointing": (LLAMA, Setup(options=CHECKPOINTING), 52, 155),
+    "selective checkpointing": (LLAMA, Setup(options=SELECTIVE), 52, 123),
+    "lora, fsdp2": (LLAMA, Setup(options=FSDP2, num_processes=8), 52, 105),
+    "full, fsdp2": (LLAMA, Setup(("packed",), FSDP2, num_processes=8), 32, 77),
+    "compiled": (LLAMA, Setup(options={"train.torch_compile": True}), 53, 114),
 }
 LOSS_AND_NORM = "the value of a tensor: sftx/trainer/trainer.py"
 # transformers reads a padding mask on the host, twice a forward, to see whether it may be left out.
