@@ -175,7 +175,9 @@ class Example:
     @property
     def num_label_tokens(self) -> int:
         """Number of trained tokens. The first token is never one: no token before it could predict it."""
-        return int(self.loss_mask[1:].sum())
+        import numpy as np
+
+        return int(np.count_nonzero(self.loss_mask[1:]))
 
 
 @dataclass(frozen=True)

@@ -315,12 +315,11 @@ class _Types:
         """Return whether the attributes of `thing` have these types."""
         values = self._values(thing)
         kinds = tuple(map(type, values))
-        if kinds in self._seen:
-            return True
-        is_right = all(map(isinstance, values, self._types))
-        if is_right:
+        if kinds not in self._seen:
+            if not all(map(isinstance, values, self._types)):
+                return False
             self._seen.add(kinds)
-        return is_right
+        return True
 
 
 _MESSAGE_TYPES: Final = _Types(
