@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sftx.errors import ModelError
 from sftx.model import experts, packed_attention
 from sftx.model.embeddings import replacing_embeddings
-from sftx.model.fused_norms import use_fused_norms
+from sftx.model.fused_modules import use_fused_modules
 from sftx.model.quantised import num_weights
 from sftx.model.trained_parts import (
     describe_reach,
@@ -48,7 +48,7 @@ class CausalLM(nn.Module):
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__()
         experts.use_autocast(model)
-        use_fused_norms(model)
+        use_fused_modules(model)
         self.model = model
         self.tokenizer = tokenizer
         self.tokenizer_entries: dict[str, Any] = {}

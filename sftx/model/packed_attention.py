@@ -96,10 +96,11 @@ def attention_forward(
         )  # fmt: skip
     if dropout:
         raise ModelError(f"attention within documents supports no dropout, and the layer asks for {dropout}")
+    # squeeze(0), and not [0], whose backward writes zeros and copies into them
     out_THD = varlen_attention.attend(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
+        query.squeeze(0).transpose(0, 1),
+        key.squeeze(0).transpose(0, 1),
+        value.squeeze(0).transpose(0, 1),
         cu_seq_lens_q,
         max_length_q,
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
