@@ -38,7 +38,7 @@ def use_fused_modules(model: nn.Module) -> int:
         forward = _norm_forward(kind) or _attention_forward(kind)
         activation = None if forward else _activation_of(module)
         if activation is not None:
-            forward = functools.partial(_mlp_forward, activation=activation, original=kind.forward)
+            forward = _mlp_by(activation, kind.forward)
         if forward is not None:
             module.forward = types.MethodType(forward, module)
             count += 1
@@ -178,8 +178,11 @@ def _is_gated_mlp(kind: Any) -> bool:
             return False
 
 
-def _mlp_forward(self: Any, x: Tensor, *, activation: _Activation, original: _Forward) -> Any:
-    """On a CPU torch's own two operations are as fast, for they keep the activation that ours computes again."""
-    if not x.is_cuda:
-        return original(self, x)
-    return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x), activation=activation))
+def _mlp_by(activation: _Activation, theirs: _Forward) -> _Forward:
+    def forward(self: Any, x: Tensor) -> Any:
+        # On a CPU torch's own two operations are as fast, for they keep the activation that ours computes again.
+        if not x.is_cuda:
+            return theirs(self, x)
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x), activation=activation))
+
+    return forward

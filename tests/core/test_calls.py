@@ -19,7 +19,7 @@ from typing import Any
 import sftx
 
 ROOT = Path(sftx.__file__).parents[1]
-MOST_CALLS = 36
+MOST_CALLS = 37  # two of them are operations that the model's own modules compute by
 _CORE, _OTHERS = "sftx/", ("plugins/sftx_plugins/", "kernels/sftx_kernels/")
 # Who calls a plugin, and who calls a kernel, for the call to count.
 _CALLERS = {"plugins": (_CORE,), "kernels": (_CORE, "plugins/sftx_plugins/adapters")}
