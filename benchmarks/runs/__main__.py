@@ -109,7 +109,9 @@ def main() -> int:
     out = options.out or OUT / f"runs-{'full-' if options.full else ''}{options.dtype}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(f"written: {out}")
+    picture = out.with_suffix(".png")
+    _draw(report, picture)
+    print(f"written: {out}, {picture}")
     return int(is_void)
 
 
@@ -237,13 +239,14 @@ def _print(report: dict[str, Any]) -> bool:
     """Print the table; return whether the losses differ, which makes the comparison void."""
     print(f"{report['machine']}, {report['dtype']}, {report['trains']}, GEMM {report['gemm_rate'] / 1e9:.0f} GFLOP/s")
     trainers: dict[str, dict[str, float]] = report["trainers"]
-    best = max(figures["tokens_per_second"] for figures in trainers.values())
+    name_of_last, last = list(trainers.items())[-1]
     for name, figures in trainers.items():
         print(
-            f"{name:>18}: {figures['tokens_per_second']:7.1f} tokens/s ({figures['tokens_per_second'] / best:.2f} of "
-            f"the fastest), {figures['share_of_gemm_rate']:.0%} of the products' rate, first step "
-            f"{figures['first_step_seconds']:.1f} s, peak {figures['peak_bytes'] / 1e9:.2f} GB, "
-            f"loss {figures['loss']:.4f}"
+            f"{name:>18}: {figures['tokens_per_second']:7.1f} tokens/s "
+            f"({figures['tokens_per_second'] / last['tokens_per_second']:.2f} times {name_of_last}), "
+            f"{figures['share_of_gemm_rate']:.0%} of the products' rate, first step "
+            f"{figures['first_step_seconds']:.1f} s, peak {figures['peak_bytes'] / 1e9:.2f} GB "
+            f"({figures['peak_bytes'] / last['peak_bytes']:.2f} times), loss {figures['loss']:.4f}"
         )
     if report["absent"]:
         print(f"not installed: {', '.join(report['absent'])}")
@@ -252,6 +255,28 @@ def _print(report: dict[str, Any]) -> bool:
     if is_void:
         print(f"void: the losses differ by more than {LOSS_TOLERANCE:.0%}, so that not the same was trained")
     return is_void
+
+
+def _draw(report: dict[str, Any], target: Path) -> None:
+    """Draw speed, memory and the time to the first step as bars, a trainer a line."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    trainers: dict[str, dict[str, float]] = report["trainers"]
+    panels = [("tokens_per_second", 1, "non-padding tokens/s"), ("peak_bytes", 1e-9, "peak memory, GB"),
+              ("first_step_seconds", 1, "seconds to the end of the first step")]  # fmt: skip
+    figure = Figure(figsize=(10, 0.6 + 0.5 * len(trainers)), layout="constrained")
+    FigureCanvasAgg(figure)
+    names = list(trainers)[::-1]
+    for axes, (key, factor, title) in zip(figure.subplots(1, len(panels), sharey=True), panels, strict=True):
+        values = [trainers[name][key] * factor for name in names]
+        bars = axes.barh(names, values, color=["#0072B2" if name.startswith("sftx") else "#999999" for name in names])
+        axes.bar_label(bars, fmt="%.4g", padding=3)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlim(0, max(values) * 1.2)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{report['trains']}, {report['dtype']}, {report['machine']}", fontsize=10)
+    figure.savefig(target, dpi=120)
 
 
 if __name__ == "__main__":
