@@ -51,11 +51,11 @@ class Turns:
 class Remembering(RowEncoder):
     """Encodes each row once, however many samplers read it: the result depends on the row alone."""
 
-    rows: dict[str, EncodedRow] = field(default_factory=dict)
+    encoded: dict[str, EncodedRow] = field(default_factory=dict)
 
     def __call__(self, where: Location, record: Record, source: Source) -> EncodedRow:
-        if (row := self.rows.get(str(where))) is None:
-            row = self.rows[str(where)] = super().__call__(where, record, source)
+        if (row := self.encoded.get(str(where))) is None:
+            row = self.encoded[str(where)] = super().__call__(where, record, source)
         return row
 
 
