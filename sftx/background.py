@@ -1,4 +1,4 @@
-"""What is computed beside something else, on a core that would be idle."""
+"""`in_background` computes something in a thread, on a core that would be idle."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def in_background(compute: Callable[[], T]) -> Callable[[], T]:
-    """Begin `compute` in a thread. What is returned waits for its result, and raises what it raised.
+    """Begin `compute` in a thread; return a function that waits for its result, and raises what it raised.
 
     It gains where the interpreter's lock is free: in hashes, reads and tensor products. A process that ends meanwhile
     does not wait for it.

@@ -57,7 +57,7 @@ def check_controls(template: Template, tokenizer: PreTrainedTokenizerBase) -> di
 
 
 class Part(NamedTuple):
-    """What is encoded together and agrees in its labels: tokens whose ids are known already, or plain text."""
+    """A part is encoded as one and agrees in its labels: tokens whose ids are known already, or plain text."""
 
     content: list[int] | PlainPart
     trainable: bool = True

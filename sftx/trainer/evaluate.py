@@ -221,8 +221,8 @@ _ENOUGH_ROWS: Final = 8
 def _batches(examples: Examples, batch_size: int) -> list[NDArray[np.int64]]:
     """Return batches of indices of examples of similar length; a group is never split and counts as one row.
 
-    A batch has `batch_size` rows, or fewer where more would be padding: 100 rows in order of their length are a fifth
-    padding at the ends of the distribution, and a processor multiplies eight rows of a sentence as fast as a hundred.
+    A batch has `batch_size` rows, or fewer where a further row would mean too much padding: of 100 rows in order of
+    length a fifth can be padding, and eight rows of a sentence are computed as fast as a hundred.
     """
     groups = examples.groups
     _, first, group = np.unique(groups, return_index=True, return_inverse=True)

@@ -69,7 +69,8 @@ def choose(config: TrainConfig, local_rank: int = 0, *, bf16_weights: bool = Fal
 
     `bf16_weights`: whether the optimizer trains a model whose weights are bfloat16.
 
-    Raises ConfigError when the options contradict each other, or when this GPU does not support bf16.
+    Raises ConfigError when the options contradict each other, when this GPU does not support bf16, or when the
+    environment variable SFTX_BF16 has a value without a meaning.
     """
     on_cpu = config.use_cpu or not torch.cuda.is_available()
     device = torch.device("cpu") if on_cpu else torch.device("cuda", local_rank)
@@ -84,8 +85,8 @@ def choose(config: TrainConfig, local_rank: int = 0, *, bf16_weights: bool = Fal
         option = "bf16" if config.bf16 else f"optim: {config.optim}"
         raise ConfigError(f"option 'train.{option}': this GPU does not support bfloat16; leave it out, or set fp16")
     by_itself = config.bf16 is None and not config.fp16 and not bf16_weights
-    is_fast = supports_bf16 if device.type == "cuda" else _cpu_has_bf16() and os.environ.get(_DEFAULT) != "0"
-    bf16 = is_fast if by_itself else bf16_weights or bool(config.bf16)
+    is_default = supports_bf16 if device.type == "cuda" else not _asks_for_float32() and _cpu_has_bf16()
+    bf16 = is_default if by_itself else bf16_weights or bool(config.bf16)
     dtype = torch.float16 if config.fp16 else torch.bfloat16 if bf16 else torch.float32
     set_tf32(device, enabled=config.tf32)
     reason = ""
@@ -101,6 +102,16 @@ def _cpu_has_bf16() -> bool:
         information = Path("/proc/cpuinfo")
         return information.exists() and bool(re.search(r"^Features.*\bbf16\b", information.read_text(), re.MULTILINE))
     return torch.backends.cpu.get_cpu_capability() == "AVX512" and cpu_multiplies(torch.bfloat16)
+
+
+def _asks_for_float32() -> bool:
+    value = os.environ.get(_DEFAULT, "")
+    if value not in ("", "0"):
+        raise ConfigError(
+            f"environment variable {_DEFAULT}={value}: expected 0, which makes float32 the default of a CPU, or "
+            "nothing; `--bf16` and `--no-bf16` choose for one run"
+        )
+    return value == "0"
 
 
 def _reason_against_bf16() -> str:

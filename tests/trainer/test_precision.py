@@ -64,6 +64,12 @@ def test_the_default_follows_what_the_processor_multiplies_fast(
         assert (chosen.dtype, chosen.reason) == (asked, "")
 
 
+def test_another_value_of_the_variable_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SFTX_BF16", "false")
+    with pytest.raises(ConfigError, match=r"SFTX_BF16=false: expected 0, .* `--no-bf16` choose for one run"):
+        precision.choose(TrainConfig(use_cpu=True))
+
+
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="reads the flags of the processor")
 def test_instructions_are_those_that_the_system_names() -> None:
     flags = Path("/proc/cpuinfo").read_text()

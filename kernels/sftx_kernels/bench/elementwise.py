@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from sftx_kernels.bench.cases import (
     Prepared,
     Provider,
     Reference,
+    Shape,
     compiled,
     import_from,
     needs_gpu,
@@ -27,6 +28,17 @@ from sftx_kernels.bench.cases import (
 from sftx_kernels.triton.launch import Work
 
 Outputs = Tensor | tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class RowsShape(Shape):
+    """A RowsShape has inputs of rows that are independent of one another, [rows, width] each."""
+
+    has_labels: ClassVar = False
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.width}"
 
 
 @dataclass

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sftx_kernels.bench.cases import Case, Pass, Prepared, Problem, Provider, Random, Shape
-from sftx_kernels.bench.elementwise import FormulaProblem, moved, providers
+from sftx_kernels.bench.cases import Case, Pass, Prepared, Problem, Provider, Random
+from sftx_kernels.bench.elementwise import FormulaProblem, RowsShape, moved, providers
 from sftx_kernels.rms_norm import rms_norm
 from sftx_kernels.triton.launch import Work
 
@@ -21,16 +21,11 @@ EPS: Final = 1e-5
 
 
 @dataclass(frozen=True)
-class RmsNormShape(Shape):
+class RmsNormShape(RowsShape):
     """The inputs are x and residual [rows, width]."""
 
     op: ClassVar = "rms-norm"
     dispatched_as: ClassVar = "rms_norm"
-    has_labels: ClassVar = False
-    width: int
-
-    def __str__(self) -> str:
-        return f"{self.rows}x{self.width}"
 
     def least(self, num_valid: int, itemsize: int) -> dict[Pass, Work]:
         """Forward reads x and the residual and writes y and the sum; backward reads both gradients and the sum."""

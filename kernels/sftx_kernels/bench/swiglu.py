@@ -12,23 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sftx_kernels.bench.cases import Case, Pass, Problem, Provider, Random, Shape
-from sftx_kernels.bench.elementwise import FormulaProblem, moved, providers
+from sftx_kernels.bench.cases import Case, Pass, Problem, Provider, Random
+from sftx_kernels.bench.elementwise import FormulaProblem, RowsShape, moved, providers
 from sftx_kernels.swiglu import swiglu
 from sftx_kernels.triton.launch import Work
 
 
 @dataclass(frozen=True)
-class SwigluShape(Shape):
+class SwigluShape(RowsShape):
     """The inputs are gate and up [rows, width]."""
 
     op: ClassVar = "swiglu"
     dispatched_as: ClassVar = "swiglu"
-    has_labels: ClassVar = False
-    width: int
-
-    def __str__(self) -> str:
-        return f"{self.rows}x{self.width}"
 
     def least(self, num_valid: int, itemsize: int) -> dict[Pass, Work]:
         """Forward reads two and writes one; backward reads three and writes two."""
