@@ -379,8 +379,8 @@ def _weight(group: _Group, i: int, spec: _Spec) -> Tensor:
 # ---- products
 
 # On CPU, dY is read in chunks of about this many elements (6 MB in fp32), so that the second product may find it in the
-# cache. Both products on one core (M 2048, O 1536, R 16): 4.7 ms in chunks of 3 MB and 6.0 at once on a Xeon in fp32; on
-# an EPYC in bf16 1.5 ms in chunks of half this size, 1.3 in these and at once. With small chunks two cores wait.
+# cache. Both products on one core (M 2048, O 1536, R 16): 4.7 ms in chunks of 3 MB and 6.0 at once on a Xeon in fp32;
+# on an EPYC in bf16 1.5 ms in chunks of half this size, 1.3 in these and at once. With small chunks two cores wait.
 _CACHED_ELEMENTS = 3 << 19
 
 
