@@ -26,7 +26,7 @@ from typing import Any, Final
 
 import torch
 
-from sftx import HeldOutRow, load_run
+from sftx import Question, load_run
 from sftx.assembly.registry import activate
 from sftx.checkpoint import layout
 from sftx.checkpoint.questions import as_messages
@@ -36,10 +36,10 @@ from sftx.types import Conversation
 from sftx_plugins.metrics.exact_match import ExactMatch
 
 BATCH: Final = 16
-Rows = Sequence[HeldOutRow]
+Rows = Sequence[Question]
 
 
-def messages_of(row: HeldOutRow) -> list[dict[str, Any]]:
+def messages_of(row: Question) -> list[dict[str, Any]]:
     return as_messages(Conversation(row.messages, row.tools))
 
 
@@ -135,7 +135,7 @@ def by_server(run: Path, rows: Rows, new_tokens: int) -> list[str]:
             address = next(found[0] for line in server.stderr if (found := re.search(r"http://\S+", line)))
             client = OpenAI(base_url=address, api_key="any", timeout=3600)
 
-            def ask(row: HeldOutRow) -> str:
+            def ask(row: Question) -> str:
                 given: Any = client.chat.completions.create(
                     model="run", messages=messages_of(row), temperature=0, max_tokens=new_tokens
                 )
@@ -177,7 +177,7 @@ def why_not(way: str, run: Path) -> str:
     return ""
 
 
-def held_out_rows(run: Path) -> list[HeldOutRow]:
+def held_out_rows(run: Path) -> list[Question]:
     loaded = loading.load(run / layout.RUN)
     return build_pipeline(loaded.config, activate(loaded), loaded.origins).load_eval(questions=True).questions
 

@@ -181,8 +181,11 @@ class Example:
 
 
 @dataclass(frozen=True)
-class HeldOutRow:
-    """A held-out conversation that ends with an assistant's turn: what is asked, and the answer that is expected."""
+class Question:
+    """A conversation up to an assistant's turn, which the model is to answer, and the answer that is expected.
+
+    Metrics and evaluators get those of the held-out rows, a rollout those of the training rows.
+    """
 
     row_id: str
     """Place of the record in its source."""
@@ -191,7 +194,7 @@ class HeldOutRow:
     prompt_ids: list[int]
     """[T], token ids after which the model is to answer, rendered by the run's template."""
     reference: str
-    """The expected answer, decoded as generated answers are."""
+    """The expected answer, decoded as generated answers are; empty where a training row ends with a user's turn."""
     format: str = ""
     """Name of the parser that read the record."""
     messages: tuple[Message, ...] = ()
@@ -597,11 +600,11 @@ class Metric(Protocol):
     """Scores generated answers. The mean over the held-out rows is reported; several scores by their names.
 
     It is asked for rows of every format. A metric that is not meant for all of them takes a third parameter
-    `row: HeldOutRow` and returns None for a row that it declines: means are over the other rows.
+    `row: Question` and returns None for a row that it declines: means are over the other rows.
 
     A metric whose score of a whole set is not the mean of its rows' (BLEU) may have a method
     `corpus(predictions: Sequence[str], references: Sequence[str]) -> float | Mapping[str, float] | None`, whose score
-    is reported in place of the mean. It may take a third parameter `rows: Sequence[HeldOutRow]`.
+    is reported in place of the mean. It may take a third parameter `rows: Sequence[Question]`.
     """
 
     def __call__(
@@ -627,7 +630,7 @@ class Evaluation(Protocol):
         """Optimizer steps done; 0 is the model before training."""
 
     @property
-    def rows(self) -> Sequence[HeldOutRow]:
+    def rows(self) -> Sequence[Question]:
         """The held-out conversations that end with an assistant's turn; empty without held-out rows."""
 
     @property

@@ -36,7 +36,6 @@ from sftx.types import (
     ExportedModel,
     Exporter,
     ExportSource,
-    HeldOutRow,
     LanguageModel,
     Location,
     Loss,
@@ -49,6 +48,7 @@ from sftx.types import (
     Parsed,
     Parser,
     PlainText,
+    Question,
     Record,
     Rounding,
     Row,
@@ -908,7 +908,7 @@ class MetricStage(_Stage):
         self._name = name
         self._has_said_declined = False
 
-    def scores(self, predictions: Sequence[str], rows: Sequence[HeldOutRow]) -> dict[str, float]:
+    def scores(self, predictions: Sequence[str], rows: Sequence[Question]) -> dict[str, float]:
         """Score a whole set of answers: means over the rows, or what `corpus` returns where the metric has one.
 
         Rows that the metric declines do not count; without any other row there is no score.

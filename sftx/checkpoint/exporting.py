@@ -14,7 +14,7 @@ from sftx.atomic_files import atomic_directory
 from sftx.checkpoint import checkpoint, model_card
 from sftx.checkpoint.load_run import LoadedRun, load_run, run_directory_of
 from sftx.checkpoint.questions import find_questions
-from sftx.checkpoint.verification import Answer, Verification, ask, verify
+from sftx.checkpoint.verification import ComparedAnswer, Verification, ask, verify
 from sftx.distributed.process_group import ProcessGroup
 from sftx.errors import ConfigError, ModelError, one_line
 from sftx.model import saved_tokenizer
@@ -167,7 +167,7 @@ def export_run(
     rounding = exporter.rounding
     if rounding == "none" and run.saved_dtype in _HALF:
         rounding = "half"
-    kind, answers = "", list[Answer]()
+    kind, answers = "", list[ComparedAnswer]()
     if verify_rows is not None:
         with phase("asking", "the run"):
             kind, questions = find_questions(run, verify_rows)

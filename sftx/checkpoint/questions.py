@@ -43,8 +43,8 @@ _SAMPLES: Final = (
 
 
 @dataclass(frozen=True)
-class Question:
-    """A Question is asked of a run and of its export."""
+class ComparedPrompt:
+    """A ComparedPrompt is given to a run and to its export."""
 
     name: str
     """Place of its row, or `sample 1`."""
@@ -55,7 +55,7 @@ class Question:
     tools: tuple[Mapping[str, Any], ...] = ()
 
 
-def find_questions(run: LoadedRun, limit: int) -> tuple[str, list[Question]]:
+def find_questions(run: LoadedRun, limit: int) -> tuple[str, list[ComparedPrompt]]:
     """Return what kind of questions these are, and at most `limit` of them.
 
     A row whose prompt the run's own chat template renders otherwise than in training is left out: a text that spells a
@@ -85,7 +85,7 @@ def find_questions(run: LoadedRun, limit: int) -> tuple[str, list[Question]]:
     return "sample questions", _choose(run, samples, limit)
 
 
-def _choose(run: LoadedRun, questions: Sequence[Question], limit: int) -> list[Question]:
+def _choose(run: LoadedRun, questions: Sequence[ComparedPrompt], limit: int) -> list[ComparedPrompt]:
     others = {question.name: _by_chat_template(run, question) for question in questions}
     served = [question for question in questions if others[question.name] in (None, question.token_ids)]
     if questions and not served:
@@ -98,7 +98,7 @@ def _choose(run: LoadedRun, questions: Sequence[Question], limit: int) -> list[Q
     return sorted(served, key=lambda question: max(_LONG, len(question.token_ids)))[:limit]
 
 
-def _by_chat_template(run: LoadedRun, question: Question) -> list[int] | None:
+def _by_chat_template(run: LoadedRun, question: ComparedPrompt) -> list[int] | None:
     """Return the prompt by the chat template that is saved with the run; None for a text, and where there is none."""
     if not question.messages or run.tokenizer.chat_template is None:
         return None
@@ -116,16 +116,16 @@ def _by_chat_template(run: LoadedRun, question: Question) -> list[int] | None:
     return list(ids)
 
 
-def _questions(run: LoadedRun, rows: Iterator[tuple[str, Parsed]]) -> Iterator[Question]:
+def _questions(run: LoadedRun, rows: Iterator[tuple[str, Parsed]]) -> Iterator[ComparedPrompt]:
     for name, parsed in rows:
         if isinstance(parsed, PlainText):
             ids = run.encoder.text(parsed.text)
             if run.template is None and len(ids) > 1:
-                yield Question(name, ids[: min(_NUM_CONTINUED, len(ids) - 1)])
+                yield ComparedPrompt(name, ids[: min(_NUM_CONTINUED, len(ids) - 1)])
         elif isinstance(parsed, Tokens):
             first = next((n for n, trained in enumerate(parsed.loss_mask) if trained), 0)
             if prompt := list(parsed.token_ids[: first or _NUM_CONTINUED]):
-                yield Question(name, prompt)
+                yield ComparedPrompt(name, prompt)
         elif run.template is not None and parsed.messages and parsed.messages[-1].role == "assistant":
             # Which turns train changes what some templates write of them, and is not known where a model is served.
             before = tuple(replace(message, trainable=False, weight=1.0) for message in parsed.messages[:-1])
@@ -134,7 +134,7 @@ def _questions(run: LoadedRun, rows: Iterator[tuple[str, Parsed]]) -> Iterator[Q
                 ids = run.prompt(asked)
             except DataError:  # the template does not accept a sample, or what comes before the answer
                 continue
-            yield Question(name, ids, tuple(as_messages(asked)), parsed.tools)
+            yield ComparedPrompt(name, ids, tuple(as_messages(asked)), parsed.tools)
 
 
 def as_messages(conversation: Conversation) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sftx.assembly.stages import ExportedStage
 from sftx.checkpoint.load_run import LoadedRun
-from sftx.checkpoint.questions import Question
+from sftx.checkpoint.questions import ComparedPrompt
 from sftx.errors import PluginError, counted
 from sftx.types import Rounding
 
@@ -51,10 +51,10 @@ BOUNDS: Final[Mapping[Rounding, Bound]] = {
 
 
 @dataclass(frozen=True)
-class Answer:
+class ComparedAnswer:
     """The run's greedy answer to a question, and what it computed along it."""
 
-    question: Question
+    question: ComparedPrompt
     token_ids: list[int]
     """Its tokens, with the stop token where it came to one."""
     logits_AV: Tensor
@@ -93,7 +93,7 @@ class Verification:
 
 
 @torch.no_grad()
-def ask(run: LoadedRun, questions: Sequence[Question]) -> list[Answer]:
+def ask(run: LoadedRun, questions: Sequence[ComparedPrompt]) -> list[ComparedAnswer]:
     """Return the run's answers, computed with its adapters attached."""
     prompts = [question.token_ids for question in questions]
     answers = []
@@ -107,11 +107,11 @@ def ask(run: LoadedRun, questions: Sequence[Question]) -> list[Answer]:
         if run.lm.adapters:
             with run.lm.without_adapters():
                 base_logits_AV = _logits(run, question, ids)[: len(token_ids)]
-        answers.append(Answer(question, token_ids, logits_AV[: len(token_ids)], base_logits_AV))
+        answers.append(ComparedAnswer(question, token_ids, logits_AV[: len(token_ids)], base_logits_AV))
     return answers
 
 
-def _logits(run: LoadedRun, question: Question, answer_ids: Sequence[int]) -> Tensor:
+def _logits(run: LoadedRun, question: ComparedPrompt, answer_ids: Sequence[int]) -> Tensor:
     """Return the logits from the last token of the prompt to the last of the answer, [A + 1, V]."""
     ids_BT = torch.tensor([[*question.token_ids, *answer_ids]], device=run.lm.device)
     with run.lm.ignoring_extras(), run.autocast():
@@ -123,7 +123,7 @@ def _logits(run: LoadedRun, question: Question, answer_ids: Sequence[int]) -> Te
 @torch.no_grad()
 def verify(
     kind: str,
-    answers: Sequence[Answer],
+    answers: Sequence[ComparedAnswer],
     exported: ExportedStage,
     tokenizer: PreTrainedTokenizerBase,
     stop_ids: Sequence[int],
@@ -182,7 +182,7 @@ def _refuse(exported: ExportedStage, what: str) -> PluginError:
     )
 
 
-def _check_prompt(question: Question, exported: ExportedStage, tokenizer: PreTrainedTokenizerBase) -> None:
+def _check_prompt(question: ComparedPrompt, exported: ExportedStage, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise PluginError where the export's template or tokenizer give another prompt than the run's."""
     if question.messages:
         ids = exported.prompt(question.messages, question.tools)
@@ -229,7 +229,7 @@ class _Found:
         """Of what the adapters change by the run: its square, its product with what the export changes, and the square
         of that."""
 
-    def add(self, answer: Answer, logits_AV: Tensor, bound: Bound, text: Any) -> None:
+    def add(self, answer: ComparedAnswer, logits_AV: Tensor, bound: Bound, text: Any) -> None:
         own_AV = answer.logits_AV
         self.is_finite = self.is_finite and bool(logits_AV.isfinite().all())
         self.largest = max(self.largest, float((logits_AV - own_AV).abs().max()))

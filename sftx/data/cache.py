@@ -34,7 +34,7 @@ from sftx.data.row_encoder import RowEncoder
 from sftx.data.sources import NO_PLUGINS, RowSources
 from sftx.errors import OutputError, one_line
 from sftx.paths import cache_dir
-from sftx.types import HeldOutRow, Message, ToolCall
+from sftx.types import Message, Question, ToolCall
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class Cache:
             with (self.directory / "ledger.jsonl").open(encoding="utf-8") as lines:
                 ledger = Ledger(Ledger.read(lines), described["num_rows"])
             with (self.directory / "questions.jsonl").open(encoding="utf-8") as lines:
-                questions = [_held_out_row(json.loads(line)) for line in lines]
+                questions = [_question(json.loads(line)) for line in lines]
             log.info("the encoded rows come from %s", self.directory)
             return Dataset(
                 examples=Examples.load(self.directory),
@@ -152,13 +152,13 @@ class Cache:
                 file.writelines(json.dumps(dataclasses.asdict(question)) + "\n" for question in data.questions)
 
 
-def _held_out_row(values: dict[str, Any]) -> HeldOutRow:
+def _question(values: dict[str, Any]) -> Question:
     """Return the row of the values that `dataclasses.asdict` gave, read back from JSON, which has no tuples."""
     messages = tuple(
         Message(**message | {"tool_calls": tuple(ToolCall(**call) for call in message["tool_calls"])})
         for message in values["messages"]
     )
-    return HeldOutRow(**values | {"messages": messages, "tools": tuple(values["tools"])})
+    return Question(**values | {"messages": messages, "tools": tuple(values["tools"])})
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from sftx.data.ledger import Ledger
 from sftx.data.row_encoder import EncodedRow, RowEncoder, check_rows
 from sftx.errors import OutputError, one_line
-from sftx.types import Example, HeldOutRow, Location
+from sftx.types import Example, Location, Question
 
 _OF_TOKENS: Final[dict[str, np.dtype[Any]]] = {
     "token_ids": np.dtype(np.int32),
@@ -280,7 +280,7 @@ class Dataset:
     """The examples of one split, and the account of the rows that they came from."""
 
     examples: Examples = field(default_factory=lambda: Writer().finish())
-    questions: list[HeldOutRow] = field(default_factory=list)
+    questions: list[Question] = field(default_factory=list)
     """Its conversations that end with an assistant's turn, where evaluation asks for them."""
     ledger: Ledger = field(default_factory=Ledger)
     formats: Counter[str] = field(default_factory=Counter)

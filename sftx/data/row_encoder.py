@@ -22,7 +22,7 @@ from sftx.data import sources, truncate
 from sftx.data.encoder import Encoder, KnownTexts, Part
 from sftx.data.ledger import Entry, Ledger
 from sftx.errors import DataError, SftxError
-from sftx.types import Conversation, Example, HeldOutRow, Location, Message, Parsed, PlainText, Record, Tokens
+from sftx.types import Conversation, Example, Location, Message, Parsed, PlainText, Question, Record, Tokens
 
 NOTHING_TRAINED: Final = "no trained token"
 EMPTY: Final = "every trained turn is empty"
@@ -44,7 +44,7 @@ class EncodedRow:
     has_turns: bool = False
     """Whether it is a conversation."""
     entries: list[Entry] = field(default_factory=list)
-    questions: list[HeldOutRow] = field(default_factory=list)
+    questions: list[Question] = field(default_factory=list)
 
     @property
     def num_groups(self) -> int:
@@ -359,7 +359,7 @@ def _reason_nothing_trained(parsed: Sequence[Parsed]) -> str:
     return NO_TURN if turns and not any(turn.role == "assistant" for turn in turns) else NOTHING_TRAINED
 
 
-def questions_of(parsed: Sequence[Parsed], row: EncodedRow, encoder: Encoder) -> Iterator[HeldOutRow]:
+def questions_of(parsed: Sequence[Parsed], row: EncodedRow, encoder: Encoder) -> Iterator[Question]:
     """Yield the question of a parsed record whose turns are marked, if it ends with an assistant's turn."""
     for one in parsed[:1]:  # of a preference pair, the preferred answer
         if isinstance(one, Conversation) and one.messages and one.messages[-1].role == "assistant":
@@ -367,7 +367,7 @@ def questions_of(parsed: Sequence[Parsed], row: EncodedRow, encoder: Encoder) ->
             # The prompt is encoded as in training: how a text is split into pieces depends on which turns are trained.
             rewrites = encoder.template is not None and encoder.template.rewrites_history
             asked = dataclasses.replace(one, messages=_untrained(before) if rewrites else tuple(before))
-            yield HeldOutRow(
+            yield Question(
                 row_id=str(row.where),
                 prompt=before[-1].content if before else "",
                 prompt_ids=encoder.prompt(asked),

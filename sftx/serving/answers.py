@@ -29,7 +29,7 @@ from sftx.model.text_stream import TextStream
 from sftx.phases import phase
 from sftx.serving.run_plugins import RunPlugins
 from sftx.trainer.evaluate import score
-from sftx.types import Conversation, Example, HeldOutRow, Parsed, PlainText
+from sftx.types import Conversation, Example, Parsed, PlainText, Question
 
 _WINDOW_BATCHES: Final = 8
 """Batches of a window, at the end of which a batch runs empty."""
@@ -43,7 +43,7 @@ class Asked:
     prompt_ids: list[int]
     line: dict[str, Any]
     """What is written before the answer."""
-    question: HeldOutRow | None = None
+    question: Question | None = None
     """With the answer that the row has, for metrics."""
     error: str = ""
     extras: Mapping[str, Any] = dataclasses.field(default_factory=dict)

@@ -13,7 +13,7 @@ import torch
 from sftx.assembly.stages import AdapterStage, ExporterStage
 from sftx.checkpoint.exporting import LoadedSource
 from sftx.checkpoint.load_run import LoadedRun
-from sftx.checkpoint.questions import Question, as_messages
+from sftx.checkpoint.questions import ComparedPrompt, as_messages
 from sftx.checkpoint.verification import ask, verify
 from sftx.data.encoder import Encoder
 from sftx.errors import ConfigError, PluginError, one_line
@@ -69,9 +69,9 @@ class _Case:
         lm.model.generation_config = generation_defaults(lm, encoder.stop_ids)
         return run
 
-    def questions(self, run: LoadedRun) -> list[Question]:
+    def questions(self, run: LoadedRun) -> list[ComparedPrompt]:
         return [
-            Question(f"conversation {n}", run.prompt(conversation), tuple(as_messages(conversation)))
+            ComparedPrompt(f"conversation {n}", run.prompt(conversation), tuple(as_messages(conversation)))
             for n, conversation in enumerate(CONVERSATIONS[:3], 1)
         ]
 

@@ -30,13 +30,13 @@ from sftx.types import (
     Collator,
     Conversation,
     Example,
-    HeldOutRow,
     Location,
     Loss,
     Message,
     ModelSpec,
     OptimizerBuilder,
     Parser,
+    Question,
     Schedule,
     Template,
 )
@@ -145,12 +145,12 @@ class Kit:
         return self._encoded[0]
 
     @property
-    def held_out_rows(self) -> list[HeldOutRow]:
+    def held_out_rows(self) -> list[Question]:
         """Return the same samples, those that are conversations, as metrics and evaluators get them."""
         return self._encoded[1]
 
     @cached_property
-    def _encoded(self) -> tuple[list[Example], list[HeldOutRow]]:
+    def _encoded(self) -> tuple[list[Example], list[Question]]:
         if hasattr(self.plugin, "sftx_parser"):
             parser: Parser = make_stage(self.plugin, "sftx_parser")
             rows = [tuple(parser.parse(record, Location("samples", 0))) for record in parser.samples]
@@ -159,7 +159,7 @@ class Kit:
             rows = [(conversation,) for conversation in CONVERSATIONS]
         encode = RowEncoder({}, self.encoder, DataConfig(), questions=True)
         examples: list[Example] = []
-        held_out: list[HeldOutRow] = []
+        held_out: list[Question] = []
         for number, parsed in enumerate(rows, 1):
             row = encode.encode(parsed, EncodedRow(Location("samples", number)))
             examples += row.examples_from_group(first_group=len(examples))

@@ -11,7 +11,7 @@ from sftx.assembly.stages import RESERVED_METRICS, arguments_of
 from sftx.testing.clauses import ClauseError, Suite, must_not_raise
 from sftx.testing.kit import Kit, make_stage
 from sftx.testing.process import changed_random_states, random_states
-from sftx.types import HeldOutRow, Message, Metric
+from sftx.types import Message, Metric, Question
 
 _TEXTS = (
     "Paris",
@@ -52,9 +52,9 @@ class _Case:
                 yield self.pairs[number], score
 
 
-def row_of(reference: str) -> HeldOutRow:
+def row_of(reference: str) -> Question:
     """Return a held-out row of a format that has no extras."""
-    return HeldOutRow("samples:1", "Hello?", [1], reference, "messages", (Message("user", "Hello?"),))
+    return Question("samples:1", "Hello?", [1], reference, "messages", (Message("user", "Hello?"),))
 
 
 SUITE: Suite[_Case] = Suite("metric", _Case)

@@ -34,7 +34,7 @@ from sftx.trainer.evaluation import ModelEvaluation, explain_out_of_memory
 from sftx.trainer.evidence import choose_row, token_losses
 from sftx.trainer.parallel import ParallelStrategy
 from sftx.trainer.precision import Precision
-from sftx.types import Batch, Example, HeldOutRow
+from sftx.types import Batch, Example, Question
 
 
 class ModelEvaluator:
@@ -207,7 +207,7 @@ class ModelEvaluator:
         return self._process_group.run_on_rank0(scored)
 
 
-def _prompt_example(question: HeldOutRow, group: int) -> Example:
+def _prompt_example(question: Question, group: int) -> Example:
     """Return a question as an example for a collator, with a group of its own; nothing of it is trained."""
     token_ids = np.asarray(question.prompt_ids, np.int32)
     return Example(token_ids, np.zeros(len(token_ids), np.bool_), question.row_id, group, extras=question.extras)
@@ -244,7 +244,7 @@ def _batches(examples: Examples, batch_size: int) -> list[NDArray[np.int64]]:
 def score(
     metrics: Mapping[str, MetricStage],
     predictions: Sequence[str],
-    rows: Sequence[HeldOutRow],
+    rows: Sequence[Question],
     reported: Mapping[str, float],
 ) -> dict[str, float]:
     """Score all answers with every metric. Raises PluginError for a name that is reported already."""

@@ -23,7 +23,7 @@ from sftx.errors import PluginError, TrainingError, counted, is_out_of_memory
 from sftx.model.generation import generate_greedy
 from sftx.model.language_model import CausalLM
 from sftx.phases import phase
-from sftx.types import IGNORE_INDEX, Conversation, Example, HeldOutRow, Message
+from sftx.types import IGNORE_INDEX, Conversation, Example, Message, Question
 
 T = TypeVar("T")
 
@@ -38,7 +38,7 @@ class ModelEvaluation:
 
     lm: CausalLM
     step: int
-    rows: Sequence[HeldOutRow]
+    rows: Sequence[Question]
     examples: Sequence[Example]
     encoder: Encoder | None
     """Of evaluator plugins; answers to held-out rows need none."""

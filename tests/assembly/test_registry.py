@@ -382,13 +382,13 @@ PARSER = "fields = 'x'\nsamples = ()\n@sftx.hookimpl\ndef sftx_parser(self):\n  
         (
             "def __call__(self, a, b):\n    return 1 / 0",
             "metric",
-            lambda metric: metric.scores(["a"], [sftx.HeldOutRow("rows:1", "q", [1], "b")]),
+            lambda metric: metric.scores(["a"], [sftx.Question("rows:1", "q", [1], "b")]),
             "metric failed: Zero",
         ),
         (
             "def __call__(self, a, b):\n    return a",
             "metric",
-            lambda metric: metric.scores(["a"], [sftx.HeldOutRow("rows:1", "q", [1], "b")]),
+            lambda metric: metric.scores(["a"], [sftx.Question("rows:1", "q", [1], "b")]),
             "metric returned str",
         ),
     ],

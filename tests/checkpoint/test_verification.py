@@ -19,8 +19,8 @@ from sftx import PluginError, load_run
 from sftx.assembly.stages import ExportedStage
 from sftx.checkpoint.exporting import LoadedSource
 from sftx.checkpoint.load_run import LoadedRun
-from sftx.checkpoint.questions import Question, find_questions
-from sftx.checkpoint.verification import Answer, ask, verify
+from sftx.checkpoint.questions import ComparedPrompt, find_questions
+from sftx.checkpoint.verification import ComparedAnswer, ask, verify
 from sftx.cli import main
 from sftx.testing.runs import run_tiny
 from sftx.types import Rounding
@@ -43,7 +43,7 @@ class Exported:
     directory: Path
     run: LoadedRun
     kind: str
-    answers: list[Answer]
+    answers: list[ComparedAnswer]
     merged: Path
 
     def verify(self, directory: Path, rounding: Rounding = "none") -> Any:
@@ -188,7 +188,7 @@ OWN_AV = torch.tensor([[9.0, 1, 1, 1], [1, 9, 8.95, 1], [1, 1, 1, 9]])
 
 
 def compared(logits_AV: Tensor, rounding: Rounding) -> Any:
-    answer = Answer(Question("rows.jsonl:7", [0, 1]), [0, 1, 3], OWN_AV, None)
+    answer = ComparedAnswer(ComparedPrompt("rows.jsonl:7", [0, 1]), [0, 1, 3], OWN_AV, None)
     tokenizer: Any = Letters()
     return verify("held-out rows", [answer], ExportedStage("x", Reader(logits_AV)), tokenizer, [3], rounding)
 

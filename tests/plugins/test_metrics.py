@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import DefaultTokenizer
 
-from sftx import HeldOutRow, PluginError
+from sftx import PluginError, Question
 from sftx.assembly.stages import MetricStage
 from sftx.events import Sample
 from sftx.testing.kit import built_in
@@ -53,7 +53,7 @@ def reported(plugin: Any, predictions: list[str], references: list[str]) -> dict
 def scores(metrics: dict[str, Any], samples: list[Sample], *reported: str) -> dict[str, float]:
     """Score the samples as an evaluation does; `reported` are the names of other values."""
     stages = {name: MetricStage(f"plugin {name!r} (acme 1.0)", metric, name) for name, metric in metrics.items()}
-    rows = [HeldOutRow(sample.row_id, sample.prompt, [1], sample.reference) for sample in samples]
+    rows = [Question(sample.row_id, sample.prompt, [1], sample.reference) for sample in samples]
     return score(stages, [sample.prediction for sample in samples], rows, dict.fromkeys(reported, 0.0))
 
 

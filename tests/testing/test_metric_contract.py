@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import pytest
 
 from contracts import assert_every_clause_is_broken, assert_fails, assert_fails_only, assert_passes, whole_suite_cases
-from sftx import HeldOutRow, hookimpl
+from sftx import Question, hookimpl
 from sftx.testing import ContractError, check_metric
 from sftx.testing.kit import built_in
 from sftx.testing.metric import SUITE
@@ -57,10 +57,10 @@ class OfNumbers(Overlap):
 class OfItsFormat(Overlap):
     """Declines rows without the field that it compares with, of whole sets too."""
 
-    def __call__(self, prediction: str, reference: str, row: HeldOutRow) -> Any:
+    def __call__(self, prediction: str, reference: str, row: Question) -> Any:
         return float(row.extras["unit"] in prediction) if "unit" in row.extras else None
 
-    def corpus(self, predictions: list[str], references: list[str], rows: list[HeldOutRow]) -> Any:
+    def corpus(self, predictions: list[str], references: list[str], rows: list[Question]) -> Any:
         return len(rows) if all(row.extras for row in rows) else None
 
 
@@ -99,7 +99,7 @@ class ForgetsReturn(Overlap):
 
 
 class NeedsItsFormat(Overlap):
-    def __call__(self, prediction: str, reference: str, row: HeldOutRow) -> Any:
+    def __call__(self, prediction: str, reference: str, row: Question) -> Any:
         return float(row.extras["unit"] in prediction)
 
 

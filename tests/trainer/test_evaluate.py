@@ -20,7 +20,7 @@ from sftx.model.decoding import Decoder
 from sftx.trainer.evaluate import ModelEvaluator, write_predictions
 from sftx.trainer.parallel import ParallelStrategy, TrainStep
 from sftx.trainer.session import Session
-from sftx.types import HeldOutRow
+from sftx.types import Question
 from trainers import answers_in_order
 
 ROWS = 23
@@ -243,7 +243,7 @@ def test_predictions_keep_any_text_on_one_line(tmp_path: Path) -> None:
 def test_a_prompt_is_written_with_its_control_tokens_and_an_answer_without(session: Session) -> None:
     tokenizer: Any = session.lm.tokenizer
     ids = tokenizer.encode("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
-    held_out = type(session.eval_data)(session.eval_data.examples, questions=[HeldOutRow("row", "Hi", ids, "Ho")])
+    held_out = type(session.eval_data)(session.eval_data.examples, questions=[Question("row", "Hi", ids, "Ho")])
     asked = ModelEvaluator(
         held_out,
         collator=session.trainer.collator,

@@ -80,10 +80,10 @@ def test_a_loss_whose_denominator_is_not_positive_is_stopped(tiny_model_dir: Pat
 
 def test_a_metric_that_is_not_a_number_is_stopped(tiny_model_dir: Path, data: Path) -> None:
     from sftx.trainer.evaluate import ModelEvaluator
-    from sftx.types import HeldOutRow
+    from sftx.types import Question
 
     session = session_of(tiny_model_dir, data)
-    held_out = dataclasses.replace(session.data, questions=[HeldOutRow("row", "x", [5, 6], "y")])
+    held_out = dataclasses.replace(session.data, questions=[Question("row", "x", [5, 6], "y")])
     evaluator = ModelEvaluator(
         held_out,
         collator=session.trainer.collator,
