@@ -1,8 +1,10 @@
 """Causal attention within the documents of a packed row: in blocks of queries on a CPU, by torch's kernel on a GPU.
 
-On a CPU a block of queries is multiplied with the keys that it may see, and no others. Scores and their softmax are
-fp32, also under autocast; the other products are in the dtype of the values where the CPU has instructions for it.
-Backward computes the probabilities again.
+On a CPU the forward of a document is torch's own kernel, but where a window is narrower than the document, and in the
+backward: there a block of queries is multiplied with the keys that it may see, and no others. Scores and their softmax
+are fp32, also under autocast; the other products are in the dtype of the values where the CPU has instructions for it.
+Backward computes the probabilities again. Torch's own backward takes two to three times as long for documents of some
+hundred tokens in bf16, and adds the gradients of keys in bf16.
 
 It is a custom operation of torch: reading `cu_seqlens` in a plain function would break every compiled graph.
 
@@ -13,6 +15,7 @@ that a token attends to, itself included.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import itertools
@@ -25,6 +28,8 @@ from torch.nn.attention.varlen import varlen_attn
 
 from sftx_kernels import cpu_multiplies
 
+# The kernel of torch's attention on a CPU, [1, H, T, D]: called by its name, since torch would choose it by rules that change.
+_attend_causally: Final = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 # Older versions of torch's kernel need one key head for each query head. Checked here, outside of compiled graphs.
 _HAS_GQA: Final = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
@@ -59,6 +64,10 @@ def attend_on_cpu(
     products = _Products(query_THD, key_TKD, scale)
     with torch.autocast("cpu", enabled=False):
         for start, end in itertools.pairwise(cu_seqlens.tolist()):
+            if window is None or end - start <= window:
+                one_document = (x[start:end].transpose(0, 1)[None] for x in (query_THD, key_TKD, value_TKD))
+                out_THD[start:end] = _attend_causally(*one_document, 0.0, True, scale=scale)[0][0].transpose(0, 1)
+                continue
             key_KTD, value_KTD = products.wide(key_TKD[start:end]), products.narrow(value_TKD[start:end])
             for queries, keys, mask_QN in _blocks(end - start, window, products.block_size):
                 query_KRD = products.rows(query_THD[start:end], queries)
@@ -176,10 +185,23 @@ class _Products:
 
         `mask_QN` is for the last of these keys; those before them are visible to all of the queries.
         """
-        scores_KRN = torch.bmm(query_KRD.to(self._wide_dtype) * self._scale, key_KND.transpose(1, 2))
+        # Queries and keys in bf16 lose nothing where the CPU takes fp32 products apart into those of bf16.
+        with _products_of_bf16() if query_KRD.dtype == torch.bfloat16 else contextlib.nullcontext():
+            scores_KRN = torch.bmm(query_KRD.to(self._wide_dtype), key_KND.transpose(1, 2)).mul_(self._scale)
         num_queries, num_masked = mask_QN.shape
         scores_KRN.unflatten(1, (num_queries, -1))[..., -num_masked:].add_(mask_QN[:, None])
         return torch.softmax(scores_KRN, -1)
+
+
+@contextlib.contextmanager
+def _products_of_bf16() -> Iterator[None]:
+    """Returns a context in which oneDNN rounds the factors of fp32 products to bf16, where that is faster."""
+    settings: Any = torch.backends.mkldnn.matmul
+    before, settings.fp32_precision = settings.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
 
 
 def _blocks(length: int, window: int | None, block_size: int) -> Iterator[tuple[slice, slice, Tensor]]:
