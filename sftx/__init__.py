@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sftx.assembly.hookspecs import hookimpl
-from sftx.data.collate import pack, pad
+from sftx.data.collate import pack, pad, per_label, sum_by_example
 from sftx.errors import ConfigError, DataError, ModelError, OutputError, PluginError, SftxError, TrainingError
 from sftx.events import Decision, EvalReport, Provider, RunInfo, Sample, StartReport, StepReport, TokenLosses
 from sftx.secret import Secret
@@ -123,9 +123,11 @@ __all__ = [
     "pack",
     "pad",
     "parameter_groups",
+    "per_label",
     "plan",
     "resume",
     "run",
+    "sum_by_example",
 ]
 
 

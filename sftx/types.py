@@ -263,10 +263,14 @@ class Batch:
     attention: Attention = "varlen"
     """How the documents of a packed row are kept from attending to one another."""
     extras: dict[str, Tensor] = field(default_factory=dict)
-    """Tensors by name that a collator makes of its examples' `extras`, for the loss and for an adapter's `embed`."""
+    """Tensors by name that a collator, or the loss's own `extras`, makes of the examples, for the loss and for an
+    adapter's `embed`."""
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
     """fp32 scalars on the model's device: what `Loss.statistics` returned for all micro-batches of the step in all
     processes, added up. Empty for a loss without that method."""
+    examples: tuple[Example, ...] = ()
+    """The examples themselves, on the host, in the order of `row_ids`. `pad` and `pack` fill it, and a run does where
+    a collator leaves it empty."""
 
     def to(self, device: torch.device) -> Batch:
         """Return the same batch with every tensor on `device`.
@@ -486,6 +490,11 @@ class Loss(Protocol):
     `statistics(lm: LanguageModel, batch: Batch) -> dict[str, Tensor]`. It is called without gradients for every
     micro-batch of a step, before the first backward; the scalars that it returns are added up over micro-batches and
     processes, and each call of the loss finds the totals in `batch.statistics`.
+
+    A loss that needs more of its examples than tokens and labels may have a method
+    `extras(batch: Batch) -> dict[str, Tensor]`. It is called on the host for every micro-batch, right after it is
+    collated and before its denominator is asked for; what it returns is in `batch.extras`, and moves to the device
+    with the batch. It depends on the batch alone: on `batch.examples` with their `group`, `extras` and `loss_mask`.
     """
 
     def denominator(self, batch: Batch) -> float:

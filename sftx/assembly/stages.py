@@ -14,9 +14,9 @@ import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, get_args
+from typing import TYPE_CHECKING, Any, Final, cast, get_args
 
 from sftx.assembly.hookspecs import RETURNS
 from sftx.config.default_plugins import RESERVED_SCHEMES, SCHEME
@@ -457,6 +457,10 @@ class CollatorStage(_Stage):
                 f"collate made a batch of {counted(len(ids), 'example')} of {len(examples)}; every example must be in "
                 "it once"
             )
+        if not batch.examples:
+            batch = replace(batch, examples=_in_order(examples, ids))
+        elif (found := tuple(example.row_id for example in batch.examples)) != ids:
+            raise self._refuse(f"collate gave the examples {found!r:.60} for the row_ids {ids!r:.60}")
         if batch.cu_seqlens is not None:
             boundaries, num_tokens = batch.cu_seqlens.tolist(), batch.input_ids_BT.numel()
             is_rising = sorted(set(boundaries)) == boundaries
@@ -465,7 +469,15 @@ class CollatorStage(_Stage):
                     f"collate gave {num_tokens} tokens the cu_seqlens {boundaries!r:.60}, expected rising numbers "
                     "from 0 to all of them"
                 )
-        return batch
+        return cast(Batch, batch)
+
+
+def _in_order(examples: Sequence[Example], row_ids: Sequence[str]) -> tuple[Example, ...]:
+    """Return the examples in the order of these ids, which are their own; those of one id keep their order."""
+    by_id: dict[str, list[Example]] = {}
+    for example in reversed(examples):
+        by_id.setdefault(example.row_id, []).append(example)
+    return tuple(by_id[row_id].pop() for row_id in row_ids)
 
 
 # --- training -----------------------------------------------------------------------------------
@@ -481,6 +493,7 @@ class LossStage(_Stage):
         self.batch_statistic = self._declares("batch_statistic")
         self.needs_adapter = self._declares("needs_adapter")
         self.has_statistics = hasattr(loss, "statistics")
+        self.has_extras = hasattr(loss, "extras")
         self._statistic_names: list[str] | None = None
 
     def denominator(self, batch: Batch) -> float:
@@ -491,6 +504,24 @@ class LossStage(_Stage):
         if isinstance(value, bool) or not 0 <= value < math.inf:
             raise self._refuse(f"denominator gave [{value}], expected numbers that are not below 0")
         return value
+
+    def with_extras(self, batch: Batch) -> Batch:
+        """Return the batch, on the host, with what the loss adds to its extras. Raises PluginError for a wrong name."""
+        from torch import Tensor
+
+        if not self.has_extras:
+            return batch
+        loss: Any = self._loss
+        with self._attribute(f"extras of {batch.row_ids[0]}"):
+            extras: Any = loss.extras(batch)
+        if not isinstance(extras, dict):
+            raise self._refuse(f"extras returned {type(extras).__name__}, expected a dict of tensors by name")
+        for name, value in extras.items():
+            if not isinstance(value, Tensor) or not isinstance(name, str):
+                raise self._refuse(f"extras[{name!r}] is {type(value).__name__}, expected a tensor by its name")
+            if name in batch.extras:
+                raise self._refuse(f"extras has the name {name!r}, which batch.extras has already; choose another")
+        return replace(batch, extras={**batch.extras, **extras})
 
     def _declares(self, name: str) -> bool:
         with self._attribute(name):

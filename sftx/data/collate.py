@@ -1,4 +1,8 @@
-"""Collate examples into one batch, padded or packed. This is the one place of the core where labels are shifted."""
+"""Collate examples into one batch, padded or packed. This is the one place of the core where labels are shifted.
+
+`per_label` and `sum_by_example` go from examples to the positions of a batch and back, whatever its layout.
+Dimensions: B rows, T tokens, N = B*T, E examples.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from sftx.errors import PluginError
 from sftx.types import IGNORE_INDEX, Attention, Batch, Example
 
 if TYPE_CHECKING:
@@ -43,6 +48,7 @@ def pad(examples: Sequence[Example], *, multiple_of: int = 1) -> Batch:
         num_label_tokens=int((labels_BT != IGNORE_INDEX).sum()),
         num_input_tokens=sum(lengths),
         token_weights_BT=weights_BT,
+        examples=tuple(examples),
     )
 
 
@@ -70,6 +76,7 @@ def pack(examples: Sequence[Example], *, attention: Attention = "varlen") -> Bat
         num_input_tokens=sum(lengths),
         token_weights_BT=torch.cat(weights)[None] if is_weighted else None,
         attention=attention,
+        examples=tuple(examples),
     )
 
 
@@ -88,6 +95,70 @@ def _tensors(example: Example) -> tuple[Tensor, Tensor, Tensor]:
     if example.weights is not None:
         weights_T[:-1] = torch.tensor(example.weights[1:])
     return ids_T, labels_T, weights_T
+
+
+def per_label(batch: Batch, values: Sequence[Sequence[float]]) -> Tensor:
+    """Lay out a number for each token of each example as the labels are: [B, T], fp32, on the host.
+
+    `values` has a sequence for each of `batch.examples`, as long as its `token_ids`: a weight, an advantage, a
+    log-probability of another model. At the position whose label is a token there is the number of that token, and 0
+    wherever nothing is trained. Raises PluginError for a sequence of another length.
+    """
+    import numpy as np
+    import torch
+
+    is_label_BT = batch.labels_BT.cpu() != IGNORE_INDEX
+    values_N = torch.zeros(is_label_BT.numel())
+    if len(values) != len(batch.examples):
+        raise PluginError(f"per_label got {len(values)} sequences for a batch of {len(batch.examples)} examples")
+    begins, lengths = (tensor.tolist() for tensor in _positions_of_examples(batch))
+    for example, numbers, begin, length in zip(batch.examples, values, begins, lengths, strict=True):
+        num_tokens = len(example.token_ids)
+        if len(numbers) != num_tokens:
+            raise PluginError(f"{example.row_id}: per_label got {len(numbers)} numbers for {num_tokens} tokens")
+        if length > num_tokens:
+            raise PluginError(
+                f"{example.row_id}: has {num_tokens} tokens and {length} positions in its batch; per_label needs a "
+                "collator that adds none"
+            )
+        own = np.asarray(numbers, np.float32)[num_tokens - length + 1 :]
+        values_N[begin : begin + len(own)] = torch.from_numpy(own)
+    return values_N.view_as(is_label_BT) * is_label_BT
+
+
+def sum_by_example(batch: Batch, values_N: Tensor) -> Tensor:
+    """Sum a number of each position by example: [E], in the order of `batch.row_ids` and the dtype of `values_N`.
+
+    Only positions with a label count, so that the sums are the same padded, packed and with shared prefixes; what is
+    elsewhere, even NaN, is not looked at. `values_N` has a value for each position of the batch, [N] or [B, T], as
+    `lm.cross_entropy(..., reduction="none").loss` has. Differentiable; the same bits each time. Raises PluginError for
+    a batch whose rows or documents are not its examples.
+    """
+    import torch
+
+    begins_E, lengths_E = _positions_of_examples(batch)
+    offsets_T = torch.arange(batch.max_seqlen, device=values_N.device)
+    index_ET = (begins_E[:, None] + offsets_T).clamp(max=values_N.numel() - 1)
+    counts_ET = (offsets_T < lengths_E[:, None]) & (batch.labels_BT.flatten()[index_ET] != IGNORE_INDEX)
+    return torch.where(counts_ET, values_N.flatten()[index_ET], 0.0).sum(1)
+
+
+def _positions_of_examples(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return the first of the N positions of each example, and their number: each [E] int64, on the batch's device."""
+    import torch
+
+    if batch.cu_seqlens is not None:
+        begins_E, lengths_E = batch.cu_seqlens[:-1].long(), batch.cu_seqlens.diff().long()
+    else:
+        assert batch.lengths_B is not None
+        lengths_E = batch.lengths_B
+        begins_E = torch.arange(len(lengths_E), device=lengths_E.device) * batch.input_ids_BT.shape[1]
+    if len(begins_E) != len(batch.row_ids):
+        raise PluginError(
+            f"the batch has {len(batch.row_ids)} examples and {len(begins_E)} rows or documents; per_label and "
+            "sum_by_example need one for each example"
+        )
+    return begins_E, lengths_E
 
 
 def groups_of(examples: Sequence[Example]) -> list[list[Example]]:

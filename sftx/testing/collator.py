@@ -197,6 +197,11 @@ def batches_every_example(case: _Case) -> None:
                 f"a batch of {len(examples)} examples lacks the row_ids {list(expected - row_ids)[:3]} and has "
                 f"{list(row_ids - expected)[:3]} too many; put each example's row_id into row_ids once"
             )
+        if batch.examples and tuple(example.row_id for example in batch.examples) != batch.row_ids:
+            raise ClauseError(
+                "its examples are not in the order of row_ids, by which a loss finds them; leave `examples` to sftx, "
+                "or bring both into one order"
+            )
         if (batch.lengths_B is None) == (batch.cu_seqlens is None):
             raise ClauseError("set lengths_B for rows padded on the right, or cu_seqlens for packed rows, not both")
         documents = Counter(tuple(batch.input_ids_BT.flatten()[where].tolist()) for where in _documents(batch))

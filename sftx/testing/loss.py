@@ -18,6 +18,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from sftx.assembly.stages import CollatorStage, LossStage
 from sftx.data.collate import groups_of
 from sftx.model.language_model import CausalLM
 from sftx.testing.batches import copy_of, differences, identical, norm, varied, widened
@@ -48,6 +49,7 @@ class _Case:
     def __init__(self, kit: Kit) -> None:
         self.loss: Loss = make_stage(kit.plugin, "sftx_loss")
         self._kit = kit
+        self.collator = CollatorStage("the collator", kit.collator)
 
     @cached_property
     def groups(self) -> list[list[Example]]:
@@ -58,13 +60,16 @@ class _Case:
     @cached_property
     def batches(self) -> list[Batch]:
         """One batch for each group, as micro-batches of one step."""
-        return self._as_a_step([self._kit.collator.collate(group) for group in self.groups])
+        return self._as_a_step([self.collated(group) for group in self.groups])
 
     @cached_property
     def batch(self) -> Batch:
         """All groups in one batch, which is a whole step."""
-        batch = self._kit.collator.collate([example for group in self.groups for example in group])
-        return self._as_a_step([batch])[0]
+        return self._as_a_step([self.collated([example for group in self.groups for example in group])])[0]
+
+    def collated(self, examples: Sequence[Example]) -> Batch:
+        """Return the batch of these examples as a run makes it, with the loss's own extras."""
+        return LossStage("the loss", self.loss).with_extras(self.collator.collate(examples))
 
     def _as_a_step(self, batches: Sequence[Batch]) -> list[Batch]:
         """Return the micro-batches of one step with the statistics of that step, where the loss has any.
@@ -152,6 +157,32 @@ class _Case:
 
 
 SUITE: Suite[_Case] = Suite("loss", _Case)
+
+
+@SUITE.clause(
+    "What `extras` returns depends on the batch alone, and neither the batch nor the global random state is changed."
+)
+def makes_its_extras(case: _Case) -> None:
+    compute: Any = getattr(case.loss, "extras", None)
+    if compute is None:
+        return
+    examples = [example for group in case.groups for example in group]
+    plain = case.collator.collate(examples)
+    with random_states_kept():
+        made = []
+        for seed in range(2):
+            torch.manual_seed(seed)
+            batch, before = copy_of(plain), random_states()
+            made.append(compute(batch))
+            if drawn := changed_random_states(before):
+                raise ClauseError(f"extras drew from or seeded {drawn}; compute them from batch.examples alone")
+            if fields := differences(batch, plain):
+                raise ClauseError(f"extras wrote into the batch's {', '.join(fields)}; return what is new in a dict")
+    first, second = made
+    if different := [name for name in first.keys() | second.keys() if not identical(first.get(name), second.get(name))]:
+        raise ClauseError(
+            f"extras[{min(different)!r}] of one batch were different the second time; keep no state in it"
+        )
 
 
 @SUITE.clause("A loss does not change the model, its adapters, the batch or the global random state.")

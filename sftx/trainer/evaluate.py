@@ -142,7 +142,8 @@ class ModelEvaluator:
                 self.check_stop()
                 is_counted = number < len(batches)  # a rank that has no batch left takes part in the collectives
                 indices = batches[number if is_counted else 0].tolist()
-                yield self._collator.collate([self._examples[index] for index in indices]), is_counted
+                batch = self._collator.collate([self._examples[index] for index in indices])
+                yield loss.with_extras(batch) if loss.has_extras else batch, is_counted
 
         with phase("evaluating", "held-out rows", total=len(numbers), unit="batches") as progress:
             statistics = self._strategy.statistics(collated())

@@ -110,7 +110,10 @@ class Trainer:
         micro_batches = []
         for shards in split_step(lengths, self.process_group.world_size, self.config.micro_batch_size):
             own = shards[self.process_group.rank]
-            batch = self.collator.collate([examples[index] for row in own or (shortest,) for index in rows[row]])
+            chosen = [examples[index] for row in own or (shortest,) for index in rows[row]]
+            batch = self.collator.collate(chosen)
+            if self.loss.has_extras:
+                batch = self.loss.with_extras(batch)
             micro_batches.append(MicroBatch(batch, self.loss.denominator(batch) if own else 0.0, bool(own)))
         return micro_batches
 

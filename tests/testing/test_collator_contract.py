@@ -107,6 +107,11 @@ def change(batch: Batch, **changes: Any) -> Batch:
     return dataclasses.replace(batch, **changes)
 
 
+class ExamplesInAnotherOrder(Padded):
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        return change(super().collate(examples), examples=tuple(examples[::-1]))
+
+
 class RowIdsOfTheFirst(Padded):
     def collate(self, examples: Sequence[Example]) -> Batch:
         return change(super().collate(examples), row_ids=(examples[0].row_id,))
@@ -247,6 +252,7 @@ BAD = [
     (DrawsFromTorch, "plans-by-its-arguments", "drew from torch's random numbers"),
     (SortsItsArguments, "plans-by-its-arguments", "changed the lengths or groups"),
     (EverySecondBackwards, "plans-by-its-arguments", "keep no state between two calls"),
+    (ExamplesInAnotherOrder, "batches-every-example", "not in the order of row_ids"),
     (RowIdsOfTheFirst, "batches-every-example", "row_id into row_ids once"),
     (Cuts, "batches-every-example", "are no document of a batch"),
     (NoBorders, "batches-every-example", "set lengths_B"),

@@ -26,6 +26,7 @@ from sftx import (
     Parser,
     Record,
     hookimpl,
+    sum_by_example,
 )
 from sftx.testing.clauses import MADE
 from sftx.testing.kit import built_in
@@ -137,6 +138,57 @@ class Detached(CrossEntropy):
 class MetricsAsFloats(CrossEntropy):
     def __call__(self, lm: LanguageModel, batch: Batch) -> LossSum:
         return change(super().__call__(lm, batch), metrics={"nll": 1.0})
+
+
+# --- what it takes from its examples ------------------------------------------------------------------------------
+
+
+class PairsByExamples(Preferences):
+    """A good loss: the same DPO, which finds its pairs by its own extras, in whatever layout the run's batches have."""
+
+    def extras(self, batch: Batch) -> dict[str, Tensor]:
+        firsts: dict[int, int] = {}
+        pairs = [(firsts[e.group], n) for n, e in enumerate(batch.examples) if firsts.setdefault(e.group, n) != n]
+        return {"pair_P2": torch.tensor(pairs)}
+
+    def denominator(self, batch: Batch) -> float:
+        return len(batch.extras["pair_P2"])
+
+    def log_likelihoods(self, lm: LanguageModel, batch: Batch) -> Tensor:
+        hidden = lm.hidden(batch)
+        weights_BT = batch.token_weights_BT
+        nll = lm.cross_entropy(hidden.hidden_BTD, batch.labels_BT, token_weights_BT=weights_BT, reduction="none").loss
+        return -sum_by_example(batch, nll)
+
+    def __call__(self, lm: LanguageModel, batch: Batch) -> LossSum:
+        ours_E = self.log_likelihoods(lm, batch)
+        with torch.no_grad(), lm.without_adapters():
+            before_E = self.log_likelihoods(lm, batch)
+        good_P, bad_P = (self.beta * (ours_E - before_E))[batch.extras["pair_P2"]].unbind(1)
+        margin_P = good_P - bad_P
+        return LossSum(-functional.logsigmoid(margin_P).sum(), metrics={"margin": margin_P.sum()})
+
+
+class PackedPairs(PairsByExamples, Packed):
+    """A good loss on packed rows."""
+
+
+class ExtrasAtRandom(PairsByExamples):
+    def extras(self, batch: Batch) -> dict[str, Tensor]:
+        noise = torch.randn(1, generator=torch.Generator().manual_seed(torch.initial_seed()))
+        return super().extras(batch) | {"noise_1": noise}
+
+
+class ExtrasDraw(PairsByExamples):
+    def extras(self, batch: Batch) -> dict[str, Tensor]:
+        torch.rand(1)
+        return super().extras(batch)
+
+
+class ExtrasWrite(PairsByExamples):
+    def extras(self, batch: Batch) -> dict[str, Tensor]:
+        batch.labels_BT[:, 0] = 5
+        return super().extras(batch)
 
 
 # --- what it leaves ---------------------------------------------------------------------------------------------
@@ -339,6 +391,9 @@ class IgnoresWeights(CrossEntropy):
 
 
 BAD = [
+    (ExtrasAtRandom, "makes-its-extras", "were different the second time"),
+    (ExtrasDraw, "makes-its-extras", "compute them from batch.examples alone"),
+    (ExtrasWrite, "makes-its-extras", "wrote into the batch's labels_BT"),
     (IgnoresWeights, "obeys-the-weights", "whatever token_weights_BT says"),
     (MakesNone, MADE, "sftx_loss returned NoneType, expected a Loss"),
     (ReturnsATensor, "returns-a-sum", "it returned Tensor; return LossSum"),
@@ -398,6 +453,8 @@ class PackedCrossEntropy(CrossEntropy, Packed):
     """A good plugin that is both a collator and a loss."""
 
 
-@pytest.mark.parametrize("good", [CrossEntropy, InSinglePrecision, Preferences, PackedCrossEntropy])
+@pytest.mark.parametrize(
+    "good", [CrossEntropy, InSinglePrecision, Preferences, PackedCrossEntropy, PairsByExamples, PackedPairs]
+)
 def test_a_good_loss_of_another_kind_keeps_it(good: type) -> None:
     check_loss(good())

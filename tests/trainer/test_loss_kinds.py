@@ -164,6 +164,77 @@ def test_statistics_are_checked(run_of: Callable[..., Session], monkeypatch: pyt
             first_step(session)
 
 
+# --- extras of a loss -----------------------------------------------------------------------------
+
+MARGIN = """
+from dataclasses import dataclass
+from sftx import LossSum, hookimpl, sum_by_example
+
+@dataclass(frozen=True, eq=False)
+class Margin:
+    answers_only = True
+
+    @hookimpl
+    def sftx_loss(self):
+        return self
+
+    def extras(self, batch):
+        import torch
+
+        good = {e.group: n for n, e in enumerate(batch.examples) if e.extras["kto"] != "other"}
+        other = {e.group: n for n, e in enumerate(batch.examples) if e.extras["kto"] == "other"}
+        return {"pair_P2": torch.tensor([(good[group], other[group]) for group in good])}
+
+    def denominator(self, batch):
+        return float(len(batch.extras["pair_P2"]))
+
+    def __call__(self, lm, batch):
+        import torch
+
+        hidden = lm.hidden(batch)
+        nll_N = lm.cross_entropy(
+            hidden.hidden_BTD, batch.labels_BT, num_valid=batch.num_label_tokens, reduction="none"
+        ).loss
+        good_P, other_P = sum_by_example(batch, nll_N)[batch.extras["pair_P2"]].unbind(1)
+        return LossSum(-torch.nn.functional.logsigmoid(0.1 * (other_P - good_P)).sum(), hidden.aux_loss)
+
+@dataclass(frozen=True, eq=False)
+class Triples:
+    @hookimpl
+    def sftx_parser(self):
+        from sftx_kto import KTOParser
+
+        return KTOParser()
+"""
+
+
+def test_a_loss_finds_its_pairs_in_whatever_the_collator_makes(
+    run_of: Callable[..., Session], install_plugin: Any, data: Path, tiny_model: Path
+) -> None:
+    from sftx.inspection.memory_plan.planner import Planner
+    from sftx.inspection.memory_plan.target_device import parse
+
+    install_plugin("margin-here", MARGIN, {"margin": "Margin", "triples": "Triples"})
+    batches: dict[str, Any] = {"train__train_batch_size": 8, "data__eval": str(data), "train__eval_steps": 100}
+    seen = []
+    for collator, size in (("padded", 8), ("padded", 3), ("packed", 1)):
+        options = batches | {"train__per_device_train_batch_size": size, "train__per_device_eval_batch_size": size}
+        options |= {"train__train_batch_size": 1, "packed__length": 2048} if collator == "packed" else {}
+        session = run_of("margin", "triples", collator, **options)
+        loss, _, gradients = first_step(session)
+        seen.append((loss, session.evaluator(session.lm, 0).metrics["loss"], gradients))
+    for loss, held_out, gradients in seen[1:]:
+        assert loss == pytest.approx(seen[0][0], rel=1e-6)
+        assert held_out == pytest.approx(seen[0][1], rel=1e-6)
+        for name, gradient in gradients.items():
+            assert torch.allclose(gradient, seen[0][2][name], rtol=1e-4, atol=1e-7), name
+    given = {"model": str(tiny_model), "data.train": str(data), "data.eval": str(data), "data.max_length": 64}
+    assignments = [(name, value, name) for name, value in given.items()]
+    for collator in ("padded", "packed"):
+        loaded = load(None, add=["chatml", "lora", "margin", "triples", collator], assignments=assignments)
+        assert Planner(loaded, parse("h100")).estimate().total > 0
+
+
 # --- the values of TRL ---------------------------------------------------------------------------
 
 

@@ -166,8 +166,10 @@ class DryRunner:
     def evaluation_peaks(self, config: TrainConfig, *, max_length: int) -> list[MemorySnapshot]:
         """Return the peak of each phase of the forward of a held-out batch, whose rows have `max_length` tokens."""
 
+        real = self._make_batch(config.per_device_eval_batch_size, max_length)
+
         def forward(lm: CausalLM, mode: FakeTensorMode, tracker: MemoryTracker) -> None:
-            batch = to_fake_batch(mode, self._make_batch(config.per_device_eval_batch_size, max_length))
+            batch = to_fake_batch(mode, real)
             step = TrainStep(lm, self.assembly.loss())
             tracker.reset_peaks()
             step(batch)
@@ -233,7 +235,8 @@ class DryRunner:
         return [peak | {"optimizer": peak["optimizer"] + state} for peak in peaks]
 
     def _make_batch(self, rows: int, max_length: int) -> Batch:
-        return make_batch(self.assembly.collator(max_length), rows, max_length, self.group)
+        batch = make_batch(self.assembly.collator(max_length), rows, max_length, self.group)
+        return self.assembly.loss().with_extras(batch)
 
     def _update(self, config: TrainConfig) -> _UpdateMemory:
         # With several micro-batches gradients stay allocated between them, since later ones add to the first.
