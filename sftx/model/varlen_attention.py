@@ -1,10 +1,10 @@
 """Causal attention within the documents of a packed row: in blocks of queries on a CPU, by torch's kernel on a GPU.
 
 On a CPU the forward of a document is torch's own kernel, but where a window is narrower than the document, and in the
-backward: there a block of queries is multiplied with the keys that it may see, and no others. Scores and their softmax
-are fp32, also under autocast; the other products are in the dtype of the values where the CPU has instructions for it.
-Backward computes the probabilities again. Torch's own backward takes two to three times as long for documents of some
-hundred tokens in bf16, and adds the gradients of keys in bf16.
+backward of documents that are not long: there a block of queries is multiplied with the keys that it may see, and no
+others. Scores and their softmax are fp32, also under autocast; the other products are in the dtype of the values where
+the CPU has instructions for it. Backward computes the probabilities again. Torch's own backward takes two to three
+times as long in bf16 for documents of some hundred tokens.
 
 It is a custom operation of torch: reading `cu_seqlens` in a plain function would break every compiled graph.
 
@@ -28,8 +28,11 @@ from torch.nn.attention.varlen import varlen_attn
 
 from sftx_kernels import cpu_multiplies
 
-# The kernel of torch's attention on a CPU, [1, H, T, D]: called by its name, since torch would choose it by rules that change.
+# The kernels of torch's attention on a CPU, [1, H, T, D], by their names: the rules by which torch chooses one change.
 _attend_causally: Final = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_attend_causally_backward: Final = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_LONG: Final = 1024
+"""Tokens of a document from which on torch's backward is faster than ours: 1.5 times at 2,048 tokens, 2 at 8,192."""
 # Older versions of torch's kernel need one key head for each query head. Checked here, outside of compiled graphs.
 _HAS_GQA: Final = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
@@ -49,7 +52,7 @@ def attend(
     query_THD, key_TKD = query_THD.to(value_TKD.dtype), key_TKD.to(value_TKD.dtype)
     if query_THD.is_cuda:
         return attend_on_gpu(query_THD, key_TKD, value_TKD, cu_seqlens, max_length, scale=scale, window=window)
-    return cast(Tensor, attend_on_cpu(query_THD, key_TKD, value_TKD, cu_seqlens, scale, window))
+    return cast(Tensor, attend_on_cpu(query_THD, key_TKD, value_TKD, cu_seqlens, scale, window)[0])
 
 
 # --- CPU ----------------------------------------------------------------------------------------
@@ -58,29 +61,37 @@ def attend(
 @torch.library.custom_op("sftx::document_attention", mutates_args=(), device_types="cpu")
 def attend_on_cpu(
     query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, cu_seqlens: Tensor, scale: float, window: int | None
-) -> Tensor:
-    """Returns the attention, [T, H, D]."""
+) -> tuple[Tensor, Tensor]:
+    """Returns the attention, [T, H, D], and the logsumexp of the scores, [H, T], fp32 at least.
+
+    The latter is for the backward by torch's kernel, and 0 where a window cuts the document.
+    """
     out_THD = query_THD.new_empty(query_THD.shape)
     products = _Products(query_THD, key_TKD, scale)
+    lse_HT = query_THD.new_zeros(query_THD.shape[1], query_THD.shape[0], dtype=products.wide_dtype)
     with torch.autocast("cpu", enabled=False):
         for start, end in itertools.pairwise(cu_seqlens.tolist()):
-            if window is None or end - start <= window:
-                one_document = (x[start:end].transpose(0, 1)[None] for x in (query_THD, key_TKD, value_TKD))
-                out_THD[start:end] = _attend_causally(*one_document, 0.0, True, scale=scale)[0][0].transpose(0, 1)
+            document = slice(start, end)
+            if not _is_cut(end - start, window):
+                heads = (_heads(x[document]) for x in (query_THD, key_TKD, value_TKD))
+                out_1HTD, lse_1HT = _attend_causally(*heads, 0.0, True, scale=scale)
+                out_THD[document], lse_HT[:, document] = out_1HTD[0].transpose(0, 1), lse_1HT[0]
                 continue
-            key_KTD, value_KTD = products.wide(key_TKD[start:end]), products.narrow(value_TKD[start:end])
+            key_KTD, value_KTD = products.wide(key_TKD[document]), products.narrow(value_TKD[document])
             for queries, keys, mask_QN in _blocks(end - start, window, products.block_size):
-                query_KRD = products.rows(query_THD[start:end], queries)
+                query_KRD = products.rows(query_THD[document], queries)
                 probabilities_KRN = products.probabilities(query_KRD, key_KTD[:, keys], mask_QN).to(value_KTD.dtype)
-                products.write(out_THD[start:end], queries, torch.bmm(probabilities_KRN, value_KTD[:, keys]))
-    return out_THD
+                products.write(out_THD[document], queries, torch.bmm(probabilities_KRN, value_KTD[:, keys]))
+    return out_THD, lse_HT
 
 
 @attend_on_cpu.register_fake
 def _(
     query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, cu_seqlens: Tensor, scale: float, window: int | None
-) -> Tensor:
-    return query_THD.new_empty(query_THD.shape)
+) -> tuple[Tensor, Tensor]:
+    wide_dtype = torch.promote_types(query_THD.dtype, torch.float32)
+    lse_HT = query_THD.new_empty(query_THD.shape[1], query_THD.shape[0], dtype=wide_dtype)
+    return query_THD.new_empty(query_THD.shape), lse_HT
 
 
 @torch.library.custom_op("sftx::document_attention_backward", mutates_args=(), device_types="cpu")
@@ -90,15 +101,25 @@ def attend_on_cpu_backward(
     key_TKD: Tensor,
     value_TKD: Tensor,
     cu_seqlens: Tensor,
+    out_THD: Tensor,
+    lse_HT: Tensor,
     scale: float,
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of query, key and value, in their shapes and dtypes."""
-    grad_query_THD, grad_key_TKD, grad_value_TKD = (x.new_empty(x.shape) for x in (query_THD, key_TKD, value_TKD))
+    grads = grad_query_THD, grad_key_TKD, grad_value_TKD = [
+        x.new_empty(x.shape) for x in (query_THD, key_TKD, value_TKD)
+    ]
     products = _Products(query_THD, key_TKD, scale)
     with torch.autocast("cpu", enabled=False):
         for start, end in itertools.pairwise(cu_seqlens.tolist()):
             document = slice(start, end)
+            if end - start >= _LONG and not _is_cut(end - start, window):
+                heads = [_heads(x[document]) for x in (grad_THD, query_THD, key_TKD, value_TKD, out_THD)]
+                found = _attend_causally_backward(*heads, lse_HT[None, :, document], 0.0, True, scale=scale)
+                for grad, grad_1HTD in zip(grads, found, strict=True):
+                    grad[document] = grad_1HTD[0].transpose(0, 1)
+                continue
             wide_key_KTD = products.wide(key_TKD[document])
             key_KTD, value_KTD = wide_key_KTD.to(products.dtype), products.narrow(value_TKD[document])
             # Several blocks add to one key, in fp32 at least.
@@ -125,6 +146,8 @@ def _(
     key_TKD: Tensor,
     value_TKD: Tensor,
     cu_seqlens: Tensor,
+    out_THD: Tensor,
+    lse_HT: Tensor,
     scale: float,
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,17 +155,29 @@ def _(
     return query_grad, key_grad, value_grad
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     query_THD, key_TKD, value_TKD, cu_seqlens, ctx.scale, ctx.window = inputs
-    ctx.save_for_backward(query_THD, key_TKD, value_TKD, cu_seqlens)
+    out_THD, lse_HT = output
+    ctx.mark_non_differentiable(lse_HT)
+    ctx.save_for_backward(query_THD, key_TKD, value_TKD, cu_seqlens, out_THD, lse_HT)
 
 
-def _backward(ctx: Any, grad_THD: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_THD: Tensor, grad_lse_HT: Tensor) -> tuple[Tensor | None, ...]:
     grads = attend_on_cpu_backward(grad_THD, *ctx.saved_tensors, ctx.scale, ctx.window)
     return *grads, None, None, None
 
 
 attend_on_cpu.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _is_cut(length: int, window: int | None) -> bool:
+    """Returns whether a token of the document does not see all tokens before it."""
+    return window is not None and window < length
+
+
+def _heads(x_THD: Tensor) -> Tensor:
+    """Returns a view as torch's kernels take it, [1, H, T, D]."""
+    return x_THD.transpose(0, 1)[None]
 
 
 class _Products:
@@ -154,16 +189,16 @@ class _Products:
 
     def __init__(self, query_THD: Tensor, key_TKD: Tensor, scale: float) -> None:
         self._num_key_heads, self._scale = key_TKD.shape[1], scale
-        self._wide_dtype = torch.promote_types(query_THD.dtype, torch.float32)
+        self.wide_dtype = torch.promote_types(query_THD.dtype, torch.float32)
         is_native = cpu_multiplies(query_THD.dtype)
-        self.dtype = query_THD.dtype if is_native else self._wide_dtype
+        self.dtype = query_THD.dtype if is_native else self.wide_dtype
         """Of all products but that of queries and keys, which is at least fp32."""
-        self.block_size = 128 if is_native and query_THD.dtype != self._wide_dtype else 64
+        self.block_size = 128 if is_native and query_THD.dtype != self.wide_dtype else 64
         """Queries of a block. With more of them more scores above the diagonal are computed in vain."""
 
     def wide(self, x_TKD: Tensor) -> Tensor:
         """Returns a matrix for each key head, [K, T, D], in fp32 at least."""
-        return x_TKD.transpose(0, 1).to(self._wide_dtype, memory_format=torch.contiguous_format)
+        return x_TKD.transpose(0, 1).to(self.wide_dtype, memory_format=torch.contiguous_format)
 
     def narrow(self, x_TKD: Tensor) -> Tensor:
         """Returns a matrix for each key head, [K, T, D], in `dtype`."""
@@ -187,7 +222,7 @@ class _Products:
         """
         # Queries and keys in bf16 lose nothing where the CPU takes fp32 products apart into those of bf16.
         with _products_of_bf16() if query_KRD.dtype == torch.bfloat16 else contextlib.nullcontext():
-            scores_KRN = torch.bmm(query_KRD.to(self._wide_dtype), key_KND.transpose(1, 2)).mul_(self._scale)
+            scores_KRN = torch.bmm(query_KRD.to(self.wide_dtype), key_KND.transpose(1, 2)).mul_(self._scale)
         num_queries, num_masked = mask_QN.shape
         scores_KRN.unflatten(1, (num_queries, -1))[..., -num_masked:].add_(mask_QN[:, None])
         return torch.softmax(scores_KRN, -1)
@@ -196,7 +231,7 @@ class _Products:
 @contextlib.contextmanager
 def _products_of_bf16() -> Iterator[None]:
     """Returns a context in which oneDNN rounds the factors of fp32 products to bf16, where that is faster."""
-    settings: Any = torch.backends.mkldnn.matmul
+    settings = cast(Any, torch.backends.mkldnn).matmul
     before, settings.fp32_precision = settings.fp32_precision, "bf16"
     try:
         yield

@@ -229,9 +229,11 @@ def by_definition(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor,
 @pytest.mark.parametrize("window", [None, 1, 4, 100])
 @pytest.mark.parametrize(("H", "K"), [(4, 4), (6, 2), (3, 1)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("long", [100, 1024])
 def test_attention_and_its_gradients_are_those_of_the_definition(
-    dtype: torch.dtype, tolerance: float, H: int, K: int, window: int | None
+    long: int, dtype: torch.dtype, tolerance: float, H: int, K: int, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(varlen_attention, "_LONG", long)  # torch's backward from 100 tokens on, or for none
     *inputs, cu_seqlens = tensors((7, 1, 150, 2), H, K, dtype)
     weights = torch.randn(160, H, 8, dtype=dtype)
     results = []
