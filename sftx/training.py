@@ -357,14 +357,18 @@ def _build_trainer(
     process_group: ProcessGroup,
 ) -> Trainer:
     """Load the model, make it ready to train, and check that it computes what its own forward computes, packed too."""
+    from sftx.checkpoint.checkpoint import load_loss_module
     from sftx.trainer.self_checks import check_packing
     from sftx.trainer.trainer import Trainer
 
     def load() -> Trainer:
         lm = _load_model(config, assembly, pipeline, precision, saved)
-        return Trainer(
+        trainer = Trainer(
             lm, loss, pipeline.collator, optimizer, schedule, config.train, precision, sampler.num_steps, process_group
         )
+        if saved is not None:
+            load_loss_module(lm, saved)
+        return trainer
 
     # With fsdp2 each rank reads the whole model before it keeps its shards: one at a time, so that a host has it in
     # memory once.

@@ -323,6 +323,8 @@ class LanguageModel(Protocol):
     tokenizer: PreTrainedTokenizerBase
     adapters: dict[str, Adapter]
     """Attached adapters by plugin name; empty in full fine-tuning."""
+    loss_module: nn.Module | None
+    """What `Loss.module` returned; None for a loss without that method, and where a model is used without a loss."""
     seed: Tensor
     """0-d int64 on the CPU: the seed of the coming forward, which every random number in a module derives from."""
 
@@ -495,6 +497,12 @@ class Loss(Protocol):
     `extras(batch: Batch) -> dict[str, Tensor]`. It is called on the host for every micro-batch, right after it is
     collated and before its denominator is asked for; what it returns is in `batch.extras`, and moves to the device
     with the batch. It depends on the batch alone: on `batch.examples` with their `group`, `extras` and `loss_mask`.
+
+    A loss that trains parameters of its own beside the model's (PPO's value head) may have a method
+    `module(lm: LanguageModel) -> nn.Module`. It is called once, before the optimizer is made; the loss then finds what
+    it returned in `lm.loss_module`. Its parameters are fp32, and train as those of the model do. They are saved with
+    each checkpoint and with the result, in a directory `loss` beside the weights, and are no part of the model: it
+    answers, merges and is exported without them.
     """
 
     def denominator(self, batch: Batch) -> float:

@@ -494,6 +494,7 @@ class LossStage(_Stage):
         self.needs_adapter = self._declares("needs_adapter")
         self.has_statistics = hasattr(loss, "statistics")
         self.has_extras = hasattr(loss, "extras")
+        self.has_module = hasattr(loss, "module")
         self._statistic_names: list[str] | None = None
 
     def denominator(self, batch: Batch) -> float:
@@ -529,6 +530,23 @@ class LossStage(_Stage):
         if not isinstance(value, bool):
             raise self._refuse(f"{name} is {value!r:.40}, expected True or False")
         return value
+
+    def module(self, lm: LanguageModel) -> nn.Module:
+        """Return the module whose parameters the loss trains beside the model's; only where `has_module`."""
+        import torch
+
+        loss: Any = self._loss
+        with self._attribute("module"):
+            made: Any = loss.module(lm)
+        if not isinstance(made, torch.nn.Module):
+            raise self._refuse(f"module returned {type(made).__name__}, expected a torch.nn.Module")
+        if wrong := [name for name, p in made.named_parameters() if p.dtype != torch.float32 or not p.requires_grad]:
+            raise self._refuse(
+                f"module has the parameter {wrong[0]}, expected all to be fp32 and to require a gradient"
+            )
+        if next(made.parameters(), None) is None or next(made.buffers(), None) is not None:
+            raise self._refuse("module has no parameters, or has buffers, expected parameters alone")
+        return made
 
     def statistics(self, lm: LanguageModel, batch: Batch) -> dict[str, Tensor]:
         """Return the batch's share of the statistics of its step, the same names for every batch."""

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -25,7 +26,7 @@ from sftx.assembly.peft_config import adapter_directory
 from sftx.checkpoint import layout, model_card, model_files, sharded_files
 from sftx.distributed.dtensor import has_shards, is_sharded, local_shard, shard_like
 from sftx.distributed.process_group import ProcessGroup
-from sftx.errors import OutputError, PluginError, TrainingError
+from sftx.errors import ModelError, OutputError, PluginError, TrainingError, one_line
 from sftx.model import saved_tokenizer
 from sftx.model.language_model import CausalLM
 from sftx.model.load import load_model
@@ -64,6 +65,7 @@ def write_artefact(
             lm, directory, process_group, consolidated=consolidated, dtype=dtype, max_shard_size=max_shard_size
         )
     process_group.run_on_rank0(lambda: _write_adapters_and_tokenizer(lm, directory))
+    process_group.run_on_rank0(lambda: _write_loss_module(lm, directory))
 
 
 def num_bytes(lm: CausalLM, dtype: torch.dtype | None) -> int:
@@ -130,9 +132,37 @@ def _write_adapters_and_tokenizer(lm: CausalLM, directory: Path) -> None:
         model_files.copy_processor(lm.model, directory)
 
 
+def _write_loss_module(lm: CausalLM, directory: Path) -> None:
+    """Write what the loss trains beside the model; every rank has all of it."""
+    if lm.loss_module is not None:
+        file = (
+            directory / layout.LOSS_MODULE
+        )  # in a directory of its own: some programs read all weights beside a model
+        file.parent.mkdir()
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in lm.loss_module.state_dict().items()}
+        save_file(tensors, file)
+
+
+def load_loss_module(lm: CausalLM, directory: Path) -> None:
+    """Load what the loss has trained beside the model, where it has a module. Raises ModelError."""
+    if lm.loss_module is None:
+        return
+    file = directory / layout.LOSS_MODULE
+    try:
+        lm.loss_module.load_state_dict(load_file(file))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise ModelError(
+            f"{file}: the weights of the run's loss cannot be read: {one_line(error)}; take another checkpoint"
+        ) from error
+
+
 @torch.no_grad()
 def load_weights(lm: CausalLM, directory: Path, *, trust_remote_code: bool) -> None:
-    """Load an artefact's or a checkpoint's weights into the model, or into its adapters. Raises ModelError."""
+    """Load an artefact's or a checkpoint's weights into the model, or into its adapters. Raises ModelError.
+
+    Those of a loss's own module are loaded where the model has it already.
+    """
+    load_loss_module(lm, directory)
     for name, adapter in lm.adapters.items():
         adapter.load(adapter_directory(directory, name, num_adapters=len(lm.adapters)))
     if not lm.adapters:

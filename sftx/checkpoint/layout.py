@@ -20,6 +20,9 @@ ADAPTER: Final = "adapter"
 MODEL: Final = "model"
 """Directory of the artefact, by what was trained; `model` is also the stem of sharded weights."""
 
+LOSS_MODULE: Final = "loss/module.safetensors"
+"""What a loss trains beside the model (`Loss.module`), below the artefact or the checkpoint."""
+
 EXPORT: Final = "export"
 """Directory of a run's exports, each of which is named after its plugin."""
 MERGED: Final = "merged"

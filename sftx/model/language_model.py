@@ -53,6 +53,7 @@ class CausalLM(nn.Module):
         self.tokenizer = tokenizer
         self.tokenizer_entries: dict[str, Any] = {}
         """Entries of tokenizer_config.json that are saved instead of the tokenizer's own (see `saved_tokenizer`)."""
+        self.loss_module: nn.Module | None = None
         self.config = model.config.get_text_config()
         self.adapters: dict[str, Adapter] = {}
         self.computes_on: torch.device | None = None

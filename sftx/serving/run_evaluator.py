@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sftx.checkpoint.checkpoint import load_loss_module
 from sftx.checkpoint.load_run import LoadedRun
 from sftx.errors import ConfigError
 from sftx.events import EvalReport
@@ -28,11 +29,13 @@ class RunEvaluator:
                 "some with --eval-data, or leave the metric out with --no-plugin"
             )
         set_tf32(lm.device, enabled=config.train.tf32)
+        step = TrainStep(lm, loss)
+        load_loss_module(lm, loaded.directory)
         self._loaded = loaded
         self._evaluate = ModelEvaluator(
             self.data,
             collator=pipeline.collator,
-            strategy=ParallelStrategy(TrainStep(lm, loss)),
+            strategy=ParallelStrategy(step),
             metrics=metrics,
             evaluators=evaluators,
             encoder=loaded.encoder,

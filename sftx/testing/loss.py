@@ -113,6 +113,8 @@ class _Case:
         embedding = lm.model.get_input_embeddings()
         if isinstance(embedding, nn.Embedding):
             embedding.padding_idx = None  # torch gives the row of this id no gradient, which is not the loss's fault
+        make_module: Any = getattr(self.loss, "module", None)
+        lm.loss_module = None if make_module is None else make_module(lm)
         modules: list[Any] = list(lm.modules())
         for module in modules:  # dropout of the model itself would make every forward different
             if isinstance(module, nn.Dropout):

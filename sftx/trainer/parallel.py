@@ -49,7 +49,10 @@ class TrainStep(nn.Module):
     """Runs the forward pass from a batch to its loss sum. DDP and FSDP2 wrap this module, which includes the loss."""
 
     def __init__(self, lm: CausalLM, loss: LossStage) -> None:
+        """Takes model and loss. A loss that trains a module of its own gets it here, on the model's device."""
         super().__init__()
+        if loss.has_module and lm.loss_module is None:
+            lm.loss_module = loss.module(lm).to(lm.device)
         self.lm = lm
         self.loss = loss
 
@@ -163,7 +166,8 @@ class FSDP2Strategy(MultiProcessStrategy):
         super().__init__(step, process_group)
         model, device = step.lm.model, precision.device
         step.lm.computes_on = device
-        self._replicated = [p for p in step.parameters() if p.requires_grad] if step.lm.adapters else []
+        small: nn.Module | None = step if step.lm.adapters else step.lm.loss_module
+        self._replicated = [] if small is None else [p for p in small.parameters() if p.requires_grad]
         for parameter in self._replicated:
             parameter.data = parameter.data.to(device)
         options: dict[str, Any] = {
