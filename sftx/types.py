@@ -694,6 +694,157 @@ class Evaluator(Protocol):
         """
 
 
+# --- answers of the policy ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer of the policy, the model as it is now, to a question of the training rows."""
+
+    question: Question
+    number: int
+    """Counts the answers to this question, from 0."""
+    text: str
+    """The answer, decoded without control tokens."""
+    token_ids: tuple[int, ...]
+    """[T], with the stop token that ended it; at least one."""
+    log_probs: tuple[float, ...]
+    """[T], log-probability of each token in nats, at temperature 1 and before `top_p` and its like chose from them."""
+    finish_reason: Literal["stop", "length"]
+    """`stop`: a stop token ended it; `length`: it was cut off after `max_new_tokens`."""
+    rewards: Mapping[str, float] = field(default_factory=dict)
+    """By the name of the reward plugin; one that declined the answer has none."""
+    reward: float = 0.0
+    """The sum of `rewards`, each times its weight."""
+
+    def example(self, group: int, extras: Mapping[str, Any] | None = None) -> Example:
+        """Return question and answer as an example whose label tokens are those of the answer.
+
+        `group` is the question's position in its window; `extras` are what the loss needs, as JSON values.
+        """
+        num_prompt, num_answer = len(self.question.prompt_ids), len(self.token_ids)
+        return Example(
+            [*self.question.prompt_ids, *self.token_ids],  # type: ignore[arg-type]
+            [False] * num_prompt + [True] * num_answer,  # type: ignore[arg-type]
+            f"{self.question.row_id} answer {self.number + 1}",
+            group,
+            extras={**self.question.extras, **(extras or {})},
+        )
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """Scores answers of the policy. A rollout trains on the sum of all rewards of a run, each times its weight.
+
+    It is called in every process of a run, with the answers to some of the questions: all answers to one question are
+    in the same call. A reward that computes with a model may have a method `prepare(lm: LanguageModel) -> None`, called
+    once before the first answers, which gets the model of the run (for `sftx.load_model(name, like=lm)`).
+    """
+
+    def __call__(self, answers: Sequence[Answer]) -> Sequence[float | None]:
+        """Return a score for each answer, or None for one that it declines, which counts as 0 in the sum.
+
+        The same answers get the same scores, or a resumed run would not go on as the first one did.
+        """
+
+
+class Policy(Protocol):
+    """The model of a run as a rollout sees it.
+
+    A rollout runs in every process of a run. Each must call the methods below in the same order with the same
+    arguments: the work is divided among the processes, and each gets all results. No gradients are computed, and the
+    model is in evaluation mode. Under FSDP2 all its parameters are gathered for the time of the rollout.
+    """
+
+    @property
+    def lm(self) -> LanguageModel: ...
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase: ...
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+
+    def generate(
+        self,
+        questions: Sequence[Question],
+        *,
+        num_answers: int = 1,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+    ) -> list[list[Answer]]:
+        """Return `num_answers` sampled answers to each question, with their rewards.
+
+        What an answer draws depends on the run's seed, the step, the question's `row_id` and the answer's number alone.
+        The options mean what they mean in transformers' GenerationConfig; `top_k` 0 draws from all tokens, and
+        temperature 0 takes the most likely one. Raises ConfigError for one out of range.
+        """
+
+    def log_probs(
+        self,
+        examples: Sequence[Example],
+        *,
+        temperature: float = 1.0,
+        lm: LanguageModel | None = None,
+        without_adapters: bool = False,
+    ) -> list[NDArray[np.float32]]:
+        """Return the log-probability of each label token after the tokens before it, in nats, [T] for each example.
+
+        It stands at the token's own place; tokens that are not trained have 0. They are computed by the forward that
+        trains. `temperature`: logits are divided by it. `lm`: another model, such as a reference, in place of the
+        policy. `without_adapters`: the policy as it was before training.
+        """
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """What a rollout made of the questions of one window."""
+
+    examples: Sequence[Example]
+    """To train on. `group` is the position of the example's question among the questions, so that examples of one
+    question share a row, and the questions of a step are those that it was planned with; ascending. What the loss
+    needs is in `extras`, as JSON values: one number, or a list with one number for each token."""
+    answers: Sequence[Answer]
+    """All answers, for the run directory and the report."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Finite numbers by name, which are reported with each step of the window."""
+
+
+@runtime_checkable
+class Rollout(Protocol):
+    """Makes the examples of a window of questions from the current policy.
+
+    It may have an attribute `reward_weights: Mapping[str, float]`, weights of rewards by the name of their plugin; a
+    reward that is not named there has the weight 1.
+    """
+
+    @property
+    def steps_per_rollout(self) -> int:
+        """Optimizer steps that the questions of a window are divided into, `train_batch_size` questions each."""
+
+    @property
+    def num_iterations(self) -> int:
+        """How often the steps of a window are trained before the next one."""
+
+    @property
+    def num_answers(self) -> int:
+        """The most examples that come of one question, for the plan of memory."""
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Tokens of the longest answer: a question that leaves less room within `data.max_length` is left out."""
+
+    def __call__(self, policy: Policy, questions: Sequence[Question]) -> Rollouts:
+        """Answer the questions and return examples. It returns the same in every process."""
+
+
+# --- what steers and watches a run -------------------------------------------------------------
+
+
 class Observer:
     """Receives the events of a run and changes nothing. Override the methods you need.
 

@@ -25,6 +25,8 @@ from sftx.types import (
     Observer,
     OptimizerBuilder,
     Parser,
+    Reward,
+    Rollout,
     RowSource,
     Schedule,
     Template,
@@ -87,6 +89,19 @@ def sftx_loss(run: RunInfo) -> Loss:  # type: ignore[empty-body]
 
 
 @hookspec
+def sftx_rollout(run: RunInfo) -> Rollout:  # type: ignore[empty-body]
+    """Return a rollout, which makes examples from answers of the model while it trains. At most one.
+
+    The rows of such a run are questions, and the loss is one for the rollout's examples: a plugin implements both.
+    """
+
+
+@hookspec
+def sftx_reward(run: RunInfo) -> Reward:  # type: ignore[empty-body]
+    """Return a reward, which scores answers of the model for a rollout. Any number."""
+
+
+@hookspec
 def sftx_optimizer(run: RunInfo) -> OptimizerBuilder:  # type: ignore[empty-body]
     """Return what makes the optimizer of the trainable parameters. One; `train.optim` names the plugin."""
 
@@ -135,6 +150,8 @@ RETURNS: Final[dict[str, type]] = {
     "sftx_adapter": Adapter,
     "sftx_trainable": Set,
     "sftx_loss": Loss,
+    "sftx_rollout": Rollout,
+    "sftx_reward": Reward,
     "sftx_optimizer": OptimizerBuilder,
     "sftx_schedule": Schedule,
     "sftx_metric": Metric,
@@ -146,6 +163,14 @@ RETURNS: Final[dict[str, type]] = {
 """The hooks that return a stage, in the order of the stages of a run, and the type that each must return."""
 
 ONE_PROVIDER: Final = frozenset(
-    {"sftx_template", "sftx_collator", "sftx_trainable", "sftx_loss", "sftx_optimizer", "sftx_schedule"}
+    {
+        "sftx_template",
+        "sftx_collator",
+        "sftx_trainable",
+        "sftx_loss",
+        "sftx_rollout",
+        "sftx_optimizer",
+        "sftx_schedule",
+    }
 )
 """The hooks that at most one plugin of a run may implement."""

@@ -32,6 +32,8 @@ from sftx.assembly.stages import (
     MetricStage,
     OptimizerStage,
     ParserStage,
+    RewardStage,
+    RolloutStage,
     RowSourceStage,
     ScheduleStage,
     TemplateStage,
@@ -228,6 +230,12 @@ class Assembly:
             raise PluginError(
                 f"{chosen[0].info} trains weights of the model, and {adapters[0].info} freezes them all; leave one out"
             )
+        rewards, rollouts = self.providers("sftx_reward"), self.providers("sftx_rollout")
+        if rewards and not rollouts:
+            raise PluginError(
+                f"{rewards[0].info} scores answers of the model, and no plugin of this run makes any; add one that "
+                "implements sftx_rollout, such as --plugin grpo"
+            )
         for hook in sorted(ONE_PROVIDER):
             providers = self.providers(hook)
             if len(providers) > 1:
@@ -304,6 +312,21 @@ class Assembly:
 
     def loss(self) -> LossStage:
         return next(LossStage(str(a.info), made) for a, made in self._call("sftx_loss"))
+
+    def rollout(self) -> RolloutStage | None:
+        """Return the rollout; None for a run that trains on its rows. Raises ConfigError for unknown rewards."""
+        for active, made in self._call("sftx_rollout"):
+            stage = RolloutStage(str(active.info), made)
+            rewards = [reward.info.name for reward in self.providers("sftx_reward")]
+            for name in stage.reward_weights:
+                if name not in rewards:
+                    hint = did_you_mean(name, rewards) or f"; it has {', '.join(rewards) or 'none'}"
+                    raise ConfigError(f"{stage}: option 'reward_weights': no reward {name!r} in this run{hint}")
+            return stage
+        return None
+
+    def rewards(self) -> dict[str, RewardStage]:
+        return {a.info.name: RewardStage(str(a.info), made) for a, made in self._call("sftx_reward")}
 
     def adapters(self, spec: ModelSpec, saved: Path | None = None) -> dict[str, AdapterStage]:
         """Return the adapters of a model by the names of their plugins.
