@@ -362,8 +362,12 @@ class LanguageModel(Protocol):
         workspace_bytes: int | None = None,
         reduction: Literal["sum", "none"] = "sum",
         stats: bool = False,
+        temperature: float = 1.0,
     ) -> LinearCrossEntropyOutput:
-        """Compute head and cross-entropy together, in chunks; the logits are never materialised."""
+        """Compute head and cross-entropy together, in chunks; the logits are never materialised.
+
+        Logits are divided by `temperature`.
+        """
 
     def without_adapters(self) -> AbstractContextManager[None]:
         """Return a context in which the model computes what it did before training."""
@@ -819,7 +823,8 @@ class Rollout(Protocol):
     """Makes the examples of a window of questions from the current policy.
 
     It may have an attribute `reward_weights: Mapping[str, float]`, weights of rewards by the name of their plugin; a
-    reward that is not named there has the weight 1.
+    reward that is not named there has the weight 1. One whose attribute `needs_reward` is True is refused in a run
+    without a reward.
     """
 
     @property

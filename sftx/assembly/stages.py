@@ -678,6 +678,9 @@ class RolloutStage(_Stage):
             self.num_answers = rollout.num_answers
             self.max_new_tokens = rollout.max_new_tokens
             self.reward_weights: Any = getattr(rollout, "reward_weights", {})
+            self.needs_reward: Any = getattr(rollout, "needs_reward", False)
+        if not isinstance(self.needs_reward, bool):
+            raise self._refuse(f"needs_reward is {self.needs_reward!r:.40}, expected True or False")
         for name in ("steps_per_rollout", "num_iterations", "num_answers", "max_new_tokens"):
             value: Any = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:

@@ -87,6 +87,8 @@ class Request:
     """Of each token of the answer and of the stop token after it, in nats, at temperature 1 and without filters."""
     finish_reason: FinishReason = ""
     """Empty while the answer is not complete."""
+    stop_id: int | None = None
+    """The stop token that ended the answer; None when something else did."""
 
 
 class Decoder:
@@ -212,19 +214,31 @@ class Decoder:
                 self._kept = None
                 return batch, batch.forward(self._lm, torch.tensor([prompt[keep:]]))
         self._kept = None
-        length = max(len(request.prompt_ids) for request in requests)
-        ids_BT = torch.zeros(len(requests), length, dtype=torch.int64)  # any id will do: padding is masked
+        # Several answers to one prompt share its prefill. An adapter may embed other extras for the same tokens.
+        prompts = [tuple(request.prompt_ids) for request in requests]
+        place_of = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompts))}
+        rows = [place_of[prompt] for prompt in prompts]
+        first = [requests[rows.index(place)] for place in range(len(place_of))]
+        batch = _Batch(self._lm, first)
+        if self._embed is not None or not batch.can_join:
+            rows, first, batch = list(range(len(requests))), requests, _Batch(self._lm, requests)
+        length = max(len(request.prompt_ids) for request in first)
+        ids_BT = torch.zeros(len(first), length, dtype=torch.int64)  # any id will do: padding is masked
         mask_BT = torch.zeros_like(ids_BT)
-        for row, request in enumerate(requests):
+        for row, request in enumerate(first):
             start = length - len(request.prompt_ids)
             ids_BT[row, start:] = torch.tensor(request.prompt_ids)
             mask_BT[row, start:] = 1
-        batch = _Batch(self._lm, requests)
         replaced: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if self._embed is not None:
-            replaced = replacing_embeddings(self._lm.model, functools.partial(_put_right, self._embed(requests)))
+            replaced = replacing_embeddings(self._lm.model, functools.partial(_put_right, self._embed(first)))
         with replaced:
-            return batch, batch.forward(self._lm, ids_BT, mask_BT)
+            hidden_BD = batch.forward(self._lm, ids_BT, mask_BT)
+        if len(first) < len(requests):
+            batch.keep(rows)
+            batch.requests = requests
+            hidden_BD = hidden_BD[rows]
+        return batch, hidden_BD
 
     def _choose(self, hidden_BD: Tensor, requests: Sequence[Request]) -> list[Request]:
         """Append a token to each answer that is not complete, or complete it; return these requests."""
@@ -242,7 +256,7 @@ class Decoder:
             if normalisers is not None:
                 request.log_probabilities.append(float(logits_BV[row, token] - normalisers[row]))
             if token in self._stop_ids:
-                request.finish_reason = "stop"
+                request.finish_reason, request.stop_id = "stop", token
             else:
                 request.answer_ids.append(token)
                 if request.text is not None:
@@ -411,7 +425,7 @@ class _Batch:
         return cast(Tensor, out.last_hidden_state)[:, -1].contiguous()
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Keep these rows alone, and no column that is padding in all of them."""
+        """Keep these rows alone, some of them several times, and no column that is padding in all of them."""
         self.requests = [self.requests[row] for row in rows]
         mask_BT = self._mask_BT[list(rows)]
         first = int(mask_BT.any(0).int().argmax())

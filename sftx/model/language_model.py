@@ -235,6 +235,7 @@ class CausalLM(nn.Module):
         workspace_bytes: int | None = None,
         reduction: Literal["sum", "none"] = "sum",
         stats: bool = False,
+        temperature: float = 1.0,
     ) -> LinearCrossEntropyOutput:
         """Returns the cross-entropy of the label tokens, computed from hidden states without materialising the logits.
 
@@ -252,6 +253,7 @@ class CausalLM(nn.Module):
             workspace_bytes: the most memory that one chunk of logits may take, in bytes.
             reduction: "sum" for a scalar loss, or "none" for a loss per token, [N], which is 0 at ignored labels.
             stats: return also `lse_N`, `entropy_N` and `correct_N` (see `LinearCrossEntropyOutput`), without gradients.
+            temperature: the logits are divided by it, as where answers are sampled.
 
         The loss is fp32 (fp64 for an fp64 model). Raises ValueError, naming the argument, for one out of range.
         """
@@ -264,8 +266,9 @@ class CausalLM(nn.Module):
             num_valid=num_valid,
             label_smoothing=label_smoothing,
             z_loss=z_loss,
-            softcap=self.softcap,
-            logit_scale=self.logit_scale,
+            # softcap * tanh(logits / softcap) / temperature, too
+            softcap=None if self.softcap is None else self.softcap / temperature,
+            logit_scale=self.logit_scale / temperature,
             workspace_bytes=workspace_bytes,
             reduction=reduction,
             stats=stats,

@@ -167,10 +167,13 @@ def _files(names: Names) -> dict[str, str]:
     values["options"] = "\n".join(
         f"| `{name}` | {kind} | `{default}` | {text} |" for name, kind, default, text in options
     )
-    # The plugins of a run file: a template and what says what trains, unless the new plugin does, and the new plugin.
+    # The plugins of a run file: a template, what says what trains, and what asks for rewards, unless the new plugin
+    # does, and the new plugin.
     plugins = {TEMPLATES[0]: ""} if "template" not in names.hooks else {}
     if not {"adapter", "trainable"} & {*names.hooks}:
         plugins["lora"] = ""
+    if "reward" in names.hooks and "rollout" not in names.hooks:
+        plugins["grpo"] = ""
     plugins[names.name] = ", ".join(f"{name}: {default}" for name, _, default, _ in options)
     values["run_file"] = "\n".join(f"  {plugin}: {{{settings}}}" for plugin, settings in plugins.items())
     package = _HERE / "package"

@@ -5,8 +5,8 @@ check` runs the same suites on an installed plugin. The pytest fixtures `tiny_mo
 come with sftx (`pytest_plugin`). Importing this package imports torch.
 
 Each contract is a module of its own: `package`, `source`, `parser`, `template`, `collator`, `adapter`, `trainable`,
-`loss`, `optimizer`, `schedule`, `metric`, `evaluator`, `control`, `observer`, `exporter`. The package may import all of
-sftx except `sftx.cli` and `sftx.inspection`; only `sftx.cli` imports it.
+`loss`, `rollout`, `reward`, `optimizer`, `schedule`, `metric`, `evaluator`, `control`, `observer`, `exporter`. The
+package may import all of sftx except `sftx.cli` and `sftx.inspection`; only `sftx.cli` imports it.
 """
 
 from sftx.events import Result
@@ -21,6 +21,8 @@ from sftx.testing.metric import check_metric
 from sftx.testing.observer import check_observer
 from sftx.testing.optimizer import check_optimizer
 from sftx.testing.parser import check_parser
+from sftx.testing.reward import check_reward
+from sftx.testing.rollout import check_rollout
 from sftx.testing.schedule import check_schedule
 from sftx.testing.source import check_source
 from sftx.testing.template import check_template
@@ -40,6 +42,8 @@ __all__ = [
     "check_observer",
     "check_optimizer",
     "check_parser",
+    "check_reward",
+    "check_rollout",
     "check_schedule",
     "check_source",
     "check_template",

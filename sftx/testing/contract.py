@@ -28,6 +28,8 @@ from sftx.testing import (
     optimizer,
     package,
     parser,
+    reward,
+    rollout,
     schedule,
     source,
     template,
@@ -40,8 +42,8 @@ from sftx.testing.runs import run_tiny
 SUITES: Final[Mapping[str, Suite[Any]]] = {
     module.SUITE.hook: module.SUITE
     for module in (
-        package, source, parser, template, collator, adapter, trainable, loss, optimizer, schedule, metric,
-        evaluator, control, observer, exporter,
+        package, source, parser, template, collator, adapter, trainable, loss, rollout, reward,
+        optimizer, schedule, metric, evaluator, control, observer, exporter,
     )
 }  # fmt: skip
 """The suite of the package, and of each hook in the order of the stages of a run."""

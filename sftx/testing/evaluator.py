@@ -83,9 +83,9 @@ def repeats(case: _Case) -> None:
 
 @SUITE.clause("It leaves the model as it was: weights, gradients, modes, settings and hooks.", needs=["scores"])
 def leaves_the_model(case: _Case) -> None:
-    before = _state(case.lm.eval())
+    before = state_of(case.lm.eval())
     case.scores()
-    changed = [name for name, value in _state(case.lm).items() if not _equal(value, before.pop(name, None))]
+    changed = [name for name, value in state_of(case.lm).items() if not equal(value, before.pop(name, None))]
     if changed or before:
         raise ClauseError(f"it changed {(changed or list(before))[0]}; training would go on otherwise")
 
@@ -99,7 +99,7 @@ def leaves_the_process(case: _Case) -> None:
         raise ClauseError(f"it changed {changed[0]}; a run with it would not be the same as without it")
 
 
-def _state(lm: CausalLM) -> dict[str, Any]:
+def state_of(lm: CausalLM) -> dict[str, Any]:
     """Return everything of a model that an evaluator could change, by name."""
     state: dict[str, Any] = {f"the weight {name}": value.clone() for name, value in lm.state_dict().items()}
     for name, parameter in lm.named_parameters():
@@ -116,7 +116,7 @@ def _state(lm: CausalLM) -> dict[str, Any]:
     return state
 
 
-def _equal(one: Any, other: Any) -> bool:
+def equal(one: Any, other: Any) -> bool:
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         return torch.equal(one, other)
     return bool(one == other)

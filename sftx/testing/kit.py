@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from copy import deepcopy
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 
 from sftx.assembly.entry_points import discover, find
 from sftx.assembly.registry import Assembly, activate
-from sftx.assembly.stages import make
+from sftx.assembly.stages import CollatorStage, RewardStage, RolloutStage, make
 from sftx.config.default_plugins import DEFAULT_PLUGINS, TEMPLATES
 from sftx.config.loading import load
 from sftx.config.named_plugins import OPTIM
@@ -20,13 +20,16 @@ from sftx.config.options import DataConfig
 from sftx.config.run_file import Origins
 from sftx.data.encoder import Encoder
 from sftx.data.row_encoder import EncodedRow, RowEncoder
+from sftx.distributed.process_group import ProcessGroup
 from sftx.errors import DataError
 from sftx.events import Provider, RunInfo
 from sftx.model import tiny
 from sftx.model.language_model import CausalLM
 from sftx.model.load import load_model, load_spec, load_tokenizer
+from sftx.trainer.policy import ModelPolicy
 from sftx.types import (
     Adapter,
+    Answer,
     Collator,
     Conversation,
     Example,
@@ -141,8 +144,41 @@ class Kit:
 
     @property
     def examples(self) -> list[Example]:
-        """The samples of the plugin's parser, or CONVERSATIONS, encoded with the plugin's template or ChatML."""
-        return self._encoded[0]
+        """The samples of the plugin's parser, or CONVERSATIONS, encoded with the plugin's template or ChatML.
+
+        Those of a plugin with a rollout are what the rollout makes of them, which a loss of the same plugin expects.
+        """
+        return self._rolled_out if hasattr(self.plugin, "sftx_rollout") else self._encoded[0]
+
+    @cached_property
+    def rollout(self) -> RolloutStage:
+        return RolloutStage("the rollout", make_stage(self.plugin, "sftx_rollout"))
+
+    @cached_property
+    def policy_model(self) -> CausalLM:
+        """The model that a rollout gets."""
+        return self.language_model().eval()
+
+    def policy(self, step: int = 0) -> ModelPolicy:
+        """Return the policy that a rollout gets; a reward of its own scores the answers."""
+        collator = CollatorStage("the collator", self.collator)
+        return ModelPolicy(
+            lm=self.policy_model,
+            step=step,
+            seed=0,
+            rewards={"sample": RewardStage("the reward", _sample_reward)},
+            reward_weights={},
+            stop_ids=self.encoder.stop_ids,
+            generation_batch_size=64,
+            batch_size=8,
+            collator=collator,
+            process_group=ProcessGroup(),
+        )
+
+    @cached_property
+    def _rolled_out(self) -> list[Example]:
+        with torch.no_grad():
+            return list(self.rollout(self.policy(), self.held_out_rows, 1).examples)
 
     @property
     def held_out_rows(self) -> list[Question]:
@@ -183,6 +219,11 @@ class Kit:
             torch.default_generator.manual_seed(0)
             lm.attach(adapters, trainable)
         return lm
+
+
+def _sample_reward(answers: Sequence[Answer]) -> list[float]:
+    """Score answers by their tokens: what they say means nothing, and they differ."""
+    return [sum(answer.token_ids) % 5 / 5 for answer in answers]
 
 
 def built_in(name: str, **options: Any) -> object:

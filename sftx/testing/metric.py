@@ -13,7 +13,7 @@ from sftx.testing.kit import Kit, make_stage
 from sftx.testing.process import changed_random_states, random_states
 from sftx.types import Message, Metric, Question
 
-_TEXTS = (
+TEXTS = (
     "Paris",
     "paris ",
     "",
@@ -27,7 +27,7 @@ _TEXTS = (
     "<|im_end|>",
     "word " * 2000,
 )
-_PAIRS = list(itertools.product(_TEXTS, _TEXTS))
+_PAIRS = list(itertools.product(TEXTS, TEXTS))
 
 
 class _Case:
@@ -36,9 +36,9 @@ class _Case:
         self.takes_row = "row" in arguments_of(self.metric)
         # Rows of its own parser, where it has one: a metric may decline all others.
         self.own = kit.held_out_rows if hasattr(kit.plugin, "sftx_parser") else []
-        self.pairs = _PAIRS + [(prediction, row.reference) for row in self.own for prediction in _TEXTS]
+        self.pairs = _PAIRS + [(prediction, row.reference) for row in self.own for prediction in TEXTS]
         """Predictions and references."""
-        self.rows = [row_of(reference) for _, reference in _PAIRS] + [row for row in self.own for _ in _TEXTS]
+        self.rows = [row_of(reference) for _, reference in _PAIRS] + [row for row in self.own for _ in TEXTS]
 
     def score(self, number: int) -> object:
         """Return the score of a pair, by its number."""
@@ -140,7 +140,7 @@ def corpus(case: _Case) -> None:
     takes_rows = "rows" in arguments_of(score_set)
     scores: list[object] = []
     everything = list(range(len(case.pairs)))
-    for numbers in [everything, *([number] for number in everything[: len(_TEXTS)]), everything[::-1], everything]:
+    for numbers in [everything, *([number] for number in everything[: len(TEXTS)]), everything[::-1], everything]:
         predictions, references = (list(texts) for texts in zip(*(case.pairs[n] for n in numbers), strict=True))
         rows = {"rows": [case.rows[number] for number in numbers]} if takes_rows else {}
         shown = f"corpus of {len(numbers)} answers, starting with {_shown(*case.pairs[numbers[0]])},"

@@ -33,8 +33,9 @@ from sftx.phases import phase
 from sftx.trainer.evaluation import ModelEvaluation, explain_out_of_memory
 from sftx.trainer.evidence import choose_row, token_losses
 from sftx.trainer.parallel import ParallelStrategy
+from sftx.trainer.policy import prompt_example
 from sftx.trainer.precision import Precision
-from sftx.types import Batch, Example, Question
+from sftx.types import Batch, Question
 
 
 class ModelEvaluator:
@@ -166,7 +167,7 @@ class ModelEvaluator:
         lm, tokenizer = evaluation.lm, evaluation.lm.tokenizer
 
         def embed(numbers: Sequence[int]) -> list[Tensor]:
-            prompts = [_prompt_example(self._questions[number], group) for group, number in enumerate(numbers)]
+            prompts = [prompt_example(self._questions[number], group) for group, number in enumerate(numbers)]
             return embed_prompts(lm, self._collator.collate, prompts)
 
         answers = evaluation.answer(
@@ -206,12 +207,6 @@ class ModelEvaluator:
             return scores
 
         return self._process_group.run_on_rank0(scored)
-
-
-def _prompt_example(question: Question, group: int) -> Example:
-    """Return a question as an example for a collator, with a group of its own; nothing of it is trained."""
-    token_ids = np.asarray(question.prompt_ids, np.int32)
-    return Example(token_ids, np.zeros(len(token_ids), np.bool_), question.row_id, group, extras=question.extras)
 
 
 _MOST_PADDING: Final = 0.05

@@ -1,0 +1,106 @@
+"""The contract of a rollout: its examples depend on the model, the questions and the step alone."""
+
+from __future__ import annotations
+
+import torch
+
+from sftx.errors import PluginError
+from sftx.model.language_model import CausalLM
+from sftx.testing.clauses import ClauseError, Suite
+from sftx.testing.evaluator import equal, state_of
+from sftx.testing.kit import Kit
+from sftx.testing.process import RANDOM, process, random_states_kept, seed_all
+from sftx.types import Question, Rollouts
+
+
+class _Case:
+    def __init__(self, kit: Kit) -> None:
+        self._kit = kit
+        self.rollout = kit.rollout
+        self.questions = kit.held_out_rows
+
+    @property
+    def lm(self) -> CausalLM:
+        return self._kit.policy_model
+
+    def rollouts(self, questions: list[Question] | None = None, *, seed: int = 0, step: int = 0) -> Rollouts:
+        """Let it answer questions as a run does, after seeding. Raises ClauseError for what a run would refuse."""
+        asked = self.questions if questions is None else questions
+        with random_states_kept(), torch.no_grad():
+            seed_all(seed)
+            try:
+                return self.rollout(self._kit.policy(step), asked, 1)
+            except PluginError as error:
+                raise ClauseError(str(error)) from error
+
+
+SUITE: Suite[_Case] = Suite("rollout", _Case)
+
+
+@SUITE.clause("It returns examples in the order of their questions, with extras that JSON holds, and finite metrics.")
+def makes_examples(case: _Case) -> None:
+    made = case.rollouts()
+    if not any(example.num_label_tokens for example in made.examples):
+        raise ClauseError("no example has a label token, so nothing would be trained; `answer.example` makes one")
+
+
+@SUITE.clause(
+    "No question has more examples than `num_answers`, and no answer more tokens than `max_new_tokens`.",
+    needs=["makes-examples"],
+)
+def keeps_its_bounds(case: _Case) -> None:
+    made, rollout = case.rollouts(), case.rollout
+    groups = [example.group for example in made.examples]
+    most = max(map(groups.count, groups))
+    if most > rollout.num_answers:
+        raise ClauseError(f"a question has {most} examples, and num_answers is {rollout.num_answers}; raise it")
+    for example in made.examples:
+        room = len(case.questions[example.group].prompt_ids) + rollout.max_new_tokens
+        if len(example.token_ids) > room:
+            raise ClauseError(
+                f"{example.row_id} has {len(example.token_ids)} tokens, more than its question and max_new_tokens="
+                f"{rollout.max_new_tokens} together; memory is planned for these"
+            )
+
+
+@SUITE.clause("It takes a window of a single question as well.", needs=["makes-examples"])
+def takes_one_question(case: _Case) -> None:
+    case.rollouts(case.questions[:1])
+
+
+@SUITE.clause(
+    "The same model, questions and step give the same examples, whatever the state of the random numbers.",
+    needs=["makes-examples"],
+)
+def repeats(case: _Case) -> None:
+    first, second = case.rollouts(seed=0), case.rollouts(seed=1)
+    if first.examples != second.examples or first.metrics != second.metrics:
+        raise ClauseError(
+            "it gave other examples the second time; what an answer draws is seeded by the policy, so draw other "
+            "random numbers from a generator seeded by the step, and keep nothing between two windows"
+        )
+
+
+@SUITE.clause("It leaves the model as it was: weights, gradients, modes, settings and hooks.", needs=["makes-examples"])
+def leaves_the_model(case: _Case) -> None:
+    before = state_of(case.lm)
+    case.rollouts()
+    changed = [name for name, value in state_of(case.lm).items() if not equal(value, before.pop(name, None))]
+    if changed or before:
+        raise ClauseError(f"it changed {(changed or list(before))[0]}; training would go on otherwise")
+
+
+@SUITE.clause(
+    "It does not change torch's modes, signal handlers or other state of the process.", needs=["makes-examples"]
+)
+def leaves_the_process(case: _Case) -> None:
+    case.rollouts()  # the first call may import a library, which sets environment variables
+    before = process()
+    case.rollouts()
+    if changed := [name for name, value in process().items() if name not in RANDOM and before.get(name) != value]:
+        raise ClauseError(f"it changed {changed[0]}; a run with it would not go on as it began")
+
+
+def check_rollout(plugin: object) -> None:
+    """Check the plugin's rollout on the tiny model. Raises ContractError, which names the broken clauses."""
+    SUITE.check(plugin)
