@@ -83,7 +83,7 @@ def repeats(case: _Case) -> None:
 
 @SUITE.clause("It leaves the model as it was: weights, gradients, modes, settings and hooks.", needs=["makes-examples"])
 def leaves_the_model(case: _Case) -> None:
-    before = state_of(case.lm)
+    before = state_of(case.lm.eval())
     case.rollouts()
     changed = [name for name, value in state_of(case.lm).items() if not equal(value, before.pop(name, None))]
     if changed or before:
