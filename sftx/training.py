@@ -243,6 +243,7 @@ def _assemble(prepared: _Prepared, times: PhaseTimes) -> Session:
         sampler = pipeline.sampler(data, config.train)
     schedule = assembly.schedule(num_warmup_steps(config.train, sampler.num_steps), sampler.num_steps)
     _check_schedule(schedule, config.train, sampler.num_steps)
+    config = _with_checkpointing(config, prepared.loaded, pipeline, precision, sampler, process_group)
     trainer = _build_trainer(
         config, assembly, loss, optimizer, schedule, pipeline, sampler, precision, saved, process_group
     )
@@ -381,6 +382,30 @@ def _build_trainer(
         step.call_in_forward(lm.check)
         step.call_in_forward(lambda: check_packing(lm, pipeline.collator, sampler.examples))
     return trainer
+
+
+def _with_checkpointing(
+    config: RunConfig,
+    loaded: LoadedConfig,
+    pipeline: DataPipeline,
+    precision: Precision,
+    sampler: Sampler,
+    process_group: ProcessGroup,
+) -> RunConfig:
+    """Return the options with gradient checkpointing chosen; it is on for all ranks if one of them needs it."""
+    from sftx.inspection.memory_plan import checkpointing
+
+    # Of a stream only the first window is known.
+    longest = pipeline.collator.row_length or (
+        config.data.max_length if config.data.streaming else sampler.scope.longest
+    )
+    with phase("planning", "memory"):
+        chosen = process_group.all_reduce_max(
+            checkpointing.choose(
+                loaded, config, precision.device, num_processes=process_group.world_size, longest=longest
+            )
+        )
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, gradient_checkpointing=chosen > 0))
 
 
 def _load_model(

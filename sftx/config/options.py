@@ -410,10 +410,13 @@ class TrainConfig:
         bool, Field(description="Use TensorFloat-32 for fp32 matrix products on a GPU: faster, less exact.")
     ] = False
     gradient_checkpointing: Annotated[
-        bool,
-        Field(description="Recompute the activations of each layer in the backward pass: less memory, more time."),
+        bool | None,
+        Field(
+            description="Recompute the activations of each layer in the backward pass: less memory, more time; by "
+            "default where a step would not fit into the free memory without it."
+        ),
         OnResume.ROUNDING,
-    ] = False
+    ] = None
     selective_checkpointing: Annotated[
         bool,
         Field(description="With gradient_checkpointing: keep the outputs of matrix products and attention."),
