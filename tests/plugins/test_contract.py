@@ -15,11 +15,17 @@ from sftx.testing.clauses import Finding
 from sftx.testing.contract import SUITES, check_plugin
 from sftx.testing.runs import run_tiny
 
-# Its own tests check its contract, with a task that is small.
-LEFT_OUT = ("lm-eval",)
+# Their own tests check their contract, with a task and a reward model that are small.
+LEFT_OUT = ("lm-eval", "reward-model")
 BUILT_IN = [info for info in discover() if info.package == "sftx" and info.name not in LEFT_OUT]
-QUESTIONS = Path(__file__).parents[1] / "helpers" / "questions.jsonl"
-REQUIRED: dict[str, dict[str, Any]] = {"multiple-choice": {"path": str(QUESTIONS)}}
+HELPERS = Path(__file__).parents[1] / "helpers"
+QUESTIONS = HELPERS / "questions.jsonl"
+REQUIRED: dict[str, dict[str, Any]] = {
+    "multiple-choice": {"path": str(QUESTIONS)},
+    "reward-function": {"function": f"{HELPERS / 'reward_functions.py'}:overlap"},
+    "reward-length": {"max_completion_len": 20, "soft_punish_cache": 10},
+    "reward-regex": {"pattern": "[A-Z].*"},
+}
 """Options without a default."""
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "sqlite": [{"json_columns": ["messages"]}],
@@ -39,6 +45,10 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "vera": [{"vera_dropout": 0.3, "r": 8, "save_projection": False}, {"modules_to_save": ["lm_head", "embed_tokens"]}],
     "multiple-choice": [{"path": str(QUESTIONS), "template": True, "limit": 2}],
     "qlora": [{"load_in_8bit": True}, {"bnb_4bit_use_double_quant": False, "lora_dropout": 0.3}],
+    "reward-exact-match": [{"as_json": True}],
+    "reward-function": [{"function": f"{HELPERS / 'reward_functions.py'}:longest"}],
+    "reward-json": [{"required_keys": ["name"], "nonconforming": 0.5}],
+    "reward-regex": [{"pattern": r"(?s).*?(\w+)\W*", "match": "last", "group": 1}],
     "masked-ce": [{"label_smoothing": 0.1, "z_loss": 1e-3}, {"workspace_mb": 1}],
 }
 """Options with which a plugin is checked besides its defaults."""

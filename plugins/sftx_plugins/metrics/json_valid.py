@@ -24,19 +24,31 @@ class JsonValid:
 
     @hookimpl
     def sftx_metric(self) -> Metric:
-        return _Validity(None if self.schema is None else _validator(Path(self.schema).expanduser()))
+        check = JsonCheck.of(self.schema)
+        return lambda prediction, reference: float(bool(check(prediction)[1]))
 
 
 @dataclass(frozen=True)
-class _Validity:
-    conforms: Callable[[Any], bool] | None
+class JsonCheck:
+    """Reads answers as JSON, and checks them against a schema if there is one."""
 
-    def __call__(self, prediction: str, reference: str) -> float:
+    is_valid: Callable[[Any], bool] | None
+
+    @classmethod
+    def of(cls, schema: str | None) -> JsonCheck:
+        """Return the check by a file with a JSON schema. Raises PluginError for one that cannot be used."""
+        return cls(None if schema is None else _validator(Path(schema).expanduser()))
+
+    def __call__(self, text: str) -> tuple[Any, bool | None]:
+        """Return the value of the text and whether it conforms; None for the latter when it is no JSON value."""
         try:
-            value = parse_json(prediction)
-            return float(self.conforms is None or self.conforms(value))
-        except (ValueError, RecursionError):  # RecursionError: nested too deeply for the schema
-            return 0.0
+            value = parse_json(text)
+        except ValueError:
+            return None, None
+        try:
+            return value, self.is_valid is None or self.is_valid(value)
+        except RecursionError:  # nested too deeply for the schema
+            return value, False
 
 
 def _validator(path: Path) -> Callable[[Any], bool]:
