@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -803,6 +803,22 @@ class Policy(Protocol):
         policy. `without_adapters`: the policy as it was before training.
         """
 
+    def per_token(
+        self,
+        examples: Sequence[Example],
+        compute: Callable[[LanguageModel, Batch], Mapping[str, Tensor]],
+        *,
+        lm: LanguageModel | None = None,
+        without_adapters: bool = False,
+    ) -> list[dict[str, NDArray[np.float32]]]:
+        """Return what `compute` makes of the examples, by its names: [T] for each example.
+
+        `compute` gets a model and a batch, and returns tensors [B, T] that are laid out as the labels are: the number
+        of a label is returned at its token's own place, and that of the first token is 0. It is called for several
+        examples at once, and what it computes of one depends on that example alone. `lm` and `without_adapters` are
+        those of `log_probs`.
+        """
+
 
 @dataclass(frozen=True)
 class Rollouts:
@@ -825,6 +841,10 @@ class Rollout(Protocol):
     It may have an attribute `reward_weights: Mapping[str, float]`, weights of rewards by the name of their plugin; a
     reward that is not named there has the weight 1. One whose attribute `needs_reward` is True is refused in a run
     without a reward.
+
+    A rollout that remembers something between two windows (the coefficient of a penalty) has methods
+    `state_dict() -> Mapping[str, Any]`, of JSON values, and `load_state_dict(state: Mapping[str, Any]) -> None`. The
+    state is saved in each checkpoint.
     """
 
     @property

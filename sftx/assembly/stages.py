@@ -690,6 +690,26 @@ class RolloutStage(_Stage):
         if not is_right or not all(_is_number(value) and math.isfinite(value) for value in weights.values()):
             raise self._refuse(f"reward_weights is {weights!r:.60}, expected finite numbers by names of reward plugins")
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the rollout remembers between two windows, as JSON values; {} for one that remembers nothing."""
+        own: Any = getattr(self._rollout, "state_dict", None)
+        if own is None:
+            return {}
+        with self._attribute("state_dict"):
+            state: Any = own()
+        if not isinstance(state, Mapping):
+            raise self._refuse(f"state_dict returned {type(state).__name__}, expected a mapping")
+        if reason := _not_json(dict(state), "state_dict"):
+            raise self._refuse(f"state_dict: {reason}")
+        return dict(state)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` returned."""
+        own: Any = getattr(self._rollout, "load_state_dict", None)
+        if own is not None and state:
+            with self._attribute("load_state_dict"):
+                own(state)
+
     def __call__(self, policy: Policy, questions: Sequence[Question], rows_per_step: int) -> Rollouts:
         """Make the examples of the questions, of which `rows_per_step` are for each step."""
         with self._attribute("rollout"):

@@ -156,8 +156,11 @@ class Kit:
 
     @cached_property
     def policy_model(self) -> CausalLM:
-        """The model that a rollout gets."""
-        return self.language_model().eval()
+        """The model that a rollout gets, with the module of the plugin's own loss where that has one."""
+        lm = self.language_model()
+        make_module: Any = getattr(self.loss, "module", None)
+        lm.loss_module = None if make_module is None else make_module(lm)
+        return lm.eval()
 
     def policy(self, step: int = 0) -> ModelPolicy:
         """Return the policy that a rollout gets; a reward of its own scores the answers."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import torch
 
 from sftx.errors import PluginError
@@ -18,6 +20,7 @@ class _Case:
         self._kit = kit
         self.rollout = kit.rollout
         self.questions = kit.held_out_rows
+        self._first_state = json.dumps(self.rollout.state_dict())
 
     @property
     def lm(self) -> CausalLM:
@@ -26,6 +29,7 @@ class _Case:
     def rollouts(self, questions: list[Question] | None = None, *, seed: int = 0, step: int = 0) -> Rollouts:
         """Let it answer questions as a run does, after seeding. Raises ClauseError for what a run would refuse."""
         asked = self.questions if questions is None else questions
+        self.rollout.load_state_dict(json.loads(self._first_state))  # as at the start, and from a checkpoint
         with random_states_kept(), torch.no_grad():
             seed_all(seed)
             try:

@@ -27,7 +27,7 @@ from sftx.model.generation import embed_prompts
 from sftx.model.language_model import CausalLM
 from sftx.phases import phase
 from sftx.trainer.evaluation import explain_out_of_memory
-from sftx.types import Answer, Example, LanguageModel, Question
+from sftx.types import Answer, Batch, Example, LanguageModel, Question
 
 T = TypeVar("T")
 
@@ -160,12 +160,33 @@ class ModelPolicy:
         lm: LanguageModel | None = None,
         without_adapters: bool = False,
     ) -> list[NDArray[np.float32]]:
-        self._check_same([[e.row_id, e.token_ids.tolist()] for e in examples], temperature, without_adapters)
+        def compute(model: LanguageModel, batch: Batch) -> dict[str, Tensor]:
+            out = model.cross_entropy(
+                model.hidden(batch).hidden_BTD,
+                batch.labels_BT,
+                num_valid=batch.num_label_tokens,
+                reduction="none",
+                temperature=temperature,
+            )
+            return {"log_probs": -out.loss.view_as(batch.labels_BT)}
+
+        made = self.per_token(examples, compute, lm=lm, without_adapters=without_adapters)
+        return [numbers["log_probs"] for numbers in made]
+
+    def per_token(
+        self,
+        examples: Sequence[Example],
+        compute: Callable[[LanguageModel, Batch], Mapping[str, Tensor]],
+        *,
+        lm: LanguageModel | None = None,
+        without_adapters: bool = False,
+    ) -> list[dict[str, NDArray[np.float32]]]:
+        self._check_same([[e.row_id, e.token_ids.tolist()] for e in examples], without_adapters)
         model = self.lm if lm is None else lm
         embeds = lm is None and self.lm.embeds_extras and not without_adapters
 
-        def computed(numbers: list[int]) -> dict[int, NDArray[np.float32]]:
-            results: dict[int, NDArray[np.float32]] = {}
+        def computed(numbers: list[int]) -> dict[int, dict[str, NDArray[np.float32]]]:
+            results: dict[int, dict[str, NDArray[np.float32]]] = {}
             context = model.without_adapters() if without_adapters else contextlib.nullcontext()
             with context, phase("rollout", "log-probabilities", total=len(numbers), unit="rows") as progress:
                 for together in self._batches(examples, numbers, alone=embeds):
@@ -173,19 +194,16 @@ class ModelPolicy:
                         self.check_stop()
                     chosen = [examples[number] for number in together]
                     batch = (self.collator.collate(chosen) if embeds else pack(chosen)).to(self.lm.device)
-                    out = model.cross_entropy(
-                        model.hidden(batch).hidden_BTD,
-                        batch.labels_BT,
-                        num_valid=batch.num_label_tokens,
-                        reduction="none",
-                        temperature=temperature,
-                    )
-                    # The loss at a position is that of the token after it.
-                    values_N, start = -out.loss.float().cpu().numpy(), 0
+                    made = {name: _on_host(name, value, batch) for name, value in compute(model, batch).items()}
+                    start = 0
                     for number, example in zip(together, chosen, strict=True):
-                        length = len(example.token_ids)
-                        results[number] = np.append(np.float32(0), values_N[start : start + length - 1])
-                        start += length
+                        end = start + len(example.token_ids) - 1
+                        results[number] = {
+                            # What stands at a position belongs to the token after it.
+                            name: np.append(np.float32(0), values_N[start:end])
+                            for name, values_N in made.items()
+                        }
+                        start = end + 1
                     progress.update(len(together))
             return results
 
@@ -232,6 +250,17 @@ def _seed(run_seed: int, step: int, row_id: str, number: int) -> int:
     """Return the seed of an answer."""
     key = f"answer {run_seed} {step} {row_id} {number}".encode(errors="surrogateescape")
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big")
+
+
+def _on_host(name: str, values_BT: Tensor, batch: Batch) -> NDArray[np.float32]:
+    """Return what was computed of a batch, [N] in fp32. Raises PluginError for another shape than the labels have."""
+    if values_BT.shape != batch.labels_BT.shape:
+        raise PluginError(
+            f"per_token: {name} is of shape {list(values_BT.shape)}, and the labels are of "
+            f"{list(batch.labels_BT.shape)}; return a number for each label"
+        )
+    values_N: NDArray[np.float32] = values_BT.float().flatten().cpu().numpy()
+    return values_N
 
 
 def prompt_example(question: Question, group: int) -> Example:
