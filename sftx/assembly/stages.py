@@ -700,7 +700,7 @@ class RolloutStage(_Stage):
         if not isinstance(state, Mapping):
             raise self._refuse(f"state_dict returned {type(state).__name__}, expected a mapping")
         if reason := _not_json(dict(state), "state_dict"):
-            raise self._refuse(f"state_dict: {reason}")
+            raise self._refuse(reason)
         return dict(state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

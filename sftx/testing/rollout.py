@@ -81,7 +81,8 @@ def repeats(case: _Case) -> None:
     if first.examples != second.examples or first.metrics != second.metrics:
         raise ClauseError(
             "it gave other examples the second time; what an answer draws is seeded by the policy, so draw other "
-            "random numbers from a generator seeded by the step, and keep nothing between two windows"
+            "random numbers from a generator seeded by the step, and keep nothing between two windows but what "
+            "state_dict returns"
         )
 
 

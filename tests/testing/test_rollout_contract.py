@@ -54,6 +54,47 @@ class Scored(Sampled):
         )
 
 
+class Remembers(Sampled):
+    """Has a coefficient that it changes after each window, in its state; and sums that it computes of each token."""
+
+    def __init__(self) -> None:
+        self.coefficient = 1.0
+
+    def state_dict(self) -> Any:
+        return {"coefficient": self.coefficient}
+
+    def load_state_dict(self, state: Any) -> None:
+        self.coefficient = state["coefficient"]
+
+    def __call__(self, policy: Any, questions: Any) -> Any:
+        made = super().__call__(policy, questions)
+        sums = policy.per_token(made.examples, lambda lm, batch: {"sum": lm.hidden(batch).hidden_BTD.sum(-1)})
+        examples = [
+            dataclasses.replace(one, extras={"sum": of["sum"].tolist(), "coefficient": self.coefficient})
+            for one, of in zip(made.examples, sums, strict=True)
+        ]
+        assert [len(one.extras["sum"]) for one in examples] == [len(one.token_ids) for one in examples]
+        self.coefficient *= 1.5
+        return dataclasses.replace(made, examples=examples)
+
+
+class RemembersTensor(Remembers):
+    def state_dict(self) -> Any:
+        return {"coefficient": torch.tensor(1.0)}
+
+
+class RemembersElsewhere(Remembers):
+    def load_state_dict(self, state: Any) -> None:
+        pass
+
+
+class GivesVectors(Sampled):
+    def __call__(self, policy: Any, questions: Any) -> Any:
+        made = super().__call__(policy, questions)
+        policy.per_token(made.examples, lambda lm, batch: {"hidden": lm.hidden(batch).hidden_BTD})
+        return made
+
+
 class DeclaresText(Sampled):
     num_answers = "two"
 
@@ -130,12 +171,15 @@ BAD = [
     (NeedsTwo, "takes-one-question", "IndexError"),
     (Draws, "repeats", "it gave other examples the second time"),
     (Counts, "repeats", "keep nothing between two windows"),
+    (RemembersTensor, "made", "(Tensor), which JSON does not hold unchanged"),
+    (RemembersElsewhere, "repeats", "keep nothing between two windows but what state_dict returns"),
+    (GivesVectors, "makes-examples", "return a number for each label"),
     (Trains, "leaves-the-model", "it changed the mode of the model"),
     (SetsThreads, "leaves-the-process", "it changed torch's number of threads"),
 ]
 
 
-@pytest.mark.parametrize("plugin", [Sampled(), Scored()], ids=lambda plugin: type(plugin).__name__)
+@pytest.mark.parametrize("plugin", [Sampled(), Scored(), Remembers()], ids=lambda plugin: type(plugin).__name__)
 def test_good_rollouts_keep_every_clause(plugin: object) -> None:
     assert_passes(SUITE, plugin)
 
