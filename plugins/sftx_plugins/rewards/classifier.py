@@ -10,7 +10,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,6 @@ from transformers.utils import logging as transformers_logging
 
 from sftx import Answer, ConfigError, LanguageModel, Message, PluginError
 
-if TYPE_CHECKING:
-    from sftx_plugins.rewards.model import RewardModel
-
 log = logging.getLogger(__name__)
 
 _UNLIMITED = 10**9
@@ -39,55 +36,70 @@ _UNLIMITED = 10**9
 class Classifier:
     """A sequence classifier in evaluation mode, with its tokenizer. Its weights are read by `prepare`."""
 
-    options: RewardModel
+    name: str
+    """Directory, or id on the hub."""
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
     label: int
     """Index of the class whose logit is the reward."""
+    input: Literal["chat", "pair"]
+    dtype: torch.dtype
+    batch_size: int
     max_length: int | None
     model: PreTrainedModel | None = field(default=None, init=False)
     has_warned: bool = field(default=False, init=False)
 
     @classmethod
-    def of(cls, options: RewardModel) -> Classifier:
+    def of(
+        cls,
+        name: str,
+        *,
+        label: int | str | None,
+        input: Literal["chat", "pair"],
+        dtype: torch.dtype,
+        batch_size: int,
+        max_length: int | None,
+    ) -> Classifier:
         """Read configuration and tokenizer. Raises PluginError for files that cannot be read, and ConfigError."""
-        with _reading(options.model):
-            config = AutoConfig.from_pretrained(options.path)
-            tokenizer = AutoTokenizer.from_pretrained(options.path)
+        with _reading(name):
+            config = AutoConfig.from_pretrained(name)
+            tokenizer = AutoTokenizer.from_pretrained(name)
         if any(name.endswith("ForCausalLM") for name in config.architectures or ()):
             raise ConfigError(
-                f"option 'model': {options.model} is a {config.architectures[0]}, which gives no rewards; give a "
+                f"option 'model': {name} is a {config.architectures[0]}, which gives no rewards; give a "
                 "sequence-classification model"
             )
-        if options.input == "chat" and not tokenizer.chat_template:
+        if input == "chat" and not tokenizer.chat_template:
             raise ConfigError(
-                f"option 'input': the tokenizer of {options.model} has no chat template; set input to pair, or give a "
+                f"option 'input': the tokenizer of {name} has no chat template; set input to pair, or give a "
                 "model whose tokenizer has one"
             )
         if tokenizer.pad_token_id is None:
             if tokenizer.eos_token_id is None:
                 raise ConfigError(
-                    f"option 'model': the tokenizer of {options.model} has neither pad_token nor eos_token, one of "
+                    f"option 'model': the tokenizer of {name} has neither pad_token nor eos_token, one of "
                     "which pads answers that are scored together"
                 )
             tokenizer.pad_token = tokenizer.eos_token
         if config.pad_token_id is None:  # a decoder looks for the last token before padding
             config.pad_token_id = tokenizer.pad_token_id
         tokenizer.padding_side = "right"
-        return cls(options, config, tokenizer, _label(options, config), _max_length(options, config, tokenizer))
+        limits = [max_length, getattr(config, "max_position_embeddings", None), tokenizer.model_max_length]
+        limit = min((one for one in limits if isinstance(one, int) and 0 < one < _UNLIMITED), default=None)
+        return cls(name, config, tokenizer, _index_of(label, name, config), input, dtype, batch_size, limit)
 
     def prepare(self, lm: LanguageModel) -> None:
         """Read the weights, to the device of the run. Raises PluginError, and ConfigError where some are missing."""
-        with _reading(self.options.model):
+        with _reading(self.name):
             model, info = AutoModelForSequenceClassification.from_pretrained(
-                self.options.path,
+                self.name,
                 config=self.config,
-                dtype=getattr(torch, self.options.dtype),
+                dtype=self.dtype,
                 output_loading_info=True,
             )
         if missing := sorted(info["missing_keys"]):
             raise ConfigError(
-                f"option 'model': {self.options.model} has no weights for {missing[0]}, so it is no trained reward "
+                f"option 'model': {self.name} has no weights for {missing[0]}, so it is no trained reward "
                 "model; give a sequence-classification model"
             )
         self.model = cast(PreTrainedModel, cast(nn.Module, model).to(lm.device).requires_grad_(False).eval())
@@ -100,8 +112,8 @@ class Classifier:
         # Rows of similar length share a batch.
         order = sorted(range(len(inputs)), key=lambda number: len(inputs[number]["input_ids"]))
         scores = [0.0] * len(inputs)
-        for start in range(0, len(order), self.options.batch_size):
-            chosen = order[start : start + self.options.batch_size]
+        for start in range(0, len(order), self.batch_size):
+            chosen = order[start : start + self.batch_size]
             batch = self.tokenizer.pad([inputs[number] for number in chosen], return_tensors="pt")
             # Outside of the run's autocast: this model computes in its own dtype.
             with torch.autocast(self.model.device.type, enabled=False):
@@ -112,7 +124,7 @@ class Classifier:
 
     def _input(self, answer: Answer) -> dict[str, Any]:
         """Return the token ids of a conversation with its answer, and what else the model takes of each token."""
-        if self.options.input == "pair":
+        if self.input == "pair":
             made = self.tokenizer(answer.question.prompt, answer.text)
         else:
             turns = [*answer.question.messages, Message("assistant", answer.text)]
@@ -151,26 +163,19 @@ def _reading(name: str) -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _label(options: RewardModel, config: Any) -> int:
+def _index_of(label: int | str | None, name: str, config: Any) -> int:
     """Return the index of the logit that is the reward. Raises ConfigError."""
     names: Mapping[int, str] = config.id2label or {}
     num: int = config.num_labels
-    by_name = {name: index for index, name in names.items()}
-    label = options.label
     if label is None and num == 1:
         return 0
-    index = by_name.get(label) if isinstance(label, str) else label
+    index = {text: number for number, text in names.items()}.get(label) if isinstance(label, str) else label
     if index is None or not 0 <= index < num:
         got = "has several classes" if label is None else f"has no class {label!r}"
         raise ConfigError(
-            f"option 'label': {options.model} {got}; give one of {', '.join(repr(names.get(n, n)) for n in range(num))}"
+            f"option 'label': {name} {got}; give one of {', '.join(repr(names.get(n, n)) for n in range(num))}"
         )
     return index
-
-
-def _max_length(options: RewardModel, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    limits = [options.max_length, getattr(config, "max_position_embeddings", None), tokenizer.model_max_length]
-    return min((limit for limit in limits if isinstance(limit, int) and 0 < limit < _UNLIMITED), default=None)
 
 
 def _as_chat(message: Message) -> dict[str, Any]:

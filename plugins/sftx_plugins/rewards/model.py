@@ -45,12 +45,6 @@ class RewardModel:
         ),
     ] = None
 
-    @property
-    def path(self) -> str:
-        """The directory, or the id on the hub."""
-        directory = Path(self.model).expanduser()
-        return str(directory) if directory.exists() else self.model
-
     @hookimpl
     def sftx_validate(self, run: RunInfo) -> None:
         directory = Path(self.model).expanduser()
@@ -60,6 +54,16 @@ class RewardModel:
 
     @hookimpl
     def sftx_reward(self) -> Reward:
+        import torch
+
         from sftx_plugins.rewards.classifier import Classifier
 
-        return Classifier.of(self)
+        directory = Path(self.model).expanduser()
+        return Classifier.of(
+            str(directory) if directory.exists() else self.model,
+            label=self.label,
+            input=self.input,
+            dtype=getattr(torch, self.dtype),
+            batch_size=self.batch_size,
+            max_length=self.max_length,
+        )
