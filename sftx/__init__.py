@@ -63,6 +63,7 @@ from sftx.types import (
 if TYPE_CHECKING:
     from sftx.api import inspect, plan, resume, run
     from sftx.checkpoint.load_run import load_run
+    from sftx.trainer.frozen_model import load_model
 
 __version__ = "0.1.0"
 
@@ -129,6 +130,7 @@ __all__ = [
     "Window",
     "hookimpl",
     "inspect",
+    "load_model",
     "load_run",
     "pack",
     "pad",
@@ -146,6 +148,8 @@ def __getattr__(name: str) -> Any:
 
     if name in ("inspect", "plan", "resume", "run"):
         return getattr(import_module("sftx.api"), name)
+    if name == "load_model":
+        return import_module("sftx.trainer.frozen_model").load_model
     if name == "load_run":
         return import_module("sftx.checkpoint.load_run").load_run
     raise AttributeError(f"module 'sftx' has no attribute {name!r}")

@@ -206,6 +206,7 @@ def _assemble(prepared: _Prepared, times: PhaseTimes) -> Session:
         from sftx.trainer.evaluate import ModelEvaluator
         from sftx.trainer.evidence import shown_rows
         from sftx.trainer.observers import Observers
+        from sftx.trainer.precompute import Precomputation, identity_of
         from sftx.trainer.run_writer import RunWriter
         from sftx.trainer.schedule import num_warmup_steps
         from sftx.trainer.session import Session
@@ -244,6 +245,9 @@ def _assemble(prepared: _Prepared, times: PhaseTimes) -> Session:
     schedule = assembly.schedule(num_warmup_steps(config.train, sampler.num_steps), sampler.num_steps)
     _check_schedule(schedule, config.train, sampler.num_steps)
     config = _with_checkpointing(config, prepared.loaded, pipeline, precision, sampler, process_group)
+    with phase("preparing", "the loss"):
+        for examples in (sampler.examples, eval_data.examples):
+            process_group.all_or_raise(partial(loss.prepare, examples))
     trainer = _build_trainer(
         config, assembly, loss, optimizer, schedule, pipeline, sampler, precision, saved, process_group
     )
@@ -267,6 +271,18 @@ def _assemble(prepared: _Prepared, times: PhaseTimes) -> Session:
         process_group.run_on_rank0(lambda: directory.check_inputs(manifest))
     parameters = {id(p): p for p in lm.parameters()}.values()
     scope = sampler.scope
+    precomputation = None
+    if loss.has_precompute:
+        is_cached = config.data.cache is not False
+        precomputation = Precomputation(
+            trainer.strategy,
+            pipeline.collator,
+            precision,
+            process_group,
+            config.train.per_device_eval_batch_size,
+            {"training": data.examples, "held-out": eval_data.examples},
+            identity_of(assembly, lm, precision, manifest["model"]["sha256"]) if is_cached else None,
+        )
     return Session(
         config=config,
         process_group=process_group,
@@ -302,6 +318,7 @@ def _assemble(prepared: _Prepared, times: PhaseTimes) -> Session:
         ),
         checkpoints=checkpoints,
         checkpoint=saved,
+        precomputation=precomputation,
         start_report=StartReport(
             providers=assembly.table(),
             model=config.model,
@@ -520,6 +537,12 @@ def _check_loss(config: RunConfig, loss: LossStage, world_size: int, *, has_adap
         )
     if loss.needs_adapter and not has_adapters:
         raise ConfigError(f"{loss}: compares with the model without its adapters, and there is none; add --plugin lora")
+    if config.data.streaming and (loss.has_precompute or loss.has_prepare):
+        what = "computes a value of every example" if loss.has_precompute else "looks at all examples"
+        raise ConfigError(
+            f"option 'data.streaming': {loss} {what} before the first step, and a stream has no end; leave it out, or "
+            "choose options of the loss with which it needs none"
+        )
     rows, size = config.train.rows_per_step, config.train.micro_batch_size
     if loss.batch_statistic and (rows == 1 or size < rows or world_size > 1):
         advice = (

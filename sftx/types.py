@@ -507,6 +507,17 @@ class Loss(Protocol):
     it returned in `lm.loss_module`. Its parameters are fp32, and train as those of the model do. They are saved with
     each checkpoint and with the result, in a directory `loss` beside the weights, and are no part of the model: it
     answers, merges and is exported without them.
+
+    What stays the same in every epoch is computed once by a method
+    `precompute(lm: LanguageModel, batch: Batch) -> dict[str, Tensor]`, each [E], fp32. It is called before the first
+    step for every training and held-out example, without gradients, in eval mode and in the run's dtype, with the model
+    as it is before training (the adapters are attached and new). Every later batch has the values in `batch.extras`
+    by their names, in the order of its examples. They depend on the model, the examples and the options of the loss
+    alone: they are kept in the run directory and in the cache. A loss that can do without sets `precompute = None` on
+    the instance. Not for a stream.
+
+    A method `prepare(examples: Sequence[Example]) -> None` is called once with all training examples and once with the
+    held-out ones, if there are any, before any batch is made. It may remember something of them; it changes none.
     """
 
     def denominator(self, batch: Batch) -> float:

@@ -497,9 +497,12 @@ class LossStage(_Stage):
         self.answers_only = self._declares("answers_only")
         self.batch_statistic = self._declares("batch_statistic")
         self.needs_adapter = self._declares("needs_adapter")
-        self.has_statistics = hasattr(loss, "statistics")
-        self.has_extras = hasattr(loss, "extras")
-        self.has_module = hasattr(loss, "module")
+        self.has_statistics = getattr(loss, "statistics", None) is not None
+        self.has_extras = getattr(loss, "extras", None) is not None
+        self.has_module = getattr(loss, "module", None) is not None
+        self.has_precompute = getattr(loss, "precompute", None) is not None
+        self.has_prepare = getattr(loss, "prepare", None) is not None
+        self._precomputed_names: list[str] | None = None
         self._statistic_names: list[str] | None = None
 
     def denominator(self, batch: Batch) -> float:
@@ -510,6 +513,32 @@ class LossStage(_Stage):
         if isinstance(value, bool) or not 0 <= value < math.inf:
             raise self._refuse(f"denominator gave [{value}], expected numbers that are not below 0")
         return value
+
+    def prepare(self, examples: Sequence[Example]) -> None:
+        """Show the loss all examples of a split before the first step, where it asks for that."""
+        if self.has_prepare and len(examples):
+            loss: Any = self._loss
+            with self._attribute("prepare"):
+                loss.prepare(examples)
+
+    def precompute(self, lm: LanguageModel, batch: Batch) -> dict[str, Tensor]:
+        """Return what the loss computes of a batch before training: by name, the same names for every batch, [E]."""
+        import torch
+
+        loss: Any = self._loss
+        with self._attribute(f"precompute of {batch.row_ids[0]}"):
+            values: Any = loss.precompute(lm, batch)
+        if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+            raise self._refuse(f"precompute returned {type(values).__name__}, expected a dict of tensors by name")
+        self._precomputed_names = names = self._precomputed_names or sorted(values)
+        if sorted(values) != names:
+            raise self._refuse(f"precompute has the names {sorted(values)}, and had {names} for another batch")
+        num = len(batch.row_ids)
+        for name, value in values.items():
+            shape = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+            if shape != [num]:
+                raise self._refuse(f"precompute[{name!r}] is {shape}, expected a tensor of [{num}]: one an example")
+        return {name: values[name].detach().float() for name in names}
 
     def with_extras(self, batch: Batch) -> Batch:
         """Return the batch, on the host, with what the loss adds to its extras. Raises PluginError for a wrong name."""

@@ -12,6 +12,8 @@ from sftx.errors import ModelError
 RUN: Final = "run.yaml"
 MANIFEST: Final = "manifest.json"
 SUMMARY: Final = "summary.json"
+PRECOMPUTED: Final = "precomputed.safetensors"
+"""What the loss computed of every example before the first step."""
 
 NO_FP32_COPY: Final = "no fp32 copy of weights"
 """In the manifest's `dtype` where a full model was trained in bfloat16."""

@@ -133,6 +133,16 @@ class Examples(Sequence[Example]):
         """Yield for each example what `digest` returns of it."""
         return (digest(*self.tokens(index), self._extras.get(index, {})) for index in range(len(self)))
 
+    def content_digest(self) -> str:
+        """Return a SHA-256 of all examples in their order: tokens, labels, weights, groups and extras."""
+        hashed = hashlib.sha256(json.dumps(self._extras, sort_keys=True).encode())
+        for name in ("lengths", "groups"):
+            hashed.update(np.ascontiguousarray(self._columns[name]).tobytes())
+        hashed.update(np.ascontiguousarray(self._starts).tobytes())
+        for name in _OF_TOKENS:
+            hashed.update(np.ascontiguousarray(self._columns[name]).tobytes())
+        return hashed.hexdigest()
+
     def prompt_digest(self, index: int, length: int) -> bytes:
         """Return what `digest` returns of the first tokens of an example, none of them trained, and its extras."""
         token_ids, loss_mask = self.tokens(index)

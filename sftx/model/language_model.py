@@ -56,6 +56,8 @@ class CausalLM(nn.Module):
         self.loss_module: nn.Module | None = None
         self.config = model.config.get_text_config()
         self.adapters: dict[str, Adapter] = {}
+        self.other_models: dict[str, str | None] = {}
+        """The models that `sftx.load_model` has loaded beside this one, by name, with a hash of their files."""
         self.computes_on: torch.device | None = None
         """The device of the forward pass, if the parameters are elsewhere: FSDP2 can offload its shards to the host."""
         self.seed = torch.zeros((), dtype=torch.int64)

@@ -301,12 +301,15 @@ def _stored_dtypes(name: str) -> Iterator[tuple[str, str]]:
 
 
 def fingerprint(name: str) -> str | None:
-    """Returns a SHA-256 over the names and contents of a model directory's weights and config; None for a hub id."""
+    """Returns a SHA-256 over the names and contents of the weights and configuration of a model's, or an adapter's,
+    directory; None for a hub id."""
     directory = Path(name)
     if not directory.is_dir():
         return None
     digest = hashlib.sha256()
-    for file in sorted([*directory.glob("*.safetensors"), *directory.glob("*.bin"), directory / "config.json"]):
+    configurations = (directory / name for name in ("config.json", "adapter_config.json"))
+    found = [*directory.glob("*.safetensors"), *directory.glob("*.bin"), *filter(Path.is_file, configurations)]
+    for file in sorted(found):
         digest.update(file.name.encode())
         digest.update(bytes.fromhex(sha256_of_file(file)))
     return digest.hexdigest()

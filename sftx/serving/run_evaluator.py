@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from sftx.checkpoint.checkpoint import load_loss_module
+from sftx.checkpoint.layout import run_of
 from sftx.checkpoint.load_run import LoadedRun
+from sftx.distributed.process_group import ProcessGroup
 from sftx.errors import ConfigError
 from sftx.events import EvalReport
 from sftx.serving.run_plugins import RunPlugins
 from sftx.trainer.evaluate import ModelEvaluator
 from sftx.trainer.parallel import ParallelStrategy, TrainStep
 from sftx.trainer.precision import Precision, set_tf32
+from sftx.trainer.precompute import Precomputation, file_in
 
 
 class RunEvaluator:
@@ -29,21 +32,35 @@ class RunEvaluator:
                 "some with --eval-data, or leave the metric out with --no-plugin"
             )
         set_tf32(lm.device, enabled=config.train.tf32)
-        step = TrainStep(lm, loss)
+        strategy = ParallelStrategy(TrainStep(lm, loss))
         load_loss_module(lm, loaded.directory)
         self._loaded = loaded
+        precision = Precision(lm.device, loaded.compute_dtype)
         self._evaluate = ModelEvaluator(
             self.data,
             collator=pipeline.collator,
-            strategy=ParallelStrategy(step),
+            strategy=strategy,
             metrics=metrics,
             evaluators=evaluators,
             encoder=loaded.encoder,
-            precision=Precision(lm.device, loaded.compute_dtype),
+            precision=precision,
             stop_ids=loaded.stop_ids,
             batch_size=config.train.per_device_eval_batch_size,
             generation=config.generation,
         )
+        loss.prepare(self.data.examples)
+        if loss.has_precompute and len(self.data.examples):
+            batch_size = config.train.per_device_eval_batch_size
+            find = Precomputation(
+                strategy, pipeline.collator, precision, ProcessGroup(), batch_size, {"held-out": self.data.examples}
+            )
+            with lm.without_adapters():  # rows that the run has not held out: by the model as it was before training
+                values = find.look_up(
+                    file_in(run_of(loaded.directory) or loaded.directory),
+                    is_trained=not lm.adapters,
+                    model=str(loaded.directory),
+                )
+            self._evaluate.precomputed = values["held-out"]
 
     def trained(self) -> EvalReport:
         """Evaluate the model. Raises TrainingError, PluginError."""

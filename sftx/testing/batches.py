@@ -14,10 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sftx.trainer.precompute import Values, places_of
 from sftx.types import IGNORE_INDEX, Batch, Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from sftx.assembly.stages import CollatorStage, LossStage
+    from sftx.model.language_model import CausalLM
 
 _WEIGHTS = (0.5, 2.0, 0.0, 1.0)
 
@@ -46,6 +50,29 @@ def varied(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> l
         )
         for example in examples
     ]
+
+
+def precomputed(
+    loss: LossStage, collator: CollatorStage, lm: CausalLM, groups: Sequence[Sequence[Example]]
+) -> Values | None:
+    """Return what the loss computes before training of the examples of these groups, one group at a time, in order.
+
+    None for a loss that computes nothing. The model is taken as it was before its adapters were trained.
+    """
+    if not loss.has_precompute:
+        return None
+    columns: dict[str, list[np.ndarray[Any, np.dtype[np.float32]]]] = {}
+    training = lm.training
+    lm.eval()
+    with torch.no_grad(), lm.without_adapters():
+        for group in groups:
+            batch = loss.with_extras(collator.collate(group))
+            for name, value_E in loss.precompute(lm, copy_of(batch)).items():
+                column = np.empty(len(group), np.float32)
+                column[places_of(batch, group)] = value_E.numpy()
+                columns.setdefault(name, []).append(column)
+    lm.train(training)
+    return Values({name: np.concatenate(parts) for name, parts in columns.items()})
 
 
 def copy_of(batch: Batch) -> Batch:

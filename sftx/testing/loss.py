@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from sftx.assembly.stages import CollatorStage, LossStage
 from sftx.data.collate import groups_of
 from sftx.model.language_model import CausalLM
-from sftx.testing.batches import copy_of, differences, identical, norm, varied, widened
+from sftx.testing.batches import copy_of, differences, identical, norm, precomputed, varied, widened
 from sftx.testing.clauses import ClauseError, ExemptError, Suite
 from sftx.testing.kit import Kit, built_in, make_stage
 from sftx.testing.process import changed_random_states, random_states, random_states_kept
+from sftx.trainer.precompute import Values, places_of
 from sftx.types import IGNORE_INDEX, Batch, Example, Loss, LossSum
 
 # Invariances are checked in fp64: correct losses differ by 1e-15 there, those with logits in fp32 by 1e-8.
@@ -49,6 +50,7 @@ class _Case:
     def __init__(self, kit: Kit) -> None:
         self.loss: Loss = make_stage(kit.plugin, "sftx_loss")
         self._kit = kit
+        self._stage = LossStage("the loss", self.loss)
         self.collator = CollatorStage("the collator", kit.collator)
 
     @cached_property
@@ -65,11 +67,32 @@ class _Case:
     @cached_property
     def batch(self) -> Batch:
         """All groups in one batch, which is a whole step."""
-        return self._as_a_step([self.collated([example for group in self.groups for example in group])])[0]
+        return self._as_a_step([self.collated(self.examples)])[0]
+
+    @cached_property
+    def examples(self) -> list[Example]:
+        """The examples of all groups, which the loss has been prepared with."""
+        examples = [example for group in self.groups for example in group]
+        self._stage.prepare(examples)
+        return examples
+
+    @cached_property
+    def precomputed(self) -> Values | None:
+        """What the loss computes of the examples before training."""
+        assert self.examples
+        return precomputed(self._stage, self.collator, self.lm, self.groups)
+
+    def plain(self, examples: Sequence[Example]) -> Batch:
+        """Return the batch of these examples before the loss's own extras are made."""
+        places = {example.row_id: place for place, example in enumerate(self.examples)}
+        batch = self.collator.collate(examples)
+        if self.precomputed is None:
+            return batch
+        return self.precomputed.add_to(batch, [places[example.row_id] for example in examples], examples)
 
     def collated(self, examples: Sequence[Example]) -> Batch:
-        """Return the batch of these examples as a run makes it, with the loss's own extras."""
-        return LossStage("the loss", self.loss).with_extras(self.collator.collate(examples))
+        """Return the batch of these examples as a run makes it, with all of its extras."""
+        return self._stage.with_extras(self.plain(examples))
 
     def _as_a_step(self, batches: Sequence[Batch]) -> list[Batch]:
         """Return the micro-batches of one step with the statistics of that step, where the loss has any.
@@ -168,8 +191,7 @@ def makes_its_extras(case: _Case) -> None:
     compute: Any = getattr(case.loss, "extras", None)
     if compute is None:
         return
-    examples = [example for group in case.groups for example in group]
-    plain = case.collator.collate(examples)
+    plain = case.plain(case.examples)
     with random_states_kept():
         made = []
         for seed in range(2):
@@ -185,6 +207,27 @@ def makes_its_extras(case: _Case) -> None:
         raise ClauseError(
             f"extras[{min(different)!r}] of one batch were different the second time; keep no state in it"
         )
+
+
+@SUITE.clause("What `precompute` returns of an example, one finite number, does not depend on the others of its batch.")
+def precomputes_by_example(case: _Case) -> None:
+    compute: Any = getattr(case.loss, "precompute", None)
+    if compute is None or case.precomputed is None:
+        return
+    batch = case.collated(case.examples)
+    names = case.precomputed.by_name.keys()
+    batch = dataclasses.replace(batch, extras={n: value for n, value in batch.extras.items() if n not in names})
+    case.lm.eval()
+    with torch.no_grad(), random_states_kept(), case.lm.without_adapters():
+        together = compute(case.lm, copy_of(batch))
+    for name, expected in case.precomputed.by_name.items():
+        expected_E = torch.from_numpy(expected)[places_of(batch, case.examples)].double()
+        error = float((together[name].double() - expected_E).abs().max())
+        if not error <= _TOLERANCE * float(expected_E.abs().max().clamp(min=1)):
+            raise ClauseError(
+                f"precompute[{name!r}] is off by {error:.1e} when {len(case.groups)} groups of examples are in one "
+                "batch; compute each example's number of its own positions, as sftx.sum_by_example does"
+            )
 
 
 @SUITE.clause("A loss does not change the model, its adapters, the batch or the global random state.")

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from sftx.assembly.stages import CollatorStage, LossStage, OptimizerStage, ScheduleStage
 from sftx.config.options import TrainConfig
+from sftx.data.collate import groups_of
 from sftx.data.sampler import EpochSampler
 from sftx.events import RunInfo
+from sftx.testing.batches import precomputed
 from sftx.testing.clauses import ClauseError, Suite, must_not_raise
 from sftx.testing.kit import Kit, built_in, make_stage, run_info
 from sftx.testing.observer_case import (
@@ -199,10 +201,12 @@ def _train(kit: Kit, run: RunInfo, observer: Observer | None) -> dict[str, Tenso
     lm = kit.language_model({"lora": make_stage(kit.plugin, "sftx_adapter", spec=kit.spec)})
     config = TrainConfig(max_steps=NUM_STEPS, per_device_train_batch_size=2, learning_rate=1e-2, use_cpu=True)
     collator, loss = CollatorStage("the collator", kit.collator), LossStage("the loss", kit.loss)
+    loss.prepare(kit.examples)
     steps = iter(EpochSampler(kit.examples, collator, config))
     optimizer = OptimizerStage("the optimizer", kit.optimizer, "optimizer")
     schedule = ScheduleStage("the schedule", kit.schedule(NUM_STEPS))
     trainer = Trainer(lm, loss, collator, optimizer, schedule, config, choose(config), NUM_STEPS)
+    trainer.precomputed = precomputed(loss, collator, lm, groups_of(kit.examples))
     for name, arguments in events(run):
         if name == "on_step":
             planned = next(steps)

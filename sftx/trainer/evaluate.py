@@ -11,7 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
@@ -36,6 +36,9 @@ from sftx.trainer.parallel import ParallelStrategy
 from sftx.trainer.policy import prompt_example
 from sftx.trainer.precision import Precision
 from sftx.types import Batch, Question
+
+if TYPE_CHECKING:
+    from sftx.trainer.precompute import Values
 
 
 class ModelEvaluator:
@@ -78,6 +81,8 @@ class ModelEvaluator:
         self._batch_size = batch_size
         self._generation = generation
         self.check_stop = check_stop
+        self.precomputed: Values | None = None
+        """What the loss computed of the held-out rows before training."""
 
     @property
     def has_work(self) -> bool:
@@ -134,7 +139,7 @@ class ModelEvaluator:
         sums: defaultdict[str, float] = defaultdict(float)
         denominator = 0.0
         loss = self._strategy.step.loss
-        batches = _batches(self._examples, self._batch_size)
+        batches = batches_by_length(self._examples, self._batch_size)
         world_size = self._process_group.world_size
         numbers = range(self._process_group.rank, math.ceil(len(batches) / world_size) * world_size, world_size)
 
@@ -143,7 +148,10 @@ class ModelEvaluator:
                 self.check_stop()
                 is_counted = number < len(batches)  # a rank that has no batch left takes part in the collectives
                 indices = batches[number if is_counted else 0].tolist()
-                batch = self._collator.collate([self._examples[index] for index in indices])
+                examples = [self._examples[index] for index in indices]
+                batch = self._collator.collate(examples)
+                if self.precomputed is not None:
+                    batch = self.precomputed.add_to(batch, indices, examples)
                 yield loss.with_extras(batch) if loss.has_extras else batch, is_counted
 
         with phase("evaluating", "held-out rows", total=len(numbers), unit="batches") as progress:
@@ -214,7 +222,7 @@ _MOST_PADDING: Final = 0.05
 _ENOUGH_ROWS: Final = 8
 
 
-def _batches(examples: Examples, batch_size: int) -> list[NDArray[np.int64]]:
+def batches_by_length(examples: Examples, batch_size: int) -> list[NDArray[np.int64]]:
     """Return batches of indices of examples of similar length; a group is never split and counts as one row.
 
     A batch has `batch_size` rows, or fewer where a further row would mean too much padding: of 100 rows in order of

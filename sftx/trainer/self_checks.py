@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sftx.data.collate import pad
+from sftx.data.collate import pack, pad
 from sftx.errors import ModelError, one_line
 from sftx.model.language_model import CausalLM
 from sftx.types import Batch, Collator, Example
@@ -37,7 +37,18 @@ def check_packing(lm: CausalLM, collator: Collator, examples: Sequence[Example])
     if collator.collate(groups[0]).cu_seqlens is None:
         return
     pieces = [_piece(example, number) for number, group in enumerate(groups) for example in group]
-    batch = collator.collate(pieces).to(lm.device)
+    _check_batch(lm, collator.collate(pieces).to(lm.device))
+
+
+def check_packed_probe(lm: CausalLM) -> None:
+    """Check the same of a model that is not the run's, on two documents of any tokens."""
+    num_ids = lm.head_weight.shape[0]
+    ids = [np.arange(1, _PIECE_TOKENS + 1 - number, dtype=np.int32) * 97 % num_ids for number in range(2)]
+    pieces = [Example(own, np.ones(len(own), np.bool_), f"probe {n}", n) for n, own in enumerate(ids)]
+    _check_batch(lm, pack(pieces).to(lm.device))
+
+
+def _check_batch(lm: CausalLM, batch: Batch) -> None:
     training = lm.training
     lm.eval()
     try:

@@ -40,6 +40,7 @@ from sftx.phases import phase
 from sftx.trainer.control import TrainerControl
 from sftx.trainer.evaluate import ModelEvaluator
 from sftx.trainer.observers import Observers
+from sftx.trainer.precompute import Precomputation, file_in
 from sftx.trainer.run_writer import RunWriter
 from sftx.trainer.trainer import Trainer
 
@@ -70,6 +71,8 @@ class Session:
     checkpoints: checkpoint.Checkpoints
     checkpoint: Path | None
     """The checkpoint that the run resumes from; its weights are in the model already."""
+    precomputation: Precomputation | None
+    """None when the loss computes nothing before the first step."""
     start_report: StartReport
     save_dtype: torch.dtype | None
     """Of the parameters of a full model in the result; None: as they are trained. Checkpoints are always exact."""
@@ -156,11 +159,21 @@ class Session:
         resumed_step = None if self.checkpoint is None else self.state.step
         self.observers.on_start(replace(self.start_report, resumed_step=resumed_step))
         self._is_best_lost()  # warns
+        self._precompute()
         if self.evaluator.has_work and (self.state.before is None or self.control.should_evaluate(self.state)):
             self._evaluate(self.state.step)
             self._decide_after_evaluation()
             if self.checkpoint is not None:
                 self.save()  # again: the evaluation that was interrupted belongs to this checkpoint
+
+    def _precompute(self) -> None:
+        """Give trainer and evaluator what the loss computes of every example before the first step."""
+        if (precomputation := self.precomputation) is None:
+            return
+        precomputation.check_stop = self.trainer.check_stop
+        file = file_in(self.writer.directory.path)
+        values = precomputation(file, is_trained=self.state.step > 0, model=self.config.model)
+        self.trainer.precomputed, self.evaluator.precomputed = values.get("training"), values.get("held-out")
 
     def _check_saving(self) -> None:
         """Write what accompanies weights, and remove it again. Raises ModelError and OutputError.

@@ -15,7 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,9 @@ from sftx.trainer.parameter_groups import trainable_params
 from sftx.trainer.precision import Precision, peak_bytes
 from sftx.trainer.schedule import learning_rate
 from sftx.types import Batch, LossSum
+
+if TYPE_CHECKING:
+    from sftx.trainer.precompute import Values
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +75,8 @@ class Trainer:
     """Called between micro-batches. It raises when the run is to stop, and the current step is discarded."""
     rate_factors: Mapping[str, float] = field(default_factory=dict)
     """Factors of the learning rate that control plugins have decided on."""
+    precomputed: Values | None = None
+    """What the loss computed of every example before the first step."""
     strategy: ParallelStrategy = field(init=False)
     optimizer: RunOptimizer = field(init=False)
 
@@ -110,8 +115,11 @@ class Trainer:
         micro_batches = []
         for shards in split_step(lengths, self.process_group.world_size, self.config.micro_batch_size):
             own = shards[self.process_group.rank]
-            chosen = [examples[index] for row in own or (shortest,) for index in rows[row]]
+            indices = [index for row in own or (shortest,) for index in rows[row]]
+            chosen = [examples[index] for index in indices]
             batch = self.collator.collate(chosen)
+            if self.precomputed is not None:
+                batch = self.precomputed.add_to(batch, indices, chosen)
             if self.loss.has_extras:
                 batch = self.loss.with_extras(batch)
             micro_batches.append(MicroBatch(batch, self.loss.denominator(batch) if own else 0.0, bool(own)))

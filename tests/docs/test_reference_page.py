@@ -20,6 +20,7 @@ SECTIONS: Final = (
     ("Hooks and options", ("sftx/assembly/hookspecs.py", "sftx/secret.py")),
     ("", ("sftx/types.py",)),
     ("Batches", ("sftx/data/collate.py",)),
+    ("Other models", ("sftx/trainer/frozen_model.py",)),
     ("Optimizers", ("sftx/trainer/parameter_groups.py",)),
     ("Events of a run", ("sftx/events.py",)),
     ("Errors", ("sftx/errors.py",)),

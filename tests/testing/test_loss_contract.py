@@ -18,6 +18,7 @@ from sftx import (
     IGNORE_INDEX,
     Batch,
     Conversation,
+    Example,
     LanguageModel,
     Location,
     Loss,
@@ -171,6 +172,31 @@ class PairsByExamples(Preferences):
 
 class PackedPairs(PairsByExamples, Packed):
     """A good loss on packed rows."""
+
+
+class ReferenceOnce(PairsByExamples):
+    """A good loss: what the model without its adapters says of an example is computed once."""
+
+    def prepare(self, examples: Sequence[Example]) -> None:
+        self.known = {example.row_id for example in examples}
+
+    def extras(self, batch: Batch) -> dict[str, Tensor]:
+        assert {example.row_id for example in batch.examples} <= self.known
+        return super().extras(batch)
+
+    def precompute(self, lm: LanguageModel, batch: Batch) -> dict[str, Tensor]:
+        return {"before_E": self.log_likelihoods(lm, batch)}
+
+    def __call__(self, lm: LanguageModel, batch: Batch) -> LossSum:
+        rewards_E = self.beta * (self.log_likelihoods(lm, batch) - batch.extras["before_E"])
+        good_P, bad_P = rewards_E[batch.extras["pair_P2"]].unbind(1)
+        return LossSum(-functional.logsigmoid(good_P - bad_P).sum())
+
+
+class ReferenceOfTheBatch(ReferenceOnce):
+    def precompute(self, lm: LanguageModel, batch: Batch) -> dict[str, Tensor]:
+        before_E = super().precompute(lm, batch)["before_E"]
+        return {"before_E": before_E - before_E.mean()}
 
 
 class ExtrasAtRandom(PairsByExamples):
@@ -394,6 +420,7 @@ BAD = [
     (ExtrasAtRandom, "makes-its-extras", "were different the second time"),
     (ExtrasDraw, "makes-its-extras", "compute them from batch.examples alone"),
     (ExtrasWrite, "makes-its-extras", "wrote into the batch's labels_BT"),
+    (ReferenceOfTheBatch, "precomputes-by-example", "compute each example's number of its own positions"),
     (IgnoresWeights, "obeys-the-weights", "whatever token_weights_BT says"),
     (MakesNone, MADE, "sftx_loss returned NoneType, expected a Loss"),
     (ReturnsATensor, "returns-a-sum", "it returned Tensor; return LossSum"),
@@ -453,8 +480,11 @@ class PackedCrossEntropy(CrossEntropy, Packed):
     """A good plugin that is both a collator and a loss."""
 
 
-@pytest.mark.parametrize(
-    "good", [CrossEntropy, InSinglePrecision, Preferences, PackedCrossEntropy, PairsByExamples, PackedPairs]
-)
+@pytest.mark.parametrize("good", [CrossEntropy, InSinglePrecision, Preferences, PackedCrossEntropy])
 def test_a_good_loss_of_another_kind_keeps_it(good: type) -> None:
+    check_loss(good())
+
+
+@pytest.mark.parametrize("good", [PairsByExamples, PackedPairs, ReferenceOnce])
+def test_a_good_loss_that_looks_at_its_examples_keeps_it(good: type) -> None:
     check_loss(good())

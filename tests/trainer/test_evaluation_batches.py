@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from sftx.data.dataset import Examples
-from sftx.trainer.evaluate import _batches
+from sftx.trainer.evaluate import batches_by_length
 
 
 def examples_of(lengths: NDArray[np.int64], groups: NDArray[np.int64]) -> Examples:
@@ -30,7 +30,7 @@ def test_every_row_is_in_one_batch_with_few_others_that_are_longer(kind: str, ba
         "none": np.array([], np.int64),
     }[kind]
     groups = np.arange(len(lengths)) // (2 if kind == "pairs" else 1)
-    batches = [batch for batch in _batches(examples_of(lengths, groups), batch_size) if len(batch)]
+    batches = [batch for batch in batches_by_length(examples_of(lengths, groups), batch_size) if len(batch)]
     assert sorted(index for batch in batches for index in batch.tolist()) == list(range(len(lengths)))
     units = [set(groups[batch].tolist()) for batch in batches]
     assert sum(map(len, units)) == len(set(groups.tolist()))  # no group is in two batches

@@ -29,11 +29,12 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
     UnsupportedFakeTensorException,
+    unset_fake_temporarily,
 )
 from transformers import DynamicCache, PreTrainedModel
 
 from sftx.assembly.registry import Assembly
-from sftx.assembly.stages import OptimizerStage
+from sftx.assembly.stages import LossStage, OptimizerStage
 from sftx.config.options import TrainConfig
 from sftx.errors import ConfigError, ModelError, PluginError, one_line
 from sftx.inspection.memory_plan.fake_tensors import (
@@ -150,7 +151,7 @@ class DryRunner:
 
     def num_tokens(self, rows: int, max_length: int) -> int:
         """Return the number of positions of a batch, padding included."""
-        return self._make_batch(rows, max_length).input_ids_BT.numel()
+        return self._make_batch(rows, max_length, self.assembly.loss()).input_ids_BT.numel()
 
     def update_peak(self, config: TrainConfig) -> MemorySnapshot:
         """Return the peak of the first optimizer update, which creates the optimizer's state."""
@@ -166,13 +167,13 @@ class DryRunner:
     def evaluation_peaks(self, config: TrainConfig, *, max_length: int) -> list[MemorySnapshot]:
         """Return the peak of each phase of the forward of a held-out batch, whose rows have `max_length` tokens."""
 
-        real = self._make_batch(config.per_device_eval_batch_size, max_length)
-
         def forward(lm: CausalLM, mode: FakeTensorMode, tracker: MemoryTracker) -> None:
-            batch = to_fake_batch(mode, real)
-            step = TrainStep(lm, self.assembly.loss())
+            with unset_fake_temporarily():
+                loss = self.assembly.loss()
+                real = self._make_batch(config.per_device_eval_batch_size, max_length, loss)
+            batch = _with_precomputed(loss, lm, to_fake_batch(mode, real))
             tracker.reset_peaks()
-            step(batch)
+            TrainStep(lm, loss)(batch)
 
         return self._without_gradients(config, forward)
 
@@ -234,9 +235,11 @@ class DryRunner:
         state = self._update(config).after["optimizer"]
         return [peak | {"optimizer": peak["optimizer"] + state} for peak in peaks]
 
-    def _make_batch(self, rows: int, max_length: int) -> Batch:
+    def _make_batch(self, rows: int, max_length: int, loss: LossStage) -> Batch:
+        """Return a batch with all extras that are made on the host."""
         batch = make_batch(self.assembly.collator(max_length), rows, max_length, self.group)
-        return self.assembly.loss().with_extras(batch)
+        loss.prepare(batch.examples)
+        return loss.with_extras(batch)
 
     def _update(self, config: TrainConfig) -> _UpdateMemory:
         # With several micro-batches gradients stay allocated between them, since later ones add to the first.
@@ -275,7 +278,8 @@ class DryRunner:
         self, config: TrainConfig, rows: int, max_length: int, num_layers: int | None
     ) -> dict[Phase, MemorySnapshot]:
         """Return the peak of each phase of forward and backward with so many layers, or with all."""
-        batch = self._make_batch(rows, max_length)
+        loss = self.assembly.loss()
+        batch = self._make_batch(rows, max_length, loss)
         skeleton = self.copy_skeleton(num_layers)
         with self._fake_step() as (mode, tracker):
             lm = self.build(skeleton)
@@ -283,10 +287,12 @@ class DryRunner:
             trained = [p for p in lm.parameters() if p.requires_grad]
             prepare_layers(lm.model, config)
             track_phases(tracker, decoder_layers(lm.model))
-            step = TrainStep(lm.train(), self.assembly.loss())
+            step = TrainStep(lm.train(), loss)
             if (config.gradient_accumulation_steps or 1) > 1:
                 _allocate_gradients(tracker, trained)
             batch = to_fake_batch(mode, batch)
+            with self.precision.autocast(), self._explain_unknown_operations():
+                batch = _with_precomputed(loss, lm, batch)
             tracker.reset_peaks()
             with self.precision.autocast(), self._explain_unknown_operations():
                 out = step(batch)
@@ -342,6 +348,14 @@ class DryRunner:
         lm = CausalLM(model, cast(Any, None))
         lm.attach(adapters, self._trainable)
         return lm
+
+
+def _with_precomputed(loss: LossStage, lm: CausalLM, batch: Batch) -> Batch:
+    """Return the batch with what the loss computes of it before the first step."""
+    if not loss.has_precompute:
+        return batch
+    with torch.no_grad():
+        return dataclasses.replace(batch, extras={**batch.extras, **loss.precompute(lm, batch)})
 
 
 def _extrapolate(
