@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sftx.trainer.precompute import Values, places_of
+from sftx.data.example_values import Values, places_of
 from sftx.types import IGNORE_INDEX, Batch, Example
 
 if TYPE_CHECKING:

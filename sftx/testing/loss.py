@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from sftx.assembly.stages import CollatorStage, LossStage
 from sftx.data.collate import groups_of
+from sftx.data.example_values import Values, places_of
 from sftx.model.language_model import CausalLM
 from sftx.testing.batches import copy_of, differences, identical, norm, precomputed, varied, widened
 from sftx.testing.clauses import ClauseError, ExemptError, Suite
 from sftx.testing.kit import Kit, built_in, make_stage
 from sftx.testing.process import changed_random_states, random_states, random_states_kept
-from sftx.trainer.precompute import Values, places_of
 from sftx.types import IGNORE_INDEX, Batch, Example, Loss, LossSum
 
 # Invariances are checked in fp64: correct losses differ by 1e-15 there, those with logits in fp32 by 1e-8.

@@ -11,7 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from sftx.config.options import GenerationConfig
 from sftx.data.collate import pad
 from sftx.data.dataset import Dataset, Examples
 from sftx.data.encoder import Encoder
+from sftx.data.example_values import Values
 from sftx.distributed.process_group import ProcessGroup
 from sftx.errors import PluginError, TrainingError
 from sftx.events import EvalReport, Sample
@@ -36,9 +37,6 @@ from sftx.trainer.parallel import ParallelStrategy
 from sftx.trainer.policy import prompt_example
 from sftx.trainer.precision import Precision
 from sftx.types import Batch, Question
-
-if TYPE_CHECKING:
-    from sftx.trainer.precompute import Values
 
 
 class ModelEvaluator:

@@ -9,13 +9,12 @@ Dimensions: E examples of a batch.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import importlib.metadata
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,6 +32,7 @@ from sftx.atomic_files import open_bytes
 from sftx.checkpoint import layout
 from sftx.data.cache import code_digest
 from sftx.data.dataset import Examples
+from sftx.data.example_values import Values, places_of
 from sftx.distributed.process_group import ProcessGroup
 from sftx.errors import OutputError, PluginError, SftxError, one_line
 from sftx.model import names
@@ -44,7 +44,6 @@ from sftx.trainer.evaluate import batches_by_length
 from sftx.trainer.evaluation import explain_out_of_memory
 from sftx.trainer.parallel import ParallelStrategy
 from sftx.trainer.precision import Precision
-from sftx.types import Batch, Example
 
 log = logging.getLogger(__name__)
 
@@ -52,40 +51,6 @@ _CODE: Final = ("sftx.data.collate", "sftx.model", "sftx.types", "sftx_kernels")
 _LIBRARIES: Final = ("torch", "transformers")
 _DESCRIPTION: Final = "sftx"
 """The key of a file's metadata whose value says, as JSON, what the values are of."""
-
-
-@dataclass(frozen=True)
-class Values:
-    """The values of every example of a split: by name, [examples] in the order of the split."""
-
-    by_name: Mapping[str, NDArray[np.float32]]
-
-    def add_to(self, batch: Batch, indices: Sequence[int], examples: Sequence[Example]) -> Batch:
-        """Return the batch with the values of its examples among its extras, each [E], in the order of `row_ids`.
-
-        `examples` are those that the batch was collated of, and `indices` their places in the split.
-        """
-        at = np.asarray(indices)[places_of(batch, examples)]
-        if taken := self.by_name.keys() & batch.extras.keys():
-            raise PluginError(f"precompute has the name {min(taken)!r}, which batch.extras has already; choose another")
-        values = {name: torch.from_numpy(column[at]) for name, column in self.by_name.items()}
-        return dataclasses.replace(batch, extras={**batch.extras, **values})
-
-
-def places_of(batch: Batch, examples: Sequence[Example]) -> list[int]:
-    """Return the place of each of the batch's examples among those that it was collated of.
-
-    A collator may have copied them; a copy is found by its row id.
-    """
-    by_object = {id(example): place for place, example in enumerate(examples)}
-    places = [by_object.get(id(example)) for example in batch.examples]
-    copied: dict[str, list[int]] = {}
-    for place in sorted(set(range(len(examples))) - set(places), reverse=True):
-        copied.setdefault(examples[place].row_id, []).append(place)
-    return [
-        copied[example.row_id].pop() if place is None else place
-        for place, example in zip(places, batch.examples, strict=True)
-    ]
 
 
 @dataclass

@@ -15,13 +15,14 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from sftx.assembly.stages import CollatorStage, LossStage, OptimizerStage, ScheduleStage
 from sftx.config.options import TrainConfig
+from sftx.data.example_values import Values
 from sftx.data.sampler import PlannedStep, Sampler, split_step
 from sftx.distributed.dtensor import full_tensor
 from sftx.distributed.process_group import ProcessGroup
@@ -36,9 +37,6 @@ from sftx.trainer.parameter_groups import trainable_params
 from sftx.trainer.precision import Precision, peak_bytes
 from sftx.trainer.schedule import learning_rate
 from sftx.types import Batch, LossSum
-
-if TYPE_CHECKING:
-    from sftx.trainer.precompute import Values
 
 log = logging.getLogger(__name__)
 

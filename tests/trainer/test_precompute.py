@@ -23,10 +23,10 @@ from sessions import session_of
 from sftx import Example, ModelError, PluginError, load_model, pack, pad
 from sftx.assembly.stages import LossStage
 from sftx.cli import main
+from sftx.data.example_values import Values, places_of
 from sftx.model.language_model import CausalLM
 from sftx.model.load import load_model as load_weights
 from sftx.model.load import load_spec, load_tokenizer
-from sftx.trainer.precompute import Values, places_of
 
 PACKAGE = Path(__file__).parents[1] / "packages" / "sftx-reference"
 STEPS = "--max-steps 6 --train-batch-size 4 --per-device-train-batch-size 2 --save-steps 2 --eval-steps 3 "
