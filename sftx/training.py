@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         LossStage,
         MetricStage,
         OptimizerStage,
+        ParserStage,
         ScheduleStage,
     )
     from sftx.data.dataset import Dataset
@@ -234,7 +235,7 @@ def _assemble(prepared: _Prepared, times: PhaseTimes) -> Session:
     all_metrics = assembly.metrics()
     evaluators = process_group.all_or_raise(assembly.evaluators)
     loss = assembly.loss()
-    _check_loss(config, loss, process_group.world_size, has_adapters=has_adapters)
+    _check_loss(config, loss, assembly.parsers(), process_group.world_size, has_adapters=has_adapters)
     # Rank 0 encodes; where the rows are many, the other ranks find them in the cache.
     data = process_group.rank0_first(pipeline.load_train)
     eval_data = process_group.rank0_first(lambda: pipeline.load_eval(questions=bool(all_metrics or evaluators)))
@@ -528,8 +529,16 @@ def _check_schedule(schedule: ScheduleStage, config: TrainConfig, num_steps: int
         log.warning("%s warm up (warmup_steps %d): the peak rate is never reached", steps, warmup)
 
 
-def _check_loss(config: RunConfig, loss: LossStage, world_size: int, *, has_adapters: bool) -> None:
+def _check_loss(
+    config: RunConfig, loss: LossStage, parsers: Mapping[str, ParserStage], world_size: int, *, has_adapters: bool
+) -> None:
     """Raise ConfigError for a loss that this run cannot compute as it is meant."""
+    if not loss.answers_only and (unfit := [str(parser) for parser in parsers.values() if parser.has_rejected]):
+        raise ConfigError(
+            f"{' and '.join(unfit)} reads answers that are marked as worse ones, and {loss} would train the model to "
+            "give them too; name a loss that compares answers in its place (dpo, kto, orpo or simpo), or leave it out: "
+            "of a pair without a question of its own, hh-rlhf reads the chosen answer alone"
+        )
     if loss.answers_only and config.data.train_on_prompt:
         raise ConfigError(
             f"option 'data.train_on_prompt': {loss} compares answers, and would take the prompts for a part of them; "

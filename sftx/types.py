@@ -412,7 +412,11 @@ class RowSource(Protocol):
 
 @runtime_checkable
 class Parser(Protocol):
-    """Recognises records of one format and converts them."""
+    """Recognises records of one format and converts them.
+
+    A parser has an attribute `has_rejected` that is True where some of its answers are worse than others and must not
+    be imitated (preference pairs): a run then needs a loss that declares `answers_only`.
+    """
 
     @property
     def fields(self) -> str:

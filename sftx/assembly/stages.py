@@ -273,6 +273,10 @@ class ParserStage(_Stage):
     def __init__(self, plugin: str, parser: Parser) -> None:
         super().__init__(plugin)
         self._parser = parser
+        with self._attribute("has_rejected"):
+            self.has_rejected: Any = getattr(parser, "has_rejected", False)
+        if not isinstance(self.has_rejected, bool):
+            raise self._refuse(f"has_rejected is {self.has_rejected!r:.40}, expected True or False")
 
     @property
     def fields(self) -> str:

@@ -497,12 +497,37 @@ def _eval_by_steps(_: Any, given: Given) -> Answer:
     return Answer("write", {"train.eval_steps": steps}, "transformers takes logging_steps where it is not set")
 
 
+def _objective(given: Given) -> str:
+    """Return the plugin of a preference run: LLaMA-Factory's stage and pref_loss, Axolotl's rl; dpo where none says."""
+    for option in ("pref_loss", "stage", "rl"):
+        if (name := given.get(option)) in ("kto", "orpo", "simpo"):
+            return str(name)
+    named = [name for name in ("kto", "orpo", "simpo") if f"plugins.{name}" in given]
+    return named[0] if named else "dpo"
+
+
+def _stage_dpo(_: Any, given: Given) -> Answer:
+    """LLaMA-Factory trains orpo and simpo in the stage dpo, by pref_loss."""
+    return Answer("write", {f"plugins.{_objective(given)}": {}})
+
+
+def _to_objective(option: str) -> Rule:
+    """The value is written to an option of the run's preference loss."""
+    return _made(
+        lambda value, given: Answer("write", {f"plugins.{_objective(given)}.{option}": value}), f"plugins.dpo.{option}"
+    )
+
+
+def _precompute(_: Any, given: Given) -> Answer:
+    return Answer("write", {f"plugins.{_objective(given)}.reference": "precompute"})
+
+
 # --- the table ------------------------------------------------------------------------------------
 
 _QUANTIZED: Final = (
     "for a base in 4 or 8 bits name the plugin qlora in place of lora; it has the same options and its own"
 )
-_PREFERENCE: Final = "supervised fine-tuning only; examples/sftx-dpo is a plugin for DPO"
+_PREFERENCE: Final = "objectives of preference here are dpo, kto, orpo and simpo, with options of their own"
 _ENGINE: Final = "sftx trains; the result is served by any program that reads PEFT's or transformers' files"
 _LORA_ONLY: Final = "the adapters here are lora, qlora and vera"
 _NO_SUCH_INIT: Final = "A and B begin as true, gaussian, orthogonal, pissa, pissa_niter_N or olora"
@@ -1225,12 +1250,42 @@ TABLE: Final[Mapping[str, tuple[Row, ...]]] = {
     ),
     "The rest": (
         _row(
-            "stage",
+            "stage rl",
             ("sft", _leave_out()),
             ("pt", _leave_out("rows with a text are trained as they are")),
+            ("dpo", _made(_stage_dpo, "plugins.dpo", why="or the plugin that pref_loss names; docs/preference.md")),
+            ("ipo", _write({"plugins.dpo.loss_type": "ipo"})),
+            ("kto", _plugin("kto")),
+            ("orpo", _plugin("orpo")),
+            ("simpo", _plugin("simpo")),
             _not_here(_PREFERENCE),
         ),
-        _row("rl trl", _not_here(_PREFERENCE)),
+        _row(
+            "pref_loss",
+            ("sigmoid", _write({"plugins.dpo.loss_type": "sigmoid"})),
+            ("hinge", _write({"plugins.dpo.loss_type": "hinge"})),
+            ("ipo", _write({"plugins.dpo.loss_type": "ipo"})),
+            ("kto_pair", _plugin("kto", why="it takes pairs too")),
+            ("orpo", _plugin("orpo")),
+            ("simpo", _plugin("simpo")),
+            _not_here(_PREFERENCE),
+        ),
+        _row("pref_beta rl_beta beta", _to_objective("beta")),
+        _row("pref_ftx rpo_alpha", (0, _leave_out()), _to("plugins.dpo.rpo_alpha")),
+        _row("ld_alpha", _to("plugins.dpo.ld_alpha")),
+        _row("dpo_label_smoothing", (0, _leave_out()), _to("plugins.dpo.label_smoothing")),
+        _row("kto_chosen_weight kto_desirable_weight desirable_weight", _to("plugins.kto.desirable_weight")),
+        _row("kto_rejected_weight kto_undesirable_weight undesirable_weight", _to("plugins.kto.undesirable_weight")),
+        _row("orpo_alpha", _to("plugins.orpo.beta")),
+        _row("simpo_gamma", _to("plugins.simpo.gamma")),
+        _row("cpo_alpha", (0, _leave_out()), _to("plugins.simpo.cpo_alpha")),
+        _row("ref_model", _to_objective("reference_model")),
+        _row(
+            "precompute_ref_log_probs",
+            (True, _made(_precompute, "plugins.dpo.reference: precompute")),
+            (False, _leave_out()),
+        ),
+        _row("trl", _not_here(_PREFERENCE)),
         _row(
             "do_train", (True, _leave_out()), _not_here("sftx run trains; sftx doctor and sftx plan look at a run only")
         ),
@@ -1242,9 +1297,8 @@ TABLE: Final[Mapping[str, tuple[Row, ...]]] = {
         ),
         _row(
             (
-                "pref_* dpo_* kto_* simpo_* ppo_* cpo_* orpo_* rpo_alpha rl_beta beta ref_model* "
-                "reward_model* process_reward_model center_rewards_coefficient num_labels "
-                "precompute_ref_log_probs ld_alpha ebft"
+                "pref_* dpo_* kto_* simpo_* ppo_* cpo_* orpo_* ref_model_* "
+                "reward_model* process_reward_model center_rewards_coefficient num_labels ebft"
             ),
             (False, _leave_out()),
             _not_here(_PREFERENCE),

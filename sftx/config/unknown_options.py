@@ -163,10 +163,17 @@ def answered(unknown: Iterable[UnknownOption], given: Mapping[str, Any]) -> list
             options = option.value if isinstance(option.value, dict) else {}
             made = other_tools.Answer("write", {f"plugins.{option.leaf}": options}, "plugins stand under `plugins:`")
         is_plugins = option.name.startswith("plugins.")
-        if is_plugins and made is not None and made.kind == "not here" and _near(option.leaf, option.known):
+        if is_plugins and made is not None and _is_elsewhere(made, option) and _near(option.leaf, option.known):
             made = None  # a slip in the name of the plugin's own option is likelier than an option of another tool
         answers.append(replace(option, answer=made))
     return answers
+
+
+def _is_elsewhere(made: Answer, option: UnknownOption) -> bool:
+    """Return whether the answer is about no option here, or about those of other plugins alone."""
+    own = option.name.rpartition(".")[0]
+    is_others = all(name.startswith("plugins.") and name.rpartition(".")[0] != own for name in made.write)
+    return made.kind != "leave out" and is_others
 
 
 def _near(name: str, known: Sequence[str]) -> bool:

@@ -29,8 +29,8 @@ def run_tiny(
     """Train two steps with these plugins; the run directory is `directory`/run. Raises SftxError as `sftx run` does.
 
     `rows` are trained and evaluated on; by default the example of a named source, the samples of the named parsers, or
-    a few conversations. ChatML is added when none of the plugins is a template. `settings` maps dotted names such as
-    `lora.r` or `train.max_steps`.
+    a few conversations. ChatML is added when none of the plugins is a template, and kto when one reads answers that are
+    not to be imitated and none is a loss. `settings` maps dotted names such as `lora.r` or `train.max_steps`.
     """
     settings = {
         "model": str(model or directory / "model"),
@@ -56,14 +56,17 @@ def run_tiny(
         assignments += [(name, [address], name) for name in ("data.train", "data.eval")]
     if not templates:
         names = [*names, "chatml"]
+    parsers = [make_stage(a.plugin, "sftx_parser") for a in assembly.providers("sftx_parser") if a.info.name in names]
+    has_loss = any(a.info.name in names for a in assembly.providers("sftx_loss"))
+    if not has_loss and any(getattr(parser, "has_rejected", False) for parser in parsers):
+        names = [*names, "kto"]
     loaded = load(None, add=names, assignments=assignments)
     if model is None:
         shutil.copytree(tiny.model_dir(), directory / "model")
         # Overwrites the tokenizer with one that has the control tokens of the plugin's template.
         Kit(templates[0].plugin if templates else None).tokenizer.save_pretrained(directory / "model")
     if not rows:
-        parsers = [a.plugin for a in assembly.providers("sftx_parser") if a.info.name in names]
-        rows = [record for plugin in parsers for record in make_stage(plugin, "sftx_parser").samples] or [
+        rows = [record for parser in parsers for record in parser.samples] or [
             {"messages": [{"role": turn.role, "content": turn.content} for turn in conversation.messages]}
             for conversation in CONVERSATIONS
         ]

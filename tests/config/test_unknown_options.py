@@ -348,7 +348,7 @@ def test_a_slip_in_a_plugins_own_option_is_no_option_of_another_tool() -> None:
     (found,) = answered([option], {})
     assert found.advice() == "did you mean 'betas'?"
     (found,) = answered([UnknownOption("beta", 0.1, "--beta 0.1", ())], {})
-    assert found.advice().startswith("leave it out: supervised fine-tuning only")
+    assert found.advice() == "write --plugin dpo --set dpo.beta=0.1"
 
 
 def test_the_options_of_several_plugins_are_in_one_error() -> None:

@@ -11,7 +11,7 @@ import pytest
 from environments import Environment, build_wheel, make_environment
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-PACKAGES = {"sftx-dpo": "dpo", "sftx-toolcall": "toolcall"}
+PACKAGES = {"sftx-alphapo": "alphapo", "sftx-toolcall": "toolcall"}
 
 
 @pytest.fixture(scope="module")
@@ -49,18 +49,16 @@ def test_their_own_tests_pass(environment: Environment, tmp_path: Path) -> None:
     assert " skipped" not in done.stdout
 
 
-def test_dpo_trains_on_pairs_from_the_command_line(environment: Environment, tiny_model: Path, tmp_path: Path) -> None:
+def test_alphapo_trains_on_pairs_from_the_command_line(
+    environment: Environment, tiny_model: Path, tmp_path: Path
+) -> None:
     rows = [
-        {
-            "conversations": [{"from": "human", "value": f"Say {word}."}],
-            "chosen": {"from": "gpt", "value": word},
-            "rejected": {"from": "gpt", "value": f"I will not say {word}."},
-        }
+        {"prompt": f"Say {word}.", "chosen": word, "rejected": f"I will not say {word}."}
         for word in ("red", "green", "blue", "yellow")
     ]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     shutil.copytree(tiny_model, tmp_path / "tiny")
-    plugins = ("chatml", "lora", "dpo", "exact-match")
+    plugins = ("chatml", "lora", "alphapo", "exact-match")
     options = {
         "model": "tiny",
         "data.train": "pairs.jsonl",
@@ -75,11 +73,11 @@ def test_dpo_trains_on_pairs_from_the_command_line(environment: Environment, tin
     command += [word for name, value in options.items() for word in ("--set", f"{name}={value}")]
     done = environment.run(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "sftx-dpo 0.1.0" in done.stdout
+    assert "sftx-alphapo 0.1.0" in done.stdout
     summary = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
     assert summary["num_steps"] == 2
     assert {"rewards/accuracies", "exact-match"} < summary["held_out"]["after"].keys()
     assert summary["samples"][0]["reference"] in ("red", "green", "blue", "yellow"), "the chosen answer is asked for"
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text(encoding="utf-8"))
-    filled = {entry["stage"] for entry in manifest["plugins"] if entry["distribution"] == "sftx-dpo"}
-    assert filled == {"parser", "collator", "loss"}
+    filled = {entry["stage"] for entry in manifest["plugins"] if entry["distribution"] == "sftx-alphapo"}
+    assert filled == {"parser", "loss"}

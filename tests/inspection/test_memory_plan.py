@@ -365,19 +365,18 @@ def test_tokens_are_those_of_the_data_in_all_epochs(tiny: str, tmp_path: Path) -
     assert "no time without data or --num-tokens (none.jsonl: " in without.stdout
 
 
-def test_a_batch_has_the_extras_of_the_data_or_of_a_sample(
-    tiny: str, tmp_path: Path, install_plugin: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The collator of a preference loss takes pairs alone."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples" / "sftx-dpo")
-    install_plugin("dpo-here", "from sftx_dpo import DPO", {"dpo": "DPO"})
+def test_a_batch_has_the_extras_of_the_data_or_of_a_sample(tiny: str, tmp_path: Path) -> None:
+    """A preference loss takes pairs alone."""
     pair = {"chosen": {"from": "gpt", "value": "a"}, "rejected": {"from": "gpt", "value": "b"}}
     data = tmp_path / "pairs.jsonl"
     data.write_text(json.dumps({"conversations": [{"from": "human", "value": "c"}], **pair}) + "\n")
     totals = []
     for path in (data, tmp_path / "none.jsonl"):
         plan = planner(tiny, "lora", "chatml", "dpo", **{"data.train": str(path)})
-        assert [dict(one.extras) for one in plan.dry_runner.group] == [{"dpo_side": "chosen"}, {"dpo_side": "rejected"}]
+        assert [dict(one.extras) for one in plan.dry_runner.group] == [
+            {"preference": "chosen"},
+            {"preference": "rejected"},
+        ]
         totals.append(plan.estimate(rows=3).num_tokens)
     assert totals == [2 * 3 * 32] * 2
 

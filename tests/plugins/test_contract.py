@@ -49,6 +49,14 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "reward-function": [{"function": f"{HELPERS / 'reward_functions.py'}:longest"}],
     "reward-json": [{"required_keys": ["name"], "nonconforming": 0.5}],
     "reward-regex": [{"pattern": r"(?s).*?(\w+)\W*", "match": "last", "group": 1}],
+    "dpo": [
+        {"loss_type": "robust", "label_smoothing": 0.1, "rpo_alpha": 0.5},
+        {"loss_type": "ipo", "ld_alpha": 0.5, "reference": "precompute"},
+        {"loss_type": "hinge"},
+        {"loss_type": "sigmoid_norm"},
+    ],
+    "kto": [{"desirable_weight": 2, "reference": "precompute"}],
+    "simpo": [{"label_smoothing": 0.1, "cpo_alpha": 1}],
     "masked-ce": [{"label_smoothing": 0.1, "z_loss": 1e-3}, {"workspace_mb": 1}],
 }
 """Options with which a plugin is checked besides its defaults."""

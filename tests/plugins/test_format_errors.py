@@ -159,6 +159,6 @@ def test_what_cannot_be_read_is_refused_by_its_place(parser: Parser, record: dic
 
 def test_a_kto_label_is_refused() -> None:
     messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
-    with pytest.raises(DataError, match=r"^a\.jsonl:1: label .*KTO"):
+    with pytest.raises(DataError, match=r"^a\.jsonl:1: label .*--plugin kto"):
         Messages().parse({"messages": messages, "label": False}, Location("a.jsonl", 1))
     assert Messages().parse({"messages": messages, "label": "sports"}, Location("a.jsonl", 1))

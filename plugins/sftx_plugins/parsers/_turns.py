@@ -41,8 +41,8 @@ def conversation(messages: Sequence[Message], record: Record, where: Location, *
     """
     if isinstance(record.get("label"), bool):
         raise DataError(
-            f"{where}: label marks the answer as good or bad (KTO), which needs a plugin of its own; remove rows with "
-            "bad answers, and the field"
+            f"{where}: label marks the answer as good or bad, and an answer is imitated here whatever it says; train "
+            "on both kinds with --plugin kto, or remove rows with bad answers, and the field"
         )
     media = next((field for field in _MEDIA if record.get(field)), None)
     if media is not None:
@@ -97,16 +97,29 @@ def messages(
                     answer(text, f"{at}.{content_keys[0]}", where) if role == "assistant" else Message(role, text)
                 )
                 continue
-        if not isinstance(turn, dict):
-            raise DataError(
-                f"{where}: {at} is {_values.kind(turn)}, expected an object with {role_keys[0]} and {content_keys[0]}"
-            )
-        role_key = _values.first_key(turn, role_keys)
-        for keys in (role_keys, content_keys):
-            _values.check_spelling(turn, keys, at, where)
-        role = _values.lookup(turn.get(role_key), f"{at}.{role_key}", where, tags)
-        result.append(_message(turn, role, _values.first_key(turn, content_keys), at, where))
+        result.append(message(turn, at, where, tags=tags, role_keys=role_keys, content_keys=content_keys))
     return tuple(result)
+
+
+def message(
+    turn: Any,
+    at: str,
+    where: Location,
+    *,
+    tags: Mapping[str, str] = ROLES,
+    role_keys: Sequence[str] = ("role",),
+    content_keys: Sequence[str] = ("content",),
+) -> Message:
+    """Return one message, which errors call `at`; the rest is as for `messages`. Raises DataError."""
+    if not isinstance(turn, dict):
+        raise DataError(
+            f"{where}: {at} is {_values.kind(turn)}, expected an object with {role_keys[0]} and {content_keys[0]}"
+        )
+    role_key = _values.first_key(turn, role_keys)
+    for keys in (role_keys, content_keys):
+        _values.check_spelling(turn, keys, at, where)
+    role = _values.lookup(turn.get(role_key), f"{at}.{role_key}", where, tags)
+    return _message(turn, role, _values.first_key(turn, content_keys), at, where)
 
 
 def _message(turn: Record, role: str, content_key: str, at: str, where: Location) -> Message:

@@ -39,16 +39,22 @@ class Alpaca:
         return "instruction" in record and "output" in record
 
     def parse(self, record: Record, where: Location) -> tuple[Conversation, ...]:
-        messages: list[Message] = []
-        history = record.get("history")
-        for number, pair in enumerate(_values.list_of([] if history is None else history, "history", where)):
-            if not isinstance(pair, list) or len(pair) != 2:
-                raise DataError(f"{where}: history[{number}] is not a pair [question, answer]")
-            question, answer = (_values.text(side, f"history[{number}][{n}]", where) for n, side in enumerate(pair))
-            messages += (Message("user", question), _turns.answer(answer, f"history[{number}][1]", where))
-        instruction = _values.text(record.get("instruction"), "instruction", where)
-        extra = _values.optional_text(record, "input", where)
-        messages.append(Message("user", "\n".join(part for part in (instruction, extra) if part)))
+        messages = question(record, where)
         messages.append(_turns.answer(_values.text(record.get("output"), "output", where), "output", where))
         system = _values.optional_text(record, "system", where)
         return (_turns.conversation(_turns.with_system(system, messages, where), record, where),)
+
+
+def question(record: Record, where: Location) -> list[Message]:
+    """Return the turns of `history`, then the instruction with its input. Raises DataError."""
+    messages: list[Message] = []
+    history = record.get("history")
+    for number, pair in enumerate(_values.list_of([] if history is None else history, "history", where)):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise DataError(f"{where}: history[{number}] is not a pair [question, answer]")
+        asked, answer = (_values.text(side, f"history[{number}][{n}]", where) for n, side in enumerate(pair))
+        messages += (Message("user", asked), _turns.answer(answer, f"history[{number}][1]", where))
+    instruction = _values.text(record.get("instruction"), "instruction", where)
+    extra = _values.optional_text(record, "input", where)
+    messages.append(Message("user", "\n".join(part for part in (instruction, extra) if part)))
+    return messages

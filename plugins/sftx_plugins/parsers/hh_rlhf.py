@@ -49,13 +49,17 @@ class HHRLHF:
         chosen: Any = record.get("chosen")
         if isinstance(chosen, list):
             return (_turns.conversation(_turns.messages(chosen, "chosen", where), record, where),)
-        before, *pieces = _SPEAKER.split(_values.text(chosen, "chosen", where).strip())
-        if before or not pieces:
-            raise DataError(f"{where}: chosen begins with {before[:40]!r}, expected 'Human:' or 'Assistant:'")
-        messages = [
-            Message("user", text.strip())
-            if speaker == "Human"
-            else _turns.answer(text.strip(), f"turn {number} of chosen", where)
-            for number, (speaker, text) in enumerate(zip(pieces[::2], pieces[1::2], strict=True), 1)
-        ]
-        return (_turns.conversation(messages, record, where),)
+        return (_turns.conversation(transcript(chosen, "chosen", where), record, where),)
+
+
+def transcript(value: Any, name: str, where: Location) -> tuple[Message, ...]:
+    """Return the turns of a text in which `Human:` and `Assistant:` begin a turn each. Raises DataError."""
+    before, *pieces = _SPEAKER.split(_values.text(value, name, where).strip())
+    if before or not pieces:
+        raise DataError(f"{where}: {name} begins with {before[:40]!r}, expected 'Human:' or 'Assistant:'")
+    return tuple(
+        Message("user", text.strip())
+        if speaker == "Human"
+        else _turns.answer(text.strip(), f"turn {number} of {name}", where)
+        for number, (speaker, text) in enumerate(zip(pieces[::2], pieces[1::2], strict=True), 1)
+    )

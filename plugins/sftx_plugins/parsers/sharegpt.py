@@ -12,7 +12,7 @@ from sftx import Conversation, Location, Parser, Record, hookimpl
 from sftx_plugins.parsers import _turns, _values
 
 Role = Literal["system", "user", "assistant", "tool", "function_call"]
-_TAGS: Final[Mapping[str, str]] = {
+TAGS: Final[Mapping[str, str]] = {
     "human": "user",
     "gpt": "assistant",
     **_turns.ROLES,
@@ -24,6 +24,7 @@ _TAGS: Final[Mapping[str, str]] = {
     "bing": "assistant",
     "bard": "assistant",
 }
+"""The role for each word that data of this format use."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +88,7 @@ class ShareGPT:
             turns,
             "conversations",
             where,
-            tags={**_TAGS, **self.roles},
+            tags={**TAGS, **self.roles},
             role_keys=(*filter(None, [self.role_key]), "from", "role"),
             content_keys=(*filter(None, [self.content_key]), "value", "content"),
         )
