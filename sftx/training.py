@@ -196,6 +196,7 @@ def _assemble(prepared: _Prepared, times: PhaseTimes) -> Session:
         from sftx.checkpoint.checkpoint import Checkpoints
         from sftx.data.held_out import check_overlap
         from sftx.data.pipeline import build_pipeline
+        from sftx.data.rollout_sampler import RolloutSampler
         from sftx.inspection.dataset_view import DatasetView
         from sftx.inspection.diagnosis.check_inputs import CheckInputs
         from sftx.inspection.diagnosis.start_checks import log_start_checks
@@ -208,6 +209,7 @@ def _assemble(prepared: _Prepared, times: PhaseTimes) -> Session:
         from sftx.trainer.evidence import shown_rows
         from sftx.trainer.observers import Observers
         from sftx.trainer.precompute import Precomputation, identity_of
+        from sftx.trainer.rollout import RolloutMaker
         from sftx.trainer.run_writer import RunWriter
         from sftx.trainer.schedule import num_warmup_steps
         from sftx.trainer.session import Session
@@ -239,7 +241,8 @@ def _assemble(prepared: _Prepared, times: PhaseTimes) -> Session:
     # Rank 0 encodes; where the rows are many, the other ranks find them in the cache.
     data = process_group.rank0_first(pipeline.load_train)
     eval_data = process_group.rank0_first(lambda: pipeline.load_eval(questions=bool(all_metrics or evaluators)))
-    metrics = _check_evaluation(config, assembly, eval_data, all_metrics, evaluators)
+    has_loss = pipeline.rollout is None
+    metrics = _check_evaluation(config, assembly, eval_data, all_metrics, evaluators, has_loss=has_loss)
     process_group.run_on_rank0(lambda: check_overlap(data, eval_data, config.data.max_overlap))
     with phase("planning", "steps"):
         sampler = pipeline.sampler(data, config.train)
@@ -253,6 +256,11 @@ def _assemble(prepared: _Prepared, times: PhaseTimes) -> Session:
         config, assembly, loss, optimizer, schedule, pipeline, sampler, precision, saved, process_group
     )
     lm = trainer.lm
+    rollout = None
+    if isinstance(sampler, RolloutSampler) and pipeline.rollout is not None:
+        rewards, stop_ids = process_group.all_or_raise(assembly.rewards), pipeline.encoder.stop_ids
+        rollout = RolloutMaker(pipeline.rollout, rewards, trainer, pipeline.collator, stop_ids, config)
+        sampler.make = rollout
     _check_fit(config, sampler, lm, eval_data)
     for line in lm.untrained_parts():
         log.warning("%s: %s", config.model, line)
@@ -304,6 +312,7 @@ def _assemble(prepared: _Prepared, times: PhaseTimes) -> Session:
             stop_ids=pipeline.encoder.stop_ids,
             batch_size=config.train.per_device_eval_batch_size,
             generation=config.generation,
+            has_loss=has_loss,
         ),
         observers=observers,
         controls=controls,
@@ -343,6 +352,7 @@ def _assemble(prepared: _Prepared, times: PhaseTimes) -> Session:
             tokens_per_step=scope.num_label_tokens / max(1, scope.num_steps),
             is_stream=config.data.streaming,
         ),
+        rollout=rollout,
         save_dtype=_save_dtype(config, pipeline, lm, precision),
     )
 
@@ -383,8 +393,9 @@ def _build_trainer(
     def load() -> Trainer:
         lm = _load_model(config, assembly, pipeline, precision, saved)
         trainer = Trainer(
-            lm, loss, pipeline.collator, optimizer, schedule, config.train, precision, sampler.num_steps, process_group
-        )
+            lm, loss, pipeline.collator, optimizer, schedule, config.train, precision, sampler.num_steps, process_group,
+            needs_gradient=pipeline.rollout is None,
+        )  # fmt: skip
         if saved is not None:
             load_loss_module(lm, saved)
         return trainer
@@ -476,6 +487,8 @@ def _check_evaluation(
     eval_data: Dataset,
     metrics: Mapping[str, MetricStage],
     evaluators: Mapping[str, EvaluatorStage],
+    *,
+    has_loss: bool,
 ) -> Mapping[str, MetricStage]:
     """Return the metrics that can score something: without held-out conversations those of larger plugins are left out.
 
@@ -490,9 +503,14 @@ def _check_evaluation(
             )
         log.warning("the metric of %s is left out: it %s", ", ".join(map(str, metrics.values())), needs)
         metrics = {}
-    if len(eval_data.examples):
-        return metrics
     options = config.train
+    if not has_loss and options.best_metric in ("loss", "perplexity") and (metrics or evaluators):
+        raise ConfigError(
+            f"option 'train.metric_for_best_model': with a rollout there is no {options.best_metric} of held-out "
+            f"rows; name a score of {', '.join([*metrics, *evaluators])}"
+        )
+    if len(eval_data.examples) and (has_loss or metrics):
+        return metrics
     if evaluators:
         if options.best_metric in ("loss", "perplexity"):
             raise ConfigError(

@@ -14,6 +14,8 @@ MANIFEST: Final = "manifest.json"
 SUMMARY: Final = "summary.json"
 PRECOMPUTED: Final = "precomputed.safetensors"
 """What the loss computed of every example before the first step."""
+ROLLOUTS: Final = "rollouts.jsonl"
+"""Every answer of a run with a rollout, with its rewards."""
 
 NO_FP32_COPY: Final = "no fp32 copy of weights"
 """In the manifest's `dtype` where a full model was trained in bfloat16."""

@@ -79,6 +79,7 @@ class Cache:
             ],
             "options": {name: value for name, value in options.items() if name not in _NO_EFFECT_ON_ROWS},
             "questions": encode.questions,
+            "answer_length": encode.answer_length,
             "wrapped": encode.wrapped,
             "tokenizer": [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, tokenizer.chat_template],
             "plugins": identity,

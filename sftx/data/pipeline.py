@@ -12,7 +12,7 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from sftx.assembly.registry import Assembly
-from sftx.assembly.stages import CollatorStage
+from sftx.assembly.stages import CollatorStage, RolloutStage
 from sftx.config.options import DataConfig, RunConfig, Source, TrainConfig
 from sftx.config.run_file import Origins
 from sftx.data import held_out, mixture, preprocess
@@ -20,6 +20,7 @@ from sftx.data.cache import code_digest
 from sftx.data.dataset import Dataset
 from sftx.data.encoder import Encoder
 from sftx.data.preprocess import Part
+from sftx.data.rollout_sampler import RolloutSampler
 from sftx.data.row_encoder import RowEncoder
 from sftx.data.sampler import EpochSampler, Sampler, StreamSampler
 from sftx.data.stream import Stream
@@ -52,6 +53,8 @@ class DataPipeline:
     own_chat_template: str | None
     """The chat template that the model came with; the tokenizer has the run's."""
     trust_remote_code: bool = False
+    rollout: RolloutStage | None = None
+    """What makes examples of the training rows, which are questions then."""
 
     @property
     def encoder(self) -> Encoder:
@@ -71,7 +74,7 @@ class DataPipeline:
     @property
     def encode_eval(self) -> RowEncoder:
         """The encoder of held-out rows. They are never cut in their concatenation: a row's loss depends on it alone."""
-        return dataclasses.replace(self.encode, wrapped=False)
+        return dataclasses.replace(self.encode, wrapped=False, answer_length=None)
 
     def load_train(self, *, check: bool = True) -> Dataset:
         """Encode the training rows; an empty dataset when they are streamed. `check`: refuse as a run does."""
@@ -152,6 +155,10 @@ class DataPipeline:
         draw = partial(
             mixture.sample, examples.groups, examples.sources, weights, self.config.mix_strategy, seed=config.seed
         )
+        if self.rollout is not None:
+            return RolloutSampler(
+                examples, data.questions, self.collator, config, self.rollout, lambda epoch: draw(epoch=epoch)
+            )
         return EpochSampler(examples, self.collator, config, lambda epoch: draw(epoch=epoch))
 
 
@@ -172,7 +179,19 @@ def build_pipeline(config: RunConfig, assembly: Assembly, origins: Origins) -> D
     is_wrapped = collator.wrap_length is not None
     if is_wrapped and config.data.streaming:
         raise ConfigError("option 'data.streaming': a stream is not cut into rows of one length; leave wrapping out")
-    encode = RowEncoder(assembly.parsers(), Encoder(tokenizer, template), config.data, wrapped=is_wrapped)
+    rollout = assembly.rollout()
+    if rollout is not None and (config.data.streaming or is_wrapped):
+        option = "data.streaming" if config.data.streaming else "packed.strategy"
+        raise ConfigError(
+            f"option {option!r}: {rollout} asks whole questions of a dataset that is complete; leave it out"
+        )
+    encode = RowEncoder(
+        assembly.parsers(),
+        Encoder(tokenizer, template),
+        config.data,
+        answer_length=None if rollout is None else rollout.max_new_tokens,
+        wrapped=is_wrapped,
+    )
     return DataPipeline(
         config=config.data,
         assembly=assembly,
@@ -183,6 +202,7 @@ def build_pipeline(config: RunConfig, assembly: Assembly, origins: Origins) -> D
         added_tokens=tuple(added),
         own_chat_template=own_chat_template if isinstance(own_chat_template, str) else None,
         trust_remote_code=config.trust_remote_code,
+        rollout=rollout,
     )
 
 

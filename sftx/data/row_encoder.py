@@ -72,6 +72,8 @@ class RowEncoder:
     config: DataConfig
     questions: bool = False
     """Whether to keep a question for each held-out conversation, for evaluation by generation."""
+    answer_length: int | None = None
+    """Where rows are questions for a rollout, the tokens of its longest answer: an example is the prompt alone then."""
     wrapped: bool = False
     """Whether examples are cut to length later, in their concatenation, so that none is too long here."""
 
@@ -118,6 +120,9 @@ class RowEncoder:
             row.drop(reason, action="filtered")
             return
         marked = rendered.marked = [mark_trained(one, self.config) for one in parsed]
+        if self.answer_length is not None:
+            self._ask(marked, row, filters)
+            return
         template = self.encoder.template
         units: Sequence[Parsed] = marked
         if template is not None and template.rewrites_history:
@@ -188,6 +193,31 @@ class RowEncoder:
         for kept in pieces:
             kept_weights = weights[kept] if weights is not None and (weights[kept] != 1).any() else None
             row.examples.append(Example(token_ids[kept], loss_mask[kept], str(row.where), 0, kept_weights, unit.extras))
+
+    def _ask(self, marked: Sequence[Parsed], row: EncodedRow, filters: Filters) -> None:
+        """Make a question of a row whose turns are marked, and an example of its prompt, or drop the row."""
+        assert self.answer_length is not None
+        question = next(questions_of(marked, row, self.encoder, answered=False), None)
+        if question is None:
+            raise DataError(
+                f"{row.where}: is no conversation, and a run with a rollout asks the model for answers; give rows that "
+                "end with a user's turn, or with an answer"
+            )
+        row.has_turns = True
+        length = len(question.prompt_ids)
+        if not filters.min_length <= length <= (filters.max_length or length):
+            bound = "min_length" if length < filters.min_length else "max_length"
+            row.drop(f"filters.{bound}={getattr(filters, bound)}", length=length, action="filtered")
+        elif length + self.answer_length > self.config.max_length:
+            reason = (
+                f"its prompt leaves no room for {self.answer_length} tokens within max_length={self.config.max_length}"
+            )
+            if self.config.long_rows == "error":
+                raise DataError(f"{row.where}: {length} tokens: {reason}")
+            row.drop(reason, length=length)
+        else:
+            row.examples.append(prompt_example(question, 0))
+            row.questions.append(question)
 
     def trains_stop(self, row: EncodedRow) -> bool:
         """Return whether an example of the row trains one of the template's stop tokens."""
@@ -359,24 +389,39 @@ def _reason_nothing_trained(parsed: Sequence[Parsed]) -> str:
     return NO_TURN if turns and not any(turn.role == "assistant" for turn in turns) else NOTHING_TRAINED
 
 
-def questions_of(parsed: Sequence[Parsed], row: EncodedRow, encoder: Encoder) -> Iterator[Question]:
-    """Yield the question of a parsed record whose turns are marked, if it ends with an assistant's turn."""
+def questions_of(
+    parsed: Sequence[Parsed], row: EncodedRow, encoder: Encoder, *, answered: bool = True
+) -> Iterator[Question]:
+    """Yield the question of a parsed record whose turns are marked, if it ends with an assistant's turn.
+
+    Without `answered` it may end with another turn: then all of it is asked, and no answer is expected.
+    """
     for one in parsed[:1]:  # of a preference pair, the preferred answer
-        if isinstance(one, Conversation) and one.messages and one.messages[-1].role == "assistant":
-            *before, answer = one.messages
+        if not isinstance(one, Conversation) or not one.messages:
+            continue
+        answer = one.messages[-1] if one.messages[-1].role == "assistant" else None
+        if answer is not None or not answered:
+            before = one.messages if answer is None else one.messages[:-1]
             # The prompt is encoded as in training: how a text is split into pieces depends on which turns are trained.
             rewrites = encoder.template is not None and encoder.template.rewrites_history
-            asked = dataclasses.replace(one, messages=_untrained(before) if rewrites else tuple(before))
+            asked = dataclasses.replace(one, messages=_untrained(before) if rewrites else before)
+            expected: list[int] = [] if answer is None else answer_ids(asked, answer, encoder)
             yield Question(
                 row_id=str(row.where),
                 prompt=before[-1].content if before else "",
                 prompt_ids=encoder.prompt(asked),
-                reference=str(encoder.tokenizer.decode(answer_ids(asked, answer, encoder), skip_special_tokens=True)),
+                reference=str(encoder.tokenizer.decode(expected, skip_special_tokens=True)),
                 format=row.format,
-                messages=tuple(before),
+                messages=before,
                 tools=one.tools,
                 extras=one.extras,
             )
+
+
+def prompt_example(question: Question, group: int) -> Example:
+    """Return a question as an example, of which nothing is trained."""
+    token_ids = np.asarray(question.prompt_ids, np.int32)
+    return Example(token_ids, np.zeros(len(token_ids), np.bool_), question.row_id, group, extras=question.extras)
 
 
 def answer_ids(asked: Conversation, answer: Message, encoder: Encoder) -> list[int]:
@@ -407,7 +452,8 @@ def check_rows(rows: RowCounts, encode: RowEncoder, first: str, *, max_dropped: 
     """
     rows.ledger.check(encode.config.max_dropped if max_dropped is None else max_dropped)
     template = encode.encoder.template
-    if template is not None and rows.has_turns and not rows.trains_stop and encode.config.train_turn_end:
+    needs_stop = template is not None and encode.answer_length is None and encode.config.train_turn_end
+    if template is not None and needs_stop and rows.has_turns and not rows.trains_stop:
         raise DataError(
             f"{first}: no row trains the stop token {', '.join(template.stop)}, so the model would never end its "
             "answer; raise data.max_length if every row was cut, or correct the template"

@@ -1,6 +1,7 @@
 """Decide which examples each optimizer step takes, and which rank computes which of its rows.
 
-`EpochSampler` plans a whole dataset epoch by epoch, `StreamSampler` a stream window by window. Both are pure in seed,
+`EpochSampler` plans a whole dataset epoch by epoch, `StreamSampler` a stream window by window (`RolloutSampler`, of a
+run whose examples are answers, is in `rollout_sampler.py`). Both are pure in seed,
 epoch and window and know nothing of the number of processes; `split_step` divides a step among them.
 """
 
@@ -35,6 +36,8 @@ class PlannedStep(NamedTuple):
     """What the indices of `rows` refer to; an example is decoded when it is accessed."""
     lengths: NDArray[np.int64]
     """[len(examples)], tokens of each example."""
+    metrics: Mapping[str, float] = {}
+    """What a rollout reports of the step's window."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,10 @@ class Sampler(Protocol):
     num_steps: int
     scope: PlannedScope
     examples: Sequence[Example]
-    """Those of the dataset, or of the stream's first window."""
+    """Those of the dataset, or of the stream's first window; with a rollout, the prompts."""
+
+    def prepare(self) -> None:
+        """Make what all processes have to make together before the next step. Every process calls it."""
 
     def __iter__(self) -> Iterator[PlannedStep]:
         """Yield the steps from the beginning, or from where `load_state_dict` continues."""
@@ -79,7 +85,7 @@ class EpochSampler:
     ) -> None:
         """`draw` chooses the examples of an epoch (a mixture of sources); None takes each once."""
         self.examples = examples
-        self._lengths, self._groups = _lengths_and_groups(examples)
+        self._lengths, self._groups = lengths_and_groups(examples)
         self._draw = draw
         self._collator = collator
         self._config = config
@@ -112,6 +118,9 @@ class EpochSampler:
                 steps = [tuple(tuple(chosen[at] for at in row) for row in step) for step in steps]
             self._planned = epoch, steps
         return self._planned[1]
+
+    def prepare(self) -> None:
+        """Do nothing: each process plans by itself."""
 
     def __iter__(self) -> Iterator[PlannedStep]:
         while True:
@@ -166,7 +175,7 @@ class StreamSampler:
                         f"{example.row_id}: gives the token id {largest}, and the model's embedding has "
                         f"{self.num_embeddings} rows; they do not belong together"
                     )
-        self._lengths, groups = _lengths_and_groups(examples)
+        self._lengths, groups = lengths_and_groups(examples)
         self._steps, self._rest = self._collator.plan(
             Window(
                 lengths=self._lengths.tolist(),
@@ -178,6 +187,9 @@ class StreamSampler:
             )
         )
         self._examples = examples
+
+    def prepare(self) -> None:
+        """Do nothing: each process reads by itself."""
 
     def __iter__(self) -> Iterator[PlannedStep]:
         while self._done < self.num_steps:
@@ -195,18 +207,19 @@ class StreamSampler:
             "window": self._window,
             "steps_before": self._before,
             "done": done,
-            "carried": [_to_json(example) for example in self._carried],
+            "carried": [to_json(example) for example in self._carried],
             "stream": self._stream.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Read the saved window again. Raises DataError when the sources are others, or have become shorter."""
         self._stream.load_state_dict(state["stream"])
-        carried = [_from_json(example) for example in state["carried"]]
+        carried = [from_json(example) for example in state["carried"]]
         self._read_window(window=state["window"], before=state["steps_before"], done=state["done"], carried=carried)
 
 
-def _to_json(example: Example) -> dict[str, Any]:
+def to_json(example: Example) -> dict[str, Any]:
+    """Return an example as JSON values, for a checkpoint."""
     return {
         "token_ids": example.token_ids.tolist(),
         "loss_mask": "".join("01"[on] for on in example.loss_mask.tolist()),  # a byte a token
@@ -217,11 +230,12 @@ def _to_json(example: Example) -> dict[str, Any]:
     }
 
 
-def _from_json(values: Mapping[str, Any]) -> Example:
+def from_json(values: Mapping[str, Any]) -> Example:
+    """Return the example that `to_json` wrote."""
     return Example(**{**values, "loss_mask": [on == "1" for on in values["loss_mask"]]})
 
 
-def _lengths_and_groups(examples: Sequence[Example]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def lengths_and_groups(examples: Sequence[Example]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return [n] tokens and [n] group of each example, from the columns where there are any."""
     if isinstance(examples, Examples):
         return examples.lengths, examples.groups

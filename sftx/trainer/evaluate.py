@@ -25,6 +25,7 @@ from sftx.data.collate import pad
 from sftx.data.dataset import Dataset, Examples
 from sftx.data.encoder import Encoder
 from sftx.data.example_values import Values
+from sftx.data.row_encoder import prompt_example
 from sftx.distributed.process_group import ProcessGroup
 from sftx.errors import PluginError, TrainingError
 from sftx.events import EvalReport, Sample
@@ -34,7 +35,6 @@ from sftx.phases import phase
 from sftx.trainer.evaluation import ModelEvaluation, explain_out_of_memory
 from sftx.trainer.evidence import choose_row, token_losses
 from sftx.trainer.parallel import ParallelStrategy
-from sftx.trainer.policy import prompt_example
 from sftx.trainer.precision import Precision
 from sftx.types import Batch, Question
 
@@ -61,8 +61,12 @@ class ModelEvaluator:
         encoder: Encoder | None = None,
         process_group: ProcessGroup | None = None,
         check_stop: Callable[[], None] = lambda: None,
+        has_loss: bool = True,
     ) -> None:
-        """`batch_size`: rows evaluated at once. `encoder`: of the run, which evaluators need."""
+        """`batch_size`: rows evaluated at once. `encoder`: of the run, which evaluators need.
+
+        `has_loss`: whether the loss says something of held-out rows; one of a rollout needs its examples.
+        """
         questions = data.questions
         if generation.max_rows is not None and generation.max_rows < len(questions):  # evenly spread
             chosen = range(generation.max_rows)
@@ -78,6 +82,7 @@ class ModelEvaluator:
         self._stop_ids = stop_ids
         self._batch_size = batch_size
         self._generation = generation
+        self._has_loss = has_loss
         self.check_stop = check_stop
         self.precomputed: Values | None = None
         """What the loss computed of the held-out rows before training."""
@@ -85,7 +90,7 @@ class ModelEvaluator:
     @property
     def has_work(self) -> bool:
         """Return whether there is anything to evaluate: held-out rows, or evaluators."""
-        return bool(len(self._examples) or self._evaluators)
+        return bool((self._has_loss and len(self._examples)) or self._metrics or self._evaluators)
 
     def __call__(self, lm: CausalLM, step: int) -> EvalReport:
         """Evaluate the model after `step` steps. Raises TrainingError, PluginError."""
@@ -110,7 +115,7 @@ class ModelEvaluator:
         lm.eval()
         try:
             with torch.no_grad(), self._precision.autocast(), self._process_group.detect_lost_peers():
-                if len(self._examples):
+                if self._has_loss and len(self._examples):
                     option = "per_device_eval_batch_size"
                     with explain_out_of_memory(lm, f"step {step}: to evaluate", option, self._batch_size):
                         scores = self._losses(lm, step)

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sftx.assembly.stages import CollatorStage, RewardStage
 from sftx.data.collate import pack
+from sftx.data.row_encoder import prompt_example
 from sftx.distributed.process_group import ProcessGroup
 from sftx.errors import PluginError
 from sftx.model.decoding import Decoder, Request, Sampling
@@ -261,9 +262,3 @@ def _on_host(name: str, values_BT: Tensor, batch: Batch) -> NDArray[np.float32]:
         )
     values_N: NDArray[np.float32] = values_BT.float().flatten().cpu().numpy()
     return values_N
-
-
-def prompt_example(question: Question, group: int) -> Example:
-    """Return a question as an example for a collator; nothing of it is trained."""
-    token_ids = np.asarray(question.prompt_ids, np.int32)
-    return Example(token_ids, np.zeros(len(token_ids), np.bool_), question.row_id, group, extras=question.extras)

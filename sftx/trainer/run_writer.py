@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sftx.atomic_files import write_json
+from sftx.atomic_files import write_json, write_text
+from sftx.checkpoint.layout import ROLLOUTS
 from sftx.checkpoint.run_directory import RunDirectory
 from sftx.checkpoint.run_state import RunState
 from sftx.events import EvalReport, Sample
 from sftx.phases import PhaseTimes
 from sftx.trainer.evaluate import write_predictions
 from sftx.trainer.evidence import as_evidence
+from sftx.types import Answer, Rollouts
 
 if TYPE_CHECKING:
     from sftx.data.dataset import Dataset
@@ -45,6 +48,7 @@ class RunWriter:
             self.directory.complete(self._manifest, state.step)
             if self.directory.has_new_length:
                 self.directory.continue_with(self._resolved, state.step)
+            self._drop_rollouts(state.step)
         else:
             self.directory.write_start(self._resolved, self._manifest)
         self.write_ledgers()
@@ -63,6 +67,21 @@ class RunWriter:
 
     def write_predictions(self, samples: Sequence[Sample]) -> None:
         write_predictions(self.directory.file("generated_predictions.jsonl"), samples)
+
+    def write_rollouts(self, step: int, made: Rollouts) -> None:
+        """Append the answers of a window that is made after `step` steps, one JSON object a line."""
+        lines = [json.dumps({"step": step, **_as_line(answer)}, ensure_ascii=False) for answer in made.answers]
+        with self.directory.file(ROLLOUTS).open("a", encoding="utf-8", errors="backslashreplace") as file:
+            file.writelines(f"{line}\n" for line in lines)
+
+    def _drop_rollouts(self, step: int) -> None:
+        """Remove the answers of windows that are made again, and a line that was not finished."""
+        path = self.directory.file(ROLLOUTS)
+        if path.exists():
+            text = path.read_text(encoding="utf-8")
+            whole = text[: text.rfind("\n") + 1].splitlines(keepends=True)
+            kept = [line for line in whole if json.loads(line)["step"] < step]
+            write_text(path, "".join(kept))
 
     def write_end(self, state: RunState, artefact: Path, trainer_state: Mapping[str, Any]) -> dict[str, Any]:
         """Write trainer_state.json and summary.json, and return the summary: JSON values only."""
@@ -95,6 +114,21 @@ class RunWriter:
         """Remove the directory of a run that failed before its first step: it must not refuse the next attempt."""
         if state.step == 0 and not self.directory.resumed:
             shutil.rmtree(self.directory.path, ignore_errors=True)
+
+
+def _as_line(answer: Answer) -> dict[str, Any]:
+    """Return what is kept of an answer."""
+    return {
+        "row": answer.question.row_id,
+        "number": answer.number,
+        "prompt": answer.question.prompt,
+        "reference": answer.question.reference,
+        "answer": answer.text,
+        "num_tokens": len(answer.token_ids),
+        "finish_reason": answer.finish_reason,
+        "rewards": dict(answer.rewards),
+        "reward": answer.reward,
+    }
 
 
 def _compared(before: EvalReport, after: EvalReport) -> list[dict[str, str]]:

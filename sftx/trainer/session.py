@@ -41,6 +41,7 @@ from sftx.trainer.control import TrainerControl
 from sftx.trainer.evaluate import ModelEvaluator
 from sftx.trainer.observers import Observers
 from sftx.trainer.precompute import Precomputation, file_in
+from sftx.trainer.rollout import RolloutMaker
 from sftx.trainer.run_writer import RunWriter
 from sftx.trainer.trainer import Trainer
 
@@ -74,6 +75,8 @@ class Session:
     precomputation: Precomputation | None
     """None when the loss computes nothing before the first step."""
     start_report: StartReport
+    rollout: RolloutMaker | None
+    """What makes the examples of a run with a rollout."""
     save_dtype: torch.dtype | None
     """Of the parameters of a full model in the result; None: as they are trained. Checkpoints are always exact."""
     state: RunState = field(default_factory=RunState)
@@ -126,6 +129,8 @@ class Session:
                 raise Stop(signum)
 
         self.trainer.check_stop = self.evaluator.check_stop = check_stop
+        if self.rollout is not None:
+            self.rollout.check_stop, self.rollout.write = check_stop, self.writer.write_rollouts
         try:
             self._start()
             if not self.control.should_stop(self.state):

@@ -71,6 +71,8 @@ class Trainer:
     """The checkpoint that an error tells the user to fall back on."""
     check_stop: Callable[[], None] = lambda: None
     """Called between micro-batches. It raises when the run is to stop, and the current step is discarded."""
+    needs_gradient: bool = True
+    """False where a step may have no gradient: all answers of a rollout can have the same reward."""
     rate_factors: Mapping[str, float] = field(default_factory=dict)
     """Factors of the learning rate that control plugins have decided on."""
     precomputed: Values | None = None
@@ -94,15 +96,25 @@ class Trainer:
         """
         steps = iter(sampler)
 
-        def next_step() -> tuple[float, list[MicroBatch]] | None:
+        def next_step() -> tuple[PlannedStep, list[MicroBatch]] | None:
             planned = next(steps, None)
-            return None if planned is None else (planned.epoch, self.micro_batches(planned))
+            return None if planned is None else (planned, self.micro_batches(planned))
 
         number = done
-        # A source that is gone, or a collator that fails, may be so on one rank alone.
-        while (step := self.process_group.all_or_raise(next_step)) is not None:
+        while True:
+            start = time.perf_counter()
+            sampler.prepare()
+            # A source that is gone, or a collator that fails, may be so on one rank alone.
+            step = self.process_group.all_or_raise(next_step)
+            if step is None:
+                return
             number += 1
-            if not after_step(self.train_step(number, *step)):
+            planned, micro_batches = step
+            report = self.train_step(number, planned.epoch, micro_batches)
+            seconds = time.perf_counter() - start
+            if not after_step(
+                dataclasses.replace(report, seconds=seconds, metrics={**planned.metrics, **report.metrics})
+            ):
                 return
 
     def micro_batches(self, planned: PlannedStep) -> list[MicroBatch]:
@@ -202,7 +214,9 @@ class Trainer:
         """Raise TrainingError when the first step would train nothing; warn of parameters that it leaves out."""
         trained = {name: p for name, p in self.lm.named_parameters() if p.requires_grad}
         without = [name for name, parameter in trained.items() if parameter.grad is None]
-        if norm == 0:
+        if norm == 0 and not self.needs_gradient:
+            log.warning("step 1: the gradient is 0: the answers to each question have the same reward")
+        elif norm == 0:
             error = TrainingError(
                 f"step 1: the gradient of all {len(trained)} trained tensors is 0, so nothing would be trained; the "
                 "forward does not use them, or the loss does not depend on the model"

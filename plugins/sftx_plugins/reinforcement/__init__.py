@@ -1,0 +1,1 @@
+"""Plugins that train on answers of the model: rollouts with their losses."""
