@@ -61,6 +61,9 @@ CONVERSATIONS = tuple(
 )  # fmt: skip
 """Conversations that every template can render: user and assistant turns that alternate."""
 
+_ANSWER_LENGTH = 12
+"""The most tokens of an answer to a rollout."""
+
 MAX_LENGTH = 128
 """The maximum length that collators are given, in tokens; all of these conversations are shorter."""
 
@@ -165,7 +168,7 @@ class Kit:
     def policy(self, step: int = 0) -> ModelPolicy:
         """Return the policy that a rollout gets; a reward of its own scores the answers."""
         collator = CollatorStage("the collator", self.collator)
-        return ModelPolicy(
+        return _BriefPolicy(
             lm=self.policy_model,
             step=step,
             seed=0,
@@ -222,6 +225,13 @@ class Kit:
             torch.default_generator.manual_seed(0)
             lm.attach(adapters, trainable)
         return lm
+
+
+class _BriefPolicy(ModelPolicy):
+    """Answers with few tokens: the tiny model ends an answer by chance alone."""
+
+    def generate(self, questions: Sequence[Question], *, max_new_tokens: int, **options: Any) -> list[list[Answer]]:
+        return super().generate(questions, max_new_tokens=min(max_new_tokens, _ANSWER_LENGTH), **options)
 
 
 def _sample_reward(answers: Sequence[Answer]) -> list[float]:

@@ -49,7 +49,7 @@ def plan_of(groups: list[list[int]], collator: str, weights: tuple[float, ...] =
 
 
 def given_by(steps: list[PlannedStep]) -> list[Any]:
-    return [(epoch, step, [examples[at].row_id for row in step for at in row]) for epoch, step, examples, _ in steps]
+    return [(epoch, step, [examples[at].row_id for row in step for at in row]) for epoch, step, examples, *_ in steps]
 
 
 def resumed(plan: EpochSampler, state: dict[str, Any]) -> EpochSampler:

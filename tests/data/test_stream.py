@@ -41,7 +41,7 @@ def stream(kit: Kit, sources: list[Source], **options: Any) -> Stream:
 
 
 def rows(plan: StreamSampler) -> list[str]:
-    return [examples[at].row_id for _, step, examples, _ in plan for row in step for at in row]
+    return [examples[at].row_id for _, step, examples, *_ in plan for row in step for at in row]
 
 
 @pytest.mark.parametrize("collator", [Padded(), Packed().sftx_collator(64)])

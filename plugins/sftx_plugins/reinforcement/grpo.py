@@ -65,6 +65,9 @@ class Grpo:
         float, Field(ge=0, le=1, description="Draw from tokens with this share of the likeliest one's probability.")
     ] = 0.0
     beta: Annotated[float, Field(ge=0, description="Weight of the KL to the reference; 0 needs no reference.")] = 0.0
+    use_bias_correction_kl: Annotated[
+        bool, Field(description="Multiply the KL by the ratio of probabilities, as DeepSeek-V3.2 does.")
+    ] = True
     reference_model: Annotated[
         str | None,
         Field(description="Directory or hub id of the reference; by default the model as it was before training."),
@@ -243,6 +246,8 @@ class GrpoLoss:
 
     def __init__(self, options: Grpo) -> None:
         self._options = options
+        # The ratio to the policy itself is 1, and has a gradient.
+        self.detached = options.steps_per_generation * options.num_iterations == 1
         self._low = 1 - options.epsilon
         self._high = 1 + (options.epsilon if options.epsilon_high is None else options.epsilon_high)
 
@@ -286,36 +291,44 @@ class GrpoLoss:
         log_probs_N = -out.loss
         is_label_N = batch.labels_BT.flatten() != IGNORE_INDEX
         num_tokens_E = extras["num_tokens"]
+        weights_BT = batch.token_weights_BT
+        weights_N = torch.ones_like(log_probs_N) if weights_BT is None else weights_BT.flatten()
         old_N = extras["old_log_probs"].flatten() if "old_log_probs" in extras else log_probs_N.detach()
+        kl_N = torch.zeros_like(log_probs_N)
+        if options.beta:
+            difference_N = (extras["ref_log_probs"].flatten() - log_probs_N).masked_fill(~is_label_N, 0)
+            kl_N = (difference_N.exp() - difference_N - 1) * options.beta
         log_ratio_N = log_probs_N - old_N
         if options.importance_sampling_level == "token":
-            advantages_N = extras["advantages_of_tokens"].flatten()
-            loss_N, clipped_N = self._surrogate(log_ratio_N.exp(), advantages_N)
-            loss_E = sum_by_example(batch, loss_N)
+            ratio_N, advantages_N = log_ratio_N.exp(), extras["advantages_of_tokens"].flatten()
+            loss_N, clipped_N = self._surrogate(ratio_N, advantages_N)
+            loss_E = sum_by_example(batch, (loss_N + kl_N * self._kl_factor(ratio_N)) * weights_N)
             clipped = {name: (where & is_label_N).sum() for name, where in clipped_N.items()}
             num_ratios = is_label_N.sum()
         else:
-            mean_E = sum_by_example(batch, log_ratio_N) / num_tokens_E.clamp(min=1)
-            of_answer_E, clipped_E = self._surrogate(mean_E.exp(), extras["advantages"])
-            loss_E = of_answer_E * num_tokens_E
-            clipped = {name: where.sum() for name, where in clipped_E.items()}
-            num_ratios = torch.tensor(float(len(num_tokens_E)), device=loss_E.device)
-        metrics: dict[str, Any] = {
-            f"clip_ratio/{name}": (count.float(), num_ratios.float()) for name, count in clipped.items()
-        }
+            ratio_E = (sum_by_example(batch, log_ratio_N) / num_tokens_E.clamp(min=1)).exp()
+            of_answer_E, clipped = self._surrogate(ratio_E, extras["advantages"])
+            kl_E = sum_by_example(batch, kl_N * weights_N) * self._kl_factor(ratio_E)
+            loss_E = of_answer_E * sum_by_example(batch, weights_N) + kl_E
+            num_ratios = torch.tensor(len(num_tokens_E), device=loss_E.device)
         num_labels = is_label_N.sum().float()
         assert out.entropy_N is not None
+        metrics: dict[str, Any] = {
+            f"clip_ratio/{name}": (where.sum().float(), num_ratios.float()) for name, where in clipped.items()
+        }
         metrics["entropy"] = (out.entropy_N.float().masked_fill(~is_label_N, 0).sum(), num_labels)
         if options.beta:
-            difference_N = (extras["ref_log_probs"].flatten() - log_probs_N).masked_fill(~is_label_N, 0)
-            kl_N = difference_N.exp() - difference_N - 1
-            loss_E = loss_E + options.beta * sum_by_example(batch, kl_N)
-            metrics["kl"] = (kl_N.detach().sum(), num_labels)
+            factor_N = 1.0 if options.importance_sampling_level == "sequence" else self._kl_factor(log_ratio_N.exp())
+            metrics["kl"] = ((kl_N * factor_N).masked_fill(~is_label_N, 0).detach().sum() / options.beta, num_labels)
         if options.loss_type == "grpo":
             loss_E = loss_E / num_tokens_E.clamp(min=1)
         elif options.loss_type == "dr_grpo":
             loss_E = loss_E / options.max_completion_length
         return LossSum(loss_E.sum(), hidden.aux_loss, metrics)
+
+    def _kl_factor(self, ratio: Tensor) -> Tensor | float:
+        """Return what the KL of a token is multiplied by, so that its gradient has no bias off the policy."""
+        return ratio if self._options.use_bias_correction_kl else 1.0
 
     def _surrogate(self, ratio: Tensor, advantages: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the clipped loss of each ratio, and where it is clipped."""
