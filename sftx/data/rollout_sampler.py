@@ -55,6 +55,8 @@ class RolloutSampler:
         """Steps that are not yielded any more."""
         self._order: tuple[int, list[int]] | None = None
         self._made: Rollouts | None = None
+        self._state_before: dict[str, Any] = {}
+        """What the rollout remembered before it made the current window."""
         self._steps: list[Step] = []
         first = self._order_of(0)
         per_epoch = math.ceil(len(first) / config.rows_per_step) * rollout.num_iterations
@@ -96,6 +98,7 @@ class RolloutSampler:
             if not self._window_questions():
                 self._epoch, self._window = self._epoch + 1, 0
         if self._made is None:
+            self._state_before = self._rollout.state_dict()
             self._use(self.make([self._questions[number] for number in self._window_questions()], self._before))
 
     def _use(self, made: Rollouts) -> None:
@@ -138,9 +141,13 @@ class RolloutSampler:
             )
 
     def state_dict(self, done: int) -> dict[str, Any]:
-        """Return the place in the questions, and the window's examples where some of its steps are still to come."""
+        """Return the place in the questions, and the window's examples where some of its steps are still to come.
+
+        A window of which no step is done is made again.
+        """
         is_within = self._made is not None and self._before < done < self._before + self._window_steps
         made = self._made if is_within else None
+        is_new = self._made is not None and done == self._before
         return {
             "epoch": self._epoch,
             "window": self._window,
@@ -148,12 +155,14 @@ class RolloutSampler:
             "done": done,
             "examples": None if made is None else [to_json(example) for example in made.examples],
             "metrics": None if made is None else dict(made.metrics),
+            "rollout": self._state_before if is_new else self._rollout.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._epoch, self._window = state["epoch"], state["window"]
         self._before, self._next = state["steps_before"], state["done"]
         self._made = None
+        self._rollout.load_state_dict(state["rollout"])
         if state["examples"] is not None:
             self._use(Rollouts([from_json(example) for example in state["examples"]], (), state["metrics"]))
 
