@@ -55,9 +55,9 @@ def list_plugins(as_json: bool) -> None:
         for group in (PLUGINS, COMMANDS)
     }
     groups: dict[str, list[list[str]]] = {hook.removeprefix("sftx_"): [] for hook in RETURNS}
-    groups[""] = []
     for row in rows[PLUGINS]:
-        groups[_kind(row[2], groups)].append(row)
+        groups.setdefault(_kind(row[2], groups), []).append(row)
+    groups[""] = groups.pop("", [])  # last
     table = [["PLUGIN", "DISTRIBUTION", "CLASS"]]
     for kind, group in groups.items():
         if group:
@@ -69,10 +69,15 @@ def list_plugins(as_json: bool) -> None:
 
 
 def _kind(value: str, kinds: Iterable[str]) -> str:
-    """Return the hook of a built-in plugin, by the package that its class is in; the empty string for any other."""
+    """Return the kind of a built-in plugin, by the package that its class is in; the empty string for any other.
+
+    It is one of `kinds`, the hooks, or the name of a package whose plugins implement several hooks.
+    """
     first, _, rest = value.partition(".")
     package = rest.partition(".")[0]
-    return next((kind for kind in kinds if first == "sftx_plugins" and package in (kind, f"{kind}s", f"{kind}es")), "")
+    if first != "sftx_plugins":
+        return ""
+    return next((kind for kind in kinds if package in (kind, f"{kind}s", f"{kind}es")), package)
 
 
 @command.command()

@@ -85,8 +85,9 @@ def test_built_in_plugins_are_listed_by_their_hook_and_others_last(install_plugi
     install_plugin("acme", METRIC, {"careful": "Plugin"})
     lines = [line.partition(" ")[0] if line[:1] != "#" else line for line in plugins("list").stdout.splitlines()]
     titles = [line for line in lines if line.startswith("#")]
-    filled = [hook for hook in RETURNS if hook != "sftx_rollout"]  # its plugins are losses too, and listed there
-    assert titles == [*(f"# {hook.removeprefix('sftx_')}" for hook in filled), "# of other packages"]
+    hooks = [hook.removeprefix("sftx_") for hook in RETURNS if hook != "sftx_rollout"]
+    several = ["preference", "reinforcement"]  # their plugins implement several hooks
+    assert titles == [f"# {kind}" for kind in (*hooks, *several, "of other packages")]
     group = lines[lines.index("# schedule") + 1 : lines.index("# metric") - 1]
     assert "cosine-schedule" in group
     assert "minimind-schedule" in group
