@@ -213,7 +213,11 @@ class Precomputation:
 
 
 def _content(splits: Mapping[str, Values], digests: Mapping[str, str], models: Mapping[str, str | None]) -> bytes:
-    """Return the bytes of a safetensors file of these values, whose metadata says what they are of."""
+    """Return the bytes of a safetensors file of these values, whose metadata says what they are of.
+
+    They are the same whichever splits were found in the cache.
+    """
+    splits = dict(sorted(splits.items()))
     columns = {f"{split}/{key}": column for split, one in splits.items() for key, column in one.by_name.items()}
     described = {
         "digests": {split: digests[split] for split in splits},

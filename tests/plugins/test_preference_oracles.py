@@ -6,14 +6,13 @@ an answer is compared pair by pair, because TRL takes some of them over all toke
 
 from __future__ import annotations
 
-import json
-import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pair_rows import write_pair_rows
 from sftx import Example
 from sftx.config.loading import load
 from sftx.model import tiny
@@ -21,8 +20,7 @@ from sftx.trainer.session import Session
 from sftx.training import assemble
 from trainers import planned
 
-STEPS, PAIRS_PER_STEP = 10, 4
-WORDS = ["set", "the", "light", "in", "kitchen", "to", "blue", "play", "music", "at", "seven", "please", "wake", "me"]
+STEPS = 10
 
 pytestmark = [
     # trl sets an option that transformers has renamed.
@@ -31,32 +29,11 @@ pytestmark = [
 ]
 
 
-def write_rows(path: Path, *, num: int, labelled: bool) -> None:
-    """Write pairs, or single answers with labels, of different lengths.
-
-    The answers have 8 words at most: the log-probabilities of longer ones add up to over 256 nats, where one rounding
-    of fp32 is 3e-5.
-    """
-    rng = random.Random("pairs")
-
-    def text(most: int) -> str:
-        return " ".join(rng.choices(WORDS, k=rng.randint(1, most)))
-
-    rows: list[dict[str, Any]] = []
-    for number in range(num):
-        prompt, chosen = text(30), text(8)
-        while (rejected := text(8)) == chosen:
-            pass
-        pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-        rows.append({"prompt": prompt, "completion": chosen, "label": number % 3 > 0} if labelled else pair)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
 def assembled(tmp_path: Path, plugins: Sequence[str], **options: Any) -> Session:
     """Return a run with 2 micro-batches of 2 rows, and an adapter that has an effect."""
     import torch
 
-    write_rows(tmp_path / "rows.jsonl", num=16, labelled="kto" in plugins)
+    write_pair_rows(tmp_path / "rows.jsonl", 16, labelled="kto" in plugins)
     given: dict[str, Any] = {
         "model": str(tiny.model_dir()),
         "data.train": str(tmp_path / "rows.jsonl"),
@@ -346,3 +323,59 @@ def test_kto_gives_the_losses_gradients_and_metrics_of_trl(
         distances.append(theirs["kl"])
     assert len(losses) == STEPS
     assert max(distances) > 0.01, "the distance to the reference must matter"
+
+
+def full_trainer(directory: Path) -> Any:
+    """Return TRL's trainer of a whole model, whose reference is another copy of it."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    return DPOTrainer(
+        AutoModelForCausalLM.from_pretrained(tiny.model_dir()),
+        ref_model=AutoModelForCausalLM.from_pretrained(tiny.model_dir()),
+        args=DPOConfig(
+            output_dir=str(directory / "trl"),
+            beta=0.5,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        processing_class=AutoTokenizer.from_pretrained(tiny.model_dir()),
+        train_dataset=Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
+    )
+
+
+@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["padded", "packed"])
+def test_a_whole_model_with_precomputed_log_probabilities_trains_as_in_trl(tmp_path: Path, packed: bool) -> None:
+    """TRL runs a second model in every step; here its log-probabilities were computed before the first."""
+    import torch
+
+    plugins = ["dpo", *(["packed"] if packed else [])]
+    options = {"dpo.beta": 0.5, "train.weight_decay": 0.0, **({"packed.length": 256} if packed else {})}
+    if packed:
+        options |= {"train.gradient_accumulation_steps": 4, "train.per_device_train_batch_size": 1}
+    planner, runner = (assembled(tmp_path, plugins, **options) for _ in range(2))
+    reports: list[Any] = []
+    train_step = runner.trainer.train_step
+    runner.trainer.train_step = lambda *args: reports.append(train_step(*args)) or reports[-1]  # type: ignore[method-assign]
+    runner.run()
+    trainer = full_trainer(tmp_path)
+    optimizer = torch.optim.AdamW(trainer.model.parameters(), lr=1e-3, weight_decay=0.0)
+    trainer.model.train()
+    assert len(reports) == STEPS
+    for ours, (_, step, *_) in zip(reports, planner.sampler, strict=True):
+        examples = [planner.data.examples[index] for row in step for index in row]
+        optimizer.zero_grad()
+        loss, metrics = dpo_loss(trainer, examples)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
+        optimizer.step()
+        assert ours.loss == pytest.approx(loss.item(), abs=1e-5, rel=0)
+        assert ours.grad_norm == pytest.approx(norm.item(), rel=1e-4)
+        expected = {name: metrics[name] for name in MARGINS}
+        assert {name: ours.metrics[name] for name in MARGINS} == pytest.approx(expected, abs=2e-5, rel=1e-6)
+    assert reports[0].loss == pytest.approx(0.6931, abs=1e-4)
+    assert reports[-1].loss < 0.6
