@@ -381,6 +381,14 @@ def test_a_batch_has_the_extras_of_the_data_or_of_a_sample(tiny: str, tmp_path: 
     assert totals == [2 * 3 * 32] * 2
 
 
+@pytest.mark.parametrize("plugins", [("lora", "kto"), ("kto",), ("dpo",), ("lora", "packed", "kto")])
+def test_a_loss_with_statistics_and_precomputed_values_is_planned(
+    tiny: str, tmp_path: Path, plugins: tuple[str, ...]
+) -> None:
+    plan = planner(tiny, "chatml", *plugins, **{"data.train": str(tmp_path / "none.jsonl")})
+    assert plan.estimate(rows=2).total > 0
+
+
 # --- evaluation ---------------------------------------------------------------------------------
 
 

@@ -351,11 +351,11 @@ class DryRunner:
 
 
 def _with_precomputed(loss: LossStage, lm: CausalLM, batch: Batch) -> Batch:
-    """Return the batch with what the loss computes of it before the first step."""
-    if not loss.has_precompute:
-        return batch
+    """Return the batch with what the loss computes of it before the first step, and before the step's backward."""
     with torch.no_grad():
-        return dataclasses.replace(batch, extras={**batch.extras, **loss.precompute(lm, batch)})
+        if loss.has_precompute:
+            batch = dataclasses.replace(batch, extras={**batch.extras, **loss.precompute(lm, batch)})
+        return dataclasses.replace(batch, statistics=loss.statistics(lm, batch)) if loss.has_statistics else batch
 
 
 def _extrapolate(
