@@ -387,7 +387,7 @@ def _build_trainer(
 ) -> Trainer:
     """Load the model, make it ready to train, and check that it computes what its own forward computes, packed too."""
     from sftx.checkpoint.checkpoint import load_loss_module
-    from sftx.trainer.self_checks import check_packing
+    from sftx.trainer.self_checks import check_packing, share_prefixes
     from sftx.trainer.trainer import Trainer
 
     def load() -> Trainer:
@@ -407,9 +407,13 @@ def _build_trainer(
         trainer = process_group.one_rank_at_a_time(load) if is_sharded else load()
         trainer.strategy.broadcast_parameters()
     step, lm = trainer.strategy.step, trainer.lm
+    shares = loss.shares_prefixes or pipeline.collator.shares_prefixes
+    pipeline.collator.share_prefixes(False)
     with phase("checking", "the model"), process_group.detect_lost_peers(), precision.autocast():
         step.call_in_forward(lm.check)
         step.call_in_forward(lambda: check_packing(lm, pipeline.collator, sampler.examples))
+        if shares:
+            step.call_in_forward(lambda: share_prefixes(lm, pipeline.collator, sampler.examples))
     return trainer
 
 

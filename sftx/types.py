@@ -236,6 +236,29 @@ Attention: TypeAlias = Literal["varlen", "mask", "mask4d"]
 `mask4d`: a ready-made block-diagonal mask, [1, 1, T, T]."""
 
 
+@dataclass(frozen=True)
+class SharedPrefixes:
+    """How the examples of a packed row share the tokens that all examples of their group begin with.
+
+    The row consists of pieces, which `Batch.cu_seqlens` delimits. An example is a piece of its own, or a prefix, which
+    its group has in common, and a branch: the prefix stands in the row once, before the branches. A branch begins with
+    the last token that is common to all, so that each has a position of its own for its first label.
+
+    Dimensions: P pieces, E examples, K keys of all pieces.
+    """
+
+    prefix_P: Tensor
+    """int32, the number of the piece that is the prefix of each piece; -1 for a piece without one"""
+    piece_E: Tensor
+    """int64, the piece of each example that is its own"""
+    keys_K: Tensor
+    """int64, for each piece the positions in the row that it may attend to: those of its prefix, then its own"""
+    cu_seqlens_k: Tensor
+    """int32 [P + 1], boundaries of the pieces in `keys_K`"""
+    max_seqlen_k: int
+    """The most tokens that a piece may attend to."""
+
+
 @dataclass
 class Batch:
     """One micro-batch. Labels are already shifted: `labels_BT[b, t]` is the token after position t."""
@@ -249,15 +272,15 @@ class Batch:
     lengths_B: Tensor | None
     """int64, non-padding tokens of each row when padded at the right; None when packed"""
     cu_seqlens: Tensor | None
-    """int32, document boundaries of a packed row; None when padded"""
+    """int32, document boundaries of a packed row, or those of its pieces with `shared`; None when padded"""
     max_seqlen: int
-    """Length of the longest document, in tokens."""
+    """Length of the longest document or piece, in tokens."""
     row_ids: tuple[str, ...]
     """`row_id` of each example, in the order of the rows, or of the documents of a packed row."""
     num_label_tokens: int
     """Number of labels that are not IGNORE_INDEX. Kept on the host, so that nothing waits for the device."""
     num_input_tokens: int
-    """Number of non-padding tokens."""
+    """Number of non-padding tokens of all examples; a shared prefix counts for each of them."""
     token_weights_BT: Tensor | None = None
     """fp32, loss weight of each label; None stands for all ones"""
     attention: Attention = "varlen"
@@ -271,6 +294,8 @@ class Batch:
     examples: tuple[Example, ...] = ()
     """The examples themselves, on the host, in the order of `row_ids`. `pad` and `pack` fill it, and a run does where
     a collator leaves it empty."""
+    shared: SharedPrefixes | None = None
+    """Where examples of a packed row share their prefixes: which ones; else None."""
 
     def to(self, device: torch.device) -> Batch:
         """Return the same batch with every tensor on `device`.
@@ -288,6 +313,11 @@ class Batch:
             f.name: move(value) for f in dataclasses.fields(self) if isinstance(value := getattr(self, f.name), Tensor)
         }
         moved["extras"] = {name: move(value) for name, value in self.extras.items()}
+        if self.shared is not None:
+            tensors: dict[str, Any] = {
+                n: move(value) for n, value in vars(self.shared).items() if isinstance(value, Tensor)
+            }
+            moved["shared"] = dataclasses.replace(self.shared, **tensors)
         return dataclasses.replace(self, **moved)
 
 
@@ -473,6 +503,10 @@ class Collator(Protocol):
     A collator that packs may have an attribute `row_length: int`, the tokens that a row holds, for reports.
     It may have an attribute `wrap_length: int | None`. Where it is a number, the examples are first cut where
     their concatenation passes a multiple of it, so that neighbouring pieces fill rows of that many tokens.
+    It may have a method `sharing(shared: bool) -> Collator | None`, which returns the collator that packs as it does
+    and shares the prefixes of a group (`pack(..., share_prefixes=True)`), or shares none; None where it cannot. A run
+    asks for it where the loss declares `shares_prefixes`. An attribute `share_prefixes: bool` says whether it does
+    already.
     """
 
     def plan(self, window: Window) -> tuple[list[Step], Row]:
@@ -494,7 +528,8 @@ class Loss(Protocol):
     and a run refuses what cannot be right: `detached`, its gradient is on purpose not that of its value (a factor
     without a gradient); `batch_statistic`, the loss of an example depends on the others of its micro-batch (in-batch
     negatives), which must then be a whole step; `needs_adapter`, it compares with the model without its adapters;
-    `answers_only`, its label tokens are an answer (a preference loss), so prompts must not be trained.
+    `answers_only`, its label tokens are an answer (a preference loss), so prompts must not be trained;
+    `shares_prefixes`, the examples of a group have a prompt in common, which is computed once where the collator packs.
 
     A loss that needs a number of the whole step (a mean over all its rows) may have a method
     `statistics(lm: LanguageModel, batch: Batch) -> dict[str, Tensor]`. It is called without gradients for every

@@ -428,6 +428,20 @@ class CollatorStage(_Stage):
             self.row_length: int | None = getattr(collator, "row_length", None)
             self.wrap_length: int | None = getattr(collator, "wrap_length", None)
 
+    @property
+    def shares_prefixes(self) -> bool:
+        """Return whether it packs the examples of a group with what they begin with in common."""
+        return bool(getattr(self._collator, "share_prefixes", False))
+
+    def share_prefixes(self, shared: bool) -> bool:
+        """Let the collator share prefixes from now on, or not; return False where it cannot do as asked."""
+        with self._attribute("sharing"):
+            sharing: Any = getattr(self._collator, "sharing", lambda shared: None)(shared)
+        if sharing is None:
+            return shared == self.shares_prefixes
+        self._collator = sharing
+        return True
+
     def plan(self, window: Window) -> tuple[list[Step], Row]:
         """Plan a window. Raises PluginError when an example is lost or repeated, or a step is empty or too large."""
         with self._attribute("plan"):
@@ -501,6 +515,7 @@ class LossStage(_Stage):
         self.answers_only = self._declares("answers_only")
         self.batch_statistic = self._declares("batch_statistic")
         self.needs_adapter = self._declares("needs_adapter")
+        self.shares_prefixes = self._declares("shares_prefixes")
         self.has_statistics = getattr(loss, "statistics", None) is not None
         self.has_extras = getattr(loss, "extras", None) is not None
         self.has_module = getattr(loss, "module", None) is not None

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from sftx.errors import PluginError
-from sftx.types import IGNORE_INDEX, Attention, Batch, Example
+from sftx.types import IGNORE_INDEX, Attention, Batch, Example, SharedPrefixes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,14 +52,17 @@ def pad(examples: Sequence[Example], *, multiple_of: int = 1) -> Batch:
     )
 
 
-def pack(examples: Sequence[Example], *, attention: Attention = "varlen") -> Batch:
+def pack(examples: Sequence[Example], *, attention: Attention = "varlen", share_prefixes: bool = False) -> Batch:
     """Concatenate the examples into one row, [1, N], without padding; each is a document of its own.
 
     Position ids begin at 0 in each document; `attention` says how documents are kept from attending to one another.
-    The batch's `extras` are empty, as those of `pad`.
+    With `share_prefixes`, the tokens that neighbouring examples of one group begin with, and none of which is trained,
+    stand in the row once (see `SharedPrefixes`). The batch's `extras` are empty, as those of `pad`.
     """
     import torch
 
+    if share_prefixes and (batch := _pack_shared(examples, attention)) is not None:
+        return batch
     lengths = [len(example.token_ids) for example in examples]
     is_weighted = any(example.weights is not None for example in examples)
     ids, labels, weights = zip(*(_tensors(example) for example in examples), strict=True)
@@ -78,6 +81,85 @@ def pack(examples: Sequence[Example], *, attention: Attention = "varlen") -> Bat
         attention=attention,
         examples=tuple(examples),
     )
+
+
+def _pack_shared(examples: Sequence[Example], attention: Attention) -> Batch | None:
+    """Return the row of these examples with their prefixes shared; None where none has one in common."""
+    import torch
+
+    spans: list[tuple[int, int, int]] = []
+    """The example, and the begin and end of its tokens, of each piece."""
+    prefixes: list[int] = []
+    own: list[int] = []
+    number = 0
+    for _, members in itertools.groupby(examples, key=lambda example: example.group):
+        group = list(members)
+        num_shared, prefix = common_prefix(group), -1
+        if num_shared:
+            prefix = len(spans)
+            spans.append((number, 0, num_shared))
+            prefixes.append(-1)
+        for example in group:
+            own.append(len(spans))
+            spans.append((number, num_shared, len(example.token_ids)))
+            prefixes.append(prefix)
+            number += 1
+    if len(spans) == len(examples):
+        return None
+    tensors = [_tensors(example) for example in examples]
+
+    def joined(which: int) -> Tensor:
+        return torch.cat([tensors[example][which][begin:end] for example, begin, end in spans])[None]
+
+    lengths = [end - begin for _, begin, end in spans]
+    borders = [0, *itertools.accumulate(lengths)]
+    keys = [
+        [*([range(borders[prefix], borders[prefix + 1])] if prefix >= 0 else []), range(*borders[piece : piece + 2])]
+        for piece, prefix in enumerate(prefixes)
+    ]
+    num_keys = [sum(map(len, ranges)) for ranges in keys]
+    labels_BT = joined(1)
+    is_weighted = any(example.weights is not None for example in examples)
+    return Batch(
+        input_ids_BT=joined(0),
+        labels_BT=labels_BT,
+        position_ids_BT=torch.cat([torch.arange(begin, end) for _, begin, end in spans])[None],
+        lengths_B=None,
+        cu_seqlens=torch.tensor(borders, dtype=torch.int32),
+        max_seqlen=max(lengths),
+        row_ids=tuple(example.row_id for example in examples),
+        num_label_tokens=int((labels_BT != IGNORE_INDEX).sum()),
+        num_input_tokens=sum(len(example.token_ids) for example in examples),
+        token_weights_BT=joined(2) if is_weighted else None,
+        attention=attention,
+        examples=tuple(examples),
+        shared=SharedPrefixes(
+            prefix_P=torch.tensor(prefixes, dtype=torch.int32),
+            piece_E=torch.tensor(own),
+            keys_K=torch.cat([torch.arange(part.start, part.stop) for ranges in keys for part in ranges]),
+            cu_seqlens_k=torch.tensor([0, *itertools.accumulate(num_keys)], dtype=torch.int32),
+            max_seqlen_k=max(num_keys),
+        ),
+    )
+
+
+def common_prefix(group: Sequence[Example]) -> int:
+    """Return how many tokens the examples of a group can share.
+
+    They are equal in all of them, no label is among them, and each example has at least one more: the last token that
+    is equal belongs to each example, since it predicts what comes next in each.
+    """
+    import numpy as np
+
+    if len(group) < 2:
+        return 0
+    first = group[0]
+    num_equal = min(len(example.token_ids) for example in group)
+    for example in group:
+        differs = np.flatnonzero(example.token_ids[:num_equal] != first.token_ids[:num_equal])
+        is_trained = np.flatnonzero(example.loss_mask[1:num_equal]) + 1
+        num_equal = min([num_equal, *differs[:1].tolist(), *is_trained[:1].tolist()])
+    return max(0, num_equal - 1)
 
 
 def _tensors(example: Example) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,7 +198,7 @@ def per_label(batch: Batch, values: Sequence[Sequence[float]]) -> Tensor:
         num_tokens = len(example.token_ids)
         if len(numbers) != num_tokens:
             raise PluginError(f"{example.row_id}: per_label got {len(numbers)} numbers for {num_tokens} tokens")
-        if length > num_tokens:
+        if length > num_tokens:  # fewer where it shares a prefix
             raise PluginError(
                 f"{example.row_id}: has {num_tokens} tokens and {length} positions in its batch; per_label needs a "
                 "collator that adds none"
@@ -143,12 +225,30 @@ def sum_by_example(batch: Batch, values_N: Tensor) -> Tensor:
     return torch.where(counts_ET, values_N.flatten()[index_ET], 0.0).sum(1)
 
 
+def documents_of(batch: Batch) -> list[Tensor]:
+    """Return the positions in the flattened batch of all tokens of each example, [T] int64; a prefix is in several."""
+    import torch
+
+    begins, lengths = (tensor.tolist() for tensor in _positions_of_examples(batch))
+    own = [torch.arange(begin, begin + length) for begin, length in zip(begins, lengths, strict=True)]
+    if batch.shared is None or batch.cu_seqlens is None:
+        return own
+    borders = batch.cu_seqlens.tolist()
+    prefixes = batch.shared.prefix_P[batch.shared.piece_E].tolist()
+    return [
+        positions if prefix < 0 else torch.cat([torch.arange(*borders[prefix : prefix + 2]), positions])
+        for positions, prefix in zip(own, prefixes, strict=True)
+    ]
+
+
 def _positions_of_examples(batch: Batch) -> tuple[Tensor, Tensor]:
     """Return the first of the N positions of each example, and their number: each [E] int64, on the batch's device."""
     import torch
 
     if batch.cu_seqlens is not None:
         begins_E, lengths_E = batch.cu_seqlens[:-1].long(), batch.cu_seqlens.diff().long()
+        if batch.shared is not None:
+            begins_E, lengths_E = begins_E[batch.shared.piece_E], lengths_E[batch.shared.piece_E]
     else:
         assert batch.lengths_B is not None
         lengths_E = batch.lengths_B

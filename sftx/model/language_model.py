@@ -58,6 +58,8 @@ class CausalLM(nn.Module):
         self.adapters: dict[str, Adapter] = {}
         self.other_models: dict[str, str | None] = {}
         """The models that `sftx.load_model` has loaded beside this one, by name, with a hash of their files."""
+        self.fault_of_sharing: str | None = None
+        """Why a batch with shared prefixes is refused; None where none is."""
         self.computes_on: torch.device | None = None
         """The device of the forward pass, if the parameters are elsewhere: FSDP2 can offload its shards to the host."""
         self.seed = torch.zeros((), dtype=torch.int64)
@@ -170,6 +172,11 @@ class CausalLM(nn.Module):
     def hidden(self, batch: Batch) -> HiddenOut:
         """Runs the decoder. Returns its last hidden states, [B, T, D], and the router's auxiliary loss, if any."""
         mask_BT = None
+        if batch.shared is not None and self.fault_of_sharing is not None:
+            raise ModelError(
+                f"{type(self.model).__name__}: is given rows in which a prompt is shared, and {self.fault_of_sharing}; "
+                "train with the collator padded"
+            )
         if batch.cu_seqlens is not None:
             attention = self.attention_of(batch)
             arguments = packed_attention.decoder_arguments(batch, attention, self.config, self.head_weight.dtype)
@@ -202,7 +209,8 @@ class CausalLM(nn.Module):
 
     def attention_of(self, batch: Batch) -> Attention:
         """Returns the attention used for a packed batch: `batch.attention`, or one that this model supports instead."""
-        own_mask: Attention = "mask" if self._supports_mask else "mask4d"
+        # No mask of transformers lets a branch see its prefix.
+        own_mask: Attention = "mask" if self._supports_mask and batch.shared is None else "mask4d"
         if batch.attention != "varlen":
             return own_mask if batch.attention == "mask" else batch.attention
         if self._supports_varlen is None:

@@ -25,7 +25,7 @@ from sftx.model import varlen_attention
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from sftx.types import Attention, Batch
+    from sftx.types import Attention, Batch, SharedPrefixes
 
 NAME: Final = "sftx_documents"
 """The name under which our attention is registered with transformers."""
@@ -64,13 +64,15 @@ def attention_forward(
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
     sliding_window: int | None = None,
+    shared_prefixes: SharedPrefixes | None = None,
     calls: list[AttentionCall] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Computes the attention of one layer from query [B, H, T, D] and key and value [B, K, T, D]; returns [B, T, H, D].
 
-    With `cu_seq_lens_q` (then B is 1 and there is no cache) it is attention within each document, otherwise
-    transformers' own sdpa. With `calls` nothing is computed: the arguments are appended to that list.
+    With `cu_seq_lens_q` (then B is 1 and there is no cache) it is attention within each document, or of each branch to
+    its prefix and itself, otherwise transformers' own sdpa. With `calls` nothing is computed: the arguments are
+    appended to that list.
     """
     if calls is not None:
         calls.append(
@@ -105,6 +107,7 @@ def attention_forward(
         max_length_q,
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         window=sliding_window,
+        shared=shared_prefixes,
     )
     return out_THD[None], None
 
@@ -132,19 +135,29 @@ def decoder_arguments(
             "max_length_q": batch.max_seqlen,
             "max_length_k": batch.max_seqlen,
         }
+        if (shared := batch.shared) is not None:
+            arguments |= {"cu_seq_lens_k": shared.cu_seqlens_k, "max_length_k": shared.max_seqlen_k}
+            arguments["shared_prefixes"] = shared
         # An empty mask in place of an unused one of T x T. A layer that did use it would fail, and not see too much.
         arguments["attention_mask"] = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=cu_seqlens.device)
     elif attention == "mask4d":
-        if chunk is not None and chunk < batch.max_seqlen:
+        longest = batch.max_seqlen if batch.shared is None else batch.shared.max_seqlen_k
+        if chunk is not None and chunk < longest:
             raise ModelError(
                 f"attention mask4d: {config.model_type} attends in chunks of {chunk} tokens, and a document has "
-                f"{batch.max_seqlen}; use attention varlen or mask"
+                f"{longest}; use attention varlen or mask"
             )
         positions_T = torch.arange(num_tokens, device=cu_seqlens.device)
         documents_BT = torch.searchsorted(cu_seqlens, positions_T, right=True)[None]
         windows = layer_windows(config)
         types: list[str] = getattr(config, "layer_types", None) or ["all"] * len(windows)
-        masks = {kind: block_mask(documents_BT, dtype, window) for kind, window in zip(types, windows, strict=True)}
+
+        def mask(window: int | None) -> Tensor:
+            if batch.shared is None:
+                return block_mask(documents_BT, dtype, window)
+            return shared_mask(documents_BT[0] - 1, batch.shared.prefix_P, batch.position_ids_BT[0], dtype, window)
+
+        masks = {kind: mask(window) for kind, window in zip(types, windows, strict=True)}
         # A model whose layers are of several types takes the mask of each by its name.
         arguments["attention_mask"] = masks if len(masks) > 1 else next(iter(masks.values()))
     elif chunk is not None and chunk < num_tokens and not hasattr(masking_utils, "remap_positions_for_packed_sequence"):
@@ -169,6 +182,22 @@ def block_mask(documents_BT: Tensor, dtype: torch.dtype, window: int | None = No
         visible_BTT = visible_BTT.triu(1 - window)
     mask_BTT = torch.zeros(visible_BTT.shape, dtype=dtype, device=documents_BT.device)
     return mask_BTT.masked_fill(~visible_BTT, torch.finfo(dtype).min)[:, None]
+
+
+def shared_mask(
+    pieces_T: Tensor, prefix_P: Tensor, positions_T: Tensor, dtype: torch.dtype, window: int | None = None
+) -> Tensor:
+    """Builds the same for a row with shared prefixes, [1, 1, T, T]: a branch sees its prefix and itself.
+
+    `pieces_T` is the number of each token's piece, counted from 0, and `positions_T` its position in its document.
+    """
+    distance_TT = positions_T[:, None] - positions_T
+    is_own_TT = pieces_T[:, None] == pieces_T
+    visible_TT = (is_own_TT | (prefix_P[pieces_T][:, None] == pieces_T)) & (distance_TT >= 0)
+    if window is not None:
+        visible_TT &= distance_TT < window
+    mask_TT = torch.zeros(visible_TT.shape, dtype=dtype, device=pieces_T.device)
+    return mask_TT.masked_fill(~visible_TT, torch.finfo(dtype).min)[None, None]
 
 
 def layer_windows(config: PretrainedConfig) -> list[int | None]:

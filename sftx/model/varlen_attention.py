@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
+from sftx.types import SharedPrefixes
 from sftx_kernels import cpu_multiplies
 
 # The kernels of torch's attention on a CPU, [1, H, T, D], by their names: the rules by which torch chooses one change.
@@ -46,13 +47,20 @@ def attend(
     *,
     scale: float,
     window: int | None = None,
+    shared: SharedPrefixes | None = None,
 ) -> Tensor:
-    """Returns causal attention within each document, [T, H, D] in the dtype of `value_TKD`: on a CPU fp32 or bf16."""
+    """Returns causal attention within each document, [T, H, D] in the dtype of `value_TKD`: on a CPU fp32 or bf16.
+
+    With `shared`, `cu_seqlens` delimits pieces, and a branch attends to its prefix too.
+    """
     # Under autocast the rotary embedding leaves queries and keys in fp32; torch's own attention would cast them too.
     query_THD, key_TKD = query_THD.to(value_TKD.dtype), key_TKD.to(value_TKD.dtype)
     if query_THD.is_cuda:
-        return attend_on_gpu(query_THD, key_TKD, value_TKD, cu_seqlens, max_length, scale=scale, window=window)
-    return cast(Tensor, attend_on_cpu(query_THD, key_TKD, value_TKD, cu_seqlens, scale, window)[0])
+        return attend_on_gpu(
+            query_THD, key_TKD, value_TKD, cu_seqlens, max_length, scale=scale, window=window, shared=shared
+        )
+    prefix_P = None if shared is None else shared.prefix_P
+    return cast(Tensor, attend_on_cpu(query_THD, key_TKD, value_TKD, cu_seqlens, scale, window, prefix_P)[0])
 
 
 # --- CPU ----------------------------------------------------------------------------------------
@@ -60,25 +68,34 @@ def attend(
 
 @torch.library.custom_op("sftx::document_attention", mutates_args=(), device_types="cpu")
 def attend_on_cpu(
-    query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, cu_seqlens: Tensor, scale: float, window: int | None
+    query_THD: Tensor,
+    key_TKD: Tensor,
+    value_TKD: Tensor,
+    cu_seqlens: Tensor,
+    scale: float,
+    window: int | None,
+    prefix_P: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns the attention, [T, H, D], and the logsumexp of the scores, [H, T], fp32 at least.
 
-    The latter is for the backward by torch's kernel, and 0 where a window cuts the document.
+    The latter is for the backward by torch's kernel, and 0 where a window cuts the document. `prefix_P`: that of
+    `SharedPrefixes`.
     """
     out_THD = query_THD.new_empty(query_THD.shape)
     products = _Products(query_THD, key_TKD, scale)
     lse_HT = query_THD.new_zeros(query_THD.shape[1], query_THD.shape[0], dtype=products.wide_dtype)
     with torch.autocast("cpu", enabled=False):
-        for start, end in itertools.pairwise(cu_seqlens.tolist()):
-            document = slice(start, end)
-            if not _is_cut(end - start, window):
-                heads = (_heads(x[document]) for x in (query_THD, key_TKD, value_TKD))
-                out_1HTD, lse_1HT = _attend_causally(*heads, 0.0, True, scale=scale)
+        for document, prefix in _pieces(cu_seqlens, prefix_P):
+            own_key_TKD, own_value_TKD = (_joined(x, prefix, document) for x in (key_TKD, value_TKD))
+            num_queries, num_keys = document.stop - document.start, len(own_key_TKD)
+            if not _is_cut(num_keys, window):
+                heads = (_heads(x) for x in (query_THD[document], own_key_TKD, own_value_TKD))
+                mask = _of_torch(num_queries, num_keys, products.wide_dtype)
+                out_1HTD, lse_1HT = _attend_causally(*heads, 0.0, mask is None, attn_mask=mask, scale=scale)
                 out_THD[document], lse_HT[:, document] = out_1HTD[0].transpose(0, 1), lse_1HT[0]
                 continue
-            key_KTD, value_KTD = products.wide(key_TKD[document]), products.narrow(value_TKD[document])
-            for queries, keys, mask_QN in _blocks(end - start, window, products.block_size):
+            key_KTD, value_KTD = products.wide(own_key_TKD), products.narrow(own_value_TKD)
+            for queries, keys, mask_QN in _blocks(num_queries, num_keys, window, products.block_size):
                 query_KRD = products.rows(query_THD[document], queries)
                 probabilities_KRN = products.probabilities(query_KRD, key_KTD[:, keys], mask_QN).to(value_KTD.dtype)
                 products.write(out_THD[document], queries, torch.bmm(probabilities_KRN, value_KTD[:, keys]))
@@ -87,7 +104,13 @@ def attend_on_cpu(
 
 @attend_on_cpu.register_fake
 def _(
-    query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, cu_seqlens: Tensor, scale: float, window: int | None
+    query_THD: Tensor,
+    key_TKD: Tensor,
+    value_TKD: Tensor,
+    cu_seqlens: Tensor,
+    scale: float,
+    window: int | None,
+    prefix_P: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     wide_dtype = torch.promote_types(query_THD.dtype, torch.float32)
     lse_HT = query_THD.new_empty(query_THD.shape[1], query_THD.shape[0], dtype=wide_dtype)
@@ -105,26 +128,35 @@ def attend_on_cpu_backward(
     lse_HT: Tensor,
     scale: float,
     window: int | None,
+    prefix_P: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of query, key and value, in their shapes and dtypes."""
-    grads = grad_query_THD, grad_key_TKD, grad_value_TKD = [
-        x.new_empty(x.shape) for x in (query_THD, key_TKD, value_TKD)
-    ]
     products = _Products(query_THD, key_TKD, scale)
+    grad_query_THD = query_THD.new_empty(query_THD.shape)
+    # Several branches add to the keys and values of a prefix, in fp32 at least.
+    dtype = key_TKD.dtype if prefix_P is None else products.wide_dtype
+    grad_key_TKD, grad_value_TKD = (x.new_zeros(x.shape, dtype=dtype) for x in (key_TKD, value_TKD))
     with torch.autocast("cpu", enabled=False):
-        for start, end in itertools.pairwise(cu_seqlens.tolist()):
-            document = slice(start, end)
-            if end - start >= _LONG and not _is_cut(end - start, window):
-                heads = [_heads(x[document]) for x in (grad_THD, query_THD, key_TKD, value_TKD, out_THD)]
-                found = _attend_causally_backward(*heads, lse_HT[None, :, document], 0.0, True, scale=scale)
-                for grad, grad_1HTD in zip(grads, found, strict=True):
-                    grad[document] = grad_1HTD[0].transpose(0, 1)
+        for document, prefix in _pieces(cu_seqlens, prefix_P):
+            own_key_TKD, own_value_TKD = (_joined(x, prefix, document) for x in (key_TKD, value_TKD))
+            num_queries, num_keys = document.stop - document.start, len(own_key_TKD)
+            if num_queries * num_keys >= _LONG**2 and not _is_cut(num_keys, window):
+                own = (grad_THD[document], query_THD[document], own_key_TKD, own_value_TKD, out_THD[document])
+                mask = _of_torch(num_queries, num_keys, products.wide_dtype)
+                own_lse_1HT = lse_HT[None, :, document]
+                found = _attend_causally_backward(
+                    *map(_heads, own), own_lse_1HT, 0.0, mask is None, attn_mask=mask, scale=scale
+                )
+                own_grad_query_THD, own_grad_key_TKD, own_grad_value_TKD = (x[0].transpose(0, 1) for x in found)
+                grad_query_THD[document] = own_grad_query_THD
+                _add(grad_key_TKD, prefix, document, own_grad_key_TKD)
+                _add(grad_value_TKD, prefix, document, own_grad_value_TKD)
                 continue
-            wide_key_KTD = products.wide(key_TKD[document])
-            key_KTD, value_KTD = wide_key_KTD.to(products.dtype), products.narrow(value_TKD[document])
+            wide_key_KTD = products.wide(own_key_TKD)
+            key_KTD, value_KTD = wide_key_KTD.to(products.dtype), products.narrow(own_value_TKD)
             # Several blocks add to one key, in fp32 at least.
             grad_key_KTD, grad_value_KTD = torch.zeros_like(wide_key_KTD), torch.zeros_like(wide_key_KTD)
-            for queries, keys, mask_QN in _blocks(end - start, window, products.block_size):
+            for queries, keys, mask_QN in _blocks(num_queries, num_keys, window, products.block_size):
                 query_KRD, grad_KRD = (products.rows(x[document], queries) for x in (query_THD, grad_THD))
                 probabilities_KRN = products.probabilities(query_KRD, wide_key_KTD[:, keys], mask_QN)
                 grad_value_KTD[:, keys] += torch.bmm(probabilities_KRN.to(key_KTD.dtype).transpose(1, 2), grad_KRD)
@@ -134,9 +166,9 @@ def attend_on_cpu_backward(
                 scores_KRN = scores_KRN.mul_(scale).to(key_KTD.dtype)
                 products.write(grad_query_THD[document], queries, torch.bmm(scores_KRN, key_KTD[:, keys]))
                 grad_key_KTD[:, keys] += torch.bmm(scores_KRN.transpose(1, 2), query_KRD)
-            grad_key_TKD[document] = grad_key_KTD.transpose(0, 1)
-            grad_value_TKD[document] = grad_value_KTD.transpose(0, 1)
-    return grad_query_THD, grad_key_TKD, grad_value_TKD
+            _add(grad_key_TKD, prefix, document, grad_key_KTD.transpose(0, 1))
+            _add(grad_value_TKD, prefix, document, grad_value_KTD.transpose(0, 1))
+    return grad_query_THD, grad_key_TKD.to(key_TKD.dtype), grad_value_TKD.to(value_TKD.dtype)
 
 
 @attend_on_cpu_backward.register_fake
@@ -150,24 +182,56 @@ def _(
     lse_HT: Tensor,
     scale: float,
     window: int | None,
+    prefix_P: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     query_grad, key_grad, value_grad = (x.new_empty(x.shape) for x in (query_THD, key_TKD, value_TKD))
     return query_grad, key_grad, value_grad
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query_THD, key_TKD, value_TKD, cu_seqlens, ctx.scale, ctx.window = inputs
+    query_THD, key_TKD, value_TKD, cu_seqlens, ctx.scale, ctx.window, prefix_P = inputs
     out_THD, lse_HT = output
     ctx.mark_non_differentiable(lse_HT)
-    ctx.save_for_backward(query_THD, key_TKD, value_TKD, cu_seqlens, out_THD, lse_HT)
+    ctx.save_for_backward(query_THD, key_TKD, value_TKD, cu_seqlens, out_THD, lse_HT, prefix_P)
 
 
 def _backward(ctx: Any, grad_THD: Tensor, grad_lse_HT: Tensor) -> tuple[Tensor | None, ...]:
-    grads = attend_on_cpu_backward(grad_THD, *ctx.saved_tensors, ctx.scale, ctx.window)
-    return *grads, None, None, None
+    *saved, prefix_P = ctx.saved_tensors
+    grads = attend_on_cpu_backward(grad_THD, *saved, ctx.scale, ctx.window, prefix_P)
+    return *grads, None, None, None, None
 
 
 attend_on_cpu.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _pieces(cu_seqlens: Tensor, prefix_P: Tensor | None) -> Iterator[tuple[slice, slice | None]]:
+    """Yields the tokens of each document or piece, and those of its prefix."""
+    pieces = [slice(*bounds) for bounds in itertools.pairwise(cu_seqlens.tolist())]
+    prefixes = [-1] * len(pieces) if prefix_P is None else prefix_P.tolist()
+    for piece, prefix in zip(pieces, prefixes, strict=True):
+        yield piece, pieces[prefix] if prefix >= 0 else None
+
+
+def _joined(x_TKD: Tensor, prefix: slice | None, document: slice) -> Tensor:
+    """Returns the keys or values that a piece attends to, its prefix before its own."""
+    return x_TKD[document] if prefix is None else torch.cat([x_TKD[prefix], x_TKD[document]])
+
+
+def _add(grad_TKD: Tensor, prefix: slice | None, document: slice, own_TKD: Tensor) -> None:
+    """Adds the gradient of what `_joined` returned."""
+    if prefix is not None:
+        length = prefix.stop - prefix.start
+        grad_TKD[prefix] += own_TKD[:length]
+        own_TKD = own_TKD[length:]
+    grad_TKD[document] += own_TKD
+
+
+def _of_torch(num_queries: int, num_keys: int, dtype: torch.dtype) -> Tensor | None:
+    """Returns the mask with which torch's kernel aligns queries and keys at their ends; None where it is causal."""
+    if num_queries == num_keys:
+        return None
+    mask_QN = torch.full((num_queries, num_keys), -torch.inf, dtype=dtype)
+    return mask_QN.triu_(num_keys - num_queries + 1)
 
 
 def _is_cut(length: int, window: int | None) -> bool:
@@ -239,17 +303,21 @@ def _products_of_bf16() -> Iterator[None]:
         settings.fp32_precision = before
 
 
-def _blocks(length: int, window: int | None, block_size: int) -> Iterator[tuple[slice, slice, Tensor]]:
+def _blocks(
+    num_queries: int, num_keys: int, window: int | None, block_size: int
+) -> Iterator[tuple[slice, slice, Tensor]]:
     """Yields the queries of each block of a document, the keys that any of them sees, and the mask of the last of these
-    keys.
+    keys. The last query is at the last key.
     """
-    for first in range(0, length, block_size):
-        last = min(first + block_size, length)
-        if window is None or last <= window:
-            yield slice(first, last), slice(0, last), _mask(last - first, last - first, None)
+    behind = num_keys - num_queries
+    for first in range(0, num_queries, block_size):
+        last = min(first + block_size, num_queries)
+        end = behind + last
+        if window is None or end <= window:
+            yield slice(first, last), slice(0, end), _mask(last - first, last - first, None)
         else:
-            oldest = max(0, first - window + 1)
-            yield slice(first, last), slice(oldest, last), _mask(last - first, last - oldest, window)
+            oldest = max(0, behind + first - window + 1)
+            yield slice(first, last), slice(oldest, end), _mask(last - first, end - oldest, window)
 
 
 @functools.lru_cache(maxsize=256)
@@ -289,8 +357,14 @@ def attend_on_gpu(
     *,
     scale: float,
     window: int | None,
+    shared: SharedPrefixes | None = None,
 ) -> Tensor:
     """Returns the same as `attend` from torch's kernel, in bf16 or fp16."""
+    cu_seqlens_k, max_length_k = cu_seqlens, max_length
+    if shared is not None:
+        # Not index_select, whose backward adds in an order of its own each time.
+        key_TKD, value_TKD = key_TKD[shared.keys_K], value_TKD[shared.keys_K]
+        cu_seqlens_k, max_length_k = shared.cu_seqlens_k, shared.max_seqlen_k
     # The kernel counts the tokens to the left and to the right of a token, without itself.
     options: dict[str, Any] = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
     if query_THD.shape[1] != key_TKD.shape[1]:
@@ -299,5 +373,6 @@ def attend_on_gpu(
         else:
             size = query_THD.shape[1] // key_TKD.shape[1]
             key_TKD, value_TKD = key_TKD.repeat_interleave(size, 1), value_TKD.repeat_interleave(size, 1)
-    out = varlen_attn(query_THD, key_TKD, value_TKD, cu_seqlens, cu_seqlens, max_length, max_length, **options)
+    # Where a piece has more keys than queries, the kernel aligns them at their ends.
+    out = varlen_attn(query_THD, key_TKD, value_TKD, cu_seqlens, cu_seqlens_k, max_length, max_length_k, **options)
     return cast(Tensor, out)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sftx.data.example_values import Values, places_of
-from sftx.types import IGNORE_INDEX, Batch, Example
+from sftx.types import IGNORE_INDEX, Batch, Example, SharedPrefixes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -113,6 +113,8 @@ def differences(first: Batch, second: Batch) -> list[str]:
 
 def identical(first: Any, second: Any) -> bool:
     """Return whether two values have the same type and, for tensors, the same dtype, shape and bits."""
+    if isinstance(first, SharedPrefixes) and isinstance(second, SharedPrefixes):
+        return all(identical(value, getattr(second, name)) for name, value in vars(first).items())
     if isinstance(first, Tensor) and isinstance(second, Tensor):
         return first.dtype == second.dtype and torch.equal(first, second)
     return type(first) is type(second) and bool(first == second)

@@ -9,7 +9,7 @@ import copy
 import itertools
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sftx.data.collate import groups_of
+from sftx.data.collate import documents_of, groups_of
 from sftx.model.language_model import CausalLM
 from sftx.testing.batches import differences, norm, varied
 from sftx.testing.clauses import ClauseError, Suite
@@ -204,7 +204,7 @@ def batches_every_example(case: _Case) -> None:
             )
         if (batch.lengths_B is None) == (batch.cu_seqlens is None):
             raise ClauseError("set lengths_B for rows padded on the right, or cu_seqlens for packed rows, not both")
-        documents = Counter(tuple(batch.input_ids_BT.flatten()[where].tolist()) for where in _documents(batch))
+        documents = Counter(tuple(batch.input_ids_BT.flatten()[where].tolist()) for where in documents_of(batch))
         for example in examples:
             ids = tuple(map(int, example.token_ids))
             documents[ids] -= 1
@@ -242,15 +242,15 @@ def counts_what_it_holds(case: _Case) -> None:
         counts: tuple[tuple[str, int, str], ...] = (
             ("num_label_tokens", num_labels, "labels are not IGNORE_INDEX"),
             ("num_input_tokens", sum(lengths), "tokens are not padding"),
-            ("max_seqlen", max(lengths), "tokens are in the longest example"),
+            ("max_seqlen", _longest(batch, lengths), "tokens are in the longest example, or piece of one"),
         )
         for name, right, meaning in counts:
             value: object = getattr(batch, name)
             if not isinstance(value, int) or value != right:
                 raise ClauseError(f"{name} is {value!r}, but {right} {meaning}; the trainer relies on it as an int")
         positions_N = batch.position_ids_BT.flatten()
-        for where in _documents(batch):
-            if not torch.equal(positions_N[where], torch.arange(where.stop - where.start)):
+        for where in documents_of(batch):
+            if not torch.equal(positions_N[where], torch.arange(len(where))):
                 raise ClauseError(
                     f"the position ids of a document start with {positions_N[where][:4].tolist()}; count from 0 in "
                     "each, otherwise the model sees wrong positions and, in a packed row, the previous documents"
@@ -314,13 +314,11 @@ def check_collator(plugin: object, *, model: Path | None = None) -> None:
     SUITE.check(plugin, model=model)
 
 
-def _documents(batch: Batch) -> Iterator[slice]:
-    """Yield the slice of each document in the flattened batch."""
-    if batch.lengths_B is not None:
-        T = batch.input_ids_BT.shape[1]
-        yield from (slice(b * T, b * T + length) for b, length in enumerate(batch.lengths_B.tolist()))
-    elif batch.cu_seqlens is not None:
-        yield from (slice(*bounds) for bounds in itertools.pairwise(batch.cu_seqlens.tolist()))
+def _longest(batch: Batch, lengths: Sequence[int]) -> int:
+    """Return the tokens of the longest example, or of the longest piece where examples share prefixes."""
+    if batch.shared is None or batch.cu_seqlens is None:
+        return max(lengths)
+    return int(batch.cu_seqlens.diff().max())
 
 
 def _content(example: Example) -> tuple[Any, ...]:

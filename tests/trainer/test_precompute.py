@@ -99,6 +99,32 @@ def test_the_losses_are_those_with_a_reference_computed_in_each_step(data: Path,
     assert reported(data, "packed")[0] == pytest.approx(once[0], abs=1e-5)
 
 
+def test_a_prompt_that_is_computed_once_gives_the_same_losses(data: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from sftx.trainer.session import Session
+
+    batches: list[Any] = []
+    packed = (
+        "--plugin lora --plugin packed --train-batch-size 2 --per-device-train-batch-size 2 --set packed.length=256 "
+    packed += "--learning-rate 5e-4 "  # Adam makes a whole step of a gradient that is rounding alone
+    )
+    run(data, "apart", packed)
+    with pytest.MonkeyPatch.context() as patch:
+        run_all = Session._run
+
+        def recording(session: Session, signals: Any) -> Any:
+            micro_batches = session.trainer.micro_batches
+            session.trainer.micro_batches = lambda *a: batches.append(made := micro_batches(*a)) or made  # type: ignore[method-assign,func-returns-value]
+            return run_all(session, signals)
+
+        patch.setattr(Session, "_run", recording)
+        run(data, "shared", packed + "--set reference.share=true")
+    assert all(one.batch.shared is not None for step in batches for one in step)
+    for ours, theirs in zip(reported(data, "shared"), reported(data, "apart"), strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5)
+    output = run(data, "padded", "--plugin lora --set reference.share=true")
+    assert "the prompt of several answers is computed for each of them: plugin 'padded'" in output
+
+
 def test_a_full_model_is_compared_with_what_it_was(data: Path) -> None:
     run(data, "full", "--learning-rate 1e-3")
     losses = reported(data, "full")

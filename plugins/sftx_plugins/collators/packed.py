@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 from collections import defaultdict
@@ -11,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from sftx import Attention, Batch, Collator, Example, Row, Step, Window, hookimpl, pack
+from sftx import Attention, Batch, Collator, ConfigError, Example, Row, Step, Window, hookimpl, pack
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,10 +36,19 @@ class Packed:
             "cannot do that uses mask, and a line says so); mask: transformers' mask; mask4d: a block-diagonal mask."
         ),
     ] = "varlen"
+    share_prefixes: Annotated[
+        bool,
+        Field(
+            description="Compute the tokens that the examples of one record begin with once (the prompt of several "
+            "answers). A loss that compares answers asks for it by itself."
+        ),
+    ] = False
 
     @hookimpl
     def sftx_collator(self, max_length: int) -> Collator:
-        return PackedRows(self.length or max_length, self.strategy, self.attention)
+        if self.share_prefixes and self.attention == "mask":
+            raise ConfigError("share_prefixes: transformers' mask keeps an answer from its prompt; leave attention out")
+        return PackedRows(self.length or max_length, self.strategy, self.attention, self.share_prefixes)
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,13 @@ class PackedRows:
     length: int
     strategy: Literal["bfd", "wrapped"]
     attention: Attention
+    share_prefixes: bool = False
+
+    def sharing(self, shared: bool) -> PackedRows | None:
+        """Return the collator that shares the prefixes of a group, or that does not; None where it cannot."""
+        if shared and (self.attention == "mask" or self.strategy == "wrapped"):
+            return None
+        return dataclasses.replace(self, share_prefixes=shared)
 
     @property
     def row_length(self) -> int:
@@ -79,7 +96,7 @@ class PackedRows:
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Return all rows of the micro-batch as one, [1, N]; without padding, several rows would gain nothing."""
-        return pack(examples, attention=self.attention)
+        return pack(examples, attention=self.attention, share_prefixes=self.share_prefixes)
 
 
 def _groups(groups: Sequence[int]) -> list[Row] | None:

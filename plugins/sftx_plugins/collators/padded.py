@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections import defaultdict
 from collections.abc import Sequence
@@ -28,12 +29,25 @@ class Padded:
     padding_free: Annotated[
         bool, Field(description="Concatenate the rows of a micro-batch, as if packed, so that no padding is computed.")
     ] = False
+    share_prefixes: Annotated[
+        bool,
+        Field(
+            description="With padding_free, compute the tokens that the examples of one record begin with once (the "
+            "prompt of several answers). A loss that compares answers asks for it by itself."
+        ),
+    ] = False
 
     @hookimpl
     def sftx_collator(self) -> Collator:
+        if self.share_prefixes and not self.padding_free:
+            raise ConfigError("share_prefixes: padded rows share nothing; set padding_free too")
         if self.padding_free and self.pad_to_multiple_of > 1:
             raise ConfigError("padding_free pads nothing; leave pad_to_multiple_of out")
         return self
+
+    def sharing(self, shared: bool) -> Padded | None:
+        """Return the collator that shares the prefixes of a group, or that does not; None where it cannot."""
+        return dataclasses.replace(self, share_prefixes=shared) if self.padding_free or not shared else None
 
     def plan(self, window: Window) -> tuple[list[Step], Row]:
         """Return the rows in a random order; with `group_by_length`, sorted by length within chunks of 50 steps."""
@@ -58,4 +72,6 @@ class Padded:
         return steps, tuple(index for row in carried for index in row)
 
     def collate(self, examples: Sequence[Example]) -> Batch:
-        return pack(examples) if self.padding_free else pad(examples, multiple_of=self.pad_to_multiple_of)
+        if self.padding_free:
+            return pack(examples, share_prefixes=self.share_prefixes)
+        return pad(examples, multiple_of=self.pad_to_multiple_of)
