@@ -103,10 +103,8 @@ def test_a_prompt_that_is_computed_once_gives_the_same_losses(data: Path, caplog
     from sftx.trainer.session import Session
 
     batches: list[Any] = []
-    packed = (
-        "--plugin lora --plugin packed --train-batch-size 2 --per-device-train-batch-size 2 --set packed.length=256 "
-    packed += "--learning-rate 5e-4 "  # Adam makes a whole step of a gradient that is rounding alone
-    )
+    packed = "--plugin lora --plugin packed --set packed.length=256 --train-batch-size 2 "
+    packed += "--per-device-train-batch-size 2 --learning-rate 5e-4 "  # Adam's step is whole for rounding alone
     run(data, "apart", packed)
     with pytest.MonkeyPatch.context() as patch:
         run_all = Session._run
@@ -120,7 +118,8 @@ def test_a_prompt_that_is_computed_once_gives_the_same_losses(data: Path, caplog
         run(data, "shared", packed + "--set reference.share=true")
     assert all(one.batch.shared is not None for step in batches for one in step)
     for ours, theirs in zip(reported(data, "shared"), reported(data, "apart"), strict=True):
-        assert ours == pytest.approx(theirs, abs=1e-5)
+        assert ours[0] == pytest.approx(theirs[0], abs=1e-5)
+        assert ours[1] == pytest.approx(theirs[1], abs=5e-5), "a difference of sums of a hundred nats in fp32"
     output = run(data, "padded", "--plugin lora --set reference.share=true")
     assert "the prompt of several answers is computed for each of them: plugin 'padded'" in output
 
