@@ -135,7 +135,8 @@ class Kit:
 
     def _stage(self, hook: str, default: str, **arguments: Any) -> Any:
         plugin = self.plugin if hasattr(self.plugin, hook) else built_in(default)
-        return make_stage(plugin, hook, **arguments)
+        run = RunInfo(Path(), {**assembled()[0], "model": str(self.model_dir)})
+        return make_stage(plugin, hook, run=run, **arguments)
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -155,7 +156,7 @@ class Kit:
 
     @cached_property
     def rollout(self) -> RolloutStage:
-        return RolloutStage("the rollout", make_stage(self.plugin, "sftx_rollout"))
+        return RolloutStage("the rollout", self._stage("sftx_rollout", ""))
 
     @cached_property
     def policy_model(self) -> CausalLM:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from sftx import Answer, Batch, Example, LanguageModel, Policy, Question, Rollouts
+from sftx import Answer, Batch, Example, LanguageModel, Policy, Question, Rollouts, load_model
 from sftx_plugins.reinforcement.advantages import (
     KLController,
     Values,
@@ -130,8 +130,6 @@ class PPORollout:
             return [np.zeros_like(old_A) for old_A in old]
         without_adapters = bool(policy.lm.adapters) and not self.is_reference_given
         if not without_adapters and self.reference is None:
-            from sftx import load_model
-
             self.reference = load_model(self.reference_model, like=policy.lm)
         reference = of_answers(
             policy.log_probs(
