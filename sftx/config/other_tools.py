@@ -293,6 +293,36 @@ def _of_tracker(plugin: str, option: str) -> Rule:
     return _made(make, f"plugins.{plugin}.{option}")
 
 
+_FUNCTIONS: Final = "a function here has the parameters prompts, answers and rows"
+_KNOWN_FUNCTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "accuracy_reward": {"plugins.reward-exact-match": {}},
+    "reasoning_accuracy_reward": {
+        "plugins.reward-regex.pattern": r"(?s).*</think>(.*)",
+        "plugins.reward-regex.group": 1,
+    },
+    "think_format_reward": {"plugins.reward-regex.pattern": r"(?s)<think>(?!.*<think>)(.*?)</think>.*"},
+    "get_soft_overlong_punishment": {
+        "plugins.reward-length.max_completion_len": 1280,
+        "plugins.reward-length.soft_punish_cache": 256,
+    },
+}
+"""What stands for the functions that TRL's own script knows by name."""
+
+
+def _reward_functions(value: Any, given: Given) -> Answer:
+    """TRL's names, or `my_lib.rewards.custom_reward`, which is a function in a file here."""
+    options: dict[str, Any] = {}
+    for name in _name_list(value):
+        module, _, function = str(name).rpartition(".")
+        found = _KNOWN_FUNCTIONS.get(str(name))
+        if found is None and not module:
+            return Answer("not here", why=f"{_brief(name)} is not known; give a function of a file of yours")
+        if found is None and "plugins.reward-function.function" in options:
+            return Answer("not here", why="a run has one reward-function; let one function call the others")
+        options |= found or {"plugins.reward-function.function": f"{module.replace('.', '/')}.py:{function}"}
+    return Answer("write", options, _FUNCTIONS)
+
+
 def _save_best(_: Any, given: Given) -> Answer:
     if "metric_for_best_model" in given or "train.metric_for_best_model" in given:
         return Answer("leave out", why="train.metric_for_best_model has the best checkpoint saved")
@@ -1248,6 +1278,45 @@ TABLE: Final[Mapping[str, tuple[Row, ...]]] = {
         ),
         _row("num_processes num_machines", _not_here("sftx run --nproc N; docs/distributed.md for several hosts")),
     ),
+    "Rewards and PPO": (
+        _row("num_ppo_epochs ppo_epochs", _to("plugins.ppo.num_ppo_epochs")),
+        _row("num_mini_batches ppo_buffer_size", _to("plugins.ppo.steps_per_rollout")),
+        _row("whiten_rewards ppo_whiten_rewards", _to("plugins.ppo.whiten_rewards")),
+        _row(
+            "ppo_score_norm",
+            (False, _leave_out()),
+            _not_here("scores stay as they are; advantages are whitened (plugins.ppo.whiten_advantages)"),
+        ),
+        _row("kl_coef init_kl_coef", _to("plugins.ppo.kl_coef")),
+        _row("kl_estimator", _to("plugins.ppo.kl_estimator")),
+        _row("ppo_target", _to("plugins.ppo.kl_target")),
+        _row(
+            "adap_kl_ctrl",
+            (False, _leave_out("kl_coef stays as it is by default")),
+            _write({"plugins.ppo.kl_target": 6.0}, why="TRL's default target"),
+        ),
+        *(
+            _row(name, _to(f"plugins.ppo.{name}"))
+            for name in ("cliprange", "cliprange_value", "vf_coef", "gamma", "lam", "missing_eos_penalty")
+        ),
+        _row("response_length", _to("plugins.ppo.response_length")),
+        _row("stop_token stop_token_id", _leave_out("an answer ends at the stop token of the template")),
+        _row("total_episodes", _not_here("set train.max_steps: the episodes divided by the prompts of a step")),
+        _row("local_rollout_forward_batch_size", _to("train.per_device_eval_batch_size")),
+        _row("num_sample_generations", _leave_out("rollouts.jsonl of the run has every answer")),
+        _row("sft_model_path", _to("model")),
+        _row("reward_model_path reward_model_name_or_path reward_model", _to("plugins.reward-model.model")),
+        _row(
+            "reward_model_type",
+            ("full", _leave_out()),
+            _not_here("plugins.reward-model.model is a whole model; merge the adapter into its base"),
+        ),
+        _row("reward_funcs", _made(_reward_functions, "plugins.reward-function.function", why=_FUNCTIONS)),
+        _row(
+            "reward_weights",
+            _not_here("plugins.grpo.reward_weights or plugins.ppo.reward_weights: a mapping by the names of plugins"),
+        ),
+    ),
     "The rest": (
         _row(
             "stage rl",
@@ -1258,6 +1327,7 @@ TABLE: Final[Mapping[str, tuple[Row, ...]]] = {
             ("kto", _plugin("kto")),
             ("orpo", _plugin("orpo")),
             ("simpo", _plugin("simpo")),
+            ("ppo", _plugin("ppo", why="with a reward, such as plugins.reward-model.model")),
             _not_here(_PREFERENCE),
         ),
         _row(

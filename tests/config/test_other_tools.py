@@ -106,7 +106,7 @@ SAMPLES: dict[str, Any] = {
     "metric_for_best_model": "loss", "label_smoothing_factor": 0.1, "wandb_mode": "offline", "bf16": True, "tf32": True,
     "fp16": True, "gradient_checkpointing": True, "embedding_lr": 1e-3, "loraplus_lr_embedding": 1e-3, "lr": 1e-3,
     "cosine_min_lr_ratio": 0.5, "lora_dropout": 0.5, "early_stopping_steps": 2, "add_special_tokens": "<a>",
-    "unfrozen_parameters": ["^lm_head"], "adapter_name_or_path": "first,second",
+    "unfrozen_parameters": ["^lm_head"], "adapter_name_or_path": "first,second", "reward_funcs": ["rewards.score"],
 }  # fmt: skip
 """A value for a row whose values are neither whole numbers nor text, by the row's first name."""
 
@@ -276,6 +276,15 @@ def test_what_is_written_exists_here_and_has_a_type_that_fits() -> None:
         ("ref_model", "base", {"stage": "kto"}, "write", {"plugins.kto.reference_model": "base"}),
         ("precompute_ref_log_probs", True, {}, "write", {"plugins.dpo.reference": "precompute"}),
         ("ref_model_adapters", "a", {}, "not here", {}),
+        ("stage", "ppo", {}, "write", {"plugins.ppo": {}}),
+        ("ppo_target", 6.0, {}, "write", {"plugins.ppo.kl_target": 6.0}),
+        ("adap_kl_ctrl", True, {}, "write", {"plugins.ppo.kl_target": 6.0}),
+        ("adap_kl_ctrl", False, {}, "leave out", {}),
+        ("cliprange_value", 0.1, {}, "write", {"plugins.ppo.cliprange_value": 0.1}),
+        ("reward_model", "rm", {}, "write", {"plugins.reward-model.model": "rm"}),
+        ("reward_funcs", ["accuracy_reward", "my_lib.rewards.score"], {}, "write",
+         {"plugins.reward-exact-match": {}, "plugins.reward-function.function": "my_lib/rewards.py:score"}),
+        ("reward_funcs", "a.b,a.c", {}, "not here", {}),
     ],
 )  # fmt: skip
 def test_values_are_translated(name: str, value: Any, given: Any, kind: str, write: dict[str, Any]) -> None:

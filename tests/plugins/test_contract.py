@@ -45,6 +45,10 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "vera": [{"vera_dropout": 0.3, "r": 8, "save_projection": False}, {"modules_to_save": ["lm_head", "embed_tokens"]}],
     "multiple-choice": [{"path": str(QUESTIONS), "template": True, "limit": 2}],
     "qlora": [{"load_in_8bit": True}, {"bnb_4bit_use_double_quant": False, "lora_dropout": 0.3}],
+    "ppo": [
+        {"kl_coef": 0.0, "num_generations": 2, "steps_per_rollout": 2, "whiten_rewards": True},
+        {"kl_target": 0.1, "kl_estimator": "k3", "missing_eos_penalty": 1.0, "whiten_advantages": False, "top_p": 0.9},
+    ],
     "reward-exact-match": [{"as_json": True}],
     "reward-function": [{"function": f"{HELPERS / 'reward_functions.py'}:longest"}],
     "reward-json": [{"required_keys": ["name"], "nonconforming": 0.5}],
