@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence, Set
 from copy import deepcopy
 from functools import cached_property, lru_cache
@@ -98,6 +99,8 @@ class Kit:
         self.plugin = plugin
         self.model_dir = model or tiny.model_dir()
         self._is_tiny = model is None
+        self._rolled_out: dict[int, tuple[CausalLM, list[Example]]] = {}
+        """The examples of a rollout by the identity of the model that made them, which is kept for it."""
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -152,7 +155,18 @@ class Kit:
 
         Those of a plugin with a rollout are what the rollout makes of them, which a loss of the same plugin expects.
         """
-        return self._rolled_out if hasattr(self.plugin, "sftx_rollout") else self._encoded[0]
+        return self.examples_for(self.policy_model) if hasattr(self.plugin, "sftx_rollout") else self._encoded[0]
+
+    def examples_for(self, lm: CausalLM) -> list[Example]:
+        """The same examples; those of a rollout are made with this model, in place of the kit's own."""
+        if not hasattr(self.plugin, "sftx_rollout"):
+            return self._encoded[0]
+        if id(lm) not in self._rolled_out:
+            lm.eval()
+            with torch.no_grad():
+                made = self.rollout(dataclasses.replace(self.policy(), lm=lm), self.held_out_rows, 1)
+            self._rolled_out[id(lm)] = lm, list(made.examples)
+        return self._rolled_out[id(lm)][1]
 
     @cached_property
     def rollout(self) -> RolloutStage:
@@ -181,11 +195,6 @@ class Kit:
             collator=collator,
             process_group=ProcessGroup(),
         )
-
-    @cached_property
-    def _rolled_out(self) -> list[Example]:
-        with torch.no_grad():
-            return list(self.rollout(self.policy(), self.held_out_rows, 1).examples)
 
     @property
     def held_out_rows(self) -> list[Question]:

@@ -55,8 +55,12 @@ class _Case:
 
     @cached_property
     def groups(self) -> list[list[Example]]:
-        """A few groups of examples, every second one with loss weights."""
-        groups = groups_of(self._kit.examples)[:_GROUPS]
+        """A few groups of examples, every second one with loss weights.
+
+        Answers of a rollout are those of the case's own model: ratios to it begin at 1, where clipping has no kinks,
+        which central differences cannot pass over.
+        """
+        groups = groups_of(self._kit.examples_for(self.lm_fp32))[:_GROUPS]
         return [group if n % 2 else varied(group, self._kit.tokenizer) for n, group in enumerate(groups)]
 
     @cached_property

@@ -44,11 +44,11 @@ class RunWriter:
 
     def write_start(self, state: RunState) -> None:
         """Write what the run is, unless it continues one that has written it."""
+        self._drop_rollouts(state.step)
         if state.step > 0:
             self.directory.complete(self._manifest, state.step)
             if self.directory.has_new_length:
                 self.directory.continue_with(self._resolved, state.step)
-            self._drop_rollouts(state.step)
         else:
             self.directory.write_start(self._resolved, self._manifest)
         self.write_ledgers()
