@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +258,42 @@ def test_the_operation_is_attention_of_a_branch_to_prefix_and_itself(dtype: torc
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == dtype
         assert (one.double() - other).norm() <= tolerance * other.norm()
+
+
+@pytest.mark.parametrize("window", [None, 4, 20])
+def test_the_gpus_kernel_is_given_the_keys_of_each_piece(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for torch's kernel, by its documented meaning: queries and keys end together."""
+
+    def varlen_attn(
+        query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, *,
+        scale: float, window_size: tuple[int, int], **options: bool,
+    ) -> Tensor:  # fmt: skip
+        assert (max_q, max_k) == (int(cu_seq_q.diff().max()), int(cu_seq_k.diff().max()))
+        size = query.shape[1] // key.shape[1]
+        out = torch.empty_like(query)
+        for (q0, q1), (k0, k1) in zip(pairwise(cu_seq_q.tolist()), pairwise(cu_seq_k.tolist()), strict=True):
+            visible = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool).tril(behind := (k1 - k0) - (q1 - q0))
+            if window_size[0] >= 0:
+                visible = visible.triu(behind - window_size[0])
+            scores = torch.einsum("qhd,khd->hqk", query[q0:q1], key[k0:k1].repeat_interleave(size, 1)) * scale
+            probabilities = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+            out[q0:q1] = torch.einsum("hqk,khd->qhd", probabilities, value[k0:k1].repeat_interleave(size, 1))
+        return out
+
+    monkeypatch.setattr(varlen_attention, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(varlen_attention, "_HAS_GQA", True)
+    batch = pack(GROUPS, share_prefixes=True)
+    torch.manual_seed(0)
+    leaves = [torch.randn(batch.input_ids_BT.numel(), heads, 8, requires_grad=True) for heads in (4, 2, 2)]
+    assert batch.cu_seqlens is not None
+    arguments = (*leaves, batch.cu_seqlens, batch.max_seqlen)
+    grad_THD = torch.randn(leaves[0].shape)
+    results = []
+    for attend in (varlen_attention.attend_on_gpu, varlen_attention.attend):
+        out = attend(*arguments, scale=0.3, window=window, shared=batch.shared)
+        results.append([out, *torch.autograd.grad(out, leaves, grad_THD)])
+    for on_gpu, on_cpu in zip(*results, strict=True):
+        torch.testing.assert_close(on_gpu, on_cpu, rtol=1e-4, atol=1e-5)
 
 
 def test_the_operation_is_a_proper_one() -> None:

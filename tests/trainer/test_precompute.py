@@ -251,6 +251,29 @@ def test_a_resumed_run_reads_the_values_and_ends_the_same(data: Path, computed: 
     assert "has been trained since; bring the file" in output
 
 
+def test_a_run_killed_while_it_computes_begins_again(data: Path, computed: list[str]) -> None:
+    class Killed(BaseException):
+        pass
+
+    precompute = LossStage.precompute
+
+    def killed(loss: Any, lm: Any, batch: Any) -> Any:
+        if computed:
+            raise Killed
+        return precompute(loss, lm, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LossStage, "precompute", killed)
+        patch.setattr("sftx.trainer.run_writer.RunWriter.remove_empty_run", lambda *_: None)  # kill -9 removes nothing
+        with pytest.raises(Killed):
+            CliRunner().invoke(main, command(data, "killed", "--plugin lora"))
+    assert not (data / "killed" / "precomputed.safetensors").exists()
+    computed.clear()
+    run(data, "killed", "--plugin lora --resume")
+    assert len(computed) == 2 * (14 + 5)
+    assert len(reported(data, "killed")) == 6 + 3
+
+
 def test_a_finished_run_is_evaluated_with_its_values(data: Path, computed: list[str]) -> None:
     for name, adapter in (("lora", "--plugin lora"), ("full", "--learning-rate 1e-3")):
         run(data, name, adapter)
@@ -273,15 +296,23 @@ def _with_plugin(places: Sequence[str], rank: int) -> None:
     sys.path[:0] = places
 
 
-@pytest.mark.parametrize("strategy", [DDP, pytest.param(FSDP2, marks=pytest.mark.slow)])
-def test_two_processes_compute_the_values_of_one(data: Path, tmp_path: Path, strategy: str) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "more"),
+    [
+        (DDP, "--plugin packed --set packed.length=128 --set reference.share=true "),
+        pytest.param(FSDP2, "", marks=pytest.mark.slow),
+        pytest.param(FSDP2, "--plugin packed --set reference.share=true ", marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_compute_the_values_of_one(data: Path, tmp_path: Path, strategy: str, more: str) -> None:
     from safetensors.numpy import load_file as load_arrays
 
     starter = Starter(tmp_path / "ranks")
     from sftx.model.tiny import model_dir
 
-    arguments = command(data, "unused", f"--plugin lora --set data.cache=false {strategy}", model=model_dir())[1:-2]
-    arguments = [word for word in arguments if word not in ("--output-dir", f"{data}/unused")]
+    options = f"--plugin lora --learning-rate 5e-4 --set data.cache=false {more}{strategy}"
+    words = command(data, "unused", options, model=model_dir())[1:]
+    arguments = [word for word in words if word not in ("--output-dir", f"{data}/unused")]
     prepare = partial(_with_plugin, [str(PACKAGE), str(tmp_path / "site-packages")])
     alone, shared = (starter.run(arguments, size, prepare=prepare).succeed() for size in (1, 2))
     values = [load_arrays(out / "precomputed.safetensors") for out in (alone, shared)]
