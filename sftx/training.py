@@ -13,7 +13,7 @@ import hashlib
 import importlib.metadata
 import logging
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -237,7 +237,8 @@ def _assemble(prepared: _Prepared, times: PhaseTimes) -> Session:
     all_metrics = assembly.metrics()
     evaluators = process_group.all_or_raise(assembly.evaluators)
     loss = assembly.loss()
-    _check_loss(config, loss, assembly.parsers(), process_group.world_size, has_adapters=has_adapters)
+    rollouts = [str(active.info) for active in assembly.providers("sftx_rollout")]
+    _check_loss(config, loss, assembly.parsers(), rollouts, process_group.world_size, has_adapters=has_adapters)
     # Rank 0 encodes; where the rows are many, the other ranks find them in the cache.
     data = process_group.rank0_first(pipeline.load_train)
     eval_data = process_group.rank0_first(lambda: pipeline.load_eval(questions=bool(all_metrics or evaluators)))
@@ -552,9 +553,15 @@ def _check_schedule(schedule: ScheduleStage, config: TrainConfig, num_steps: int
 
 
 def _check_loss(
-    config: RunConfig, loss: LossStage, parsers: Mapping[str, ParserStage], world_size: int, *, has_adapters: bool
+    config: RunConfig,
+    loss: LossStage,
+    parsers: Mapping[str, ParserStage],
+    rollouts: Sequence[str],
+    world_size: int,
+    *,
+    has_adapters: bool,
 ) -> None:
-    """Raise ConfigError for a loss that this run cannot compute as it is meant."""
+    """Raise ConfigError for a loss that this run cannot compute as it is meant. `rollouts`: names of plugins."""
     if not loss.answers_only and (unfit := [str(parser) for parser in parsers.values() if parser.has_rejected]):
         raise ConfigError(
             f"{' and '.join(unfit)} reads answers that are marked as worse ones, and {loss} would train the model to "
@@ -568,12 +575,18 @@ def _check_loss(
         )
     if loss.needs_adapter and not has_adapters:
         raise ConfigError(f"{loss}: compares with the model without its adapters, and there is none; add --plugin lora")
-    if config.data.streaming and (loss.has_precompute or loss.has_prepare):
+    if loss.has_precompute or loss.has_prepare:
         what = "computes a value of every example" if loss.has_precompute else "looks at all examples"
-        raise ConfigError(
-            f"option 'data.streaming': {loss} {what} before the first step, and a stream has no end; leave it out, or "
-            "choose options of the loss with which it needs none"
-        )
+        if config.data.streaming:
+            raise ConfigError(
+                f"option 'data.streaming': {loss} {what} before the first step, and a stream has no end; leave it out, "
+                "or choose options of the loss with which it needs none"
+            )
+        if rollouts:
+            raise ConfigError(
+                f"{loss} {what} before the first step, and {rollouts[0]} makes the examples of each step when it is "
+                "due; leave one of them out"
+            )
     rows, size = config.train.rows_per_step, config.train.micro_batch_size
     if loss.batch_statistic and (rows == 1 or size < rows or world_size > 1):
         advice = (

@@ -20,13 +20,15 @@ from ranked import Starter
 from same_end import differences
 from same_run import DDP, FSDP2, of_kind
 from sessions import session_of
-from sftx import Example, ModelError, PluginError, load_model, pack, pad
+from sftx import ConfigError, Example, ModelError, PluginError, load_model, pack, pad
 from sftx.assembly.stages import LossStage
 from sftx.cli import main
+from sftx.config.loading import load
 from sftx.data.example_values import Values, places_of
 from sftx.model.language_model import CausalLM
 from sftx.model.load import load_model as load_weights
 from sftx.model.load import load_spec, load_tokenizer
+from sftx.training import _check_loss
 
 PACKAGE = Path(__file__).parents[1] / "packages" / "sftx-reference"
 STEPS = "--max-steps 6 --train-batch-size 4 --per-device-train-batch-size 2 --save-steps 2 --eval-steps 3 "
@@ -215,7 +217,13 @@ def test_another_model_is_the_reference_and_its_weights_count(data: Path, comput
 # --- kept with the run ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("adapter", ["--plugin lora", "--learning-rate 1e-3"], ids=["lora", "full"])
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        pytest.param("--plugin lora", id="lora", marks=pytest.mark.slow),
+        pytest.param("--learning-rate 1e-3", id="full"),
+    ],
+)
 def test_a_resumed_run_reads_the_values_and_ends_the_same(data: Path, computed: list[str], adapter: str) -> None:
     from sftx.trainer.trainer import Trainer
 
@@ -330,6 +338,15 @@ def test_a_stream_is_refused(data: Path) -> None:
     output = run(data, "stream", "--plugin lora --streaming --plan-window 8", fails=True)
     assert "plugin 'reference'" in output
     assert "computes a value of every example before the first step, and a stream has no end" in output
+
+
+def test_a_rollout_is_refused(data: Path) -> None:
+    from sftx_reference import PairLoss, Reference
+
+    loaded = load(None, add=["chatml", "reference"], assignments=[("data.train", str(data / "train.jsonl"), "")])
+    loss = LossStage("the loss", PairLoss(Reference()))
+    with pytest.raises(ConfigError, match=r"the loss computes a value of every example .* the rollout makes"):
+        _check_loss(loaded.config, loss, {}, ["the rollout"], 1, has_adapters=True)
 
 
 def test_a_plan_counts_a_loss_that_precomputes(data: Path) -> None:
