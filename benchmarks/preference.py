@@ -1,0 +1,197 @@
+"""Measure DPO on the embedded model with LoRA, on a CPU with one thread: sftx with both references, beside TRL.
+
+    python benchmarks/preference.py [--rounds 2] [--steps 6]
+
+Each run is a process of its own on the same token ids, in fp32, and the runs take turns. Printed are the median seconds
+of a step after the first two, non-padding tokens a second, and the peak memory of the process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+PAIRS_PER_STEP, LEARNING_RATE = 2, 5e-5
+KINDS = ("sftx adapters", "sftx precompute", "trl adapters")
+
+
+def write_rows(path: Path, num: int) -> None:
+    """Write pairs whose prompts have some 80 tokens and whose answers have some 40."""
+    rng = random.Random("preference")
+    words = [
+        "light",
+        "kitchen",
+        "blue",
+        "music",
+        "seven",
+        "please",
+        "wake",
+        "river",
+        "stone",
+        "paper",
+        "green",
+        "table",
+    ]
+
+    def text(num_words: int) -> str:
+        return " ".join(rng.choices(words, k=num_words))
+
+    rows = [
+        {
+            "prompt": text(rng.randint(40, 100)),
+            "chosen": text(rng.randint(20, 50)),
+            "rejected": text(rng.randint(20, 50)),
+        }
+        for _ in range(num)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def arguments(directory: Path, kind: str, steps: int) -> list[str]:
+    return (
+        f"run --data {directory}/pairs.jsonl --plugin chatml --plugin lora --plugin dpo --no-bf16 --use-cpu "
+        f"--set dpo.reference={kind} --set padded.group_by_length=false --max-steps {steps} --learning-rate "
+        f"{LEARNING_RATE} --per-device-train-batch-size {PAIRS_PER_STEP} --output-dir {directory}/{kind}"
+    ).split()
+
+
+def write_ids(directory: Path, steps: int) -> None:
+    """Write the token ids of the rows in the order in which sftx trains on them."""
+    from sftx.config.loading import load
+    from sftx.training import assemble
+
+    options = {
+        "data.train": str(directory / "pairs.jsonl"),
+        "output_dir": str(directory / "never"),
+        "padded.group_by_length": False,
+        "train.max_steps": steps,
+        "train.per_device_train_batch_size": PAIRS_PER_STEP,
+        "train.use_cpu": True,
+    }
+    session = assemble(load(None, add=["chatml", "lora", "dpo"], assignments=[(k, v, k) for k, v in options.items()]))
+    rows = []
+    for planned in session.sampler:
+        for chosen, rejected in planned.rows:
+            ids = {}
+            for name, example in (("chosen", planned.examples[chosen]), ("rejected", planned.examples[rejected])):
+                begin = example.loss_mask.tolist().index(True)
+                ids |= {
+                    "prompt_ids": example.token_ids[:begin].tolist(),
+                    f"{name}_ids": example.token_ids[begin:].tolist(),
+                }
+            rows.append(ids)
+    (directory / "ids.json").write_text(json.dumps(rows), encoding="utf-8")
+
+
+def run_trl(directory: Path, steps: int) -> None:
+    """Train with TRL's DPOTrainer on the token ids, and write the seconds of each step."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+
+    from sftx.config.options import EMBEDDED_MODEL
+    from sftx.model.names import resolve
+
+    model = resolve(EMBEDDED_MODEL)
+    seconds: list[float] = []
+
+    class Times(TrainerCallback):  # type: ignore[misc]
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.begin = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            seconds.append(time.perf_counter() - self.begin)
+
+    class Trainer(DPOTrainer):  # type: ignore[misc]
+        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+            return dataset  # tokenised already
+
+    trainer = Trainer(
+        AutoModelForCausalLM.from_pretrained(model, dtype="float32"),
+        args=DPOConfig(
+            output_dir=str(directory / "trl"),
+            max_steps=steps,
+            per_device_train_batch_size=PAIRS_PER_STEP,
+            learning_rate=LEARNING_RATE,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+            save_strategy="no",
+            train_sampling_strategy="sequential",
+            disable_tqdm=True,
+        ),
+        processing_class=AutoTokenizer.from_pretrained(model),
+        train_dataset=Dataset.from_list(json.loads((directory / "ids.json").read_text())),
+        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+        callbacks=[Times()],
+    )
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    (directory / "trl.json").write_text(json.dumps({"seconds": seconds, "losses": losses}), encoding="utf-8")
+
+
+def measured(directory: Path, kind: str, steps: int) -> tuple[list[float], float]:
+    """Run in a process of its own; return the seconds of its steps, and its peak memory in GB."""
+    tool, reference = kind.split()
+    code = (
+        f"from sftx.cli import main; main({arguments(directory, reference, steps)!r})"
+        if tool == "sftx"
+        else f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import preference; "
+        f"preference.run_trl(preference.Path({str(directory)!r}), {steps})"
+    )
+    subprocess.run(["rm", "-rf", str(directory / reference)], check=True)
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert child.stderr is not None
+    said = child.stderr.read().decode()
+    _, status, usage = os.wait4(child.pid, 0)
+    if status:
+        raise SystemExit(f"{kind} failed:\n{said[-2000:]}")
+    if tool == "trl":
+        seconds = json.loads((directory / "trl.json").read_text())["seconds"]
+    else:
+        lines = map(json.loads, (directory / reference / "metrics.jsonl").read_text().splitlines())
+        seconds = [line["seconds"] for line in lines if line["event"] == "step"]
+    return seconds, usage.ru_maxrss / 1e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=6)
+    options = parser.parse_args()
+    os.environ |= {"OMP_NUM_THREADS": "1", "SFTX_CACHE": tempfile.mkdtemp(), "TOKENIZERS_PARALLELISM": "false"}
+    directory = Path(tempfile.mkdtemp())
+    write_rows(directory / "pairs.jsonl", PAIRS_PER_STEP * options.steps)
+    write_ids(directory, options.steps)
+    rows = json.loads((directory / "ids.json").read_text())
+    tokens = sum(2 * len(r["prompt_ids"]) + len(r["chosen_ids"]) + len(r["rejected_ids"]) for r in rows)
+    seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    peaks: dict[str, float] = {}
+    for number in range(options.rounds):
+        for kind in KINDS:
+            steps, peak = measured(directory, kind, options.steps)
+            seconds[kind] += steps[2:]
+            peaks[kind] = max(peak, peaks.get(kind, 0.0))
+            load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
+            print(f"round {number + 1}, {kind}: {[round(s, 2) for s in steps]} s, load {load}", flush=True)
+    print(f"\n{len(rows)} pairs, {tokens / options.steps:.0f} tokens a step of {PAIRS_PER_STEP} pairs\n")
+    print("| | s a step, median | least | tokens/s | peak GB |\n| --- | --- | --- | --- | --- |")
+    for kind in KINDS:
+        middle = statistics.median(seconds[kind])
+        per_second = tokens / options.steps / middle
+        print(f"| {kind} | {middle:.2f} | {min(seconds[kind]):.2f} | {per_second:.0f} | {peaks[kind]:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
