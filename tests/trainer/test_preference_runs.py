@@ -79,6 +79,21 @@ def test_a_step_is_the_same_however_it_is_split_and_laid_out(tmp_path: Path, los
         assert max(step["kl"] for step in whole) > 0
 
 
+@pytest.mark.parametrize(
+    "loss", ["dpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("orpo", "simpo", "kto"))]
+)
+def test_the_answers_of_a_pair_share_the_forward_of_their_prompt(tmp_path: Path, loss: str) -> None:
+    write_pair_rows(tmp_path / "rows.jsonl", 16, labelled=False)
+    padded = steps_of(tmp_path, "padded", "lora", loss)
+    free = {"padded.padding_free": True}
+    assert_same(steps_of(tmp_path, "shared", "lora", "padded", loss, **free), padded)
+    session = assemble(
+        load(None, add=["chatml", "lora", "padded", loss], assignments=options_of(tmp_path, "never", **free))
+    )
+    for one in session.trainer.micro_batches(next(iter(session.sampler))):
+        assert one.batch.input_ids_BT.numel() < 0.8 * one.batch.num_input_tokens
+
+
 def test_kto_takes_pairs_as_two_answers(tmp_path: Path) -> None:
     write_pair_rows(tmp_path / "rows.jsonl", 8, labelled=False)
     steps = steps_of(tmp_path, "pairs", "lora", "kto")
