@@ -557,7 +557,7 @@ def _precompute(_: Any, given: Given) -> Answer:
 _QUANTIZED: Final = (
     "for a base in 4 or 8 bits name the plugin qlora in place of lora; it has the same options and its own"
 )
-_PREFERENCE: Final = "objectives here are plugins: dpo, kto, orpo, simpo and others (docs/preference.md, docs/plugins.md)"
+_PREFERENCE: Final = "objectives are plugins: dpo, kto, orpo, simpo and others (docs/preference.md, docs/plugins.md)"
 _ENGINE: Final = "sftx trains; the result is served by any program that reads PEFT's or transformers' files"
 _LORA_ONLY: Final = "the adapters here are lora, qlora and vera"
 _NO_SUCH_INIT: Final = "A and B begin as true, gaussian, orthogonal, pissa, pissa_niter_N or olora"
