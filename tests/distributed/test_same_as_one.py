@@ -15,6 +15,7 @@ import pytest
 from ranked import Prepare, Starter
 from same_run import DDP, FSDP2, compare, of_kind
 
+REWARDS: Final = Path(__file__).parents[1] / "helpers" / "reward_functions.py"
 RUNS: Final[Mapping[str, str]] = {
     "full": "--plugin rouge --plugin exact-match",
     "lora": "--plugin lora --set lora.r=4 --plugin rouge",
@@ -29,6 +30,9 @@ RUNS: Final[Mapping[str, str]] = {
     "dora": "--plugin lora --set lora.r=4 --set lora.use_dora=true",
     "pissa": "--plugin lora --set lora.r=4 --set lora.init_lora_weights=pissa",
     "vera": "--plugin vera --set vera.r=8",
+    "grpo": "--plugin lora --plugin exact-match --plugin grpo --set grpo.num_generations=3 "
+    "--set grpo.max_completion_length=6 --set grpo.steps_per_generation=2 --set grpo.beta=0.1 --plugin reward-function "
+    f"--set reward-function.function={REWARDS}:letters",
 }
 """The arguments of each run, which is compared with the same run in one process."""
 
@@ -63,6 +67,7 @@ CASES: Final = (
     Case("stream", 4, DDP),
     Case("tokens", 2, FSDP2),
     Case("experts", 2, DDP),
+    Case("grpo", 2, DDP),
 )
 """Cases that cover each run, size, strategy and option at least once, and most pairs of them."""
 
