@@ -27,6 +27,10 @@ EVIDENCE: Final = "evidence.json"
 _METRICS: Final = "metrics.jsonl"
 _LEDGERS: Final = {"training": "ledger.jsonl", "held-out": "ledger-held-out.jsonl"}
 _STEP_VALUES: Final = ("epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_bytes")
+_ROLLOUT_VALUES: Final = ("reward", "kl", "entropy", "completions/mean_length")
+"""What the steps of a run with a rollout report besides `rewards/NAME/mean`, in the order of the page."""
+_MAX_ANSWERED: Final = 6
+"""Answers are shown of so many windows, spread over the run."""
 _CUMULATIVE: Final = ("step", "tokens", "minutes", "epoch", "peak_bytes")
 _MAX_NAMED_LINES: Final = 3
 _EXPECTED: Final[Mapping[str, Mapping[str, type]]] = {
@@ -65,6 +69,8 @@ class RunRecord:
     """`step`, `tokens` and `minutes` as above, and each held-out metric; step 0 is the model before training."""
     num_steps: int | None = None
     """The planned number of optimizer steps."""
+    answered: list[tuple[int, Mapping[str, Any], Mapping[str, Any]]] = field(default_factory=list)
+    """For some windows of a run with a rollout, the steps before it, its best and its worst answer by their rewards."""
     ledger: list[LedgerCount] = field(default_factory=list)
     """The most frequent reason comes first."""
     notes: list[str] = field(default_factory=list)
@@ -105,6 +111,7 @@ def read_run(path: Path) -> RunRecord:
             if not isinstance(values.get(key), kind | None):
                 record.notes.append(f"{name}: {key} is {kind_of(values[key])} and left out; expected {kind_of(kind())}")
     _read_metrics(record)
+    _read_answers(record)
     for split, name in _LEDGERS.items():
         _read_ledger(record, split, name)
     return record
@@ -177,6 +184,25 @@ def _read_ledger(record: RunRecord, split: str, name: str) -> None:
         counts[reason] += 1
         first.setdefault(reason, str(values.get("where")))
     record.ledger += [LedgerCount(split, *reason, count, first[reason]) for reason, count in counts.most_common()]
+
+
+def _read_answers(record: RunRecord) -> None:
+    if not (record.path / layout.ROLLOUTS).exists():
+        return  # the run has no rollout
+    windows: dict[int, tuple[Mapping[str, Any], Mapping[str, Any]]] = {}
+    for line in _json_lines(record, layout.ROLLOUTS, _read_text(record, layout.ROLLOUTS) or ""):
+        step, reward = _as_count(line.get("step")), as_number(line.get("reward"))
+        if step is None or reward is None:
+            continue
+        best, worst = windows.get(step, (line, line))
+        windows[step] = (
+            line if reward > (as_number(best["reward"]) or 0.0) else best,
+            line if reward < (as_number(worst["reward"]) or 0.0) else worst,
+        )
+    steps = sorted(windows)
+    shown = min(len(steps), _MAX_ANSWERED)
+    chosen = [steps[at * (len(steps) - 1) // max(1, shown - 1)] for at in range(shown)]
+    record.answered = [(step, *windows[step]) for step in chosen]
 
 
 # --- untrusted values ---------------------------------------------------------------------------
@@ -269,6 +295,12 @@ def _step_columns(steps: Mapping[int, Mapping[str, Any]]) -> Columns:
         columns[name] = [total / unit if is_known else None for total in sums]
     for name in _STEP_VALUES:
         columns[name] = [as_number(steps[step].get(name)) for step in order]
+    reported = dict.fromkeys(name for step in order for name in steps[step])
+    rewards = [name for name in reported if str(name).startswith("rewards/") and str(name).endswith("/mean")]
+    for name in (*(name for name in _ROLLOUT_VALUES if "reward" in reported), *rewards):
+        values = [as_number(steps[step].get(name)) for step in order]
+        if any(value is not None for value in values):
+            columns[name] = values
     return columns
 
 

@@ -116,6 +116,8 @@ def key_figures(record: RunRecord) -> dict[str, str]:
             as_number(loss.get("first")) or _first(steps, "loss"), as_number(loss.get("last")) or _last(steps, "loss")
         ),
     }
+    if "reward" in steps:
+        figures["reward"] = _change(_first(steps, "reward"), _last(steps, "reward"))
     for name, (before, after) in _held_out_metrics(record).items():
         figures[f"held-out {name.replace('_', ' ')}"] = _change(before, after)
     tokens = as_number(summary.get("num_label_tokens")) or _last(steps, "tokens")
@@ -203,6 +205,9 @@ def _details(record: RunRecord) -> dict[str, Any]:
             {key: str(sample.get(key, "")) for key in ("row", "prompt", "reference", "before", "after")}
             for sample in as_mappings(record.summary.get("samples"))
         ],
+        "answered": [
+            {"step": step, "best": _answer(best), "worst": _answer(worst)} for step, best, worst in record.answered
+        ],
         "rows": [_training_row(row) for row in as_mappings(record.evidence.get("rows"))],
         "seconds": _seconds(as_mapping(record.summary.get("seconds"))),
         "plugins": plugins,
@@ -210,6 +215,13 @@ def _details(record: RunRecord) -> dict[str, Any]:
         "ledger": ledger,
         "run_yaml": record.run_yaml or "",
     }
+
+
+def _answer(line: Mapping[str, Any]) -> dict[str, str]:
+    """Return what the page shows of an answer of the policy."""
+    rewards = ", ".join(f"{name} {_short(as_number(value))}" for name, value in as_mapping(line.get("rewards")).items())
+    shown = {key: str(line.get(key, "")) for key in ("row", "prompt", "reference", "answer")}
+    return shown | {"reward": _short(as_number(line.get("reward"))), "rewards": rewards}
 
 
 def _seconds(by_phase: Mapping[str, Any]) -> list[tuple[str, float, str]]:
