@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Final, cast
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from sftx.data.dataset import Examples
 from sftx.data.ledger import Entry
 from sftx.data.pipeline import DataPipeline, Split
-from sftx.data.sampler import EpochSampler
+from sftx.data.sampler import EpochSampler, Sampler
 from sftx.inspection.dataset_view import DatasetView
 
 _NUM_BINS: Final = 24
@@ -108,10 +108,12 @@ class DatasetStatistics:
 def dataset_statistics(view: DatasetView, split: Split) -> DatasetStatistics:
     """Read and encode a split and count what it holds. Raises SftxError."""
     pipeline, data, options = view.pipeline, view.dataset(split), view.config.train
-    sampler: EpochSampler | None = None
+    sampler: Sampler | None = None
     if split == "train" and len(data.examples):
-        sampler = cast(EpochSampler, pipeline.sampler(data, options))  # the options of a view never stream
+        sampler = pipeline.sampler(data, options)
     notes = []
+    if pipeline.rollout is not None and split == "train":
+        notes.append("rows are questions, which the model answers while it trains")
     if view.config.data.streaming and split == "train":
         notes.append(f"streamed: the first {data.ledger.num_rows:,} rows")
     wrap_length = pipeline.collator.wrap_length
@@ -132,7 +134,9 @@ def dataset_statistics(view: DatasetView, split: Split) -> DatasetStatistics:
         num_epoch_examples=sampler.scope.num_examples if sampler is not None else None,
         num_steps=sampler.num_steps if sampler is not None else None,
         rows_per_step=options.rows_per_step,
-        filling=None if sampler is None else batch_fill(sampler, data.examples, pipeline, options.micro_batch_size),
+        filling=batch_fill(sampler, data.examples, pipeline, options.micro_batch_size)
+        if isinstance(sampler, EpochSampler)  # the examples of a rollout are not known
+        else None,
         changes=_changed_rows(data.ledger.entries),
         problems=view.problems(split),
         note="; ".join(notes),

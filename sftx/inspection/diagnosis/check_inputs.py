@@ -76,6 +76,11 @@ class CheckInputs:
         return self.view.dataset("eval")
 
     @property
+    def has_rollout(self) -> bool:
+        """Return whether the training rows are questions, of which nothing is trained."""
+        return self.view.pipeline.rollout is not None
+
+    @property
     def encoder(self) -> Encoder:
         return self.view.pipeline.encoder
 

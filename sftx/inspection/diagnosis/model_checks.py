@@ -51,7 +51,7 @@ def stop_tokens(inputs: CheckInputs) -> Iterator[Finding]:
     """Find stop tokens that are never trained, or that are padding too."""
     train, encoder, tokenizer = inputs.train, inputs.encoder, inputs.tokenizer
     stop = " or ".join(inputs.token_repr(token) for token in encoder.stop_ids)
-    if train.has_turns and len(train.examples) and not train.trains_stop:
+    if not inputs.has_rollout and train.has_turns and len(train.examples) and not train.trains_stop:
         is_intended = not inputs.view.config.data.train_turn_end
         yield Finding(
             "warning" if is_intended else "error",

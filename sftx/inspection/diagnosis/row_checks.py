@@ -150,7 +150,7 @@ def cut_rows(inputs: CheckInputs) -> Iterator[Finding]:
 def trained_share(inputs: CheckInputs) -> Iterator[Finding]:
     """Find conversations in which hardly any token is a label token, or nearly all are."""
     train = inputs.train
-    if not train.has_turns or not train.num_input_tokens:
+    if inputs.has_rollout or not train.has_turns or not train.num_input_tokens:
         return
     share = train.num_label_tokens / train.num_input_tokens
     seen = f"{share:.1%} of the tokens are label tokens"
@@ -212,7 +212,8 @@ def full_batches(inputs: CheckInputs) -> Iterator[Finding]:
     if not len(inputs.train.examples):
         return
     filling = dataset_statistics(inputs.view, "train").filling
-    assert filling is not None
+    if filling is None:  # of a run with a rollout
+        return
     if filling.row_share is not None and filling.row_share < _FULL_ROWS and filling.num_rows > 1:
         fix = "raise data.max_length, so that more examples fit into a row"
         yield Finding("note", "full-batches", f"packed rows are {filling.row_share:.1%} full", fix)

@@ -90,11 +90,20 @@ def make_batch(collator: Collator, rows: int, max_length: int, group: Sequence[E
             row_id = f"row {len(examples)}"
             token_ids = np.zeros(size, np.int32)
             token_ids[: len(one.token_ids)] = one.token_ids[:size]
-            examples.append(Example(token_ids, np.ones(size, np.bool_), row_id, number, extras=one.extras))
+            extras = {name: _stretched(value, len(one.token_ids), size) for name, value in one.extras.items()}
+            examples.append(Example(token_ids, np.ones(size, np.bool_), row_id, number, extras=extras))
     lengths = [len(example.token_ids) for example in examples]
     groups = [example.group for example in examples]
     steps, _ = collator.plan(Window(lengths, groups, rows_per_step=rows))
     return collator.collate([examples[index] for row in steps[0] for index in sorted(row)])
+
+
+def _stretched(value: Any, num_tokens: int, size: int) -> Any:
+    """Return an extra that has a number for each token with one for each of `size` tokens, any other as it is."""
+    is_per_token = isinstance(value, list) and len(value) == num_tokens > 0
+    if not is_per_token or not all(isinstance(one, float) for one in value):
+        return value
+    return (value * size)[:size]
 
 
 def to_fake_batch(mode: FakeTensorMode, batch: Batch) -> Batch:

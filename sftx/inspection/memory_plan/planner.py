@@ -502,6 +502,11 @@ def _evaluation_seconds(planner: Planner, speed: _Speed) -> float:
 def _assumptions(planner: Planner, need: MemoryEstimate) -> tuple[str, ...]:
     train = planner.config.train
     lines = [f"every row has {need.max_length} tokens, all of them label tokens"]
+    if (rollout := planner.assembly.rollout()) is not None:
+        lines = [
+            f"every question has {rollout.num_answers} examples of {need.max_length} tokens, all of them label tokens",
+            f"without the time and the cache of sampling answers, and a second model that {rollout} may compare with",
+        ]
     if train.torch_compile:
         lines.append("without torch_compile, whose buffers are not known before it compiles")
     if planner.dry_runner.declared_state:

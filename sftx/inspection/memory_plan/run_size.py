@@ -17,6 +17,7 @@ from sftx.data.encoder import Encoder
 from sftx.data.row_encoder import EncodedRow, RowEncoder, parse_record
 from sftx.errors import DataError, SftxError
 from sftx.inspection.dataset_view import view_dataset
+from sftx.inspection.memory_plan.blank_policy import blank_group
 from sftx.inspection.memory_plan.fake_tensors import BLANK
 from sftx.model import names
 from sftx.model.load import load_tokenizer
@@ -73,8 +74,11 @@ def first_group(config: RunConfig, assembly: Assembly) -> tuple[Example, ...]:
 
     The record is the first of the run's data; without data, a sample of the plugin that also brings the collator or the
     loss; without such a parser, a plain conversation. Examples with extras have their tokens, some of which may stand
-    for the extras, if the model has a tokenizer; others have none.
+    for the extras, if the model has a tokenizer; others have none. Of a run with a rollout, the examples are those that
+    it makes of one question.
     """
+    if (rollout := assembly.rollout()) is not None:
+        return blank_group(rollout, assembly)
     parsers = assembly.parsers()
     if (parsed := _parse_first(config, parsers, assembly)) is None:
         owners = [active.info.name for hook in ("sftx_collator", "sftx_loss") for active in assembly.providers(hook)]

@@ -47,6 +47,8 @@ def explain_row(encode: RowEncoder, parsed: Sequence[Parsed], row: EncodedRow) -
     Raises PluginError when ids, labels or weights differ from those in `row`, because the template does not write the
     same row the same way each time.
     """
+    if encode.answer_length is not None and row.questions:
+        return [_question_tokens(question.prompt_ids, encode.encoder) for question in row.questions]
     explained: list[list[ExplainedToken]] = []
     for written in parsed:
         for unit in split_units(mark_trained(written, encode.config), encode.encoder):
@@ -222,6 +224,15 @@ def _text_tokens(text: str, token_ids: Sequence[int], encoder: Encoder) -> Itera
             why = f"control token that {'begins' if number < first else 'ends'} the text, trained"
             name = str(encoder.tokenizer.convert_ids_to_tokens(token_id))
             yield ExplainedToken(token_id, name, "", True, True, 1.0, why)
+
+
+def _question_tokens(prompt_ids: Sequence[int], encoder: Encoder) -> list[ExplainedToken]:
+    """Return the tokens of a question, which a rollout answers."""
+    texts, why = token_texts(prompt_ids, encoder.tokenizer), "not trained: the question, which the model answers"
+    return [
+        ExplainedToken(token_id, text, "", encoder.is_control(token_id), False, 1.0, why)
+        for token_id, text in zip(prompt_ids, texts, strict=True)
+    ]
 
 
 def _id_tokens(tokens: Tokens, encoder: Encoder) -> Iterator[ExplainedToken]:
