@@ -80,13 +80,10 @@ def sftx(tmp_path: Path, tiny_model: Path) -> Any:
     return call
 
 
-def test_inspect_shows_the_questions_and_why_one_is_left_out(sftx: Any) -> None:
+def test_inspect_shows_the_questions_that_leave_room_for_an_answer(sftx: Any) -> None:
     shown = sftx("inspect")
     assert "rows are questions, which the model answers while it trains" in shown
     assert "3 of data.train (1 messages, 2 prompt-completion), 2 examples" in shown
-    assert "its prompt leaves no room for an answer" in " ".join(shown.split())
-    rows = [json.loads(line) for line in sftx("inspect", "--json").splitlines() if line.startswith("{")]
-    assert rows
 
 
 def test_doctor_finds_no_fault_in_rows_of_which_nothing_is_trained(sftx: Any) -> None:

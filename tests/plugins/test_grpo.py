@@ -68,7 +68,7 @@ def session_of(tiny_model: Path, tmp_path: Path, rows: Path, install_plugin: Any
             "grpo.max_completion_length": LENGTH,
             "train.per_device_train_batch_size": 1,
             "train.train_batch_size": 2,
-            "train.learning_rate": 1e-2,
+            "train.learning_rate": 5e-3,
             "train.lr_scheduler_type": "constant",
             "train.weight_decay": 0.01,
             "train.max_steps": STEPS,
@@ -79,6 +79,7 @@ def session_of(tiny_model: Path, tmp_path: Path, rows: Path, install_plugin: Any
         session = assemble(load(None, add=["chatml", "lora", "grpo", "digits", *plugins], assignments=assignments))
         assert session.rollout is not None
         session.rollout.stop_ids = range(0, session.lm.head_weight.shape[0], 10)  # answers of different lengths
+        torch.manual_seed(0)  # at another place a ratio may lie within rounding of the one that is clipped
         with torch.no_grad():
             for name, parameter in session.lm.named_parameters():
                 if name.endswith("lora_B"):  # zero at first, which would hide any mistake
@@ -189,7 +190,7 @@ def test_ten_steps_have_the_losses_gradients_and_metrics_of_trl(
     oracle = oracle_of(tiny_model, tmp_path, **options)
     copy_adapter(session, oracle.model)
     trained = [parameter for parameter in oracle.model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(trained, lr=5e-3, weight_decay=0.01)
     oracle.model.train()
     questions = {question.row_id: question for question in session.data.questions}
     losses, clipped = [], 0.0
