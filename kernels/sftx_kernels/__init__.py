@@ -17,6 +17,7 @@ from sftx_kernels.linear_cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_workspace,
 )
+from sftx_kernels.linear_kl import LinearKLOutput, TeacherHead, TopK, linear_kl
 from sftx_kernels.lora import lora_linear, lora_linears
 from sftx_kernels.nf4 import NF4Weight, dequantize_nf4, quantize_nf4
 from sftx_kernels.quantized import (
@@ -37,10 +38,13 @@ __all__ = [
     "Int8Weight",
     "LinearCrossEntropyOutput",
     "LinearCrossEntropyWorkspace",
+    "LinearKLOutput",
     "NF4Weight",
     "QuantizedLinear",
     "QuantizedStack",
     "QuantizedWeight",
+    "TeacherHead",
+    "TopK",
     "cpu_multiplies",
     "cross_entropy",
     "dequantize",
@@ -48,6 +52,7 @@ __all__ = [
     "grouped_lora_linear",
     "linear_cross_entropy",
     "linear_cross_entropy_workspace",
+    "linear_kl",
     "lora_linear",
     "lora_linears",
     "quantize_int8",

@@ -24,7 +24,7 @@ from sftx_kernels.checks import error
 ENVIRONMENT: Final = "SFTX_KERNELS"
 AUTO: Final = "auto"
 BACKENDS: Final = ("torch", "triton")
-OPERATIONS: Final = ("cross_entropy", "lora_linear", "nf4", "rms_norm", "rotary", "swiglu")
+OPERATIONS: Final = ("cross_entropy", "linear_kl", "lora_linear", "nf4", "rms_norm", "rotary", "swiglu")
 """These operations have a backend of their own; `linear_cross_entropy` runs on that of `cross_entropy`."""
 
 _LOGGER = logging.getLogger("sftx_kernels")

@@ -6,25 +6,24 @@ of the M rows; `rows_M` holds their indices among the N.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any, Final, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sftx_kernels.checks import check_count, check_tensor, differentiable_once, error, gemm_dtype, is_autocast_on
+from sftx_kernels.checks import check_count, check_tensor, differentiable_once, error, gemm_dtype, without_autocast
 from sftx_kernels.cross_entropy import (
     IGNORE_INDEX,
     Formula,
     LogitRows,
-    check_labels,
     check_loss_options,
     check_token_weights,
     fill,
     slice_rows,
 )
 from sftx_kernels.dispatch import decide
-from sftx_kernels.gemm import accumulator, add_weight_gradient_, multiplies_natively, project, project_back
+from sftx_kernels.gemm import accumulator, project
+from sftx_kernels.head import HeadGradients, default_chunk_rows, logits_buffer, scaled, scatter, take, valid_rows
 
 
 class LinearCrossEntropyOutput(NamedTuple):
@@ -108,28 +107,28 @@ def linear_cross_entropy(
     if workspace_bytes is not None and workspace_bytes < row_bytes:
         raise error("workspace_bytes", f"at least {row_bytes}, one row of logits", workspace_bytes)
 
-    rows_M: Tensor | None = _valid_rows(labels_N, num_valid, ignore_index, V)
+    rows_M: Tensor | None = valid_rows(labels_N, num_valid, ignore_index, V)
     assert rows_M is not None
     num_tokens = rows_M.shape[0]
     if num_tokens == num_rows:
         rows_M = None
     if token_weights_N is not None:
-        token_weights_N = _take(token_weights_N, rows_M).to(accumulator(dtype))
+        token_weights_N = take(token_weights_N, rows_M).to(accumulator(dtype))
     wants_grad = [
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
         for tensor in (hidden_ND, weight_VD, bias_V)
     ]
-    inputs = _Inputs(hidden_ND, weight_VD, bias_V, rows_M, _take(labels_N, rows_M), token_weights_N)
+    inputs = _Inputs(hidden_ND, weight_VD, bias_V, rows_M, take(labels_N, rows_M), token_weights_N)
     options = _Options(
         label_smoothing, z_loss, softcap, logit_scale, chunk_rows, workspace_bytes, dtype, reduction == "none", stats,
         backend, *wants_grad,
     )  # fmt: skip
     loss, *stats_M = _op(*inputs, *options)[:4]
     if reduction == "none":
-        loss = _scatter(loss, rows_M, num_rows)
+        loss = scatter(loss, rows_M, num_rows)
     if not stats:
         return LinearCrossEntropyOutput(loss, num_tokens)
-    return LinearCrossEntropyOutput(loss, num_tokens, *(_scatter(stat.detach(), rows_M, num_rows) for stat in stats_M))
+    return LinearCrossEntropyOutput(loss, num_tokens, *(scatter(stat.detach(), rows_M, num_rows) for stat in stats_M))
 
 
 # ---- the workspace
@@ -170,7 +169,7 @@ def linear_cross_entropy_workspace(
         chunk_rows, workspace_bytes: as passed to `linear_cross_entropy`.
     """
     if chunk_rows is None:
-        chunk_rows = _default_chunk_rows(vocab_size, dtype, device_type, workspace_bytes, head_trains=head_trains)
+        chunk_rows = default_chunk_rows(vocab_size, dtype, device_type, workspace_bytes, head_trains=head_trains)
     chunk_rows = min(chunk_rows, num_tokens)
     num_elements = chunk_rows * (vocab_size + hidden_size)
     if weight_dtype is not None and weight_dtype != dtype:
@@ -179,52 +178,6 @@ def linear_cross_entropy_workspace(
     if device_type == "cpu":
         num_bytes += slice_rows(device_type, chunk_rows, vocab_size) * vocab_size * accumulator(dtype).itemsize
     return LinearCrossEntropyWorkspace(chunk_rows, num_bytes)
-
-
-def _default_chunk_rows(
-    vocab_size: int, dtype: torch.dtype, device_type: str, workspace_bytes: int | None, *, head_trains: bool
-) -> int:
-    """Return how many rows have their logits made at once when no count is given.
-
-    Small chunks read the head's weight again and again, whatever V and D, so the count depends on the device.
-    """
-    if device_type == "cpu":
-        rows = 256 if multiplies_natively(device_type, dtype) else 192
-    else:
-        rows = 4096 if head_trains else 2048
-    return rows if workspace_bytes is None else min(rows, workspace_bytes // (vocab_size * dtype.itemsize))
-
-
-# ---- rows that are not ignored
-
-
-@torch.library.custom_op("sftx::trained_rows", mutates_args=())
-def _valid_rows(labels_N: Tensor, num_valid: int | None, ignore_index: int, num_classes: int) -> Tensor:
-    """Return rows_M, the indices of the labels other than ignore_index."""
-    check_labels(labels_N, ignore_index, num_classes)
-    if num_valid is None or labels_N.is_cpu:
-        rows_M = (labels_N != ignore_index).nonzero().squeeze(1)
-        if num_valid is not None and num_valid != rows_M.shape[0]:
-            raise error("num_valid", f"{rows_M.shape[0]}, the number of labels other than {ignore_index}", num_valid)
-        return rows_M
-    # A num_valid that is too large pads with -1, for which index_select raises on the device.
-    return (labels_N != ignore_index).nonzero_static(size=num_valid).squeeze(1)
-
-
-@_valid_rows.register_fake
-def _(labels_N: Tensor, num_valid: int | None, ignore_index: int, num_classes: int) -> Tensor:
-    return labels_N.new_empty(torch.library.get_ctx().new_dynamic_size() if num_valid is None else num_valid)
-
-
-def _take(values_N: Tensor, rows_M: Tensor | None) -> Tensor:
-    return values_N if rows_M is None else values_N.index_select(0, rows_M)
-
-
-def _scatter(values_M: Tensor, rows_M: Tensor | None, num_rows: int) -> Tensor:
-    """Invert `_take`, with 0 at ignored rows."""
-    if rows_M is None:
-        return values_M
-    return values_M.new_zeros(num_rows, *values_M.shape[1:]).index_copy_(0, rows_M, values_M)
 
 
 # ---- the operation and its autograd
@@ -324,20 +277,21 @@ def _forward(inputs: _Inputs, options: _Options) -> _Outputs:
     outputs = _empty_outputs(inputs, options)
     hidden_ND, weight_VD, bias_V, rows_M, labels_M, token_weights_M = inputs
     dtype, num_rows, V = options.dtype, labels_M.shape[0], weight_VD.shape[0]
-    device_type = hidden_ND.device.type
     decision = decide("cross_entropy", hidden_ND.device, dtype, requested=options.backend)
     formula = Formula(options.label_smoothing, options.z_loss, options.softcap, options.logit_scale)
-    chunk_rows = options.chunk_rows or _default_chunk_rows(
-        V, dtype, device_type, options.workspace_bytes, head_trains=options.weight_grad
+    chunk_rows = options.chunk_rows or default_chunk_rows(
+        V, dtype, hidden_ND.device.type, options.workspace_bytes, head_trains=options.weight_grad
     )
-    weight_grad, bias_grad = (wanted and not options.per_row for wanted in (options.weight_grad, options.bias_grad))
-    with torch.autocast(device_type, enabled=False) if is_autocast_on(device_type) else nullcontext():
+    gradients = HeadGradients(
+        outputs.dX_MD if options.hidden_grad else None,
+        outputs.dW_VD if options.weight_grad and not options.per_row else None,
+        outputs.db_V if options.bias_grad and not options.per_row else None,
+    )
+    with without_autocast(hidden_ND.device.type):
         # Cast once, not once a chunk; no copy where the dtype is right already.
         weight_VD = weight_VD.to(dtype)
         bias_V = None if bias_V is None else bias_V.to(dtype)
-        # The Triton kernel loads 16 bytes at once if each row begins at a multiple of 16 elements.
-        row_stride = V if decision.backend == "torch" else -(-V // 16) * 16
-        buffer_CV = weight_VD.new_empty(min(chunk_rows, num_rows), row_stride)[:, :V]
+        buffer_CV = logits_buffer(min(chunk_rows, num_rows), V, weight_VD, aligned=decision.backend != "torch")
         for start in range(0, num_rows, chunk_rows):
             chunk = slice(start, min(start + chunk_rows, num_rows))
             x_CD = hidden_ND[chunk] if rows_M is None else hidden_ND.index_select(0, rows_M[chunk])
@@ -351,15 +305,10 @@ def _forward(inputs: _Inputs, options: _Options) -> _Outputs:
                 lse_N=outputs.lse_M[chunk],
                 entropy_N=outputs.entropy_M[chunk] if options.stats else None,
                 correct_N=outputs.correct_M[chunk] if options.stats else None,
-                grad_NV=logits_CV if options.hidden_grad or weight_grad or bias_grad else None,
+                grad_NV=logits_CV if gradients.any_wanted else None,
             )
             fill(rows, formula, decision)
-            if options.hidden_grad:
-                project_back(logits_CV, weight_VD, out=outputs.dX_MD[chunk])
-            if weight_grad:
-                add_weight_gradient_(outputs.dW_VD, logits_CV, x_CD)
-            if bias_grad:
-                outputs.db_V.add_(logits_CV.sum(0, dtype=outputs.db_V.dtype))
+            gradients.add_(chunk, logits_CV, x_CD, weight_VD)
     return outputs if options.per_row else outputs._replace(loss=outputs.loss.sum())
 
 
@@ -388,21 +337,14 @@ def _differentiate(ctx: Any, grad_loss: Tensor | None, *_: Any) -> Any:
         sums_only = options._replace(per_row=False, stats=False, hidden_grad=False)
         *_, dW_VD, db_V = _op(hidden_ND, weight_VD, bias_V, rows_M, labels_M, weights_M, *sums_only)
     hidden_dtype, weight_dtype, bias_dtype = ctx.dtypes
-    # A factor has as many dimensions as the tensor it scales: then torch multiplies in fp32 and rounds once, while it
-    # may first round a 0-d factor to bf16.
     factor = grad_loss[:, None] if options.per_row else grad_loss.view(1, 1)
     sum_factor = factor.new_ones(1, 1) if options.per_row else factor
     return (
-        _scatter(_scaled(dX_MD, factor, hidden_dtype), rows_M, ctx.num_rows) if options.hidden_grad else None,
-        _scaled(dW_VD, sum_factor, weight_dtype) if options.weight_grad else None,
-        _scaled(db_V, sum_factor.view(1), bias_dtype) if options.bias_grad else None,
+        scatter(scaled(dX_MD, factor, hidden_dtype), rows_M, ctx.num_rows) if options.hidden_grad else None,
+        scaled(dW_VD, sum_factor, weight_dtype) if options.weight_grad else None,
+        scaled(db_V, sum_factor.view(1), bias_dtype) if options.bias_grad else None,
         *no_grads,
     )
 
 
 _op.register_autograd(_differentiate, setup_context=_save)
-
-
-def _scaled(tensor: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return tensor * factor in `dtype`, without the wider product in between: gigabytes for dW of a large head."""
-    return torch.mul(tensor, factor, out=torch.empty_like(tensor, dtype=dtype))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sftx_kernels.triton.launch import Arguments, Chip, Launch, Work
 
-_LOWEST = tl.constexpr(-3.0e38)  # finite, so that lowest - lowest is 0
+LOWEST = tl.constexpr(-3.0e38)  # finite, so that lowest - lowest is 0
 
 
 @triton.jit
@@ -36,7 +36,7 @@ def _tanh(x):
 
 
 @triton.jit
-def _score(raw, logit_scale, softcap, SOFTCAP: tl.constexpr):
+def score(raw, logit_scale, softcap, SOFTCAP: tl.constexpr):
     z = raw.to(tl.float32) * logit_scale
     if SOFTCAP:
         z = softcap * _tanh(z / softcap)
@@ -67,7 +67,7 @@ def _scan(
     SMOOTHING: tl.constexpr, STATS: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Return (top, total, z_sum, ez_sum, best) of columns begin to end. Full blocks have no mask: loads stay wide."""
-    top = tl.full((), _LOWEST, tl.float32)
+    top = tl.full((), LOWEST, tl.float32)
     total = tl.full((), 0.0, tl.float32)
     z_sum = tl.full((), 0.0, tl.float32)
     ez_sum = tl.full((), 0.0, tl.float32)
@@ -75,14 +75,14 @@ def _scan(
     full_end = begin + (end - begin) // BLOCK_V * BLOCK_V
     for start in range(begin, full_end, BLOCK_V):
         cols = start + tl.arange(0, BLOCK_V)
-        z = _score(tl.load(row_ptr + cols), logit_scale, softcap, SOFTCAP)
+        z = score(tl.load(row_ptr + cols), logit_scale, softcap, SOFTCAP)
         top, total, z_sum, ez_sum, best = _accumulate(
             z, cols, cols < end, top, total, z_sum, ez_sum, best, SMOOTHING, STATS
         )
     if full_end < end:
         cols = full_end + tl.arange(0, BLOCK_V)
         inside = cols < end
-        z = _score(tl.load(row_ptr + cols, mask=inside, other=0.0), logit_scale, softcap, SOFTCAP)
+        z = score(tl.load(row_ptr + cols, mask=inside, other=0.0), logit_scale, softcap, SOFTCAP)
         z = tl.where(inside, z, float("-inf"))
         top, total, z_sum, ez_sum, best = _accumulate(
             z, cols, inside, top, total, z_sum, ez_sum, best, SMOOTHING, STATS
@@ -115,13 +115,13 @@ def _write_gradient(
     full_end = begin + (end - begin) // BLOCK_V * BLOCK_V
     for start in range(begin, full_end, BLOCK_V):
         cols = start + tl.arange(0, BLOCK_V)
-        z = _score(tl.load(row_ptr + cols), logit_scale, softcap, SOFTCAP)
+        z = score(tl.load(row_ptr + cols), logit_scale, softcap, SOFTCAP)
         grad = _slope(z, cols, label, top, total, lse, weight, logit_scale, softcap, smoothing, z_loss, V, SOFTCAP)
         tl.store(grad_ptr + cols, grad.to(grad_ptr.dtype.element_ty))
     if full_end < end:
         cols = full_end + tl.arange(0, BLOCK_V)
         inside = cols < end
-        z = _score(tl.load(row_ptr + cols, mask=inside, other=0.0), logit_scale, softcap, SOFTCAP)
+        z = score(tl.load(row_ptr + cols, mask=inside, other=0.0), logit_scale, softcap, SOFTCAP)
         grad = _slope(z, cols, label, top, total, lse, weight, logit_scale, softcap, smoothing, z_loss, V, SOFTCAP)
         tl.store(grad_ptr + cols, grad.to(grad_ptr.dtype.element_ty), mask=inside)
 
@@ -190,11 +190,11 @@ def row_kernel(
         raw = tl.load(row_ptr + cols, mask=inside, other=0.0)
     if SCAN:
         # Read before this program may overwrite it.
-        z_label = _score(tl.load(row_ptr + label), logit_scale, softcap, SOFTCAP)
+        z_label = score(tl.load(row_ptr + label), logit_scale, softcap, SOFTCAP)
         if ONE_BLOCK:
-            top = tl.full((), _LOWEST, tl.float32)
+            top = tl.full((), LOWEST, tl.float32)
             zero = tl.full((), 0.0, tl.float32)
-            z = tl.where(inside, _score(raw, logit_scale, softcap, SOFTCAP), float("-inf"))
+            z = tl.where(inside, score(raw, logit_scale, softcap, SOFTCAP), float("-inf"))
             top, total, z_sum, ez_sum, best = _accumulate(
                 z, cols, inside, top, zero, zero, zero, tl.full((), 0, tl.int32), SMOOTHING, STATS
             )
@@ -212,7 +212,7 @@ def row_kernel(
         total = 1.0
     if GRADIENT:
         if ONE_BLOCK:
-            z = _score(raw, logit_scale, softcap, SOFTCAP)
+            z = score(raw, logit_scale, softcap, SOFTCAP)
             grad = _slope(z, cols, label, top, total, lse, weight, logit_scale, softcap, smoothing, z_loss, V, SOFTCAP)
             tl.store(grad_ptr + row * stride_grad + cols, grad.to(grad_ptr.dtype.element_ty), mask=inside)
         else:
@@ -238,7 +238,7 @@ def scan_kernel(
     begin = split * SPAN
     end = tl.minimum(begin + SPAN, V)
     if (label >= begin) & (label < end):
-        tl.store(z_label_ptr + row, _score(tl.load(row_ptr + label), logit_scale, softcap, SOFTCAP))
+        tl.store(z_label_ptr + row, score(tl.load(row_ptr + label), logit_scale, softcap, SOFTCAP))
     top, total, z_sum, ez_sum, best = _scan(
         row_ptr, begin, end, logit_scale, softcap, SMOOTHING, STATS, SOFTCAP, BLOCK_V
     )
