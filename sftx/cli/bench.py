@@ -14,7 +14,7 @@ from sftx.phases import phase
 
 # Listed here so that a wrong name is reported before torch is imported.
 OPERATIONS: Final = (
-    "cross-entropy", "linear-cross-entropy", "lora", "grouped-lora", "rms-norm", "swiglu", "rotary"
+    "cross-entropy", "linear-cross-entropy", "linear-kl", "lora", "grouped-lora", "rms-norm", "swiglu", "rotary"
 )  # fmt: skip
 ARCHS: Final = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES: Final = ("fp32", "bf16", "fp16")
@@ -100,6 +100,7 @@ _DIRECTORY = _Target(file_okay=False, path_type=Path)
     '{"op": "cross-entropy", "rows": 8192, "vocab": 32000}\n'
     '{"op": "linear-cross-entropy", "rows": 8192, "hidden": 4096, "vocab": 128256, "trained": false}\n'
     '{"op": "lora", "rows": 8192, "in_features": 4096, "out_features": [4096, 1024, 1024], "rank": 16, "dropout": 0}\n'
+    '{"op": "linear-kl", "rows": 512, "hidden": 576, "teacher_hidden": 960, "vocab": 49152, "divergence": "jsd"}\n'
     '{"op": "rms-norm", "rows": 8192, "width": 4096}, and the same of "swiglu"\n'
     '{"op": "rotary", "rows": 8192, "heads": 32, "kv_heads": 8, "head_dim": 128}\n'
     '\nThe first two may also have "logits": "zipf", for a softmax that follows Zipf\'s law.'
@@ -142,7 +143,7 @@ def command(ctx: click.Context, /, static: bool, **options: Any) -> None:
     """Measure the kernels against torch and every installed peer.
 
     Forward, backward and both: median and quantiles, memory, rates against the least work possible, and the error
-    against fp64. OPERATION is cross-entropy, linear-cross-entropy, lora, grouped-lora or all.
+    against fp64. OPERATION is cross-entropy, linear-cross-entropy, linear-kl, lora, grouped-lora or all.
     """
     _check_combination(ctx, static=static)
     from sftx_kernels.bench import BenchError

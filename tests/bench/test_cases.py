@@ -21,6 +21,7 @@ from sftx_kernels.bench.operations import (
     CrossEntropyShape,
     GroupedLoraShape,
     LinearCrossEntropyShape,
+    LinearKLShape,
     LoraShape,
     RmsNormShape,
     RotaryShape,
@@ -64,6 +65,14 @@ def test_least_work_of_linear_cross_entropy_with_a_frozen_and_a_trained_head() -
         "backward": (16_000, read + d_hidden + d_weight),
         "both": (24_000, read + d_hidden + d_weight),
     }
+
+
+def test_least_work_of_a_divergence_has_the_products_of_both_heads() -> None:
+    # Of 8 rows 4 count: 2 * 4 * 10 * 100 for the student's logits and dX, 2 * 4 * 30 * 100 for the teacher's.
+    both = work(Case(LinearKLShape(8, 10, 30, 100), "fp32", 0.5))["both"]
+    assert both == (8000 + 24_000 + 8000, (4 + 100) * 40 * 4 + 64 + 8 * 10 * 4)
+    trained = work(Case(LinearKLShape(8, 10, 30, 100, trained=True), "fp32", 0.5))["both"]
+    assert trained == (both[0] + 8000, both[1] + 4000)
 
 
 def test_least_work_of_the_goal_in_the_anchors() -> None:
@@ -153,6 +162,33 @@ def test_a_loss_problem_and_its_reference(mask: float, logits: str, trained: boo
         assert ranked[0] > 5 * ranked[9]
 
 
+@pytest.mark.parametrize("mask", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_divergence_and_its_reference(mask: float, divergence: str, trained: bool) -> None:
+    problem: Any = make_problem(Case(LinearKLShape(40, 6, 9, 50, divergence, trained), "fp32", mask), CPU)
+    valid_N = problem.labels_N != IGNORE_INDEX
+    assert int(valid_N.sum()) == problem.case.num_valid
+    hidden_ND, weight_VD = problem.hidden_ND.double().requires_grad_(), problem.weight_VD.double().requires_grad_()
+    p_NV, q_NV = (
+        (hidden_ND @ weight_VD.T).softmax(1),
+        (problem.teacher_NH.double() @ problem.teacher_VH.double().T).softmax(1),
+    )
+    beta = {"forward": 0.0, "reverse": 1.0, "jsd": 0.5}[divergence]
+    m_NV = {"forward": p_NV, "reverse": q_NV, "jsd": (p_NV + q_NV) / 2}[divergence]
+    of_q, of_p = ((x_NV * (x_NV / m_NV).log()).sum(1)[valid_N].sum() for x_NV in (q_NV, p_NV))
+    loss = of_q + of_p if beta in (0, 1) else beta * of_q + (1 - beta) * of_p
+    (UPSTREAM * loss).backward()
+    expected = {"loss": loss.detach(), "d_input": hidden_ND.grad, "d_weight": weight_VD.grad}
+    reference = problem.reference(1e15)
+    assert reference.values.keys() == (expected.keys() if trained else {"loss", "d_input"})
+    assert reference.error(expected)[0] < 1e-12
+    few = problem.reference(case_rate(problem, 0.25))
+    if mask < 1:
+        assert few.values.keys() == {"d_input"}
+        assert few.error(expected)[0] < 1e-12
+
+
 def test_a_lora_problem_and_its_reference() -> None:
     problem = make_problem(Case(LoraShape(9, 7, (5, 4), rank=3), "fp32"), CPU)
     assert isinstance(problem, LoraProblem)
@@ -217,7 +253,7 @@ def test_default_shapes_hold_every_operation_and_come_back_from_a_file(tmp_path:
 
 def test_cases_are_every_dtype_and_mask_and_lora_has_no_mask() -> None:
     found = list(expand(default_shapes("cpu"), OPERATIONS, ("fp32", "bf16"), (0.0, 0.5)))
-    assert [sum(case.op == op for case in found) for op in OPERATIONS] == [4, 4, 2, 2, 2, 2, 2]
+    assert [sum(case.op == op for case in found) for op in OPERATIONS] == [4, 4, 8, 2, 2, 2, 2, 2]
     assert {case.dtype for case in found} == {"fp32", "bf16"} <= set(DTYPES)
     assert str(found[1]) == "linear-cross-entropy 1024x1024x32000 frozen, fp32, 50% masked"
     assert str(found[4]) == "lora 2048x576x1536 r16, fp32"
@@ -228,8 +264,8 @@ def test_cases_are_every_dtype_and_mask_and_lora_has_no_mask() -> None:
     [
         (
             [],
-            'expected an object with "op", one of cross-entropy, linear-cross-entropy, lora, grouped-lora, '
-            "rms-norm, swiglu, rotary; got []",
+            'expected an object with "op", one of cross-entropy, linear-cross-entropy, linear-kl, lora, '
+            "grouped-lora, rms-norm, swiglu, rotary; got []",
         ),
         ({"op": "gelu"}, 'expected an object with "op", one of'),
         ({"op": "cross-entropy", "rows": 8}, "cross-entropy needs 'vocab'"),

@@ -16,6 +16,7 @@ from sftx_kernels.bench.operations import (
     CrossEntropyShape,
     GroupedLoraShape,
     LinearCrossEntropyShape,
+    LinearKLShape,
     LoraShape,
     RmsNormShape,
     RotaryShape,
@@ -34,6 +35,8 @@ SHAPES: list[Shape] = [
     RmsNormShape(24, 40),
     SwigluShape(24, 40),
     RotaryShape(24, 3, 1, 8),
+    LinearKLShape(24, 16, 20, 130),
+    LinearKLShape(24, 16, 20, 130, "jsd", trained=True),
 ]
 PEAKS = devices.Peaks({"fp32": 1e11, "bf16": 1e11, "fp16": 1e11, "fp64": 1e11}, 1e10, 0, "made up")
 

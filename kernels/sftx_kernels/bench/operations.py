@@ -14,6 +14,7 @@ from sftx_kernels.bench import (
     files,
     grouped_lora,
     linear_cross_entropy,
+    linear_kl,
     lora,
     rms_norm,
     rotary,
@@ -23,6 +24,7 @@ from sftx_kernels.bench.cases import Case, Provider, Shape
 from sftx_kernels.bench.cross_entropy import CrossEntropyShape
 from sftx_kernels.bench.grouped_lora import GroupedLoraShape
 from sftx_kernels.bench.linear_cross_entropy import LinearCrossEntropyShape
+from sftx_kernels.bench.linear_kl import DIVERGENCES, LinearKLShape
 from sftx_kernels.bench.lora import LoraShape
 from sftx_kernels.bench.rms_norm import RmsNormShape
 from sftx_kernels.bench.rotary import RotaryShape
@@ -33,6 +35,7 @@ SHAPES: Final[Mapping[str, type[Shape]]] = {
     for cls in (
         CrossEntropyShape,
         LinearCrossEntropyShape,
+        LinearKLShape,
         LoraShape,
         GroupedLoraShape,
         RmsNormShape,
@@ -44,6 +47,7 @@ OPERATIONS: Final = tuple(SHAPES)
 PROVIDERS: Final[tuple[Provider, ...]] = (
     *cross_entropy.PROVIDERS,
     *linear_cross_entropy.PROVIDERS,
+    *linear_kl.PROVIDERS,
     *lora.PROVIDERS,
     *grouped_lora.PROVIDERS,
     *rms_norm.PROVIDERS,
@@ -60,11 +64,14 @@ _CPU_SHAPES: Final[tuple[Shape, ...]] = (
     RmsNormShape(2048, 576),  # these three of SmolLM2-135M
     SwigluShape(2048, 1536),
     RotaryShape(2048, 9, 3, 64),
+    LinearKLShape(512, 576, 960, 49152),  # SmolLM2-135M from SmolLM2-360M
+    LinearKLShape(512, 576, 960, 49152, "jsd"),
 )
 _GPU_SHAPES: Final[tuple[Shape, ...]] = (
     LinearCrossEntropyShape(8192, 4096, 128256),
     LoraShape(8192, 4096, (4096,)),
     CrossEntropyShape(8192, 32000),
+    LinearKLShape(4096, 2048, 4096, 128256),  # Llama 3.2 1B from Llama 3.1 8B
     LinearCrossEntropyShape(4096, 4096, 128256, trained=True),
     LoraShape(8192, 4096, (4096,), dropout=0.05),
     LoraShape(8192, 4096, (4096, 1024, 1024)),  # q, k, v of Llama 3 8B
@@ -80,6 +87,8 @@ _GPU_SHAPES: Final[tuple[Shape, ...]] = (
     RmsNormShape(2048, 8192),
     RmsNormShape(8192, 2048),
     SwigluShape(2048, 8192),
+    LinearKLShape(4096, 2048, 4096, 128256, "jsd"),
+    LinearKLShape(4096, 2048, 4096, 128256, trained=True),
 )
 
 
@@ -161,6 +170,7 @@ def _is_count(value: Any) -> bool:
 _COUNT: Final = "a count >= 1 and < 2**63"
 _FIELD_CHECKS: Final[Mapping[str, tuple[str, Callable[[Any], bool]]]] = {
     "logits": ('"random" or "zipf"', lambda value: value in ("random", "zipf")),
+    "divergence": (f"one of {', '.join(DIVERGENCES)}", lambda value: value in DIVERGENCES),
     "trained": ("true or false", lambda value: isinstance(value, bool)),
     "nf4": ("true or false", lambda value: isinstance(value, bool)),
     "dropout": (
