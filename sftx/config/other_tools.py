@@ -548,6 +548,18 @@ def _to_objective(option: str) -> Rule:
     )
 
 
+_TEACHERS: Final = ("teacher_model_name_or_path", "teacher_model", "plugins.distill.teacher")
+
+
+def _beta(value: Any, given: Given) -> Answer:
+    """TRL's beta is the teacher's share in a generalised JSD where there is a teacher, else that of an objective."""
+    if not any(name in given for name in _TEACHERS):
+        return Answer("write", {f"plugins.{_objective(given)}.beta": value})
+    if value in (0, 1):
+        return Answer("write", {"plugins.distill.divergence": "reverse" if value else "forward"})
+    return Answer("write", {"plugins.distill.divergence": "jsd", "plugins.distill.beta": value})
+
+
 def _precompute(_: Any, given: Given) -> Answer:
     return Answer("write", {f"plugins.{_objective(given)}.reference": "precompute"})
 
@@ -1340,7 +1352,25 @@ TABLE: Final[Mapping[str, tuple[Row, ...]]] = {
             ("simpo", _plugin("simpo")),
             _not_here(_PREFERENCE),
         ),
-        _row("pref_beta rl_beta beta", _to_objective("beta")),
+        _row("pref_beta rl_beta", _to_objective("beta")),
+        _row(
+            "beta",
+            _made(
+                _beta, "plugins.dpo.beta", why="with a teacher `plugins.distill.divergence`: 0 is forward, 1 reverse"
+            ),
+        ),
+        _row("teacher_model_name_or_path teacher_model", _to("plugins.distill.teacher")),
+        _row("kd_temperature", _to("plugins.distill.temperature")),
+        _row(
+            "lmbda",
+            (0, _leave_out("the student learns on the rows")),
+            _not_here("distill trains on the rows, as with lmbda 0; `sftx generate` answers their prompts first"),
+        ),
+        _row(
+            "seq_kd",
+            (False, _leave_out()),
+            _not_here("let the teacher answer the prompts (`sftx generate`), and train on its answers"),
+        ),
         _row("pref_ftx rpo_alpha", (0, _leave_out()), _to("plugins.dpo.rpo_alpha")),
         _row("ld_alpha", _to("plugins.dpo.ld_alpha")),
         _row("dpo_label_smoothing", (0, _leave_out()), _to("plugins.dpo.label_smoothing")),
