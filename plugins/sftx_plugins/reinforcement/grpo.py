@@ -34,6 +34,7 @@ from sftx import (
     per_label,
     sum_by_example,
 )
+from sftx_plugins.reinforcement.reported import lengths_of, rewards_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -203,14 +204,8 @@ def advantages_of(
         advantages_QG = advantages_QG / (_std(rewards_QG) + 1e-4)
     elif scale_rewards == "group":
         advantages_QG = advantages_QG / (group_std_Q[:, None] + 1e-4)
-    metrics = {
-        "reward": _mean(rewards_QG),
-        "reward_std": _std(rewards_QG),
-        "frac_reward_zero_std": float(np.mean(group_std_Q <= 1e-8)),
-    }
-    for name in sorted({name for group in groups for answer in group for name in answer.rewards}):
-        scores = np.array([a.rewards[name] for group in groups for a in group if name in a.rewards])
-        metrics |= {f"rewards/{name}/mean": _mean(scores), f"rewards/{name}/std": _std(scores)}
+    metrics = rewards_of([answer for group in groups for answer in group])
+    metrics["frac_reward_zero_std"] = float(np.mean(group_std_Q <= 1e-8))
     return np.nan_to_num(advantages_QG, nan=0.0).flatten().tolist(), metrics
 
 
@@ -224,19 +219,6 @@ def _std(values: NDArray[np.float64]) -> float:
     """Return the unbiased standard deviation of the numbers that are not NaN; 0 for fewer than two."""
     known = values[values == values]
     return float(known.std(ddof=1)) if known.size > 1 else 0.0
-
-
-def lengths_of(answers: Sequence[Answer]) -> dict[str, float]:
-    """Return what is reported of the lengths of answers, in tokens."""
-    lengths = [len(answer.token_ids) for answer in answers]
-    ended = [len(answer.token_ids) for answer in answers if answer.finish_reason == "stop"]
-    metrics = {
-        "completions/mean_length": sum(lengths) / len(lengths),
-        "completions/min_length": float(min(lengths)),
-        "completions/max_length": float(max(lengths)),
-        "completions/clipped_ratio": 1 - len(ended) / len(answers),
-    }
-    return metrics | ({"completions/mean_terminated_length": sum(ended) / len(ended)} if ended else {})
 
 
 class GrpoLoss:

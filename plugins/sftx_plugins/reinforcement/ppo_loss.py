@@ -131,7 +131,7 @@ class PPOLoss:
             "loss/value_avg": value_sum.detach(),
             "policy/approxkl_avg": total(0.5 * moved_BT.square()),
             "policy/clipfrac_avg": total(policy.is_clipped_BT.to(moved_BT)),
-            "policy/entropy_avg": total(entropy_BT),
+            "entropy": total(entropy_BT),
             "val/clipfrac_avg": total(values.is_clipped_BT.to(moved_BT)),
             "val/ratio": total(moved_BT.exp()),
         }

@@ -18,6 +18,7 @@ from sftx_plugins.reinforcement.advantages import (
     whiten,
 )
 from sftx_plugins.reinforcement.ppo_loss import ADVANTAGES, LOG_PROBS, RETURNS, VALUES, log_probs, values_of
+from sftx_plugins.reinforcement.reported import lengths_of, rewards_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -106,6 +107,9 @@ class PPORollout:
         divergence = _mean([kl_A.sum() for kl_A in kl])
         penalty = -coefficient * divergence
         metrics = {
+            **rewards_of(answers),
+            **lengths_of(answers),
+            "kl": float(sum(kl_A.sum() for kl_A in kl) / sum(lengths)),
             "objective/kl": divergence,
             "objective/entropy": _mean([-old_A.sum() for old_A in old]),
             "objective/non_score_reward": penalty,
@@ -114,7 +118,6 @@ class PPORollout:
             "objective/kl_coef": coefficient,
             "val/num_eos_tokens": float(sum(answer.finish_reason == "stop" for answer in answers)),
             "val/explained_variance": _explained(np.concatenate(values), np.concatenate(returns)),
-            "response_length": _mean(lengths),
         }
         self.controller.update(divergence, len(answers))
         return Rollouts(examples, answers, metrics)
