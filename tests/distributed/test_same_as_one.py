@@ -29,6 +29,11 @@ RUNS: Final[Mapping[str, str]] = {
     "quantised-experts": "--model {experts} --plugin qlora --set qlora.r=4 --plugin packed --set packed.length=96",
     "dora": "--plugin lora --set lora.r=4 --set lora.use_dora=true",
     "pissa": "--plugin lora --set lora.r=4 --set lora.init_lora_weights=pissa",
+    "ppo": "--plugin lora --plugin ppo --set ppo.response_length=6 --set ppo.num_ppo_epochs=2 --set ppo.kl_target=0.1 "
+    "--set ppo.kl_horizon=50 --plugin reward-regex --set reward-regex.pattern=.*e.* --set reward-regex.match=search "
+    "--plugin exact-match",
+    "ppo-full": "--plugin packed --plugin ppo --set ppo.response_length=6 --plugin reward-regex "
+    "--set reward-regex.pattern=.*e.* --set reward-regex.match=search --plugin exact-match",
     "vera": "--plugin vera --set vera.r=8",
     "grpo": "--plugin lora --plugin exact-match --plugin grpo --set grpo.num_generations=3 "
     "--set grpo.max_completion_length=6 --set grpo.steps_per_generation=2 --set grpo.beta=0.1 --plugin reward-function "
@@ -87,6 +92,9 @@ MORE_CASES: Final = (
     Case("saved", 2, DDP),
     Case("saved", 2, FSDP2),
     Case("untied", 2, FSDP2),
+    Case("ppo", 2, FSDP2),
+    Case("ppo-full", 2, DDP),
+    Case("ppo-full", 2, FSDP2),
     Case("experts", 2, FSDP2 + "--gradient-checkpointing"),
     *(Case(run, 2, how) for run in ("quantised-experts", "dora", "pissa", "vera") for how in (DDP, FSDP2)),
 )
