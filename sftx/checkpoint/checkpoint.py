@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from sftx import atomic_files
 from sftx.assembly.peft_config import adapter_directory
 from sftx.checkpoint import layout, model_card, model_files, sharded_files
-from sftx.distributed.dtensor import has_shards, is_sharded, local_shard, shard_like
+from sftx.distributed.dtensor import full_tensor, has_shards, is_sharded, local_shard, shard_like
 from sftx.distributed.process_group import ProcessGroup
 from sftx.errors import ModelError, OutputError, PluginError, TrainingError, one_line
 from sftx.model import saved_tokenizer
@@ -65,7 +65,7 @@ def write_artefact(
             lm, directory, process_group, consolidated=consolidated, dtype=dtype, max_shard_size=max_shard_size
         )
     process_group.run_on_rank0(lambda: _write_adapters_and_tokenizer(lm, directory))
-    process_group.run_on_rank0(lambda: _write_loss_module(lm, directory))
+    _write_loss_module(lm, directory, process_group)
 
 
 def num_bytes(lm: CausalLM, dtype: torch.dtype | None) -> int:
@@ -132,28 +132,40 @@ def _write_adapters_and_tokenizer(lm: CausalLM, directory: Path) -> None:
         model_files.copy_processor(lm.model, directory)
 
 
-def _write_loss_module(lm: CausalLM, directory: Path) -> None:
-    """Write what the loss trains beside the model; every rank has all of it."""
-    if lm.loss_module is not None:
-        file = (
-            directory / layout.LOSS_MODULE
-        )  # in a directory of its own: some programs read all weights beside a model
+def _write_loss_module(lm: CausalLM, directory: Path, process_group: ProcessGroup) -> None:
+    """Write what the loss trains beside the model. Every rank must call it: with FSDP2 it is gathered."""
+    if lm.loss_module is None:
+        return
+    tensors = {name: full_tensor(tensor.detach()).cpu() for name, tensor in lm.loss_module.state_dict().items()}
+    file = directory / layout.LOSS_MODULE  # in a directory of its own: some programs read all weights beside a model
+
+    def write() -> None:
         file.parent.mkdir()
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in lm.loss_module.state_dict().items()}
-        save_file(tensors, file)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+
+    process_group.run_on_rank0(write)
 
 
+@torch.no_grad()
 def load_loss_module(lm: CausalLM, directory: Path) -> None:
     """Load what the loss has trained beside the model, where it has a module. Raises ModelError."""
     if lm.loss_module is None:
         return
-    file = directory / layout.LOSS_MODULE
+    file, own = directory / layout.LOSS_MODULE, lm.loss_module.state_dict()
     try:
-        lm.loss_module.load_state_dict(load_file(file))
-    except (OSError, SafetensorError, RuntimeError) as error:
+        saved = load_file(file)
+        if (found := _shapes(saved)) != (expected := _shapes(own)):
+            raise ValueError(f"it has {found}, expected {expected}")
+    except (OSError, SafetensorError, ValueError) as error:
         raise ModelError(
             f"{file}: the weights of the run's loss cannot be read: {one_line(error)}; take another checkpoint"
         ) from error
+    for name, tensor in own.items():
+        local_shard(tensor).copy_(local_shard(shard_like(saved[name], tensor)))
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in sorted(tensors.items())}
 
 
 @torch.no_grad()

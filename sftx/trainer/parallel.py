@@ -166,8 +166,7 @@ class FSDP2Strategy(MultiProcessStrategy):
         super().__init__(step, process_group)
         model, device = step.lm.model, precision.device
         step.lm.computes_on = device
-        small: nn.Module | None = step if step.lm.adapters else step.lm.loss_module
-        self._replicated = [] if small is None else [p for p in small.parameters() if p.requires_grad]
+        self._replicated = [p for p in step.parameters() if p.requires_grad] if step.lm.adapters else []
         for parameter in self._replicated:
             parameter.data = parameter.data.to(device)
         options: dict[str, Any] = {
@@ -237,8 +236,8 @@ def has_experts(lm: CausalLM) -> bool:
 
 def _trains_other_towers(lm: CausalLM) -> bool:
     """Returns whether parameters outside of decoder and head are trained: a vision tower has no gradient from text."""
-    parts = (lm.model.get_decoder(), lm.model.get_output_embeddings())
-    used = {id(parameter) for part in parts for parameter in part.parameters()}
+    parts = (lm.model.get_decoder(), lm.model.get_output_embeddings(), lm.loss_module)
+    used = {id(parameter) for part in parts if part is not None for parameter in part.parameters()}
     return any(p.requires_grad and id(p) not in used for p in lm.parameters())
 
 

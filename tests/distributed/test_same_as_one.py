@@ -75,6 +75,7 @@ CASES: Final = (
     Case("tokens", 2, FSDP2),
     Case("experts", 2, DDP),
     Case("grpo", 2, DDP),
+    Case("ppo", 2, DDP),
 )
 """Cases that cover each run, size, strategy and option at least once, and most pairs of them."""
 
