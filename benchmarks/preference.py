@@ -3,7 +3,8 @@
     python benchmarks/preference.py [--rounds 2] [--steps 6]
 
 Each run is a process of its own on the same token ids, in fp32, and the runs take turns. Printed are the median seconds
-of a step after the first two, non-padding tokens a second, and the peak memory of the process.
+that the processor worked for a step after the first, which other processes change little, those that passed, tokens a
+second of the former, and the peak memory of the process.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -21,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 PAIRS_PER_STEP, LEARNING_RATE = 2, 5e-5
-KINDS = ("sftx adapters", "sftx precompute", "trl adapters")
+KINDS = ("sftx adapters", "sftx precompute", "trl adapters", "trl precompute")
 
 
 def write_rows(path: Path, num: int) -> None:
@@ -92,7 +94,35 @@ def write_ids(directory: Path, steps: int) -> None:
     (directory / "ids.json").write_text(json.dumps(rows), encoding="utf-8")
 
 
-def run_trl(directory: Path, steps: int) -> None:
+def run_sftx(directory: Path, kind: str, steps: int) -> None:
+    """Train with the command of sftx, and write the seconds of each step."""
+    from sftx.cli import main
+    from sftx.trainer.trainer import Trainer
+
+    seconds: list[tuple[float, float]] = []
+    train_step = Trainer.train_step
+
+    def timed(self: Trainer, *given: Any) -> Any:
+        begin = clocks()
+        report = train_step(self, *given)
+        seconds.append(passed(begin))
+        return report
+
+    Trainer.train_step = timed  # type: ignore[method-assign]
+    main.main(args=arguments(directory, kind, steps), prog_name="sftx", standalone_mode=False)
+    (directory / "seconds.json").write_text(json.dumps(seconds), encoding="utf-8")
+
+
+def clocks() -> tuple[float, float]:
+    return time.process_time(), time.perf_counter()
+
+
+def passed(begin: tuple[float, float]) -> tuple[float, float]:
+    now = clocks()
+    return now[0] - begin[0], now[1] - begin[1]
+
+
+def run_trl(directory: Path, kind: str, steps: int) -> None:
     """Train with TRL's DPOTrainer on the token ids, and write the seconds of each step."""
     from datasets import Dataset
     from peft import LoraConfig
@@ -103,14 +133,14 @@ def run_trl(directory: Path, steps: int) -> None:
     from sftx.model.names import resolve
 
     model = resolve(EMBEDDED_MODEL)
-    seconds: list[float] = []
+    seconds: list[tuple[float, float]] = []
 
     class Times(TrainerCallback):  # type: ignore[misc]
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.begin = time.perf_counter()
+            self.begin = clocks()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            seconds.append(time.perf_counter() - self.begin)
+            seconds.append(passed(self.begin))
 
     class Trainer(DPOTrainer):  # type: ignore[misc]
         def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
@@ -130,6 +160,7 @@ def run_trl(directory: Path, steps: int) -> None:
             save_strategy="no",
             train_sampling_strategy="sequential",
             disable_tqdm=True,
+            precompute_ref_log_probs=kind == "precompute",
         ),
         processing_class=AutoTokenizer.from_pretrained(model),
         train_dataset=Dataset.from_list(json.loads((directory / "ids.json").read_text())),
@@ -137,32 +168,24 @@ def run_trl(directory: Path, steps: int) -> None:
         callbacks=[Times()],
     )
     trainer.train()
-    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    (directory / "trl.json").write_text(json.dumps({"seconds": seconds, "losses": losses}), encoding="utf-8")
+    (directory / "seconds.json").write_text(json.dumps(seconds), encoding="utf-8")
 
 
-def measured(directory: Path, kind: str, steps: int) -> tuple[list[float], float]:
-    """Run in a process of its own; return the seconds of its steps, and its peak memory in GB."""
+def measured(directory: Path, kind: str, steps: int) -> tuple[list[tuple[float, float]], float]:
+    """Run in a process of its own; return its steps' seconds of work and of waiting, and its peak memory in GB."""
     tool, reference = kind.split()
     code = (
-        f"from sftx.cli import main; main({arguments(directory, reference, steps)!r})"
-        if tool == "sftx"
-        else f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import preference; "
-        f"preference.run_trl(preference.Path({str(directory)!r}), {steps})"
+        f"import sys; from pathlib import Path; sys.path.insert(0, {str(Path(__file__).parent)!r}); import preference; "
+        f"preference.run_{tool}(Path({str(directory)!r}), {reference!r}, {steps})"
     )
-    subprocess.run(["rm", "-rf", str(directory / reference)], check=True)
+    shutil.rmtree(directory / reference, ignore_errors=True)
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     assert child.stderr is not None
     said = child.stderr.read().decode()
     _, status, usage = os.wait4(child.pid, 0)
     if status:
         raise SystemExit(f"{kind} failed:\n{said[-2000:]}")
-    if tool == "trl":
-        seconds = json.loads((directory / "trl.json").read_text())["seconds"]
-    else:
-        lines = map(json.loads, (directory / reference / "metrics.jsonl").read_text().splitlines())
-        seconds = [line["seconds"] for line in lines if line["event"] == "step"]
-    return seconds, usage.ru_maxrss / 1e6
+    return json.loads((directory / "seconds.json").read_text(encoding="utf-8")), usage.ru_maxrss / 1e6
 
 
 def main() -> None:
@@ -176,21 +199,20 @@ def main() -> None:
     write_ids(directory, options.steps)
     rows = json.loads((directory / "ids.json").read_text())
     tokens = sum(2 * len(r["prompt_ids"]) + len(r["chosen_ids"]) + len(r["rejected_ids"]) for r in rows)
-    seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    seconds: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}
     peaks: dict[str, float] = {}
     for number in range(options.rounds):
         for kind in KINDS:
             steps, peak = measured(directory, kind, options.steps)
-            seconds[kind] += steps[2:]
+            seconds[kind] += steps[1:]
             peaks[kind] = max(peak, peaks.get(kind, 0.0))
             load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
-            print(f"round {number + 1}, {kind}: {[round(s, 2) for s in steps]} s, load {load}", flush=True)
+            print(f"round {number + 1}, {kind}: {[round(own, 2) for own, _ in steps]} s, load {load}", flush=True)
     print(f"\n{len(rows)} pairs, {tokens / options.steps:.0f} tokens a step of {PAIRS_PER_STEP} pairs\n")
-    print("| | s a step, median | least | tokens/s | peak GB |\n| --- | --- | --- | --- | --- |")
+    print("| | s of work a step | s passed | tokens a s of work | peak GB |\n| --- | --- | --- | --- | --- |")
     for kind in KINDS:
-        middle = statistics.median(seconds[kind])
-        per_second = tokens / options.steps / middle
-        print(f"| {kind} | {middle:.2f} | {min(seconds[kind]):.2f} | {per_second:.0f} | {peaks[kind]:.2f} |")
+        work, waited = (statistics.median(column) for column in zip(*seconds[kind], strict=True))
+        print(f"| {kind} | {work:.2f} | {waited:.2f} | {tokens / options.steps / work:.0f} | {peaks[kind]:.2f} |")
 
 
 if __name__ == "__main__":
