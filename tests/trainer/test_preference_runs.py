@@ -146,8 +146,6 @@ def test_options_that_contradict_are_refused(started: Callable[..., Session]) ->
         started(rows, "lora", "dpo", **{"data.train_on_prompt": True})
     with pytest.raises(ConfigError, match=r"data\.streaming.*before the first step"):
         started(rows, "dpo", **{"data.streaming": True})
-    with pytest.raises(DataError, match=r"rows\.jsonl:1: kto estimates the distance .* at least two"):
-        started(pair_rows(1, labelled=True), "lora", "kto", **{"train.train_batch_size": 1})
 
 
 def test_a_stream_of_pairs_is_trained_with_the_adapters_reference(tmp_path: Path) -> None:

@@ -99,13 +99,8 @@ class KTOLoss:
         self.precompute = self._precompute if reference.is_precomputed else None
 
     def prepare(self, examples: Sequence[Example]) -> None:
-        """Choose the partner of each example. Raises DataError for a row without a label, and for a single row."""
+        """Choose the partner of each example; one that is alone is its own. Raises DataError where a label is missing."""
         num = len(examples)
-        if num == 1:
-            raise DataError(
-                f"{examples[0].row_id}: kto estimates the distance to the reference from answers to other questions, "
-                "and there is no other row; give it at least two"
-            )
         for number, example in enumerate(examples):
             _is_chosen(example)
             self._partners[example.row_id] = (examples, (number + num // 2) % num)
@@ -121,14 +116,14 @@ class KTOLoss:
         return float(len(batch.examples))
 
     def _precompute(self, lm: LanguageModel, batch: Batch) -> dict[str, Tensor]:
-        mismatched = self._mismatched(lm, batch)
+        mismatched = self._mismatched(batch)
         with self._reference.computing(lm) as reference:
             return {_REFERENCE: _log_probs(reference, batch), _REFERENCE_KL: _log_probs(reference, mismatched)}
 
     def statistics(self, lm: LanguageModel, batch: Batch) -> dict[str, Tensor]:
         """Return the sum of r over the mismatched pairs, and the numbers of answers and of good ones."""
         self._reference.release()
-        mismatched = self._mismatched(lm, batch)
+        mismatched = self._mismatched(batch)
         log_probs_E = _log_probs(lm, mismatched)
         if self._reference.is_precomputed:
             reference_E = batch.extras[_REFERENCE_KL]
@@ -180,7 +175,7 @@ class KTOLoss:
         metrics["rewards/margins"] = ((rewards_E * shares_E).sum() * has_both, num / totals["num"] * has_both)
         return metrics
 
-    def _mismatched(self, lm: LanguageModel, batch: Batch) -> Batch:
+    def _mismatched(self, batch: Batch) -> Batch:
         """Return the questions of a batch with the answers to others, laid out as the batch is."""
         examples = [self._with_other_answer(example) for example in batch.examples]
         is_padded = batch.cu_seqlens is None
