@@ -99,7 +99,7 @@ class KTOLoss:
         self.precompute = self._precompute if reference.is_precomputed else None
 
     def prepare(self, examples: Sequence[Example]) -> None:
-        """Choose the partner of each example; one that is alone is its own. Raises DataError where a label is missing."""
+        """Choose the partner of each example; one that is alone is its own. Raises DataError for a missing label."""
         num = len(examples)
         for number, example in enumerate(examples):
             _is_chosen(example)
