@@ -257,3 +257,23 @@ def test_advantages_are_those_of_trl() -> None:
         assert metrics["reward_std"] == pytest.approx(nanstd(rewards).item())
         assert metrics["rewards/r/mean"] == pytest.approx(rewards.nanmean().item())
         assert metrics["frac_reward_zero_std"] == 0.25
+
+
+@pytest.mark.parametrize("options", [CASES[1], CASES[4], CASES[5]], ids=lambda options: f"{options['loss_type']}")
+def test_packed_rows_that_share_a_question_give_the_same_losses_and_gradients(
+    session_of: SessionOf, options: dict[str, Any]
+) -> None:
+    given = {f"grpo.{name}": value for name, value in options.items()}
+    padded, packed = session_of(**given), session_of("packed", **given)
+    for number, (one, other) in enumerate(zip(padded.sampler, packed.sampler, strict=True), 1):
+        assert [e.token_ids.tolist() for e in one.examples] == [e.token_ids.tolist() for e in other.examples]
+        batches = packed.trainer.micro_batches(other)
+        num_tokens = sum(len(other.examples[index].token_ids) for row in other.rows for index in row)
+        assert sum(micro.batch.input_ids_BT.numel() for micro in batches) < num_tokens, "the question stands once"
+        expected = padded.trainer.train_step(number, one.epoch, padded.trainer.micro_batches(one))
+        found = packed.trainer.train_step(number, other.epoch, batches)
+        assert found.loss == pytest.approx(expected.loss, abs=1e-5, rel=0)
+        assert found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-4, abs=1e-6)
+        assert found.metrics == pytest.approx(expected.metrics, abs=1e-5, rel=1e-5)
+        if number == 4:
+            break
