@@ -52,7 +52,8 @@ class TrainStep(nn.Module):
         """Takes model and loss. A loss that trains a module of its own gets it here, on the model's device."""
         super().__init__()
         if loss.has_module and lm.loss_module is None:
-            lm.loss_module = loss.module(lm).to(lm.device)
+            with lm.device:
+                lm.loss_module = loss.module(lm)
         self.lm = lm
         self.loss = loss
 

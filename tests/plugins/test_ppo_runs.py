@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import reward_functions
+import sftx
 from sftx import Conversation, Message
 from sftx.checkpoint.load_run import load_run
 from sftx.model.decoding import Decoder, Request, Sampling
@@ -75,6 +76,14 @@ def test_micro_batches_change_nothing(tmp_path: Path) -> None:
     for one, other in zip(whole, split, strict=True):
         assert {name: other[name] for name in names} == pytest.approx({name: one[name] for name in names}, abs=1e-5)
     assert len({line["loss"] for line in whole}) == 6
+
+
+@pytest.mark.parametrize("adapter", [["lora"], []], ids=["lora", "full"])
+def test_its_memory_can_be_planned(adapter: list[str], tiny_model: Path) -> None:
+    plugins = ["chatml", *adapter, "ppo", "reward-exact-match"]
+    plan = sftx.plan(model=str(tiny_model), data=prompts(8, 0), plugins=plugins, use_cpu=True)
+    assert any("every question has 1 examples" in line for line in plan.assumptions)
+    assert (plan.tokens_per_second or 0) > 0
 
 
 def mean_reward(out: Path) -> float:
