@@ -35,6 +35,7 @@ RUNS: Final[Mapping[str, str]] = {
     "ppo-full": "--plugin packed --plugin ppo --set ppo.response_length=6 --plugin reward-regex "
     "--set reward-regex.pattern=.*e.* --set reward-regex.match=search --plugin exact-match",
     "vera": "--plugin vera --set vera.r=8",
+    "distill": "--plugin distill --set distill.teacher={untied} --set distill.divergence=jsd --set distill.alpha=0.3",
     "grpo": "--plugin lora --plugin exact-match --plugin grpo --set grpo.num_generations=3 "
     "--set grpo.max_completion_length=6 --set grpo.steps_per_generation=2 --set grpo.beta=0.1 --plugin reward-function "
     # Of a tiny model, hundreds of tokens are nearly as likely as one another: rounding would choose between them.
@@ -74,6 +75,7 @@ CASES: Final = (
     Case("stream", 4, DDP),
     Case("tokens", 2, FSDP2),
     Case("experts", 2, DDP),
+    Case("distill", 2, DDP),
     Case("grpo", 2, DDP),
     Case("ppo", 2, DDP),
 )
@@ -97,6 +99,7 @@ MORE_CASES: Final = (
     Case("ppo-full", 2, DDP),
     Case("ppo-full", 2, FSDP2),
     Case("experts", 2, FSDP2 + "--gradient-checkpointing"),
+    Case("distill", 2, FSDP2),
     *(Case(run, 2, how) for run in ("quantised-experts", "dora", "pissa", "vera") for how in (DDP, FSDP2)),
 )
 

@@ -65,6 +65,10 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"num_generations": 2, "loss_type": "grpo", "num_iterations": 2, "epsilon": 1.0, "epsilon_high": 1e6},
         {"loss_type": "dr_grpo", "importance_sampling_level": "sequence", "temperature": 0.8},
     ],
+    "distill": [
+        {"divergence": "reverse", "alpha": 0.3, "workspace_mb": 1},
+        {"divergence": "jsd", "beta": 0.2},
+    ],
     "masked-ce": [{"label_smoothing": 0.1, "z_loss": 1e-3}, {"workspace_mb": 1}],
 }
 """Options with which a plugin is checked besides its defaults."""

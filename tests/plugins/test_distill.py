@@ -17,6 +17,7 @@ from distilling import teacher_of, write_chats
 from sessions import session_of
 from sftx import ConfigError, DataError, Example, Location, ModelError
 from sftx.data.collate import pack, pad
+from sftx.testing import check_loss
 from sftx.trainer.session import Session
 from sftx_plugins.losses.distill import Distill
 from sftx_plugins.parsers._teacher import TeacherRows, stored
@@ -157,6 +158,12 @@ def test_alpha_1_is_cross_entropy(run_of: SessionOf) -> None:
     torch.testing.assert_close(ours.sum, theirs.loss)
     torch.testing.assert_close(ours.metrics["nll"], theirs.loss)
     assert ours.metrics["token_accuracy"] == theirs.correct_N.sum()
+
+
+@pytest.mark.parametrize("divergence", ["forward", pytest.param("jsd", marks=pytest.mark.slow)])
+def test_with_a_model_it_keeps_the_contract_of_a_loss(teacher: Path, divergence: Any) -> None:
+    """The right gradient, the same for any batch and padding, of labels alone. Elsewhere it is checked with rows."""
+    check_loss(Distill(teacher=str(teacher), divergence=divergence, temperature=2.0, alpha=0.2))
 
 
 # ---- oracles

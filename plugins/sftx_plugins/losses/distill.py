@@ -83,6 +83,7 @@ class DistillLoss:
         self._options = options
         self._trust_remote_code = trust_remote_code
         self._beta = {"forward": 0.0, "reverse": 1.0, "jsd": options.beta}[options.divergence]
+        self._student: LanguageModel | None = None
         self._teacher: LanguageModel | None = None
 
     def denominator(self, batch: Batch) -> float:
@@ -185,7 +186,8 @@ class DistillLoss:
 
         if self._options.teacher is None:
             return TopK(batch.extras[_LOG_PROBS], batch.extras[_IDS])
-        if self._teacher is None:
+        if self._teacher is None or self._student is not lm:  # in a run the student is one and the same
+            self._student = lm
             with torch.random.fork_rng(devices=[]):  # the student's forward is seeded already
                 self._teacher = load_model(self._options.teacher, like=lm, trust_remote_code=self._trust_remote_code)
         teacher = self._teacher
