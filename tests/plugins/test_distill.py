@@ -391,8 +391,19 @@ def test_stored_log_probabilities_follow_the_labels() -> None:
     assert log_probs_MK.tolist() == [[-2, -3], [-1.5, -2.5], [-1, -2]]
     kept = stored(examples[0])
     assert kept is not None
-    assert kept.positions == [2, 3]
+    assert kept.places == [0, 0, 0, 1]
     json.dumps(dict(examples[0].extras))
+
+
+def test_a_run_on_stored_log_probabilities_is_planned(tmp_path: Path) -> None:
+    """A plan makes rows longer and trains all of their tokens; without data it takes a sample of the parser."""
+    import sftx
+
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in TeacherRows.samples), encoding="utf-8")
+    for data in ({"data": str(path)}, {}):
+        plan = sftx.plan(model="sftx:tiny", plugins=["lora", "distill"], use_cpu=True, max_length=64, **data)
+        assert "peak, in forward and backward" in str(plan)
 
 
 @pytest.mark.parametrize(
@@ -432,5 +443,5 @@ def test_rows_that_do_not_fit_the_run_or_one_another_are_refused() -> None:
     with pytest.raises(DataError, match=r"rows.jsonl:1: was cut to 3 tokens, .* raise data.max_length"):
         extras_of([cut])
     more = Example(example.token_ids, [False, True, True, True], "rows.jsonl:1", 0, extras=example.extras)
-    with pytest.raises(DataError, match=r"rows.jsonl:1: .* trains a token without log-probabilities"):
+    with pytest.raises(DataError, match=r"rows.jsonl:1: trains 3 tokens, and has log-probabilities for 2"):
         extras_of([more])

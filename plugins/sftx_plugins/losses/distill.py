@@ -100,7 +100,7 @@ class DistillLoss:
         if self._options.teacher is not None:
             return {}
         places, ids, log_probs = [], [], []
-        num_before = 1  # row 0 of the tables below is for positions without a label
+        num_before = 0
         for example in batch.examples:
             kept = stored(example)
             if kept is None:
@@ -113,15 +113,19 @@ class DistillLoss:
                     f"{example.row_id}: its log-probabilities are of temperature {kept.temperature:g}, and "
                     f"distill.temperature is {self._options.temperature:g}; set it to that of the rows"
                 )
-            numbers = np.zeros(len(example.token_ids))
-            if kept.positions[-1:] >= [len(numbers)]:
+            num_tokens = len(example.token_ids)
+            if len(kept.places) != num_tokens:
                 raise DataError(
-                    f"{example.row_id}: was cut to {len(numbers)} tokens, and its log-probabilities are of more; raise "
+                    f"{example.row_id}: was cut to {num_tokens} tokens, and its log-probabilities are of more; raise "
                     "data.max_length, or drop long rows (data.long_rows: drop)"
                 )
-            numbers[kept.positions] = np.arange(num_before, num_before + len(kept.positions))
-            places.append(numbers.tolist())
-            num_before += len(kept.positions)
+            if num_tokens == kept.num_tokens and example.num_label_tokens != len(kept.ids_LK):
+                raise DataError(
+                    f"{example.row_id}: trains {example.num_label_tokens} tokens, and has log-probabilities for "
+                    f"{len(kept.ids_LK)}; give {IDS} for every trained token"
+                )
+            places.append([num_before + place for place in kept.places])
+            num_before += len(kept.ids_LK)
             ids.append(kept.ids_LK)
             log_probs.append(kept.log_probs_LK)
             if ids[0].shape[1] != ids[-1].shape[1]:
@@ -130,14 +134,7 @@ class DistillLoss:
                     f"{batch.examples[0].row_id} has {ids[0].shape[1]}; give each row as many"
                 )
         index_M = per_label(batch, places)[batch.labels_BT != IGNORE_INDEX].long()
-        if bool((index_M == 0).any()):
-            raise DataError(
-                f"{batch.row_ids[0]}: it, or a row of its batch, trains a token without log-probabilities; give "
-                f"{IDS} for every trained token"
-            )
-        ids_LK, log_probs_LK = (
-            torch.from_numpy(np.concatenate([np.zeros_like(one[0][:1]), *one])) for one in (ids, log_probs)
-        )
+        ids_LK, log_probs_LK = (torch.from_numpy(np.concatenate(one)) for one in (ids, log_probs))
         return {_IDS: ids_LK[index_M], _LOG_PROBS: log_probs_LK[index_M]}
 
     def __call__(self, lm: LanguageModel, batch: Batch) -> LossSum:

@@ -18,7 +18,12 @@ IDS, LOG_PROBS, TEMPERATURE = "teacher_ids", "teacher_log_probs", "teacher_tempe
 """The fields of a record beside those of `tokens`."""
 
 _EXTRAS: Final = "teacher"
-"""The key of an example's extras."""
+_PLACES: Final = "teacher_places"
+"""Keys of an example's extras: what was stored, and for each token as a float which row of it is the token's.
+
+Tokens that are not trained have the first row, so that a plan of memory, which makes an example longer and trains all
+of it, finds one for each.
+"""
 _MOST: Final = 1e-3
 """How far beyond 1 the stored probabilities of a token may add up: log-probabilities are often rounded to bf16."""
 
@@ -26,8 +31,10 @@ _MOST: Final = 1e-3
 class StoredTopK(NamedTuple):
     """The k largest log-probabilities of a teacher for some tokens of an example. L of its tokens have them."""
 
-    positions: list[int]
-    """[L], indices of the tokens, ascending."""
+    places: list[float]
+    """[T], for each token of the example which of the L rows is its own; meaningless where it is not trained."""
+    num_tokens: int
+    """Tokens of the record: more than those of an example that was cut."""
     ids_LK: NDArray[np.int64]
     log_probs_LK: NDArray[np.float32]
     """In nats, at `temperature`."""
@@ -87,13 +94,16 @@ class TeacherRows:
         temperature = record.get(TEMPERATURE, 1.0)
         if not _is_number(temperature) or not temperature > 0:
             raise DataError(f"{where}: {TEMPERATURE} is {_values.shown(temperature)}, expected a number above 0")
+        places = dict(zip(positions, map(float, range(len(positions))), strict=True))
         extras = {
-            "positions": positions,
+            "num_tokens": length,
+            "num_rows": len(positions),
             "ids": _packed(np.array([ids[at] for at in positions], np.int32)),
             "log_probs": _packed(np.array([log_probs[at] for at in positions], np.float32)),
             "temperature": float(temperature),
         }
-        return (Tokens(tokens.token_ids, tokens.loss_mask, extras={_EXTRAS: extras}),)
+        of_tokens = [places.get(at, 0.0) for at in range(length)]
+        return (Tokens(tokens.token_ids, tokens.loss_mask, extras={_EXTRAS: extras, _PLACES: of_tokens}),)
 
 
 def stored(example: Example) -> StoredTopK | None:
@@ -103,12 +113,12 @@ def stored(example: Example) -> StoredTopK | None:
     kept: Mapping[str, Any] | None = example.extras.get(_EXTRAS)
     if kept is None:
         return None
-    num = len(kept["positions"])
     ids, log_probs = (
-        np.frombuffer(base64.b64decode(kept[name]), dtype).reshape(num, -1)
+        np.frombuffer(base64.b64decode(kept[name]), dtype).reshape(kept["num_rows"], -1)
         for name, dtype in (("ids", np.int32), ("log_probs", np.float32))
     )
-    return StoredTopK(kept["positions"], ids.astype(np.int64), log_probs.astype(np.float32), kept["temperature"])
+    places: list[float] = example.extras[_PLACES]
+    return StoredTopK(places, kept["num_tokens"], ids.astype(np.int64), log_probs.astype(np.float32), kept["temperature"])
 
 
 def _packed(array: NDArray[Any]) -> str:
