@@ -403,7 +403,7 @@ def test_a_run_on_stored_log_probabilities_is_planned(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in TeacherRows.samples), encoding="utf-8")
     for data in ({"data": str(path)}, {}):
         plan = sftx.plan(model="sftx:tiny", plugins=["lora", "distill"], use_cpu=True, max_length=64, **data)
-        assert "peak, in forward and backward" in str(plan)
+        assert plan.need.total > 0
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,9 @@ def stored(example: Example) -> StoredTopK | None:
         for name, dtype in (("ids", np.int32), ("log_probs", np.float32))
     )
     places: list[float] = example.extras[_PLACES]
-    return StoredTopK(places, kept["num_tokens"], ids.astype(np.int64), log_probs.astype(np.float32), kept["temperature"])
+    return StoredTopK(
+        places, kept["num_tokens"], ids.astype(np.int64), log_probs.astype(np.float32), kept["temperature"]
+    )
 
 
 def _packed(array: NDArray[Any]) -> str:
