@@ -50,7 +50,7 @@ def compare(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Train all and return the share of exact matches by step of each run."""
     held_out = copy_rows(DEMO / "held_out.jsonl", work / "held_out.jsonl", options.held_out)
     train = copy_rows(DEMO / "train.jsonl", work / "train.jsonl", None)
-    sft = run(work / "sft", ["lora"], train, held_out, options.sft_steps, seed=0)
+    sft = run(work / "sft", ["lora"], train, held_out, options.sft_steps, seed=0, options={"train.learning_rate": 1e-3})
     begin = {"lora.init_from": str(work / "sft" / "adapter")}
     pairs = make_pairs(work, copy_rows(train, work / "asked.jsonl", options.rows), options.samples)
     report: dict[str, Any] = {
