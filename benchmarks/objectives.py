@@ -30,9 +30,9 @@ OUT: Final = ROOT / "benchmarks" / "results" / "cpu" / "objectives.json"
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--sft-steps", type=int, default=12)
-    parser.add_argument("--grpo-steps", type=int, default=24)
-    parser.add_argument("--dpo-steps", type=int, default=24)
+    parser.add_argument("--sft-steps", type=int, default=20)
+    parser.add_argument("--grpo-steps", type=int, default=16)
+    parser.add_argument("--dpo-steps", type=int, default=16)
     parser.add_argument("--held-out", type=int, default=100, help="held-out rows that are asked")
     parser.add_argument("--rows", type=int, default=160, help="training rows that answers are sampled for")
     parser.add_argument("--samples", type=int, default=4)
@@ -50,7 +50,16 @@ def compare(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Train all and return the share of exact matches by step of each run."""
     held_out = copy_rows(DEMO / "held_out.jsonl", work / "held_out.jsonl", options.held_out)
     train = copy_rows(DEMO / "train.jsonl", work / "train.jsonl", None)
-    sft = run(work / "sft", ["lora"], train, held_out, options.sft_steps, seed=0, options={"train.learning_rate": 1e-3})
+    sft = run(
+        work / "sft",
+        ["lora"],
+        train,
+        held_out,
+        options.sft_steps,
+        seed=0,
+        rows=4,
+        options={"train.learning_rate": 2e-3},
+    )
     begin = {"lora.init_from": str(work / "sft" / "adapter")}
     pairs = make_pairs(work, copy_rows(train, work / "asked.jsonl", options.rows), options.samples)
     report: dict[str, Any] = {
@@ -66,7 +75,7 @@ def compare(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         report["grpo"].append(
             run(
                 work / f"grpo-{seed}", ["lora", "grpo", "reward-exact-match"], train, held_out, options.grpo_steps,
-                seed=seed, options={**begin, **grpo, "train.learning_rate": 1e-4},
+                seed=seed, options={**begin, **grpo, "train.learning_rate": 3e-4},
             )
         )  # fmt: skip
         report["dpo"].append(
@@ -94,6 +103,7 @@ def run(
     num_steps: int,
     *,
     seed: int,
+    rows: int = 8,
     options: Mapping[str, Any] | None = None,
 ) -> list[tuple[int, float]]:
     """Train, and return pairs of a step and the share of exact matches after it; the first is before training."""
@@ -101,8 +111,8 @@ def run(
         sys.executable, "-m", "sftx", "run", "--output-dir", str(directory), "--data", str(train),
         "--eval-data", str(held_out),
         *(part for name in ("chatml", "exact-match", *plugins) for part in ("--plugin", name)),
-        "--max-steps", str(num_steps), "--train-batch-size", "8", "--per-device-train-batch-size", "8",
-        "--eval-steps", str(max(1, num_steps // 4)), "--seed", str(seed), "--save-strategy", "no",
+        "--max-steps", str(num_steps), "--train-batch-size", str(rows), "--per-device-train-batch-size", str(rows),
+        "--eval-steps", str(max(1, num_steps // 2)), "--seed", str(seed), "--save-strategy", "no",
         "--set", "generation.max_new_tokens=48", "--lr-scheduler-type", "constant",
         *(part for name, value in (options or {}).items() for part in ("--set", f"{name}={value}")),
     ]  # fmt: skip
