@@ -59,3 +59,15 @@ def test_ways_to_ask_a_run_are_compared(tmp_path: Path) -> None:
     said = run("benchmarks/answers.py", str(directory), *ways)
     assert "| chat | 0.000 | 2 of 2 |" in said
     assert "| transformers, merged | 0.000 | 2 of 2 |" in said
+
+
+def test_what_a_run_grows_with_is_measured(tmp_path: Path) -> None:
+    out = tmp_path / "sweeps.json"
+    run("benchmarks/sweeps.py", "--points", "1", "--steps", "2", "--sweeps", "sequence", "rows", "--out", str(out))
+    sweeps = json.loads(out.read_text(encoding="utf-8"))["sweeps"]
+    assert {name: [point["value"] for point in points] for name, points in sweeps.items()} == {
+        "sequence": [512],
+        "rows": [1000],
+    }
+    assert sweeps["sequence"][0]["tokens_per_second"] > 0
+    assert out.with_suffix(".png").is_file()
