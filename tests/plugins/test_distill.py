@@ -19,6 +19,7 @@ from sftx import ConfigError, DataError, Example, Location, ModelError
 from sftx.data.collate import pack, pad
 from sftx.testing import check_loss
 from sftx.trainer.session import Session
+from sftx_plugins.collators.padded import Padded
 from sftx_plugins.losses.distill import Distill
 from sftx_plugins.parsers._teacher import TeacherRows, stored
 from trainers import planned
@@ -395,15 +396,15 @@ def test_stored_log_probabilities_follow_the_labels() -> None:
     json.dumps(dict(examples[0].extras))
 
 
-def test_a_run_on_stored_log_probabilities_is_planned(tmp_path: Path) -> None:
-    """A plan makes rows longer and trains all of their tokens; without data it takes a sample of the parser."""
-    import sftx
+def test_the_batch_of_a_memory_plan_has_log_probabilities_for_every_token() -> None:
+    """A plan makes rows longer and trains all of their tokens."""
+    from sftx.events import RunInfo
+    from sftx.inspection.memory_plan.fake_tensors import make_batch
 
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in TeacherRows.samples), encoding="utf-8")
-    for data in ({"data": str(path)}, {}):
-        plan = sftx.plan(model="sftx:tiny", plugins=["lora", "distill"], use_cpu=True, max_length=64, **data)
-        assert plan.need.total > 0
+    batch = make_batch(Padded(), 3, 64, rows_of(with_top(2)))
+    loss: Any = Distill().sftx_loss(RunInfo(Path(), {}))
+    assert batch.num_label_tokens == 63 + 62 + 62
+    assert [list(value.shape) for value in loss.extras(batch).values()] == [[batch.num_label_tokens, 2]] * 2
 
 
 @pytest.mark.parametrize(
