@@ -242,9 +242,7 @@ def test_ten_steps_of_training_are_those_of_trl(
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("beta", [0.0, 0.1, 0.9, 1.0])
 def test_the_loss_and_its_gradient_are_those_of_trl_and_liger(beta: float, temperature: float) -> None:
-    """Liger's is compared where it is installed."""
-    import importlib.util
-
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
     from trl.experimental.gkd import GKDTrainer
 
     from sftx_kernels import TeacherHead, linear_kl
@@ -261,12 +259,9 @@ def test_the_loss_and_its_gradient_are_those_of_trl_and_liger(beta: float, tempe
     logits = (hidden @ weight.T for hidden, weight in ((hidden_ND, weight_VD), (teacher_NH, teacher_VH)))
     loss = GKDTrainer.generalized_jsd_loss(*logits, labels=labels_N, beta=beta, temperature=temperature)
     results = [[loss, *torch.autograd.grad(loss, leaves)]]
-    if importlib.util.find_spec("liger_kernel") is not None:
-        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
-
-        of_liger = LigerFusedLinearJSDLoss(0.0, 1.0, beta=beta, temperature=temperature, compiled=False)
-        loss = of_liger(*leaves, teacher_NH, teacher_VH, labels_N)
-        results.append([loss, *torch.autograd.grad(loss, leaves)])
+    of_liger = LigerFusedLinearJSDLoss(0.0, 1.0, beta=beta, temperature=temperature, compiled=False)
+    loss = of_liger(*leaves, teacher_NH, teacher_VH, labels_N)
+    results.append([loss, *torch.autograd.grad(loss, leaves)])
     for theirs in results:
         for actual, expected in zip(ours, theirs, strict=True):
             torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
