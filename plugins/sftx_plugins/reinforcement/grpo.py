@@ -61,7 +61,9 @@ class Grpo:
     top_p: Annotated[
         float, Field(gt=0, le=1, description="Draw from the likeliest tokens that together have this probability.")
     ] = 1.0
-    top_k: Annotated[int, Field(ge=0, description="Draw from this many of the likeliest tokens; 0: from all.")] = 0
+    top_k: Annotated[
+        int, Field(ge=0, le=2**24, description="Draw from this many of the likeliest tokens; 0: from all.")
+    ] = 0
     min_p: Annotated[
         float, Field(ge=0, le=1, description="Draw from tokens with this share of the likeliest one's probability.")
     ] = 0.0

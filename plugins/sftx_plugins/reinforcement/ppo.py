@@ -30,7 +30,9 @@ class PPO:
         float, Field(gt=0, le=100, description="Logits are divided by it, where answers are sampled and in the loss.")
     ] = 0.7
     top_p: Annotated[float, Field(gt=0, le=1, description="Sample from the likeliest tokens of this share.")] = 1.0
-    top_k: Annotated[int, Field(ge=0, description="Sample from so many of the likeliest tokens; 0: from all.")] = 0
+    top_k: Annotated[
+        int, Field(ge=0, le=2**24, description="Sample from so many of the likeliest tokens; 0: from all.")
+    ] = 0
     min_p: Annotated[
         float, Field(ge=0, le=1, description="Sample from tokens that are at least so likely, as a share of the first.")
     ] = 0.0

@@ -22,7 +22,7 @@ class RewardModel:
         str, Field(min_length=1, description="Directory or hub id of a sequence-classification model of transformers.")
     ]
     label: Annotated[
-        int | str | None,
+        Annotated[int, Field(ge=0, le=2**24)] | str | None,
         Field(description="Number or name of the class whose logit is the reward, of a model that has several."),
     ] = None
     input: Annotated[

@@ -31,7 +31,7 @@ class RewardRegex:
         ),
     ] = "full"
     group: Annotated[
-        int | str | None,
+        Annotated[int, Field(ge=0, le=2**24)] | str | None,
         Field(description="Number or name of the group that is compared with the reference; by default none is."),
     ] = None
 
