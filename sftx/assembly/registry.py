@@ -319,7 +319,10 @@ class Assembly:
             stage = RolloutStage(str(active.info), made)
             rewards = [reward.info.name for reward in self.providers("sftx_reward")]
             if stage.needs_reward and not rewards:
-                raise ConfigError(f"{stage}: no plugin scores the answers; add one that implements sftx_reward")
+                raise ConfigError(
+                    f"{stage}: no plugin scores the answers; add a reward, such as --plugin reward-exact-match or "
+                    "reward-function"
+                )
             for name in stage.reward_weights:
                 if name not in rewards:
                     hint = did_you_mean(name, rewards) or f"; it has {', '.join(rewards) or 'none'}"
