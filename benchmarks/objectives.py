@@ -1,4 +1,4 @@
-"""From supervised fine-tuning to GRPO and DPO: how far each raises the share of exact answers of the embedded model.
+"""Measure how far GRPO and DPO raise the share of exact answers of the embedded model after supervised fine-tuning.
 
 1. A short supervised run (`--sft-steps`) on the demo data reaches a middling share of exact matches on held-out rows.
 2. GRPO goes on from its adapter, with the exact match of a sampled answer with the row's own as the only reward.

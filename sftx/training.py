@@ -427,16 +427,30 @@ def _with_checkpointing(
     process_group: ProcessGroup,
 ) -> RunConfig:
     """Return the options with gradient checkpointing chosen; it is on for all ranks if one of them needs it."""
+    import numpy as np
+
+    from sftx.data.sampler import lengths_and_groups
     from sftx.inspection.memory_plan import checkpointing
 
     # Of a stream only the first window is known.
     longest = pipeline.collator.row_length or (
         config.data.max_length if config.data.streaming else sampler.scope.longest
     )
+    if pipeline.rollout is not None:
+        examples_per_row = pipeline.rollout.num_answers
+    elif pipeline.collator.row_length is not None:
+        examples_per_row = 1  # `longest` is a whole row
+    else:
+        examples_per_row = int(np.unique(lengths_and_groups(sampler.examples)[1], return_counts=True)[1].max())
     with phase("planning", "memory"):
         chosen = process_group.all_reduce_max(
             checkpointing.choose(
-                loaded, config, precision.device, num_processes=process_group.world_size, longest=longest
+                loaded,
+                config,
+                precision.device,
+                num_processes=process_group.world_size,
+                longest=longest,
+                examples_per_row=examples_per_row,
             )
         )
     return dataclasses.replace(config, train=dataclasses.replace(config.train, gradient_checkpointing=chosen > 0))

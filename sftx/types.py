@@ -872,7 +872,7 @@ class Policy(Protocol):
 
 @dataclass(frozen=True)
 class Rollouts:
-    """What a rollout made of the questions of one window."""
+    """The examples that a rollout made of the questions of one window, with their answers."""
 
     examples: Sequence[Example]
     """To train on. `group` is the position of the example's question among the questions, so that examples of one

@@ -82,7 +82,7 @@ class _Case:
 
     @cached_property
     def precomputed(self) -> Values | None:
-        """What the loss computes of the examples before training."""
+        """Return what the loss computes of the examples before training, None for a loss that computes nothing."""
         assert self.examples
         return precomputed(self._stage, self.collator, self.lm, self.groups)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Gemma3nTextConfig
 
 from architectures import MIXTURES, write_model
 from sessions import session_of
@@ -89,6 +90,22 @@ def test_the_bound_is_more_than_what_is_planned(name: str, rows: int, tmp_path: 
         loaded = load(None, add=plugins, assignments=[(option, value, option) for option, value in values.items()])
         planned = checkpointing._needed(Planner(loaded, CPU), rows=rows, max_length=128)
         assert planned < checkpointing._generous_bound(loaded.config, rows * 128)
+
+
+def test_the_bound_knows_sizes_that_differ_by_layer(tmp_path: Path) -> None:
+    shape = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    config = Gemma3nTextConfig(**shape, num_hidden_layers=2, intermediate_size=[32, 64], vocab_size_per_layer_input=8)
+    config.save_pretrained(tmp_path)
+    loaded = load(None, assignments=[("model", str(tmp_path), "model"), ("data.train", "none.jsonl", "data.train")])
+    assert 0 < checkpointing._generous_bound(loaded.config, 128) < 10**12
+
+
+def test_processes_of_one_host_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = checkpointing.free_bytes(torch.device("cpu"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    shared = checkpointing.free_bytes(torch.device("cpu"))
+    if alone is not None:
+        assert shared == pytest.approx(alone / 4, rel=0.2)
 
 
 def test_the_free_memory_of_this_host_is_known() -> None:

@@ -1,4 +1,4 @@
-"""What losses share that compare the two answers of a pair.
+"""The parts that losses share which compare the two answers of a pair.
 
 Dimensions: B rows, T tokens, N = B*T, E examples of a batch, P pairs; P2: of each pair the chosen one and the rejected.
 """

@@ -1,4 +1,4 @@
-"""What rollouts report of a window's answers, under TRL's names."""
+"""The numbers that rollouts report of a window's answers, under TRL's names."""
 
 from __future__ import annotations
 

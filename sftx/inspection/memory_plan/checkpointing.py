@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from transformers import PretrainedConfig
 
 from sftx.config.loading import LoadedConfig
 from sftx.config.options import RunConfig
+from sftx.distributed.process_group import env_int
 from sftx.errors import SftxError, counted
 from sftx.inspection.memory_plan import MAX_ROWS, MAX_TOKENS
 from sftx.inspection.memory_plan.planner import Planner
@@ -29,12 +31,21 @@ _ROOMY: Final = 0.3
 """Below this part of the free memory even a generous bound is trusted, and no step is planned."""
 
 
-def choose(loaded: LoadedConfig, config: RunConfig, device: torch.device, *, num_processes: int, longest: int) -> bool:
+def choose(
+    loaded: LoadedConfig,
+    config: RunConfig,
+    device: torch.device,
+    *,
+    num_processes: int,
+    longest: int,
+    examples_per_row: int,
+) -> bool:
     """Return whether to recompute the layers in the backward pass, and log the reason when it is chosen.
 
-    `config` has the batch sizes of this run; `longest` is the largest number of tokens in a row. What the user has set
-    stays. Otherwise a step is planned as `sftx plan` does, unless a bound from the model's configuration shows at once
-    that there is room enough. A step that fits in neither way is tried without: the error says what to change.
+    `config` has the batch sizes of this run; `longest` is the largest number of tokens of an example, or of a packed
+    row; `examples_per_row` is the largest group of examples that share a row. What the user has set stays. Otherwise a
+    step is planned as `sftx plan` does, unless a bound from the model's configuration shows at once that there is room
+    enough. A step that fits in neither way is tried without: the error says what to change.
     """
     train = config.train
     if train.gradient_checkpointing is not None:
@@ -42,7 +53,7 @@ def choose(loaded: LoadedConfig, config: RunConfig, device: torch.device, *, num
     rows, free = train.micro_batch_size, free_bytes(device)
     if (
         free is None
-        or _generous_bound(config, rows * longest) < _ROOMY * free
+        or _generous_bound(config, rows * longest * examples_per_row) < _ROOMY * free
         or rows > MAX_ROWS
         or longest > MAX_TOKENS
     ):
@@ -74,7 +85,10 @@ def _needed(planner: Planner, **options: Any) -> int:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Return the bytes that are free on the device, of the host within its control group's limits; None if unknown."""
+    """Return the bytes that are free on the device for this process; None if unknown.
+
+    Those of the host are within its control group's limits, and shared with the other processes of the run there.
+    """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     if device.type != "cpu":
@@ -87,7 +101,7 @@ def free_bytes(device: torch.device) -> int | None:
         found.append(int(limit) - int(used))  # "max" stands for no limit, and is no number
     except (OSError, StopIteration, ValueError):
         pass
-    return min(found, default=None)
+    return min(found) // env_int("LOCAL_WORLD_SIZE", 1) if found else None
 
 
 def _generous_bound(config: RunConfig, num_tokens: int) -> float:
@@ -101,9 +115,15 @@ def _generous_bound(config: RunConfig, num_tokens: int) -> float:
     if not all(hasattr(model, name) for name in ("hidden_size", "num_hidden_layers", "vocab_size")):
         return math.inf
     hidden, num_layers = model.hidden_size, model.num_hidden_layers
-    inner = getattr(model, "intermediate_size", None) or 4 * hidden
-    num_mlps = (getattr(model, "num_experts_per_tok", None) or 0) + 1
-    num_experts = getattr(model, "num_experts", None) or getattr(model, "num_local_experts", None) or 1
+    inner = max(_numbers(model, "intermediate_size"), default=4 * hidden)
+    num_mlps = 1 + max(_numbers(model, "num_experts_per_tok"), default=0)
+    num_experts = max((*_numbers(model, "num_experts"), *_numbers(model, "num_local_experts")), default=1)
     activations = num_tokens * num_layers * (10 * hidden + 6 * inner * num_mlps) * 4
     weights = num_layers * hidden * (4 * hidden + 3 * inner * num_experts) + 2 * model.vocab_size * hidden
     return float(activations + 20 * weights + _LOGITS)
+
+
+def _numbers(model: PretrainedConfig, name: str) -> list[int]:
+    """Return the numbers of an entry: one, or one a layer as Gemma 3n has them; none where it is missing or null."""
+    value = getattr(model, name, None)
+    return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
