@@ -174,18 +174,24 @@ def run_trl(directory: Path, kind: str, steps: int) -> None:
 def measured(directory: Path, kind: str, steps: int) -> tuple[list[tuple[float, float]], float]:
     """Run in a process of its own; return its steps' seconds of work and of waiting, and its peak memory in GB."""
     tool, reference = kind.split()
-    code = (
-        f"import sys; from pathlib import Path; sys.path.insert(0, {str(Path(__file__).parent)!r}); import preference; "
-        f"preference.run_{tool}(Path({str(directory)!r}), {reference!r}, {steps})"
-    )
     shutil.rmtree(directory / reference, ignore_errors=True)
+    peak = measured_process(f"preference.run_{tool}(Path({str(directory)!r}), {reference!r}, {steps})", kind)
+    return json.loads((directory / "seconds.json").read_text(encoding="utf-8")), peak
+
+
+def measured_process(call: str, name: str) -> float:
+    """Call a function of a module of this directory in a process of its own; return its peak memory in GB."""
+    code = (
+        f"import sys; from pathlib import Path; sys.path.insert(0, {str(Path(__file__).parent)!r}); "
+        f"import {call.partition('.')[0]}; {call}"
+    )
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     assert child.stderr is not None
     said = child.stderr.read().decode()
     _, status, usage = os.wait4(child.pid, 0)
     if status:
-        raise SystemExit(f"{kind} failed:\n{said[-2000:]}")
-    return json.loads((directory / "seconds.json").read_text(encoding="utf-8")), usage.ru_maxrss / 1e6
+        raise SystemExit(f"{name} failed:\n{said[-2000:]}")
+    return usage.ru_maxrss / 1e6
 
 
 def main() -> None:

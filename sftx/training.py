@@ -36,14 +36,10 @@ from sftx.phases import PhaseTimes, listening, phase
 if TYPE_CHECKING:
     import torch
 
-    from sftx.assembly.stages import (
-        EvaluatorStage,
-        LossStage,
-        MetricStage,
-        OptimizerStage,
-        ParserStage,
-        ScheduleStage,
-    )
+    from sftx.assembly.stages.data import ParserStage
+    from sftx.assembly.stages.evaluation import EvaluatorStage, MetricStage
+    from sftx.assembly.stages.loss import LossStage
+    from sftx.assembly.stages.optimizer import OptimizerStage, ScheduleStage
     from sftx.data.dataset import Dataset
     from sftx.data.pipeline import DataPipeline
     from sftx.data.sampler import Sampler
@@ -202,7 +198,6 @@ def _assemble(prepared: _Prepared, times: PhaseTimes) -> Session:
         from sftx.inspection.diagnosis.start_checks import log_start_checks
         from sftx.model.generation import read_generation_settings
         from sftx.model.load import fingerprint
-        from sftx.model.quantised import num_weights
         from sftx.trainer import parallel
         from sftx.trainer import precision as precisions
         from sftx.trainer.evaluate import ModelEvaluator
@@ -260,8 +255,7 @@ def _assemble(prepared: _Prepared, times: PhaseTimes) -> Session:
     rollout = None
     if isinstance(sampler, RolloutSampler) and pipeline.rollout is not None:
         rewards, stop_ids = process_group.all_or_raise(assembly.rewards), pipeline.encoder.stop_ids
-        rollout = RolloutMaker(pipeline.rollout, rewards, trainer, pipeline.collator, stop_ids, config)
-        sampler.make = rollout
+        sampler.make = rollout = RolloutMaker(pipeline.rollout, rewards, trainer, pipeline.collator, stop_ids, config)
     _check_fit(config, sampler, lm, eval_data)
     for line in lm.untrained_parts():
         log.warning("%s: %s", config.model, line)
@@ -279,8 +273,6 @@ def _assemble(prepared: _Prepared, times: PhaseTimes) -> Session:
         )
     if directory.resumed:
         process_group.run_on_rank0(lambda: directory.check_inputs(manifest))
-    parameters = {id(p): p for p in lm.parameters()}.values()
-    scope = sampler.scope
     precomputation = None
     if loss.has_precompute:
         is_cached = config.data.cache is not False
@@ -330,31 +322,48 @@ def _assemble(prepared: _Prepared, times: PhaseTimes) -> Session:
         checkpoints=checkpoints,
         checkpoint=saved,
         precomputation=precomputation,
-        start_report=StartReport(
-            providers=assembly.table(),
-            model=config.model,
-            device=str(lm.device),
-            dtype=", ".join(filter(None, (str(precision), precision.reason))),
-            num_parameters=num_weights(parameters),
-            num_trainable=sum(p.numel() for p in parameters if p.requires_grad),
-            reach=lm.reach or "",
-            num_rows=data.ledger.num_rows,
-            num_examples=scope.num_examples,
-            num_label_tokens=scope.num_label_tokens,
-            num_input_tokens=scope.num_input_tokens,
-            num_eval_rows=eval_data.ledger.num_rows,
-            formats=dict(data.formats),
-            ledger=(*data.ledger.summary(), *eval_data.ledger.summary()),
-            num_steps=sampler.num_steps,
-            num_processes=process_group.world_size,
-            train_batch_size=config.train.rows_per_step,
-            per_device_train_batch_size=config.train.micro_batch_size,
-            gradient_accumulation_steps=config.train.gradient_accumulation_steps or 1,
-            tokens_per_step=scope.num_label_tokens / max(1, scope.num_steps),
-            is_stream=config.data.streaming,
-        ),
+        start_report=_start_report(config, assembly, data, eval_data, sampler, lm, precision, process_group),
         rollout=rollout,
         save_dtype=_save_dtype(config, pipeline, lm, precision),
+    )
+
+
+def _start_report(
+    config: RunConfig,
+    assembly: Assembly,
+    data: Dataset,
+    eval_data: Dataset,
+    sampler: Sampler,
+    lm: CausalLM,
+    precision: Precision,
+    process_group: ProcessGroup,
+) -> StartReport:
+    """Return what is known of the run before its first step."""
+    from sftx.model.quantised import num_weights
+
+    parameters, scope = {id(p): p for p in lm.parameters()}.values(), sampler.scope
+    return StartReport(
+        providers=assembly.table(),
+        model=config.model,
+        device=str(lm.device),
+        dtype=", ".join(filter(None, (str(precision), precision.reason))),
+        num_parameters=num_weights(parameters),
+        num_trainable=sum(p.numel() for p in parameters if p.requires_grad),
+        reach=lm.reach or "",
+        num_rows=data.ledger.num_rows,
+        num_examples=scope.num_examples,
+        num_label_tokens=scope.num_label_tokens,
+        num_input_tokens=scope.num_input_tokens,
+        num_eval_rows=eval_data.ledger.num_rows,
+        formats=dict(data.formats),
+        ledger=(*data.ledger.summary(), *eval_data.ledger.summary()),
+        num_steps=sampler.num_steps,
+        num_processes=process_group.world_size,
+        train_batch_size=config.train.rows_per_step,
+        per_device_train_batch_size=config.train.micro_batch_size,
+        gradient_accumulation_steps=config.train.gradient_accumulation_steps or 1,
+        tokens_per_step=scope.num_label_tokens / max(1, scope.num_steps),
+        is_stream=config.data.streaming,
     )
 
 

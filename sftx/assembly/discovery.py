@@ -17,7 +17,7 @@ import pluggy
 from sftx.assembly import hookspecs
 from sftx.assembly.entry_points import PLUGINS, PluginInfo, discover, find
 from sftx.assembly.hookspecs import PROJECT, RETURNS, VALIDATE
-from sftx.assembly.stages import arguments_of, named
+from sftx.assembly.stages.stage import arguments_of, named
 from sftx.errors import PluginError, did_you_mean, kind_of, one_line
 
 if TYPE_CHECKING:

@@ -22,26 +22,15 @@ from sftx.assembly.discovery import hooks_of, instance, load_class, options_of
 from sftx.assembly.entry_points import PluginInfo, discover, find
 from sftx.assembly.hookspecs import ONE_PROVIDER, PROJECT, RETURNS, VALIDATE
 from sftx.assembly.peft_config import adapter_directory, as_saved
-from sftx.assembly.stages import (
-    AdapterStage,
-    CollatorStage,
-    ControlStage,
-    EvaluatorStage,
-    ExporterStage,
-    LossStage,
-    MetricStage,
-    OptimizerStage,
-    ParserStage,
-    RewardStage,
-    RolloutStage,
-    RowSourceStage,
-    ScheduleStage,
-    TemplateStage,
-    call,
-    check_trainable,
-    make,
-    named,
-)
+from sftx.assembly.stages.adapter import AdapterStage, check_trainable
+from sftx.assembly.stages.control import ControlStage
+from sftx.assembly.stages.data import CollatorStage, ParserStage, RowSourceStage, TemplateStage
+from sftx.assembly.stages.evaluation import EvaluatorStage, MetricStage
+from sftx.assembly.stages.exporter import ExporterStage
+from sftx.assembly.stages.loss import LossStage
+from sftx.assembly.stages.optimizer import OptimizerStage, ScheduleStage
+from sftx.assembly.stages.rollout import RewardStage, RolloutStage
+from sftx.assembly.stages.stage import call, make, named
 from sftx.config.default_plugins import DEFAULT_PLUGINS, SOURCES
 from sftx.config.named_plugins import PLUGIN_OPTIONS, PluginOption
 from sftx.config.options import RunConfig, TrainConfig, as_dict

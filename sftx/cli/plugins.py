@@ -17,7 +17,7 @@ import click
 from sftx.assembly.discovery import hooks_of, instance, load_class, load_command, required_options
 from sftx.assembly.entry_points import COMMANDS, PLUGINS, PluginInfo, discover, find
 from sftx.assembly.hookspecs import PROJECT, RETURNS
-from sftx.assembly.stages import named
+from sftx.assembly.stages.stage import named
 from sftx.cli import new
 from sftx.errors import ConfigError, PluginError, printable
 from sftx.phases import phase

@@ -13,7 +13,9 @@ import torch
 
 from sftx.assembly.entry_points import discover, find
 from sftx.assembly.registry import Assembly, activate
-from sftx.assembly.stages import CollatorStage, RewardStage, RolloutStage, make
+from sftx.assembly.stages.data import CollatorStage
+from sftx.assembly.stages.rollout import RewardStage, RolloutStage
+from sftx.assembly.stages.stage import make
 from sftx.config.default_plugins import DEFAULT_PLUGINS, TEMPLATES
 from sftx.config.loading import load
 from sftx.config.named_plugins import OPTIM

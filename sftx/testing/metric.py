@@ -7,7 +7,8 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from sftx.assembly.stages import RESERVED_METRICS, arguments_of
+from sftx.assembly.stages.loss import RESERVED_METRICS
+from sftx.assembly.stages.stage import arguments_of
 from sftx.testing.clauses import ClauseError, Suite, must_not_raise
 from sftx.testing.kit import Kit, make_stage
 from sftx.testing.process import changed_random_states, random_states

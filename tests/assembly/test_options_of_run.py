@@ -55,7 +55,7 @@ def loaded(settings: dict[str, Any]) -> Any:
 @pytest.mark.parametrize("hook", RETURNS)
 def test_every_hook_may_ask_for_the_run(hook: str) -> None:
     from sftx.assembly import hookspecs
-    from sftx.assembly.stages import arguments_of
+    from sftx.assembly.stages.stage import arguments_of
 
     assert "run" in arguments_of(getattr(hookspecs, hook))
 

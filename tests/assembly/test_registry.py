@@ -409,7 +409,8 @@ def test_a_stage_that_fails_or_returns_the_wrong_thing_later_is_named_too(
 def test_errors_of_a_row_the_memory_or_the_disk_are_not_attributed_to_the_plugin() -> None:
     import torch
 
-    from sftx.assembly.stages import AdapterStage, ParserStage
+    from sftx.assembly.stages.adapter import AdapterStage
+    from sftx.assembly.stages.data import ParserStage
 
     class Stage:
         def parse(self, error: Any, where: Any = None) -> Any:
@@ -489,7 +490,7 @@ _ITSELF.append(_ITSELF)
 )
 def test_extras_that_json_does_not_hold_unchanged_are_told_with_plugin_and_row(extras: Any, message: str) -> None:
     """In memory, in the cache and in other processes they would be different ones."""
-    from sftx.assembly.stages import ParserStage
+    from sftx.assembly.stages.data import ParserStage
     from sftx.config.options import DataConfig, Source
     from sftx.data.encoder import Encoder
     from sftx.data.row_encoder import RowEncoder
@@ -521,7 +522,7 @@ def test_a_stage_can_be_copied_and_pickled() -> None:
     import copy
     import pickle
 
-    from sftx.assembly.stages import ParserStage
+    from sftx.assembly.stages.data import ParserStage
     from sftx_plugins.parsers.text import Text
 
     stage = ParserStage("plugin 'acme' (acme 1.0)", Text())

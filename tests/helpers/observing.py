@@ -81,7 +81,7 @@ def logged(run_directory: Path, event: str, name: str) -> dict[int, float]:
 
 def play(plugin: object, place: Path, change: Callable[[str, tuple[Any, ...]], tuple[Any, ...]]) -> RunInfo:
     """Send the events of a run to an observer without training; `change` may replace their arguments."""
-    from sftx.assembly.stages import make
+    from sftx.assembly.stages.stage import make
 
     info = run_info(place)
     observer = make(plugin, "sftx_observer", run=info)

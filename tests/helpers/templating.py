@@ -15,7 +15,7 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from sftx import Conversation, Message, Segment, ToolCall
-from sftx.assembly.stages import make
+from sftx.assembly.stages.stage import make
 from sftx.data.encoder import Encoder
 from sftx.testing.kit import built_in
 

@@ -119,7 +119,7 @@ def test_any_name_and_text_is_written(tmp_path: Path) -> None:
 
 
 def test_a_long_option_is_cut_and_complete_in_run_yaml(tmp_path: Path) -> None:
-    from sftx.assembly.stages import make
+    from sftx.assembly.stages.stage import make
     from sftx.testing.observer_case import events, run_info, send
 
     info = run_info(tmp_path)
