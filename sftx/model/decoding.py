@@ -244,15 +244,13 @@ class Decoder:
         """Append a token to each answer that is not complete, or complete it; return these requests."""
         moved = []
         logits_BV = next_token_logits(self._lm, hidden_BD)
-        greedy_B = logits_BV.argmax(-1).tolist()
+        tokens = _next_tokens(logits_BV, requests)
         normalisers = logits_BV.logsumexp(-1) if self._with_log_probabilities else None
         for row, request in enumerate(requests):
             if request.finish_reason:
                 continue  # it was cancelled, or is in a batch whose rows all stay until its end
             moved.append(request)
-            sampling = request.sampling
-            is_plain = sampling.temperature == 0 and sampling.repetition_penalty == 1
-            token = greedy_B[row] if is_plain else _draw(logits_BV[row], request)
+            token = tokens[row]
             if normalisers is not None:
                 request.log_probabilities.append(float(logits_BV[row, token] - normalisers[row]))
             if token in self._stop_ids:
@@ -263,7 +261,7 @@ class Decoder:
                     request.text.add(token)
                 if request.text is not None and request.text.is_stopped:
                     request.finish_reason = "stop"
-                elif len(request.answer_ids) == sampling.max_new_tokens:
+                elif len(request.answer_ids) == request.sampling.max_new_tokens:
                     request.finish_reason = "length"
             if request.finish_reason and request.text is not None:
                 request.text.finish()
@@ -291,8 +289,33 @@ def next_token_logits(lm: LanguageModel, hidden_BD: Tensor) -> Tensor:
 # --- choosing a token ---------------------------------------------------------------------------
 
 
+def _next_tokens(logits_BV: Tensor, requests: Sequence[Request]) -> list[int]:
+    """Return the next token of each request.
+
+    A token is drawn by the inverse of the cumulative distribution in the order of the vocabulary, which rounding does
+    not change, as it changes the order of nearly equal probabilities.
+    """
+    tokens: list[int] = logits_BV.argmax(-1).tolist()
+    unfiltered = []
+    for row, request in enumerate(requests):
+        sampling = request.sampling
+        if request.finish_reason or (sampling.temperature == 0 and sampling.repetition_penalty == 1):
+            continue
+        if (sampling.top_k, sampling.top_p, sampling.min_p, sampling.repetition_penalty) == (0, 1, 0, 1):
+            unfiltered.append(row)
+        else:
+            tokens[row] = _draw(logits_BV[row], request)
+    if unfiltered:  # all at once: on a GPU the host waits for one result instead of one a row
+        temperatures = logits_BV.new_tensor([requests[row].sampling.temperature for row in unfiltered])
+        logits = logits_BV if len(unfiltered) == len(requests) else logits_BV[unfiltered]
+        probabilities = torch.softmax(logits / temperatures[:, None], -1)
+        for row, token in zip(unfiltered, _inverse(probabilities, [requests[row] for row in unfiltered]), strict=True):
+            tokens[row] = token
+    return tokens
+
+
 def _draw(logits_V: Tensor, request: Request) -> int:
-    """Return the next token of a request that is sampled, or has a penalty for repetitions."""
+    """Return the next token of a request with a filter or a penalty for repetitions."""
     sampling = request.sampling
     if sampling.repetition_penalty != 1:
         seen = torch.tensor(sorted({*request.prompt_ids, *request.answer_ids}), device=logits_V.device)
@@ -304,10 +327,19 @@ def _draw(logits_V: Tensor, request: Request) -> int:
     probabilities, order = _candidates(logits_V / sampling.temperature, sampling)
     below = probabilities.cumsum(0) - probabilities  # the most likely token is always kept
     kept = (below < sampling.top_p) & (probabilities >= sampling.min_p * probabilities[0])
-    cumulative = torch.where(kept, probabilities, 0).double().cumsum(0)
-    share = _uniform(sampling.seed, len(request.answer_ids))
-    place = int(torch.searchsorted(cumulative, share * cumulative[-1], right=True))
-    return int(order[min(place, int(kept.sum()) - 1)])
+    tokens, places = order[kept].sort()
+    (place,) = _inverse(probabilities[kept][places][None], [request])
+    return int(tokens[place])
+
+
+def _inverse(probabilities_BV: Tensor, requests: Sequence[Request]) -> list[int]:
+    """Return where in each row of probabilities, which need not add up to 1, the request's random number lies."""
+    cumulative_BV = probabilities_BV.double().cumsum(-1)
+    shares = [_uniform(request.sampling.seed, len(request.answer_ids)) for request in requests]
+    shares_B1 = torch.tensor(shares, dtype=torch.float64, device=cumulative_BV.device)[:, None]
+    # The product is below the last sum, whose precision is finer than the largest share's distance to 1.
+    places_B1 = torch.searchsorted(cumulative_BV, shares_B1 * cumulative_BV[:, -1:], right=True)
+    return [int(place) for place in places_B1[:, 0].tolist()]
 
 
 def _candidates(logits_V: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:

@@ -149,7 +149,7 @@ def test_drawn_tokens_have_the_probabilities_of_the_model(lm: CausalLM) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"top_p": 0.9}, {"min_p": 0.02}, {"top_p": 0.999, "min_p": 1e-4}, {"top_k": 40, "top_p": 0.5}]
+    "settings", [{"top_p": 0.9}, {"min_p": 0.02}, {"top_p": 0.999, "min_p": 1e-4}, {"top_k": 40, "top_p": 0.5}]
 )
 def test_few_tokens_are_sorted_where_no_other_can_be_drawn(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -164,6 +164,34 @@ def test_few_tokens_are_sorted_where_no_other_can_be_drawn(
     few = drawn()
     monkeypatch.setattr(decoding, "_FEW_TOKENS", 4000)
     assert few == drawn()
+
+
+def test_tokens_drawn_without_a_filter_have_the_probabilities_of_the_model_with_other_requests_beside() -> None:
+    torch.manual_seed(0)
+    logits_BV = torch.randn(3, 8).repeat(1000, 1)
+    temperatures = (2.0, 0.0, 0.5)
+    requests = [Request([1], Sampling(1, temperature=temperatures[n % 3], seed=n)) for n in range(3000)]
+    for request in requests[2::3][:500]:
+        request.finish_reason = "stop"
+    tokens = decoding._next_tokens(logits_BV, requests)
+    assert set(tokens[1::3]) == {int(logits_BV[1].argmax())}
+    for row, drawn in ((0, tokens[0::3]), (2, tokens[2::3][500:])):
+        counts = Counter(drawn)
+        for token, probability in enumerate(torch.softmax(logits_BV[row] / temperatures[row], -1).tolist()):
+            spread = (probability * (1 - probability) / len(drawn)) ** 0.5
+            assert abs(counts[token] / len(drawn) - probability) < 5 * spread
+
+
+def test_rounding_of_nearly_equal_logits_changes_no_drawn_token() -> None:
+    """As two processes, or another size of the batch, round them."""
+    requests = [Request([1], Sampling(1, temperature=1.0, seed=seed)) for seed in range(300)]
+    torch.manual_seed(0)
+    logits_V = 1e-7 * torch.randn(1000)
+    other_V = logits_V + 1e-7 * torch.randn(1000)
+    assert logits_V.argsort().tolist() != other_V.argsort().tolist()
+    tokens = decoding._next_tokens(logits_V.expand(300, -1), requests)
+    assert tokens == decoding._next_tokens(other_V.expand(300, -1), requests)
+    assert len(set(tokens)) > 200
 
 
 def test_an_answer_ends_at_a_stop_text_and_its_row_makes_room(tiny_model_dir: Path) -> None:
