@@ -36,10 +36,10 @@ from sftx.phases import PhaseTimes, listening, phase
 if TYPE_CHECKING:
     import torch
 
-    from sftx.assembly.stages.data import ParserStage
-    from sftx.assembly.stages.evaluation import EvaluatorStage, MetricStage
-    from sftx.assembly.stages.loss import LossStage
-    from sftx.assembly.stages.optimizer import OptimizerStage, ScheduleStage
+    from sftx.assembly.stages.data_stages import ParserStage
+    from sftx.assembly.stages.evaluation_stages import EvaluatorStage, MetricStage
+    from sftx.assembly.stages.loss_stage import LossStage
+    from sftx.assembly.stages.optimizer_stages import OptimizerStage, ScheduleStage
     from sftx.data.dataset import Dataset
     from sftx.data.pipeline import DataPipeline
     from sftx.data.sampler import Sampler

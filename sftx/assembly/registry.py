@@ -22,14 +22,14 @@ from sftx.assembly.discovery import hooks_of, instance, load_class, options_of
 from sftx.assembly.entry_points import PluginInfo, discover, find
 from sftx.assembly.hookspecs import ONE_PROVIDER, PROJECT, RETURNS, VALIDATE
 from sftx.assembly.peft_config import adapter_directory, as_saved
-from sftx.assembly.stages.adapter import AdapterStage, check_trainable
-from sftx.assembly.stages.control import ControlStage
-from sftx.assembly.stages.data import CollatorStage, ParserStage, RowSourceStage, TemplateStage
-from sftx.assembly.stages.evaluation import EvaluatorStage, MetricStage
-from sftx.assembly.stages.exporter import ExporterStage
-from sftx.assembly.stages.loss import LossStage
-from sftx.assembly.stages.optimizer import OptimizerStage, ScheduleStage
-from sftx.assembly.stages.rollout import RewardStage, RolloutStage
+from sftx.assembly.stages.adapter_stage import AdapterStage, check_trainable
+from sftx.assembly.stages.control_stage import ControlStage
+from sftx.assembly.stages.data_stages import CollatorStage, ParserStage, RowSourceStage, TemplateStage
+from sftx.assembly.stages.evaluation_stages import EvaluatorStage, MetricStage
+from sftx.assembly.stages.exporter_stages import ExporterStage
+from sftx.assembly.stages.loss_stage import LossStage
+from sftx.assembly.stages.optimizer_stages import OptimizerStage, ScheduleStage
+from sftx.assembly.stages.rollout_stages import RewardStage, RolloutStage
 from sftx.assembly.stages.stage import call, make, named
 from sftx.config.default_plugins import DEFAULT_PLUGINS, SOURCES
 from sftx.config.named_plugins import PLUGIN_OPTIONS, PluginOption
@@ -225,6 +225,12 @@ class Assembly:
                 f"{rewards[0].info} scores answers of the model, and no plugin of this run makes any; add one that "
                 "implements sftx_rollout, such as --plugin grpo"
             )
+        for active in self.providers("sftx_exporter"):
+            if not self.has_other_hooks(active.info.name, "sftx_exporter"):
+                raise PluginError(
+                    f"{active.info} has no part in a run: it writes a result in another form; leave it out, and write "
+                    f"`sftx export RUN --to {active.info.name}` afterwards"
+                )
         for hook in sorted(ONE_PROVIDER):
             providers = self.providers(hook)
             if len(providers) > 1:

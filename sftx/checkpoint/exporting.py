@@ -27,7 +27,7 @@ from sftx.types import Rounding
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from sftx.assembly.stages.exporter import ExporterStage
+    from sftx.assembly.stages.exporter_stages import ExporterStage
     from sftx.types import LanguageModel, Template
 
 log = logging.getLogger(__name__)

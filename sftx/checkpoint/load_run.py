@@ -281,6 +281,10 @@ def _parts_of_run(weights: Path, run: Path, other_base: str | None, *, trust_rem
         if name not in stages or stages[name] & {"template", "adapter"}:
             assembly.add(find(name, installed, origin=str(run / layout.RUN)), options)
     has_adapters = bool(assembly.providers("sftx_adapter"))
+    if weights.name == layout.ADAPTER and not has_adapters:
+        raise ModelError(
+            f"{run / layout.RUN} names no adapter plugin, and {weights} is an adapter: the file was changed"
+        )
     base = _resolve_base(config.model, f"model in {run / layout.RUN}", other_base) if has_adapters else str(weights)
     tokenizer = _load_tokenizer(weights, base, trust_remote_code=trust_remote_code)
     template = assembly.template(tokenizer)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 
-from sftx.assembly.stages.exporter import ExportedStage
+from sftx.assembly.stages.exporter_stages import ExportedStage
 from sftx.checkpoint.load_run import LoadedRun
 from sftx.checkpoint.questions import ComparedPrompt
 from sftx.errors import PluginError, counted

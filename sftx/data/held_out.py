@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sftx.assembly.stages.data import ParserStage
+from sftx.assembly.stages.data_stages import ParserStage
 from sftx.config.options import DataConfig, Source
 from sftx.data import sources
 from sftx.data.parsed_rows import ParsedRow, parse_rows

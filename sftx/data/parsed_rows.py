@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from sftx.assembly.stages.data import ParserStage
+from sftx.assembly.stages.data_stages import ParserStage
 from sftx.config.options import DataConfig, Source
 from sftx.data import sources
 from sftx.data.row_encoder import EncodedRow, filtered_by_turns, mark_trained, parse_record, why_nothing_trained

@@ -12,8 +12,8 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from sftx.assembly.registry import Assembly
-from sftx.assembly.stages.data import CollatorStage
-from sftx.assembly.stages.rollout import RolloutStage
+from sftx.assembly.stages.data_stages import CollatorStage
+from sftx.assembly.stages.rollout_stages import RolloutStage
 from sftx.config.options import DataConfig, RunConfig, Source, TrainConfig
 from sftx.config.run_file import Origins
 from sftx.data import held_out, mixture, preprocess

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from sftx.assembly.stages.data import CollatorStage
-from sftx.assembly.stages.rollout import RolloutStage
+from sftx.assembly.stages.data_stages import CollatorStage
+from sftx.assembly.stages.rollout_stages import RolloutStage
 from sftx.config.options import TrainConfig
 from sftx.data.dataset import Examples
 from sftx.data.sampler import Draw, PlannedScope, PlannedStep, from_json, lengths_and_groups, to_json

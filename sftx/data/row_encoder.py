@@ -16,7 +16,7 @@ from typing import Any, Final, Literal, Protocol
 
 import numpy as np
 
-from sftx.assembly.stages.data import ParserStage
+from sftx.assembly.stages.data_stages import ParserStage
 from sftx.config.options import DataConfig, Filters, Source
 from sftx.data import sources, truncate
 from sftx.data.encoder import Encoder, KnownTexts, Part

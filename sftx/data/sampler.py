@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from sftx.assembly.stages.data import CollatorStage
+from sftx.assembly.stages.data_stages import CollatorStage
 from sftx.config.options import TrainConfig
 from sftx.data.dataset import Examples
 from sftx.data.stream import Stream

@@ -24,7 +24,7 @@ from typing import Any, Final, TypeAlias
 
 from sftx import hub_lookup
 from sftx.assembly.entry_points import discover
-from sftx.assembly.stages.data import RowSourceStage
+from sftx.assembly.stages.data_stages import RowSourceStage
 from sftx.atomic_files import sha256_of_file
 from sftx.config.default_plugins import SOURCES
 from sftx.config.options import DataConfig, RunConfig, Source

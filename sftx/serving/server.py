@@ -26,7 +26,7 @@ from starlette.routing import Route
 
 from sftx.assembly.entry_points import discover, find
 from sftx.assembly.registry import Assembly
-from sftx.assembly.stages.data import ParserStage
+from sftx.assembly.stages.data_stages import ParserStage
 from sftx.checkpoint.load_run import LoadedRun
 from sftx.config.run_file import Origins
 from sftx.errors import ConfigError, DataError, one_line

@@ -20,8 +20,8 @@ from sftx.types import IGNORE_INDEX, Batch, Example, SharedPrefixes
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from sftx.assembly.stages.data import CollatorStage
-    from sftx.assembly.stages.loss import LossStage
+    from sftx.assembly.stages.data_stages import CollatorStage
+    from sftx.assembly.stages.loss_stage import LossStage
     from sftx.model.language_model import CausalLM
 
 _WEIGHTS = (0.5, 2.0, 0.0, 1.0)

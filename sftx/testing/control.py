@@ -7,7 +7,7 @@ from copy import deepcopy
 from functools import cached_property
 from typing import Any, Final, TypeAlias
 
-from sftx.assembly.stages.control import ControlStage
+from sftx.assembly.stages.control_stage import ControlStage
 from sftx.errors import PluginError
 from sftx.events import Decision, EvalReport, StepReport
 from sftx.testing.clauses import ClauseError, Suite

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from sftx.assembly.stages.evaluation import EvaluatorStage
-from sftx.assembly.stages.loss import RESERVED_METRICS
+from sftx.assembly.stages.evaluation_stages import EvaluatorStage
+from sftx.assembly.stages.loss_stage import RESERVED_METRICS
 from sftx.distributed.process_group import ProcessGroup
 from sftx.errors import ConfigError, PluginError
 from sftx.model.language_model import CausalLM

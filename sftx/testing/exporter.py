@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from sftx.assembly.stages.adapter import AdapterStage
-from sftx.assembly.stages.exporter import ExporterStage
+from sftx.assembly.stages.adapter_stage import AdapterStage
+from sftx.assembly.stages.exporter_stages import ExporterStage
 from sftx.checkpoint.exporting import LoadedSource
 from sftx.checkpoint.load_run import LoadedRun
 from sftx.checkpoint.questions import ComparedPrompt, as_messages

@@ -13,8 +13,8 @@ import torch
 
 from sftx.assembly.entry_points import discover, find
 from sftx.assembly.registry import Assembly, activate
-from sftx.assembly.stages.data import CollatorStage
-from sftx.assembly.stages.rollout import RewardStage, RolloutStage
+from sftx.assembly.stages.data_stages import CollatorStage
+from sftx.assembly.stages.rollout_stages import RewardStage, RolloutStage
 from sftx.assembly.stages.stage import make
 from sftx.config.default_plugins import DEFAULT_PLUGINS, TEMPLATES
 from sftx.config.loading import load

@@ -18,8 +18,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from sftx.assembly.stages.data import CollatorStage
-from sftx.assembly.stages.loss import LossStage
+from sftx.assembly.stages.data_stages import CollatorStage
+from sftx.assembly.stages.loss_stage import LossStage
 from sftx.data.collate import groups_of
 from sftx.data.example_values import Values, places_of
 from sftx.model.language_model import CausalLM

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from sftx.assembly.stages.loss import RESERVED_METRICS
+from sftx.assembly.stages.loss_stage import RESERVED_METRICS
 from sftx.assembly.stages.stage import arguments_of
 from sftx.testing.clauses import ClauseError, Suite, must_not_raise
 from sftx.testing.kit import Kit, make_stage

@@ -9,9 +9,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from sftx.assembly.stages.data import CollatorStage
-from sftx.assembly.stages.loss import LossStage
-from sftx.assembly.stages.optimizer import OptimizerStage, ScheduleStage
+from sftx.assembly.stages.data_stages import CollatorStage
+from sftx.assembly.stages.loss_stage import LossStage
+from sftx.assembly.stages.optimizer_stages import OptimizerStage, ScheduleStage
 from sftx.config.options import TrainConfig
 from sftx.data.collate import groups_of
 from sftx.data.sampler import EpochSampler

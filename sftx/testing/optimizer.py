@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from sftx.assembly.stages.optimizer import OptimizerStage
+from sftx.assembly.stages.optimizer_stages import OptimizerStage
 from sftx.errors import PluginError
 from sftx.testing.clauses import ClauseError, ExemptError, Suite
 from sftx.testing.kit import Kit, make_stage, run_info

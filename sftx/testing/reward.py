@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from sftx.assembly.stages.rollout import RewardStage
+from sftx.assembly.stages.rollout_stages import RewardStage
 from sftx.errors import PluginError
 from sftx.testing.clauses import ClauseError, Suite, must_not_raise
 from sftx.testing.kit import Kit, make_stage

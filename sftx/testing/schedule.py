@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from sftx.assembly.stages.optimizer import ScheduleStage
+from sftx.assembly.stages.optimizer_stages import ScheduleStage
 from sftx.errors import PluginError
 from sftx.testing.clauses import ClauseError, Suite
 from sftx.testing.kit import Kit, make_stage

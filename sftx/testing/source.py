@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
-from sftx.assembly.stages.data import RowSourceStage
+from sftx.assembly.stages.data_stages import RowSourceStage
 from sftx.errors import DataError, PluginError
 from sftx.testing.clauses import ClauseError, ExemptError, Suite, must_not_raise
 from sftx.testing.kit import Kit, make_stage

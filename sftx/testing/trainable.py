@@ -10,7 +10,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from sftx.assembly.stages.adapter import check_trainable as check_names
+from sftx.assembly.stages.adapter_stage import check_trainable as check_names
 from sftx.data.collate import groups_of
 from sftx.errors import PluginError
 from sftx.model.load import load_spec

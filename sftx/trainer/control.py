@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from sftx.assembly.stages.control import ControlStage
+from sftx.assembly.stages.control_stage import ControlStage
 from sftx.checkpoint.run_state import RunState
 from sftx.config.options import TrainConfig
 from sftx.distributed.process_group import ProcessGroup

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sftx import atomic_files
-from sftx.assembly.stages.data import CollatorStage
-from sftx.assembly.stages.evaluation import EvaluatorStage, MetricStage
-from sftx.assembly.stages.loss import RESERVED_METRICS
+from sftx.assembly.stages.data_stages import CollatorStage
+from sftx.assembly.stages.evaluation_stages import EvaluatorStage, MetricStage
+from sftx.assembly.stages.loss_stage import RESERVED_METRICS
 from sftx.config.options import GenerationConfig
 from sftx.data.collate import pad
 from sftx.data.dataset import Dataset, Examples

@@ -7,7 +7,7 @@ from typing import Final
 
 from torch import Tensor
 
-from sftx.assembly.stages.optimizer import OptimizerStage
+from sftx.assembly.stages.optimizer_stages import OptimizerStage
 from sftx.config.named_plugins import leaner_than
 from sftx.config.options import TrainConfig
 from sftx.errors import counted

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sftx.assembly.stages.optimizer import OptimizerStage, group_options
+from sftx.assembly.stages.optimizer_stages import OptimizerStage, group_options
 from sftx.checkpoint import optimizer_state
 from sftx.errors import ModelError, PluginError
 from sftx.types import TrainableParam

@@ -28,8 +28,8 @@ from torch.distributed.fsdp import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from sftx.assembly.stages.loss import LossStage
-from sftx.assembly.stages.optimizer import OptimizerStage
+from sftx.assembly.stages.loss_stage import LossStage
+from sftx.assembly.stages.optimizer_stages import OptimizerStage
 from sftx.config.named_plugins import ELEMENTWISE
 from sftx.config.options import TrainConfig
 from sftx.distributed.process_group import ProcessGroup

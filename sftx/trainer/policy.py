@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from sftx.assembly.stages.data import CollatorStage
-from sftx.assembly.stages.rollout import RewardStage
+from sftx.assembly.stages.data_stages import CollatorStage
+from sftx.assembly.stages.rollout_stages import RewardStage
 from sftx.data.collate import pack
 from sftx.data.row_encoder import prompt_example
 from sftx.distributed.process_group import ProcessGroup

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from sftx.assembly.registry import Assembly
-from sftx.assembly.stages.data import CollatorStage
+from sftx.assembly.stages.data_stages import CollatorStage
 from sftx.atomic_files import open_bytes
 from sftx.checkpoint import layout
 from sftx.data.cache import code_digest

@@ -10,8 +10,8 @@ from functools import partial
 
 import torch
 
-from sftx.assembly.stages.data import CollatorStage
-from sftx.assembly.stages.rollout import RewardStage, RolloutStage
+from sftx.assembly.stages.data_stages import CollatorStage
+from sftx.assembly.stages.rollout_stages import RewardStage, RolloutStage
 from sftx.config.options import RunConfig
 from sftx.data.sampler import to_json
 from sftx.errors import PluginError

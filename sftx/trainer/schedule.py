@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 
-from sftx.assembly.stages.optimizer import ScheduleStage
+from sftx.assembly.stages.optimizer_stages import ScheduleStage
 from sftx.config.options import TrainConfig
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sftx.assembly.stages.data import CollatorStage
+from sftx.assembly.stages.data_stages import CollatorStage
 from sftx.data.collate import documents_of, pack, pad
 from sftx.errors import ModelError, one_line
 from sftx.model.language_model import CausalLM

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from sftx.assembly.stages.control import ControlStage
+from sftx.assembly.stages.control_stage import ControlStage
 from sftx.atomic_files import atomic_directory, find_damage, remove
 from sftx.checkpoint import checkpoint, model_files
 from sftx.checkpoint.run_directory import RunDirectory

@@ -20,9 +20,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from sftx.assembly.stages.data import CollatorStage
-from sftx.assembly.stages.loss import LossStage
-from sftx.assembly.stages.optimizer import OptimizerStage, ScheduleStage
+from sftx.assembly.stages.data_stages import CollatorStage
+from sftx.assembly.stages.loss_stage import LossStage
+from sftx.assembly.stages.optimizer_stages import OptimizerStage, ScheduleStage
 from sftx.config.options import TrainConfig
 from sftx.data.example_values import Values
 from sftx.data.sampler import PlannedStep, Sampler, split_step

@@ -112,6 +112,10 @@ def test_a_plugin_that_cannot_be_imported_is_named_with_its_distribution_and_the
     assert "reinstall acme-boom" in message
 
 
+def test_an_exporter_has_no_part_in_a_run() -> None:
+    assert "sftx export RUN --to gguf" in error_of("lora", "gguf")
+
+
 def test_a_plugin_made_for_another_sftx_is_refused_before_it_is_imported(install_plugin: Any) -> None:
     install_plugin("acme-new", "raise RuntimeError('imported')", {"new": "New"}, requires=["numpy", "sftx>=9"])
     message = error_of("new")
@@ -409,8 +413,8 @@ def test_a_stage_that_fails_or_returns_the_wrong_thing_later_is_named_too(
 def test_errors_of_a_row_the_memory_or_the_disk_are_not_attributed_to_the_plugin() -> None:
     import torch
 
-    from sftx.assembly.stages.adapter import AdapterStage
-    from sftx.assembly.stages.data import ParserStage
+    from sftx.assembly.stages.adapter_stage import AdapterStage
+    from sftx.assembly.stages.data_stages import ParserStage
 
     class Stage:
         def parse(self, error: Any, where: Any = None) -> Any:
@@ -490,7 +494,7 @@ _ITSELF.append(_ITSELF)
 )
 def test_extras_that_json_does_not_hold_unchanged_are_told_with_plugin_and_row(extras: Any, message: str) -> None:
     """In memory, in the cache and in other processes they would be different ones."""
-    from sftx.assembly.stages.data import ParserStage
+    from sftx.assembly.stages.data_stages import ParserStage
     from sftx.config.options import DataConfig, Source
     from sftx.data.encoder import Encoder
     from sftx.data.row_encoder import RowEncoder
@@ -522,7 +526,7 @@ def test_a_stage_can_be_copied_and_pickled() -> None:
     import copy
     import pickle
 
-    from sftx.assembly.stages.data import ParserStage
+    from sftx.assembly.stages.data_stages import ParserStage
     from sftx_plugins.parsers.text import Text
 
     stage = ParserStage("plugin 'acme' (acme 1.0)", Text())

@@ -232,6 +232,15 @@ def test_what_is_no_run_and_no_model_is_refused_with_what_to_do(full: Path, tmp_
     assert answers(load_run(unfinished / "checkpoints" / "step-120")) == answers_of(full)
 
 
+def test_an_adapter_whose_run_file_was_emptied_is_refused(adapted: Path, tmp_path: Path) -> None:
+    from sftx.checkpoint.load_run import load_run
+
+    copy = Path(shutil.copytree(adapted, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints")))
+    (copy / "run.yaml").write_text("")
+    with pytest.raises(ModelError, match=r"run\.yaml names no adapter plugin"):
+        load_run(copy)
+
+
 def test_weights_that_do_not_fit_are_refused(full: Path, adapted: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from sftx import ConfigError, DataError, PluginError, load_run
-from sftx.assembly.stages.exporter import ExportedStage
+from sftx.assembly.stages.exporter_stages import ExportedStage
 from sftx.checkpoint.exporting import LoadedSource
 from sftx.checkpoint.questions import find_questions
 from sftx.checkpoint.verification import MAX_NEW_TOKENS, Verification, ask, verify

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sftx.assembly.stages.data import CollatorStage, ParserStage
+from sftx.assembly.stages.data_stages import CollatorStage, ParserStage
 from sftx.config.options import DataConfig, Source, TrainConfig
 from sftx.data.row_encoder import EncodedRow, RowEncoder
 from sftx.data.sampler import PlannedStep, StreamSampler

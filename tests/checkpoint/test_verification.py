@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sftx import PluginError, load_run
-from sftx.assembly.stages.exporter import ExportedStage
+from sftx.assembly.stages.exporter_stages import ExportedStage
 from sftx.checkpoint.exporting import LoadedSource
 from sftx.checkpoint.load_run import LoadedRun
 from sftx.checkpoint.questions import ComparedPrompt, find_questions

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from sftx import IGNORE_INDEX, Batch, Example, PluginError, pack, pad, per_label, sum_by_example
-from sftx.assembly.stages.data import CollatorStage
-from sftx.assembly.stages.loss import LossStage
+from sftx.assembly.stages.data_stages import CollatorStage
+from sftx.assembly.stages.loss_stage import LossStage
 from sftx_plugins.collators.padded import Padded
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sftx.assembly.stages.data import ParserStage
+from sftx.assembly.stages.data_stages import ParserStage
 from sftx.config.options import DataConfig, Filters, Source
 from sftx.data import held_out, sources
 from sftx.data.dataset import Dataset

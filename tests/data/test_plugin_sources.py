@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 
 from sftx.assembly import registry
 from sftx.assembly.registry import Assembly
-from sftx.assembly.stages.data import RowSourceStage
+from sftx.assembly.stages.data_stages import RowSourceStage
 from sftx.cli import main
 from sftx.config import loading
 from sftx.config.options import DataConfig, RunConfig, Source

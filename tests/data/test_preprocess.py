@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from encoding import prepared
-from sftx.assembly.stages.data import ParserStage
+from sftx.assembly.stages.data_stages import ParserStage
 from sftx.config.options import DataConfig, Filters, Source
 from sftx.data import preprocess as prepare_module
 from sftx.data.dataset import Dataset
@@ -340,7 +340,7 @@ import sys
 from pathlib import Path
 from sftx.config.options import DataConfig, Source
 from sftx.data.preprocess import load_dataset
-from sftx.assembly.stages.data import ParserStage
+from sftx.assembly.stages.data_stages import ParserStage
 from sftx.data.row_encoder import RowEncoder
 from sftx.testing.kit import Kit
 from sftx_plugins.templates.chatml import ChatML

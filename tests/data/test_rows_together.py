@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sftx.assembly.stages.data import ParserStage
+from sftx.assembly.stages.data_stages import ParserStage
 from sftx.config.options import DataConfig, Source
 from sftx.data.encoder import Encoder
 from sftx.data.row_encoder import EncodedRow, RowEncoder

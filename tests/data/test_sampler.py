@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sftx.assembly.stages.data import CollatorStage
+from sftx.assembly.stages.data_stages import CollatorStage
 from sftx.config.options import TrainConfig
 from sftx.data import mixture
 from sftx.data.sampler import EpochSampler, PlannedStep

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sftx.assembly.stages.data import CollatorStage, ParserStage
+from sftx.assembly.stages.data_stages import CollatorStage, ParserStage
 from sftx.config.options import DataConfig, Filters, RunConfig, Source, TrainConfig
 from sftx.data.row_encoder import RowEncoder
 from sftx.data.sampler import StreamSampler

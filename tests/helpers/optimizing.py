@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sftx.assembly.registry import Assembly, activate
-from sftx.assembly.stages.optimizer import OptimizerStage, ScheduleStage
+from sftx.assembly.stages.optimizer_stages import OptimizerStage, ScheduleStage
 from sftx.config.loading import LoadedConfig
 from sftx.config.options import RunConfig, TrainConfig
 from sftx.config.run_file import Origins

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import model_configs
 from fake_gpu import DEVICE, fake_gpu
-from sftx.assembly.stages.loss import LossStage
+from sftx.assembly.stages.loss_stage import LossStage
 from sftx.config import loading
 from sftx.distributed.process_group import ProcessGroup
 from sftx.inspection.memory_plan import target_device

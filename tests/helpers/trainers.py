@@ -12,8 +12,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFas
 
 from optimizing import optimizer_stage, schedule_stage
 from sftx import Collator, Example, Step
-from sftx.assembly.stages.data import CollatorStage
-from sftx.assembly.stages.loss import LossStage
+from sftx.assembly.stages.data_stages import CollatorStage
+from sftx.assembly.stages.loss_stage import LossStage
 from sftx.config.options import TrainConfig
 from sftx.data.sampler import PlannedStep
 from sftx.model.generation import generate_greedy

@@ -31,7 +31,7 @@ from transformers import (
 
 from architectures import SHAPE
 from sftx import IGNORE_INDEX, Attention, Batch, ConfigError, Example, pack, pad, per_label, sum_by_example
-from sftx.assembly.stages.data import CollatorStage
+from sftx.assembly.stages.data_stages import CollatorStage
 from sftx.data.collate import common_prefix, documents_of
 from sftx.model import packed_attention, varlen_attention
 from sftx.model.language_model import CausalLM

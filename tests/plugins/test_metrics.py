@@ -18,7 +18,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import DefaultTokenizer
 
 from sftx import PluginError, Question
-from sftx.assembly.stages.evaluation import MetricStage
+from sftx.assembly.stages.evaluation_stages import MetricStage
 from sftx.events import Sample
 from sftx.testing.kit import built_in
 from sftx.trainer.evaluate import score

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from sftx import Answer, ConfigError, Message, PluginError, Question, RunInfo
-from sftx.assembly.stages.rollout import RewardStage
+from sftx.assembly.stages.rollout_stages import RewardStage
 from sftx.model import tiny
 from sftx.testing import check_reward
 from sftx.testing.kit import make_stage

@@ -11,7 +11,7 @@ from trl.rewards import get_soft_overlong_punishment
 from sftx import Answer, ConfigError, Question, RunInfo
 from sftx.assembly.discovery import instance, load_class
 from sftx.assembly.entry_points import discover, find
-from sftx.assembly.stages.rollout import RewardStage
+from sftx.assembly.stages.rollout_stages import RewardStage
 from sftx.assembly.stages.stage import make
 from sftx.config.run_file import Origins
 from sftx.errors import PluginError

@@ -12,7 +12,7 @@ import pytest
 
 import sftx
 from sftx import Control, Decision, EvalReport, RunInfo, StepReport
-from sftx.assembly.stages.control import ControlStage
+from sftx.assembly.stages.control_stage import ControlStage
 from sftx_plugins.controls.early_stopping import EarlyStopping
 
 CODE = '''

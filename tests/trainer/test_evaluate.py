@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from sessions import session_of
-from sftx.assembly.stages.evaluation import MetricStage
-from sftx.assembly.stages.loss import LossStage
+from sftx.assembly.stages.evaluation_stages import MetricStage
+from sftx.assembly.stages.loss_stage import LossStage
 from sftx.config.options import GenerationConfig
 from sftx.errors import OutputError, PluginError, TrainingError
 from sftx.events import Sample

@@ -13,9 +13,9 @@ import pytest
 from encoding import prepared
 from sessions import session_of
 from sftx import Batch, Conversation, Message, ModelError, PlainText, PluginError, Tokens, TrainingError
-from sftx.assembly.stages.data import CollatorStage, TemplateStage
-from sftx.assembly.stages.evaluation import MetricStage
-from sftx.assembly.stages.loss import LossStage
+from sftx.assembly.stages.data_stages import CollatorStage, TemplateStage
+from sftx.assembly.stages.evaluation_stages import MetricStage
+from sftx.assembly.stages.loss_stage import LossStage
 from sftx_plugins.collators.padded import Padded
 from sftx_plugins.losses.masked_ce import MaskedCE
 from trainers import planned

@@ -21,7 +21,7 @@ from same_end import differences
 from same_run import DDP, FSDP2, of_kind
 from sessions import session_of
 from sftx import ConfigError, Example, ModelError, PluginError, load_model, pack, pad
-from sftx.assembly.stages.loss import LossStage
+from sftx.assembly.stages.loss_stage import LossStage
 from sftx.cli import main
 from sftx.config.loading import load
 from sftx.data.example_values import Values, places_of

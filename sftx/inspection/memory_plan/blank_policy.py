@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sftx.assembly.registry import Assembly
-from sftx.assembly.stages.rollout import RolloutStage
+from sftx.assembly.stages.rollout_stages import RolloutStage
 from sftx.types import Answer, Example, Question
 
 _QUESTION: Final = Question("question", "", [0, 0], "")

@@ -34,8 +34,8 @@ from torch._subclasses.fake_tensor import (
 from transformers import DynamicCache, PreTrainedModel
 
 from sftx.assembly.registry import Assembly
-from sftx.assembly.stages.loss import LossStage
-from sftx.assembly.stages.optimizer import OptimizerStage
+from sftx.assembly.stages.loss_stage import LossStage
+from sftx.assembly.stages.optimizer_stages import OptimizerStage
 from sftx.config.options import TrainConfig
 from sftx.errors import ConfigError, ModelError, PluginError, one_line
 from sftx.inspection.memory_plan.fake_tensors import (

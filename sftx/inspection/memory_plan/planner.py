@@ -16,7 +16,7 @@ from typing import Any, Final
 import torch
 
 from sftx.assembly.registry import Assembly, activate
-from sftx.assembly.stages.optimizer import OptimizerStage
+from sftx.assembly.stages.optimizer_stages import OptimizerStage
 from sftx.config.loading import LoadedConfig
 from sftx.config.named_plugins import leaner_than
 from sftx.config.options import RunConfig, TrainConfig

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sftx.assembly.registry import Assembly
-from sftx.assembly.stages.data import ParserStage
+from sftx.assembly.stages.data_stages import ParserStage
 from sftx.config.loading import LoadedConfig
 from sftx.config.options import Filters, RunConfig
 from sftx.data import sources

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sftx.assembly.stages.evaluation import named_scores
-from sftx.assembly.stages.loss import RESERVED_METRICS
+from sftx.assembly.stages.evaluation_stages import named_scores
+from sftx.assembly.stages.loss_stage import RESERVED_METRICS
 from sftx.assembly.stages.stage import Stage, is_number, not_json
 from sftx.errors import PluginError, counted
 from sftx.types import Answer, Example, LanguageModel, Policy, Question, Reward, Rollout, Rollouts
