@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -12,6 +12,7 @@ import click
 
 from sftx.cli.options import RunCommand, run_options
 from sftx.config import loading
+from sftx.errors import printable
 from sftx.phases import phase
 
 _ARGUMENTS: Final = "sftx.run.arguments"
@@ -47,18 +48,44 @@ def _parse_nproc(ctx: click.Context, param: click.Parameter, value: str | None) 
     help="Start N processes on this host, as torchrun does; gpu: one per GPU.",
 )
 @click.option(
+    "--launch",
+    metavar="TOOL",
+    type=click.Choice(["slurm", "skypilot", "kubernetes"]),
+    help="Write what slurm, skypilot or kubernetes starts this run with, by `launch:` of the run file.",
+)
+@click.option("--submit", is_flag=True, help="With --launch: submit it too.")
+@click.option("--dry-run", is_flag=True, help="Print the complete run file that these options mean, and train nothing.")
+@click.option(
     "--max-restarts",
     metavar="R",
     type=click.IntRange(min=0),
     help="With --nproc: restart up to R times from the last checkpoint when a process was killed.  [default: 0]",
 )
 def command(
-    file: Path | None, loaded: loading.LoadedConfig, *, resume: bool, nproc: int | None, max_restarts: int | None
+    file: Path | None,
+    loaded: loading.LoadedConfig,
+    *,
+    resume: bool,
+    nproc: int | None,
+    max_restarts: int | None,
+    launch: str | None,
+    submit: bool,
+    dry_run: bool,
 ) -> None:
     """Fine-tune a model with the options of RUN_FILE (YAML) and of the command line, which win.
 
     With neither a run file nor data, it trains the embedded model on the embedded data.
     """
+    if submit and launch is None:
+        raise click.UsageError("--submit goes with --launch, which names what it is submitted to")
+    if launch is not None:
+        _launch_elsewhere(file, loaded, launch, submit=submit, others={"--nproc": nproc, "--dry-run": dry_run or None})
+        return
+    if dry_run:
+        from sftx.cli.dry_run import complete_run_file
+
+        click.echo(printable(complete_run_file(loaded)), nl=False)
+        return
     name = loading.default_name(file, loaded.config)
     if nproc is not None:
         sys.exit(_launch(loaded, name, resume=resume, nproc=nproc, max_restarts=max_restarts or 0))
@@ -68,6 +95,19 @@ def command(
     from sftx.training import run
 
     run(loaded, name=name, resume=resume)
+
+
+def _launch_elsewhere(
+    file: Path | None, loaded: loading.LoadedConfig, tool: str, *, submit: bool, others: Mapping[str, object]
+) -> None:
+    """Write the file with which a scheduler starts this command, and submit it if that is asked for."""
+    from sftx.cli.launching import launch_elsewhere
+
+    if wrong := next((option for option, value in others.items() if value is not None), None):
+        raise click.UsageError(f"--launch and {wrong} exclude each other; leave one out")
+    typed = click.get_current_context().meta[_ARGUMENTS]
+    arguments = without_options([one for one in typed if one not in ("--submit", "--resume")], "--launch")
+    launch_elsewhere(file, loaded, tool, arguments, submit=submit)
 
 
 def _launch(loaded: loading.LoadedConfig, name: str, *, resume: bool, nproc: int, max_restarts: int) -> int:

@@ -50,7 +50,7 @@ def load(
     # A section without a value is an empty section.
     values = {name: value for name, value in values.items() if value is not None or name not in SECTION_CLASSES}
     values["plugins"] = plugins = _plugin_options(values.get("plugins"), origins)
-    for name in [name for name in values if name.partition(".")[0] in {*SECTION_CLASSES, "plugins"} - {name}]:
+    for name in [name for name in values if name.partition(".")[0] in {*SECTION_CLASSES, "plugins", "launch"} - {name}]:
         _set_dotted(values, name, values.pop(name), origins)
     typed_for = {name: f"--plugin {name or repr(name)}" for name in add}
     for name in add:

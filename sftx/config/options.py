@@ -19,6 +19,7 @@ from typing import Annotated, Any, Final, Literal, TypeAlias, get_type_hints
 from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter
 
 from sftx.config.default_plugins import SCHEME
+from sftx.config.launch_options import LaunchConfig
 from sftx.config.named_plugins import LR_SCHEDULER_TYPE, OPTIM
 from sftx.errors import ConfigError
 
@@ -645,6 +646,11 @@ class RunConfig:
         Field(description="Default plugins that are left out of this run (`--no-plugin`)."),
         OnResume.NOTHING,
     ] = ()
+    launch: Annotated[
+        LaunchConfig | None,
+        Field(description="How a scheduler starts the run (`--launch`): nodes, GPUs, image, mounts and the like."),
+        OnResume.NOTHING,
+    ] = None
 
 
 SECTIONS = frozenset(f.name for f in dataclasses.fields(RunConfig))

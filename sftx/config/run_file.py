@@ -97,6 +97,17 @@ def _represent_float(dumper: _Dumper, value: float) -> yaml.ScalarNode:
 _Dumper.add_representer(float, _represent_float)
 
 
+class _BlockDumper(_Dumper):
+    """Writes text of several lines as a block."""
+
+
+def _represent_text(dumper: _BlockDumper, value: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar(_TAG + "str", value, style="|" if "\n" in value else None)
+
+
+_BlockDumper.add_representer(str, _represent_text)
+
+
 class _Builder:
     """Builds plain JSON values from YAML nodes, and notes the line of every option."""
 
@@ -178,6 +189,11 @@ def flow(value: Any) -> str:
     """Return the value as one line of YAML, as it may stand after the name of an option."""
     text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**6)
     return text.removesuffix("\n").removesuffix("\n...")
+
+
+def dump(values: dict[str, Any]) -> str:
+    """Return `values` as YAML in which text of several lines, such as a script, stands as it is."""
+    return yaml.dump(values, Dumper=_BlockDumper, sort_keys=False, allow_unicode=True, width=10**6)
 
 
 def write(values: dict[str, Any], path: Path) -> None:

@@ -75,14 +75,22 @@ class UnknownOption:
 
     def _guess(self, *, alone: bool) -> str:
         from sftx.config import other_tools
+        from sftx.config.launch_options import launch_names
         from sftx.config.options import SECTION_CLASSES, flag
 
         own = [f"{section}.{field.name}" for section, cls in SECTION_CLASSES.items() for field in fields(cls)]
+        is_of_launch = self.name.startswith("launch.")
+        if is_of_launch:
+            own = launch_names()
         by_name = {name.rpartition(".")[2]: name for name in own} | {name: name for name in self.known}
         beside = difflib.get_close_matches(self.leaf, self.known, n=1)
         close = difflib.get_close_matches(self.leaf, {**dict.fromkeys(beside), **by_name}, n=1, cutoff=0.7) or beside
         is_a_plugins = self.name.startswith("plugins.") and bool(beside)
-        theirs = [] if is_a_plugins else difflib.get_close_matches(self.leaf, other_tools.names(), n=1, cutoff=0.85)
+        theirs = (
+            []
+            if is_a_plugins or is_of_launch
+            else difflib.get_close_matches(self.leaf, other_tools.names(), n=1, cutoff=0.85)
+        )
         if theirs and close:
             close = difflib.get_close_matches(self.leaf, [*close, *theirs], n=1)
         close = close or theirs

@@ -28,7 +28,7 @@ LAYERS = (
     ("training",),
     ("api",),
     ("serving",),
-    ("testing", "scaffold"),
+    ("testing", "scaffold", "launchers"),
     ("cli", "pytest_plugin"),
     ("__main__",),
 )
