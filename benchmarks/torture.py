@@ -1,7 +1,7 @@
 """Kill runs at random times, also while they save, resume them, and compare their end with that of undisturbed runs.
 
-Every byte must be equal except for measured times (tests/helpers/same_end.py). `make torture N=50` kills 50 times in
-all, in turn over the kinds of runs of tests/helpers/killing.py. A run is killed one to three times before it may
+Every byte must be equal except for measured times (sftx/verify/run_differences.py). `make torture N=50` kills 50 times
+in all, in turn over the kinds of runs of tests/helpers/killing.py. A run is killed one to three times before it may
 finish; one kill in five is a SIGTERM. A run that ends differently is printed with the seed that repeats its times, and
 its directory is kept; the exit code is 1 then.
 """
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "helpers"))
 
 from killing import CASES, Killed, Runs  # noqa: E402
-from same_end import differences  # noqa: E402
+from sftx.verify.run_differences import differences  # noqa: E402
 
 
 def main() -> int:

@@ -2,7 +2,8 @@
 
 options -> plugins -> process group -> run directory -> data -> model -> steps -> artefact -> report. Checks come as
 early as they can: options and plugins before torch is imported, data before weights are read; the run directory
-appears when all of that has passed. Only the command line and the test-kit import this module.
+appears when all of that has passed. Only the Python interface, the command line, the test-kit and `sftx verify` import
+this module.
 """
 
 from __future__ import annotations
@@ -78,8 +79,15 @@ def run(loaded: LoadedConfig, *, name: str = "run", resume: bool = False) -> Res
 
 def assemble(loaded: LoadedConfig, *, name: str = "run", resume: bool = False) -> Session:
     """Do everything before the first step. All faults are found here, and nothing is written but the cache."""
+    with assembled(loaded, name=name, resume=resume) as session:
+        return session
+
+
+@contextlib.contextmanager
+def assembled(loaded: LoadedConfig, *, name: str = "run", resume: bool = False) -> Iterator[Session]:
+    """Assemble a run as `assemble` does, and keep its process group until the end of the block."""
     with _prepared(loaded, name, resume=resume) as prepared:
-        return _assemble(prepared, PhaseTimes())
+        yield _assemble(prepared, PhaseTimes())
 
 
 # --- before torch is imported ---------------------------------------------------------------------

@@ -209,6 +209,19 @@ def load_run(
     )
 
 
+def load_encoder(directory: Path, *, trust_remote_code: bool = False) -> Encoder:
+    """Return the encoder with which `load_run` prompts, from the tokenizer that is saved in `directory`.
+
+    No weights are read. Raises ModelError, ConfigError, PluginError and OutputError.
+    """
+    weights, run = layout.locate(directory)
+    if run is not None:
+        parts = _parts_of_run(weights, run, None, trust_remote_code=trust_remote_code)
+    else:
+        parts = _parts_of_directory(weights, None, trust_remote_code=trust_remote_code)
+    return Encoder(parts.tokenizer, parts.template, no_template=parts.no_template)
+
+
 def build_model(
     spec: ModelSpec,
     adapters: Mapping[str, Adapter],

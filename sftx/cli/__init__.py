@@ -44,6 +44,7 @@ BUILT_IN: Final[Mapping[str, str]] = {
     "doctor": "Check the data and options of a run before it trains.",
     "data": "Convert the data of a run.",
     "plan": "Estimate the memory and time of a run before it starts.",
+    "verify": "Prove on a few steps of a run that it keeps what sftx promises.",
     "plugins": "List plugins and describe them.",
     "bench": "Measure the kernels against torch and every installed peer.",
 }

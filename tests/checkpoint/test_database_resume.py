@@ -15,7 +15,7 @@ import pytest
 
 from killing import Case, Runs, case
 from resuming import Sftx, interrupted, only_shared
-from same_end import differences
+from sftx.verify.run_differences import differences
 
 _COMMON = (
     "--plugin chatml --plugin lora --set lora.lora_dropout=0.2 --learning-rate 1e-2 --eval-steps 3 --save-steps 2 "

@@ -10,7 +10,7 @@ import pytest
 
 from killing import Runs, case
 from resuming import Sftx, interrupted, lines
-from same_end import differences
+from sftx.verify.run_differences import differences
 
 PPO = case(
     "ppo",

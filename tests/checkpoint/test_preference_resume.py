@@ -13,7 +13,7 @@ import pytest
 
 from killing import Case, Runs, case
 from pair_rows import write_pair_rows
-from same_end import differences
+from sftx.verify.run_differences import differences
 
 SEED = int(os.environ.get("SFTX_KILL_SEED", time.time_ns() % 10**6))
 

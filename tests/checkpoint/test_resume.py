@@ -36,7 +36,7 @@ from resuming import (
     only_shared,
     signal_at,
 )
-from same_end import differences
+from sftx.verify.run_differences import differences
 
 SEED = int(os.environ.get("SFTX_KILL_SEED", time.time_ns() % 10**6))
 """The seed of the random instants: another one in every run of the tests, and printed where one fails."""

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from killing import Runs
 from resuming import PACKED, PADDED, SHORT, Sftx, copy, interrupted, lines
-from same_end import differences
+from sftx.verify.run_differences import differences
 from sftx.atomic_files import CHECKSUMS, sha256_of_file
 from sftx.checkpoint.layout import RUN_STATE
 

@@ -13,7 +13,7 @@ import pytest
 
 from killing import Runs, case
 from resuming import Sftx, copy, interrupted, lines, only_shared, signal_at
-from same_end import differences
+from sftx.verify.run_differences import differences
 
 SEED = int(os.environ.get("SFTX_KILL_SEED", time.time_ns() % 10**6))
 GRPO = case(

@@ -29,6 +29,7 @@ LAYERS = (
     ("api",),
     ("serving",),
     ("testing", "scaffold", "launchers"),
+    ("verify",),
     ("cli", "pytest_plugin"),
     ("__main__",),
 )

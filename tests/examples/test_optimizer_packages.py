@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from environments import Environment, build_wheel, make_environment
-from same_end import differences
+from sftx.verify.run_differences import differences
 from sftx.testing import check_optimizer, check_schedule
 
 PACKAGES = Path(__file__).parents[1] / "packages"

@@ -15,7 +15,7 @@ import pytest
 from click.testing import Result
 
 from killing import CASES, Case, Runs, case
-from same_end import differences
+from sftx.verify.run_differences import differences
 
 PADDED, PACKED, STREAMING, BEST = CASES
 SHORT = case(

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from ranked import lines
-from same_end import differences
+from sftx.verify.run_differences import differences
 
 DDP: Final = "--distributed ddp "
 FSDP2: Final = "--distributed fsdp2 "

@@ -20,7 +20,7 @@ import torch
 from click.testing import CliRunner
 
 from ranked import Starter
-from same_end import differences
+from sftx.verify.run_differences import differences
 from same_run import DDP, FSDP2, of_kind
 from sessions import session_of
 from sftx import ConfigError, Conversation, DataError, Example, Location, PluginError, load_run, pad

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from ranked import Starter
-from same_end import differences
+from sftx.verify.run_differences import differences
 from same_run import DDP, FSDP2, of_kind
 from sessions import session_of
 from sftx import ConfigError, Example, ModelError, PluginError, load_model, pack, pad

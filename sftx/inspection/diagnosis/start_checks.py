@@ -85,12 +85,12 @@ def own_template(inputs: CheckInputs) -> Iterator[Finding]:
         str(where): parsed
         for where, parsed in inputs.sample
         # A control token that is spelled in a text is a difference of that row, which no template removes.
-        if isinstance(parsed, Conversation) and not _spells_control(inputs.view.pipeline, parsed)
+        if isinstance(parsed, Conversation) and not spells_control(tokenizer, parsed)
     }
     equal = 0
     for name, conversation in conversations.items():
         by_run = _ids_of_run(inputs.view.pipeline, conversation)
-        by_model = _served_ids(tokenizer, conversation, inputs.own_chat_template)
+        by_model = served_ids(tokenizer, conversation, inputs.own_chat_template)
         if by_run is None or by_model is None:
             continue
         if by_run == by_model:
@@ -114,13 +114,13 @@ def saved_tokenizer(inputs: CheckInputs) -> Iterator[Finding]:
     saved, own = pipeline.saved_tokenizer.tokenizer, pipeline.tokenizer
     num_compared, others = 0, []
     for where, parsed in inputs.sample:
-        trained, served = _ids_of_run(pipeline, parsed), _served_ids(saved, parsed)
-        if trained is None or served is None or _spells_control(pipeline, parsed):
+        trained, served = _ids_of_run(pipeline, parsed), served_ids(saved, parsed)
+        if trained is None or served is None or spells_control(own, parsed):
             continue
         num_compared += 1
         if served == trained:
             continue
-        if served != _served_ids(own, parsed):
+        if served != served_ids(own, parsed):
             yield Finding(
                 "warning",
                 "saved-tokenizer",
@@ -146,7 +146,7 @@ def saved_tokenizer(inputs: CheckInputs) -> Iterator[Finding]:
 def _ids_of_run(pipeline: DataPipeline, parsed: Parsed) -> list[int] | None:
     """Return the ids that are trained, or None when the run's template does not accept the conversation."""
     if isinstance(parsed, PlainText):
-        return _served_ids(pipeline.tokenizer, parsed)
+        return served_ids(pipeline.tokenizer, parsed)
     try:
         units = list(split_units(parsed, pipeline.encoder))
         return pipeline.encoder.encode(units[-1])[0] if units else None
@@ -154,10 +154,13 @@ def _ids_of_run(pipeline: DataPipeline, parsed: Parsed) -> list[int] | None:
         return None
 
 
-def _served_ids(
-    tokenizer: PreTrainedTokenizerBase, parsed: Parsed, chat_template: str | None = None
+def served_ids(
+    tokenizer: PreTrainedTokenizerBase, parsed: Parsed, chat_template: str | None = None, *, is_prompt: bool = False
 ) -> list[int] | None:
-    """Return the ids that transformers gives, or None when the chat template does not accept the conversation."""
+    """Return the ids that transformers gives, or None when the chat template does not accept the conversation.
+
+    `is_prompt`: the model is to answer, and the ids end with the opening of its turn.
+    """
     if isinstance(parsed, PlainText):
         plain_ids: list[int] = tokenizer(parsed.text).input_ids
         return plain_ids
@@ -169,18 +172,20 @@ def _served_ids(
             call["function"]["arguments"] = json.loads(call["function"]["arguments"])
     tools: Any = list(parsed.tools) or None
     try:
-        text = tokenizer.apply_chat_template(messages, tools=tools, chat_template=chat_template, tokenize=False)
+        text = tokenizer.apply_chat_template(
+            messages, tools=tools, chat_template=chat_template, add_generation_prompt=is_prompt, tokenize=False
+        )
     except Exception:  # Jinja's errors, and any error that a template raises itself
         return None
     ids: list[int] = tokenizer(str(text), add_special_tokens=False).input_ids
     return ids
 
 
-def _spells_control(pipeline: DataPipeline, parsed: Parsed) -> bool:
+def spells_control(tokenizer: PreTrainedTokenizerBase, parsed: Parsed) -> bool:
     """Return whether text of the row spells a control token: it is text in training, and a token where it is served."""
     if not isinstance(parsed, Conversation):
         return False
-    tokens = [token for token in pipeline.tokenizer.get_added_vocab() if len(token) > 1]
+    tokens = [token for token in tokenizer.get_added_vocab() if len(token) > 1]
     texts = [text for message in parsed.messages for text in (message.content, message.reasoning)]
     return any(token in text for token in tokens for text in texts)
 

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from sftx.atomic_files import CHECKSUMS, find_damage
 
-TIMES = frozenset({"seconds", "phase_seconds", "tokens_per_second", "peak_bytes", "wall_seconds", "eval_runtime"})
+TIMES: Final = frozenset(
+    {"seconds", "phase_seconds", "tokens_per_second", "peak_bytes", "wall_seconds", "eval_runtime"}
+)
 """Keys of JSON values in which two equal runs may differ."""
+_SHOWS_DURATIONS: Final = "report.html"
+
+
+def compared_files(run: Path) -> set[str]:
+    """Return the files of a run directory that `differences` looks at, by their paths within it."""
+    return {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()} - {_SHOWS_DURATIONS}
 
 
 def differences(ours: Path, theirs: Path, *, ignore: frozenset[str] = frozenset()) -> list[str]:
@@ -17,11 +25,10 @@ def differences(ours: Path, theirs: Path, *, ignore: frozenset[str] = frozenset(
 
     `ignore`: further keys of JSON values that may differ.
     """
-    found = []
-    files = {root: {str(p.relative_to(root)) for p in root.rglob("*") if p.is_file()} for root in (ours, theirs)}
-    found += [f"{name}: only in {ours}" for name in sorted(files[ours] - files[theirs])]
+    files = {root: compared_files(root) for root in (ours, theirs)}
+    found = [f"{name}: only in {ours}" for name in sorted(files[ours] - files[theirs])]
     found += [f"{name}: only in {theirs}" for name in sorted(files[theirs] - files[ours])]
-    for name in sorted(files[ours] & files[theirs] - {"report.html"}):  # it shows durations
+    for name in sorted(files[ours] & files[theirs]):
         if Path(name).name == CHECKSUMS:  # files with durations differ: check each against its own files
             places = ((root / name).parent for root in (ours, theirs))
             found += [f"{place}: {what}" for place in places if (what := find_damage(place)) is not None]
