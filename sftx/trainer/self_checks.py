@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sftx.assembly.stages.data_stages import CollatorStage
 from sftx.data.collate import documents_of, pack, pad
-from sftx.errors import ModelError, one_line
+from sftx.errors import ModelError, PluginError, counted, one_line
 from sftx.model.language_model import CausalLM
 from sftx.types import Attention, Batch, Collator, Example
 
@@ -40,7 +40,14 @@ def check_packing(lm: CausalLM, collator: Collator, examples: Sequence[Example])
     if collator.collate(groups[0]).cu_seqlens is None:
         return
     pieces = [_piece(example, number) for number, group in enumerate(groups) for example in group]
-    _check_batch(lm, collator.collate(pieces).to(lm.device))
+    batch = collator.collate(pieces)
+    num_documents = 0 if batch.cu_seqlens is None else len(batch.cu_seqlens) - 1
+    if num_documents != len(pieces):
+        raise PluginError(
+            f"{collator}: packs {counted(len(pieces), 'example')} as {counted(num_documents, 'document')}, so that "
+            "they see one another; let cu_seqlens have a boundary after each example"
+        )
+    _check_batch(lm, batch.to(lm.device))
 
 
 def check_packed_probe(lm: CausalLM) -> None:

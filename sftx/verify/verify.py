@@ -173,10 +173,10 @@ class _Proof:
             check_overlap(train, held_out, self.loaded.config.data.max_overlap)
 
     def _refuse(self, error: Exception) -> None:
+        """Keep the finding that the run does not start, also where that was not asked for: nothing else is proved."""
         self._refused = True
-        if "start" in self.chosen:
-            reason = one_line(error, max_chars=_MAX_CHARS)
-            self.findings["start"] = Finding("start", "failed", f"refused before the first step: {reason}")
+        reason = one_line(error, max_chars=_MAX_CHARS)
+        self.findings["start"] = Finding("start", "failed", f"refused before the first step: {reason}")
 
     @functools.cached_property
     def _short(self) -> ShortRun:
