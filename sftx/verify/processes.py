@@ -142,11 +142,11 @@ class Processes:
             self.start(f"{name}-{rank}", work, *arguments, environment=_rank_environment(rank, size, port))
             for rank in range(size)
         ]
-        waiting = {child.process.sentinel: child for child in ranks}
+        waiting: dict[Any, Child] = {child.process.sentinel: child for child in ranks}
         failed: list[Child] = []
         while waiting and not failed:
             for sentinel in multiprocessing.connection.wait(list(waiting)):
-                child = waiting.pop(sentinel)  # type: ignore[call-overload]
+                child = waiting.pop(sentinel)
                 failed += [child] if child.wait() != 0 else []
         for child in waiting.values():
             child.process.join(_GRACE_S)

@@ -7,7 +7,7 @@ the saved tokenizer. Both must give the tokens that stood before the answers in 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from sftx.checkpoint.load_run import load_encoder
@@ -88,7 +88,7 @@ def _check_own(encoder: Encoder, where: str, asked: Conversation, example: Examp
         )
 
 
-def _difference(encoder: Encoder, prompt: Sequence[int], trained: Sequence[int], who: str) -> str:
+def _difference(encoder: Encoder, prompt: list[int], trained: list[int], who: str) -> str:
     at = next(
         (n for n, (a, b) in enumerate(zip(prompt, trained, strict=False)) if a != b), min(len(prompt), len(trained))
     )

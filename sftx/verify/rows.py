@@ -15,7 +15,7 @@ from typing import Final
 
 import numpy as np
 
-from sftx.assembly.stages import CollatorStage
+from sftx.assembly.stages.data import CollatorStage
 from sftx.data.collate import documents_of, groups_of
 from sftx.data.encoder import Encoder
 from sftx.data.held_out import describe_overlap, find_overlap
@@ -148,7 +148,7 @@ class RowChecks:
             is_exact = not any(turn.reasoning or turn.tool_calls for turn in turns)
             self._compare(row, trained, [turn.content for turn in turns], is_exact=is_exact)
 
-    def _compare(self, row: ReadRow, trained: Sequence[int], texts: Sequence[str], *, is_exact: bool) -> None:
+    def _compare(self, row: ReadRow, trained: list[int], texts: Sequence[str], *, is_exact: bool) -> None:
         """Raise FailedError unless the trained tokens have these texts, in their order, white space aside.
 
         Of turns with reasoning and calls a template decides how they are written.
@@ -169,11 +169,11 @@ class RowChecks:
                 else f"{row.where}: {self._shown(trained)} is trained, and the row has no answer"
             )
 
-    def _text(self, token_ids: Sequence[int]) -> str:
+    def _text(self, token_ids: list[int]) -> str:
         """Return the text of tokens without white space."""
         return "".join(str(self.encoder.tokenizer.decode(token_ids, clean_up_tokenization_spaces=False)).split())
 
-    def _shown(self, token_ids: Sequence[int]) -> str:
+    def _shown(self, token_ids: list[int]) -> str:
         return _shorten(str(self.encoder.tokenizer.decode(token_ids)))
 
     def _check_batches(self) -> int:
