@@ -50,8 +50,8 @@ def command(
     its plan. Nothing is written elsewhere but the cache. Exits with 1 when a check fails.
     """
     with phase("importing", "torch and transformers"):
-        from sftx.verify.verify import as_json as values_of
-        from sftx.verify.verify import verify
+        from sftx.verify.proof import as_json as values_of
+        from sftx.verify.proof import verify
 
     verification = verify(loaded, steps=steps, only=only)
     if as_json:

@@ -159,7 +159,7 @@ class Rows(PackedRows):
         )
 """,
     "packing",
-    "has 3 examples and 1 row",
+    "padded together give the loss",
 )
 ONE_DOCUMENT = Fault(
     LEAKING.code.replace("=None, lengths_B=torch.tensor([total])", "=torch.tensor([0, total]).int()"), "start", ""
