@@ -15,7 +15,7 @@ from typing import Final
 
 import numpy as np
 
-from sftx.assembly.stages.data import CollatorStage
+from sftx.assembly.stages.data_stages import CollatorStage
 from sftx.data.collate import documents_of, groups_of
 from sftx.data.encoder import Encoder
 from sftx.data.held_out import describe_overlap, find_overlap
