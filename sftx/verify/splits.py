@@ -25,10 +25,10 @@ from torch import Tensor
 
 from sftx.config.loading import LoadedConfig
 from sftx.data.collate import groups_of, pad, sum_by_example
+from sftx.data.example_values import Values, places_of
 from sftx.data.sampler import PlannedStep
 from sftx.distributed.dtensor import full_tensor
 from sftx.errors import SftxError, counted, one_line
-from sftx.testing.batches import precomputed
 from sftx.trainer.layers import decoder_layers
 from sftx.trainer.session import Session
 from sftx.trainer.trainer import MicroBatch
@@ -198,10 +198,21 @@ class _Window:
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * _MOVED)
         trainer.precomputed = None
         if trainer.loss.has_precompute:
-            with trainer.precision.autocast():
-                trainer.precomputed = trainer.strategy.step.call_in_forward(
-                    lambda: precomputed(trainer.loss, trainer.collator, lm, self.groups)
-                )
+            trainer.precomputed = trainer.strategy.step.call_in_forward(self._precompute)
+
+    def _precompute(self) -> Values:
+        """Return what the loss computes of the examples with the model as it was before its adapters were moved."""
+        trainer, columns = self.session.trainer, dict[str, list[Any]]()
+        lm = trainer.lm
+        with torch.no_grad(), trainer.precision.autocast(), lm.without_adapters():
+            for group in self.groups:
+                batch = trainer.loss.with_extras(trainer.collator.collate(group))
+                places = places_of(batch, group)
+                for name, value_E in trainer.loss.precompute(lm, batch.to(lm.device)).items():
+                    column = np.empty(len(group), np.float32)
+                    column[places] = value_E.cpu().numpy()
+                    columns.setdefault(name, []).append(column)
+        return Values({name: np.concatenate(parts) for name, parts in columns.items()})
 
     def micro_batches(self, groups_at_once: int) -> list[MicroBatch]:
         """Return this process's micro-batches of the window, as the trainer makes those of a step."""

@@ -28,8 +28,7 @@ LAYERS = (
     ("training",),
     ("api",),
     ("serving",),
-    ("testing", "scaffold", "launchers"),
-    ("verify",),
+    ("testing", "scaffold", "launchers", "verify"),
     ("cli", "pytest_plugin"),
     ("__main__",),
 )
