@@ -12,9 +12,9 @@ from click.testing import CliRunner
 
 from killing import Runs
 from resuming import PACKED, PADDED, SHORT, Sftx, copy, interrupted, lines
-from sftx.verify.run_differences import differences
 from sftx.atomic_files import CHECKSUMS, sha256_of_file
 from sftx.checkpoint.layout import RUN_STATE
+from sftx.verify.run_differences import differences
 
 
 @pytest.fixture(scope="module")

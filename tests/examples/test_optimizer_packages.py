@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from environments import Environment, build_wheel, make_environment
-from sftx.verify.run_differences import differences
 from sftx.testing import check_optimizer, check_schedule
+from sftx.verify.run_differences import differences
 
 PACKAGES = Path(__file__).parents[1] / "packages"
 ROWS = [{"prompt": f"Question {n}?", "completion": "yes " * (1 + n % 5)} for n in range(1, 25)]

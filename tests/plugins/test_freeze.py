@@ -14,9 +14,9 @@ from architectures import SHAPE, write_model
 from killing import Runs, case
 from ranked import Starter
 from resuming import Sftx, interrupted
-from sftx.verify.run_differences import differences
 from sftx import ConfigError, ModelSpec, PluginError, RunInfo
 from sftx.testing.runs import run_tiny
+from sftx.verify.run_differences import differences
 from sftx_plugins.trainable.freeze import Freeze
 from sftx_plugins.trainable.full import Full
 

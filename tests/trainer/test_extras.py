@@ -20,7 +20,6 @@ import torch
 from click.testing import CliRunner
 
 from ranked import Starter
-from sftx.verify.run_differences import differences
 from same_run import DDP, FSDP2, of_kind
 from sessions import session_of
 from sftx import ConfigError, Conversation, DataError, Example, Location, PluginError, load_run, pad
@@ -29,6 +28,7 @@ from sftx.distributed.process_group import ProcessGroup
 from sftx.model.language_model import CausalLM
 from sftx.trainer.evaluation import ModelEvaluation
 from sftx.trainer.session import Session
+from sftx.verify.run_differences import differences
 
 PACKAGE = Path(__file__).parents[1] / "packages" / "sftx-features"
 LETTERS = "abcd"

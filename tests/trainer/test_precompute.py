@@ -17,7 +17,6 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from ranked import Starter
-from sftx.verify.run_differences import differences
 from same_run import DDP, FSDP2, of_kind
 from sessions import session_of
 from sftx import ConfigError, Example, ModelError, PluginError, load_model, pack, pad
@@ -29,6 +28,7 @@ from sftx.model.language_model import CausalLM
 from sftx.model.load import load_model as load_weights
 from sftx.model.load import load_spec, load_tokenizer
 from sftx.training import _check_loss
+from sftx.verify.run_differences import differences
 
 PACKAGE = Path(__file__).parents[1] / "packages" / "sftx-reference"
 STEPS = "--max-steps 6 --train-batch-size 4 --per-device-train-batch-size 2 --save-steps 2 --eval-steps 3 "
