@@ -21,8 +21,10 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 from sftx.assembly.registry import Assembly, activate
 from sftx.background import in_background
-from sftx.checkpoint import run_directory
+from sftx.checkpoint import remote_runs, run_directory
+from sftx.checkpoint.remote_runs import OutputPlace
 from sftx.checkpoint.run_directory import RunDirectory
+from sftx.checkpoint.uploading import Uploader, UploadError
 from sftx.collector import collector_paused
 from sftx.config.loading import LoadedConfig
 from sftx.config.options import DataConfig, RunConfig, Source, TrainConfig
@@ -70,11 +72,34 @@ def run(loaded: LoadedConfig, *, name: str = "run", resume: bool = False) -> Res
         if (done := process_group.run_on_rank0(directory.finished)) is not None:
             log.info("%s is complete, nothing is left to do", done.output_dir)
             process_group.run_on_rank0(partial(complete_reports, done.output_dir, again=False))
+            if (uploader := prepared.uploader) is not None:
+                uploader.changed(done.output_dir, done.summary.get("best", {}).get("step"))
+                uploader.finish(prepared.config.upload_timeout)
             return done
-        result = _assemble(prepared, times).run()
-        with phase("writing", "the report"):
-            process_group.run_on_rank0(lambda: complete_reports(result.output_dir))
+        session = _assemble(prepared, times)
+        with _uploading(session):
+            result = session.run()
+            with phase("writing", "the report"):
+                process_group.run_on_rank0(lambda: complete_reports(result.output_dir))
         return result
+
+
+@contextlib.contextmanager
+def _uploading(session: Session) -> Iterator[None]:
+    """Upload the rest of the run at the end, also of one that was stopped or failed. Raises UploadError."""
+    if (uploader := session.uploader) is None:
+        yield
+        return
+    try:
+        yield
+    except BaseException:
+        try:
+            uploader.finish(session.config.upload_timeout)
+        except UploadError as error:
+            log.warning("%s", error)
+        raise
+    uploader.finish(session.config.upload_timeout)
+    session.checkpoints.prune(keep=(session.state.best_step,))  # one may have stayed as it was being uploaded
 
 
 def assemble(loaded: LoadedConfig, *, name: str = "run", resume: bool = False) -> Session:
@@ -107,6 +132,8 @@ class _Prepared:
     """Chooses a directory again, when another run took this one. Raises OutputError."""
     resolved: dict[str, Any]
     """The run file with every default and every plugin's options written out."""
+    uploader: Uploader | None
+    """What copies the run directory to a store; None on ranks other than 0, and where it stays on this machine."""
 
 
 @contextlib.contextmanager
@@ -140,7 +167,10 @@ def _prepared(loaded: LoadedConfig, name: str, *, resume: bool) -> Iterator[_Pre
         try:
             # Each host counts only the restarts that it caused.
             resume = resume or process_group.all_reduce_max(env_int("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-            choose = partial(run_directory.resume if resume else run_directory.new, config.output_dir, name)
+            output = remote_runs.output_place(config)
+            choose = partial(run_directory.resume if resume else run_directory.new, output.directory, name)
+            if output.address is not None:
+                process_group.run_on_rank0(partial(_check_store, output, name, resume=resume))
             directory = process_group.run_on_rank0(choose)
             config = dataclasses.replace(config, train=_resolve(config, directory, process_group))
             resolved = assembly.resolved(config)
@@ -152,10 +182,30 @@ def _prepared(loaded: LoadedConfig, name: str, *, resume: bool) -> Iterator[_Pre
                 process_group.run_on_rank0(lambda: directory.check_same(resolved, providers))
             process_group.run_on_rank0(lambda: stack.enter_context(directory.held()) and None)
             assembly.run = RunInfo(directory.path, resolved)
-            yield _Prepared(config, loaded, assembly, process_group, directory, choose, resolved)
+            uploader = None
+            if output.address is not None and process_group.is_rank0:
+                uploader = Uploader(output.address, config.train.checkpoints_kept)
+            yield _Prepared(config, loaded, assembly, process_group, directory, choose, resolved, uploader)
         except SftxError as error:
             error.rank = process_group.rank if error.rank is None else error.rank
             raise
+
+
+def _check_store(output: OutputPlace, name: str, *, resume: bool) -> None:
+    """Fetch a run that is to go on, where the store has more of it; refuse a place in it that holds anything else.
+
+    Raises ConfigError, OutputError.
+    """
+    assert output.address is not None
+    if output.is_staged and is_launched() and env_int("WORLD_SIZE") > env_int("LOCAL_WORLD_SIZE", 1):
+        raise ConfigError(
+            "option 'output_dir': is in a store, and checkpoints of several hosts need a directory that all of them "
+            f"see; name that as output_dir, and {output.address} as upload_to"
+        )
+    if resume:
+        remote_runs.fetch_newer(output.address, run_directory.path_to_resume(output.directory, name))
+    else:
+        remote_runs.check_new(output.address)
 
 
 def _join_process_group(config: RunConfig) -> ProcessGroup:
@@ -332,6 +382,7 @@ def _assemble(prepared: _Prepared, times: PhaseTimes) -> Session:
         precomputation=precomputation,
         start_report=_start_report(config, assembly, data, eval_data, sampler, lm, precision, process_group),
         rollout=rollout,
+        uploader=prepared.uploader,
         save_dtype=_save_dtype(config, pipeline, lm, precision),
     )
 

@@ -16,7 +16,8 @@ from typing import Any, Final
 from sftx.assembly.discovery import load_class
 from sftx.assembly.entry_points import discover, find
 from sftx.config.loading import LoadedConfig
-from sftx.errors import ConfigError, ModelError, one_line
+from sftx.errors import ConfigError, ModelError, SftxError, one_line
+from sftx.stores import is_address, model_directory
 
 log = logging.getLogger(__name__)
 
@@ -72,16 +73,18 @@ def go_on_from_adapter(loaded: LoadedConfig) -> LoadedConfig:
     ConfigError. The paths of adapters below it become absolute. Any other run is returned as it is, also one whose
     model is an adapter and that has no adapter plugin: `names.check` says what is missing. Raises ModelError.
     """
-    config, directory = loaded.config, Path(loaded.config.model).expanduser()
+    config, directory = loaded.config, _place(loaded.config.model)
     if (directory / "run.yaml").is_file() and (directory / "model").is_dir():
-        log.info("%s is the directory of a run: the model is its result, %s", directory, directory / "model")
-        return dataclasses.replace(loaded, config=dataclasses.replace(config, model=str(directory / "model")))
+        # In a store, the result has an address of its own, which is recorded: the copy is this machine's alone.
+        result = f"{config.model.rstrip('/')}/model" if is_address(config.model) else str(directory / "model")
+        log.info("%s is the directory of a run: the model is its result, %s", config.model, result)
+        return dataclasses.replace(loaded, config=dataclasses.replace(config, model=result))
     plugin = _adapter_plugin(config.plugins)
     if plugin is None:
         return loaded
     given = dict(config.plugins[plugin] or {})
     if isinstance(below := given.get(BASE_ADAPTERS), list | tuple) and all(isinstance(name, str) for name in below):
-        given[BASE_ADAPTERS] = [str(_adapter_in(Path(name).expanduser()).absolute()) for name in below]
+        given[BASE_ADAPTERS] = [str(_adapter_in(_place(name)).absolute()) for name in below]
         loaded = _with_options(loaded, plugin, given)
         config = loaded.config
     directory = _adapter_in(directory)
@@ -89,7 +92,7 @@ def go_on_from_adapter(loaded: LoadedConfig) -> LoadedConfig:
     if not is_adapter:
         if not isinstance(named := given.get(INIT_FROM), str):
             return loaded
-        directory = _adapter_in(Path(named).expanduser())
+        directory = _adapter_in(_place(named))
         if not directory.is_dir():
             return loaded  # a run that goes on from a checkpoint does not need it
     saved = read_peft_config(directory / PEFT_CONFIG, plugin)
@@ -121,6 +124,14 @@ def as_saved(plugin: Any, directory: Path) -> Any:
 def adapter_directory(artefact: Path, name: str, *, num_adapters: int) -> Path:
     """Return where an adapter's files are: in the artefact itself, or in a directory each when there are several."""
     return artefact if num_adapters == 1 else artefact / name
+
+
+def _place(name: str) -> Path:
+    """Return the path of a model or an adapter; one in a store is copied into the cache. Raises ModelError."""
+    try:
+        return model_directory(name)
+    except SftxError as error:
+        raise ModelError(f"model {error}") from error
 
 
 def _adapter_in(directory: Path) -> Path:

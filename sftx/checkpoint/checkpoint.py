@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -253,9 +253,9 @@ class Checkpoints:
             log.warning("no intact checkpoint is left in %s: the run begins anew", self.directory)
         return None
 
-    def prune(self, *, keep: int | None) -> None:
-        """Remove the oldest checkpoints beyond the limit, but never that of step `keep`."""
+    def prune(self, *, keep: Collection[int | None]) -> None:
+        """Remove the oldest checkpoints beyond the limit, but never those of the steps `keep`."""
         if self.limit is not None:
             for step, path in list(layout.find_checkpoints(self.directory).items())[: -self.limit]:
-                if step != keep:
+                if step not in keep:
                     atomic_files.remove(path)

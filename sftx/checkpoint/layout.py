@@ -82,6 +82,13 @@ def locate(directory: Path) -> tuple[Path, Path | None]:
     raise ModelError(f"{directory}: this run has no result yet; finish it with sftx run --resume{hint}")
 
 
+def step_of(place: str) -> int | None:
+    """Return the optimizer step of `checkpoints/step-N`, relative to the run directory; None for any other path."""
+    directory, _, name = place.rpartition("/")
+    match = _STEP.fullmatch(name) if directory == CHECKPOINTS else None
+    return None if match is None else int(match[1])
+
+
 def find_checkpoints(checkpoints: Path) -> dict[int, Path]:
     """Return the checkpoints in a directory by their optimizer step, oldest first; none when it does not exist."""
     entries = checkpoints.iterdir() if checkpoints.is_dir() else ()

@@ -17,6 +17,7 @@ from sftx.assembly.peft_config import PEFT_CONFIG, read_peft_config
 from sftx.assembly.registry import Assembly
 from sftx.checkpoint import layout
 from sftx.checkpoint.checkpoint import load_weights
+from sftx.checkpoint.remote_runs import local_copy
 from sftx.checkpoint.run_directory import RunDirectory
 from sftx.config.loading import load
 from sftx.config.options import RunConfig
@@ -29,6 +30,7 @@ from sftx.model.generation import embed_prompts, generate_greedy, generation_def
 from sftx.model.language_model import CausalLM
 from sftx.model.load import load_model, load_spec, load_tokenizer
 from sftx.model.shared_bases import SharedBases
+from sftx.stores import is_address
 from sftx.types import Adapter, Collator, Conversation, Example, ModelSpec, Template
 
 if TYPE_CHECKING:
@@ -152,9 +154,9 @@ def load_run(
 ) -> LoadedRun:
     """Load a fine-tuned model from a run directory, one of its checkpoints, or an adapter's or a model's directory.
 
-    A run directory stands for its result, `adapter/` or `model/`. Where a run.yaml belongs to the directory, template
-    and adapters are the plugins of that run, with its options. Otherwise `adapter_config.json` must be that of a LoRA,
-    and the template is the tokenizer's own chat template.
+    A run directory stands for its result, `adapter/` or `model/`; all of them may be addresses in a store. Where a
+    run.yaml belongs to the directory, template and adapters are the plugins of that run, with its options. Otherwise
+    `adapter_config.json` must be that of a LoRA, and the template is the tokenizer's own chat template.
 
     `device`: by default the first GPU, or the CPU. `dtype`: of weights and matrix products; by default weights are
     kept and multiplied as in the run's evaluations, and for a directory without run.yaml as its config.json says.
@@ -165,7 +167,8 @@ def load_run(
     Raises ModelError, ConfigError, PluginError and OutputError.
     """
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    weights, run = layout.locate(Path(directory).expanduser())
+    place = local_copy(directory) if isinstance(directory, str) and is_address(directory) else Path(directory)
+    weights, run = layout.locate(place.expanduser())
     if run is not None:
         parts = _parts_of_run(weights, run, base, trust_remote_code=trust_remote_code)
     else:

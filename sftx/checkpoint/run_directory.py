@@ -125,9 +125,11 @@ class RunDirectory:
     def finished(self) -> Result | None:
         """Return the result of a run that is complete and has the length that is asked for, None for any other."""
         summary = self.read_json(layout.SUMMARY) if self.resumed and not self.has_new_length else None
-        if summary is None or not Path(str(summary.get("artefact"))).is_dir():
+        # Written under another path where the directory was moved, or fetched from another machine.
+        artefact = self.file(Path(str((summary or {}).get("artefact"))).name)
+        if summary is None or not artefact.is_dir():
             return None
-        return Result(self.path, layout.with_new_names(summary))
+        return Result(self.path, {**layout.with_new_names(summary), "artefact": str(artefact)})
 
     def write_start(self, resolved: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
         """Write the run's options and manifest, before its first step. Raises OutputError."""
@@ -251,13 +253,20 @@ def new(output_dir: str | None, name: str) -> RunDirectory:
     return RunDirectory(path)
 
 
+def path_to_resume(output_dir: str | None, name: str) -> Path:
+    """Return the path of the run that is to go on: `output_dir`, or by default the last `runs/<name>-<number>`.
+
+    Raises OutputError for a file.
+    """
+    return Path("runs") / f"{name}-{max(1, _last_number(name))}" if output_dir is None else _checked(output_dir)
+
+
 def resume(output_dir: str | None, name: str) -> RunDirectory:
-    """Return the directory of the run that is to go on: `output_dir`, or by default the last `runs/<name>-<number>`.
+    """Return the directory of the run that is to go on (`path_to_resume`).
 
     When it does not exist or is empty, the run begins there. Raises OutputError when it has files but no run.
     """
-    default = Path("runs") / f"{name}-{max(1, _last_number(name))}"
-    path = default if output_dir is None else _checked(output_dir)
+    path = path_to_resume(output_dir, name)
     if (path / layout.RUN).exists():
         return RunDirectory(path, resumed=True)
     if _has_files(path):

@@ -40,6 +40,7 @@ BUILT_IN: Final[Mapping[str, str]] = {
     "merge": "Fold the adapters of a run into its base model.",
     "export": "Write a trained model in another format.",
     "push": "Upload a trained model to the Hugging Face hub.",
+    "upload": "Copy a run directory to a store, such as s3://.",
     "report": "Write a report on one run, or compare several.",
     "doctor": "Check the data and options of a run before it trains.",
     "data": "Convert the data of a run.",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sftx.cli.run_argument import local_model
 from sftx.config.options import MAX_TOKENS
 from sftx.phases import phase
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from sftx.model.decoding import Sampling
     from sftx.model.shared_bases import SharedBases
 
-model_argument = click.argument("model", metavar="MODEL")
+model_argument = click.argument("model", metavar="MODEL", callback=lambda ctx, param, model: local_model(model))
 
 _POSITIVE = click.FloatRange(min=0, min_open=True)
 

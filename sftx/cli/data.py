@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from sftx import atomic_files
+from sftx import atomic_files, stores
 from sftx.cli.options import RunCommand, run_options
 from sftx.config import loading
 from sftx.errors import ConfigError, OutputError, counted, one_line, printable
@@ -46,6 +46,7 @@ def export(file: Path | None, loaded: loading.LoadedConfig, output: str) -> None
     if output != "-":
         _check_output(output)
     assembly = activate(loaded)
+    stores.refresh()
     for source in data.train:
         sources.check(source, assembly.row_sources)
     parsers = assembly.parsers()

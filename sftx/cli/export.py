@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import click
 
+from sftx.cli.run_argument import RunPath
 from sftx.config.run_file import Origins
 from sftx.errors import ConfigError, OutputError, printable
 from sftx.phases import phase
@@ -16,7 +17,7 @@ from sftx.phases import phase
 _MOST_TIES: Final = 5
 
 _COMMON = (
-    click.argument("run", metavar="RUN", type=click.Path(path_type=Path)),
+    click.argument("run", metavar="RUN", type=RunPath()),
     click.option(
         "--verify/--no-verify", default=True, help="Compare what was written with the run.  [default: verify]"
     ),
@@ -87,6 +88,7 @@ def write(
     trust_remote_code: bool,
 ) -> None:
     """Export RUN with the plugin `name` and say what was written; a place that was not given is one in the run."""
+    from sftx import stores
     from sftx.assembly.peft_config import PEFT_CONFIG
     from sftx.assembly.registry import exporter
     from sftx.checkpoint import layout
@@ -101,8 +103,9 @@ def write(
     if base not in (None, names.ORIGINAL):
         names.check_base(base)
     run_file = run / layout.RUN
-    if not is_given and not run_file.exists():
-        raise ConfigError(f"{run}: is no run directory; say with --into where the export is to be written")
+    if not is_given and (not run_file.exists() or stores.is_copy(run)):
+        what = "is a copy of what is in a store" if stores.is_copy(run) else "is no run directory"
+        raise ConfigError(f"{run}: {what}; say with --into where the export is to be written")
     target = place if is_given else run / place
     if os.path.lexists(target) and (target.is_symlink() or not target.is_dir() or any(target.iterdir())):
         raise OutputError(f"{target} exists already; move it away, or choose another place with --into")

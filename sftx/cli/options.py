@@ -44,8 +44,20 @@ _COMMON: Final = (
         default=None,
         help="Add control tokens that the template needs and the tokenizer lacks, and train them.  [default: False]",
     ),
-    click.option("--output-dir", metavar="DIR", help="Output directory of this run.  [default: runs/<name>-<n>]"),
+    click.option(
+        "--output-dir", metavar="DIR|ADDRESS", help="Output directory of this run.  [default: runs/<name>-<n>]"
+    ),
+    click.option(
+        "--upload-to", metavar="ADDRESS", help="Copy it to a store while the run trains, such as s3://bucket/runs/x."
+    ),
+    click.option(
+        "--upload-timeout",
+        metavar="S",
+        help="Seconds without progress after which the end of the run waits no longer for an upload.  [default: 300]",
+    ),
 )
+_OF_OUTPUT: Final = 3
+"""How many of these options, the last ones, are those of a command that trains."""
 
 
 _EMPTY: Final = "''"
@@ -160,7 +172,7 @@ def run_options(*sections: str) -> Callable[[Callable[..., Any]], Callable[..., 
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        names = {"model", "trust_remote_code", "add_tokens", "output_dir"}
+        names = {"model", "trust_remote_code", "add_tokens", "output_dir", "upload_to", "upload_timeout"}
 
         @wraps(function)
         def command(
@@ -195,7 +207,7 @@ def run_options(*sections: str) -> Callable[[Callable[..., Any]], Callable[..., 
             for name, option in reversed(_section_options(section).items()):
                 command = option(command)
                 names.add(name)
-        for option in reversed(_COMMON if "train" in sections else _COMMON[:-1]):
+        for option in reversed(_COMMON if "train" in sections else _COMMON[:-_OF_OUTPUT]):
             command = option(command)
         return command
 

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import click
 
+from sftx.cli.run_argument import RunPath
 from sftx.errors import counted, printable
 from sftx.phases import phase
 
 
 @click.command()
-@click.argument("place", metavar="RUN|DIR", type=click.Path(path_type=Path))
+@click.argument("place", metavar="RUN|DIR", type=RunPath())
 @click.argument("repository", metavar="REPO")
 @click.option("--private", is_flag=True, help="Make the repository a private one.")
 @click.option("--dry-run", is_flag=True, help="Show what would be uploaded, and ask nobody.")

@@ -9,6 +9,7 @@ from typing import Final
 
 import click
 
+from sftx.cli.run_argument import RunPath
 from sftx.errors import ConfigError, OutputError, one_line, printable
 from sftx.phases import phase
 
@@ -19,7 +20,7 @@ _MARK: Final = b"sftx report"
 
 
 @click.command()
-@click.argument("runs", metavar="RUN_DIR...", nargs=-1, required=True, type=click.Path(file_okay=True, path_type=Path))
+@click.argument("runs", metavar="RUN_DIR...", nargs=-1, required=True, type=RunPath(result=False))
 @click.option(
     "-o", "--output", metavar="DIR|FILE.html", type=click.Path(path_type=Path),
     help="Where to write the page, with the picture beside it.  [default: report.html in the run's directory; for "
@@ -33,11 +34,12 @@ def command(*, runs: tuple[Path, ...], output: Path | None) -> None:
     """
     from sftx.inspection.run_report.run_record import read_run
     from sftx.inspection.run_report.write_report import PAGE, PICTURE, notes, write
+    from sftx.stores import is_copy
 
     if len({os.path.realpath(run) for run in runs}) < len(runs):
         raise click.UsageError("one run is named twice; name each once")
     if output is None:
-        page = runs[0] / PAGE if len(runs) == 1 else Path(PAGE)
+        page = runs[0] / PAGE if len(runs) == 1 and not is_copy(runs[0]) else Path(PAGE)
     else:
         page = output if output.suffix == ".html" and not output.is_dir() else output / PAGE
     picture = page.with_name(PICTURE if page.name == PAGE else f"{page.stem}-{PICTURE}")

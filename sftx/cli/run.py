@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Final
 
@@ -113,7 +114,7 @@ def _launch_elsewhere(
 def _launch(loaded: loading.LoadedConfig, name: str, *, resume: bool, nproc: int, max_restarts: int) -> int:
     """Start this command as `nproc` ranks; return the exit code."""
     from sftx.assembly.registry import activate
-    from sftx.checkpoint import run_directory
+    from sftx.checkpoint import remote_runs, run_directory
 
     ctx = click.get_current_context()
     if nproc and not resume:
@@ -125,7 +126,11 @@ def _launch(loaded: loading.LoadedConfig, name: str, *, resume: bool, nproc: int
     arguments = without_options(ctx.meta[_ARGUMENTS], "--nproc", "--max-restarts")
     debug = ["--debug"] if ctx.find_root().params.get("debug") else []
     use_cpu = loaded.config.train.use_cpu
-    with run_directory.reserve(loaded.config.output_dir, name, resume_run=resume) as directory:
+    if remote_runs.output_place(loaded.config).is_staged:
+        reserved: AbstractContextManager[str] = nullcontext(str(loaded.config.output_dir))  # rank 0 looks at the store
+    else:
+        reserved = run_directory.reserve(loaded.config.output_dir, name, resume_run=resume)
+    with reserved as directory:
         arguments = [*debug, "run", "--output-dir", directory, *arguments]
         return launch.launch(_sftx_command(arguments), nproc=nproc or None, max_restarts=max_restarts, use_cpu=use_cpu)
 

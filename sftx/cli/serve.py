@@ -9,8 +9,10 @@ from pathlib import Path
 import click
 
 from sftx.cli.answering import check_model, load_model
+from sftx.cli.run_argument import local_model
 from sftx.errors import ConfigError, printable
 from sftx.phases import phase
+from sftx.stores import is_address
 
 _KEY = "SFTX_API_KEY"
 
@@ -110,8 +112,10 @@ def command(
 def _named(model: str) -> tuple[str, str]:
     """Return the name under which a model is served, and the model."""
     name, equals, path = model.partition("=")
-    if equals and not Path(model).exists():
+    if equals and not (Path(model).exists() or is_address(model)):
         if not (name and path):
             raise ConfigError(f"{model}: is not of the form NAME=MODEL, such as first=runs/a")
-        return name, path
+        return name, local_model(path)
+    if is_address(model):
+        return model.rstrip("/").rpartition("/")[2], local_model(model)
     return Path(model).name if Path(model).is_dir() else model, model

@@ -22,8 +22,8 @@ SOURCES: Final = ("sqlite",)
 
 SCHEME: Final = re.compile("[a-z][a-z0-9+-]+")  # a single letter is a drive of Windows
 """The part of a path before the colon that names a source plugin."""
-RESERVED_SCHEMES: Final = ("sftx", "file", "http", "https", "hf", "s3")
-"""Schemes that no plugin may claim: `sftx:` is files of the package, and the others may be read by sftx itself."""
+RESERVED_SCHEMES: Final = ("sftx", "file", "http", "https", "hf", "s3", "gs", "gcs", "az", "abfs", "memory")
+"""Schemes that no plugin may claim: `sftx:` is files of the package, the others are stores that sftx itself reads."""
 
 TEMPLATES: Final = ("chatml", "qwen3", "qwen2.5", "llama3", "gemma3", "gemma", "phi", "deepseek3", "mistral", "llama2")
 """Templates that are tried on the tokenizer of a run without a template, so that the error can name those that fit."""

@@ -22,6 +22,7 @@ from sftx.config.default_plugins import SCHEME
 from sftx.config.launch_options import LaunchConfig
 from sftx.config.named_plugins import LR_SCHEDULER_TYPE, OPTIM
 from sftx.errors import ConfigError
+from sftx.stores import is_address, mask
 
 
 class OnResume(Enum):
@@ -88,10 +89,12 @@ class Source:
 
     path: Annotated[
         str,
+        AfterValidator(mask),
         Field(
             min_length=1,
-            description="File or directory of rows, pattern such as data/*.jsonl, directory of a saved dataset, id of "
-            "a hub dataset, or SCHEME:ADDRESS for a source plugin, such as sqlite:chats.db.",
+            description="File or directory of rows, pattern such as data/*.jsonl, each also in a store "
+            "(s3://bucket/rows.jsonl), directory of a saved dataset, id of a hub dataset, or SCHEME:ADDRESS for a "
+            "source plugin, such as sqlite:chats.db.",
         ),
     ]
     weight: Annotated[
@@ -156,7 +159,12 @@ _WEIGHT = re.compile(r"\d+(\.\d*)?|\.\d+")
 
 def _as_sources(value: Any) -> Any:
     items = value if isinstance(value, list | tuple) else (value,)
-    return tuple(_as_source(item) for item in items)
+    sources = tuple(_as_source(item) for item in items)
+    given: dict[str, str] = {}
+    for path in (source.get("path") for source in sources if isinstance(source, dict)):
+        if isinstance(path, str) and given.setdefault(mask(path), path) != path:
+            raise ValueError(f"addresses that differ in more than their secrets: {mask(path)} is there twice")
+    return sources
 
 
 Sources = Annotated[
@@ -615,13 +623,32 @@ class GenerationConfig:
 EMBEDDED_MODEL = "sftx:smollm2-135m-instruct"
 
 
+def _check_upload(address: str | None) -> str | None:
+    """Raise ValueError for what no run can be uploaded to."""
+    if address is not None and not is_address(address):
+        raise ValueError("an address in a store, such as s3://bucket/runs/x")
+    return _check_output(address)
+
+
+def _check_output(place: str | None) -> str | None:
+    """Raise ValueError for an address that cannot be written to, or has a secret in it, which would be recorded."""
+    if place is not None and is_address(place):
+        if place.startswith(("http://", "https://")):
+            raise ValueError("a place that can be written to, such as s3://bucket/runs/x")
+        if mask(place) != place:
+            raise ValueError("an address without a password, which belongs into the environment")
+    return place
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """All options of a run."""
 
-    model: Annotated[str, Field(min_length=1, description="Directory or hub id of a causal language model.")] = (
-        EMBEDDED_MODEL
-    )
+    model: Annotated[
+        str,
+        AfterValidator(mask),
+        Field(min_length=1, description="Directory or hub id of a causal language model, or its address in a store."),
+    ] = EMBEDDED_MODEL
     trust_remote_code: Annotated[
         bool, Field(description="Run Python code from the directory or repository of the model.")
     ] = False
@@ -638,9 +665,32 @@ class RunConfig:
     generation: GenerationConfig = GenerationConfig()
     output_dir: Annotated[
         str | None,
-        Field(min_length=1, description="Output directory of this run; runs/<name>-<n> by default."),
+        AfterValidator(_check_output),
+        Field(
+            min_length=1,
+            description="Output directory of this run, which may be in a store; runs/<name>-<n> by default.",
+        ),
         OnResume.NOTHING,
     ] = None
+    upload_to: Annotated[
+        str | None,
+        AfterValidator(_check_upload),
+        Field(
+            min_length=1,
+            description="Address of the directory in a store that becomes a copy of output_dir while the run trains, "
+            "such as s3://bucket/runs/x; output_dir may be such an address too.",
+        ),
+        OnResume.NOTHING,
+    ] = None
+    upload_timeout: Annotated[
+        float,
+        Field(
+            gt=0,
+            le=1e9,
+            description="Seconds without progress after which the end of a run waits no longer for an upload.",
+        ),
+        OnResume.NOTHING,
+    ] = 300.0
     without: Annotated[
         tuple[str, ...],
         Field(description="Default plugins that are left out of this run (`--no-plugin`)."),

@@ -2,7 +2,8 @@
 
 A source is a file, the files that match a pattern, a directory of files, a directory that `save_to_disk` of `datasets`
 wrote, a directory laid out as a hub dataset (read by `split` or `subset`), a hub dataset, or an address that a plugin
-reads. Whatever it is, it has a name (its path), a fingerprint of its content, and records, each with its location.
+reads. Files may be in a store (`s3://bucket/rows.jsonl`): they are copied into the cache when they are read first.
+Whatever it is, it has a name (its path), a fingerprint of its content, and records, each with its location.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, TypeAlias
 
-from sftx import hub_lookup
+from sftx import hub_lookup, stores
 from sftx.assembly.entry_points import discover
 from sftx.assembly.stages.data_stages import RowSourceStage
 from sftx.atomic_files import sha256_of_file
 from sftx.config.default_plugins import SOURCES
 from sftx.config.options import DataConfig, RunConfig, Source
 from sftx.data import hub, readers
-from sftx.errors import ConfigError, DataError, did_you_mean, kind_of, one_line
+from sftx.errors import ConfigError, DataError, SftxError, did_you_mean, kind_of, one_line
 from sftx.types import Location, Record
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ def check_data_config(config: RunConfig, row_sources: RowSources = NO_PLUGINS) -
     """
     if not config.data.train:
         raise ConfigError("option 'data.train': no training data; give a file with --data")
+    stores.refresh()
     all_sources = (*config.data.train, *config.data.eval)
     for source in all_sources:
         check(source, row_sources)
@@ -131,7 +133,8 @@ def check(source: Source, row_sources: RowSources = NO_PLUGINS) -> None:
                 raise ConfigError(f"{source.path}: is read by {plugin}, which has no {option}; leave {value!r} out")
         plugin.check(source.address)
         return
-    if source.scheme is not None and not (glob.glob(source.path) or os.path.lexists(source.scheme)):
+    is_in_store = stores.is_address(source.path)
+    if source.scheme is not None and not (is_in_store or glob.glob(source.path) or os.path.lexists(source.scheme)):
         raise DataError(f"{source.path}: {_say_no_scheme(source.scheme, row_sources)}")
     place = _locate(source.path)
     if place is None:
@@ -143,14 +146,14 @@ def check(source: Source, row_sources: RowSources = NO_PLUGINS) -> None:
         raise ConfigError(f"{source.path}: is a saved dataset, which has no subsets; leave {source.subset!r} out")
     for option in ("split", "subset"):
         if (value := getattr(source, option)) is not None and not place.is_dir():
-            what = "is a file" if place.is_file() else "names files"
+            what = "names files" if _WILDCARD.search(source.path) else "is a file"
             raise ConfigError(
                 f"{source.path}: {what}, and {option} {value!r} is for datasets; leave it out, or name the "
                 "directory that holds the splits"
             )
     files = [] if _is_dataset_directory(place, source) else _files(place, source.path)
     for file, path in files:
-        if not os.access(file, os.R_OK):
+        if not is_in_store and not os.access(file, os.R_OK):
             raise DataError(f"{path}: cannot be read: permission denied")
     for option in ("encoding", "delimiter"):
         if (value := getattr(source, option)) is not None and not any(readers.is_text(file) for file, _ in files):
@@ -244,6 +247,7 @@ def fingerprint(source: Source, row_sources: RowSources = NO_PLUGINS) -> str | N
     else:
         content = []
         for name, file in _all_files(source, place):
+            _fetch(source.path, file)
             try:
                 status = file.stat()
                 digest = _sha256_of_unchanged(
@@ -264,7 +268,8 @@ def _hash(value: Any) -> str:
 def glance(source: Source, row_sources: RowSources = NO_PLUGINS) -> str | None:
     """Return a SHA-256 of the size, the first and the last MiB of every file: a quick substitute of `fingerprint`.
 
-    For a hub dataset, return its commit; for an address of a plugin, its fingerprint. Raises DataError.
+    For a hub dataset, return its commit; for an address of a plugin, its fingerprint; for files in a store, a SHA-256
+    of what the store says of them. Raises DataError.
     """
     if source.scheme in row_sources:
         return fingerprint(source, row_sources)
@@ -272,6 +277,8 @@ def glance(source: Source, row_sources: RowSources = NO_PLUGINS) -> str | None:
     place = _locate(source.path)
     if place is None:
         return hub.hub_fingerprint(source)
+    if (found := _find(source.path)) is not None:
+        return _hash([(file.name, file.size, file.fingerprint) for file in found.files])
     digest = hashlib.sha256()
     for name, file in _all_files(source, place):
         with file.open("rb") as stream:
@@ -286,7 +293,9 @@ def glance(source: Source, row_sources: RowSources = NO_PLUGINS) -> str | None:
 def file_names(source: Source, row_sources: RowSources = NO_PLUGINS) -> list[str]:
     """Return the files of a directory or a pattern in the order in which they are read; an empty list for others."""
     place = None if source.scheme in row_sources else _locate(source.path)
-    if place is None or place.is_file() or _is_dataset_directory(place, source):
+    if place is None or _is_dataset_directory(place, source):
+        return []
+    if place.is_file() or ((found := _find(source.path)) is not None and found.kind == "file"):
         return []
     return [path for _, path in _files(place, source.path)]
 
@@ -305,6 +314,8 @@ def num_bytes(source: Source, row_sources: RowSources = NO_PLUGINS) -> int:
     """Return the size of the source's files on disk, compressed or not, and 0 for a hub dataset. Raises DataError."""
     if (plugin := row_sources.get(source.scheme or "")) is not None:
         return plugin.num_bytes(source.address)
+    if (found := _find(source.path)) is not None:
+        return sum(file.size or 0 for file in found.files)
     place = _locate(source.path)
     return 0 if place is None else sum(file.stat().st_size for _, file in _all_files(source, place))
 
@@ -332,8 +343,37 @@ def resolve(path: str) -> Path:
 # --- files --------------------------------------------------------------------------------------
 
 
+def _find(path: str) -> stores.Found | None:
+    """Return what an address in a store leads to, None for any other path. Raises DataError."""
+    if not stores.is_address(path):
+        return None
+    try:
+        return stores.find(path)
+    except SftxError as error:
+        raise DataError(str(error)) from error
+
+
+def _fetch(path: str, file: Path | None = None) -> None:
+    """Copy what an address in a store leads to into the cache, or one file of it; do nothing for any other path.
+
+    Raises DataError.
+    """
+    if (found := _find(path)) is not None:
+        try:
+            stores.fetch_files(found, [one for one in found.files if file in (None, found.copies / one.name)])
+        except SftxError as error:
+            raise DataError(str(error)) from error
+
+
 def _locate(path: str) -> Path | None:
-    """Return the file, directory or pattern, or None when the path can only be a hub dataset. Raises DataError."""
+    """Return the file, directory or pattern, or None when the path can only be a hub dataset. Raises DataError.
+
+    For an address it is the place of the copies. Those of a directory are made here, those of files when they are read.
+    """
+    if (found := _find(path)) is not None:
+        if found.kind == "directory":
+            _fetch(path)
+        return found.place
     looks_like_file = path.startswith(".") or readers.kind(Path(path)) is not None
     if _HUB_ID.fullmatch(path) and not looks_like_file and not os.path.lexists(path):
         return None
@@ -371,13 +411,19 @@ def _all_files(source: Source, place: Path) -> list[tuple[str, Path]]:
     """Return every file that the records can depend on, with its name relative to the source's path."""
     if _is_dataset_directory(place, source):
         return sorted((file.relative_to(place).as_posix(), file) for file in _walk(place, set()) if file.is_file())
+    if (found := _find(source.path)) is not None:
+        return [(file.relative_to(found.copies).as_posix(), file) for file, _ in _files(place, source.path)]
     fixed = source.path if place.exists() else _WILDCARD.split(str(place))[0].rpartition("/")[0]
     return [(path.removeprefix(fixed).lstrip("/"), file) for file, path in _files(place, source.path)]
 
 
 def _files(place: Path, path: str) -> list[tuple[Path, str]]:
     """Return the files of rows at `place`, sorted by path, each with its name for errors. Raises DataError."""
-    if place.is_dir():
+    stored = _find(path)
+    if stored is not None and stored.kind != "directory":
+        found = [(stored.address_of(file.name), stored.copies / file.name) for file in stored.files]
+        prefix, what = "", "matches this pattern, but" if stored.kind == "pattern" else "is there, but"
+    elif place.is_dir():
         found = sorted((file.relative_to(place).as_posix(), file) for file in _walk(place, set()))
         prefix, what = f"{path.rstrip('/')}/", "is in this directory, which holds"
     elif place.exists():
@@ -392,15 +438,16 @@ def _files(place: Path, path: str) -> list[tuple[Path, str]]:
         raise DataError(f"{path}: no file of rows {what} {names or 'nothing'}; known are {readers.known()}")
     # Held-out rows must not be trained on only because their file is in the same directory.
     splits = {}
+    base = str(place.parent) if stored is None else stored.base
     for name, _ in files:
-        for part in name.removeprefix(str(place.parent)).split("/"):
+        for part in name.removeprefix(base).split("/"):
             if match := _SPLIT.fullmatch(part.partition(".")[0]):
                 splits[match[1].lower()] = name
     if len(splits) > 1:
         choose = "choose one with split: NAME, or name the files" if place.is_dir() else "name the files of one"
         raise DataError(f"{path}: holds several splits ({', '.join(sorted(splits.values()))}); {choose}")
     named = [(file, f"{prefix}{name}") for name, file in files]
-    for file, name in named:
+    for file, name in named if stored is None else ():
         _check_file(file, name)
     return named
 
@@ -478,6 +525,7 @@ def _rows(source: Source, start: int, encoding: str, *, streaming: bool) -> read
         yield from hub.read_directory(place, source, skip)
     else:
         for file, path in _files(place, source.path):
+            _fetch(source.path, file)
             yield from readers.read(readers.RowFile(file, path, encoding, source.delimiter), skip)
     if skip.left:
         raise _holds_fewer(source, start)

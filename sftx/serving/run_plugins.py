@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from sftx import stores
 from sftx.assembly.discovery import options_class
 from sftx.assembly.registry import Assembly, activate
 from sftx.checkpoint import layout
@@ -48,6 +49,7 @@ class RunPlugins:
         from sftx.data.pipeline import check_formats
 
         check_formats(self.config.data, self.origins, list(self.assembly.parsers()))
+        stores.refresh()
         for source in rows:
             sources.check(source, self.assembly.row_sources)
 

@@ -12,10 +12,12 @@ from transformers import AutoModelForCausalLM
 from sftx.assembly.peft_config import PEFT_CONFIG
 from sftx.checkpoint import layout
 from sftx.checkpoint.load_run import load_run
+from sftx.checkpoint.remote_runs import local_copy
 from sftx.errors import ModelError, counted
 from sftx.model import load, names
 from sftx.model.language_model import CausalLM
 from sftx.phases import phase
+from sftx.stores import is_address
 from sftx.trainer.self_checks import check_packed_probe
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ def load_model(name: str, *, like: LanguageModel, trust_remote_code: bool = Fals
     if isinstance(other_of.head_weight, FakeTensor):
         return cast("LanguageModel", _without_weights(name, other_of, dtype, trust_remote_code=trust_remote_code))
     with phase("loading", f"the model {name}"):
-        directory = Path(name).expanduser()
+        directory = local_copy(name) if is_address(name) else Path(name).expanduser()
         is_run = directory.is_dir() and (layout.run_of(directory) or (directory / PEFT_CONFIG).exists())
         if is_run:
             loaded = load_run(directory, device=like.device, dtype=dtype, trust_remote_code=trust_remote_code)

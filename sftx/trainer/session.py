@@ -18,6 +18,7 @@ from sftx.atomic_files import atomic_directory, find_damage, remove
 from sftx.checkpoint import checkpoint, model_files
 from sftx.checkpoint.run_directory import RunDirectory
 from sftx.checkpoint.run_state import RunState
+from sftx.checkpoint.uploading import Uploader
 from sftx.config.options import RunConfig
 from sftx.data.dataset import Dataset
 from sftx.data.sampler import Sampler
@@ -79,6 +80,8 @@ class Session:
     """What makes the examples of a run with a rollout."""
     save_dtype: torch.dtype | None
     """Of the parameters of a full model in the result; None: as they are trained. Checkpoints are always exact."""
+    uploader: Uploader | None = None
+    """What copies the run directory to a store; None on ranks other than 0, and where it stays on this machine."""
     state: RunState = field(default_factory=RunState)
     _saved_step: int | None = None
 
@@ -216,7 +219,7 @@ class Session:
         self.process_group.all_or_raise(read_state)
         self.trainer.last_saved, self._saved_step = str(saved), self.state.step
         # The process before may have been killed before it could do so.
-        self.process_group.run_on_rank0(lambda: self.checkpoints.prune(keep=self.state.best_step))
+        self.prune()
 
     def _check_length(self) -> None:
         """Raise ConfigError when a run is to end where it is already, or before; start a stopped one again."""
@@ -237,6 +240,8 @@ class Session:
         self._training.update(note=f"loss {report.loss:.4f}")
         self.state.add_step(report)
         self.observers.on_step(report)
+        if self.uploader is not None and not self.uploader.has_begun:
+            self._ask_for_upload()
         if report.step in (1, report.num_steps) or report.step % self.config.train.logging_steps == 0:
             self.observers.on_log(self.state.log_steps())
         decision = self.control.decide(self.state, lambda control: control.after_step(report))
@@ -357,8 +362,20 @@ class Session:
                 ) from error
             raise
         self._saved_step, self.control.saved_at, self.trainer.last_saved = state.step, time.monotonic(), str(place)
-        self.process_group.run_on_rank0(lambda: self.checkpoints.prune(keep=state.best_step))
+        self.prune()
+        self._ask_for_upload()
         self.observers.on_save(state.step, place)
+
+    def prune(self) -> None:
+        """Remove surplus checkpoints, but not one that is being uploaded."""
+        best, uploader = self.state.best_step, self.uploader
+        self.process_group.run_on_rank0(
+            lambda: self.checkpoints.prune(keep=(best, None if uploader is None else uploader.busy))
+        )
+
+    def _ask_for_upload(self) -> None:
+        if self.uploader is not None and self.state.step > 0:  # a run that fails before its first step leaves nothing
+            self.uploader.changed(self.writer.directory.path, self.state.best_step)
 
     def _write_atomically(self, place: Path, write: Callable[[Path], None], *, checksums: bool = False) -> None:
         """Write a directory that every rank writes to, and that appears complete or not at all."""

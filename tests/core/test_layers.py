@@ -17,6 +17,7 @@ ROOTS = {"sftx": ROOT, "sftx_kernels": ROOT / "kernels", "sftx_plugins": ROOT / 
 LAYERS = (
     ("background", "collector", "errors", "events", "paths", "phases"),
     ("types", "atomic_files", "hub_lookup", "display", "demo", "secret"),
+    ("stores",),
     ("config",),
     ("distributed",),
     ("assembly",),
