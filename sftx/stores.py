@@ -34,8 +34,8 @@ _WILDCARD: Final = re.compile(r"[*?[]")
 _WEB: Final = ("http", "https")
 """Protocols of single files: nothing is listed or written, and what follows `?` is a query."""
 
-_WITH_DIRECTORIES: Final = ("file", "local", "sftp", "ssh", "ftp", "smb", "hdfs", "webhdfs", "dbfs")
-"""Protocols for which directories must be made. Of others it would make the bucket, whose name may be a slip."""
+_WITH_BUCKETS: Final = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "oci", "tos", "hf")
+"""Protocols without directories: where one is asked for, the bucket is made, whose name may be a slip."""
 
 MASK: Final = "***"
 _SECRET_NAME: Final = re.compile(r"sig|token|secret|passw|auth|cred|key|^x-(amz|goog|ms)-", re.IGNORECASE)
@@ -240,7 +240,9 @@ def connect(address: str) -> tuple[Any, str]:
         raise SftxError(f"{address}: {name}:// needs {need}; pip install {need.replace(' and', '')}") from None
     except ValueError as error:
         if name not in known_implementations:
-            hint = did_you_mean(name, known_implementations)
+            hint = (
+                did_you_mean(name, known_implementations) or "; s3, gs, abfs, hf, https and others of fsspec are read"
+            )
             raise SftxError(f"{address}: nothing here reads {name}://{hint}") from None
         raise SftxError(f"{address}: cannot be used: {one_line(error)}") from error
 
@@ -428,7 +430,7 @@ class RemoteDirectory:
         self.files.invalidate_cache()
 
     def _make_parent(self, place: str) -> None:
-        if protocol(self.address) in _WITH_DIRECTORIES:
+        if protocol(self.address) not in _WITH_BUCKETS:
             self.files.makedirs(place.rpartition("/")[0], exist_ok=True)
 
     def check(self) -> dict[str, int]:

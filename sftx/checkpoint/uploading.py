@@ -7,7 +7,6 @@ is said once and tried again, with longer and longer pauses; training never wait
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
@@ -38,6 +37,10 @@ class UploadError(OutputError):
     exit_code = 74  # EX_IOERR: whoever removes this machine at the end of the run should not
 
 
+class _StoppedError(Exception):
+    """Nobody waits for the upload any more."""
+
+
 class _VanishedError(Exception):
     """A file was removed on this machine before it was uploaded."""
 
@@ -58,6 +61,8 @@ class Upload:
     """When something last moved. Pieces of a file that has failed before do not count, so that waiting has an end."""
     has_failed: bool = False
     """Whether something failed since the last file that arrived."""
+    is_stopped: bool = False
+    """Whether no other file is to be uploaded."""
     _sent: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Size and time of the files that were uploaded by this process, by their names."""
     _complete: dict[int, bytes] | None = None
@@ -68,7 +73,12 @@ class Upload:
 
     def bring_up_to_date(self) -> None:
         """Upload what is missing in the store, and remove what is surplus. Raises what the store's library raises."""
-        complete = self._look()
+        while self._has_vanished():
+            pass
+
+    def _has_vanished(self) -> bool:
+        """Go through the run directory once; return whether a checkpoint was removed in it meanwhile."""
+        complete, has_vanished = self._look(), False
         summary = self.directory / layout.SUMMARY
         if self._has_summary and not summary.exists():  # the run goes on: its result will be another one
             self.remote.remove([layout.SUMMARY])
@@ -80,8 +90,10 @@ class Upload:
         if self.limit is not None:  # one that is surplus here as well was kept as long as it was uploaded
             kept = [(step, path) for step, path in kept if step == self.best or (step, path) in kept[-self.limit :]]
         for step, checkpoint in reversed(kept):
-            with contextlib.suppress(_VanishedError):  # removed, as there are newer ones
+            try:
                 self._send_checkpoint(step, checkpoint)
+            except _VanishedError:  # as there are newer ones
+                has_vanished = True
         self._remove_surplus(complete)
         if summary.exists():
             for name, file in _files(self.directory):
@@ -89,6 +101,7 @@ class Upload:
                     self._send(name, file)
             self._send(layout.SUMMARY, summary)
             self._has_summary = True
+        return has_vanished
 
     def missing(self) -> list[str]:
         """Return what is not uploaded: checkpoints by their names, and other files as one entry."""
@@ -117,6 +130,8 @@ class Upload:
 
     def _send(self, name: str, file: Path) -> None:
         """Upload a file unless this process has uploaded it as it is. What was removed meanwhile is passed over."""
+        if self.is_stopped:
+            raise _StoppedError
         try:
             state = _state(file)
             if self._sent.get(name) != state:
@@ -195,7 +210,7 @@ class Uploader:
         self._error: str | None = None
 
     def changed(self, directory: Path, best: int | None) -> None:
-        """Ask for the upload of what is new in the run directory, and return at once.
+        """Ask for the upload of what is new in the run directory, and return at once. Not called after `finish`.
 
         `best`: the step of the best checkpoint so far.
         """
@@ -230,6 +245,10 @@ class Uploader:
         except KeyboardInterrupt:
             log.warning("%s", self._unfinished(upload, "interrupted"))
             raise
+        finally:  # the thread ends, unless the store hangs
+            upload.is_stopped = True
+            with self._wake:
+                self._wake.notify_all()
         if self._done < self._asked:
             raise UploadError(self._unfinished(upload, self._error or f"nothing moved for {timeout:g} s"))
         log.info("uploaded to %s", self.address)
@@ -244,14 +263,18 @@ class Uploader:
     def _work(self) -> None:
         upload, pause = self._upload, _FIRST_PAUSE_S
         assert upload is not None
-        while True:
+        while not upload.is_stopped:
             with self._wake:
                 if self._done == self._asked:
                     self._wake.wait(_LOGS_S)
                 asked = self._asked
             try:
                 upload.bring_up_to_date()
+            except _StoppedError:
+                return
             except Exception as error:  # each library of a store has its own
+                if upload.is_stopped:
+                    return
                 if self._error is None:
                     log.warning(
                         "%s: cannot be written to: %s: %s; the run goes on, and it is tried again",

@@ -89,13 +89,13 @@ class Source:
 
     path: Annotated[
         str,
-        AfterValidator(mask),
         Field(
             min_length=1,
             description="File or directory of rows, pattern such as data/*.jsonl, each also in a store "
             "(s3://bucket/rows.jsonl), directory of a saved dataset, id of a hub dataset, or SCHEME:ADDRESS for a "
             "source plugin, such as sqlite:chats.db.",
         ),
+        AfterValidator(mask),
     ]
     weight: Annotated[
         float,
@@ -665,21 +665,21 @@ class RunConfig:
     generation: GenerationConfig = GenerationConfig()
     output_dir: Annotated[
         str | None,
-        AfterValidator(_check_output),
         Field(
             min_length=1,
             description="Output directory of this run, which may be in a store; runs/<name>-<n> by default.",
         ),
+        AfterValidator(_check_output),
         OnResume.NOTHING,
     ] = None
     upload_to: Annotated[
         str | None,
-        AfterValidator(_check_upload),
         Field(
             min_length=1,
             description="Address of the directory in a store that becomes a copy of output_dir while the run trains, "
             "such as s3://bucket/runs/x; output_dir may be such an address too.",
         ),
+        AfterValidator(_check_upload),
         OnResume.NOTHING,
     ] = None
     upload_timeout: Annotated[
