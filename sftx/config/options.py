@@ -646,8 +646,8 @@ class RunConfig:
 
     model: Annotated[
         str,
-        AfterValidator(mask),
         Field(min_length=1, description="Directory or hub id of a causal language model, or its address in a store."),
+        AfterValidator(mask),
     ] = EMBEDDED_MODEL
     trust_remote_code: Annotated[
         bool, Field(description="Run Python code from the directory or repository of the model.")
