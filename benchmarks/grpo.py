@@ -12,6 +12,7 @@ step is left out. `work` is time of the processor, which other processes change 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -47,7 +48,7 @@ def write_figures(directory: Path, ends: list[tuple[float, float]], tokens: list
     """Write seconds of work, seconds passed and sampled tokens of each step after the first."""
     steps = [
         {"work": end[0] - begin[0], "passed": end[1] - begin[1], "tokens": count}
-        for begin, end, count in zip(ends, ends[1:], tokens[1:], strict=True)
+        for (begin, end), count in zip(itertools.pairwise(ends), tokens[1:], strict=True)
     ]
     (directory / "steps.json").write_text(json.dumps(steps), encoding="utf-8")
 
