@@ -41,9 +41,10 @@ def tiny_tokenizer() -> PreTrainedTokenizerBase:
 def plugin_run(tmp_path: Path) -> PluginRun:
     """Return a function: `plugin_run("mine", mine__size=3)` trains the tiny model for two steps with that plugin.
 
-    Options are dotted names with `__` for the dot; `rows` are the records to train on. The function returns the run's
-    Result (`output_dir`, `summary`) and raises SftxError as `sftx run` does. Each call has its own plugin manager and
-    directory.
+    Options are dotted names with `__` for the dot (`**{"my-own.size": 3}` for a name with a hyphen). A reward gets a
+    rollout, and a rollout a reward, where none is named; `rows` are the records to train on. The function returns the
+    run's Result (`output_dir`, `summary`) and raises SftxError as `sftx run` does. Each call has a directory of its own
+    and its own plugin manager.
     """
     calls = 0
 

@@ -174,6 +174,8 @@ def _files(names: Names) -> dict[str, str]:
         plugins["lora"] = ""
     if "reward" in names.hooks and "rollout" not in names.hooks:
         plugins["grpo"] = ""
+    if "rollout" in names.hooks and "reward" not in names.hooks:
+        plugins["reward-exact-match"] = ""
     plugins[names.name] = ", ".join(f"{name}: {default}" for name, _, default, _ in options)
     values["run_file"] = "\n".join(f"  {plugin}: {{{settings}}}" for plugin, settings in plugins.items())
     package = _HERE / "package"

@@ -94,12 +94,6 @@ def check_plugin(
     needs_gpu = bool(getattr(builder, "needs_gpu", False))
     names = [info.name] if says or trains_all else ["lora", info.name]
     settings = {f"{info.name}.{option}": value for option, value in options.items()} | {"train.use_cpu": not needs_gpu}
-    # A reward scores the answers of a rollout, and most rollouts need a reward.
-    if hasattr(plugin, "sftx_reward") and not hasattr(plugin, "sftx_rollout"):
-        names.append("grpo")
-        settings |= {"grpo.num_generations": 2, "grpo.max_completion_length": 4}
-    if hasattr(plugin, "sftx_rollout") and not hasattr(plugin, "sftx_reward"):
-        names.append("reward-exact-match")
     rule = "A run with it trains two steps, evaluates and saves, as `sftx run` does."
     if needs_gpu and not torch.cuda.is_available():
         return [*findings, Finding("run", "trains", rule, "exempt", "it needs a GPU, and this machine has none")]

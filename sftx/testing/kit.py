@@ -172,6 +172,10 @@ class Kit:
 
     @cached_property
     def rollout(self) -> RolloutStage:
+        return self.make_rollout()
+
+    def make_rollout(self) -> RolloutStage:
+        """Return a new one, which remembers nothing."""
         return RolloutStage("the rollout", self._stage("sftx_rollout", ""))
 
     @cached_property

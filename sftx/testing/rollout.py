@@ -6,6 +6,7 @@ import json
 
 import torch
 
+from sftx.assembly.stages.rollout_stages import RolloutStage
 from sftx.errors import PluginError
 from sftx.model.language_model import CausalLM
 from sftx.testing.clauses import ClauseError, Suite
@@ -28,14 +29,24 @@ class _Case:
 
     def rollouts(self, questions: list[Question] | None = None, *, seed: int = 0, step: int = 0) -> Rollouts:
         """Let it answer questions as a run does, after seeding. Raises ClauseError for what a run would refuse."""
-        asked = self.questions if questions is None else questions
         self.rollout.load_state_dict(json.loads(self._first_state))  # as at the start, and from a checkpoint
+        return self.ask(self.rollout, questions, seed=seed, step=step)
+
+    def ask(
+        self, rollout: RolloutStage, questions: list[Question] | None = None, *, seed: int = 0, step: int = 0
+    ) -> Rollouts:
+        """Let a rollout answer questions with what it remembers. Raises ClauseError for what a run would refuse."""
+        asked = self.questions if questions is None else questions
         with random_states_kept(), torch.no_grad():
             seed_all(seed)
             try:
-                return self.rollout(self._kit.policy(step), asked, 1)
+                return rollout(self._kit.policy(step), asked, 1)
             except PluginError as error:
                 raise ClauseError(str(error)) from error
+
+    def new_rollout(self) -> RolloutStage:
+        """Return one that remembers nothing, as a process makes it that goes on from a checkpoint."""
+        return self._kit.make_rollout()
 
 
 SUITE: Suite[_Case] = Suite("rollout", _Case)
@@ -83,6 +94,21 @@ def repeats(case: _Case) -> None:
             "it gave other examples the second time; what an answer draws is seeded by the policy, so draw other "
             "random numbers from a generator seeded by the step, and keep nothing between two windows but what "
             "state_dict returns"
+        )
+
+
+@SUITE.clause("One that takes over its state answers the next questions as it does.", needs=["makes-examples"])
+def resumes(case: _Case) -> None:
+    case.rollouts(step=0)
+    state = json.dumps(case.rollout.state_dict())
+    here = case.ask(case.rollout, step=1)
+    resumed = case.new_rollout()
+    resumed.load_state_dict(json.loads(state))
+    there = case.ask(resumed, step=1)
+    if here.examples != there.examples or here.metrics != there.metrics:
+        raise ClauseError(
+            "after a window it remembers something that a new one does not know from its state; return it as JSON in "
+            "state_dict, and take it over in load_state_dict"
         )
 
 

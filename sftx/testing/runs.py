@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sftx.assembly.discovery import hooks_of, load_class
+from sftx.assembly.entry_points import discover, find
 from sftx.assembly.registry import activate
 from sftx.config.loading import load
 from sftx.events import Result
@@ -29,8 +31,9 @@ def run_tiny(
     """Train two steps with these plugins; the run directory is `directory`/run. Raises SftxError as `sftx run` does.
 
     `rows` are trained and evaluated on; by default the example of a named source, the samples of the named parsers, or
-    a few conversations. ChatML is added when none of the plugins is a template, and kto when one reads answers that are
-    not to be imitated and none is a loss. `settings` maps dotted names such as `lora.r` or `train.max_steps`.
+    a few conversations. ChatML is added when none of the plugins is a template, kto when one reads answers that are not
+    to be imitated and none is a loss, grpo (two answers of 4 tokens) to a reward without a rollout, and
+    reward-exact-match to a rollout without a reward. `settings` maps dotted names, such as `lora.r`, to values.
     """
     settings = {
         "model": str(model or directory / "model"),
@@ -45,6 +48,13 @@ def run_tiny(
         "generation.max_new_tokens": 4,
         **(settings or {}),
     }
+    named = [find(name, discover()) for name in names]
+    hooks = {hook for info in named for hook in hooks_of(info, load_class(info))}
+    if "sftx_reward" in hooks and "sftx_rollout" not in hooks:
+        names = [*names, "grpo"]
+        settings = {"grpo.num_generations": 2, "grpo.max_completion_length": 4, **settings}
+    if "sftx_rollout" in hooks and "sftx_reward" not in hooks:
+        names = [*names, "reward-exact-match"]
     assignments = [(name, value, f"{name}={value}") for name, value in settings.items()]
     loaded = load(None, add=names, assignments=assignments)
     assembly = activate(loaded)

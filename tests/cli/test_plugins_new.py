@@ -26,17 +26,19 @@ from sftx.config.options import SECTIONS
 from sftx.scaffold import HOOKS, sftx_range, write_package
 
 SEVERAL = ["loss", "parser", "template", "observer"]
-"""Hooks that one package implements together."""
+TOGETHER = {"several": SEVERAL, "scored-rows": ["parser", "reward"], "scored-answers": ["rollout", "reward"]}
+"""Hooks that one package implements together, by the end of its name."""
 REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a directory with a package `sftx-my-HOOK` for each hook, `sftx-my-several` and `sftx-my-command`."""
+    """Return a directory with a package `sftx-my-HOOK` for each hook, those of TOGETHER, and `sftx-my-command`."""
     directory = tmp_path_factory.mktemp("packages")
     for hook in HOOKS:
         write_package(f"my-{hook}", [hook], directory)
-    write_package("my-several", SEVERAL, directory)
+    for name, hooks in TOGETHER.items():
+        write_package(f"my-{name}", hooks, directory)
     write_package("my-command", ["command"], directory)
     return directory
 
@@ -275,7 +277,8 @@ def test_the_packages_are_typed_and_so_are_the_examples(packages: Path) -> None:
     """They pass mypy with the stricter settings of this project, so that the cache of `make types` is used."""
     assert tomllib.loads((packages / "sftx-my-loss" / "pyproject.toml").read_text())["tool"]["mypy"]["strict"]
     files = sorted(packages.rglob("*.py"))
-    assert len(files) == 2 * len(HOOKS) + 2 + 2 * len(SEVERAL) + 1 + 2
+    num_hooks, num_packages = sum(map(len, TOGETHER.values())), len(TOGETHER)
+    assert len(files) == 2 * len(HOOKS) + 2 + 2 * num_hooks + num_packages + 2
     examples = sorted((REPOSITORY / "examples").glob("*/sftx_*/*.py"))
     assert len(examples) >= 2
     done = subprocess.run(
@@ -326,7 +329,7 @@ def installed(packages: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
     return [site, *sorted(packages.iterdir())]
 
 
-@pytest.mark.parametrize("hook", [*HOOKS, "several"])
+@pytest.mark.parametrize("hook", [*HOOKS, *TOGETHER])
 def test_a_new_package_keeps_the_contract_of_a_package(
     hook: str, installed: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -352,7 +355,7 @@ def test_the_tests_of_the_new_packages_pass(installed: list[Path], tmp_path: Pat
     assert done.returncode == 0, done.stdout + done.stderr
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed is not None
-    assert int(passed[1]) >= 3 * (len(HOOKS) + len(SEVERAL) + 1)
+    assert int(passed[1]) >= 3 * (len(HOOKS) + sum(map(len, TOGETHER.values())) + 1)
 
 
 # One hook in the fast tests; what differs between hooks is tested above.
