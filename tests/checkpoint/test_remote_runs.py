@@ -15,13 +15,13 @@ from typing import Any
 import fsspec
 import pytest
 from click.testing import CliRunner, Result
+from same_end import differences
 
 import faulty_store
 import killing
 from faulty_store import FaultyStore
 from killing import Runs, case
 from resuming import SHORT, Sftx
-from same_end import differences
 from sftx import ModelError, atomic_files, stores
 from sftx.checkpoint import layout, uploading
 from sftx.checkpoint.remote_runs import complete_checkpoints, local_copy
