@@ -20,13 +20,14 @@ from same_end import differences
 import faulty_store
 import killing
 from faulty_store import FaultyStore
-from killing import Runs, case
+from killing import Case, Runs, case
 from resuming import SHORT, Sftx
 from sftx import ModelError, atomic_files, stores
 from sftx.checkpoint import layout, uploading
 from sftx.checkpoint.remote_runs import complete_checkpoints, local_copy
 from sftx.checkpoint.uploading import Uploader, UploadError
 from sftx.stores import RemoteDirectory
+from sftx.verify.run_differences import differences
 
 PLACE = "faulty://bucket/runs/x"
 KEYS = frozenset({"artefact", "best_model_checkpoint"})
@@ -204,18 +205,22 @@ def invoke(*arguments: str) -> Result:
     return CliRunner().invoke(main, list(arguments), catch_exceptions=False)
 
 
+def with_rows_in_store(runs: Runs) -> Case:
+    """Put the rows into the store; return the case that reads them there."""
+    for path in runs.root.glob("*.jsonl"):
+        fsspec.filesystem("faulty").pipe_file(f"/bucket/rows/{path.name}", path.read_bytes())
+    return case("remote", " ".join(SHORT.arguments).replace("{data}", "faulty://bucket/rows"))
+
+
 def test_a_run_goes_on_from_the_store_on_another_machine(
     runs: Runs, sftx: Sftx, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It ends with the same bytes as one that stayed where it was; and its result is read from the store."""
+    """It ends with the same bytes as one that stayed where it was."""
     from sftx.trainer.session import Session
     from sftx.trainer.trainer import Trainer
 
     undisturbed, _ = runs.undisturbed(SHORT)
-    memory = fsspec.filesystem("faulty")
-    for path in runs.root.glob("*.jsonl"):
-        memory.pipe_file(f"/bucket/rows/{path.name}", path.read_bytes())
-    remote = case("remote", " ".join(SHORT.arguments).replace("{data}", "faulty://bucket/rows"))
+    memory, remote = fsspec.filesystem("faulty"), with_rows_in_store(runs)
     sessions: list[Session] = []
     snapshots: list[dict[str, Any]] = []
     begin, train_step = Session.run, Trainer.train_step
@@ -257,6 +262,16 @@ def test_a_run_goes_on_from_the_store_on_another_machine(
     assert [one for one in unlike if ".safetensors" in one or "metrics" in one or "only in" in one] == []
     assert remote_names_of_run() == local_names(second)
 
+
+@pytest.mark.slow
+def test_a_complete_run_is_read_from_the_store(
+    runs: Runs, sftx: Sftx, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed, _ = runs.undisturbed(SHORT)
+    remote = with_rows_in_store(runs)
+    result = sftx(remote, runs.directory("there"), "--output-dir", PLACE)
+    assert result.exit_code == 0, result.output
+
     monkeypatch.setenv("SFTX_CACHE", str(tmp_path / "third"))
     result = sftx(remote, runs.directory("third"), "--output-dir", PLACE, "--resume")
     assert "is complete, nothing is left to do" in result.output, result.output
@@ -268,7 +283,7 @@ def test_a_run_goes_on_from_the_store_on_another_machine(
     assert result.exit_code == 1
     assert "is a copy of what is in a store; say with --into" in result.output
 
-    memory.pipe_file("/bucket/rows/train.jsonl", (runs.root / "more.jsonl").read_bytes())
+    fsspec.filesystem("faulty").pipe_file("/bucket/rows/train.jsonl", (runs.root / "more.jsonl").read_bytes())
     FaultyStore.store.pop("/bucket/runs/x/summary.json")
     monkeypatch.setenv("SFTX_CACHE", str(tmp_path / "fourth"))
     result = sftx(remote, runs.directory("fourth"), "--output-dir", PLACE, "--resume")
