@@ -15,7 +15,6 @@ from typing import Any
 import fsspec
 import pytest
 from click.testing import CliRunner, Result
-from same_end import differences
 
 import faulty_store
 import killing
