@@ -75,7 +75,7 @@ def _print(verification: Verification, file: Path | None) -> None:
     console.print()
     for finding in verification.findings:
         shown = finding.status.upper() if finding.status == "failed" else finding.status
-        label = Text(f"{shown:<{_STATUS_CELLS}}", Style(color=_COLOURS[finding.status], bold=True))
+        label = Text().append(f"{shown:<{_STATUS_CELLS}}", Style(color=_COLOURS[finding.status], bold=True))
         label.append(finding.check, Style(bold=True))
         print_labelled(console, label, finding.seen, indent=_STATUS_CELLS + _CHECK_CELLS)
     for number, warning in enumerate(verification.warnings):

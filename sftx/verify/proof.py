@@ -210,10 +210,9 @@ class _Proof:
         self.described |= {name: report[name] for name in ("device", "dtype", "num_parameters", "num_trainable")}
         self.described |= {"rows_per_step": train.rows_per_step, "micro_batch_rows": train.micro_batch_size}
         if "start" in self.chosen:
-            seen = (
-                f"{counted(report['num_rows'], 'row')} of data make {counted(report['num_examples'], 'example')}, "
-                f"{report['num_trainable']:,} of {report['num_parameters']:,} parameters train"
-            )
+            rows, examples = counted(report["num_rows"], "row"), counted(report["num_examples"], "example")
+            data = "a stream of rows" if report["is_stream"] else f"{rows} of data make {examples}"
+            seen = f"{data}; {report['num_trainable']:,} of {report['num_parameters']:,} parameters train"
             self.findings["start"] = Finding("start", "passed", seen)
         self._splits = {finding["check"]: Finding(**finding) for finding in found["findings"]}
         accumulation = self._splits["accumulation"]

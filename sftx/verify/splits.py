@@ -251,9 +251,12 @@ def _check_accumulation(window: _Window, reference: Path) -> Finding:
     save_file({name: gradient.contiguous() for name, gradient in together.gradients.items()}, reference)
     sizes = sorted({max(1, num // 2), 1}, reverse=True)
     several = {f"micro-batches of {size}": window.sums(size) for size in sizes}
-    counts = " and ".join(str(-(-num // size)) for size in sizes)
+    *some, most = [str(-(-num // size)) for size in (num, *sizes)]
     labels = window.num_label_tokens
-    what = f"{counted(num, 'row')} of {min(labels)} to {max(labels)} label tokens in 1, {counts} micro-batches"
+    what = (
+        f"{counted(num, 'row')} of {min(labels)} to {max(labels)} label tokens in {', '.join(some)} and {most} "
+        "micro-batches"
+    )
     return _compared("accumulation", what, window, several, together)
 
 
@@ -291,7 +294,7 @@ def _check_packing(window: _Window) -> Finding:
             **figures,
         )
     return dataclasses.replace(
-        finding, seen=f"{finding.seen}, losses of single examples {difference:.1e}", figures=figures
+        finding, seen=f"{finding.seen}, losses of single examples {_shown(difference)}", figures=figures
     )
 
 
@@ -329,10 +332,14 @@ def _compared(check: str, what: str, window: _Window, ways: Mapping[str, _Sums],
     return Finding(
         check,
         "passed",
-        f"{what}: losses {worst_loss:.1e} apart, gradients {worst:.1e} (rounding: at most {allowed_loss:.0e} and "
-        f"{allowed:.0e})",
+        f"{what}: losses {_shown(worst_loss)} apart, gradients {_shown(worst)} (rounding: at most {allowed_loss:.0e} "
+        f"and {allowed:.0e})",
         {"loss_difference": worst_loss, "gradient_difference": worst, "tolerance": allowed},
     )
+
+
+def _shown(difference: float) -> str:
+    return f"{difference:.1e}" if difference else "0"
 
 
 def _tolerances(session: Session) -> tuple[float, float]:
