@@ -30,6 +30,8 @@ class ShortRun:
     """What it does otherwise than the user's run, for the report."""
     steps: int
     output_dir: Path
+    plan_window: int
+    """That of the user's run, when it is a stream."""
 
     @property
     def saved_step(self) -> int:
@@ -50,13 +52,14 @@ class ShortRun:
             gradient_accumulation_steps=None,
             torch_compile=False,
         )
-        return dataclasses.replace(self.loaded, config=dataclasses.replace(self.loaded.config, train=train))
+        data = dataclasses.replace(self.loaded.config.data, plan_window=self.plan_window)
+        return dataclasses.replace(self.loaded, config=dataclasses.replace(self.loaded.config, train=train, data=data))
 
 
 def shorten(loaded: LoadedConfig, assembly: Assembly, *, steps: int, num_held_out: int, output_dir: Path) -> ShortRun:
     """Return the short run of a configuration. `num_held_out`: the held-out rows that the run itself has."""
     config = assembly.complete(loaded.config)
-    short = ShortRun(loaded, (), steps, output_dir)
+    short = ShortRun(loaded, (), steps, output_dir, config.data.plan_window)
     changes = [f"{steps} steps, a checkpoint after every {short.saved_step}"]
     left_out = _left_out(config, assembly)
     kinds = {"sftx_observer": "what it would send elsewhere", "sftx_evaluator": "which may take long"}
@@ -75,6 +78,11 @@ def shorten(loaded: LoadedConfig, assembly: Assembly, *, steps: int, num_held_ou
         )
     if data.has_eval:
         data = dataclasses.replace(data, max_overlap=1.0)
+    rows_per_step = config.train.resolve_batch_size(1).rows_per_step
+    if data.streaming and data.plan_window > rows_per_step:
+        # Otherwise the checkpoint would be in the first window, which is read from the beginning of the source.
+        data = dataclasses.replace(data, plan_window=rows_per_step)
+        changes.append(f"a plan_window of {rows_per_step}")
     if assembly.providers("sftx_metric") and data.has_eval:
         generation = dataclasses.replace(
             generation,

@@ -278,7 +278,7 @@ class Fault:
 """,
     "resume",
     "files differ from those of an uninterrupted run",
-    (*LORA, "--data", "counting:to-forty", "--streaming", "--plan-window", "4"),
+    (*LORA, "--data", "counting:to-forty", "--streaming", "--plan-window", "4", "--max-steps", "50"),
 )
 BY_RANK = Fault(
     _START
