@@ -120,7 +120,7 @@ def info(name: str) -> None:
     for option, schema in options.items():
         given = {"default": made[option]} if option in made else schema
         default = json.dumps(given["default"], default=str) if "default" in given else "required"
-        rows.append([f"{name}.{option}", _type(schema), default, schema.get("description", "")])
+        rows.append([f"{name}.{option}", described_type(schema), default, schema.get("description", "")])
     _print_columns(rows)
 
 
@@ -261,18 +261,22 @@ def schema(names: tuple[str, ...], every: bool) -> None:
 command.add_command(new.command, "new")
 
 
-def _type(schema: dict[str, Any]) -> str:
+def described_type(schema: dict[str, Any]) -> str:
     """Return the type of a JSON schema in short form, with its bounds: `integer >= 1`, `string | null`."""
     if "anyOf" in schema:
-        return " | ".join(_type(option) for option in schema["anyOf"])
+        return " | ".join(described_type(option) for option in schema["anyOf"])
     if "enum" in schema:
         return " | ".join(json.dumps(value) for value in schema["enum"])
     name = str(schema.get("type", "any"))
     if name == "array":
-        name = f"list of {_type(schema['items'])}" if isinstance(schema.get("items"), dict) else "list"
+        name = f"list of {described_type(schema['items'])}" if isinstance(schema.get("items"), dict) else "list"
     signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-    bounds = [f"{sign} {schema[key]:g}" for key, sign in signs.items() if key in schema]
+    bounds = [f"{sign} {_number(schema[key])}" for key, sign in signs.items() if key in schema]
     return " ".join([name, *bounds])
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if value == int(value) else f"{value:g}"
 
 
 def _print_columns(rows: list[list[str]]) -> None:

@@ -18,7 +18,9 @@ from sftx.config.options import TrainConfig
 
 PAGE = (Path(__file__).parents[2] / "docs" / "distributed.md").read_text(encoding="utf-8")
 COMMANDS = [
-    line.strip() for line in re.sub(r" \\\n\s+", " ", PAGE).splitlines() if re.match(r" {4}(sftx run|torchrun) ", line)
+    line
+    for block in re.findall(r"^```sh\n(.*?)^```$", PAGE, re.M | re.S)
+    for line in re.sub(r" \\\n\s+", " ", block).splitlines()
 ]
 
 

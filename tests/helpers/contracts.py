@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sftx.testing.clauses import MADE, Suite
+
+HELPERS = Path(__file__).parent
+QUESTIONS = HELPERS / "questions.jsonl"
+REQUIRED: dict[str, dict[str, Any]] = {
+    "multiple-choice": {"path": str(QUESTIONS)},
+    "reward-function": {"function": f"{HELPERS / 'reward_functions.py'}:overlap"},
+    "reward-length": {"max_completion_len": 20, "soft_punish_cache": 10},
+    "reward-regex": {"pattern": "[A-Z].*"},
+}
+"""Options without a default of built-in plugins, by the plugin."""
 
 
 def whole_suite_cases(bad: Sequence[tuple[Any, str, Any]]) -> list[Any]:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from contracts import HELPERS, QUESTIONS, REQUIRED
 from sftx.assembly.discovery import hooks_of, instance, load_class
 from sftx.assembly.entry_points import PluginInfo, discover
 from sftx.config.run_file import Origins
@@ -18,15 +19,6 @@ from sftx.testing.runs import run_tiny
 # Their own tests check their contract, with a task and a reward model that are small.
 LEFT_OUT = ("lm-eval", "reward-model")
 BUILT_IN = [info for info in discover() if info.package == "sftx" and info.name not in LEFT_OUT]
-HELPERS = Path(__file__).parents[1] / "helpers"
-QUESTIONS = HELPERS / "questions.jsonl"
-REQUIRED: dict[str, dict[str, Any]] = {
-    "multiple-choice": {"path": str(QUESTIONS)},
-    "reward-function": {"function": f"{HELPERS / 'reward_functions.py'}:overlap"},
-    "reward-length": {"max_completion_len": 20, "soft_punish_cache": 10},
-    "reward-regex": {"pattern": "[A-Z].*"},
-}
-"""Options without a default."""
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "sqlite": [{"json_columns": ["messages"]}],
     "chatml": [{"default_system": "You are terse."}],
