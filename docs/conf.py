@@ -16,7 +16,6 @@ extensions = ["myst_parser", "sphinx_copybutton"]
 root_doc = "index"
 exclude_patterns = ["_static"]
 nitpicky = True
-suppress_warnings = ["toc.empty_glob"]  # a pattern of pages that are not there yet
 
 myst_heading_anchors = 4  # links to headings are those that GitHub makes
 copybutton_prompt_text = "$ "  # the button copies commands without their prompt and their output
