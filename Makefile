@@ -11,7 +11,7 @@ STAMP := .venv/.setup-done
 # Not compiled ahead: most of what these packages hold is never imported.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile
 
-.PHONY: setup assets launchers demo test test-all check lint types docs torture endurance bench-runs answers rehearsal perf gpu clean help
+.PHONY: setup assets launchers demo test test-all check lint types docs torture endurance bench-runs answers rehearsal plugin-checks perf gpu clean help
 
 help:
 	@echo "make setup   create .venv and install torch, the project and the embedded model"
@@ -26,6 +26,7 @@ help:
 	@echo "make endurance      train for an hour and see whether memory grows"
 	@echo "make bench-runs  whole runs beside those of TRL, into benchmarks/results/cpu"
 	@echo "make answers RUN=runs/demo   score a run by every way in which it can be asked"
+	@echo "make plugin-checks  check every plugin against its contract, into the directory page of the site"
 	@echo "make perf    ratios of our operations and a step to torch's, against those that are recorded"
 	@echo "make rehearsal  what a step costs on a GPU, counted without one, into docs/performance-gpu.md"
 	@echo "make gpu     the kernels on a GPU: tests and bench, into benchmarks/results/<device>"
@@ -90,6 +91,9 @@ perf: setup
 
 answers: setup
 	$(BIN)/python benchmarks/answers.py $(or $(RUN),runs/demo)
+
+plugin-checks: setup
+	PYTHONPATH=tests/helpers $(BIN)/python tests/helpers/site_pages.py --check-plugins
 
 rehearsal: setup
 	$(BIN)/python benchmarks/rehearsal.py

@@ -18,6 +18,7 @@ from sftx.assembly import hookspecs
 from sftx.assembly.entry_points import PLUGINS, PluginInfo, discover, find
 from sftx.assembly.hookspecs import PROJECT, RETURNS, VALIDATE
 from sftx.assembly.stages.stage import arguments_of, named
+from sftx.config.options import adapter
 from sftx.errors import PluginError, did_you_mean, kind_of, one_line
 
 if TYPE_CHECKING:
@@ -81,6 +82,8 @@ def _check_sftx_version(info: PluginInfo) -> None:
 
     version = _sftx_version()
     for text in info.distribution.requires or ():
+        if not text.lower().startswith(PROJECT):  # parsing each of them for each plugin takes longer than importing it
+            continue
         try:
             requirement = Requirement(text)
         except InvalidRequirement:
@@ -156,9 +159,7 @@ def instance(info: PluginInfo, cls: type, options: Mapping[str, Any], origins: O
 
 def options_of(plugin: Any) -> dict[str, Any]:
     """Return the options of a plugin instance as JSON values, including those left at their defaults."""
-    from pydantic import TypeAdapter
-
-    values: dict[str, Any] = json.loads(TypeAdapter(type(plugin)).dump_json(plugin, warnings=False))
+    values: dict[str, Any] = json.loads(adapter(type(plugin)).dump_json(plugin, warnings=False))
     return values
 
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import click
 import yaml
@@ -32,7 +32,7 @@ DOCS: Final = ROOT / "docs"
 SHELLS: Final = ("sh", "console")
 OTHER_PROGRAMS: Final = {
     "curl", "echo", "export", "mlflow", "ollama", "source", "sqlite3", "tensorboard", "vllm", "eval", "cd", "timeout",
-    "cmp", "sbatch", "sky", "kubectl",
+    "cmp", "sbatch", "sky", "kubectl", "until", "do", "done", "kill",
 }  # fmt: skip
 """Programs that are not ours, of which nothing is checked but that they are meant."""
 
@@ -89,6 +89,7 @@ def pages() -> list[Path]:
     return [ROOT / "README.md", *(page for page in sorted(DOCS.rglob("*.md")) if page.parent.name != "decisions")]
 
 
+@cache
 def blocks(page: Path) -> list[Block]:
     found: list[Block] = []
     file = not_run = None
@@ -180,6 +181,7 @@ def check_sftx(words: Sequence[str], directory: Path, *, is_part: bool) -> None:
     import sftx.cli.options
     from sftx.assembly.registry import activate
     from sftx.cli import main
+    from sftx.errors import ConfigError
 
     words = [word for word in words if word not in ("--debug", "--help", "--version")]
     command: click.Command = main
@@ -215,7 +217,12 @@ def check_sftx(words: Sequence[str], directory: Path, *, is_part: bool) -> None:
                 return
             if isinstance(command, sftx.cli.options.RunCommand):
                 with made, contextlib.suppress(_Loaded):
-                    made.invoke(command)
+                    try:
+                        command.invoke(made)
+                    except ConfigError as error:
+                        if "no such run file" not in str(error):
+                            raise
+                        return
                 if not _installed_later() & set(loaded[0].config.plugins):
                     activate(loaded[0])
     finally:
@@ -334,14 +341,28 @@ def _normal(line: str) -> str:
     return " ".join(re.sub(r"\d+([.,:]\d+)*(e[+-]\d+)?", "0", line).split())
 
 
-def run_page(page: Path, run: Callable[[str, Path], tuple[int, str]], directory: Path) -> Iterator[Ran]:
+Runner: TypeAlias = Callable[[str, Path], tuple[int, str]]
+"""Runs a line in a directory; returns its exit code and what it printed."""
+
+
+def write_files(page: Path, directory: Path) -> None:
+    """Write every file that a page shows."""
+    for block in blocks(page):
+        _write(block, directory)
+
+
+def _write(block: Block, directory: Path) -> None:
+    if block.file is not None:
+        file = directory / block.file
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(block.text, encoding="utf-8")
+
+
+def run_page(page: Path, run: Runner, directory: Path) -> Iterator[Ran]:
     """Write the files of a page and run its commands in their order, by `run(line, directory)`."""
     for block in blocks(page):
-        if block.file:
-            file = directory / block.file
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(block.text, encoding="utf-8")
-        elif block.language in SHELLS and not block.not_run:
+        _write(block, directory)
+        if block.file is None and block.language in SHELLS and block.not_run is None:
             for command in commands(block):
                 if command.is_part:
                     continue
@@ -352,14 +373,18 @@ def in_this_process(line: str, directory: Path) -> tuple[int, str]:
     """Run a command of sftx in this process, with the tiny model where it names none. Others are not run."""
     from sftx.cli import main
 
-    (words,) = Command(line, ()).simple()
+    words = with_tiny_model(Command(line, ()).simple()[-1])
     if words[0] != "sftx":
         return 0, ""
-    if words[1] in ("run", "inspect", "doctor") and "--model" not in words and not words[2].endswith(".yaml"):
-        words[2:2] = ["--model", "sftx:tiny"]
     done = CliRunner().invoke(main, words[1:], input="Hello.\n" if words[1] == "chat" else None)
     raised = "" if done.exception is None or isinstance(done.exception, SystemExit) else f"{done.exception!r}"
     return done.exit_code, done.output + raised
+
+
+def with_tiny_model(words: list[str]) -> list[str]:
+    """Return the words of a command with `--model sftx:tiny` if it would take the embedded model."""
+    takes_it = words[0] == "sftx" and words[1] in ("run", "inspect", "doctor") and "--model" not in words
+    return [*words[:2], "--model", "sftx:tiny", *words[2:]] if takes_it and words[2] != "run.yaml" else words
 
 
 def in_a_shell(line: str, directory: Path) -> tuple[int, str]:

@@ -202,8 +202,7 @@ def _default(field: dataclasses.Field[Any]) -> str:
 @cache
 def built_in() -> tuple[PluginInfo, ...]:
     """Return the plugins of this package in the order of the stages of a run, then as pyproject.toml has them."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    names = list(project["entry-points"][PLUGINS])
+    names = list(_project()["entry-points"][PLUGINS])
     found = [info for info in discover() if info.package == "sftx" and info.name in names]
     return tuple(sorted(found, key=lambda info: (HOOK_PAGES.index(_hooks(info)[0]), names.index(info.name))))
 
@@ -268,20 +267,30 @@ def _verdict(check: Mapping[str, Any] | None) -> str:
     return f"{check['kept']} kept{broken}{gpu}"
 
 
+def extras() -> set[str]:
+    """Return the extras that pyproject.toml declares."""
+    return set(_project()["optional-dependencies"])
+
+
+@cache
+def _project() -> dict[str, Any]:
+    project: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return project
+
+
 @cache
 def _extras() -> dict[str, str]:
     """Return the extra that each plugin needs, if any: one of whose packages its module imports."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = {
+    packages = {
         re.split(r"[\[>=;]", requirement)[0].replace("-", "_").removesuffix("_skinny"): extra
-        for extra, requirements in reversed(project["optional-dependencies"].items())
+        for extra, requirements in reversed(_project()["optional-dependencies"].items())
         if extra not in ("dev", "docs")
         for requirement in requirements
     }
     return {
-        info.name: extras[package]
+        info.name: packages[package]
         for info in built_in()
-        for package in extras
+        for package in packages
         if package in _imports(ROOT / "plugins" / Path(*info.value.partition(":")[0].split(".")))
     }
 
