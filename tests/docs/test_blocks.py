@@ -31,10 +31,13 @@ RUN_ELSEWHERE = {
     "docs/distillation.md": "docs/test_distillation_page.py",
     "docs/distributed.md": "docs/test_distributed_page.py",
     "docs/inspect.md": "inspection/test_docs.py",
+    "docs/launching.md": "docs/test_launching_page.py",
     "docs/plugins.md": "docs/test_plugins_page.py",
     "docs/ppo.md": "docs/test_ppo_page.py",
     "docs/preference.md": "docs/test_preference_page.py",
     "docs/reinforcement.md": "docs/test_reinforcement_page.py",
+    "docs/remote-files.md": "docs/test_remote_files_page.py",
+    "docs/verify.md": "docs/test_verify_page.py",
 }
 """Pages whose commands the tests of another file run, under tests."""
 INSTALLING = ("docs/howto/my-loss.md", "docs/howto/my-template.md")

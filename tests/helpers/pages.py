@@ -181,8 +181,9 @@ def check_sftx(words: Sequence[str], directory: Path, *, is_part: bool) -> None:
     import sftx.cli.options
     from sftx.assembly.registry import activate
     from sftx.cli import main
-    from sftx.errors import ConfigError
+    from sftx.errors import SftxError
 
+    asks_for_help = "--help" in words
     words = [word for word in words if word not in ("--debug", "--help", "--version")]
     command: click.Command = main
     context = click.Context(main, info_name="sftx")
@@ -195,6 +196,8 @@ def check_sftx(words: Sequence[str], directory: Path, *, is_part: bool) -> None:
         if found is None:
             return
         command, words = found, words[1:]
+    if asks_for_help:
+        return
     loaded: list[Any] = []
 
     def stop(value: Any) -> Any:
@@ -205,26 +208,19 @@ def check_sftx(words: Sequence[str], directory: Path, *, is_part: bool) -> None:
     sftx.cli.options.go_on_from_adapter = stop
     try:
         with contextlib.chdir(directory), context:
-            try:
-                made = command.make_context(command.name or "", list(words), parent=context)
-            except click.BadParameter as error:
-                if "does not exist" not in error.message:
-                    raise
-                return
-            except click.MissingParameter:
-                if not is_part:
-                    raise
-                return
+            made = command.make_context(command.name or "", list(words), parent=context)
             if isinstance(command, sftx.cli.options.RunCommand):
                 with made, contextlib.suppress(_Loaded):
-                    try:
-                        command.invoke(made)
-                    except ConfigError as error:
-                        if "no such run file" not in str(error):
-                            raise
-                        return
+                    command.invoke(made)
                 if not _installed_later() & set(loaded[0].config.plugins):
                     activate(loaded[0])
+    except click.MissingParameter:
+        if not is_part:
+            raise
+    except (click.BadParameter, SftxError) as error:
+        # What the reader has and a test does not: files of his, and a package for his store.
+        if not re.search(r"does not exist|no such run file|in the store|:// needs \w+; pip install", str(error)):
+            raise
     finally:
         sftx.cli.options.go_on_from_adapter = before
 
