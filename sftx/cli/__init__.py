@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 BUILT_IN: Final[Mapping[str, str]] = {
+    "init": "Write a first run file for a model and some data.",
     "run": "Fine-tune a model.",
     "inspect": "Show what a run would train on, token by token.",
     "chat": "Talk to a trained model.",
