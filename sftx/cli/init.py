@@ -64,7 +64,7 @@ def command(
     It looks at the rows and at the device, chooses plugins, lengths and batch sizes such that `sftx plan` says that the
     run fits, and writes beside each option why it has its value. No weights are read.
     """
-    asks = not yes and sys.stdin.isatty()
+    asks = not yes and _is_terminal()
     if not data and not asks:
         raise click.UsageError("--data is missing: name the file of your rows")
     _check_file(file, overwrite=overwrite)
@@ -89,6 +89,10 @@ def command(
 
 
 # --- questions ------------------------------------------------------------------------------------
+
+
+def _is_terminal() -> bool:
+    return sys.stdin is not None and sys.stdin.isatty()
 
 
 class _Default:
@@ -200,7 +204,7 @@ def _print(file: Path, proposal: Proposal) -> None:
     click.echo(printable(f"\nwrote {file}: {', '.join(proposal.values['plugins'])}; {proposal.fits}"))
     click.echo("\nnext:")
     for line, what in (
-        (f"sftx inspect {name}", "the rows as tokens: which are trained"),
+        (f"sftx inspect {name}", "rows as coloured tokens: which are trained"),
         (f"sftx run {name}", "train"),
     ):
         click.echo(printable(f"  {line:<32}  # {what}"))

@@ -42,6 +42,7 @@ _MOST_NEW_TOKENS: Final = 256
 _MOST_ANSWERED: Final = 50
 _MARGIN: Final = 0.95
 """The share of a GPU's memory that is planned with."""
+_MOST_FILLED: Final = 0.02
 _PROBES: Final = (
     (Message("user", "A"), Message("assistant", "B", trainable=False), Message("user", "C")),
     (Message("system", "S"), Message("user", "A"), Message("assistant", "B", trainable=False), Message("user", "C")),
@@ -205,16 +206,26 @@ class Chooser:
             )  # fmt: skip
         covering = _rounded(lengths.covering(0.99))
         length = min(max(covering, _ROUND_TO * 2), longest or covering)
-        over = sum(one > length for one in lengths.examples) / len(lengths.examples)
-        kept = "No sampled row is longer" if not over else f"{over:.1%} of the sampled rows are longer"
         bound = ", which is the most that this model takes" if longest is not None and length == longest else ""
-        self._set(
-            "data.max_length", length,
-            f"The most tokens of an example{bound}. {kept}"
-            + ("; they lose their end." if over else "."),
-        )  # fmt: skip
+        self._set_length(length, f"The most tokens of an example{bound}.", lengths)
         if rows.num_invalid:
             self._set("data.invalid_rows", "drop", f"Some rows cannot be read and are left out: {rows.problem}")
+
+    def _set_length(self, length: int, reason: str, lengths: Lengths) -> None:
+        """Set max_length, and how longer rows are cut: where the prompt alone fills it, no answer would be left."""
+        num = len(lengths.examples)
+        over = sum(one > length for one in lengths.examples) / num
+        is_filled = sum(prompt >= length for prompt in lengths.prompts) / num
+        kept = f"{over:.1%} of the sampled rows are longer." if over else "No sampled row is longer."
+        self._set("data.max_length", length, f"{reason} {kept}")
+        if is_filled > _MOST_FILLED:
+            self._set(
+                "data.long_rows", "cut_proportional",
+                f"Of longer rows prompt and answer are cut in proportion: {is_filled:.1%} have a prompt that fills "
+                "max_length alone. A model that takes longer rows learns more from them.",
+            )  # fmt: skip
+        elif over:
+            self._set("data.long_rows", "cut_end", "Longer rows lose their end.")
 
     def _choose_loss(self, lengths: Lengths) -> None:
         if self.objective == "dpo":
@@ -323,17 +334,13 @@ class Chooser:
             length = self._values["data"]["max_length"]
             if length // 2 < _SHORTEST:
                 break
-            self._set(
-                "data.max_length",
-                length // 2,
-                "The most tokens of an example with which the run fits; a longer one loses its end.",
-            )
+            self._set_length(length // 2, "The most tokens of an example with which the run fits.", lengths)
             if "length" in self._plugins.get("packed", {}):
                 self._plugins["packed"]["length"] = max(length // 2, self._plugins["packed"]["length"] // 2)
+        length, name = self._values["data"]["max_length"], self.device.name
         raise ConfigError(
-            f"{self.model}: does not fit: one row of {self._values['data']['max_length']} tokens with {methods[-1]} "
-            f"needs {smallest / 1e9:.1f} GB, and {self.device.name} has {(most or 0) / 1e9:.1f}; choose a smaller model, "
-            "or a larger device with --gpu"
+            f"{self.model}: does not fit: one row of {length} tokens with {methods[-1]} needs {smallest / 1e9:.1f} GB, "
+            f"and {name} has {(most or 0) / 1e9:.1f}; choose a smaller model, or a larger device with --gpu"
         )
 
     def _run(self, method: str) -> dict[str, Any]:
