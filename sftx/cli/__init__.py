@@ -45,6 +45,7 @@ BUILT_IN: Final[Mapping[str, str]] = {
     "report": "Write a report on one run, or compare several.",
     "doctor": "Check the data and options of a run before it trains.",
     "data": "Convert the data of a run.",
+    "migrate": "Write the run file of another tool's configuration.",
     "plan": "Estimate the memory and time of a run before it starts.",
     "verify": "Prove on a few steps of a run that it keeps what sftx promises.",
     "plugins": "List plugins and describe them.",

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_FILE_LINE: Final = re.compile(r"(.+):\d+")
 _MAX_LINES: Final = 200
 """The most options that one error lists: a file with more that do not exist is no run file."""
 
@@ -70,6 +71,7 @@ class UnknownOption:
             return self._guess(alone=alone)
         why = self.answer.why
         if self.answer.kind == "write":
+            why = "; ".join([why] * bool(why) + [f"not carried over: {text}" for text in self.answer.lost])
             return f"write {' and '.join(self.to_write())}{f' ({why})' if why else ''}"
         return f"leave it out: {why}" if why else "leave it out"
 
@@ -128,7 +130,7 @@ class UnknownOptionsError(ConfigError):
             name = option.name.removeprefix("plugins.") if not self._start else option.leaf
             text = ": ".join([*where, f"option {name!r} does not exist; {option.advice()}"])
             return [one_line(ConfigError(text), max_chars=2000)]
-        lines = [f"{len(wrong)} options do not exist here; what to write instead of each:"]
+        lines = [f"{len(wrong)} options do not exist here; {self._migrating()}what to write instead of each:"]
         written: dict[str, tuple[str, Any]] = {}
         for number, option in enumerate(wrong):
             if number == _MAX_LINES:
@@ -149,6 +151,14 @@ class UnknownOptionsError(ConfigError):
         if harmless := [option.leaf for option in self.unknown if is_harmless(option)]:
             lines.append(f"  these may stay, as they ask for nothing here: {', '.join(harmless)}")
         return lines
+
+    def _migrating(self) -> str:
+        """Return a hint for a file of another tool: options at its top that the table knows."""
+        theirs = [option for option in self.unknown if "." not in option.name and option.answer is not None]
+        files = {found[1] for option in theirs if (found := _FILE_LINE.fullmatch(option.place))}
+        if len(theirs) < 3 or len(files) != 1:
+            return ""
+        return f"`sftx migrate {shlex.quote(files.pop())}` writes a run file that says the same; "
 
 
 def is_harmless(option: UnknownOption) -> bool:

@@ -37,7 +37,8 @@ def lines_of(result: Result, code: int = 1) -> list[str]:
     assert result.stderr.count("sftx: error: ") == 1
     heading, *lines = result.stderr.splitlines()
     number = len(lines) - lines[-1].startswith("  these")
-    assert heading == f"sftx: error: {number} options do not exist here; what to write instead of each:"
+    hint = "`sftx migrate run.yaml` writes a run file that says the same; " * ("run.yaml" in heading)
+    assert heading == f"sftx: error: {number} options do not exist here; {hint}what to write instead of each:"
     return lines
 
 
@@ -69,7 +70,9 @@ def test_examples_of_llama_factory_are_answered_and_can_be_followed() -> None:
     for example in examples:
         text = example.read_text(encoding="utf-8")
         Path("run.yaml").write_text(text, encoding="utf-8")
-        lines = lines_of(sftx("run", "run.yaml"))
+        result = sftx("run", "run.yaml")
+        assert "`sftx migrate run.yaml` writes a run file" in result.stderr.splitlines()[0]
+        lines = lines_of(result)
         theirs = yaml.safe_load(text)
         named = {found[1] for line in lines if (found := re.match(r"  run\.yaml:\d+: (\S+):", line))}
         harmless = set(lines[-1].partition(": ")[2].split(", ")) if lines[-1].startswith("  these") else set()
@@ -261,7 +264,8 @@ def test_a_command_line_of_trl_followed_to_the_letter_gives_a_run() -> None:
     result = sftx("run", *known, *advised, "--report_to", "none", "--plugin", "chatml", "--use-cpu")
     assert result.exit_code == 0, result.output
     values, _ = run_file.read(Path("out/run.yaml"))
-    assert values["plugins"]["lora"]["target_modules"] == ["q_proj", "v_proj"]
+    assert values["plugins"]["qlora"]["target_modules"] == ["q_proj", "v_proj"]
+    assert "lora" not in values["plugins"]
     assert values["train"]["bf16"] is False
     assert values["train"]["gradient_checkpointing"] is True
 
@@ -293,7 +297,7 @@ def load_error(text: str, *assignments: tuple[str, Any, str], **options: Any) ->
         ("torch_dtype: bfloat16", "option 'torch_dtype' does not exist; write train.bf16: true"),
         (
             "load_in_4bit: true",
-            "does not exist; leave it out: for a base in 4 or 8 bits name the plugin qlora in place",
+            "does not exist; write plugins.qlora: {} (lora on a base in four bits)",
         ),
         ("packing: true", "option 'packing' does not exist; write plugins.packed: {} (documents"),
         ("lora: {r: 8}", "option 'lora' does not exist; write plugins.lora: {r: 8} (plugins stand under `plugins:`)"),
@@ -312,7 +316,7 @@ def load_error(text: str, *assignments: tuple[str, Any, str], **options: Any) ->
         ),
         ("deepspeed: {zero_optimization: 3}", 'leave it out: {"zero_optimization": 3} is not understood'),
         ("lr_scheduler_type: [cosine]", "leave it out: schedules here are cosine"),
-        ("datasets: [{path: a, type: {field: b}}]", "write data.train: [a] (a path or a mapping for each; the format"),
+        ("datasets: [{path: a, type: {field: b}}]", "option 'datasets' does not exist; write data.train: [a]"),
         ("args: {lora_dropout: 0.1}", "run.yaml:1: option 'args.lora_dropout' does not exist; write plugins.lora"),
         ("max_samples: 5", "does not exist; write data.train: [{path: ..., limit: 5}] (of each source)"),
     ],
@@ -420,7 +424,7 @@ def test_options_may_stand_under_their_dotted_names() -> None:
         (
             "--load-in-4bit run.yaml",
             2,
-            "--load-in-4bit: option 'load_in_4bit' does not exist; leave it out: for a base",
+            "--load-in-4bit: option 'load_in_4bit' does not exist; write --plugin qlora",
         ),
         ("--packing=true", 2, "--packing=true: option 'packing' does not exist; write --plugin packed"),
         ("--set seed=3", 1, "--set seed=3: option 'seed' does not exist; write --seed 3"),

@@ -26,6 +26,7 @@ LAYERS = (
     ("checkpoint",),
     ("trainer",),
     ("inspection",),
+    ("migration",),
     ("training",),
     ("api",),
     ("serving",),

@@ -1,0 +1,215 @@
+"""Lets both tools make a batch of the same rows, and compares it token by token and label by label."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+from sftx.assembly.discovery import options_class
+from sftx.config import loading
+from sftx.errors import ConfigError
+from sftx.migration.translation import Translation
+from sftx.phases import phase
+
+if TYPE_CHECKING:
+    from sftx.types import Batch
+
+_PACKAGES: Final = {"trl": "trl", "llama-factory": "llamafactory"}
+"""The packages of the tools whose batches can be made; the others have no function that makes one."""
+_SCRIPT: Final = Path(__file__).with_name("other_batch.py")
+
+Document: TypeAlias = tuple[tuple[int, ...], tuple[bool, ...]]
+"""Token ids, and for each whether the model is trained to produce it."""
+
+
+@dataclass
+class Comparison:
+    """What two tools made of the same rows."""
+
+    title: str
+    num_documents: int = 0
+    num_tokens: int = 0
+    num_labels: int = 0
+    """Of what is the same in both."""
+    differences: list[str] = field(default_factory=list)
+    """One line for each document that differs, with the first place."""
+
+    @property
+    def is_same(self) -> bool:
+        return not self.differences
+
+    def lines(self) -> list[str]:
+        same = f"{self.num_documents} examples with {self.num_tokens:,} tokens, {self.num_labels:,} of them trained"
+        if self.is_same:
+            return [f"check: the same in {self.title} and sftx, token by token and label by label: {same}"]
+        shown = self.differences[:5]
+        more = [f"  and {len(self.differences) - 5} more"] if len(self.differences) > 5 else []
+        return [
+            f"check: {len(self.differences)} examples differ between {self.title} and sftx; the same: {same}",
+            *shown,
+            *more,
+        ]
+
+
+def compare_batches(made: Translation, text: str, *, python: str | None = None, num_rows: int = 8) -> Comparison:
+    """Compare the first rows of each source in both tools. `text` is the run file. Raises ConfigError.
+
+    `python` is the interpreter of the environment that the other tool is installed in.
+    """
+    package = _PACKAGES.get(made.reading.tool)
+    if package is None:
+        raise ConfigError(
+            f"--check: batches of {made.title} cannot be made here; `sftx inspect` shows those of the run file"
+        )
+    loaded = _limited(text, num_rows)
+    theirs, version = _theirs(made, loaded.config.model, package, python, num_rows)
+    ours, tokenizer = _ours(loaded)
+    return _compared(f"{made.title} {version}", theirs, ours, tokenizer)
+
+
+def _limited(text: str, num_rows: int) -> loading.LoadedConfig:
+    """Return the run with its first rows only, all of them trained on, in the precision of a CPU."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "run.yaml"
+        path.write_text(text, encoding="utf-8")
+        loaded = loading.load(path, plugin_class=options_class)
+    data = loaded.config.data
+    sources = tuple(dataclasses.replace(s, limit=min(num_rows, s.limit or num_rows), weight=1.0) for s in data.train)
+    data = dataclasses.replace(data, train=sources, eval=(), eval_fraction=None, streaming=False, num_proc=1)
+    return dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, data=data))
+
+
+def _theirs(
+    made: Translation, model: str, package: str, python: str | None, num_rows: int
+) -> tuple[list[Document], str]:
+    from sftx.model import names
+
+    options = {name: option.value for name, option in made.reading.options.items()}
+    request = {"tool": made.reading.tool, "options": options, "model": str(names.resolve(model)), "num_rows": num_rows}
+    with tempfile.TemporaryDirectory() as directory, phase("asking", made.title):
+        asked, answered = Path(directory) / "request.json", Path(directory) / "answer.json"
+        asked.write_text(json.dumps(request, default=str), encoding="utf-8")
+        command = [python or sys.executable, "-I", str(_SCRIPT), str(asked), str(answered)]
+        try:
+            done = subprocess.run(command, check=False, capture_output=True, text=True)
+        except OSError as error:
+            raise ConfigError(f"--check-python {python}: cannot be started: {error}") from None
+        if not answered.exists():
+            raise ConfigError(_failure(made, package, python, done.stderr))
+        answer = json.loads(answered.read_text(encoding="utf-8"))
+    documents = [(tuple(ids), tuple(map(bool, trained))) for ids, trained in answer["documents"]]
+    return [_first_untrained(document) for document in documents], str(answer["version"])
+
+
+def _failure(made: Translation, package: str, python: str | None, stderr: str) -> str:
+    """Return why the other tool made no batch."""
+    where = f"in the environment of {python}" if python else "in this environment"
+    if f"No module named '{package}'" in stderr:
+        advice = "" if python else "; name the interpreter of its environment with --check-python"
+        return f"--check: {made.title} is not installed {where} (no module {package}){advice}"
+    last = stderr.strip().splitlines()[-1:] or ["it ended without a word"]
+    return f"--check: {made.title} made no batch {where}: {last[0]}"
+
+
+def _ours(loaded: loading.LoadedConfig) -> tuple[list[Document], Any]:
+    from sftx.inspection.dataset_view import view_dataset
+
+    view = view_dataset(loaded)
+    examples = list(view.dataset("train").examples)
+    if problems := view.problems("train"):
+        raise ConfigError(f"--check: {problems[0]}")
+    collator = view.pipeline.collator
+    batch = collator.collate(sorted(examples, key=lambda example: example.group))
+    return _documents(batch), view.pipeline.tokenizer
+
+
+def _documents(batch: Batch) -> list[Document]:
+    """Take a batch apart, and let labels stand at their own tokens: those of a batch are shifted."""
+    from sftx.types import IGNORE_INDEX
+
+    ids, labels = batch.input_ids_BT.tolist(), batch.labels_BT.tolist()
+    spans: list[tuple[int, int, int]] = []
+    if batch.cu_seqlens is not None:
+        bounds = batch.cu_seqlens.tolist()
+        spans = [(0, start, end) for start, end in itertools.pairwise(bounds)]
+    elif batch.lengths_B is not None:
+        spans = [(row, 0, length) for row, length in enumerate(batch.lengths_B.tolist())]
+    return [
+        (tuple(ids[row][start:end]), (False, *(label != IGNORE_INDEX for label in labels[row][start : end - 1])))
+        for row, start, end in spans
+    ]
+
+
+def _first_untrained(document: Document) -> Document:
+    """Nothing predicts the first token, so its label is never used."""
+    ids, trained = document
+    return ids, (False, *trained[1:])
+
+
+def _compared(title: str, theirs: Sequence[Document], ours: Sequence[Document], tokenizer: Any) -> Comparison:
+    """Pair equal documents in any order, and the others in theirs."""
+    result = Comparison(title)
+    common = Counter(theirs) & Counter(ours)
+    for (ids, trained), count in common.items():
+        result.num_documents += count
+        result.num_tokens += count * len(ids)
+        result.num_labels += count * sum(trained)
+    left, right = _rest(theirs, common), _rest(ours, common)
+    for there, here in zip(left, right, strict=False):
+        result.differences.append(f"  {_difference(there, here, tokenizer)}")
+    result.differences += [f"  only in {title}: {_text(ids[:20], tokenizer)}" for ids, _ in left[len(right) :]]
+    result.differences += [f"  only in sftx: {_text(ids[:20], tokenizer)}" for ids, _ in right[len(left) :]]
+    return result
+
+
+def _rest(documents: Sequence[Document], common: Counter[Document]) -> list[Document]:
+    remaining, rest = Counter(common), []
+    for document in documents:
+        if remaining[document]:
+            remaining[document] -= 1
+        else:
+            rest.append(document)
+    return rest
+
+
+def _difference(there: Document, here: Document, tokenizer: Any) -> str:
+    """Say where two documents first differ."""
+    for at, (a, b) in enumerate(zip(there[0], here[0], strict=False)):
+        if a != b:
+            before = _text(there[0][max(0, at - 6) : at], tokenizer)
+            return f"token {at}, after {before}: {_text([a], tokenizer)} there, {_text([b], tokenizer)} here"
+    if len(there[0]) != len(here[0]):
+        shared = min(len(there[0]), len(here[0]))
+        longer, where = (there[0], "there") if len(there[0]) > shared else (here[0], "here")
+        more = _text(longer[shared : shared + 8], tokenizer)
+        return f"token {shared}: {len(longer) - shared} more follow {where}: {more}"
+    places = [at for at, (a, b) in enumerate(zip(there[1], here[1], strict=True)) if a != b]
+    first = places[0]
+    is_there = there[1][first]
+    return (
+        f"the same {len(there[0])} tokens, and {len(places)} labels differ: token {first} "
+        f"{_text(here[0][first : first + 1], tokenizer)} is trained {'there' if is_there else 'here'} only"
+    )
+
+
+def _text(ids: Sequence[int], tokenizer: Any) -> str:
+    return repr(str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)))
+
+
+def compare(made: Translation, text: str, *, python: str | None, num_rows: int) -> bool:
+    """Print a comparison; return whether the batches are the same."""
+    import click
+
+    found = compare_batches(made, text, python=python, num_rows=num_rows)
+    for line in found.lines():
+        click.echo(line)
+    return found.is_same
