@@ -57,7 +57,7 @@ def command(
     if not is_shown and path.exists():
         raise ConfigError(f"{path}: exists already; remove it, or name another file with --into")
     text = run_file_text(made)
-    problem = _problem(text)
+    problem = made.problem or _problem(text)
     if problem:
         text = run_file_text(made, checked=problem)
     if is_shown:

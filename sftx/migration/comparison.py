@@ -70,8 +70,9 @@ def compare_batches(made: Translation, text: str, *, python: str | None = None, 
         raise ConfigError(
             f"--check: batches of {made.title} cannot be made here; `sftx inspect` shows those of the run file"
         )
+    _require(made, package, python)
     loaded = _limited(text, num_rows)
-    theirs, version = _theirs(made, loaded.config.model, package, python, num_rows)
+    theirs, version = _theirs(made, loaded.config.model, python, num_rows)
     ours, tokenizer = _ours(loaded)
     return _compared(f"{made.title} {version}", theirs, ours, tokenizer)
 
@@ -88,9 +89,7 @@ def _limited(text: str, num_rows: int) -> loading.LoadedConfig:
     return dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, data=data))
 
 
-def _theirs(
-    made: Translation, model: str, package: str, python: str | None, num_rows: int
-) -> tuple[list[Document], str]:
+def _theirs(made: Translation, model: str, python: str | None, num_rows: int) -> tuple[list[Document], str]:
     from sftx.model import names
 
     options = {name: option.value for name, option in made.reading.options.items()}
@@ -99,25 +98,26 @@ def _theirs(
         asked, answered = Path(directory) / "request.json", Path(directory) / "answer.json"
         asked.write_text(json.dumps(request, default=str), encoding="utf-8")
         command = [python or sys.executable, "-I", str(_SCRIPT), str(asked), str(answered)]
-        try:
-            done = subprocess.run(command, check=False, capture_output=True, text=True)
-        except OSError as error:
-            raise ConfigError(f"--check-python {python}: cannot be started: {error}") from None
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
         if not answered.exists():
-            raise ConfigError(_failure(made, package, python, done.stderr))
+            last = done.stderr.strip().splitlines()[-1:] or ["it ended without a word"]
+            raise ConfigError(f"--check: {made.title} made no batch: {last[0]}")
         answer = json.loads(answered.read_text(encoding="utf-8"))
     documents = [(tuple(ids), tuple(map(bool, trained))) for ids, trained in answer["documents"]]
     return [_first_untrained(document) for document in documents], str(answer["version"])
 
 
-def _failure(made: Translation, package: str, python: str | None, stderr: str) -> str:
-    """Return why the other tool made no batch."""
-    where = f"in the environment of {python}" if python else "in this environment"
-    if f"No module named '{package}'" in stderr:
+def _require(made: Translation, package: str, python: str | None) -> None:
+    """Raise ConfigError unless the other tool is installed."""
+    look = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({package!r}) is None)"
+    try:
+        done = subprocess.run([python or sys.executable, "-I", "-c", look], check=False, capture_output=True)
+    except OSError as error:
+        raise ConfigError(f"--check-python {python}: cannot be started: {error}") from None
+    if done.returncode:
+        where = f"in the environment of {python}" if python else "in this environment"
         advice = "" if python else "; name the interpreter of its environment with --check-python"
-        return f"--check: {made.title} is not installed {where} (no module {package}){advice}"
-    last = stderr.strip().splitlines()[-1:] or ["it ended without a word"]
-    return f"--check: {made.title} made no batch {where}: {last[0]}"
+        raise ConfigError(f"--check: {made.title} is not installed {where} (no module {package}){advice}")
 
 
 def _ours(loaded: loading.LoadedConfig) -> tuple[list[Document], Any]:

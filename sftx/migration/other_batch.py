@@ -34,9 +34,11 @@ def trl(request: dict[str, Any]) -> dict[str, Any]:
     import dataclasses
 
     import torch
-    import trl
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    trl: Any = importlib.import_module("trl")
+    accelerator: Any = importlib.import_module("accelerate").Accelerator
+    accelerator.prepare_model = lambda _, model, **__: model  # the reference has no weights either
     options = dict(request["options"])
     stage = options.get("stage", "sft")
     if stage not in ("sft", "dpo", "kto"):
@@ -51,14 +53,11 @@ def trl(request: dict[str, Any]) -> dict[str, Any]:
     given = {renamed.get(name, name): value for name, value in options.items()}
     device = {"bf16", "fp16", "tf32", "torch_compile", "deepspeed", "fsdp", "fsdp_config", "use_liger_kernel", "optim"}
     taken = {name: value for name, value in given.items() if name in names - device}
-    taken |= {
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "push_to_hub": False,
-    }
-    taken |= {"eval_strategy": "no", "precompute_ref_log_probs": False, "dataloader_num_workers": 0}
+    forced = {
+        "report_to": "none", "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "push_to_hub": False,
+        "eval_strategy": "no", "precompute_ref_log_probs": False, "dataloader_num_workers": 0,
+    }  # fmt: skip
+    taken |= {name: value for name, value in forced.items() if name in names}
     rows = trl_rows(options, request["num_rows"])
     taken |= {"per_device_train_batch_size": len(rows), "output_dir": tempfile.mkdtemp()}
     if options.get("class") == "TrainingArguments":

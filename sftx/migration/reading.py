@@ -186,6 +186,8 @@ def _of_swift(command: str, arguments: list[str]) -> Reading:
 
 def _of_script(script: str, arguments: list[str]) -> Reading:
     """A script of TRL's, such as trl/scripts/sft.py, by its name; any other is read itself."""
+    if Path(script).stem == "train_full_sft":
+        return _with_arguments("minimind", f"MiniMind's {Path(script).name}", arguments)
     stage = Path(script).stem.split("_")[0]
     if stage in _TRL_STAGES and arguments:
         return _of_trl(stage, arguments)
@@ -300,7 +302,7 @@ def _read_script(path: Path) -> Reading:
     except SyntaxError as error:
         raise ConfigError(f"{path}:{error.lineno}: is not valid Python: {error.msg}") from None
     reading = _Script(path, tree).read()
-    if not reading.options and not reading.lost:
+    if not set(reading.options) - reading.implied and not reading.lost:
         known = ", ".join([*list(_CONFIGS)[:4], "LoraConfig"])
         raise ConfigError(f"{path}: calls none of {known} or the like with keyword arguments")
     return reading

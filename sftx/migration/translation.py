@@ -20,6 +20,10 @@ PluginClass = Callable[[str], type | None]
 _SPLIT: Final = ("train.train_batch_size", "train.gradient_accumulation_steps", "train.per_device_train_batch_size")
 
 
+_NEEDED: Final = ("stage", "rl", "rlhf_type", "model", "data.train")
+"""Without these a run trains something else than was meant."""
+
+
 @dataclass
 class Written:
     """An option of the run file."""
@@ -75,6 +79,12 @@ class Translation:
             options = nested.setdefault("plugins", {}).setdefault(plugin, {})
             options[option] = written
         return nested
+
+    @property
+    def problem(self) -> str:
+        """What keeps the run file from meaning anything yet; an empty text if nothing does."""
+        found = (lost for lost in self.lost if lost.name.partition(":")[0] in _NEEDED)
+        return next((f"{lost.name}: {lost.advice}" for lost in found), "")
 
     @property
     def title(self) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import json
 import re
@@ -13,12 +12,12 @@ from typing import Any
 import pytest
 
 import assets
-import migrating_page
+from migrating_pages import NESTED, annotated
 from sftx.assembly.discovery import load_class
 from sftx.assembly.entry_points import discover, find
 from sftx.config import loading, other_tools, run_file, validation
-from sftx.config.options import SECTIONS
-from sftx.config.other_tools import ANY, TABLE, Answer, answer
+from sftx.config.options import SECTION_CLASSES, SECTIONS, RunConfig, Source
+from sftx.config.other_tools import ANY, TABLE, TOOLS, Answer, answer
 from sftx.errors import ConfigError
 
 RULES = [
@@ -52,35 +51,13 @@ def test_every_option_of_trl_transformers_and_peft_is_answered() -> None:
         assert unanswered(defaults, stage=stages.get(cls, "sft")) == [], cls
 
 
-def annotated(path: Path, *, but: str = " ") -> dict[str, Any]:
-    """Return the fields of the classes in a module that cannot be imported, with the defaults that are plain values."""
-    fields: dict[str, Any] = {}
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        for line in (
-            node.body if isinstance(node, ast.ClassDef) and not node.name.startswith(tuple(but.split())) else ()
-        ):
-            if not isinstance(line, ast.AnnAssign) or not isinstance(line.target, ast.Name):
-                continue
-            call = line.value if isinstance(line.value, ast.Call) else None
-            default = next((k.value for k in call.keywords if k.arg == "default"), None) if call else line.value
-            fields[line.target.id] = default.value if isinstance(default, ast.Constant) else None
-    return fields
-
-
-# Nested under an option that has a row itself, or only for reinforcement learning, serving and quantisation.
-_NESTED = (
-    "SFTDataset UserDefined Pretraining DPO Stepwise KTO Synthetic EBFT TRLConfig Vllm QAT PTQ FP8 FSDP Role LrGroup"
-)
-_NESTED += " Dynamic Selective SpecialTokens AxolotlConfigWCapabilities"
-
-
 def test_every_option_of_llama_factory_and_axolotl_is_answered() -> None:
     theirs = [annotated(path) for path in sorted(assets.path("llamafactory_options").glob("*_args.py"))]
     assert sum(map(len, theirs)) > 200
     for options in theirs:
         # Its defaults are those of evaluation, export and vision too, which a run that sets none does not ask for.
         assert [name for name in options if answer(name, None, {}) is None and name not in SECTIONS] == []
-    axolotl = [annotated(path, but=_NESTED) for path in sorted(assets.path("axolotl_options").glob("*.py"))]
+    axolotl = [annotated(path, but=NESTED) for path in sorted(assets.path("axolotl_options").glob("*.py"))]
     assert sum(map(len, axolotl)) > 350
     for options in axolotl:
         # Options of a method that is not here have defaults, which mean nothing without their switch.
@@ -157,6 +134,28 @@ def test_what_is_written_exists_here_and_has_a_type_that_fits() -> None:
                 assert error_of(("data.train", ["rows"], ""), assignment) in ("", "another type"), (name, target)
     unreachable = {target for target in own - reached if not target.startswith("plugins.")}
     assert not unreachable
+
+
+def test_what_the_rows_of_one_tool_write_exists_here() -> None:
+    installed = discover()
+    targets = {
+        target.partition(": ")[0]
+        for tool in TOOLS.values()
+        for row in tool.rows
+        for _, rule in row.rules
+        for target in rule.targets
+    }
+    targets |= {target for tool in TOOLS.values() for habit in tool.habits for target in habit.write}
+    assert len(targets) > 20
+    for target in targets:
+        section, _, option = target.partition(".")
+        if section == "plugins":
+            plugin, _, option = option.partition(".")
+            cls = load_class(find(plugin, installed))
+        else:
+            cls = {"data.train.*": Source}.get(target.rpartition(".")[0], SECTION_CLASSES.get(section, RunConfig))
+            option = target.rpartition(".")[2]
+        assert not option or option in {field.name for field in dataclasses.fields(cls)}, target
 
 
 @pytest.mark.parametrize(
@@ -382,12 +381,5 @@ def test_what_is_not_carried_over_from_a_mapping_is_said() -> None:
 def test_nothing_of_sftx_has_another_meaning_there() -> None:
     """An option of sftx's own, in its own section, is never asked about."""
     for name in ("learning_rate", "seed", "weight_decay"):
-        read = validation.validate(other_tools.SECTION_CLASSES["train"], {name: 1}, origins=run_file.Origins())
+        read = validation.validate(SECTION_CLASSES["train"], {name: 1}, origins=run_file.Origins())
         assert getattr(read, name) == 1
-
-
-def test_the_page_is_made_of_the_table() -> None:
-    page = Path(__file__).parents[2] / "docs" / "migrating.md"
-    assert page.read_text(encoding="utf-8") == migrating_page.page(page.read_text(encoding="utf-8")), (
-        "run `python tests/helpers/migrating_page.py`"
-    )

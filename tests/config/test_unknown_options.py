@@ -82,7 +82,8 @@ def test_examples_of_llama_factory_are_answered_and_can_be_followed() -> None:
         config = loading.load(Path("run.yaml")).config
         assert config.model == theirs["model_name_or_path"]
         assert config.train.learning_rate == theirs.get("learning_rate", 2e-4)
-        assert ("lora" in config.plugins) == (theirs["finetuning_type"] == "lora")
+        adapter = "qlora" if "quantization_bit" in theirs else "lora"
+        assert (adapter in config.plugins) == (theirs["finetuning_type"] == "lora")
         assert config.train.warmup_steps == theirs.get("warmup_ratio", 0)
         assert len(config.data.train) == len(theirs["dataset"].split(","))
 

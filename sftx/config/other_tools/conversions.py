@@ -463,3 +463,10 @@ def options_within(value: Any, _: Given) -> Answer:
     if not isinstance(value, dict):
         return Answer("not here", why="it is a mapping of options")
     return Answer("write", {}, inner=value)
+
+
+def sequential(_: Any, given: Given) -> Answer:
+    """TRL's KTO keeps the order of the file, since it estimates the distance to the reference from neighbours."""
+    if objective(given) == "kto":
+        return Answer("leave out", why="kto estimates the distance to the reference over the whole step")
+    return Answer("not here", why="each epoch has another order, which follows from train.seed")

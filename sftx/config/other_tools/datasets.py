@@ -114,7 +114,7 @@ def dataset(target: str) -> Rule:
             known = {}
         known = known if isinstance(known, dict) else {}
         entries = [_of_info(name, known.get(str(name)), directory, given) for name in names]
-        return _answer(target, entries, "" if known else why)
+        return _answer(target, entries, "")
 
     return made(make, target, why=why)
 
@@ -146,7 +146,11 @@ _ROLES: Final = {
 def _of_info(name: Any, entry: Any, directory: Path, given: Given) -> _Read:
     """What dataset_info.json says of one name; the name itself where it has none."""
     if not isinstance(entry, dict):
-        return _Read(_with_fields({"path": name}, given))
+        is_path = str(directory) == "ONLINE" or Path(str(name)).exists()
+        unknown = (
+            f"{name}: {directory}/dataset_info.json does not say what it is; write the path of its file, or a hub id"
+        )
+        return _Read(_with_fields({"path": name}, given), lost=[] if is_path else [unknown])
     read = _Read()
     file, hub = entry.get("file_name"), entry.get("hf_hub_url")
     if file is not None:
@@ -187,7 +191,8 @@ def _columns(read: _Read, name: Any, entry: Mapping[str, Any], given: Given) -> 
     row = first_row(str(read.source["path"])) if entry.get("file_name") else {}
     is_same = all(field_name == column for field_name, column in columns.items())
     unread = {"system", "history", "tools", "label", "kto_tag", "text", "messages", "conversations"} & set(row)
-    if not is_same or unread - set(columns.values()):
+    is_there = not row or not columns or bool(set(columns.values()) & set(row))
+    if is_there and (not is_same or unread - set(columns.values())):
         read.source["columns"] = columns
     if is_chat and not is_openai and stage(given) not in _COMPARED:
         for key, option in (("role_tag", "role_key"), ("content_tag", "content_key")):

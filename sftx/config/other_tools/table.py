@@ -39,6 +39,7 @@ from sftx.config.other_tools.conversions import (
     save_best,
     schedule,
     schedule_options,
+    sequential,
     sharding,
     sharding_options,
     special_tokens,
@@ -272,6 +273,7 @@ TABLE: Final[Mapping[str, tuple[Row, ...]]] = {
                 ),
             ),
             ("group_by_length", leave_out("rows of similar length share a step by default")),
+            ("sequential", made(sequential, why="kto estimates the distance to the reference over the whole step")),
             not_here("each epoch has another order, which follows from train.seed"),
         ),
         row(

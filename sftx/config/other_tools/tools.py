@@ -157,7 +157,7 @@ _TRL: Final = Tool(
 
 
 def _factory_lora(given: Given) -> bool:
-    return given.get("finetuning_type", "lora") == "lora"
+    return bool(given.get("finetuning_type", "lora") == "lora")
 
 
 _LLAMA_FACTORY: Final = Tool(
@@ -327,10 +327,47 @@ _SWIFT: Final = Tool(
 )
 
 
+# --- MiniMind ------------------------------------------------------------------------------------------
+
+_MINIMIND: Final = Tool(
+    title="MiniMind",
+    version="of July 2026",
+    trains_lora=lambda _: False,
+    defaults=(
+        Default("learning_rate", 1e-5),
+        Default("epochs", 2),
+        Default("batch_size", 16),
+        Default("max_seq_len", 768),
+    ),
+    habits=(
+        Habit({"train.lr_scheduler_type": "minimind"}, "a cosine from the first step that ends at a tenth of the peak"),
+        Habit({"train.weight_decay": 0.01}, "torch's AdamW decays by 0.01 where nothing is said"),
+        Habit({"plugins.minimind": {}}, "MiniMind's template"),
+    ),
+    rows=(
+        row("batch_size", to("train.per_device_train_batch_size")),
+        row("accumulation_steps", to("train.gradient_accumulation_steps")),
+        row("grad_clip", to("train.max_grad_norm")),
+        row("save_dir", to("output_dir")),
+        row("log_interval", to("train.logging_steps")),
+        row("save_interval", to("train.save_steps")),
+        row("from_weight", not_here("write `model:` with the directory that scripts/convert_model.py makes of it")),
+        row("from_resume", (0, leave_out()), not_here("resume with the same command and --resume")),
+        row("use_compile", (1, write({"train.torch_compile": True})), (0, leave_out())),
+        row("use_wandb", (True, not_here("MiniMind reports to SwanLab; trackers here are wandb, tensorboard, mlflow"))),
+        row(
+            "save_weight hidden_size num_hidden_layers use_moe num_workers device",
+            leave_out("sizes and weights are those of the model's directory"),
+        ),
+    ),
+)
+
+
 TOOLS: Final[Mapping[str, Tool]] = {
     "trl": _TRL,
     "llama-factory": _LLAMA_FACTORY,
     "axolotl": _AXOLOTL,
     "ms-swift": _SWIFT,
+    "minimind": _MINIMIND,
 }
 __all__ = ["TOOLS", "Default", "Habit", "Tool", "objective"]
