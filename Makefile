@@ -11,7 +11,7 @@ STAMP := .venv/.setup-done
 # Not compiled ahead: most of what these packages hold is never imported.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile
 
-.PHONY: setup assets launchers demo test test-all check lint types docs torture endurance bench-runs answers rehearsal plugin-checks perf gpu clean help
+.PHONY: setup assets launchers demo test test-all check lint types docs torture endurance bench-runs answers rehearsal plugin-checks perf gpu dist sbom matrix clean help
 
 help:
 	@echo "make setup   create .venv and install torch, the project and the embedded model"
@@ -29,6 +29,9 @@ help:
 	@echo "make plugin-checks  check every plugin against its contract, into the directory page of the site"
 	@echo "make perf    ratios of our operations and a step to torch's, against those that are recorded"
 	@echo "make rehearsal  what a step costs on a GPU, counted without one, into docs/performance-gpu.md"
+	@echo "make dist    the sdist and the wheel of the last commit, into dist"
+	@echo "make sbom    what installing the wheel brings, as a CycloneDX list, into dist"
+	@echo "make matrix  the wheel in empty environments: each Python found, lowest and newest dependencies"
 	@echo "make gpu     the kernels on a GPU: tests and bench, into benchmarks/results/<device>"
 
 setup: $(STAMP)
@@ -97,6 +100,23 @@ plugin-checks: setup
 
 rehearsal: setup
 	$(BIN)/python benchmarks/rehearsal.py
+
+dist: setup
+	rm -rf dist
+	$(BIN)/python benchmarks/dist.py
+	$(BIN)/python -m twine check --strict dist/*
+
+# cyclonedx-bom has an environment of its own, as what it reads is that of the wheel.
+sbom: dist
+	rm -rf build/sbom
+	$(BIN)/uv venv --quiet --python $(BIN)/python build/sbom
+	$(BIN)/uv pip install --quiet --python build/sbom dist/*.whl
+	$(BIN)/uv tool run --from cyclonedx-bom cyclonedx-py environment --output-reproducible --mc-type library \
+		--pyproject pyproject.toml --output-file dist/sbom.cdx.json build/sbom
+	rm -rf build/sbom
+
+matrix: dist
+	$(BIN)/python benchmarks/matrix.py --out benchmarks/results/matrix.json $(ARGS)
 
 # Without setup: the kernels need torch and Triton alone, and measure whichever peers import.
 gpu:

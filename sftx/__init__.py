@@ -66,7 +66,7 @@ if TYPE_CHECKING:
     from sftx.checkpoint.load_run import load_run
     from sftx.trainer.frozen_model import load_model
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "IGNORE_INDEX",

@@ -189,7 +189,10 @@ def _umask() -> int:
 
 def _sync(path: Path) -> None:
     """Flush a file, or the entries of a directory, to disk, so that a rename never survives without its content."""
-    descriptor = os.open(path, os.O_RDONLY)
+    is_directory = path.is_dir()
+    if is_directory and not hasattr(os, "O_DIRECTORY"):
+        return  # Windows cannot open a directory
+    descriptor = os.open(path, os.O_RDONLY if is_directory else os.O_RDWR)  # Windows flushes what can be written
     try:
         os.fsync(descriptor)
     finally:

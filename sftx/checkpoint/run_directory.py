@@ -12,9 +12,10 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, Final
@@ -49,7 +50,8 @@ class RunDirectory:
     """True when the directory holds a run that is to go on."""
     has_new_length: bool = False
     """True when that run is to train for another number of steps than it was begun with."""
-    _lock: int | None = None
+    _unlock: Callable[[], object] | None = None
+    """What releases the lock, while this process has it."""
 
     def file(self, name: str) -> Path:
         return self.path / name
@@ -177,26 +179,16 @@ class RunDirectory:
         atomic_files.write_json(self.file(layout.SUMMARY), summary)
 
     def claim(self) -> bool:
-        """Make and lock the directory. Return False when another process has it. Raises OutputError.
-
-        The lock is flock on the directory itself, which the system releases when the process ends, however it ends.
-        The package filelock would need a lock file beside or in the directory, which is left behind.
-        """
-        if self._lock is not None:
+        """Make and lock the directory. Return False when another process has it. Raises OutputError."""
+        if self._unlock is not None:
             return True
-        import fcntl  # here, as Windows has no such module, and not every command makes a directory
-
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.path, os.O_RDONLY)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._unlock = _lock(self.path)
         except BlockingIOError:
-            self.release()
             return False
         except OSError as error:
-            if self._lock is None or error.errno not in _LOCKS_UNSUPPORTED:
-                raise OutputError(f"output_dir {self.path}: cannot be written: {one_line(error)}") from error
-            log.warning("%s is on a file system without locks: make sure that only one process writes to it", self.path)
+            raise OutputError(f"output_dir {self.path}: cannot be written: {one_line(error)}") from error
         if self.resumed:
             atomic_files.remove_leftovers(self.path)
         elif _has_files(self.path):
@@ -219,9 +211,9 @@ class RunDirectory:
 
     def release(self) -> None:
         """Release the lock."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        if self._unlock is not None:
+            self._unlock()
+            self._unlock = None
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """Return the JSON object in that file, None when there is no such file. Raises OutputError."""
@@ -234,6 +226,34 @@ class RunDirectory:
         except (OSError, ValueError) as error:
             raise OutputError(f"{self.file(name)}: cannot be read: {one_line(error)}") from error
         return values
+
+
+def _lock(path: Path) -> Callable[[], object]:
+    """Lock a directory, and return what releases it. Raises BlockingIOError when another process has it, or OSError.
+
+    The lock is flock on the directory itself, which the system releases when the process ends, however it ends. The
+    package filelock needs a lock file, which is left behind; it locks one beside the directory where there is no flock.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such module, and opens no directories
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(path.with_name(f".{path.name}.lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise BlockingIOError from None
+        return lock.release
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _LOCKS_UNSUPPORTED:
+            os.close(descriptor)
+            raise
+        log.warning("%s is on a file system without locks: make sure that only one process writes to it", path)
+    return partial(os.close, descriptor)
 
 
 def new(output_dir: str | None, name: str) -> RunDirectory:

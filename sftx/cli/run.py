@@ -13,7 +13,7 @@ import click
 
 from sftx.cli.options import RunCommand, run_options
 from sftx.config import loading
-from sftx.errors import printable
+from sftx.errors import ConfigError, printable
 from sftx.phases import phase
 
 _ARGUMENTS: Final = "sftx.run.arguments"
@@ -116,6 +116,11 @@ def _launch(loaded: loading.LoadedConfig, name: str, *, resume: bool, nproc: int
     from sftx.assembly.registry import activate
     from sftx.checkpoint import remote_runs, run_directory
 
+    if not hasattr(os, "killpg"):  # by which the supervisor ends the processes of a rank
+        raise ConfigError(
+            "--nproc: this system cannot start several processes as one run; on Windows run sftx in WSL, "
+            "or leave --nproc out"
+        )
     ctx = click.get_current_context()
     if nproc and not resume:
         loaded.config.train.resolve_batch_size(nproc)

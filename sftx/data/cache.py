@@ -40,7 +40,8 @@ log = logging.getLogger(__name__)
 
 _LIBRARIES: Final = ("tokenizers", "transformers", "jinja2", "numpy")
 _PART: Final = ".part-"
-_LOCK: Final = "lock"
+_LOCK: Final = ".lock-"
+"""The lock of a directory is a file beside it: Windows renames no directory with an open file."""
 _UNLOCKED_S: Final = 10
 """Seconds for which a new directory may have no lock yet."""
 _NO_EFFECT_ON_ROWS: Final = (
@@ -126,7 +127,7 @@ class Cache:
             part = Path(tempfile.mkdtemp(dir=home, prefix=_PART))
             part.chmod(home.stat().st_mode)  # mkdtemp makes a directory that only its owner can read
         try:
-            with FileLock(part / _LOCK):  # the system releases it when this process is killed
+            with FileLock(_lock_of(part)):  # the system releases it when this process is killed
                 yield part
                 with _as_output_error(home):
                     try:
@@ -136,6 +137,7 @@ class Cache:
                             raise
         finally:
             shutil.rmtree(part, ignore_errors=True)
+            _remove_lock(_lock_of(part))
 
     def save(self, data: Dataset, directory: Path) -> None:
         """Write everything but the examples, which are in the directory already."""
@@ -177,8 +179,20 @@ def _remove_abandoned(home: Path) -> None:
     for part in home.glob(f"{_PART}*"):
         with suppress(Timeout, OSError):  # held by a running process, owned by another user, or just removed
             if time.time() - part.stat().st_mtime >= _UNLOCKED_S:
-                with FileLock(part / _LOCK, timeout=0):
+                with FileLock(_lock_of(part), timeout=0):
                     shutil.rmtree(part, ignore_errors=True)
+    for lock in home.glob(f"{_LOCK}*"):
+        if not lock.with_name(lock.name.replace(_LOCK, _PART, 1)).exists():
+            _remove_lock(lock)
+
+
+def _lock_of(part: Path) -> Path:
+    return part.with_name(part.name.replace(_PART, _LOCK, 1))
+
+
+def _remove_lock(lock: Path) -> None:
+    with suppress(OSError):  # on Windows, another process has just opened it
+        lock.unlink(missing_ok=True)
 
 
 def code_digest(package: str) -> str:

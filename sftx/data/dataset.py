@@ -66,8 +66,13 @@ class Examples(Sequence[Example]):
         self._starts = ends - columns["lengths"] if starts is None else starts
         self._ends = self._starts + columns["lengths"]
         self.largest_id = largest_id
-        self.whole = whole or self
+        self._whole = whole
+
+    @property
+    def whole(self) -> Examples:
         """The examples before `wrapped` cut them."""
+        # No reference to itself: mapped files are closed when the last other one goes.
+        return self if self._whole is None else self._whole
 
     @property
     def lengths(self) -> NDArray[np.int64]:

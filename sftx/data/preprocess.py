@@ -89,15 +89,15 @@ def load_dataset(
         cache = Cache.of(data_sources, encode, identity, row_sources)
     if cache is None or identity is None:
         return _encode_all(data_sources, encode, num_proc, Writer(), part, row_sources, count)
-    data = cache.load()
-    if data is None:
-        with cache.writing() as directory:
-            data = _encode_all(data_sources, encode, num_proc, Writer(directory), part, row_sources, count)
-            if Cache.of(data_sources, encode, identity, row_sources) != cache:
-                raise DataError(f"{data_sources[0].path}: the data changed while they were read; start again")
-            cache.save(data, directory)
-        data = cache.load() or data
-    return data
+    if (cached := cache.load()) is not None:
+        return cached
+    with cache.writing() as directory:
+        data = _encode_all(data_sources, encode, num_proc, Writer(directory), part, row_sources, count)
+        if Cache.of(data_sources, encode, identity, row_sources) != cache:
+            raise DataError(f"{data_sources[0].path}: the data changed while they were read; start again")
+        cache.save(data, directory)
+        del data  # Windows renames no directory of which a file is mapped
+    return cache.load() or _encode_all(data_sources, encode, num_proc, Writer(), part, row_sources, count)
 
 
 def _encode_all(

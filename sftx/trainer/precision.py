@@ -132,7 +132,11 @@ def peak_bytes(device: torch.device) -> int:
     match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
     if match is not None:  # Linux, where getrusage() also counts the memory of the parent process before exec()
         return int(match[1]) * 1024
-    import resource  # here, as Windows has no such module
+    try:
+        import resource
+    except ImportError:  # Windows has no such module
+        import psutil
 
+        return int(psutil.Process().memory_info().peak_wset)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

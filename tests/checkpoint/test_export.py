@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ def test_it_is_written_in_the_dtype_of_the_base_in_shards(lora_run: Path, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["RUN", "--to", "lora"], "--to lora: plugin 'lora' (sftx 0.1.0) is no exporter; exporters are gguf, mlx, "),
+        (["RUN", "--to", "lora"], f"plugin 'lora' (sftx {version('sftx')}) is no exporter; exporters are gguf, mlx, "),
         (["RUN", "--to", "gguff"], "no plugin of this name is installed; did you mean 'gguf'?"),
         (["RUN", "--to", "other"], "no plugin of this name is installed; exporters are gguf, mlx, ollama, safetensors"),
         (["RUN", "--to", "safetensors", "--set", "lora.r=3"], "lora.r=3: is not an option of the exporter"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -294,3 +295,16 @@ def test_a_run_that_sftx_0_1_completed_is_complete(begun: RunDirectory) -> None:
     done = begun.finished()
     assert done is not None
     assert done.summary["num_label_tokens"] == 77
+
+
+def test_without_flock_a_file_beside_the_directory_is_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import filelock  # noqa: F401  (it chooses its own way of locking now, with fcntl)
+
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
+    first, second = (run_directory.new(str(tmp_path / "out"), "run") for _ in range(2))
+    assert first.claim()
+    assert not second.claim()
+    assert list((tmp_path / "out").iterdir()) == []
+    first.release()
+    assert second.claim()
+    second.release()

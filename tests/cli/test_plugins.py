@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def test_two_hundred_plugins_are_listed_and_none_is_imported(install_plugin: Any
     marker = tmp_path / "imported"
     for number in range(200):
         code = f"from pathlib import Path\nPath({str(marker)!r}).touch()\n" if number else "this is no Python"
-        install_plugin(f"dummy-{number}", code, {f"dummy-{number}": "Plugin"}, requires=["sftx>=0.1,<0.2"])
+        install_plugin(f"dummy-{number}", code, {f"dummy-{number}": "Plugin"}, requires=["sftx>=0.2,<0.3"])
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "site-packages")}
 
     def timed(*arguments: str) -> str:
@@ -146,7 +147,7 @@ def test_info_shows_a_default_that_is_made_anew_each_time() -> None:
 
 def test_check_prints_each_clause_and_exits_with_1_when_one_is_broken(install_plugin: Any) -> None:
     metadata = ["Summary: A metric.", "License-Expression: MIT", "", "# A metric"]
-    requires = ["sftx>=0.1,<0.2"]
+    requires = ["sftx>=0.2,<0.3"]
     options = {"metadata": metadata, "requires": requires, "files": ["py.typed"]}
     install_plugin("acme", METRIC, {"careful": "Plugin"}, **options)
     good = plugins("check", "careful", "--set", "careful.floor=0.5")
@@ -176,7 +177,7 @@ def test_check_prints_each_clause_and_exits_with_1_when_one_is_broken(install_pl
     ("arguments", "message"),
     [
         (["lorra"], "plugin 'lorra' is not installed; did you mean 'lora'?"),
-        (["lora", "--set", "lora.r=0"], "--set lora.r=0: plugin 'lora' (sftx 0.1.0): option 'r': got 0"),
+        (["lora", "--set", "lora.r=0"], f"--set lora.r=0: plugin 'lora' (sftx {version('sftx')}): option 'r': got 0"),
         (["lora", "--set", "padded.x=0"], "--set padded.x=0: is not an option of plugin 'lora'"),
     ],
 )

@@ -8,6 +8,7 @@ import shutil
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,8 @@ def test_two_plugins_of_one_scheme_and_a_plugin_without_data_are_named(
     config = RunConfig(data=DataConfig(train=(Source("a.jsonl"),)))
     with caplog.at_level(logging.WARNING):
         sources.check_data_config(config, assembly("a.jsonl", add=("sqlite",)).row_sources)
-    assert "plugin 'sqlite' (sftx 0.1.0) reads sqlite:..., and no path of the data begins so" in caplog.text
+    ours = version("sftx")
+    assert f"plugin 'sqlite' (sftx {ours}) reads sqlite:..., and no path of the data begins so" in caplog.text
 
 
 @pytest.mark.parametrize(

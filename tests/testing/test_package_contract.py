@@ -40,7 +40,7 @@ METADATA = [
     "",
     "# A metric",
 ]
-REQUIRES = ["sftx>=0.1,<0.2"]
+REQUIRES = ["sftx>=0.2,<0.3"]
 
 
 def states(
@@ -64,7 +64,7 @@ def test_a_good_package_keeps_every_clause(install_plugin: Any) -> None:
 BAD: list[tuple[str, dict[str, Any], str]] = [
     ("made", {"code": GOOD.replace("@hookimpl", "")}, "is not marked as a hook; put @sftx.hookimpl"),
     ("made", {"requires": ["sftx>=7"]}, "requires sftx >=7"),
-    ("declares-its-host", {"requires": ["sftx>=0.1"]}, "no upper bound for sftx; add 'sftx>=0.1,<0.2'"),
+    ("declares-its-host", {"requires": ["sftx>=0.1"]}, "no upper bound for sftx; add 'sftx>=0.2,<0.3'"),
     ("declares-its-host", {"requires": []}, "its dependencies have no sftx"),
     ("has-a-license", {"metadata": [m for m in METADATA if "License" not in m]}, "set license = "),
     ("is-described", {"metadata": METADATA[1:]}, "lacks a summary"),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
 from pathlib import Path
 from typing import Any, Final
 
+import psutil
 import torch
 from transformers import PretrainedConfig
 
@@ -93,15 +95,11 @@ def free_bytes(device: torch.device) -> int | None:
         return int(torch.cuda.mem_get_info(device)[0])
     if device.type != "cpu":
         return None
-    found = []
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        found.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")))
+    found = [psutil.virtual_memory().available]
+    with contextlib.suppress(OSError, ValueError):
         limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text(encoding="utf-8") for name in ("max", "current"))
         found.append(int(limit) - int(used))  # "max" stands for no limit, and is no number
-    except (OSError, StopIteration, ValueError):
-        pass
-    return min(found) // env_int("LOCAL_WORLD_SIZE", 1) if found else None
+    return min(found) // env_int("LOCAL_WORLD_SIZE", 1)
 
 
 def _generous_bound(config: RunConfig, num_tokens: int) -> float:

@@ -116,17 +116,11 @@ class Planner:
     @cached_property
     def process_bytes(self) -> int:
         """Resident memory of this process with the imports of a run; read before a dry run adds to it."""
+        import psutil
+
         import sftx.trainer.session  # noqa: F401
-        from sftx.trainer.precision import peak_bytes
 
-        statm = Path("/proc/self/statm")
-        if not statm.exists():
-            import torch
-
-            return peak_bytes(torch.device("cpu"))
-        import resource
-
-        return int(statm.read_text().split()[1]) * resource.getpagesize()
+        return int(psutil.Process().memory_info().rss)
 
     @cached_property
     def precision(self) -> Precision:
