@@ -218,8 +218,11 @@ def check_sftx(words: Sequence[str], directory: Path, *, is_part: bool) -> None:
         if not is_part:
             raise
     except (click.BadParameter, SftxError) as error:
-        # What the reader has and a test does not: files of his, and a package for his store.
-        if not re.search(r"does not exist|no such run file|in the store|:// needs \w+; pip install", str(error)):
+        # What the reader has and a test does not: files and runs of his, and a package for his store.
+        if not re.search(
+            r"(File|Directory|Path) '.*' does not exist|no such run file|directory in the store|:// needs \w+; pip",
+            error.message if isinstance(error, click.BadParameter) else str(error),
+        ):
             raise
     finally:
         sftx.cli.options.go_on_from_adapter = before
