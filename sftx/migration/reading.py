@@ -130,7 +130,6 @@ def _read_yaml(path: Path, tool: str | None = None) -> Reading:
 
 _TRL_STAGES: Final = ("sft", "dpo", "kto", "grpo", "rloo", "reward", "orpo", "cpo", "gkd", "ppo")
 _STAGE_NAMES: Final = {"reward": "rm"}
-_VALUED: Final = ("--nproc_per_node", "--nproc-per-node", "--num_processes", "--nnodes", "--config_file", "--gpu_ids")
 
 
 def _read_shell_file(path: Path) -> Reading:

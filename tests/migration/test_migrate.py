@@ -469,6 +469,7 @@ def test_batches_are_those_of_trl(options: str, real_model_dir: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3_lora_sft", "qwen3_lora_dpo", "qwen3_lora_kto"])
 def test_batches_are_those_of_llama_factory(name: str, real_model_dir: Path) -> None:
+    """It needs older versions of the same libraries: `pip install llamafactory==0.9.5` in an environment of its own."""
     python = os.environ.get("LLAMA_FACTORY_PYTHON")
     if python is None:
         pytest.skip("LLaMA-Factory is not installed: LLAMA_FACTORY_PYTHON names the interpreter of its environment")
