@@ -95,7 +95,7 @@ def free_bytes(device: torch.device) -> int | None:
         return int(torch.cuda.mem_get_info(device)[0])
     if device.type != "cpu":
         return None
-    found = [psutil.virtual_memory().available]
+    found = [int(psutil.virtual_memory().available)]
     with contextlib.suppress(OSError, ValueError):
         limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text(encoding="utf-8") for name in ("max", "current"))
         found.append(int(limit) - int(used))  # "max" stands for no limit, and is no number
