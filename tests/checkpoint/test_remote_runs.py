@@ -318,21 +318,26 @@ def test_a_store_that_fails_ends_no_run(runs: Runs, sftx: Sftx) -> None:
     assert "is complete, nothing is left to do" in result.output
 
 
-def test_the_secret_of_an_address_is_in_no_file_of_a_run(runs: Runs, sftx: Sftx) -> None:
+def test_a_model_is_read_from_a_store_and_the_secret_of_an_address_is_in_no_file_of_a_run(
+    runs: Runs, sftx: Sftx
+) -> None:
     from web_server import serving
 
-    directory = runs.directory("signed")
+    directory, model = runs.directory("signed"), "faulty://bucket/models/tiny"
+    for path in runs.model.iterdir():
+        fsspec.filesystem("faulty").pipe_file(f"/bucket/models/tiny/{path.name}", path.read_bytes())
     secret = "0123456789abcdef0123456789abcdef"
     with serving(runs.root) as web:
         signed = f"{web.address}/train.jsonl?X-Amz-Signature={secret}"
         wanted = case("signed", " ".join(SHORT.arguments).replace("{data}/train.jsonl", signed))
-        result = sftx(wanted, directory, "--max-steps", "2")
+        result = sftx(wanted, directory, "--max-steps", "2", "--model", model)
         assert result.exit_code == 0, result.output
         assert web.num_downloads("train.jsonl") == 1
     assert secret not in result.output
     texts = {path: path.read_bytes() for path in (directory / "out").rglob("*") if path.is_file()}
     assert [path for path, content in texts.items() if secret.encode() in content] == []
     assert b"train.jsonl?***" in texts[directory / "out" / layout.RUN]
+    assert f"model: {model}\n".encode() in texts[directory / "out" / layout.RUN]
 
 
 # --- processes that are killed --------------------------------------------------------------------
