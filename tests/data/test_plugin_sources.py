@@ -84,7 +84,6 @@ def test_the_built_in_plugin_is_added_by_its_scheme_alone() -> None:
         ("mail:SELECT * FROM a WHERE b?", "no plugin of this run reads mail:..."),
         ("acme:x", "no plugin of this run reads acme:...; add --plugin acme"),
         ("other:x", "installed: acme"),
-        ("https://example.com/a.jsonl", "no plugin of this run reads https:..."),
         ("chats:x", "no such file; chats is there, and 'x' is no weight from 0 to 1000"),
         ("rows.jsonl:x", "rows.jsonl:x: no such file"),
         ("c:x", "c:x: no such file"),
