@@ -18,7 +18,6 @@ from sftx.assembly import hookspecs
 from sftx.assembly.entry_points import PLUGINS, PluginInfo, discover, find
 from sftx.assembly.hookspecs import PROJECT, RETURNS, VALIDATE
 from sftx.assembly.stages.stage import arguments_of, named
-from sftx.config.options import adapter
 from sftx.errors import PluginError, did_you_mean, kind_of, one_line
 
 if TYPE_CHECKING:
@@ -159,6 +158,8 @@ def instance(info: PluginInfo, cls: type, options: Mapping[str, Any], origins: O
 
 def options_of(plugin: Any) -> dict[str, Any]:
     """Return the options of a plugin instance as JSON values, including those left at their defaults."""
+    from sftx.config.options import adapter  # here, as a list of plugins needs no pydantic
+
     values: dict[str, Any] = json.loads(adapter(type(plugin)).dump_json(plugin, warnings=False))
     return values
 
