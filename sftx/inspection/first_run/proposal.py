@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
 _ROUND_TO: Final = 64
 _SHORTEST: Final = 256
-_PACKED_LENGTH: Final = 2048
+_PER_ROW: Final = 4
+"""The examples that share a packed row: a step has several rows, which several GPUs can divide."""
 _EXAMPLES_PER_STEP: Final = 16
 _FEW_ROWS: Final = 500
 _SHORT_ANSWER: Final = 16
@@ -253,14 +254,15 @@ class Chooser:
         elif self.device.is_gpu and self.objective != "kto":
             self._add("packed", "Several examples share a row and do not see one another, so that nothing is padded.")
             if self.objective != "grpo":
-                self._pack()
+                self._pack(lengths)
 
-    def _pack(self) -> None:
+    def _pack(self, lengths: Lengths) -> None:
         """Make packed rows long enough for several examples."""
-        data = self._values["data"]
-        if data["max_length"] < _PACKED_LENGTH:
-            self._plugins["packed"]["length"] = _PACKED_LENGTH
-            self._reasons["plugins.packed.length"] = "The tokens of a row that examples share."
+        group = 2 if self.rows.kind == "pairs" else 1
+        several = _rounded(int(_PER_ROW * group * sum(lengths.examples) / len(lengths.examples)))
+        if several > self._values["data"]["max_length"]:
+            self._plugins["packed"]["length"] = several
+            self._reasons["plugins.packed.length"] = f"The tokens of a row: about {_PER_ROW} examples."
 
     def _choose_metric(self, lengths: Lengths) -> None:
         if self.rows.kind not in ("chat", "pairs") or not self._has_eval:
@@ -379,7 +381,8 @@ class Chooser:
         self._reasons[f"plugins.{method}"] = reasons[method]
         self._set(
             "train.per_device_train_batch_size", rows,
-            "Rows that are computed at once: the most that fit, up to eight. The rest of a step follows.",
+            "Rows that are computed at once: all of a step." if rows == self._values["train"]["train_batch_size"]
+            else "Rows that are computed at once: the most that fit, up to eight. The rest of a step follows.",
         )  # fmt: skip
         if checkpointing:
             self._set(
