@@ -160,7 +160,8 @@ def options_of(plugin: Any) -> dict[str, Any]:
     """Return the options of a plugin instance as JSON values, including those left at their defaults."""
     from sftx.config.options import adapter  # here, as a list of plugins needs no pydantic
 
-    values: dict[str, Any] = json.loads(adapter(type(plugin)).dump_json(plugin, warnings=False))
+    cls: Any = type(plugin)
+    values: dict[str, Any] = json.loads(adapter(cls).dump_json(plugin, warnings=False))
     return values
 
 
