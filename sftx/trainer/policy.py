@@ -249,8 +249,9 @@ class ModelPolicy:
 
 
 def _seed(run_seed: int, step: int, row_id: str, number: int) -> int:
-    """Return the seed of an answer."""
-    key = f"answer {run_seed} {step} {row_id} {number}".encode(errors="surrogateescape")
+    """Return the seed of an answer, which stays the same when the data lies in another directory."""
+    row = row_id.replace("\\", "/").rpartition("/")[2]
+    key = f"answer {run_seed} {step} {row} {number}".encode(errors="surrogateescape")
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big")
 
 

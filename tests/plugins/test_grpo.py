@@ -277,3 +277,11 @@ def test_packed_rows_that_share_a_question_give_the_same_losses_and_gradients(
         assert found.metrics == pytest.approx(expected.metrics, abs=1e-5, rel=1e-5)
         if number == 4:
             break
+
+
+def test_answers_do_not_depend_on_the_directory_of_the_data(session_of: SessionOf, rows: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere" / rows.name
+    elsewhere.parent.mkdir()
+    elsewhere.write_bytes(rows.read_bytes())
+    one, other = (next(iter(session_of(**{"data.train": str(path)}).sampler)) for path in (rows, elsewhere))
+    assert [e.token_ids.tolist() for e in one.examples] == [e.token_ids.tolist() for e in other.examples]
