@@ -395,10 +395,8 @@ def _differences(
             return None
         return OnResume.ANSWERS if "metric" in stages else OnResume.NOTHING
 
-    left_out: dict[str, Any] = {
-        "plugins": {},
-        "launch": None,
-    }  # plugins follow, and how a run is started changes nothing in it
+    # Plugins are compared below, and how a run is started changes nothing in it.
+    left_out: dict[str, Any] = {"plugins": {}, "launch": None}
     flat_before, flat_now = (flatten({**values, **left_out}) for values in (_completed(before), now))
     flat_before["train.train_batch_size"] = _rows_per_step(flatten(before))
     found: list[tuple[OnResume | None, str]] = []

@@ -624,7 +624,7 @@ TABLE: Final[Mapping[str, tuple[Row, ...]]] = {
         ),
         row("torch_empty_cache_steps gc_steps gc_collect_steps", leave_out()),
         row("no_cuda", (True, write({"train.use_cpu": True})), (False, leave_out())),
-        row("use_mps_device", leave_out()),
+        row("use_mps_device", (False, leave_out()), not_here("a run on a Mac computes on the CPU")),
     ),
     "Evaluation and generation": (
         row(
