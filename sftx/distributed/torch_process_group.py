@@ -32,6 +32,14 @@ _TIMEOUT: Final = timedelta(days=2)
 _RENDEZVOUS_TIMEOUT: Final = timedelta(minutes=15)
 """Time for all ranks to import torch and reach the rendezvous."""
 
+_closed: Final[list[Any]] = []
+"""The groups of this process that were closed, which live as long as the process.
+
+DistributedDataParallel refers to its group. Were it the last to do so, it would wait, with the interpreter's lock held,
+for the group's threads to end, of which one may be waiting for that lock to free a tensor. A group that Python frees
+waits without the lock.
+"""
+
 
 class TorchProcessGroup(ProcessGroup):
     """The ranks of one run that torchrun started, on one host or several."""
@@ -119,6 +127,7 @@ class TorchProcessGroup(ProcessGroup):
 
     def close(self) -> None:
         if dist.is_initialized():
+            _closed.append(dist.group.WORLD)
             dist.destroy_process_group()
 
 

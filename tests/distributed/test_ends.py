@@ -128,3 +128,36 @@ def test_an_error_of_one_rank_ends_all_and_is_told(mode: str, prepare: Prepare, 
     codes = group.wait()
     assert 0 not in codes
     assert MESSAGE in group.printed(), group.printed()
+
+
+CLOSING = """
+import faulthandler, os, socket, sys
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from sftx.config.options import TrainConfig
+from sftx.distributed.torch_process_group import TorchProcessGroup
+
+faulthandler.dump_traceback_later(300, exit=True)
+sys.setswitchinterval(1000)  # another thread gets the interpreter's lock when this one waits, and never before
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+for _ in range(300):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+    group = TorchProcessGroup(TrainConfig(use_cpu=True))
+    module = DistributedDataParallel(torch.nn.Linear(8, 8))
+    module(torch.randn(2, 8)).sum().backward()
+    dist.all_reduce(torch.zeros(1))
+    group.close()
+    del module
+print("closed")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs a process that is bound to one core")
+def test_a_group_that_ddp_was_the_last_to_refer_to_does_not_hang() -> None:
+    done = subprocess.run([sys.executable, "-c", CLOSING], capture_output=True, text=True, timeout=400)
+    assert done.stdout.strip() == "closed", done.stderr[-2000:]
