@@ -37,9 +37,12 @@ RUN_ELSEWHERE = {
     "docs/preference.md": "docs/test_preference_page.py",
     "docs/reinforcement.md": "docs/test_reinforcement_page.py",
     "docs/remote-files.md": "docs/test_remote_files_page.py",
+    "docs/starting.md": "docs/test_starting_page.py",
     "docs/verify.md": "docs/test_verify_page.py",
 }
 """Pages whose commands the tests of another file run, under tests."""
+MIGRATING = sorted(path.relative_to(ROOT).as_posix() for path in DOCS.glob("migrating/*.md"))
+"""Pages for users of other tools, whose commands `docs/test_migrating_pages.py` runs to compare what they write."""
 INSTALLING = ("docs/howto/my-loss.md", "docs/howto/my-template.md")
 """Pages that install a package, into an environment of their own."""
 WITH_ITS_FILES = sorted(path.relative_to(ROOT).as_posix() for path in DOCS.glob("howto/*.md"))
@@ -112,7 +115,7 @@ def test_the_output_that_a_page_shows_is_compared() -> None:
 
 
 def test_the_commands_of_every_page_are_run_or_it_is_said_where() -> None:
-    known = {*RUN_ELSEWHERE, *WITH_ITS_FILES, *WITH_A_RUN, *PARSED, *EMBEDDED}
+    known = {*RUN_ELSEWHERE, *MIGRATING, *WITH_ITS_FILES, *WITH_A_RUN, *PARSED, *EMBEDDED}
     with_commands = {
         page.relative_to(ROOT).as_posix()
         for page in pages.pages()

@@ -119,7 +119,10 @@ def test_the_script_for_slurm_is_one_for_bash() -> None:
     assert {number.name for number in signals.SIGNALS} <= set(handled)
 
 
-@pytest.mark.parametrize("command", COMMANDS[:2], ids=["sftx", "torchrun"])
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(COMMANDS[0], id="sftx"), pytest.param(COMMANDS[1], id="torchrun", marks=pytest.mark.slow)],
+)
 def test_the_commands_of_one_host_train(command: str, tmp_path: Path) -> None:
     """The commands run as on the page, but with two processes for eight, and a run file of the tiny model."""
     from sftx.model.tiny import model_dir

@@ -41,6 +41,7 @@ def run(environment: Environment, command: str, cwd: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("real_model_dir")
 def test_the_tutorial_works_as_it_is_written(tmp_path: Path) -> None:
     environment = make_environment(tmp_path / "environment")

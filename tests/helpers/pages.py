@@ -32,7 +32,7 @@ DOCS: Final = ROOT / "docs"
 SHELLS: Final = ("sh", "console")
 OTHER_PROGRAMS: Final = {
     "curl", "echo", "export", "mlflow", "ollama", "source", "sqlite3", "tensorboard", "vllm", "eval", "cd", "timeout",
-    "cmp", "sbatch", "sky", "kubectl", "until", "do", "done", "kill",
+    "cmp", "grep", "sbatch", "sky", "kubectl", "until", "do", "done", "kill",
 }  # fmt: skip
 """Programs that are not ours, of which nothing is checked but that they are meant."""
 
@@ -52,6 +52,11 @@ class Block:
 
     def __str__(self) -> str:
         return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+    @property
+    def is_of_another_tool(self) -> bool:
+        """Return whether it is the file that a page for users of another tool begins with; its syntax alone is ours."""
+        return self.page.parent.name == "migrating" and not self.text.startswith("# Written by `sftx migrate`")
 
 
 @dataclass(frozen=True)
@@ -247,6 +252,8 @@ def _check_python(block: Block, directory: Path) -> None:
     except SyntaxError:
         tree = ast.parse(f"def {block.text.rstrip()}: ...")  # a signature of the reference
     compile(tree, str(block), "exec")
+    if block.is_of_another_tool:
+        return
     for node in ast.walk(tree):
         modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom) and not node.level:
@@ -277,7 +284,7 @@ def _check_yaml(block: Block, directory: Path) -> None:
 
     documents = list(yaml.safe_load_all(block.text))
     assert all(isinstance(document, dict) for document in documents)
-    if len(documents) == 1 and not {"kind", "apiVersion"} & set(documents[0]):
+    if len(documents) == 1 and not {"kind", "apiVersion"} & set(documents[0]) and not block.is_of_another_tool:
         file = directory / "checked.yaml"
         file.write_text(block.text, encoding="utf-8")
         loaded = loading.load(file)
