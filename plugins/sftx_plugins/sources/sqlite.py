@@ -42,7 +42,7 @@ State: TypeAlias = tuple[tuple[int, int, int] | None, ...]
 
 @dataclass(frozen=True, eq=False)
 class SQLite:
-    """Reads SQLite databases: `sqlite:FILE`, `sqlite:FILE?table=NAME` or `sqlite:FILE?query=SELECT ... ORDER BY ...`.
+    """Reads SQLite databases: `sqlite:FILE`, `sqlite:FILE?table=NAME` or `sqlite:FILE?query=SQL` with an ORDER BY.
 
     The rows of a table come in the order of their rowid or primary key. A path of the data that begins with `sqlite:`
     adds this plugin.
