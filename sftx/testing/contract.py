@@ -68,7 +68,8 @@ def check_plugin(
     if model is not None:
         load_spec(str(model))  # raises ModelError here, since this is not the plugin's fault
     cls = load_class(info)
-    suites = [SUITES[hook.removeprefix("sftx_")] for hook in hooks_of(info, cls)]
+    hooks = hooks_of(info, cls)
+    suites = [SUITES[hook.removeprefix("sftx_")] for hook in hooks]
     try:
         plugin = instance(info, cls, options, origins)
     except (ConfigError, PluginError):
@@ -95,6 +96,8 @@ def check_plugin(
     names = [info.name] if says or trains_all else ["lora", info.name]
     settings = {f"{info.name}.{option}": value for option, value in options.items()} | {"train.use_cpu": not needs_gpu}
     rule = "A run with it trains two steps, evaluates and saves, as `sftx run` does."
+    if hooks == ["sftx_exporter"]:
+        return [*findings, Finding("run", "trains", rule, "exempt", "an exporter has no part in a run")]
     if needs_gpu and not torch.cuda.is_available():
         return [*findings, Finding("run", "trains", rule, "exempt", "it needs a GPU, and this machine has none")]
     if skip:
