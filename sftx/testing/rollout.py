@@ -97,7 +97,9 @@ def repeats(case: _Case) -> None:
         )
 
 
-@SUITE.clause("One that takes over its state answers the next questions as it does.", needs=["makes-examples"])
+@SUITE.clause(
+    "One that takes over its state answers the next questions as it does.", needs=["makes-examples", "repeats"]
+)
 def resumes(case: _Case) -> None:
     case.rollouts(step=0)
     state = json.dumps(case.rollout.state_dict())

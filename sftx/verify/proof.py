@@ -308,7 +308,7 @@ class _Proof:
         planned = plan["total"] - (0 if device == "cpu" else plan["kinds"]["process"])
         ratio = measured / planned
         seen = (
-            f"{measured / 1e6:,.0f} MB measured, {planned / 1e6:,.0f} MB planned, ratio {ratio:.2f} (peak of the run, "
+            f"{measured / 1e6:,.0f} MB measured, {planned / 1e6:,.0f} MB planned, ratio {ratio:.2f} (peak of the steps, "
             f"{counted(plan['rows'], 'row')} of up to {counted(plan['longest'], 'token')} at once)"
         )
         figures = {"measured_bytes": measured, "planned_bytes": planned, "ratio": ratio}

@@ -5,6 +5,7 @@ Each function here is the work of a process of its own.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -21,12 +22,23 @@ from sftx.inspection.memory_plan.planner import Planner
 from sftx.inspection.memory_plan.run_size import measure_run
 from sftx.inspection.memory_plan.target_device import CPU, TargetDevice
 from sftx.trainer.trainer import MicroBatch
-from sftx.training import assembled, run
+from sftx.training import assembled
 
 
 def train(loaded: LoadedConfig, *, resume: bool = False) -> None:
-    """Make the run to its end, as `sftx run` does. Raises SftxError."""
-    run(loaded, name="verify", resume=resume)
+    """Make the run to its end, as `sftx run` does, but for the report. Raises SftxError."""
+    with assembled(loaded, name="verify", resume=resume) as session:
+        _forget_the_peak()
+        session.run()
+
+
+def _forget_the_peak() -> None:
+    """Let the peak of this process's memory begin anew: the plan is that of the steps, and not of loading weights.
+
+    While they are loaded, the file that they come from is mapped as well. Linux alone can forget.
+    """
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def train_until_killed(loaded: LoadedConfig, step: int) -> None:
