@@ -60,6 +60,9 @@ def command(
     problem = made.problem or _problem(text)
     if problem:
         text = run_file_text(made, checked=problem)
+        # Lines are named as they are below this comment, which names them.
+        problem = made.problem or _problem(text)
+        text = run_file_text(made, checked=problem)
     if is_shown:
         click.echo(text, nl=False)
     else:

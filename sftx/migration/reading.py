@@ -54,9 +54,12 @@ def read(words: Sequence[str]) -> Reading:
     words = list(words)
     if len(words) == 1 and not Path(words[0]).is_file() and re.search(r"\s", words[0].strip()):
         words = _split(words[0])
-    if len(words) == 1:
-        return _read_file(Path(words[0]))
-    return _read_command(words)
+    if not any(words):
+        raise ConfigError("nothing is given; give a YAML file, a Python script, or a command line")
+    reading = _read_file(Path(words[0])) if len(words) == 1 else _read_command(words)
+    if not set(reading.options) - reading.implied and not reading.lost:
+        raise ConfigError(f"{reading.title}: is given no options; nothing to carry over")
+    return reading
 
 
 def _split(text: str) -> list[str]:
@@ -68,16 +71,18 @@ def _split(text: str) -> list[str]:
 
 
 def _read_file(path: Path) -> Reading:
-    if path.suffix.lower() in (".yaml", ".yml", ".json"):
-        return _read_yaml(path)
-    if path.suffix == ".py":
-        return _read_script(path)
-    if path.suffix in (".sh", ".bash", ".txt", "") and path.is_file():
-        return _read_shell_file(path)
     if not path.exists():
         raise ConfigError(
             f"{path}: no such file; give a YAML file, a Python script, or a command line such as 'trl sft --...'"
         )
+    if path.is_dir():
+        raise ConfigError(f"{path}: is a directory; name the file in it")
+    if path.suffix.lower() in (".yaml", ".yml", ".json"):
+        return _read_yaml(path)
+    if path.suffix == ".py":
+        return _read_script(path)
+    if path.suffix in (".sh", ".bash", ".txt", ""):
+        return _read_shell_file(path)
     raise ConfigError(f"{path}: is no YAML file (.yaml), Python script (.py) or shell script (.sh)")
 
 
@@ -113,6 +118,8 @@ def tool_of(names: Iterable[str]) -> str | None:
 
 
 def _read_yaml(path: Path, tool: str | None = None) -> Reading:
+    if not path.is_file():
+        raise ConfigError(f"{path}: {'is a directory; name the file in it' if path.is_dir() else 'no such file'}")
     values, origins = run_file.read(path)
     if not values:
         raise ConfigError(f"{path}: has no options")
@@ -299,7 +306,8 @@ def _read_script(path: Path) -> Reading:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     except SyntaxError as error:
-        raise ConfigError(f"{path}:{error.lineno}: is not valid Python: {error.msg}") from None
+        place = path if error.lineno is None else f"{path}:{error.lineno}"
+        raise ConfigError(f"{place}: is not valid Python: {error.msg}") from None
     reading = _Script(path, tree).read()
     if not set(reading.options) - reading.implied and not reading.lost:
         known = ", ".join([*list(_CONFIGS)[:4], "LoraConfig"])

@@ -57,8 +57,6 @@ class Translation:
     """By dotted names; `plugins.packed` with {} adds a plugin."""
     carried: list[str] = field(default_factory=list)
     """Options of the other tool that are in the run file, or whose value is the default here."""
-    defaults: list[str] = field(default_factory=list)
-    """What the other tool does without being asked, and is written out."""
     lost: list[Lost] = field(default_factory=list)
     not_needed: dict[str, list[str]] = field(default_factory=dict)
     """Options that ask for nothing here, by the reason."""
@@ -202,6 +200,8 @@ class _Translator:
             if any(self._given.get(name) is not None for name in names) or not default.when(self._given):
                 continue
             answer = self._answer(default.option, default.value)
+            if answer is not None and answer.kind == "not here":
+                self._to.lost.append(Lost(f"{default.option}: {_short(default.value)}", of, answer.why))
             for target, value in (answer.write if answer is not None else {}).items():
                 if self._unsaid(target):
                     self._to.written[target] = Written(value, [of])

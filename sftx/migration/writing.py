@@ -88,7 +88,7 @@ def summary(made: Translation, path: str, *, checked: str = "") -> str:
         lines.append("not carried over:")
         for lost in made.lost:
             lines.append(f"  {lost.name}{f' ({lost.place})' if lost.place else ''}: {lost.advice}")
-    else:
+    elif not checked:
         lines.append("everything was carried over")
     for why, names in made.not_needed.items():
         lines.append(f"not needed: {', '.join(names)}{f' ({why})' if why else ''}")

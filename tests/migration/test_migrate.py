@@ -21,7 +21,6 @@ from sftx.assembly.discovery import options_class
 from sftx.cli import main
 from sftx.config import loading, run_file
 from sftx.config.other_tools import TOOLS
-from sftx.errors import ConfigError
 from sftx.migration.reading import Reading, read
 from sftx.migration.translation import Translation, translate
 from sftx.migration.writing import run_file_text
@@ -228,6 +227,76 @@ def test_defaults_are_those_that_the_tools_have() -> None:
         assert [(d.option, d.value) for d in known if d.value != options[d.option]] in ([], [("learning_rate", 5e-5)])
 
 
+def options_of(text: str) -> dict[str, Any]:
+    """Return what a YAML file of LLaMA-Factory, or a command, becomes, but for the data and what every run has."""
+    if not text.startswith("trl "):
+        Path("given.yaml").write_text(f"model_name_or_path: m\ndataset: a\n{text}", encoding="utf-8")
+        text = "llamafactory-cli train given.yaml"
+    written = made_of(text).written
+    return {name.removeprefix("plugins."): w.value for name, w in written.items() if name.startswith("plugins.")}
+
+
+@pytest.mark.parametrize("given", [
+    "stage: sft\npref_beta: 0.2\npref_loss: simpo\nppo_epochs: 4\n",
+    "stage: kto\npref_loss: sigmoid\nsimpo_gamma: 1.0\n",
+    "stage: kto\npref_ftx: 0.5\n", "stage: dpo\nkto_chosen_weight: 2.0\n", "stage: dpo\npref_loss: kto_pair\n",
+    "stage: dpo\npref_loss: orpo\nsimpo_gamma: 1.0\nppo_target: 3.0\n", "trl dpo --epsilon 0.1 --model_name_or_path m",
+])  # fmt: skip
+def test_an_option_of_another_objective_adds_no_second_loss(given: str) -> None:
+    losses = {name.partition(".")[0] for name in options_of(given)} & {"dpo", "kto", "orpo", "simpo", "grpo", "ppo"}
+    wanted = "kto" if "kto_pair" in given else "orpo" if "orpo" in given else re.findall("sft|kto|dpo", given)[0]
+    assert losses == {wanted} - {"sft"}
+
+
+def test_simpo_has_the_defaults_of_the_tool_that_trained_it() -> None:
+    found = options_of("stage: dpo\npref_loss: simpo\n")
+    assert (found["simpo.beta"], found["simpo.gamma"], "simpo.cpo_alpha" in found) == (0.1, 0.5, False)
+    found = options_of("trl cpo --loss_type simpo --model_name_or_path m")
+    theirs = installed("trl", "experimental/cpo/cpo_config.py")
+    assert (found["simpo.beta"], found["simpo.gamma"], found["simpo.cpo_alpha"]) == (
+        theirs["beta"], theirs["simpo_gamma"], theirs["cpo_alpha"])  # fmt: skip
+
+
+def test_dropout_is_left_out_where_the_other_trainer_turns_it_off() -> None:
+    for name in ("dpo", "kto"):
+        assert installed("trl", f"trainer/{name}_config.py")["disable_dropout"] is True
+        lora = f"trl {name} --use_peft --lora_dropout 0.1 --model_name_or_path m"
+        assert "lora.lora_dropout" not in options_of(lora)
+        assert options_of(f"{lora} --no_disable_dropout")["lora.lora_dropout"] == 0.1
+    assert options_of("trl sft --use_peft --model_name_or_path m")["lora.lora_dropout"] == 0.05
+    assert "lora.lora_dropout" not in options_of("stage: dpo\nlora_dropout: 0.1\n")
+    assert options_of("stage: sft\nlora_dropout: 0.1\n")["lora.lora_dropout"] == 0.1
+
+
+def test_texts_of_pretraining_are_joined_and_cut_when_packing_is_named_too() -> None:
+    assert [options_of(f"stage: pt\n{given}").get("packed.strategy") for given in ("", "packing: true\n")] == [
+        "wrapped", "wrapped"]  # fmt: skip
+    assert not {"packed", "packed.strategy"} & set(options_of("stage: pt\npacking: false\n"))
+    assert options_of("stage: sft\npacking: true\n")["packed"] == {}
+
+
+def test_what_the_tool_does_without_being_asked_and_cannot_be_done_here_is_named() -> None:
+    made = made_of("trl gkd --model_name_or_path m --teacher_model_name_or_path t --dataset_name a/b")
+    assert [(found.name, found.place) for found in made.lost] == [("lmbda: 0.5", "TRL's default")]
+    assert made.written["plugins.distill.divergence"].value == "jsd"
+    made = made_of("trl sft --model_name_or_path m --dataset_name a/b --eval_strategy steps --eval_steps 5")
+    assert made.written["data.eval"].value == [{"path": "a/b", "split": "test"}]
+    Path("given.yaml").write_text("model_name_or_path: m\ndataset_name: a/b\nmax_length: null\n", encoding="utf-8")
+    made = made_of("trl sft --config given.yaml")
+    assert "data.max_length" not in made.written
+    assert lost(made) == {"max_length"}
+
+
+def test_the_line_of_what_is_to_be_corrected_is_that_of_the_written_file() -> None:
+    command = "trl sft --model_name_or_path m --dataset_name rows.jsonl --learning_rate fast"
+    result = sftx("migrate", command)
+    number = int(
+        re.findall(r"to be corrected before it runs: line (\d+): option 'train.learning_rate'", result.stdout)[0]
+    )
+    assert Path("run.yaml").read_text(encoding="utf-8").splitlines()[number - 1] == "  learning_rate: fast"
+    assert "everything was carried over" not in result.stdout
+
+
 # --- data ---------------------------------------------------------------------------------------------
 
 
@@ -347,22 +416,46 @@ def test_command_lines_are_read(words: str, tool: str, options: dict[str, Any]) 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nothing.yaml"], "nothing.yaml: no such"),
-        (["empty.yaml"], "empty.yaml: none of its options is known as one of TRL, LLaMA-Factory"),
+        (["nothing.yaml"], "nothing.yaml: no such file; give"),
+        (["empty.yaml"], "empty.yaml: has no options"),
+        (["unknown.yaml"], "unknown.yaml: none of its options is known as one of TRL, LLaMA-Factory"),
+        (["list.yaml"], "list.yaml: got a list"),
+        (["twice.yaml"], "twice.yaml:2: not valid YAML: duplicate key 'stage'"),
+        (["bytes.yaml"], "bytes.yaml:1: is not UTF-8"),
+        (["bytes.py"], "bytes.py: cannot be read"),
+        (["bytes.sh"], "bytes.sh: cannot be read"),
+        (["nul.py"], "nul.py: is not valid Python"),
         (["broken.py"], "broken.py:1: is not valid Python"),
         (["plain.py"], "plain.py: calls none of SFTConfig"),
+        (["folder"], "folder: is a directory; name the file in it"),
+        ([""], "nothing is given"),
         (["trl", "vllm-serve", "--model", "x"], "trl vllm-serve: trains nothing"),
+        (["trl", "sft"], "trl sft: is given no options"),
+        (["trl", "sft", "--config", "nothing.yaml"], "nothing.yaml: no such file"),
+        (["axolotl", "train"], "axolotl: is given no options"),
+        (["axolotl", "train", "nothing.yaml"], "nothing.yaml: no such file"),
         (["python", "mine.py", "--x"], "mine.py: no such script"),
         (["make", "it"], "make it: is no command of"),
         (["trl sft --x 'a"], "the command line cannot be read: No closing quotation"),
+        (["fine.yaml", "--into", "empty.yaml"], "empty.yaml: exists already"),
+        (["fine.yaml", "--into", "no/such/run.yaml"], "no/such/run.yaml: cannot be written"),
     ],
-)
-def test_what_cannot_be_read_is_said(words: list[str], message: str) -> None:
-    Path("empty.yaml").write_text("zzz: 1\n")
-    Path("broken.py").write_text("def (\n")
-    Path("plain.py").write_text("print(1)\n")
-    with pytest.raises(ConfigError, match=re.escape(message)):
-        read(words)
+)  # fmt: skip
+def test_what_cannot_be_read_is_said_in_one_line(words: list[str], message: str) -> None:
+    files = {
+        "empty.yaml": b"", "unknown.yaml": b"zzz: 1\n", "list.yaml": b"- a\n", "twice.yaml": b"stage: sft\nstage: pt\n",
+        "bytes.yaml": b"\xff\xfe\x00", "bytes.py": b"\xff\xfe", "bytes.sh": b"\xff\xfe", "nul.py": b"a\0b",
+        "broken.py": b"def (\n", "plain.py": b"print(1)\n",
+        "fine.yaml": b"finetuning_type: lora\nmodel_name_or_path: m\ndataset_name: rows.jsonl\n",
+    }  # fmt: skip
+    for name, content in files.items():
+        Path(name).write_bytes(content)
+    Path("folder").mkdir()
+    before = set(Path().iterdir())
+    result = sftx("migrate", *words)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert re.fullmatch(rf"sftx: error: {re.escape(message)}.*\n", result.stderr)
+    assert set(Path().iterdir()) == before
 
 
 def test_the_command_writes_a_file_and_never_over_one() -> None:

@@ -152,6 +152,13 @@ def test_split(value: Any, given: Given) -> Answer:
     return Answer("write", {"data.eval": [{"path": given["dataset_name"], "split": value}]})
 
 
+def factory_packing(_: Any, given: Given) -> Answer:
+    """LLaMA-Factory joins texts of pre-training and cuts them into rows; rows of other stages are packed whole."""
+    if stage(given) == "pt":
+        return Answer("write", {"plugins.packed.strategy": "wrapped"}, "texts are joined and cut into rows")
+    return Answer("write", {"plugins.packed": {}}, "documents of a packed row never attend to one another")
+
+
 def packing_strategy(value: Any, given: Given) -> Answer:
     if not given.get("packing"):
         return Answer("leave out", why="without packing it has no effect")
@@ -336,6 +343,8 @@ def eval_by_steps(_: Any, given: Given) -> Answer:
 
 
 _OBJECTIVES: Final = ("dpo", "kto", "orpo", "simpo", "grpo", "ppo")
+_STAGES: Final = ("pref_loss", "stage", "rl", "rlhf_type")
+"""Options that say what kind of training a run is."""
 
 
 def objective(given: Given) -> str:
@@ -343,10 +352,42 @@ def objective(given: Given) -> str:
 
     It is dpo where none says.
     """
-    names = (given.get("pref_loss"), stage(given), *(name for name in _OBJECTIVES if f"plugins.{name}" in given))
+    # LLaMA-Factory reads pref_loss in the stage dpo alone.
+    pref_loss = given.get("pref_loss") if given.get("stage", "dpo") == "dpo" else None
+    pref_loss = "kto" if pref_loss == "kto_pair" else pref_loss
+    names = (pref_loss, stage(given), *(name for name in _OBJECTIVES if f"plugins.{name}" in given))
     found = next((str(name) for name in names if name in _OBJECTIVES), "dpo")
     is_simpo = stage(given) == "cpo" and given.get("loss_type") == "simpo"
     return "simpo" if is_simpo else found
+
+
+def is_of(given: Given, *names: str) -> bool:
+    """Return whether a run may have one of these objectives: where nothing says what kind of training it is, it may."""
+    is_said = any(given.get(name) for name in _STAGES) or any(f"plugins.{name}" in given for name in _OBJECTIVES)
+    if not is_said:
+        return True
+    is_compared = stage(given) in (*_OBJECTIVES, "cpo", "ipo") or objective(given) != "dpo" or "plugins.dpo" in given
+    return is_compared and objective(given) in names
+
+
+def only_with(names: str, rule: Rule) -> Rule:
+    """A rule for an option that these objectives read, and the others do not."""
+    objectives = tuple(names.split())
+
+    def make(value: Any, given: Given) -> Answer:
+        if not is_of(given, *objectives):
+            return Answer("leave out", why=f"without {' or '.join(objectives)} it has no effect")
+        return rule.make(value, given)
+
+    return dataclasses.replace(rule, make=make)
+
+
+def dropout(value: Any, given: Given) -> Answer:
+    """The trainers of answers that are compared turn all dropout off, in TRL and in those that build on them."""
+    is_compared = stage(given) in ("dpo", "ipo", "kto", "orpo", "cpo", "simpo", "gkd")
+    if value and (given["disable_dropout"] is True if "disable_dropout" in given else is_compared):
+        return Answer("leave out", why=f"dropout is turned off in {stage(given)} there, LoRA's too")
+    return Answer("write", {"plugins.lora.lora_dropout": value})
 
 
 def stage_dpo(_: Any, given: Given) -> Answer:
@@ -365,6 +406,8 @@ _OPTIONS_OF: Final[Mapping[str, tuple[str, ...]]] = {
     "label_smoothing": ("dpo", "simpo"),
     "reference_model": ("dpo", "kto", "grpo", "ppo"),
     "reference": ("dpo", "kto"),
+    "rpo_alpha": ("dpo",),
+    "ld_alpha": ("dpo",),
 }
 
 
@@ -373,11 +416,16 @@ def to_objective(option: str) -> Rule:
 
     def make(value: Any, given: Given) -> Answer:
         name = objective(given)
+        if not is_of(given, *_OBJECTIVES):
+            return Answer("leave out", why="without a preference loss it has no effect")
         if name not in _OPTIONS_OF.get(option, (name,)):
             return Answer("not here", why=f"{name} has no such option")
         return Answer("write", {f"plugins.{name}.{option}": value})
 
     return made(make, f"plugins.dpo.{option}")
+
+
+BETA: Final = to_objective("beta")
 
 
 def of_rollout(option: str, otherwise: str) -> Rule:
@@ -426,23 +474,20 @@ def of_quantization(option: str) -> Rule:
     return made(make, f"plugins.qlora.{option}")
 
 
-TEACHERS: Final = ("teacher_model_name_or_path", "teacher_model", "plugins.distill.teacher")
-
-
 _TEACHERS: Final = ("teacher_model_name_or_path", "teacher_model", "plugins.distill.teacher")
 
 
 def beta(value: Any, given: Given) -> Answer:
     """TRL's beta is the teacher's share in a generalised JSD where there is a teacher, else that of an objective."""
     if not any(name in given for name in _TEACHERS):
-        return Answer("write", {f"plugins.{objective(given)}.beta": value})
+        return BETA.make(value, given)
     if value in (0, 1):
         return Answer("write", {"plugins.distill.divergence": "reverse" if value else "forward"})
     return Answer("write", {"plugins.distill.divergence": "jsd", "plugins.distill.beta": value})
 
 
 def precompute(_: Any, given: Given) -> Answer:
-    return Answer("write", {f"plugins.{objective(given)}.reference": "precompute"})
+    return to_objective("reference").make("precompute", given)
 
 
 def completion_length(value: Any, given: Given) -> Answer:

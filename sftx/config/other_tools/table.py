@@ -19,6 +19,7 @@ from sftx.config.other_tools.conversions import (
     answering_engine,
     beta,
     completion_length,
+    dropout,
     dtype,
     eval_by_steps,
     loss_type,
@@ -27,6 +28,7 @@ from sftx.config.other_tools.conversions import (
     of_quantization,
     of_rollout,
     of_tracker,
+    only_with,
     optimizer,
     options_within,
     packing_strategy,
@@ -397,7 +399,15 @@ TABLE: Final[Mapping[str, tuple[Row, ...]]] = {
             ),
         ),
         row("lora_alpha", to("plugins.lora.lora_alpha")),
-        row("lora_dropout", to("plugins.lora.lora_dropout")),
+        row(
+            "lora_dropout",
+            made(
+                dropout,
+                "plugins.lora.lora_dropout",
+                why="except with dpo, kto, orpo and the like, unless "
+                "disable_dropout is false: their trainers turn it off",
+            ),
+        ),
         row(
             "target_modules lora_target lora_target_modules",
             *((all_of, write({"plugins.lora.target_modules": "all-linear"})) for all_of in ("all", "all-linear")),
@@ -793,33 +803,36 @@ TABLE: Final[Mapping[str, tuple[Row, ...]]] = {
         row("num_processes num_machines", not_here("sftx run --nproc N; docs/distributed.md for several hosts")),
     ),
     "Rewards and PPO": (
-        row("num_ppo_epochs ppo_epochs", to("plugins.ppo.num_ppo_epochs")),
-        row("num_mini_batches ppo_buffer_size", to("plugins.ppo.steps_per_rollout")),
-        row("whiten_rewards ppo_whiten_rewards", to("plugins.ppo.whiten_rewards")),
+        row("num_ppo_epochs ppo_epochs", only_with("ppo", to("plugins.ppo.num_ppo_epochs"))),
+        row("num_mini_batches ppo_buffer_size", only_with("ppo", to("plugins.ppo.steps_per_rollout"))),
+        row("whiten_rewards ppo_whiten_rewards", only_with("ppo", to("plugins.ppo.whiten_rewards"))),
         row(
             "ppo_score_norm",
             (False, leave_out()),
             not_here("scores stay as they are; advantages are whitened (plugins.ppo.whiten_advantages)"),
         ),
-        row("kl_coef init_kl_coef", to("plugins.ppo.kl_coef")),
-        row("kl_estimator", to("plugins.ppo.kl_estimator")),
-        row("ppo_target", to("plugins.ppo.kl_target")),
+        row("kl_coef init_kl_coef", only_with("ppo", to("plugins.ppo.kl_coef"))),
+        row("kl_estimator", only_with("ppo", to("plugins.ppo.kl_estimator"))),
+        row("ppo_target", only_with("ppo", to("plugins.ppo.kl_target"))),
         row(
             "adap_kl_ctrl",
             (False, leave_out("kl_coef stays as it is by default")),
-            write({"plugins.ppo.kl_target": 6.0}, why="TRL's default target"),
+            only_with("ppo", write({"plugins.ppo.kl_target": 6.0}, why="TRL's default target")),
         ),
         *(
-            row(name, to(f"plugins.ppo.{name}"))
+            row(name, only_with("ppo", to(f"plugins.ppo.{name}")))
             for name in ("cliprange", "cliprange_value", "vf_coef", "gamma", "lam", "missing_eos_penalty")
         ),
-        row("response_length", to("plugins.ppo.response_length")),
+        row("response_length", only_with("ppo", to("plugins.ppo.response_length"))),
         row("stop_token stop_token_id", leave_out("an answer ends at the stop token of the template")),
         row("total_episodes", not_here("set train.max_steps: the episodes divided by the prompts of a step")),
         row("local_rollout_forward_batch_size", to("train.per_device_eval_batch_size")),
         row("num_sample_generations", leave_out("rollouts.jsonl of the run has every answer")),
         row("sft_model_path", to("model")),
-        row("reward_model_path reward_model_name_or_path reward_model", to("plugins.reward-model.model")),
+        row(
+            "reward_model_path reward_model_name_or_path reward_model",
+            only_with("ppo grpo", to("plugins.reward-model.model")),
+        ),
         row(
             "reward_model_type",
             ("full", leave_out()),
@@ -850,12 +863,9 @@ TABLE: Final[Mapping[str, tuple[Row, ...]]] = {
         ),
         row(
             "pref_loss",
-            ("sigmoid", write({"plugins.dpo.loss_type": "sigmoid"})),
-            ("hinge", write({"plugins.dpo.loss_type": "hinge"})),
-            ("ipo", write({"plugins.dpo.loss_type": "ipo"})),
-            ("kto_pair", plugin("kto", why="it takes pairs too")),
-            ("orpo", plugin("orpo")),
-            ("simpo", plugin("simpo")),
+            *((name, only_with("dpo", write({"plugins.dpo.loss_type": name}))) for name in ("sigmoid", "hinge", "ipo")),
+            ("kto_pair", only_with("kto", plugin("kto", why="it takes pairs too"))),
+            *((name, only_with(name, plugin(name))) for name in ("orpo", "simpo")),
             not_here(_PREFERENCE),
         ),
         row("pref_beta rl_beta", to_objective("beta")),
@@ -875,14 +885,20 @@ TABLE: Final[Mapping[str, tuple[Row, ...]]] = {
             (False, leave_out()),
             not_here("let the teacher answer the prompts (`sftx generate`), and train on its answers"),
         ),
-        row("pref_ftx rpo_alpha", (0, leave_out()), to("plugins.dpo.rpo_alpha")),
-        row("ld_alpha", to("plugins.dpo.ld_alpha")),
+        row("pref_ftx rpo_alpha", (0, leave_out()), to_objective("rpo_alpha")),
+        row("ld_alpha", to_objective("ld_alpha")),
         row("label_smoothing dpo_label_smoothing", (0, leave_out()), to_objective("label_smoothing")),
-        row("kto_chosen_weight kto_desirable_weight desirable_weight", to("plugins.kto.desirable_weight")),
-        row("kto_rejected_weight kto_undesirable_weight undesirable_weight", to("plugins.kto.undesirable_weight")),
-        row("orpo_alpha", to("plugins.orpo.beta")),
-        row("simpo_gamma", to("plugins.simpo.gamma")),
-        row("cpo_alpha", (0, leave_out()), to("plugins.simpo.cpo_alpha")),
+        row(
+            "kto_chosen_weight kto_desirable_weight desirable_weight",
+            only_with("kto", to("plugins.kto.desirable_weight")),
+        ),
+        row(
+            "kto_rejected_weight kto_undesirable_weight undesirable_weight",
+            only_with("kto", to("plugins.kto.undesirable_weight")),
+        ),
+        row("orpo_alpha", only_with("orpo", to("plugins.orpo.beta"))),
+        row("simpo_gamma", only_with("simpo", to("plugins.simpo.gamma"))),
+        row("cpo_alpha", (0, leave_out()), only_with("simpo", to("plugins.simpo.cpo_alpha"))),
         row("ref_model", to_objective("reference_model")),
         row(
             "precompute_ref_log_probs",
@@ -901,7 +917,7 @@ TABLE: Final[Mapping[str, tuple[Row, ...]]] = {
         ),
         row("max_prompt_length", not_here("data.max_length bounds prompt and answer together")),
         *(
-            row(name, to(f"plugins.grpo.{name}"))
+            row(name, only_with("grpo", to(f"plugins.grpo.{name}")))
             for name in (
                 "epsilon",
                 "epsilon_high",

@@ -4,11 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
-from sftx.config.other_tools.conversions import objective, to_objective
+from sftx.config.other_tools.conversions import factory_packing, objective, to_objective
 from sftx.config.other_tools.datasets import swift_columns, swift_dataset
-from sftx.config.other_tools.rules import Given, Row, is_quantized, leave_out, not_here, plugin, row, stage, to, write
+from sftx.config.other_tools.rules import (
+    Given,
+    Row,
+    is_quantized,
+    leave_out,
+    made,
+    not_here,
+    plugin,
+    row,
+    stage,
+    to,
+    write,
+)
 
 
 def _always(_: Given) -> bool:
@@ -80,6 +93,22 @@ def _unsloth(given: Given) -> bool:
     return given.get("unsloth") is True
 
 
+def _cuts_rows(given: Given) -> bool:
+    """Return whether TRL's default length holds: `max_length: null` says that rows are not cut."""
+    return _trl_class(given) and stage(given) != "grpo" and not _unsloth(given) and "max_length" not in given
+
+
+def _evaluates_a_split(given: Given) -> bool:
+    """Return whether TRL's commands evaluate another split of the data; a file has no other."""
+    is_evaluated = given.get("eval_strategy", given.get("evaluation_strategy")) not in (None, False, "no")
+    name = given.get("dataset_name")
+    return is_evaluated and given.get("source") != SCRIPT and isinstance(name, str) and not Path(name).is_file()
+
+
+def _simpo_of_cpo(given: Given) -> bool:
+    return stage(given) == "cpo" and given.get("loss_type") == "simpo"
+
+
 def _trl_class(given: Given) -> bool:
     """Return whether the options are those of a class of TRL; else of transformers' TrainingArguments."""
     return given.get("class") != "TrainingArguments"
@@ -95,7 +124,7 @@ _TRL: Final = Tool(
         Default("learning_rate", 1e-6, _both(_trl_class, _is_stage("dpo", "kto", "orpo", "cpo", "simpo", "grpo"))),
         Default("num_train_epochs", 3.0),
         Default("lr_scheduler_type", "linear"),
-        Default("max_length", 1024, _both(_trl_class, lambda given: stage(given) != "grpo" and not _unsloth(given))),
+        Default("max_length", 1024, _cuts_rows),
         Default("max_completion_length", 512, _is_stage("grpo")),
         Default("lora_r", 16, _from_command),
         Default("lora_alpha", 32, _from_command),
@@ -104,6 +133,12 @@ _TRL: Final = Tool(
         Default("lora_alpha", 8, _both(_from_script, lambda given: not _unsloth(given))),
         Default("lora_alpha", 16, _unsloth),
         Default("use_bnb_nested_quant", False, is_quantized),
+        Default("dataset_test_split", "test", _evaluates_a_split),
+        Default("beta", 0.1, _simpo_of_cpo),
+        Default("simpo_gamma", 0.5, _simpo_of_cpo),
+        Default("cpo_alpha", 1.0, _simpo_of_cpo),
+        Default("beta", 0.5, _is_stage("gkd")),
+        Default("lmbda", 0.5, _is_stage("gkd")),
     ),
     habits=(
         Habit(
@@ -136,6 +171,11 @@ _TRL: Final = Tool(
         row("processing_class tokenizer", leave_out("the tokenizer is that of the model's directory")),
         row("random_state", to("train.seed")),
         row(
+            "max_length max_seq_length",
+            (None, not_here("rows are not cut there; here data.max_length is 2048, unless you write another")),
+            to("data.max_length"),
+        ),
+        row(
             "use_gradient_checkpointing",
             (True, write({"train.gradient_checkpointing": True})),
             ("unsloth", write({"train.gradient_checkpointing": True})),
@@ -160,6 +200,10 @@ def _factory_lora(given: Given) -> bool:
     return bool(given.get("finetuning_type", "lora") == "lora")
 
 
+def _factory_simpo(given: Given) -> bool:
+    return stage(given) == "dpo" and given.get("pref_loss") == "simpo"
+
+
 _LLAMA_FACTORY: Final = Tool(
     title="LLaMA-Factory",
     version="0.9.5",
@@ -174,6 +218,8 @@ _LLAMA_FACTORY: Final = Tool(
         Default("lora_target", "all", _factory_lora),
         Default("template", "tokenizer_default", lambda given: stage(given) != "pt"),
         Default("double_quantization", True, is_quantized),
+        Default("pref_beta", 0.1, _factory_simpo),
+        Default("simpo_gamma", 0.5, _factory_simpo),
     ),
     habits=(
         Habit(
@@ -186,6 +232,18 @@ _LLAMA_FACTORY: Final = Tool(
             "texts are joined and cut into rows of cutoff_len",
             ("packing",),
             _is_stage("pt"),
+        ),
+    ),
+    rows=(
+        row(
+            "packing neat_packing",
+            (False, leave_out()),
+            made(
+                factory_packing,
+                "plugins.packed",
+                why="documents of a packed row never attend to one another; texts of pre-training are joined and cut "
+                "(strategy: wrapped)",
+            ),
         ),
     ),
 )
@@ -204,6 +262,9 @@ _AXOLOTL: Final = Tool(
         Default("lr_scheduler", "cosine"),
         Default("num_epochs", 1.0),
         Default("lora_dropout", 0.0, lambda given: given.get("adapter") in ("lora", "qlora")),
+        Default("rl_beta", 0.1, _is_stage("simpo")),
+        Default("cpo_alpha", 1.0, _is_stage("simpo")),
+        Default("max_completion_length", 512, _is_stage("grpo")),
     ),
     habits=(
         Habit(
