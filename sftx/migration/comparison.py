@@ -40,6 +40,8 @@ class Comparison:
     num_tokens: int = 0
     num_labels: int = 0
     """Of what is the same in both."""
+    num_untrained: int = 0
+    """Documents of the other tool in which no token is trained; such a row is left out here."""
     differences: list[str] = field(default_factory=list)
     """One line for each document that differs, with the first place."""
 
@@ -49,12 +51,15 @@ class Comparison:
 
     def lines(self) -> list[str]:
         same = f"{self.num_documents} examples with {self.num_tokens:,} tokens, {self.num_labels:,} of them trained"
+        if self.num_untrained:
+            same += f"; {self.num_untrained} more train nothing there, and are left out here"
         if self.is_same:
             return [f"check: the same in {self.title} and sftx, token by token and label by label: {same}"]
         shown = self.differences[:5]
         more = [f"  and {len(self.differences) - 5} more"] if len(self.differences) > 5 else []
+        differ = f"{len(self.differences)} examples differ" if self.differences[1:] else "1 example differs"
         return [
-            f"check: {len(self.differences)} examples differ between {self.title} and sftx; the same: {same}",
+            f"check: {differ} between {self.title} and sftx; the same: {same}",
             *shown,
             *more,
         ]
@@ -70,22 +75,33 @@ def compare_batches(made: Translation, text: str, *, python: str | None = None, 
         raise ConfigError(
             f"--check: batches of {made.title} cannot be made here; `sftx inspect` shows those of the run file"
         )
+    strategy = made.written.get("plugins.packed.strategy")
+    if strategy is not None and strategy.value == "wrapped":
+        raise ConfigError(
+            f"--check: {made.title} joins texts and cuts them into rows, in which no document is told from the next, "
+            "so there is nothing to compare; `sftx inspect` shows the rows of the run file"
+        )
     _require(made, package, python)
     loaded = _limited(text, num_rows)
     theirs, version = _theirs(made, loaded.config.model, python, num_rows)
     ours, tokenizer = _ours(loaded)
-    return _compared(f"{made.title} {version}", theirs, ours, tokenizer)
+    found = _compared(f"{made.title} {version}", theirs, ours, tokenizer, loaded.config.data.max_length)
+    if found.is_same and not found.num_documents:
+        raise ConfigError("--check: none of these rows trains anything in either; see more of them with --check-rows")
+    return found
 
 
 def _limited(text: str, num_rows: int) -> loading.LoadedConfig:
-    """Return the run with its first rows only, all of them trained on, in the precision of a CPU."""
+    """Return the run with its first rows only, none of them held out, however many are dropped."""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "run.yaml"
         path.write_text(text, encoding="utf-8")
         loaded = loading.load(path, plugin_class=options_class)
     data = loaded.config.data
     sources = tuple(dataclasses.replace(s, limit=min(num_rows, s.limit or num_rows), weight=1.0) for s in data.train)
-    data = dataclasses.replace(data, train=sources, eval=(), eval_fraction=None, streaming=False, num_proc=1)
+    data = dataclasses.replace(
+        data, train=sources, eval=(), eval_fraction=None, streaming=False, num_proc=1, max_dropped=1.0
+    )
     return dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, data=data))
 
 
@@ -155,9 +171,13 @@ def _first_untrained(document: Document) -> Document:
     return ids, (False, *trained[1:])
 
 
-def _compared(title: str, theirs: Sequence[Document], ours: Sequence[Document], tokenizer: Any) -> Comparison:
+def _compared(
+    title: str, theirs: Sequence[Document], ours: Sequence[Document], tokenizer: Any, max_length: int | None = None
+) -> Comparison:
     """Pair equal documents in any order, and the others in theirs."""
-    result = Comparison(title)
+    with_labels = [document for document in theirs if any(document[1])]
+    result = Comparison(title, num_untrained=len(theirs) - len(with_labels))
+    theirs = with_labels
     common = Counter(theirs) & Counter(ours)
     for (ids, trained), count in common.items():
         result.num_documents += count
@@ -165,7 +185,11 @@ def _compared(title: str, theirs: Sequence[Document], ours: Sequence[Document], 
         result.num_labels += count * sum(trained)
     left, right = _rest(theirs, common), _rest(ours, common)
     for there, here in zip(left, right, strict=False):
-        result.differences.append(f"  {_difference(there, here, tokenizer)}")
+        is_cut = max_length in (len(there[0]), len(here[0]))
+        cut = (
+            f" (this row is cut to {max_length:,} tokens: docs/data.md says how data.long_rows cuts)" if is_cut else ""
+        )
+        result.differences.append(f"  {_difference(there, here, tokenizer)}{cut}")
     result.differences += [f"  only in {title}: {_text(ids[:20], tokenizer)}" for ids, _ in left[len(right) :]]
     result.differences += [f"  only in sftx: {_text(ids[:20], tokenizer)}" for ids, _ in right[len(left) :]]
     return result

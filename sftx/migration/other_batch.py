@@ -69,9 +69,6 @@ def trl(request: dict[str, Any]) -> dict[str, Any]:
         def _move_model_to_device(self, model: Any, device: Any) -> None:
             pass
 
-        def _get_train_sampler(self, *_: Any, **__: Any) -> Any:
-            return torch.utils.data.SequentialSampler(self.train_dataset)
-
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(request["model"]))
     extra = {}

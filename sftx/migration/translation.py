@@ -111,9 +111,9 @@ class _Translator:
         entry = entries[0] if isinstance(entries, list) and entries and isinstance(entries[0], dict) else {}
         path = self._given.get("dataset_name") or entry.get("data_files") or entry.get("path")
         row = first_row(path[0] if isinstance(path, list) and path else str(path or ""))
-        if isinstance(row.get("prompt"), str):
-            return "prompt"
-        return next((name for name in ("messages", "conversations", "prompt", "text") if name in row), None)
+        if "prompt" in row:
+            return "prompt" if isinstance(row["prompt"], str) else "turns"
+        return next((name for name in ("messages", "conversations", "text") if name in row), None)
 
     def run(self) -> Translation:
         for name, place, advice in self._reading.lost:
@@ -242,9 +242,7 @@ class _Translator:
             if other_tools.is_quantized(self._given):
                 self._to.written = {k: v for k, v in self._to.written.items() if not k.startswith("plugins.lora")}
             return
-        dropped = [
-            name for name in self._to.written if name.startswith(("plugins.lora.", "plugins.lora", "plugins.qlora"))
-        ]
+        dropped = [name for name in self._to.written if f"{name}.".startswith(("plugins.lora.", "plugins.qlora."))]
         for name in dropped:
             del self._to.written[name]
         if dropped:

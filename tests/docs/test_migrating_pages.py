@@ -19,6 +19,14 @@ def test_run_files_and_tables_of_the_pages_are_those_of_today() -> None:
         assert text.count("\n| `") > 10, path.name
 
 
+def test_the_table_of_real_configurations_is_that_of_today() -> None:
+    made = migrating_pages.entry_page()
+    assert made == migrating_pages.ENTRY.read_text(encoding="utf-8"), "run `python tests/helpers/migrating_pages.py`"
+    rows = re.findall(r"^\| (LLaMA-Factory|Axolotl|TRL): ", made, flags=re.MULTILINE)
+    assert [rows.count(tool) >= number for tool, number in (("LLaMA-Factory", 10), ("Axolotl", 5), ("TRL", 5))] == [
+        True, True, True]  # fmt: skip
+
+
 def test_the_entry_page_names_each_tools_page() -> None:
-    text = (migrating_pages.PAGES.parent / "migrating.md").read_text(encoding="utf-8")
+    text = migrating_pages.ENTRY.read_text(encoding="utf-8")
     assert set(re.findall(r"\(migrating/([\w-]+)\.md\)", text)) == {*TOOLS, "unsloth"}

@@ -20,10 +20,12 @@ from typing import Any
 from click.testing import CliRunner
 
 import assets
+import real_files
 from sftx.cli import main
 from sftx.config.other_tools import ANY, TABLE, TOOLS, Row, Rule
 
 PAGES = Path(__file__).parents[2] / "docs" / "migrating"
+ENTRY = PAGES.with_suffix(".md")
 BEGIN, END = "<!-- table -->\n", "<!-- end of table -->\n"
 
 NESTED = (
@@ -167,6 +169,13 @@ def all_pages() -> dict[Path, str]:
     return {path: page(path.stem, text) for path, text in files.items()}
 
 
+def entry_page() -> str:
+    """Return what docs/migrating.md should be: its table is of real configurations."""
+    before, _, rest = ENTRY.read_text(encoding="utf-8").partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{real_files.table()}\n{END}{after}"
+
+
 if __name__ == "__main__":
-    for path, text in all_pages().items():
+    for path, text in {**all_pages(), ENTRY: entry_page()}.items():
         path.write_text(text, encoding="utf-8")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import importlib.util
 import json
 import os
@@ -16,13 +15,15 @@ import yaml
 from click.testing import CliRunner, Result
 
 import assets
+import real_files
 from migrating_pages import annotated
+from real_files import made_of, trl_commands
 from sftx.assembly.discovery import options_class
 from sftx.cli import main
 from sftx.config import loading, run_file
 from sftx.config.other_tools import TOOLS
 from sftx.migration.reading import Reading, read
-from sftx.migration.translation import Translation, translate
+from sftx.migration.translation import Translation
 from sftx.migration.writing import run_file_text
 
 HERE = Path(__file__).parent
@@ -35,7 +36,7 @@ LLAMA_FACTORY = {
     "qwen3_lora_sft_ds3": set(),
     "qwen3_lora_sft_otfq": set(),
     "qwen3_lora_sft_ray": {"ray_num_workers", "dataset"},
-    "llama3_lora_sft_gptq": set(),
+    "llama3_lora_sft_gptq": {"model_name_or_path"},
     "deepseek_v3_lora_sft_kt": {"use_kt"},
     "qwen3_lora_reward": {"stage"},
 }
@@ -56,10 +57,6 @@ def _in_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def sftx(*arguments: str) -> Result:
     return CliRunner().invoke(main, list(arguments), catch_exceptions=False)
-
-
-def made_of(*words: str) -> Translation:
-    return translate(read(list(words)), options_class)
 
 
 def accounted(made: Translation) -> set[str]:
@@ -83,19 +80,6 @@ def installed(package: str, file: str) -> dict[str, Any]:
     assert spec is not None
     assert spec.submodule_search_locations
     return annotated(Path(spec.submodule_search_locations[0]) / file)
-
-
-def trl_commands() -> list[str]:
-    """Return the commands in the documentation of TRL's scripts, as they are installed."""
-    spec = importlib.util.find_spec("trl")
-    assert spec is not None
-    assert spec.submodule_search_locations
-    found: list[str] = []
-    for name in ("sft", "dpo", "kto"):
-        script = Path(spec.submodule_search_locations[0]) / "scripts" / f"{name}.py"
-        text = ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or ""
-        found += re.findall(r"^(python \S*\.py .*?)\n\s*```", text, flags=re.MULTILINE | re.DOTALL)
-    return found
 
 
 # --- real files ---------------------------------------------------------------------------------------
@@ -146,7 +130,7 @@ def test_examples_of_axolotl(name: str) -> None:
 def test_commands_of_trl() -> None:
     commands = trl_commands()
     assert len(commands) >= 5
-    for command in commands:
+    for command in commands.values():
         typed = {word[2:].removeprefix("no_").partition("=")[0] for word in command.split() if word.startswith("--")}
         made = made_of(command)
         assert typed - accounted(made) == set(), command
@@ -160,29 +144,27 @@ def test_commands_of_trl() -> None:
         assert config.train.learning_rate == float(command.split("--learning_rate ")[1].split()[0])
 
 
+FILES = [(tool, name) for tool, files in real_files.all_files().items() for name in files]
+
+
 @pytest.mark.slow
-def test_run_files_of_real_configurations_are_planned() -> None:
+@pytest.mark.parametrize(("tool", "name"), FILES)
+def test_run_files_of_real_configurations_are_planned(tool: str, name: str) -> None:
     """With a small model and real rows in place of those of a hub."""
     Path("data").symlink_to(assets.path("llamafactory"))
-    files = [str(assets.path("llamafactory_options") / f"{name}.yaml") for name in LLAMA_FACTORY][:10]
-    files += [str(HERE / "axolotl" / name) for name in AXOLOTL]
-    rows = {"dpo": "data/dpo_en_demo.json", "kto": "data/kto_en_demo.json"}
-    planned = 0
-    for words in (*files, *trl_commands()):
-        made = made_of(words)
-        made.written["model"].value = "sftx:smollm2-135m-instruct"
-        made.written.pop("trust_remote_code", None)
-        config = loaded(made).config
-        if not all(Path(source.path).exists() for source in config.data.train):
-            objective = next((name for name in rows if name in config.plugins), "")
-            made.written["data.train"].value = [rows.get(objective, "data/alpaca_en_demo.json")]
-        Path("made.yaml").write_text(run_file_text(made), encoding="utf-8")
-        # Templates of other models need control tokens that this tokenizer lacks.
-        result = sftx("plan", "made.yaml", "--add-tokens", "--json")
-        assert result.exit_code == 0, (words, result.output)
-        assert json.loads(result.stdout)["need"]["total"] > 1e8
-        planned += 1
-    assert planned >= 20
+    made = made_of(real_files.all_files()[tool][name])
+    made.written["model"].value = "sftx:smollm2-135m-instruct"
+    made.written.pop("trust_remote_code", None)
+    config = loaded(made).config
+    objective = next((plugin for plugin in ("dpo", "kto") if plugin in config.plugins), "alpaca")
+    for section, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+        if not all(Path(source.path).exists() for source in sources):
+            made.written[section].value = [f"data/{objective}_en_demo.json"]
+    Path("made.yaml").write_text(run_file_text(made), encoding="utf-8")
+    # Templates of other models need control tokens that this tokenizer lacks.
+    result = sftx("plan", "made.yaml", "--add-tokens", "--max-overlap", "1", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["need"]["total"] > 1e8
 
 
 def test_a_run_file_of_llama_factorys_data_trains() -> None:
@@ -519,6 +501,13 @@ def test_differences_of_batches_are_named_with_their_place() -> None:
         found = _compared("TRL", theirs, ours, Letters())
         assert found.differences == [f"  {line}"]
         assert not found.is_same
+    cut = _compared("TRL", [a], [((1, 9, 3), a[1])], Letters(), 3)
+    assert cut.differences[0].endswith("(this row is cut to 3 tokens: docs/data.md says how data.long_rows cuts)")
+    assert cut.lines()[0].startswith("check: 1 example differs between TRL and sftx; the same: 0 examples")
+    untrained = _compared("TRL", [a, ((1, 2), (False, False))], [a], Letters())
+    assert untrained.is_same
+    assert "1 more train nothing there, and are left out here" in untrained.lines()[0]
+    assert not _compared("TRL", [a, b, ((1, 2), (False, False))], [a], Letters()).is_same
 
 
 def test_a_tool_that_is_not_installed_is_named() -> None:
@@ -532,43 +521,81 @@ def test_a_tool_that_is_not_installed_is_named() -> None:
     assert "batches of Axolotl cannot be made here" in result.stderr
 
 
-def messages() -> Iterator[str]:
-    for row in json.loads((assets.path("llamafactory") / "alpaca_en_demo.json").read_text(encoding="utf-8"))[:12]:
-        turns = [{"role": "user", "content": row["instruction"]}, {"role": "assistant", "content": row["output"]}]
-        yield json.dumps({"messages": turns})
+def demo(name: str) -> Any:
+    return json.loads((assets.path("llamafactory") / f"{name}_en_demo.json").read_text(encoding="utf-8"))[:8]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("options", ["", "--packing", "dpo"])
-def test_batches_are_those_of_trl(options: str, real_model_dir: Path) -> None:
-    pairs = json.loads((assets.path("llamafactory") / "dpo_en_demo.json").read_text(encoding="utf-8"))[:8]
-    of_pairs = [
-        {"prompt": [{"role": "user", "content": pair["conversations"][-1]["value"]}],
-         **{side: [{"role": "assistant", "content": pair[side]["value"]}] for side in ("chosen", "rejected")}}
-        for pair in pairs
-    ]  # fmt: skip
-    lines = map(json.dumps, of_pairs) if options == "dpo" else messages()
-    Path("rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    stage, more = ("dpo", "") if options == "dpo" else ("sft", options)
-    command = f"trl {stage} --model_name_or_path {real_model_dir} --dataset_name rows.jsonl --output_dir out {more}"
-    result = sftx("migrate", command, "--check")
-    assert result.exit_code == 0, result.output
-    number = 16 if options == "dpo" else 8
-    assert re.search(
-        rf"check: the same in TRL [\d.]+ and sftx, .*: {number} examples with \d,\d+ tokens", result.stdout
+def turns(*texts: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 8, texts, strict=False)]
+
+
+def rows_of_sft() -> Iterator[dict[str, Any]]:
+    """In the shape of trl-lib/Capybara."""
+    for row in demo("alpaca"):
+        yield {"messages": turns(row["instruction"], row["output"])}
+
+
+def rows_of_dpo() -> Iterator[dict[str, Any]]:
+    """In the shape of trl-lib/ultrafeedback_binarized, whose answers have the prompt in them."""
+    for row in demo("dpo"):
+        asked = row["conversations"][-1]["value"]
+        yield {side: turns(asked, row[side]["value"]) for side in ("chosen", "rejected")}
+
+
+def rows_of_kto() -> Iterator[dict[str, Any]]:
+    """In the shape of trl-lib/kto-mix-14k."""
+    for row in demo("kto"):
+        prompt, completion = row["messages"][:-1], row["messages"][-1:]
+        yield {"prompt": prompt, "completion": completion, "label": row["label"]}
+
+
+def compared_line(result: Result) -> str:
+    """Return what was found the same, and what was not, in the words of the table in docs/migrating.md."""
+    found = re.search(r"check: .*: (\d+ examples) with ([\d,]+ tokens), [\d,]+ of them trained(.*)", result.stdout)
+    assert found is not None, result.output
+    others = result.stdout[found.end() :].strip().splitlines()
+    cut = [line for line in others if "(this row is cut to " in line]
+    assert (result.exit_code, len(others)) == (bool(cut), len(cut)), result.output
+    more = found[3].replace("there, and are left out here", "in either")
+    return f"{found[1]}, {found[2]}{more}" + (
+        f"; {len(cut)} longer than `cutoff_len` is cut another way" if cut else ""
     )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen3_lora_sft", "qwen3_lora_dpo", "qwen3_lora_kto"])
+@pytest.mark.parametrize("name", ["sft.py, full", "sft.py, full, without packing", "dpo.py, full", "kto.py, full"])
+def test_batches_are_those_of_trl(name: str, real_model_dir: Path) -> None:
+    """Of the commands in its documentation, with local rows in the shape of those that they name."""
+    command = trl_commands()[name.removesuffix(", without packing")]
+    command = command if name == "sft.py, full" else command.replace("--packing", "")
+    rows = {"sft": rows_of_sft, "dpo": rows_of_dpo, "kto": rows_of_kto}[name[:3]]()
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    for option, value in (("model_name_or_path", str(real_model_dir)), ("dataset_name", "rows.jsonl")):
+        command, number = re.subn(rf"--{option}[ =]\S+", f"--{option} {value}", command)
+        assert number == 1
+    line = compared_line(sftx("migrate", command, "--check"))
+    assert line == real_files.COMPARED[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3_lora_sft.yaml", "qwen3_lora_dpo.yaml", "qwen3_lora_kto.yaml"])
 def test_batches_are_those_of_llama_factory(name: str, real_model_dir: Path) -> None:
     """It needs older versions of the same libraries: `pip install llamafactory==0.9.5` in an environment of its own."""
     python = os.environ.get("LLAMA_FACTORY_PYTHON")
     if python is None:
         pytest.skip("LLaMA-Factory is not installed: LLAMA_FACTORY_PYTHON names the interpreter of its environment")
     Path("data").symlink_to(assets.path("llamafactory"))
-    text = (assets.path("llamafactory_options") / f"{name}.yaml").read_text(encoding="utf-8")
+    text = (assets.path("llamafactory_options") / name).read_text(encoding="utf-8")
     Path("theirs.yaml").write_text(re.sub("Qwen/.*", str(real_model_dir), text), encoding="utf-8")
     result = sftx("migrate", "theirs.yaml", "--check-python", python)
-    assert result.exit_code == 0, result.output
-    assert "check: the same in LLaMA-Factory 0.9.5 and sftx" in result.stdout
+    assert compared_line(result) == real_files.COMPARED[name]
+    assert "LLaMA-Factory 0.9.5 and sftx" in result.stdout
+
+
+def test_rows_that_are_joined_and_cut_are_not_compared() -> None:
+    Path("lora.yaml").write_text("stage: pt\nmodel_name_or_path: sftx:tiny\ndataset: rows.jsonl\n", encoding="utf-8")
+    Path("rows.jsonl").write_text('{"text": "a"}\n', encoding="utf-8")
+    result = sftx("migrate", "lora.yaml", "--check")
+    assert result.exit_code == 1
+    assert result.stderr.count("\n") == 1
+    assert "--check: LLaMA-Factory joins texts and cuts them into rows" in result.stderr

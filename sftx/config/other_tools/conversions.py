@@ -26,6 +26,13 @@ ENGINE: Final = "`sftx serve`, `sftx chat` and `sftx generate` answer; `sftx exp
 LORA_ONLY: Final = "the adapters here are lora, qlora and vera"
 
 
+def base(value: Any, _: Given) -> Answer:
+    """A model, of which the name may say that its weights are quantised so that they are not trained on here."""
+    found = re.search(r"[-_.](gptq|awq|aqlm|exl2|hqq)\b", str(value), re.IGNORECASE)
+    lost = f"{value}: by its name its weights are in {found[1].upper()}, which sftx does not train on" if found else ""
+    return Answer("write", {"model": value}, lost=(f"{lost}; take the original, with plugins.qlora",) if lost else ())
+
+
 def split_names(value: Any) -> Any:
     """LLaMA-Factory writes lists as `q_proj,v_proj`."""
     return [part.strip() for part in value.split(",")] if isinstance(value, str) and "," in value else value

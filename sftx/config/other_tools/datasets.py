@@ -177,10 +177,7 @@ def _columns(read: _Read, name: Any, entry: Mapping[str, Any], given: Given) -> 
     is_chat = entry.get("formatting") in ("sharegpt", "openai")
     tags = {**_TAGS, **(entry["tags"] if isinstance(entry.get("tags"), dict) else {})}
     is_openai = is_chat and all(tags[tag] == word for tag, word in _OPENAI.items())
-    default = (
-        {"messages": "conversations"} if is_chat else {"prompt": "instruction", "query": "input", "response": "output"}
-    )
-    theirs = entry["columns"] if isinstance(entry.get("columns"), dict) else default
+    theirs = entry["columns"] if isinstance(entry.get("columns"), dict) else _UNNAMED_CHAT if is_chat else _UNNAMED
     ours = {**_SHAREGPT, "messages": "messages"} if is_openai else _SHAREGPT if is_chat else _ALPACA
     if stage(given) == "pt" and not is_chat:
         ours = {"prompt": "text"}

@@ -17,6 +17,7 @@ from sftx.config.other_tools.conversions import (
     adapters,
     all_tokens,
     answering_engine,
+    base,
     beta,
     completion_length,
     dropout,
@@ -63,7 +64,6 @@ _QUANTIZED: Final = "a base in 4 or 8 bits is that of bitsandbytes: plugins.qlor
 _PREFERENCE: Final = "objectives are plugins: dpo, kto, orpo, simpo and others (docs/preference.md, docs/plugins.md)"
 _EXPORT: Final = "`sftx merge` and `sftx export` write the result in other formats"
 _NO_SUCH_INIT: Final = "A and B begin as true, gaussian, orthogonal, pissa, pissa_niter_N or olora"
-_FULL: Final = "gradients of all parameters, or LoRA's"
 _VISION: Final = "text models only"
 _OTHER_TRACKER: Final = "trackers here are wandb, tensorboard and mlflow"
 _UPLOAD: Final = "`sftx push` uploads the result when the run is over"
@@ -72,7 +72,7 @@ TABLE: Final[Mapping[str, tuple[Row, ...]]] = {
     "Model": (
         row(
             "model_name_or_path base_model model_id base_model_name_or_path pretrained_model_name_or_path",
-            to("model"),
+            made(base, "model"),
         ),
         row("torch_dtype dtype infer_dtype compute_dtype", made(dtype, "train.bf16", "train.fp16")),
         row(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from sftx.config.other_tools.conversions import factory_packing, objective, to_objective
+from sftx.config.other_tools.conversions import base, factory_packing, objective, to_objective
 from sftx.config.other_tools.datasets import swift_columns, swift_dataset
 from sftx.config.other_tools.rules import (
     Given,
@@ -318,7 +318,7 @@ _SWIFT: Final = Tool(
         Habit({"plugins.tokenizer": {}}, "ms-swift has a template of its own for each kind of model", ("template",)),
     ),
     rows=(
-        row("model model_id_or_path", to("model")),
+        row("model model_id_or_path", made(base, "model")),
         row("dataset", swift_dataset("data.train")),
         row("val_dataset", swift_dataset("data.eval")),
         row("split_dataset_ratio", (0, leave_out()), to("data.eval_fraction")),
