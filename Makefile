@@ -106,14 +106,17 @@ dist: setup
 	$(BIN)/python benchmarks/dist.py
 	$(BIN)/python -m twine check --strict dist/*
 
-# cyclonedx-bom has an environment of its own, as what it reads is that of the wheel.
+# cyclonedx-bom has an environment of its own, as what it reads is that of the wheel. It knows no version that a project
+# file leaves to its build.
 sbom: dist
-	rm -rf build/sbom
+	rm -rf build/sbom build/sbom.toml
 	$(BIN)/uv venv --quiet --python $(BIN)/python build/sbom
 	$(BIN)/uv pip install --quiet --python build/sbom dist/*.whl
+	version=$$(build/sbom/bin/python -I -c 'import sftx; print(sftx.__version__)') && \
+		sed "s/^dynamic = .*/version = \"$$version\"/" pyproject.toml > build/sbom.toml
 	$(BIN)/uv tool run --from cyclonedx-bom cyclonedx-py environment --output-reproducible --mc-type library \
-		--pyproject pyproject.toml --output-file dist/sbom.cdx.json build/sbom
-	rm -rf build/sbom
+		--pyproject build/sbom.toml --output-file dist/sbom.cdx.json build/sbom
+	rm -rf build/sbom build/sbom.toml
 
 matrix: dist
 	$(BIN)/python benchmarks/matrix.py --out benchmarks/results/matrix.json $(ARGS)

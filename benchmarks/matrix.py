@@ -1,7 +1,7 @@
 """Install the built wheel in empty environments and use it there as a user would: `make matrix`.
 
 Each cell of the matrix is a Python with the lowest or the newest version of every direct dependency that the wheel's
-metadata allows, as uv resolves them. In its environment, which lies in a temporary directory outside of the repository,
+metadata allows and that has a wheel for this Python, as uv resolves them. In its environment, which lies in a temporary directory outside of the repository,
 every module is imported, a tiny model is trained with LoRA and in full, a run is resumed, asked, and merged. A table is
 printed; `--out` gets the cells as JSON, those of an earlier call with the same version of sftx are kept unless they
 were run again. A Python that is not found is a row of the table too.
@@ -134,11 +134,24 @@ def main() -> int:
 
 def find_interpreters(given: Sequence[str]) -> dict[str, str]:
     """Return an interpreter for each version of Python: one that was given, else one on the path."""
-    found = {python: path for python in PYTHONS if (path := shutil.which(f"python{python}"))}
+    on_path = {python: path for python in PYTHONS if (path := shutil.which(f"python{python}"))}
+    # pyenv lays a script on the path for each version that it has, also for those that are not switched on.
+    found = {python: path for python, path in on_path.items() if version_of(path) == python}
     for path in given:
-        ask = [path, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]
-        found[subprocess.run(ask, check=True, text=True, stdout=subprocess.PIPE).stdout.strip()] = path
+        version = version_of(path)
+        if version is None:
+            raise SystemExit(f"{path} does not run")
+        found[version] = path
     return found
+
+
+def version_of(interpreter: str) -> str | None:
+    ask = [interpreter, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]
+    try:
+        done = subprocess.run(ask, text=True, capture_output=True)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def run_cell(uv: str, wheel: Path, python: str, interpreter: str, versions: str) -> dict[str, Any]:
@@ -158,7 +171,9 @@ def run_cell(uv: str, wheel: Path, python: str, interpreter: str, versions: str)
         (work / "run.yaml").write_text(RUN_FILE, encoding="utf-8")
         turns = [{"role": "user", "content": "2 + 2"}, {"role": "assistant", "content": "4"}]
         (work / "rows.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 8, encoding="utf-8")
-        install = (uv, "pip", "install", "--quiet", "--python", str(home / "env"), "--resolution", VERSIONS[versions])
+        # Without compiling: what has no wheel for a Python, such as numpy 1.26 for 3.13, is not what a user gets.
+        into = ("--python", str(home / "env"), "--resolution", VERSIONS[versions], "--no-build")
+        install = (uv, "pip", "install", "--quiet", *into)
         # Named one by one, as to uv a dependency of the wheel that is not named is an indirect one.
         direct = requirements(wheel)
         steps = {
