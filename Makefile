@@ -119,7 +119,7 @@ sbom: dist
 	rm -rf build/sbom build/sbom.toml
 
 matrix: dist
-	$(BIN)/python benchmarks/matrix.py --out benchmarks/results/matrix.json $(ARGS)
+	$(BIN)/python benchmarks/matrix.py --out benchmarks/results/matrix.json --page docs/platforms.md $(ARGS)
 
 # Without setup: the kernels need torch and Triton alone, and measure whichever peers import.
 gpu:

@@ -1,10 +1,11 @@
 """Install the built wheel in empty environments and use it there as a user would: `make matrix`.
 
 Each cell of the matrix is a Python with the lowest or the newest version of every direct dependency that the wheel's
-metadata allows and that has a wheel for this Python, as uv resolves them. In its environment, which lies in a temporary directory outside of the repository,
-every module is imported, a tiny model is trained with LoRA and in full, a run is resumed, asked, and merged. A table is
-printed; `--out` gets the cells as JSON, those of an earlier call with the same version of sftx are kept unless they
-were run again. A Python that is not found is a row of the table too.
+metadata allows and that has a wheel for this Python, as uv resolves them. In its environment, which lies in a temporary
+directory outside of the repository, every module is imported, a tiny model is trained with LoRA and in full, a run is
+resumed, asked, and merged. A table is printed, and `--page` gets it between its two comments; `--out` gets the cells as
+JSON, those of an earlier call with the same version of sftx are kept unless they were run again. A Python that is not
+found is a row of the table too.
 
 The script needs uv and nothing of sftx, so that any Python runs it: also that of a container, to which the script and
 the wheel were copied.
@@ -18,6 +19,7 @@ import email
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -78,6 +80,9 @@ print(json.dumps(found))
 
 SFTX = ("{bin}/sftx",)
 PYTHON = ("{bin}/python", "-c")
+NOT_PASSED_ON = ("PYTHONDONTWRITEBYTECODE", "PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV")
+"""What the environment of this script may have and that of a step must not: it would not be a user's."""
+
 STEPS: Mapping[str, Sequence[str]] = {
     "version": (*SFTX, "--version"),
     "plugins list": (*SFTX, "plugins", "list"),
@@ -111,6 +116,7 @@ def main() -> int:
     parser.add_argument("--pythons", nargs="+", default=PYTHONS, choices=PYTHONS, help="which versions of Python")
     parser.add_argument("--versions", nargs="+", default=list(VERSIONS), choices=VERSIONS, help="of the dependencies")
     parser.add_argument("--out", type=Path, help="JSON file to write or extend")
+    parser.add_argument("--page", type=Path, help="Markdown file that has the table")
     arguments = parser.parse_args()
     uv = shutil.which("uv", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
     if uv is None:
@@ -129,6 +135,8 @@ def main() -> int:
                 cells.setdefault((python, versions), {"result": "not run: no such Python was found"})
             write_cells(arguments.out, wheel, cells)
     print("\n".join(table(cells)))
+    if arguments.page is not None:
+        arguments.page.write_text(fill(arguments.page.read_text(encoding="utf-8"), cells), encoding="utf-8")
     return int(any(cell["result"].startswith("failed") for cell in cells.values()))
 
 
@@ -157,9 +165,7 @@ def version_of(interpreter: str) -> str | None:
 def run_cell(uv: str, wheel: Path, python: str, interpreter: str, versions: str) -> dict[str, Any]:
     """Make an environment, go through the steps, and remove it; the first step that fails is the last."""
     kept = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV") and not name.startswith("SFTX_")
+        name: value for name, value in os.environ.items() if name not in NOT_PASSED_ON and not name.startswith("SFTX_")
     }
     cell: dict[str, Any] = {"system": f"{platform.system()} {platform.machine()}"}
     with tempfile.TemporaryDirectory(prefix="sftx-matrix-") as directory:
@@ -246,6 +252,13 @@ def table(cells: Mapping[tuple[str, str], Mapping[str, Any]]) -> Iterator[str]:
         seconds = f"{sum(cell['seconds'].values()):.0f}" if "seconds" in cell else ""
         row = (cell.get("python", python), versions, *found, cell["result"].replace("|", "\\|"), seconds)
         yield f"| {' | '.join(row)} |"
+
+
+def fill(page: str, cells: Mapping[tuple[str, str], Mapping[str, Any]]) -> str:
+    """Return the page with the table of these cells."""
+    lines = "\n".join(table(cells))
+    between = r"(?<=<!-- matrix -->\n).*?(?=<!-- end -->)"
+    return re.sub(between, lambda _: f"\n{lines}\n\n", page, flags=re.DOTALL)
 
 
 if __name__ == "__main__":
