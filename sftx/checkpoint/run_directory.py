@@ -20,7 +20,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any, Final
 
-from sftx import atomic_files
+from sftx import atomic_files, paths
 from sftx.checkpoint import layout
 from sftx.config import run_file
 from sftx.config.flatten import flatten
@@ -332,7 +332,7 @@ def _checked(output_dir: str) -> Path:
     """Return the path of a directory that may exist or not. Raises OutputError for a file."""
     try:
         path = Path(output_dir).expanduser()
-        is_file = not path.is_dir() and (path.exists() or path.is_symlink())
+        is_file = (paths.exists(path) or path.is_symlink()) and not path.is_dir()
     except (OSError, RuntimeError, ValueError) as error:
         raise OutputError(f"output_dir {output_dir}: cannot be used: {one_line(error)}") from error
     if is_file:

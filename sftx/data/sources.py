@@ -23,7 +23,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, TypeAlias
 
-from sftx import hub_lookup, stores
+from sftx import hub_lookup, paths, stores
 from sftx.assembly.entry_points import discover
 from sftx.assembly.stages.data_stages import RowSourceStage
 from sftx.atomic_files import sha256_of_file
@@ -324,7 +324,7 @@ def resolve(path: str) -> Path:
     """Return the file or directory that `path` names. Raises DataError when it does not exist."""
     try:
         place = _expand(path)
-        if place.exists():
+        if paths.exists(place):
             return place
         is_dangling = place.is_symlink()
     except (OSError, ValueError, RuntimeError) as error:  # too long a name, a NUL byte, an unknown home directory
@@ -379,7 +379,7 @@ def _locate(path: str) -> Path | None:
         return None
     if _WILDCARD.search(path) and "\0" not in path and not os.path.lexists(pattern := _expand(path)):
         try:
-            pattern.exists()
+            paths.exists(pattern)
         except OSError as error:  # too long a name
             raise DataError(f"{path}: cannot be read: {one_line(error)}") from error
         return pattern

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from sftx import hub_lookup, stores
+from sftx import hub_lookup, paths, stores
 from sftx.config.options import EMBEDDED_MODEL
 from sftx.errors import ModelError, SftxError, one_line
 from sftx.model import gguf
@@ -53,7 +53,8 @@ def check(name: str, *, needs_weights: bool = False) -> None:
         return
     try:
         path = _place(name)
-        is_directory, is_file = path.is_dir(), path.is_file()
+        is_there = paths.exists(path)
+        is_directory, is_file = is_there and path.is_dir(), is_there and path.is_file()
     except (OSError, ValueError, RuntimeError) as error:  # too long a name, a NUL byte, an unknown home directory
         raise ModelError(f"model {name}: cannot be read: {one_line(error)}") from error
     if gguf.find(path) is not None and (is_file or is_directory):

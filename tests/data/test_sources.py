@@ -68,6 +68,25 @@ def test_a_file_that_two_sources_read_alike_is_named(caplog: pytest.LogCaptureFi
     assert warned(Source("x.jsonl"), Source("x.jsonl", columns={"prompt": "a"})) == [], "another task of the same rows"
 
 
+def test_what_cannot_be_looked_at_is_told_from_what_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where pathlib takes both for the same, as it does from Python 3.14 on."""
+    for name in ("exists", "is_dir", "is_file"):
+        monkeypatch.setattr(Path, name, getattr(os.path, name.replace("_", "")))
+    for name in ("x" * 300 + ".jsonl", "[" + "x" * 300):
+        assert f"{name}: cannot be read: " in (said := error_of(name))
+        assert "File name too long" in said
+    assert error_of("none.jsonl").startswith("none.jsonl: no such file")
+    stat = os.stat
+
+    def no_permission(path: Any, **options: Any) -> os.stat_result:  # chmod does not stop a root user
+        if str(path).startswith("closed/"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(os, "stat", no_permission)
+    assert "closed/a.jsonl: cannot be read: [Errno 13] Permission denied" in error_of("closed/a.jsonl")
+
+
 def test_a_path_may_begin_with_the_home_directory_or_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

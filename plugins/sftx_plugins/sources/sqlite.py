@@ -12,7 +12,7 @@ import os
 import re
 import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -147,6 +147,8 @@ class Databases:
         name = address.partition("?")[0]
         try:
             if not file.is_file():
+                with suppress(FileNotFoundError, NotADirectoryError):
+                    file.stat()  # raises where a directory may not be entered, which is_file does before Python 3.14
                 raise DataError(f"{name}: {'is no regular file' if file.exists() else 'no such file'}")
             self._check_unchanged(file, address)
             with closing(_connect(file)) as database:
