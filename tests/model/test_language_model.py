@@ -171,7 +171,9 @@ def test_no_frozen_weight_is_expanded_to_the_rows_of_a_batch(name: str) -> None:
     lm.requires_grad_(False)
     rows = examples()
     with torch.no_grad(), Products() as products:
-        lm.model(input_ids=torch.ones(2, 5, dtype=torch.int64), logits_to_keep=1)
+        # What torch 2.13 makes of a slice with gaps times the head, and 2.15 no longer does.
+        weight_VD = lm.model.get_output_embeddings().weight
+        torch.bmm(torch.ones(2, 1, 32, dtype=weight_VD.dtype), weight_VD.T.expand(2, -1, -1))
     assert products.expanded == [(2, 32, 211)], "the fault that this test looks for"
     with torch.no_grad(), Products() as products:
         batch = Padded().collate(rows)
