@@ -354,7 +354,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("num_proc", [1, 2])
+@pytest.mark.parametrize("num_proc", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_killed_encode_leaves_no_half_cache(tmp_path: Path, cache: Path, num_proc: int) -> None:
     """Killed with -9 in the midst; the next start sweeps what it left, and its workers are gone too."""
     script = tmp_path / "encode.py"

@@ -56,6 +56,7 @@ def test_a_rank_that_is_killed_under_torchrun_leaves_no_trace(mode: str, starter
     assert differing(out, undisturbed) == []
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_under_nproc_leaves_no_trace(starter: Starter, common: str) -> None:
     """The installed command runs, and a rank is killed from outside at an arbitrary instant."""
     arguments = f"{common} --distributed fsdp2 --max-steps 60 --save-steps 3 --save-total-limit 2".split()

@@ -445,7 +445,7 @@ CASES = [
             "1",
         )
     ),
-    ("--distributed", "fsdp2", "--nproc", "2", "--gradient-checkpointing", "--per-device-train-batch-size", "2"),
+    slow(("--distributed", "fsdp2", "--nproc", "2", "--gradient-checkpointing", "--per-device-train-batch-size", "2")),
 ]
 
 

@@ -130,6 +130,7 @@ def test_neither_console_nor_code_nor_git_is_captured(run_directory: Path) -> No
         assert not list(file.parent.glob("files/**/*.py"))
 
 
+@pytest.mark.slow
 def test_a_killed_process_has_written_what_it_reported(tmp_path: Path) -> None:
     """Except for its last row, if no checkpoint has committed that step, and reports of the last moment."""
     script = (
