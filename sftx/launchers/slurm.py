@@ -45,6 +45,12 @@ def write(job: Job) -> LaunchFile:
         "signal": f"B:USR1@{WARNING_S}",
         **options.slurm.options,
     }
+    for name, value in settings.items():
+        if not str(value).isprintable():
+            raise ConfigError(
+                f"option 'launch.slurm': {name} is {value!r}, and what follows a line break would be a line of the "
+                "script"
+            )
     head = [f"#SBATCH --{name}" + ("" if value is True else f"={value}") for name, value in settings.items() if value]
     exports = [f"export {name}={shlex.quote(value)}" for name, value in options.env.items()]
     exports += [f': "${{{name}:?export it before sbatch, which passes it on}}"' for name in options.secrets]

@@ -308,8 +308,8 @@ class _Proof:
         planned = plan["total"] - (0 if device == "cpu" else plan["kinds"]["process"])
         ratio = measured / planned
         seen = (
-            f"{measured / 1e6:,.0f} MB measured, {planned / 1e6:,.0f} MB planned, ratio {ratio:.2f} (peak of the steps, "
-            f"{counted(plan['rows'], 'row')} of up to {counted(plan['longest'], 'token')} at once)"
+            f"{measured / 1e6:,.0f} MB measured, {planned / 1e6:,.0f} MB planned, ratio {ratio:.2f} (peak of the "
+            f"steps, {counted(plan['rows'], 'row')} of up to {counted(plan['longest'], 'token')} at once)"
         )
         figures = {"measured_bytes": measured, "planned_bytes": planned, "ratio": ratio}
         if ratio > _MEMORY_TOLERANCE and measured - planned > (_LIBRARY_BYTES if device == "cpu" else 0):

@@ -300,6 +300,7 @@ def test_submit_calls_the_launchers_own_command(
         (["--set", "launch.env={A B: x}"], "option 'launch.env.A B'"),
         (["--set", "launch.mounts={runs: x}"], "absolute paths in the job, each with what is mounted there"),
         (["--set", "launch.slurm.time=1200"], "got 1200, expected a valid string; put it in quotes"),
+        (["--set", 'launch.slurm.partition="a\\nrm -rf /"'], "partition is 'a\\nrm -rf /', and what follows a line"),
         (["--set", "launch.nodes=3"], "24 processes cannot divide 16 rows evenly"),
         (["--set", "lora.r=0"], "got 0, expected a number greater than or equal to 1"),
         (["--submit"], "sbatch is not on the path; install it, or leave --submit out"),
