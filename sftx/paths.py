@@ -13,8 +13,8 @@ DEMO_RUN_FILE: Final = Path(__file__).parent / "demo" / "run.yaml"
 """The run file of `sftx run` when it is given neither a run file nor data; the demo's rows are beside it."""
 
 
-_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EBADF, errno.ELOOP)
-_ABSENT_ON_WINDOWS = (21, 123, 1921)
+_ABSENT: Final = (errno.ENOENT, errno.ENOTDIR, errno.EBADF, errno.ELOOP)
+_ABSENT_ON_WINDOWS: Final = (21, 123, 1921)
 """A drive that is not ready, a name that no file can have, a link that leads nowhere."""
 
 

@@ -130,7 +130,7 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class Found:
-    """What an address leads to: a file, a directory, or the files that match a pattern."""
+    """The target of an address: a file, a directory, or the files that match a pattern."""
 
     address: str
     kind: str

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class OutputPlace:
-    """Where a run writes to, and the address to which that is uploaded."""
+    """The directory that a run writes to, and the address to which that is uploaded."""
 
     directory: str | None
     """None: the default output directory."""

@@ -224,7 +224,7 @@ class Uploader:
 
     @property
     def has_begun(self) -> bool:
-        """Whether anything was asked for yet."""
+        """Return whether anything was asked for yet."""
         return self._upload is not None
 
     @property

@@ -24,7 +24,7 @@ def _check_mounts(mounts: dict[str, str]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class SlurmOptions:
-    """What sbatch alone takes."""
+    """Options that sbatch alone takes."""
 
     partition: Annotated[str | None, Field(min_length=1, description="Partition of the cluster.")] = None
     account: Annotated[str | None, Field(min_length=1, description="Account that is charged.")] = None
@@ -44,7 +44,7 @@ class SlurmOptions:
 
 @dataclass(frozen=True)
 class SkyPilotOptions:
-    """What SkyPilot alone takes."""
+    """Options that SkyPilot alone takes."""
 
     accelerator: Annotated[
         str | None, Field(min_length=1, description="Name of the GPU, such as H100; `sky gpus list` shows them.")
@@ -62,7 +62,7 @@ class SkyPilotOptions:
 
 @dataclass(frozen=True)
 class KubernetesOptions:
-    """What a TrainJob of Kubeflow Trainer alone takes."""
+    """Options that a TrainJob of Kubeflow Trainer alone takes."""
 
     namespace: Annotated[str | None, Field(min_length=1, description="Namespace; that of kubectl by default.")] = None
     runtime: Annotated[str, Field(min_length=1, description="ClusterTrainingRuntime of the job.")] = "torch-distributed"

@@ -146,7 +146,7 @@ def given(**values: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class LaunchFile:
-    """What a launcher is given, and the commands that use it."""
+    """The file that a launcher is given, and the commands that use it."""
 
     suffix: str
     text: str

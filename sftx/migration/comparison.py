@@ -33,7 +33,7 @@ Document: TypeAlias = tuple[tuple[int, ...], tuple[bool, ...]]
 
 @dataclass
 class Comparison:
-    """What two tools made of the same rows."""
+    """The batches that two tools made of the same rows."""
 
     title: str
     num_documents: int = 0

@@ -28,7 +28,7 @@ class Option:
 
 @dataclass
 class Reading:
-    """What was given to another tool."""
+    """The options that were given to another tool."""
 
     tool: str
     """A key of TOOLS."""
@@ -70,13 +70,18 @@ def _split(text: str) -> list[str]:
         raise ConfigError(f"the command line cannot be read: {error}; check its quotes") from None
 
 
-def _read_file(path: Path) -> Reading:
+def _check_is_there(path: Path) -> None:
+    """Raise ConfigError unless there is something at the path that is no directory."""
     if not path.exists():
         raise ConfigError(
             f"{path}: no such file; give a YAML file, a Python script, or a command line such as 'trl sft --...'"
         )
     if path.is_dir():
         raise ConfigError(f"{path}: is a directory; name the file in it")
+
+
+def _read_file(path: Path) -> Reading:
+    _check_is_there(path)
     if path.suffix.lower() in (".yaml", ".yml", ".json"):
         return _read_yaml(path)
     if path.suffix == ".py":
@@ -118,8 +123,7 @@ def tool_of(names: Iterable[str]) -> str | None:
 
 
 def _read_yaml(path: Path, tool: str | None = None) -> Reading:
-    if not path.is_file():
-        raise ConfigError(f"{path}: {'is a directory; name the file in it' if path.is_dir() else 'no such file'}")
+    _check_is_there(path)
     values, origins = run_file.read(path)
     if not values:
         raise ConfigError(f"{path}: has no options")

@@ -41,7 +41,7 @@ def of_plugin(target: str, value: Any) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Lost:
-    """What is not carried over."""
+    """An option that is not carried over."""
 
     name: str
     place: str
@@ -80,7 +80,7 @@ class Translation:
 
     @property
     def problem(self) -> str:
-        """What keeps the run file from meaning anything yet; an empty text if nothing does."""
+        """Return what keeps the run file from meaning anything yet; an empty text if nothing does."""
         found = (lost for lost in self.lost if lost.name.partition(":")[0] in _NEEDED)
         return next((f"{lost.name}: {lost.advice}" for lost in found), "")
 
@@ -106,7 +106,7 @@ class _Translator:
             self._given["rows"] = self._rows()
 
     def _rows(self) -> str | None:
-        """What the rows of a local file hold, as TRL tells them apart; None where the file cannot be looked at."""
+        """Return what the rows of a local file hold, as TRL tells them apart; None if it cannot be looked at."""
         entries = self._given.get("datasets")
         entry = entries[0] if isinstance(entries, list) and entries and isinstance(entries[0], dict) else {}
         path = self._given.get("dataset_name") or entry.get("data_files") or entry.get("path")
@@ -193,7 +193,7 @@ class _Translator:
             )
 
     def _defaults(self) -> None:
-        """What the tool does without being asked."""
+        """Write out what the tool does without being asked."""
         of = f"{self._tool.title}'s default"
         for default in self._tool.defaults:
             names = [default.option, *self._same(default.option)]

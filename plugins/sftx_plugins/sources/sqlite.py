@@ -11,8 +11,9 @@ import json
 import os
 import re
 import sqlite3
+import stat
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -146,10 +147,12 @@ class Databases:
         file = _parsed(address)[0]
         name = address.partition("?")[0]
         try:
-            if not file.is_file():
-                with suppress(FileNotFoundError, NotADirectoryError):
-                    file.stat()  # raises where a directory may not be entered, which is_file does before Python 3.14
-                raise DataError(f"{name}: {'is no regular file' if file.exists() else 'no such file'}")
+            try:
+                is_regular = stat.S_ISREG(file.stat().st_mode)
+            except (FileNotFoundError, NotADirectoryError):
+                raise DataError(f"{name}: no such file") from None
+            if not is_regular:
+                raise DataError(f"{name}: is no regular file")
             self._check_unchanged(file, address)
             with closing(_connect(file)) as database:
                 yield file, database

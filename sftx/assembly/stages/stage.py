@@ -1,4 +1,4 @@
-"""What all stages share: the call of a hook, the check of what it returns, and the plugin's name in errors."""
+"""Shared by all stages: the call of a hook, the check of what it returns, and the plugin's name in errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What to write here for options of TRL, transformers, PEFT, LLaMA-Factory, Axolotl and ms-swift.
+"""Tells what to write here for options of TRL, transformers, PEFT, LLaMA-Factory, Axolotl and ms-swift.
 
 `answer` looks an option up together with its value, since `packing: false` asks for nothing and `packing: true` for a
 plugin. It is imported when a run has an option that sftx does not know, and by `sftx migrate`; the tables of

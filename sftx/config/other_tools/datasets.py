@@ -27,7 +27,7 @@ _COMPARED: Final = ("dpo", "kto", "orpo", "simpo", "rm", "ipo")
 
 @dataclass
 class _Read:
-    """What one entry of another tool's data becomes."""
+    """A source of data here that stands for one entry of another tool's data."""
 
     source: dict[str, Any] = field(default_factory=dict)
     plugins: dict[str, Any] = field(default_factory=dict)
@@ -144,7 +144,7 @@ _ROLES: Final = {
 
 
 def _of_info(name: Any, entry: Any, directory: Path, given: Given) -> _Read:
-    """What dataset_info.json says of one name; the name itself where it has none."""
+    """Return what dataset_info.json says of one name; the name itself where it has none."""
     if not isinstance(entry, dict):
         is_path = str(directory) == "ONLINE" or Path(str(name)).exists()
         unknown = (

@@ -1,4 +1,4 @@
-"""What an option of another tool becomes here: the rules of which the table is made, and what makes them."""
+"""Defines what an option of another tool becomes here: the rules of which the table is made, and what makes them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What to write here for an option of TRL, transformers, PEFT, LLaMA-Factory or Axolotl, by topic.
+"""Lists by topic what to write here for an option of TRL, transformers, PEFT, LLaMA-Factory or Axolotl.
 
 What means something else in one tool than in the others is in tools.py.
 """

@@ -39,7 +39,7 @@ class Default:
 
 @dataclass(frozen=True)
 class Habit:
-    """What a tool does that none of its options says, in options of sftx."""
+    """Something that a tool does and that none of its options says, in options of sftx."""
 
     write: Mapping[str, Any]
     why: str

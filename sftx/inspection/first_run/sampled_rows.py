@@ -42,7 +42,7 @@ OBJECTIVES: Final[dict[Kind, tuple[Objective, ...]]] = {
 
 @dataclass(frozen=True)
 class SampledRows:
-    """What is known of the data."""
+    """The rows that were looked at, and what is known of the data."""
 
     paths: tuple[str, ...]
     num_rows: int
