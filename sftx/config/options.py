@@ -410,7 +410,7 @@ class TrainConfig:
     bf16: Annotated[
         bool | None,
         Field(
-            description="Compute in bfloat16; by default on a GPU or CPU that has instructions for it (false, or "
+            description="Compute in bfloat16; by default on a GPU or CPU that multiplies it faster (false, or "
             "SFTX_BF16=0 in the environment, is float32 there)."
         ),
     ] = None

@@ -19,7 +19,7 @@ from sftx.errors import ConfigError
 from sftx_kernels import cpu_multiplies
 
 _DEFAULT: Final = "SFTX_BF16"
-"""The environment variable that, set to 0, makes float32 the default of a CPU that has instructions for bfloat16."""
+"""The environment variable that, set to 0, makes float32 the default of a CPU that multiplies bfloat16 faster."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def choose(config: TrainConfig, local_rank: int = 0, *, bf16_weights: bool = Fal
         option = "bf16" if config.bf16 else f"optim: {config.optim}"
         raise ConfigError(f"option 'train.{option}': this GPU does not support bfloat16; leave it out, or set fp16")
     by_itself = config.bf16 is None and not config.fp16 and not bf16_weights
-    is_default = supports_bf16 if device.type == "cuda" else not _asks_for_float32() and _cpu_has_bf16()
+    is_default = supports_bf16 if device.type == "cuda" else not _asks_for_float32() and _bf16_is_faster()
     bf16 = is_default if by_itself else bf16_weights or bool(config.bf16)
     dtype = torch.float16 if config.fp16 else torch.bfloat16 if bf16 else torch.float32
     set_tf32(device, enabled=config.tf32)
@@ -98,10 +98,32 @@ def choose(config: TrainConfig, local_rank: int = 0, *, bf16_weights: bool = Fal
 @functools.cache
 def _cpu_has_bf16() -> bool:
     """Return whether this CPU has instructions for products in bfloat16: AMX, AVX-512 BF16, or Arm's BF16."""
-    if platform.machine().lower() in ("aarch64", "arm64"):
-        information = Path("/proc/cpuinfo")
-        return information.exists() and bool(re.search(r"^Features.*\bbf16\b", information.read_text(), re.MULTILINE))
+    if _is_arm():
+        return bool(re.search(r"^Features.*\bbf16\b", _description_of_cpu(), re.MULTILINE))
     return torch.backends.cpu.get_cpu_capability() == "AVX512" and cpu_multiplies(torch.bfloat16)
+
+
+@functools.cache
+def _bf16_is_faster() -> bool:
+    """Return whether this CPU multiplies bfloat16 faster than float32.
+
+    One with AMX does (4 to 11 times as fast where it was measured), and an AMD EPYC of the Zen 4 kind with AVX-512 BF16
+    (2.1 times). An Intel CPU with AVX-512 BF16 and without AMX, which a virtual machine may hide, has half the rate of
+    float32: 175 and 340 GFLOP/s on two cores of an Emerald Rapids, torch 2.13.
+    """
+    if not _cpu_has_bf16():
+        return False
+    return _is_arm() or torch.cpu._is_amx_tile_supported() or "GenuineIntel" not in _description_of_cpu()
+
+
+def _is_arm() -> bool:
+    return platform.machine().lower() in ("aarch64", "arm64")
+
+
+def _description_of_cpu() -> str:
+    """Return what the system says of the processor: its maker's name and, on Linux, the names of its instructions."""
+    information = Path("/proc/cpuinfo")
+    return information.read_text(encoding="utf-8") if information.exists() else platform.processor()
 
 
 def _asks_for_float32() -> bool:
@@ -115,7 +137,9 @@ def _asks_for_float32() -> bool:
 
 
 def _reason_against_bf16() -> str:
-    return f"as {_DEFAULT}=0 asks for" if _cpu_has_bf16() else "as this CPU has no instructions for bfloat16"
+    if not _cpu_has_bf16():
+        return "as this CPU has no instructions for bfloat16"
+    return f"as {_DEFAULT}=0 asks for" if _bf16_is_faster() else "which this CPU multiplies faster than bfloat16"
 
 
 def set_tf32(device: torch.device, *, enabled: bool) -> None:

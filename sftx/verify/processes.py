@@ -100,9 +100,9 @@ class Processes:
     def __init__(self, directory: Path, *, on_gpu: bool) -> None:
         """`directory` gets the files of the processes."""
         self._directory = directory
-        can_fork = not on_gpu and "forkserver" in multiprocessing.get_all_start_methods()
-        self._context: Any = multiprocessing.get_context("forkserver" if can_fork else "spawn")
-        if can_fork:
+        self.are_forked = not on_gpu and "forkserver" in multiprocessing.get_all_start_methods()
+        self._context: Any = multiprocessing.get_context("forkserver" if self.are_forked else "spawn")
+        if self.are_forked:
             _start_server(self._context)
         self._children: list[Child] = []
 

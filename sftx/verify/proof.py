@@ -303,7 +303,8 @@ class _Proof:
             raise NotCheckedError("sftx plan does not count the sampling of answers")
         device = self.described["device"]
         measured = max(step["peak_bytes"] for step in runs.steps_of(self._uninterrupted()))
-        plan = self.processes.run("plan", runs.plan_memory, self._short.loaded, device)
+        plan_memory = functools.partial(runs.plan_memory, is_forked=self.processes.are_forked)
+        plan = self.processes.run("plan", plan_memory, self._short.loaded, device)
         # On a GPU the peak is that of tensors: torch does not count its context and libraries.
         planned = plan["total"] - (0 if device == "cpu" else plan["kinds"]["process"])
         ratio = measured / planned

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 from torch import Tensor
 
 from sftx.config.loading import LoadedConfig
@@ -58,12 +59,18 @@ def train_until_killed(loaded: LoadedConfig, step: int) -> None:
         session.run()
 
 
-def plan_memory(loaded: LoadedConfig, device: str) -> dict[str, Any]:
-    """Return the memory that `sftx plan` counts for the steps of the run, with the length of their longest row."""
+def plan_memory(loaded: LoadedConfig, device: str, *, is_forked: bool) -> dict[str, Any]:
+    """Return the memory that `sftx plan` counts for the steps of the run, with the length of their longest row.
+
+    `is_forked`: whether this process is the fork of one with the imports of a run. Pages of libraries' files, 160 MB of
+    them, belong to a forked process from its first look at them on, so here its parent's memory is that of a process.
+    """
     target = CPU if device == "cpu" else TargetDevice(device, is_gpu=True)
     config = loaded.config
     loaded = dataclasses.replace(loaded, config=dataclasses.replace(config, train=config.train.resolve_batch_size(1)))
     planner = Planner(loaded, target)
+    if is_forked:
+        planner.process_bytes = psutil.Process(os.getppid()).memory_info().rss
     assert planner.process_bytes  # read before rows are encoded
     planner.size = measure_run(loaded)
     view = view_dataset(loaded)

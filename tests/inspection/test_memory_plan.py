@@ -465,3 +465,15 @@ def test_planned_within_a_tenth_of_the_peak_of_a_real_run(
     planned = subprocess.run([*sftx, "plan", *options, "--json"], env=environment, check=True, capture_output=True)
     measured = json.loads((out / "summary.json").read_text())["peak_bytes"]
     assert json.loads(planned.stdout)["need"]["total"] == pytest.approx(measured, rel=0.1)
+
+
+def test_products_in_bfloat16_on_a_cpu_keep_their_kernels(tiny: str) -> None:
+    def kernels(**options: Any) -> int:
+        steps = {"train.per_device_train_batch_size": 2, "train.gradient_accumulation_steps": 3}
+        return int(planner(tiny, **steps, **options).estimate().kinds.get("kernels", 0))
+
+    assert kernels() == 0
+    assert kernels(**{"train.bf16": True, "train.max_steps": 2}) == 6 * 19 * 10**6  # six micro-batches
+    assert kernels(**{"train.bf16": True}) == kernels(**{"train.bf16": True, "train.max_steps": 1000}) == 740 * 10**6
+    on_gpu = planner(tiny, device=target_device.TargetDevice("h100", is_gpu=True), **{"train.bf16": True})
+    assert "kernels" not in on_gpu.estimate().kinds

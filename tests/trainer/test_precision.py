@@ -42,17 +42,19 @@ def test_options_become_dtypes(options: dict[str, object], frozen: object, train
 
 
 @pytest.mark.parametrize(
-    ("has_bf16", "asks", "dtype", "reason"),
+    ("has_bf16", "is_faster", "asks", "dtype", "reason"),
     [
-        (True, None, torch.bfloat16, "which this CPU has instructions for"),
-        (True, "0", torch.float32, "as SFTX_BF16=0 asks for"),
-        (False, None, torch.float32, "as this CPU has no instructions for bfloat16"),
+        (True, True, None, torch.bfloat16, "which this CPU has instructions for"),
+        (True, True, "0", torch.float32, "as SFTX_BF16=0 asks for"),
+        (True, False, None, torch.float32, "which this CPU multiplies faster than bfloat16"),
+        (False, False, None, torch.float32, "as this CPU has no instructions for bfloat16"),
     ],
 )
 def test_the_default_follows_what_the_processor_multiplies_fast(
-    has_bf16: bool, asks: str | None, dtype: torch.dtype, reason: str, monkeypatch: pytest.MonkeyPatch
+    has_bf16: bool, is_faster: bool, asks: str | None, dtype: torch.dtype, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(precision, "_cpu_has_bf16", lambda: has_bf16)
+    monkeypatch.setattr(precision, "_bf16_is_faster", lambda: is_faster)
     monkeypatch.delenv("SFTX_BF16")
     if asks is not None:
         monkeypatch.setenv("SFTX_BF16", asks)
@@ -74,6 +76,21 @@ def test_another_value_of_the_variable_is_an_error(monkeypatch: pytest.MonkeyPat
 def test_instructions_are_those_that_the_system_names() -> None:
     flags = Path("/proc/cpuinfo").read_text()
     assert precision._cpu_has_bf16() == any(name in flags for name in ("avx512_bf16", "amx_bf16", " bf16"))
+
+
+@pytest.mark.skipif(not hasattr(torch.cpu, "_is_amx_tile_supported"), reason="no x86")
+@pytest.mark.parametrize(
+    ("maker", "has_amx", "is_faster"),
+    [("AuthenticAMD", False, True), ("GenuineIntel", True, True), ("GenuineIntel", False, False)],
+)
+def test_bfloat16_without_amx_is_slow_on_intel(
+    maker: str, has_amx: bool, is_faster: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "_cpu_has_bf16", lambda: True)
+    monkeypatch.setattr(precision, "_is_arm", lambda: False)
+    monkeypatch.setattr(precision, "_description_of_cpu", lambda: f"vendor_id : {maker}")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
+    assert precision._bf16_is_faster.__wrapped__() == is_faster
 
 
 @pytest.mark.parametrize("options", [{"fp16": True}, {"bf16": False}])

@@ -40,6 +40,11 @@ from sftx.trainer.precision import Precision
 
 # Memory besides tensors: the CUDA context with its kernels, cuBLAS workspaces, the caching allocator's fragmentation.
 _GPU_PROCESS_BYTES: Final = 3 * 2**28
+# On a CPU, oneDNN compiles a kernel for each new shape of a product in bfloat16 and keeps the last 1,024. So much more
+# memory had a run of SmolLM2-135M with each micro-batch of a new length, until some 60 of them (two cores of an Intel
+# Xeon with AVX-512 BF16, torch 2.13; docs/planning.md).
+_KERNEL_BYTES: Final = 19 * 10**6
+_MAX_KERNEL_BYTES: Final = 740 * 10**6
 _WORLD_SIZES: Final = (2, 4, 8, 16, 32, 64)
 _UTILISATION: Final = 0.4
 """The assumed part of a card's peak throughput."""
@@ -249,7 +254,20 @@ class Planner:
             on_host = {"weights": 0, "gradients": 0, "optimizer": 0}
             candidates = ((when, kinds | on_host) for when, kinds in candidates)
         when, kinds = max(candidates, key=lambda candidate: sum(candidate[1].values()))
-        return when, kinds | {"process": _GPU_PROCESS_BYTES if self.device.is_gpu else self.process_bytes}
+        process_bytes = _GPU_PROCESS_BYTES if self.device.is_gpu else self.process_bytes
+        kernel_bytes = self._kernel_bytes(world_size)
+        return when, kinds | ({"kernels": kernel_bytes} if kernel_bytes else {}) | {"process": process_bytes}
+
+    def _kernel_bytes(self, world_size: int) -> int:
+        """Return the memory of the kernels that oneDNN compiles, if each micro-batch has another number of tokens."""
+        if self.device.is_gpu or self.precision.dtype == torch.float32:
+            return 0
+        train = self.config.train
+        num_steps = train.max_steps if self.size is None else self.size.num_steps
+        if num_steps is None:
+            return _MAX_KERNEL_BYTES
+        rounds, _ = num_micro_batches(train.rows_per_step, world_size, train.micro_batch_size)
+        return min(_MAX_KERNEL_BYTES, num_steps * rounds * _KERNEL_BYTES)
 
 
 def plan_run(
@@ -515,6 +533,8 @@ def _assumptions(planner: Planner, need: MemoryEstimate) -> tuple[str, ...]:
             "process memory as in this process, with the same imports; MALLOC_MMAP_THRESHOLD_=65536 in the "
             "environment, without which glibc keeps freed memory, up to 35 % more (docs/planning.md)"
         )
+        if "kernels" in need.kinds:
+            lines.append("kernels: those that oneDNN compiles for products of each new number of tokens, and keeps")
     if planner.answers is not None:
         rows, prompt_length = planner.answers
         new = planner.config.generation.max_new_tokens
