@@ -237,7 +237,8 @@ def connect(address: str) -> tuple[Any, str]:
         need = "aiohttp and requests" if name in _WEB else library if library not in ("", "fsspec") else ""
         if not need or (library and library != "fsspec" and importlib.util.find_spec(library) is not None):
             raise SftxError(f"{address}: {name}:// cannot be used: {one_line(error)}") from error
-        raise SftxError(f"{address}: {name}:// needs {need}; pip install {need.replace(' and', '')}") from None
+        brought_by = {"s3fs": "'sftx[s3]'", "gcsfs": "'sftx[gcs]'"}.get(need, need.replace(" and", ""))
+        raise SftxError(f"{address}: {name}:// needs {need}; pip install {brought_by}") from None
     except ValueError as error:
         if name not in known_implementations:
             hint = (

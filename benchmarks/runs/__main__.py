@@ -7,12 +7,13 @@ The first two steps are left out. It prints non-padding tokens per second, the s
 matrix products allow (4 operations a parameter and token), the time to the end of the first step, peak resident memory,
 and the mean loss of all label tokens. Where the losses of two trainers differ by more than 1 %, the comparison is void
 and the exit code is 1. A trainer that is not installed is listed. All is written as JSON.
+
+LLaMA-Factory needs an environment of its own: `--llama-factory-python DIR/bin/python`.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import platform
@@ -43,6 +44,7 @@ class Trainer:
     needs: str
     """The module that must be installed."""
     packed: bool
+    python: str = sys.executable
     seconds: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     label_tokens: list[int] = field(default_factory=list)
@@ -70,6 +72,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=2, help="runs of each trainer (2)")
     parser.add_argument("--full", action="store_true", help="train the whole model, without LoRA")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each process")
+    parser.add_argument("--llama-factory-python", default=sys.executable, help="the interpreter that has LLaMA-Factory")
     parser.add_argument("--trainers", nargs="*", help="names of those to run")
     parser.add_argument("--out", type=Path, help="JSON file [benchmarks/results/cpu/runs-DTYPE.json]")
     options = parser.parse_args()
@@ -80,10 +83,11 @@ def main() -> int:
         Trainer("sftx packed", "sftx", packed=True),
         Trainer("sftx padded", "sftx", packed=False),
         Trainer("TRL packed (bfd)", "trl", packed=True),
+        Trainer("LLaMA-Factory padded", "llamafactory", packed=False, python=options.llama_factory_python),
         Trainer("TRL padded", "trl", packed=False),
     ]
     chosen = [one for one in trainers if not options.trainers or one.name in options.trainers]
-    absent = [one.name for one in chosen if importlib.util.find_spec(one.needs) is None]
+    absent = [one.name for one in chosen if not _is_installed(one)]
     chosen = [one for one in chosen if one.name not in absent]
     gemm_rates = []
     with tempfile.TemporaryDirectory(prefix="sftx-runs-") as directory:
@@ -103,7 +107,7 @@ def main() -> int:
         "gemm_rate": gemm_rate,
         "trainers": {one.name: one.figures(gemm_rate, num_parameters) for one in chosen},
         "absent": absent,
-        "versions": _versions(),
+        "versions": {one.needs: _version(one) for one in chosen} | _versions(),
     }
     is_void = _print(report)
     out = options.out or OUT / f"runs-{'full-' if options.full else ''}{options.dtype}.json"
@@ -113,6 +117,16 @@ def main() -> int:
     _draw(report, picture)
     print(f"written: {out}, {picture}")
     return int(is_void)
+
+
+def _is_installed(trainer: Trainer) -> bool:
+    code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec('{trainer.needs}') is None)"
+    return subprocess.run([trainer.python, "-c", code], check=False).returncode == 0
+
+
+def _version(trainer: Trainer) -> str:
+    code = f"import importlib.metadata as m; print(m.version('{trainer.needs}'))"
+    return subprocess.run([trainer.python, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
 
 
 def _prepare(target: Path, num_rows: int) -> tuple[str, int]:
@@ -171,7 +185,7 @@ def _run(trainer: Trainer, place: Path, model: str, options: argparse.Namespace,
     }
     is_sftx = trainer.needs == "sftx"
     (place / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
-    other = [sys.executable, str(HERE / f"run_{trainer.needs}.py"), str(place / "settings.json")]
+    other = [trainer.python, str(HERE / f"run_{trainer.needs}.py"), str(place / "settings.json")]
     environment = os.environ | {"OMP_NUM_THREADS": str(options.threads), "TOKENIZERS_PARALLELISM": "false"}
     with (place / "log.txt").open("w", encoding="utf-8") as log:
         start = time.time()
@@ -227,7 +241,7 @@ def _sftx_steps(directory: Path) -> list[dict[str, float]]:
 
 def _versions() -> dict[str, str]:
     versions = {}
-    for name in ("torch", "transformers", "peft", "trl"):
+    for name in ("torch", "transformers", "peft"):
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
@@ -242,7 +256,7 @@ def _print(report: dict[str, Any]) -> bool:
     name_of_last, last = list(trainers.items())[-1]
     for name, figures in trainers.items():
         print(
-            f"{name:>18}: {figures['tokens_per_second']:7.1f} tokens/s "
+            f"{name:>20}: {figures['tokens_per_second']:7.1f} tokens/s "
             f"({figures['tokens_per_second'] / last['tokens_per_second']:.2f} times {name_of_last}), "
             f"{figures['share_of_gemm_rate']:.0%} of the products' rate, first step "
             f"{figures['first_step_seconds']:.1f} s, peak {figures['peak_bytes'] / 1e9:.2f} GB "

@@ -130,6 +130,7 @@ def test_a_copy_is_removed_when_the_store_has_the_file_no_longer(memory: fsspec.
         ("memory://bucket/rows/notes.md", "no file of rows is there, but memory://bucket/rows/notes.md; known are"),
         ("s4://bucket/rows.jsonl", "nothing here reads s4://; s3, gs, abfs, hf, https and others"),
         ("oci://bucket/rows.jsonl", "oci:// needs ocifs; pip install ocifs"),
+        ("gs://bucket/rows.jsonl", "gs:// needs gcsfs; pip install 'sftx[gcs]'"),
         ("http://127.0.0.1:9/rows.jsonl", "no such file or directory in the store (Cannot connect to host 127.0.0.1:9"),
     ],
 )
