@@ -30,7 +30,7 @@ from sftx.config.loading import LoadedConfig
 from sftx.config.options import DataConfig, RunConfig, Source, TrainConfig
 from sftx.data import sources
 from sftx.distributed.process_group import ProcessGroup, check_environment, env_int, is_launched
-from sftx.errors import ConfigError, ModelError, SftxError
+from sftx.errors import ConfigError, ModelError, SftxError, counted
 from sftx.events import Result, RunInfo, StartReport
 from sftx.inspection.run_report.write_report import complete_reports
 from sftx.model import names
@@ -605,12 +605,20 @@ def _check_evaluation(
                 f"a score of {', '.join(evaluators)}, or give rows with --eval-data or --eval-fraction"
             )
         return metrics
+    is_unscored = len(eval_data.examples) > 0
+    why = "in a run with a rollout held-out rows have no loss, and nothing scores answers to them"
+    remedy = "add a metric, such as --plugin exact-match"
     for name, value in (("metric_for_best_model", options.best_metric), ("eval_steps", options.eval_steps)):
         if value is not None:
             raise ConfigError(
-                f"option 'train.{name}' needs held-out rows; give some with --eval-data or --eval-fraction, or leave "
-                "it out"
+                f"option 'train.{name}': {why}; {remedy}, or leave it out"
+                if is_unscored
+                else f"option 'train.{name}' needs held-out rows; give some with --eval-data or --eval-fraction, or "
+                "leave it out"
             )
+    if is_unscored:
+        held_out = counted(len(eval_data.examples), "held-out row")
+        log.warning("%s not used: %s; %s", held_out, why, remedy)
     return metrics
 
 

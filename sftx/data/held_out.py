@@ -12,8 +12,10 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from sftx.assembly.stages.data_stages import ParserStage
 from sftx.config.options import DataConfig, Source
@@ -24,7 +26,7 @@ from sftx.errors import DataError, counted
 from sftx.types import Conversation, Parsed, PlainText
 
 if TYPE_CHECKING:
-    from sftx.data.dataset import Dataset
+    from sftx.data.dataset import Dataset, Examples
 
 log = logging.getLogger(__name__)
 
@@ -129,17 +131,26 @@ def _digest(value: Any) -> bytes:
 def find_overlap(train: Dataset, held_out: Dataset) -> list[tuple[int, int]]:
     """Return the held-out examples with exactly the tokens, labels and extras of a training one, as pairs of indices.
 
-    The second index is that of the first such training example.
+    The second index is that of the first such training example. Where the training rows are the questions of a rollout,
+    a held-out example is compared up to its last answer.
     """
     if not len(held_out.examples):
         return []
     equal: dict[bytes, list[int]] = {}
-    for index, digest in enumerate(held_out.examples.digests()):
+    for index, digest in enumerate(_questions(held_out.examples) if train.questions else held_out.examples.digests()):
         equal.setdefault(digest, []).append(index)
     pairs = []
     for index, digest in enumerate(train.examples.whole.digests()):
         pairs += [(held, index) for held in equal.pop(digest, ())]
     return sorted(pairs)
+
+
+def _questions(examples: Examples) -> Iterator[bytes]:
+    """Yield a digest of the tokens of each example before its last run of label tokens."""
+    for index in range(len(examples)):
+        _, loss_mask = examples.tokens(index)
+        starts = np.flatnonzero(np.diff(loss_mask, prepend=False) & loss_mask)
+        yield examples.prompt_digest(index, int(starts[-1]) if len(starts) else len(loss_mask))
 
 
 def describe_overlap(pairs: Sequence[tuple[int, int]], train: Dataset, held_out: Dataset) -> str:

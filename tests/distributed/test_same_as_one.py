@@ -40,6 +40,8 @@ RUNS: Final[Mapping[str, str]] = {
     "--set grpo.max_completion_length=6 --set grpo.steps_per_generation=2 --set grpo.beta=0.1 --plugin reward-function "
     "--learning-rate 1e-3 "
     f"--set reward-function.function={REWARDS}:letters",
+    "grpo-full": "--plugin packed --plugin exact-match --plugin grpo --set grpo.num_generations=3 --set grpo.max_completion_length=6 "
+    f"--plugin reward-function --learning-rate 1e-3 --set reward-function.function={REWARDS}:letters",
 }
 """The arguments of each run, which is compared with the same run in one process."""
 
@@ -97,6 +99,8 @@ MORE_CASES: Final = (
     Case("ppo", 2, FSDP2),
     Case("ppo-full", 2, DDP),
     Case("ppo-full", 2, FSDP2),
+    Case("grpo", 2, FSDP2),
+    Case("grpo-full", 2, FSDP2),
     Case("experts", 2, FSDP2 + "--gradient-checkpointing"),
     Case("distill", 2, FSDP2),
     *(Case(run, 2, how) for run in ("quantised-experts", "dora", "pissa", "vera") for how in (DDP, FSDP2)),

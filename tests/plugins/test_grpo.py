@@ -12,6 +12,7 @@ import pytest
 
 from sftx import Answer, Example, Question
 from sftx.config.loading import load
+from sftx.errors import ConfigError, DataError
 from sftx.trainer.session import Session
 from sftx.training import assemble
 from sftx_plugins.reinforcement.grpo import advantages_of
@@ -285,3 +286,27 @@ def test_answers_do_not_depend_on_the_directory_of_the_data(session_of: SessionO
     elsewhere.write_bytes(rows.read_bytes())
     one, other = (next(iter(session_of(**{"data.train": str(path)}).sampler)) for path in (rows, elsewhere))
     assert [e.token_ids.tolist() for e in one.examples] == [e.token_ids.tolist() for e in other.examples]
+
+
+def test_held_out_rows_that_nothing_scores_are_not_silently_ignored(
+    session_of: SessionOf, rows: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    held = tmp_path / "held.jsonl"
+    held.write_text('{"prompt": "What is 8 + 2?", "completion": "10"}\n', encoding="utf-8")
+    session_of(**{"data.eval": str(held)})
+    assert "1 held-out row not used: in a run with a rollout" in caplog.text
+    assert "add a metric, such as --plugin exact-match" in caplog.text
+    with pytest.raises(
+        ConfigError, match=r"'train.eval_steps': in a run with a rollout .* add a metric, .* leave it out"
+    ):
+        session_of(**{"data.eval": str(held), "train.eval_steps": 2})
+    caplog.clear()
+    session_of("exact-match", **{"data.eval": str(held), "train.eval_steps": 2})
+    assert "not used" not in caplog.text
+
+
+def test_a_held_out_question_that_is_trained_on_is_refused(session_of: SessionOf, rows: Path, tmp_path: Path) -> None:
+    held = tmp_path / "held.jsonl"
+    held.write_text(rows.read_text(encoding="utf-8").splitlines()[0] + "\n", encoding="utf-8")
+    with pytest.raises(DataError, match="max_overlap"):
+        session_of("exact-match", **{"data.eval": str(held)})
