@@ -25,6 +25,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from sftx.trainer.precision import bf16_is_faster
+
 ROOT = Path(__file__).resolve().parents[1]
 BASELINE = ROOT / "benchmarks" / "results" / "perf.json"
 MAX_LOSS = 0.1
@@ -103,7 +105,7 @@ def processor() -> str:
     if torch.cpu._is_amx_tile_supported():
         return "amx"
     if torch.cpu._is_avx512_bf16_supported():
-        return "avx512_bf16"
+        return "avx512_bf16" if bf16_is_faster() else "avx512_bf16 slower than float32"
     return torch.backends.cpu.get_cpu_capability().lower()
 
 

@@ -85,7 +85,7 @@ def choose(config: TrainConfig, local_rank: int = 0, *, bf16_weights: bool = Fal
         option = "bf16" if config.bf16 else f"optim: {config.optim}"
         raise ConfigError(f"option 'train.{option}': this GPU does not support bfloat16; leave it out, or set fp16")
     by_itself = config.bf16 is None and not config.fp16 and not bf16_weights
-    is_default = supports_bf16 if device.type == "cuda" else not _asks_for_float32() and _bf16_is_faster()
+    is_default = supports_bf16 if device.type == "cuda" else not _asks_for_float32() and bf16_is_faster()
     bf16 = is_default if by_itself else bf16_weights or bool(config.bf16)
     dtype = torch.float16 if config.fp16 else torch.bfloat16 if bf16 else torch.float32
     set_tf32(device, enabled=config.tf32)
@@ -104,7 +104,7 @@ def _cpu_has_bf16() -> bool:
 
 
 @functools.cache
-def _bf16_is_faster() -> bool:
+def bf16_is_faster() -> bool:
     """Return whether this CPU multiplies bfloat16 faster than float32.
 
     One with AMX does (4 to 11 times as fast where it was measured), and an AMD EPYC of the Zen 4 kind with AVX-512 BF16
@@ -139,7 +139,7 @@ def _asks_for_float32() -> bool:
 def _reason_against_bf16() -> str:
     if not _cpu_has_bf16():
         return "as this CPU has no instructions for bfloat16"
-    return f"as {_DEFAULT}=0 asks for" if _bf16_is_faster() else "which this CPU multiplies faster than bfloat16"
+    return f"as {_DEFAULT}=0 asks for" if bf16_is_faster() else "which this CPU multiplies faster than bfloat16"
 
 
 def set_tf32(device: torch.device, *, enabled: bool) -> None:

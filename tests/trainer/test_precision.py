@@ -54,7 +54,7 @@ def test_the_default_follows_what_the_processor_multiplies_fast(
     has_bf16: bool, is_faster: bool, asks: str | None, dtype: torch.dtype, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(precision, "_cpu_has_bf16", lambda: has_bf16)
-    monkeypatch.setattr(precision, "_bf16_is_faster", lambda: is_faster)
+    monkeypatch.setattr(precision, "bf16_is_faster", lambda: is_faster)
     monkeypatch.delenv("SFTX_BF16")
     if asks is not None:
         monkeypatch.setenv("SFTX_BF16", asks)
@@ -90,7 +90,7 @@ def test_bfloat16_without_amx_is_slow_on_intel(
     monkeypatch.setattr(precision, "_is_arm", lambda: False)
     monkeypatch.setattr(precision, "_description_of_cpu", lambda: f"vendor_id : {maker}")
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
-    assert precision._bf16_is_faster.__wrapped__() == is_faster
+    assert precision.bf16_is_faster.__wrapped__() == is_faster
 
 
 @pytest.mark.parametrize("options", [{"fp16": True}, {"bf16": False}])
