@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -181,6 +182,9 @@ def _check_file(file: Path, *, overwrite: bool) -> None:
         raise click.UsageError(f"{file}: a run file is YAML; give it a name that ends in .yaml")
     if (file.exists() or file.is_symlink()) and not overwrite:
         raise OutputError(f"{file}: exists already; give another name, or --overwrite")
+    parent = next(path for path in file.absolute().parents if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise OutputError(f"{file}: cannot be written: {parent} is no directory that you may write into")
 
 
 def _write(file: Path, proposal: Proposal) -> None:

@@ -150,6 +150,7 @@ def test_five_questions(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--data", "rows.jsonl", "--model", "./nothing"], "model ./nothing: no such directory"),
         (["--data", "rows.jsonl", "--gpu", "big"], "--gpu 'big': expected a GPU's memory"),
         (["taken.yaml", "--data", "rows.jsonl"], "taken.yaml: exists already; give another name, or --overwrite"),
+        (["odd.jsonl/run.yaml", "--data", "rows.jsonl"], "odd.jsonl is no directory that you may write into"),
         (["run.txt", "--data", "rows.jsonl"], "give it a name that ends in .yaml"),
     ],
 )
