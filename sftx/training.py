@@ -98,6 +98,7 @@ def _uploading(session: Session) -> Iterator[None]:
         except UploadError as error:
             log.warning("%s", error)
         raise
+    session.ask_for_upload()  # one that went on from its last checkpoint has saved no other, and only now has a result
     uploader.finish(session.config.upload_timeout)
     session.checkpoints.prune(keep=(session.state.best_step,))  # one may have stayed as it was being uploaded
 

@@ -86,6 +86,7 @@ class Upload:
         for name, file in _files(self.directory):
             if name.partition("/")[0] not in (layout.CHECKPOINTS, *_RESULTS) and name != layout.SUMMARY:
                 self._send(name, file)
+        is_complete = summary.exists()  # before checkpoints are listed: the last one is there then, and is sent first
         kept = list(local_checkpoints(self.directory).items())
         if self.limit is not None:  # one that is surplus here as well was kept as long as it was uploaded
             kept = [(step, path) for step, path in kept if step == self.best or (step, path) in kept[-self.limit :]]
@@ -95,7 +96,7 @@ class Upload:
             except _VanishedError:  # as there are newer ones
                 has_vanished = True
         self._remove_surplus(complete)
-        if summary.exists():
+        if is_complete:
             for name, file in _files(self.directory):
                 if name.partition("/")[0] in _RESULTS:
                     self._send(name, file)

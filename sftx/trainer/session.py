@@ -241,7 +241,7 @@ class Session:
         self.state.add_step(report)
         self.observers.on_step(report)
         if self.uploader is not None and not self.uploader.has_begun:
-            self._ask_for_upload()
+            self.ask_for_upload()
         if report.step in (1, report.num_steps) or report.step % self.config.train.logging_steps == 0:
             self.observers.on_log(self.state.log_steps())
         decision = self.control.decide(self.state, lambda control: control.after_step(report))
@@ -363,7 +363,7 @@ class Session:
             raise
         self._saved_step, self.control.saved_at, self.trainer.last_saved = state.step, time.monotonic(), str(place)
         self.prune()
-        self._ask_for_upload()
+        self.ask_for_upload()
         self.observers.on_save(state.step, place)
 
     def prune(self) -> None:
@@ -373,7 +373,8 @@ class Session:
             lambda: self.checkpoints.prune(keep=(best, None if uploader is None else uploader.busy))
         )
 
-    def _ask_for_upload(self) -> None:
+    def ask_for_upload(self) -> None:
+        """Let the store be made like the run directory, where there is one. Returns at once."""
         if self.uploader is not None and self.state.step > 0:  # a run that fails before its first step leaves nothing
             self.uploader.changed(self.writer.directory.path, self.state.best_step)
 

@@ -153,6 +153,28 @@ def test_a_checkpoint_that_is_removed_while_it_is_uploaded_leaves_no_part(tmp_pa
     assert remote_names() == local_names(directory)
 
 
+def test_the_summary_comes_after_the_last_checkpoint(tmp_path: Path) -> None:
+    """A run that ends while an older checkpoint is uploaded is not complete in the store before its last one is."""
+    directory = written_run(tmp_path / "run", 2)
+    seen: list[list[int]] = []
+
+    def end(number: int, place: str) -> str:
+        if place.endswith(f"step-2/{layout.RUN_STATE}"):
+            checkpoint(directory, 4)
+            (directory / layout.SUMMARY).write_text("{}", encoding="utf-8")
+        if place.endswith(layout.SUMMARY):
+            seen.append(complete())
+        return ""
+
+    FaultyStore.fault = staticmethod(end)
+    uploader = Uploader(PLACE, limit=None)
+    uploader.changed(directory, None)
+    until((directory / layout.SUMMARY).exists)
+    uploader.finish(30)
+    assert seen == [[2, 4]]
+    assert remote_names() == local_names(directory)
+
+
 def test_a_store_that_hangs_is_given_up_and_completed_later(tmp_path: Path) -> None:
     directory = written_run(tmp_path / "run", 2)
     before = local_names(directory)
@@ -260,6 +282,21 @@ def test_a_run_goes_on_from_the_store_on_another_machine(
     unlike = differences(second, undisturbed, ignore=KEYS)  # its data has another name
     assert [one for one in unlike if ".safetensors" in one or "metrics" in one or "only in" in one] == []
     assert remote_names_of_run() == local_names(second)
+
+
+def test_a_run_that_goes_on_from_its_last_checkpoint_uploads_its_result(runs: Runs, sftx: Sftx) -> None:
+    there, elsewhere = runs.directory("there"), runs.directory("elsewhere")
+    result = sftx(SHORT, there, "--upload-to", PLACE)
+    assert result.exit_code == 0, result.output
+    whole = remote_names()
+    for name in whole:  # the machine was lost before these files were uploaded
+        if name == layout.SUMMARY or name.startswith(f"{layout.ADAPTER}/"):
+            FaultyStore.store.pop(f"/bucket/runs/x/{name}")
+    result = sftx(SHORT, elsewhere, "--upload-to", PLACE, "--resume")
+    assert result.exit_code == 0, result.output
+    assert f"fetched from step 6 of {PLACE}" in result.output
+    assert f"uploaded to {PLACE}" in result.output
+    assert remote_names() == whole
 
 
 @pytest.mark.slow
