@@ -82,6 +82,7 @@ def _load(bf16: bool) -> tuple[Any, Any]:
     """Return a function that runs forward and backward of one batch as a run does, and the encoder."""
     import torch
 
+    from sftx.assembly.stages.loss_stage import LossStage
     from sftx.config.options import EMBEDDED_MODEL, TrainConfig
     from sftx.data.encoder import Encoder
     from sftx.model import names
@@ -102,7 +103,7 @@ def _load(bf16: bool) -> tuple[Any, Any]:
     lm = CausalLM(model, tokenizer)
     lm.attach({"lora": adapter})
     lm.train()
-    module = TrainStep(lm, MaskedCE().sftx_loss())
+    module = TrainStep(lm, LossStage("masked-ce", MaskedCE().sftx_loss()))
 
     def step(batch: Any) -> None:
         with precision.autocast():

@@ -180,9 +180,10 @@ def _files(names: Names) -> dict[str, str]:
     values["run_file"] = "\n".join(f"  {plugin}: {{{settings}}}" for plugin, settings in plugins.items())
     package = _HERE / "package"
     own_readme = _HERE / "hooks" / names.hooks[0] / "README.md.in"
+    has_own_readme = len(names.hooks) == 1 and own_readme.exists()
     return {
         "pyproject.toml": fill(package / "pyproject.toml.in"),
-        "README.md": fill(own_readme if own_readme.exists() else package / "README.md.in"),
+        "README.md": fill(own_readme if has_own_readme else package / "README.md.in"),
         ".gitignore": fill(package / "gitignore.in"),
         **{f"{names.module}/{file}": text for file, text in modules.items()},
         f"{names.module}/py.typed": "",

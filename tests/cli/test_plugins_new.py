@@ -383,15 +383,25 @@ def test_a_new_package_installs_passes_its_tests_and_trains(hook: str, tmp_path:
     question, answer = ("question", "answer") if hook == "parser" else ("prompt", "completion")
     rows = [{question: f"What is {n} + 1?", answer: str(n + 1)} for n in range(8)]
     (home / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    block = re.search(r"```yaml\n(.*?)```", (package / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert block is not None
-    (home / "run.yaml").write_text(block[1], encoding="utf-8")
+    readme = (package / "README.md").read_text(encoding="utf-8")
+    if hook == "exporter":  # which has no part in a run, and writes what came of one
+        plugins = ["--plugin", "chatml", "--plugin", "lora"]
+    else:
+        block = re.search(r"```yaml\n(.*?)```", readme, re.DOTALL)
+        assert block is not None
+        (home / "run.yaml").write_text(block[1], encoding="utf-8")
+        plugins = ["run.yaml", "--plugin", f"my-{hook}"]
     run(
-        *("sftx", "run", "run.yaml", "--plugin", f"my-{hook}", "--model", tiny_model, "--data", "rows.jsonl"),
+        *("sftx", "run", *plugins, "--model", tiny_model, "--data", "rows.jsonl"),
         *("--eval-fraction", "0.25", "--max-rows", "2", "--max-new-tokens", "4"),
         *("--max-steps", "2", "--per-device-train-batch-size", "2", "--use-cpu", "--output-dir", "run"),
     )
     summary = json.loads((home / "run" / "summary.json").read_text(encoding="utf-8"))
     assert summary["num_steps"] == 2
+    if hook == "exporter":
+        (command,) = re.findall(r"^sftx export .*$", readme, re.MULTILINE)
+        assert "my-exporter" in run(*command.replace("RUN", "run").split())
+        assert any((home / "run" / "export" / "my-exporter").iterdir())
+        return
     resolved = yaml.safe_load((home / "run" / "run.yaml").read_text(encoding="utf-8"))
     assert f"my-{hook}" in resolved["plugins"]

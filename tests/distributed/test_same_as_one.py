@@ -40,7 +40,8 @@ RUNS: Final[Mapping[str, str]] = {
     "--set grpo.max_completion_length=6 --set grpo.steps_per_generation=2 --set grpo.beta=0.1 --plugin reward-function "
     "--learning-rate 1e-3 "
     f"--set reward-function.function={REWARDS}:letters",
-    "grpo-full": "--plugin packed --plugin exact-match --plugin grpo --set grpo.num_generations=3 --set grpo.max_completion_length=6 "
+    "grpo-full": "--plugin packed --plugin exact-match --plugin grpo --set grpo.num_generations=3 "
+    "--set grpo.max_completion_length=6 "
     f"--plugin reward-function --learning-rate 1e-3 --set reward-function.function={REWARDS}:letters",
 }
 """The arguments of each run, which is compared with the same run in one process."""
