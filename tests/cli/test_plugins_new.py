@@ -179,19 +179,22 @@ def test_readme_and_metadata_say_what_the_plugin_says(
     code = "".join(file.read_text(encoding="utf-8") for file in package.glob("sftx_*/*.py"))
     assert code.count("# Yours: ") == 1
 
-    run_file = re.search(r"```yaml\n(.*?)```", readme, re.DOTALL)
-    assert run_file is not None
-    plugins: dict[str, Any] = yaml.safe_load(run_file[1])["plugins"]
     module = ModuleType(f"sftx_my_{hook}")
     monkeypatch.setitem(sys.modules, module.__name__, module)  # where dataclasses look annotations up
     exec(compile(source, name, "exec"), module.__dict__)
-    cls = getattr(module, f"My{hook.capitalize()}")
-    assert plugins[name] == json.loads(json.dumps(vars(cls())))
-    assert plugins[name]
-    for option, value in plugins[name].items():
+    defaults = json.loads(json.dumps(vars(getattr(module, f"My{hook.capitalize()}")())))
+    assert defaults
+    for option, value in defaults.items():
         assert f"| `{option}` | " in readme
         assert f" | `{json.dumps(value)}` | " in readme
 
+    if hook == "exporter":
+        assert f"\nsftx export RUN --to {name}\n" in readme
+        return
+    run_file = re.search(r"```yaml\n(.*?)```", readme, re.DOTALL)
+    assert run_file is not None
+    plugins: dict[str, Any] = yaml.safe_load(run_file[1])["plugins"]
+    assert plugins[name] == defaults
     (tmp_path / "run.yaml").write_text(run_file[1], encoding="utf-8")
     assert set(load(tmp_path / "run.yaml").config.plugins) == set(plugins)
 
