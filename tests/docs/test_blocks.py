@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import pages
-from environments import make_environment
+from environments import _variables, make_environment
 from pages import DOCS, ROOT, SHELLS, Block, Ran, blocks
 
 QUESTIONS = Path(pages.__file__).with_name("questions.jsonl")
@@ -126,6 +126,34 @@ def test_the_commands_of_every_page_are_run_or_it_is_said_where() -> None:
         assert Path(page).name in (ROOT / "tests" / file).read_text(encoding="utf-8")
 
 
+def test_no_page_that_is_run_starts_a_server() -> None:
+    """Such a block has the mark `<!-- not run: answers until it is stopped -->`."""
+    starts = [
+        f"{block}: {command.line}"
+        for page in (*WITH_ITS_FILES, *WITH_A_RUN, *EMBEDDED)
+        for block in blocks(ROOT / page)
+        if block.language in SHELLS and not block.not_run
+        for command in pages.commands(block)
+        if pages.answers_until_it_is_stopped(command)
+    ]
+    assert starts == []
+
+
+@pytest.mark.parametrize("line", ["sftx serve runs/a --port 0", "sftx merge runs/a && PORT=1 sftx serve a=runs/a"])
+def test_a_server_is_not_started(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = Block(DOCS / "page.md", 1, "sh", line, None, None)
+    monkeypatch.setattr(pages, "blocks", lambda page: [block])
+    with pytest.raises(AssertionError, match=r"docs/page\.md:1: .*never ends"):
+        list(pages.run_page(block.page, lambda line, directory: pytest.fail("it was run"), tmp_path))
+
+
+def test_a_command_that_does_not_end_is_killed_and_fails(tmp_path: Path) -> None:
+    exit_code, printed = pages.in_a_shell("echo begun; sleep 600 | sleep 600", tmp_path, limit_s=0.5)
+    assert exit_code != 0
+    assert printed.startswith("begun\n")
+    assert "had not ended after 0.5 s" in printed
+
+
 def failures(page: str, directory: Path, run: pages.Runner) -> list[str]:
     """Run a page, and return what went otherwise than the page says."""
     failed = []
@@ -140,7 +168,7 @@ def failures(page: str, directory: Path, run: pages.Runner) -> list[str]:
 @pytest.mark.parametrize("page", [page for page in WITH_ITS_FILES if page not in INSTALLING])
 def test_a_page_that_has_its_files_works(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert failures(page, tmp_path, pages.in_this_process) == []
+    assert failures(page, tmp_path, pages.in_a_process) == []
 
 
 @pytest.mark.slow
@@ -155,8 +183,7 @@ def test_a_page_that_installs_a_package_works(page: str, tmp_path: Path) -> None
         words = words[2:] if words[:2] == ["python", "-m"] else words
         if words[:2] == ["pip", "install"]:
             words[2:2] = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
-        done = environment.run(*words, cwd=directory)
-        return done.returncode, done.stdout + done.stderr
+        return pages.run_limited([str(environment.python), "-m", *words], directory, _variables())
 
     assert failures(page, here, run) == []
 
@@ -165,6 +192,7 @@ def test_a_page_that_installs_a_package_works(page: str, tmp_path: Path) -> None
 def with_a_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with what pages take for granted: a model, rows, a run file and finished runs."""
     from click.testing import CliRunner
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     from sftx.cli import main
     from sftx.model.tiny import model_dir
@@ -173,8 +201,14 @@ def with_a_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = "".join(json.dumps({"prompt": f"{n} + 1", "completion": str(n + 1)}) + "\n" for n in range(12))
     for name in ("chats.jsonl", "rows.jsonl", "train.jsonl", "questions.jsonl"):
         (directory / name).write_text(rows)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir())
+    model = LlamaForCausalLM(LlamaConfig.from_pretrained(model_dir(), num_hidden_layers=4))
     for name in ("MODEL", "DIR"):
-        shutil.copytree(model_dir(), directory / name)
+        model.save_pretrained(directory / name)
+        tokenizer.save_pretrained(directory / name)
+    tags = ("think", "tool_call", "tool_response")  # which Qwen3's template needs
+    tokenizer.add_tokens([token for tag in tags for token in (f"<{tag}>", f"</{tag}>")], special_tokens=True)
+    tokenizer.save_pretrained(directory / "DIR")
     train = "{max_steps: 2, use_cpu: true}"
     (directory / "run.yaml").write_text(
         "model: MODEL\ndata: {train: chats.jsonl, eval_fraction: 2, max_overlap: 1}\nplugins: {chatml: {}, lora: {}}\n"
@@ -184,7 +218,7 @@ def with_a_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(directory)
         done = CliRunner().invoke(main, ["run", "run.yaml", "--output-dir", "runs/run-1"])
         assert done.exit_code == 0, done.output
-        for name in ("mine", "other", "demo", "a", "b"):
+        for name in ("other", "demo", "a", "b"):
             shutil.copytree("runs/run-1", f"runs/{name}")
     return directory
 
@@ -197,7 +231,7 @@ def test_a_page_that_takes_a_run_for_granted_works(
     here = tmp_path / "here"
     shutil.copytree(with_a_run, here)
     monkeypatch.chdir(here)
-    assert failures(page, here, pages.in_this_process) == []
+    assert failures(page, here, pages.in_a_process) == []
 
 
 @pytest.mark.slow

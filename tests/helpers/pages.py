@@ -13,10 +13,12 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import tempfile
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,7 +26,6 @@ from typing import Any, Final, TypeAlias
 
 import click
 import yaml
-from click.testing import CliRunner
 from markdown_it import MarkdownIt
 
 ROOT: Final = Path(__file__).parents[2]
@@ -364,6 +365,11 @@ def _write(block: Block, directory: Path) -> None:
         file.write_text(block.text, encoding="utf-8")
 
 
+def answers_until_it_is_stopped(command: Command) -> bool:
+    """Return whether a line starts a server: what follows it would never be run, and no test would stop it."""
+    return any(words[1:2] == ["serve"] and "--help" not in words for words in command.simple())
+
+
 def run_page(page: Path, run: Runner, directory: Path) -> Iterator[Ran]:
     """Write the files of a page and run its commands in their order, by `run(line, directory)`."""
     for block in blocks(page):
@@ -372,19 +378,26 @@ def run_page(page: Path, run: Runner, directory: Path) -> Iterator[Ran]:
             for command in commands(block):
                 if command.is_part:
                     continue
+                assert not answers_until_it_is_stopped(command), f"{block}: {command.line}: never ends"
                 yield Ran(block, command, *run(command.line, directory))
 
 
-def in_this_process(line: str, directory: Path) -> tuple[int, str]:
-    """Run a command of sftx in this process, with the tiny model where it names none. Others are not run."""
-    from sftx.cli import main
+def in_a_process(line: str, directory: Path) -> tuple[int, str]:
+    """Run a command of sftx in a process of its own, with the tiny model where it names none. Others are not run.
 
-    words = with_tiny_model(Command(line, ()).simple()[-1])
+    `sftx chat` reads what `echo` writes where a pipe leads to it, and is typed to otherwise.
+    """
+    *before, words = Command(line, ()).simple()
+    words = with_tiny_model(words)
     if words[0] != "sftx":
         return 0, ""
-    done = CliRunner().invoke(main, words[1:], input="Hello.\n" if words[1] == "chat" else None)
-    raised = "" if done.exception is None or isinstance(done.exception, SystemExit) else f"{done.exception!r}"
-    return done.exit_code, done.output + raised
+    piped = " ".join(before[-1][1:]) + "\n" if before and before[-1][0] == "echo" else None
+    variables = os.environ | {"PYTHONSAFEPATH": "1"}  # the script `sftx` does not see modules of the directory either
+    command = [sys.executable, "-m", *words]
+    if words[1] == "chat" and piped is None:
+        exit_code, printed = _run_in_a_terminal(command, directory, variables, typed="Hello.\n")
+        return exit_code or int("sftx: error:" in printed), printed  # at a terminal a chat goes on after an error
+    return run_limited(command, directory, variables, piped=piped)
 
 
 def with_tiny_model(words: list[str]) -> list[str]:
@@ -393,16 +406,63 @@ def with_tiny_model(words: list[str]) -> list[str]:
     return [*words[:2], "--model", "sftx:tiny", *words[2:]] if takes_it and words[2] != "run.yaml" else words
 
 
-def in_a_shell(line: str, directory: Path) -> tuple[int, str]:
+def in_a_shell(line: str, directory: Path, *, limit_s: float = 3600) -> tuple[int, str]:
     """Run a line in bash, where `sftx` and `python` are those of the tests."""
     tools = directory / ".tools"
     tools.mkdir(exist_ok=True)
     for name, module in {"sftx": " -m sftx", "python": ""}.items():
         (tools / name).write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)}{module} "$@"\n', encoding="utf-8")
         (tools / name).chmod(0o755)
-    environment = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}"}
-    done = subprocess.run(
-        ["bash", "-c", line], cwd=directory, env=environment, text=True, check=False,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
-    return done.returncode, done.stdout
+    variables = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}"}
+    return run_limited(["bash", "-c", line], directory, variables, limit_s=limit_s)
+
+
+def _run_in_a_terminal(
+    command: Sequence[str], directory: Path, variables: Mapping[str, str], *, typed: str
+) -> tuple[int, str]:
+    """Run a command that reads lines from a terminal, until the end of what is typed."""
+    import pty
+
+    ours, theirs = pty.openpty()
+    try:
+        os.write(ours, typed.encode() + b"\x04")  # Ctrl-D
+        return run_limited(command, directory, variables, stdin=theirs)
+    finally:
+        os.close(theirs)
+        os.close(ours)
+
+
+def run_limited(
+    command: Sequence[str],
+    directory: Path,
+    variables: Mapping[str, str],
+    *,
+    piped: str | None = None,
+    stdin: int = subprocess.DEVNULL,
+    limit_s: float = 600,
+) -> tuple[int, str]:
+    """Run a command and kill it, with the processes of its group, when the time is up: no page may stop the tests.
+
+    Its output is a file, since a pipe would have to be read until the last process that holds it has ended.
+    """
+    variables = {**variables, "PYTHONUNBUFFERED": "1"}  # both streams in the order in which they are written
+    with tempfile.TemporaryFile() as written, tempfile.TemporaryFile() as read:
+        if piped is not None:
+            read.write(piped.encode())
+            read.seek(0)
+            stdin = read.fileno()
+        process = subprocess.Popen(
+            command, cwd=directory, env=variables, stdin=stdin, stdout=written, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+        late = ""
+        try:
+            process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            late = f"\nit was killed, for it had not ended after {limit_s:g} s"
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            exit_code = process.wait()
+        written.seek(0)
+        return exit_code, written.read().decode(errors="replace") + late
