@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import pages
-from environments import _variables, make_environment
+from environments import make_environment, variables
 from pages import DOCS, ROOT, SHELLS, Block, Ran, blocks
 
 QUESTIONS = Path(pages.__file__).with_name("questions.jsonl")
@@ -183,7 +183,7 @@ def test_a_page_that_installs_a_package_works(page: str, tmp_path: Path) -> None
         words = words[2:] if words[:2] == ["python", "-m"] else words
         if words[:2] == ["pip", "install"]:
             words[2:2] = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
-        return pages.run_limited([str(environment.python), "-m", *words], directory, _variables())
+        return pages.run_limited([str(environment.python), "-m", *words], directory, variables())
 
     assert failures(page, here, run) == []
 

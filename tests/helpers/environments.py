@@ -30,7 +30,7 @@ class Environment:
         """Begin `python -m arguments` in `cwd`, without its output."""
         command = [str(self.python), "-m", *map(str, arguments)]
         quiet = subprocess.DEVNULL
-        return subprocess.Popen(command, cwd=cwd, env=_variables(), stdin=quiet, stdout=quiet, stderr=quiet)
+        return subprocess.Popen(command, cwd=cwd, env=variables(), stdin=quiet, stdout=quiet, stderr=quiet)
 
     def install(self, *what: Path) -> None:
         """Wheels or source trees, without what they require, without a network."""
@@ -63,9 +63,9 @@ def build_wheel(project: Path, directory: Path) -> Path:
 
 def _python_m(python: Path, *arguments: str | Path, cwd: Path) -> CompletedProcess[str]:
     command = [str(python), "-m", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=_variables(), capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=cwd, env=variables(), capture_output=True, text=True, check=False)
 
 
-def _variables() -> dict[str, str]:
+def variables() -> dict[str, str]:
     passed = {name: value for name, value in os.environ.items() if name not in _NOT_PASSED}
     return passed | {"PIP_DISABLE_PIP_VERSION_CHECK": "1"}
