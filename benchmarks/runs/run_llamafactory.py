@@ -11,7 +11,6 @@ import importlib.util
 import json
 import os
 import sys
-import time
 import types
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,8 @@ settings = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
 def main() -> None:
     os.environ |= {"DISABLE_VERSION_CHECK": "1", "WANDB_DISABLED": "true", "CUDA_VISIBLE_DEVICES": ""}
     import torch
+    from clock import Clock
     from datasets import Dataset, DatasetDict
-    from transformers import TrainerCallback
 
     if importlib.util.find_spec("torchaudio") is None:  # LLaMA-Factory imports it for sounds, which no row has
         sys.modules["torchaudio"] = types.ModuleType("torchaudio")
@@ -32,19 +31,8 @@ def main() -> None:
     from llamafactory.train.tuner import run_exp
 
     torch.set_num_threads(settings["threads"])
-    steps: list[dict[str, float]] = []
+    clock = Clock()
     batches: list[tuple[int, int]] = []
-
-    class Clock(TrainerCallback):  # type: ignore[misc]
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.start = time.perf_counter()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            steps.append({"seconds": time.perf_counter() - self.start, "ended": time.time()})
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-            if "loss" in logs:
-                steps[-1]["loss"] = logs["loss"]
 
     class Counting(workflow.SFTDataCollatorWith4DAttentionMask):  # type: ignore[misc, valid-type]
         def __call__(self, features: Any) -> Any:
@@ -86,11 +74,11 @@ def main() -> None:
             "seed": settings["seed"],
             **(adapter if settings["lora"] else {"finetuning_type": "full"}),
         },
-        callbacks=[Clock()],
+        callbacks=[clock],
     )
-    for step, (tokens, labels) in zip(steps, batches, strict=False):
+    for step, (tokens, labels) in zip(clock.steps, batches, strict=False):
         step["tokens"], step["label_tokens"] = tokens, labels
-    Path(settings["result"]).write_text(json.dumps(steps), encoding="utf-8")
+    Path(settings["result"]).write_text(json.dumps(clock.steps), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +12,14 @@ settings = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
 
 def main() -> None:
     import torch
+    from clock import Clock
     from datasets import load_dataset
     from peft import LoraConfig
-    from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
     torch.set_num_threads(settings["threads"])
-    steps: list[dict[str, float]] = []
+    clock = Clock()
     batches: list[tuple[int, int]] = []
-
-    class Clock(TrainerCallback):  # type: ignore[misc]
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.start = time.perf_counter()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            steps.append({"seconds": time.perf_counter() - self.start, "ended": time.time()})
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-            if "loss" in logs:
-                steps[-1]["loss"] = logs["loss"]
 
     trainer = SFTTrainer(
         model=settings["model"],
@@ -57,7 +45,7 @@ def main() -> None:
             seed=settings["seed"],
         ),
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear") if settings["lora"] else None,
-        callbacks=[Clock()],
+        callbacks=[clock],
     )
     collate = trainer.data_collator
 
@@ -70,9 +58,9 @@ def main() -> None:
 
     trainer.data_collator = counting
     trainer.train()
-    for step, (tokens, labels) in zip(steps, batches, strict=False):
+    for step, (tokens, labels) in zip(clock.steps, batches, strict=False):
         step["tokens"], step["label_tokens"] = tokens, labels
-    Path(settings["result"]).write_text(json.dumps(steps), encoding="utf-8")
+    Path(settings["result"]).write_text(json.dumps(clock.steps), encoding="utf-8")
 
 
 if __name__ == "__main__":
