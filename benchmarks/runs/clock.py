@@ -1,4 +1,4 @@
-"""What each step of a trainer that is built on transformers' took. Imports no sftx: other interpreters run it."""
+"""Times the steps of a trainer built on transformers' Trainer. It imports no sftx: other interpreters run it."""
 
 from __future__ import annotations
 

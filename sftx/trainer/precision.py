@@ -109,7 +109,8 @@ def bf16_is_faster() -> bool:
 
     One with AMX does (4 to 11 times as fast where it was measured), and an AMD EPYC of the Zen 4 kind with AVX-512 BF16
     (2.1 times). An Intel CPU with AVX-512 BF16 and without AMX, which a virtual machine may hide, has half the rate of
-    float32: 175 and 340 GFLOP/s on two cores of an Emerald Rapids, torch 2.13.
+    float32: 175 and 340 GFLOP/s on two cores of an Emerald Rapids, torch 2.13. Arm's BF16 is taken to be faster, which
+    was not measured.
     """
     if not _cpu_has_bf16():
         return False
